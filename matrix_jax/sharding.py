@@ -1,0 +1,84 @@
+"""Axis letters, logical names and mesh axes: the one place that knows a mesh.
+
+| letter | meaning              | logical name | mesh axes by default |
+|--------|----------------------|--------------|----------------------|
+| B      | batch (players)      | batch        | data, fsdp           |
+| F      | pixel frames         |              |                      |
+| T      | latent frames        |              |                      |
+| H W    | latent height, width |              |                      |
+| C      | latent channels      |              |                      |
+| N      | video tokens         | tokens       | seq                  |
+| L      | text tokens          |              |                      |
+| S      | cache slots          | slots        |                      |
+| D      | model width          | embed        | fsdp                 |
+| K      | heads                | heads        | tensor               |
+| E      | head width           |              |                      |
+| M      | mlp width            | mlp          | tensor               |
+| A      | action width         |              |                      |
+| G      | noise groups         |              |                      |
+
+Layers and tables speak letters and logical names; only `RULES` names mesh axes.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ('data', 'fsdp', 'tensor', 'seq')
+RULES = {'batch': ('data', 'fsdp'), 'tokens': 'seq', 'heads': 'tensor', 'mlp': 'tensor',
+         'embed': 'fsdp'}
+LETTERS = {'b': 'batch', 'n': 'tokens', 'd': 'embed', 'k': 'heads', 'm': 'mlp'}
+
+
+def make_mesh(shape, devices=None) -> Mesh:
+    """Mesh with the axes data, fsdp, tensor, seq.
+
+    Args:
+      shape: object with int fields data, fsdp, tensor, seq (`config.Mesh`).
+      devices: devices to use; all local ones by default, as many as the shape asks for.
+
+    Raises:
+      ValueError: the shape asks for more devices than there are.
+    """
+    sizes = tuple(getattr(shape, axis) for axis in AXES)
+    devices = jax.devices() if devices is None else devices
+    count = int(np.prod(sizes))
+    if count > len(devices):
+        asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
+        raise ValueError(f'mesh: got {asked} = {count} devices, expected at most {len(devices)}')
+    return Mesh(np.asarray(devices[:count]).reshape(sizes), AXES)
+
+
+def spec(names) -> PartitionSpec:
+    """PartitionSpec of logical names (None = not split)."""
+    return PartitionSpec(*(RULES.get(name) if name else None for name in names))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Leading axis over the batch axes of the mesh."""
+    return NamedSharding(mesh, spec(('batch',)))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(axes, shapes, mesh: Mesh):
+    """Shardings of a parameter tree from the letters of its weight table.
+
+    Args:
+      axes: tree of letter tuples (`convert.axes`).
+      shapes: tree of arrays or ShapeDtypeStructs of the same structure.
+      mesh: the mesh. An axis that does not divide evenly stays whole.
+    """
+    def one(letters, leaf):
+        names = []
+        for letter, size in zip(letters, leaf.shape, strict=True):
+            rule = RULES.get(LETTERS.get(letter, ''))
+            free = rule is not None and rule not in names
+            names.append(rule if free and size % mesh.shape[rule] == 0 else None)
+        return NamedSharding(mesh, PartitionSpec(*names))
+    return jax.tree.map(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
