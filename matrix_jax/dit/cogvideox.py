@@ -1,0 +1,404 @@
+"""CogVideoX DiT with per-frame noise levels and interleaved control blocks.
+
+Joint text-video transformer with AdaLN-zero (CogVideoX, arXiv 2408.06072); The Matrix (arXiv
+2412.03568) adds a control block behind each of the layers [start, end) and one noise level per
+latent frame:
+
+    x, y = block(x, y, t)              x video tokens, y text tokens, t embedded levels
+    x    = x + gate_t * attend(x, c)   c embedded control, one token per latent frame
+
+Layers run as three scans, `before`, `steered` and `after`, so thirty layers compile like three.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from matrix_jax.convert import Row
+from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, log_counts
+from matrix_jax.nn.attention import MultiHead
+from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
+from matrix_jax.nn.rope import scaled_positions, sincos_3d
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """Control blocks: width A of a control vector, and the layers [start, end) they follow."""
+    dim: int = 768
+    start: int = 0
+    end: int = 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the network; the defaults are CogVideoX-2b.
+
+    Attributes:
+      heads: attention heads K.
+      head_dim: width E of a head; the model width is D = K*E.
+      channels: latent channels C, in and out.
+      layers: transformer blocks.
+      time_dim: width of the embedded noise level.
+      text_dim: width of the text encoder.
+      text_length: text tokens L.
+      patch: side of a square patch.
+      spatial_scale: divisor of row and column positions.
+      temporal_scale: divisor of frame positions.
+      eps: epsilon of the block norms; the head norms have 1e-6.
+      control: control blocks, or None (stage 1).
+      guidance_dim: width of a guidance code that is added to the level's, or None.
+      sample: native latent width, height and pixel frames; recorded, any size works.
+      dtype: type of the multiplies and of the residual stream, as a numpy name.
+      remat: whether the backward pass recomputes each layer.
+      scan_unroll: layers per scan iteration.
+    """
+    heads: int = 30
+    head_dim: int = 64
+    channels: int = 16
+    layers: int = 30
+    time_dim: int = 512
+    text_dim: int = 4096
+    text_length: int = 226
+    patch: int = 2
+    spatial_scale: float = 1.875
+    temporal_scale: float = 1.0
+    eps: float = 1e-5
+    control: Control | None = None
+    guidance_dim: int | None = None
+    sample: tuple[int, int, int] = (90, 60, 49)
+    dtype: str = 'float32'
+    remat: bool = False
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        if self.width % 16:
+            raise ValueError(f'heads * head_dim: got {self.heads} * {self.head_dim} = {self.width}, '
+                             'expected a multiple of 16 (position codes)')
+        span = self.control
+        if span and not 0 <= span.start < span.end <= self.layers:
+            raise ValueError(f'control: got layers [{span.start}, {span.end}), expected a range '
+                             f'within the {self.layers} layers')
+
+    @property
+    def width(self) -> int:
+        """Model width D."""
+        return self.heads * self.head_dim
+
+    @property
+    def segments(self) -> dict[str, tuple[int, int]]:
+        """Name -> (start, stop) of each run of equal layers; empty runs are absent."""
+        start, end = (self.control.start, self.control.end) if self.control else (self.layers,) * 2
+        runs = {'before': (0, start), 'steered': (start, end), 'after': (end, self.layers)}
+        return {name: run for name, run in runs.items() if run[0] < run[1]}
+
+    @classmethod
+    def from_released(cls, released: dict) -> Config:
+        """Reads a released `transformer/config.json`.
+
+        Raises:
+          ValueError: a key asks for maths that this network does not have.
+        """
+        released = {key: value for key, value in released.items() if not key.startswith('_')}
+        faults = [f'{key} = {released[key]!r} (expected {want!r})' for key, want in FIXED.items()
+                  if released.get(key, want) not in (want, None)]
+        known = set(FIELDS) | set(FIXED) | set(CONTROL) | set(SAMPLE) | set(IGNORED)
+        faults += [f'{key} = {value!r} (unknown key)' for key, value in released.items()
+                   if key not in known and value is not None]
+        if released.get('out_channels', released.get('in_channels')) != released.get('in_channels'):
+            faults.append(f"out_channels = {released['out_channels']!r} (expected in_channels)")
+        if faults:
+            raise ValueError('transformer config: ' + '; '.join(faults))
+        fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
+        base = cls()
+        if released.get('control_dim') is not None:
+            last = fields.get('layers', base.layers)
+            fields['control'] = Control(**{
+                ours: released[theirs] for theirs, ours in CONTROL.items()
+                if released.get(theirs) is not None} | (
+                    {} if released.get('control_end_layer') is not None else {'end': last}))
+        fields['sample'] = tuple(released.get(key, default)
+                                 for key, default in zip(SAMPLE, base.sample, strict=True))
+        return cls(**fields)
+
+    def to_released(self) -> dict:
+        """The `transformer/config.json` of this network."""
+        released = {'_class_name': 'CogVideoXTransformer3DModel'} | FIXED
+        released |= {theirs: getattr(self, ours) for theirs, ours in FIELDS.items()}
+        released |= dict(zip(SAMPLE, self.sample, strict=True))
+        released['out_channels'] = self.channels
+        if self.control:
+            released |= {theirs: getattr(self.control, ours) for theirs, ours in CONTROL.items()}
+            released['control_zero_init'] = True
+        return {key: value for key, value in released.items() if value is not None}
+
+
+# Keys of the released config.json: ours, those with one value we implement, and those without effect.
+FIELDS = {'num_attention_heads': 'heads', 'attention_head_dim': 'head_dim',
+          'in_channels': 'channels', 'num_layers': 'layers', 'time_embed_dim': 'time_dim',
+          'text_embed_dim': 'text_dim', 'max_text_seq_length': 'text_length', 'patch_size': 'patch',
+          'spatial_interpolation_scale': 'spatial_scale',
+          'temporal_interpolation_scale': 'temporal_scale', 'norm_eps': 'eps',
+          'cond_proj_dim': 'guidance_dim'}
+CONTROL = {'control_dim': 'dim', 'control_start_layer': 'start', 'control_end_layer': 'end'}
+SAMPLE = ('sample_width', 'sample_height', 'sample_frames')
+FIXED = {'flip_sin_to_cos': True, 'freq_shift': 0, 'dropout': 0.0, 'attention_bias': True,
+         'activation_fn': 'gelu-approximate', 'timestep_activation_fn': 'silu',
+         'norm_elementwise_affine': True, 'use_rotary_positional_embeddings': False,
+         'use_learned_positional_embeddings': False}
+IGNORED = ('out_channels', 'temporal_compression_ratio', 'control_zero_init')
+
+PRESETS = {
+    'tiny': Config(heads=2, head_dim=16, channels=4, layers=4, time_dim=24, text_dim=20,
+                   text_length=7, control=Control(dim=10, start=1, end=3), sample=(12, 8, 17)),
+    '2b': Config(dtype='bfloat16', remat=True),
+    '2b_control': Config(dtype='bfloat16', remat=True, control=Control(768, 15, 30)),
+    'carracing': Config(heads=6, head_dim=32, channels=8, layers=7, time_dim=128, text_dim=64,
+                        text_length=64, spatial_scale=1.0, control=Control(64, 1, 7),
+                        sample=(12, 8, 33)),
+}
+
+
+class DiT(nn.Module):
+    """The whole network: latents, text, noise levels and control -> v-prediction."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, latents, text, level, control=None, guidance=None):
+        """Predicts v.
+
+        Args:
+          latents: noisy latents [B T H W C].
+          text: encoded text [B L Dt].
+          level: noise levels 0 .. 999, [B T] or [B]; the batch may be 1.
+          control: control vectors [B T A], None without control blocks; the batch may be 1.
+          guidance: guidance codes [B T P] or None; T may be 1.
+
+        Returns:
+          v [B T H W C], float32.
+        """
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        level = jnp.asarray(level)
+        level = level[:, None] if level.ndim == 1 else level
+        check(cfg, latents, text, level, control)
+        grid = dict(p=cfg.patch, q=cfg.patch)
+        frames, rows, columns = latents.shape[1], *(n // cfg.patch for n in latents.shape[2:4])
+
+        time = TimeEmbedding(cfg.width, cfg.time_dim, cfg.guidance_dim, dtype,
+                             name='time_embedding')(level, guidance)
+        patches = rearrange(latents, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
+        video = Linear(cfg.width, dtype=dtype, name='patch')(patches)
+        video = video + positions(cfg, frames, rows, columns).astype(dtype)
+        text = Linear(cfg.width, dtype=dtype, name='text')(text)
+        steering = None
+        if cfg.control:
+            steering = (ControlEmbedding(cfg.width, dtype, name='control_embedding')(control),
+                        log_counts(frames * rows * columns, control.shape[1]))
+
+        tokens = (video, text)
+        for name, (start, stop) in cfg.segments.items():
+            layer = {'steered': SteeredLayer}.get(name, Block)
+            given = (time, steering) if name == 'steered' else (time,)
+            tokens, _ = stack(layer, cfg, stop - start, len(given))(cfg, name=name)(tokens, *given)
+
+        video = LayerNorm(cfg.eps, name='norm_final')(tokens[0])
+        parts = Linear(2 * cfg.width, name='modulation_out')(jax.nn.silu(time))
+        shift, scale = rearrange(parts, 'b t (c d) -> c b t 1 d', c=2)
+        video = modulate(LayerNorm(cfg.eps, name='norm_out')(video), shift, scale)
+        patches = Linear(cfg.patch ** 2 * cfg.channels, dtype=dtype, name='out')(video)
+        v = rearrange(patches, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, **grid)
+        return v.astype(jnp.float32)
+
+
+def stack(layer, cfg: Config, length: int, given: int):
+    """A scan of `length` equal layers; `given` inputs are the same for all of them."""
+    if cfg.remat:
+        layer = nn.remat(layer, prevent_cse=False)
+    return nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=length,
+                   in_axes=(nn.broadcast,) * given, unroll=min(cfg.scan_unroll, length))
+
+
+class SteeredLayer(nn.Module):
+    """A block, then a control block."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, tokens, time, steering):
+        """Tokens (video [B T N/T D], text [B L D]), time [B T P], (control, counts) -> tokens."""
+        (video, text), _ = Block(self.cfg, name='block')(tokens, time)
+        video = ControlBlock(self.cfg.heads, self.cfg.eps, jnp.dtype(self.cfg.dtype),
+                             name='control')(video, steering[0], time, steering[1])
+        return (video, text), None
+
+
+class Block(nn.Module):
+    """Joint self-attention over text and video, then a shared MLP; both gated by the level."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, tokens, time):
+        """Tokens (video [B T N/T D], text [B L D]), time [B T P] -> tokens."""
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        attend = MultiHead(cfg.heads, dtype=dtype, name='attention')
+        mlp = Mlp(4 * cfg.width, dtype, name='mlp')
+        for norm, branch in (('norm1', lambda x: attend(x, x)), ('norm2', mlp)):
+            video, text = tokens
+            *normed, gate, text_gate = PairedAdaLN(cfg.eps, name=norm)(video, text, time)
+            y = branch(join(*(x.astype(dtype) for x in normed)))
+            video_y, text_y = split(y, video.shape)
+            tokens = ((video + gate * video_y).astype(dtype),
+                      (text + text_gate * text_y).astype(dtype))
+        return tokens, None
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a tanh-GELU between."""
+    hidden: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """[B N D] -> [B N D]."""
+        y = Linear(self.hidden, dtype=self.dtype, name='up')(x)
+        return Linear(x.shape[-1], dtype=self.dtype, name='down')(jax.nn.gelu(y, approximate=True))
+
+
+def join(video, text):
+    """Video [B T N/T D] and text [B L D] -> one sequence [B L+N D], text first."""
+    return jnp.concatenate([text, rearrange(video, 'b t n d -> b (t n) d')], axis=1)
+
+
+def split(tokens, shape):
+    """The inverse of `join`, for video of the given shape."""
+    text = tokens.shape[1] - shape[1] * shape[2]
+    return rearrange(tokens[:, text:], 'b (t n) d -> b t n d', t=shape[1]), tokens[:, :text]
+
+
+def positions(cfg: Config, frames: int, rows: int, columns: int) -> np.ndarray:
+    """Position codes [T N/T D] of a window; its first frame is always frame 0."""
+    return sincos_3d(scaled_positions(frames, cfg.temporal_scale),
+                     scaled_positions(rows, cfg.spatial_scale),
+                     scaled_positions(columns, cfg.spatial_scale), cfg.width).astype(np.float32)
+
+
+def check(cfg: Config, latents, text, level, control):
+    """Raises ValueError where shapes do not fit the network."""
+    batch, frames, height, width, channels = latents.shape
+    if height % cfg.patch or width % cfg.patch or channels != cfg.channels:
+        raise ValueError(f'latents: got {latents.shape}, expected [B T H W {cfg.channels}] with '
+                         f'H and W multiples of {cfg.patch}')
+    if text.shape[1:] != (cfg.text_length, cfg.text_dim) or text.shape[0] not in (1, batch):
+        raise ValueError(f'text: got {text.shape}, expected '
+                         f'({batch}, {cfg.text_length}, {cfg.text_dim}); pad, do not crop')
+    if level.shape[0] not in (1, batch) or level.shape[1] not in (1, frames):
+        raise ValueError(f'level: got {level.shape}, expected ({batch}, {frames}) or ({batch},)')
+    if (control is None) != (cfg.control is None):
+        raise ValueError(f'control: got {None if control is None else control.shape}, but the '
+                         f'network has {"no" if cfg.control is None else "its"} control blocks')
+    if control is not None and (control.shape[2] != cfg.control.dim
+                                or control.shape[0] not in (1, batch)):
+        raise ValueError(f'control: got {control.shape}, expected '
+                         f'({batch}, {frames}, {cfg.control.dim})')
+
+
+def init(cfg: Config, key, zero_init: bool = False) -> dict:
+    """Fresh float32 parameters.
+
+    Control blocks start as the identity: their modulation is zero.
+
+    Args:
+      cfg: sizes.
+      key: PRNG key.
+      zero_init: also zero every modulation and the output layer, for training from nothing.
+    """
+    params = DiT(cfg).init(key, *_inputs(cfg))['params']
+
+    def start(path, leaf):
+        names = [entry.key for entry in path]
+        modulation = names[-2] == 'linear' and names[-3].startswith('norm')
+        control = modulation and 'control' in names
+        whole = zero_init and (modulation or names[0] in ('modulation_out', 'out'))
+        return jnp.zeros_like(leaf) if control or whole else leaf
+
+    return jax.tree_util.tree_map_with_path(start, params)
+
+
+def shapes(cfg: Config) -> dict:
+    """Parameter tree of ShapeDtypeStructs; nothing is computed."""
+    return jax.eval_shape(lambda key: DiT(cfg).init(key, *_inputs(cfg))['params'],
+                          jax.random.key(0))
+
+
+def count(cfg: Config) -> int:
+    """Number of parameters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes(cfg)))
+
+
+def _inputs(cfg: Config):
+    control = jnp.zeros((1, 1, cfg.control.dim)) if cfg.control else None
+    return (jnp.zeros((1, 1, cfg.patch, cfg.patch, cfg.channels)),
+            jnp.zeros((1, cfg.text_length, cfg.text_dim)), jnp.zeros((1, 1)), control)
+
+
+def weights(cfg: Config) -> tuple[Row, ...]:
+    """Weight table: released state dict <-> our tree."""
+    patch = dict(p=cfg.patch, q=cfg.patch)
+    rows = [Row('patch_embed.proj.weight', 'patch/kernel', 'd c p q -> (p q c) d', sizes=patch),
+            Row('patch_embed.proj.bias', 'patch/bias', 'd -> d'),
+            *_linear('patch_embed.text_proj', 'text', 'i', 'd'),
+            *_linear('time_embedding.linear_1', 'time_embedding/linear_1', 'd', 'p'),
+            *_linear('time_embedding.linear_2', 'time_embedding/linear_2', 'i', 'p'),
+            *_norm('norm_final', 'norm_final', 'd'),
+            *_norm('norm_out.norm', 'norm_out', 'd'),
+            *_linear('norm_out.linear', 'modulation_out', 'p', 'd'),
+            Row('proj_out.weight', 'out/kernel', '(c p q) d -> d (p q c)', sizes=patch),
+            Row('proj_out.bias', 'out/bias', '(c p q) -> (p q c)', sizes=patch)]
+    if cfg.guidance_dim is not None:
+        rows += [Row('time_embedding.cond_proj.weight', 'time_embedding/guidance/kernel',
+                     'd i -> i d')]
+    for name, layers in cfg.segments.items():
+        path = 'steered/block' if name == 'steered' else name
+        torch = 'transformer_blocks.{i}'
+        rows += _attention(torch, path, layers)
+        rows += _adaln(f'{torch}.norm2', f'{path}/norm2', layers)
+        rows += _linear(f'{torch}.ff.net.0.proj', f'{path}/mlp/up', 'd', 'm', layers)
+        rows += _linear(f'{torch}.ff.net.2', f'{path}/mlp/down', 'm', 'd', layers)
+    if cfg.control:
+        rows += _linear('control_embedding.0', 'control_embedding/linear_1', 'i', 'o')
+        rows += _linear('control_embedding.2', 'control_embedding/linear_2', 'i', 'd')
+        rows += _linear('control_embedding.4', 'control_embedding/linear_3', 'd', 'o')
+        rows += _attention('control_blocks.{i}', 'steered/control',
+                           (0, cfg.control.end - cfg.control.start))
+    return tuple(rows)
+
+
+def _attention(torch, path, layers):
+    rows = _adaln(f'{torch}.norm1', f'{path}/norm1', layers)
+    for theirs, ours in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value')):
+        rows += _linear(f'{torch}.attn1.{theirs}', f'{path}/attention/{ours}', 'd', 'k', layers)
+    rows += _linear(f'{torch}.attn1.to_out.0', f'{path}/attention/out', 'k', 'd', layers)
+    rows += _norm(f'{torch}.attn1.norm_q', f'{path}/attention/query_norm', 'e', layers)
+    rows += _norm(f'{torch}.attn1.norm_k', f'{path}/attention/key_norm', 'e', layers)
+    return rows
+
+
+def _adaln(torch, path, layers):
+    return (_linear(f'{torch}.linear', f'{path}/linear', 'p', 'd', layers)
+            + _norm(f'{torch}.norm', f'{path}/norm', 'd', layers))
+
+
+def _linear(torch, path, inner, outer, layers=None):
+    return [Row(f'{torch}.weight', f'{path}/kernel', f'{outer} {inner} -> {inner} {outer}', layers),
+            Row(f'{torch}.bias', f'{path}/bias', f'{outer} -> {outer}', layers)]
+
+
+def _norm(torch, path, letter, layers=None):
+    return [Row(f'{torch}.weight', f'{path}/scale', f'{letter} -> {letter}', layers),
+            Row(f'{torch}.bias', f'{path}/bias', f'{letter} -> {letter}', layers)]

@@ -1,0 +1,92 @@
+"""Norms and their modulation by the noise level, in float32 throughout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.rope import timestep_code
+
+
+class LayerNorm(nn.Module):
+    """Affine LayerNorm over the last axis; statistics, parameters and output in float32."""
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x):
+        """[... D] -> [... D] float32."""
+        scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
+        bias = self.param('bias', nn.initializers.zeros_init(), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + self.eps) * scale.astype(jnp.float32) \
+            + bias.astype(jnp.float32)
+
+
+def modulate(x, shift, scale):
+    """x * (1 + scale) + shift."""
+    return x * (1 + scale) + shift
+
+
+class TimeEmbedding(nn.Module):
+    """Noise level -> embedding: two linear layers on the code of the level.
+
+    Attributes:
+      code_width: width of the sinusoidal code.
+      features: width P of the embedding.
+      guidance: width A of a guidance code that is projected and added, or None.
+      dtype: type that the code is rounded to, and of the multiplies.
+    """
+    code_width: int
+    features: int
+    guidance: int | None = None
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, level, guidance=None):
+        """Levels [B T], guidance codes [B T A] or None -> [B T P] float32."""
+        code = timestep_code(level, self.code_width).astype(self.dtype)
+        if self.guidance is not None:
+            if guidance is None:  # the layer stays, so that its weights load; it adds zero
+                guidance = jnp.zeros((1, 1, self.guidance))
+            code = code + Linear(self.code_width, use_bias=False, dtype=self.dtype,
+                                 name='guidance')(guidance)
+        hidden = jax.nn.silu(Linear(self.features, dtype=self.dtype, name='linear_1')(code))
+        return Linear(self.features, dtype=self.dtype, name='linear_2')(hidden).astype(jnp.float32)
+
+
+class PairedAdaLN(nn.Module):
+    """One LayerNorm for video and side tokens, each with its own shift, scale and gate.
+
+    Attributes:
+      eps: epsilon of the norm.
+    """
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, video, side, time):
+        """Normalised tokens and the gates of their residuals.
+
+        Args:
+          video: [B T N/T D].
+          side: text or control tokens [B L D].
+          time: embedded level of each frame [B T P]; T = 1 is one level for all frames.
+
+        Returns:
+          video [B T N/T D], side [B L D], gate [B T 1 D], side gate [B 1 D]; all float32.
+        """
+        width = video.shape[-1]
+        parts = Linear(6 * width, name='linear')(jax.nn.silu(time))
+        shift, scale, gate = rearrange(parts[..., :3 * width], 'b t (c d) -> c b t 1 d', c=3)
+        # PARITY: tokens without a frame follow the last frame, which is the noisiest one.
+        side_shift, side_scale, side_gate = rearrange(parts[:, -1, 3 * width:],
+                                                      'b (c d) -> c b 1 d', c=3)
+        norm = LayerNorm(self.eps, name='norm')
+        return (modulate(norm(video), shift, scale), modulate(norm(side), side_shift, side_scale),
+                gate, side_gate)
