@@ -1,0 +1,210 @@
+"""Recipes, typed overrides, and the one line that a user's error gives."""
+
+import dataclasses
+import subprocess
+import sys
+import types
+from typing import Any, Literal
+
+import pytest
+
+from matrix_jax import config
+from matrix_jax.config import Mesh, Parser, Run, UsageError
+
+
+@dataclasses.dataclass(frozen=True)
+class Net:
+    width: int = 8
+    dtype: Literal['float32', 'bfloat16'] = 'float32'
+    patch: tuple[int, int] = (1, 2)
+    kernels: tuple[int, ...] = (3,)
+    cap: float | None = None
+    remat: bool = False
+    table: dict = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.width % 2:
+            raise ValueError(f'net.width: got {self.width}, expected an even number')
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    dit: Net = Net()
+    size: Any = 96
+
+
+RUN = Run(world=World(), stage=None, weights='tiny')
+
+
+@pytest.fixture(autouse=True)
+def recipes(monkeypatch):
+    """Two worlds that stand in for configs/."""
+    modules = {
+        'carracing': types.SimpleNamespace(DEFAULT='SWIN', SWIN=RUN, VAE=Run(World()), OTHER=3),
+        'doom': types.SimpleNamespace(TINY=Run(World(dit=Net(width=4)))),
+    }
+    real = config._module
+    monkeypatch.setattr(config, '_worlds', lambda: sorted(modules))
+    monkeypatch.setattr(config, '_module', lambda world: modules.get(world) or real(world))
+    return monkeypatch
+
+
+def test_names_of_recipes():
+    assert config.load().name == 'carracing:SWIN'
+    assert config.load('carracing').name == 'carracing:SWIN'
+    assert config.load('carracing:vae').name == 'carracing:VAE'
+    assert config.load('doom:TINY').world.dit.width == 4
+    assert config.list_recipes() == ['carracing:SWIN', 'carracing:VAE', 'doom:TINY']
+
+
+def test_recipes_are_read_from_a_folder(recipes, tmp_path):
+    recipes.undo()
+    recipes.setattr(config, '_folder', lambda: tmp_path)
+    (tmp_path / 'toy.py').write_text(
+        'from matrix_jax.config import Run\nDEFAULT = "SMALL"\nSMALL = Run(world=None)\n')
+    assert config.load('toy').name == 'toy:SMALL'
+    assert config.list_recipes() == ['toy:SMALL']
+    with pytest.raises(UsageError, match='unknown world'):
+        config.load('../toy')
+
+
+@pytest.mark.parametrize('overrides, path, value', [
+    (['--mesh.seq', '4'], 'mesh.seq', 4),
+    (['--mesh.seq=4'], 'mesh.seq', 4),
+    (['--steps', '7'], 'train.steps', 7),
+    (['--train.log-every=5'], 'train.log_every', 5),
+    (['--learning_rate', '1e-3'], 'train.learning_rate', 1e-3),
+    (['--train.betas', '0.8, 0.9'], 'train.betas', (0.8, 0.9)),
+    (['--train.schedule=cosine'], 'train.schedule', 'cosine'),
+    (['--world.dit.width', '16'], 'world.dit.width', 16),
+    (['--world.dit.patch=(2,4)'], 'world.dit.patch', (2, 4)),
+    (['--world.dit.kernels=3,5,7'], 'world.dit.kernels', (3, 5, 7)),
+    (['--world.dit.cap=-1.5'], 'world.dit.cap', -1.5),
+    (['--world.dit.cap', 'none'], 'world.dit.cap', None),
+    (['--world.dit.remat', '--mesh.seq=2'], 'world.dit.remat', True),
+    (['--world.dit.remat', 'no'], 'world.dit.remat', False),
+    (['--world.size=48'], 'world.size', 48),
+    (['--weights', 'none'], 'weights', None),
+    (['--out', 'a=b/c'], 'out', 'a=b/c'),
+])
+def test_override_is_typed_by_its_field(overrides, path, value):
+    found = config.load('carracing', overrides)
+    for part in path.split('.'):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+def test_last_override_wins_and_others_stay():
+    run = config.load('carracing', ['--mesh.seq=2', '--mesh.data=4', '--mesh.seq=3'])
+    assert run.mesh == Mesh(data=4, seq=3)
+    assert run.world is RUN.world
+
+
+@pytest.mark.parametrize('recipe, overrides, words', [
+    ('carracng', [], ["unknown world 'carracng' (did you mean carracing?)", 'carracing, doom']),
+    ('carracing:SWIM', [], ['carracing:SWIM (did you mean SWIN?)', 'SWIN, VAE']),
+    ('doom', [], ['unknown recipe doom:', 'TINY']),
+    ('doom', ['x'], ['unknown recipe doom']),
+    ('carracing', ['--mesh.sequ=2'], ["--mesh.sequ: no field 'sequ' (did you mean seq?)",
+                                      'fields of Mesh: data, fsdp, tensor, seq']),
+    ('carracing', ['--stepz=2'], ["no field 'stepz' (did you mean steps?)"]),
+    ('carracing', ['--stage.groups=2'], ['--stage.groups: this recipe has none']),
+    ('carracing', ['--weights.x=2'], ["'tiny' has no fields"]),
+    ('carracing', ['--mesh=2'], ['--mesh: is a group', '--mesh.seq']),
+    ('carracing', ['--mesh.seq=two'], ["--mesh.seq: got 'two', expected int"]),
+    ('carracing', ['--mesh.seq=1.5'], ["got '1.5', expected int"]),
+    ('carracing', ['--mesh.seq'], ['--mesh.seq: needs a value']),
+    ('carracing', ['--mesh.seq=0'], ['--mesh.seq 0: mesh.seq: got 0, expected at least 1']),
+    ('carracing', ['--learning_rate=nan'], ["got 'nan', expected float"]),
+    ('carracing', ['--learning_rate=-1'], ['got -1.0, expected at least 0']),
+    ('carracing', ['--train.betas=0.9'], ["got '0.9' with 1 values, expected 2"]),
+    ('carracing', ['--train.schedule=linear'], ["got 'linear', expected constant | cosine"]),
+    ('carracing', ['--world.dit.remat=maybe'], ["got 'maybe', expected bool"]),
+    ('carracing', ['--world.dit.width=3'], ['net.width: got 3, expected an even number']),
+    ('carracing', ['--world.dit.table=3'], ['type dict is set in a recipe']),
+    ('carracing', ['stray'], ["unexpected argument 'stray'"]),
+])
+def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
+    with pytest.raises(UsageError) as error:
+        config.load(recipe, overrides)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert '\n' not in message
+
+
+def test_describe_names_what_can_be_set():
+    text = config.describe(config.load())
+    for field in ('--mesh.seq', '--train.betas', '--world.dit.dtype', '--weights', '--stage'):
+        assert field in text
+    assert 'float32 | bfloat16' in text and '--name' not in text
+
+
+def parser():
+    made = Parser('Does a thing.')
+    made.add_argument('--length', type=float, default=8)
+    made.add_argument('--prompt', default='')
+    return made
+
+
+@pytest.mark.parametrize('argv', [
+    ['carracing:VAE', '--length', '2', '--mesh.seq', '4', '--prompt=x'],
+    ['--length=2', '--mesh.seq=4', '--prompt', 'x', 'carracing:VAE'],
+])
+def test_parser_splits_options_from_fields(argv):
+    options, run = parser().run(argv)
+    assert (options.length, options.prompt) == (2, 'x')
+    assert (run.name, run.mesh.seq) == ('carracing:VAE', 4)
+
+
+@pytest.mark.parametrize('argv, words', [
+    (['--length', 'long'], "--length: invalid float value: 'long'"),
+    (['--lenght', '3'], 'the tool has an option --length'),
+    (['--length'], 'expected one argument'),
+])
+def test_parser_errors_are_usage_errors(argv, words):
+    with pytest.raises(UsageError, match=words):
+        parser().run(argv)
+
+
+def test_help_lists_options_recipes_and_fields(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parser().run(['doom:TINY', '--help'])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert all(word in text for word in ('--length', 'carracing:VAE', '--world.dit.width'))
+
+
+@pytest.mark.parametrize('raised, code, line', [
+    (UsageError('mesh: too\n  many'), 2, 'error: mesh: too; many\n'),
+    (PermissionError(13, 'Permission denied', 'x.mp4'), 2,
+     "error: [Errno 13] Permission denied: 'x.mp4'\n"),
+    (KeyboardInterrupt(), 130, 'interrupted\n'),
+    (None, 0, ''),
+])
+def test_main_guard(capsys, raised, code, line):
+    def main(argv):
+        assert argv == ['a']
+        if raised:
+            raise raised
+
+    with pytest.raises(SystemExit) as stop:
+        config.main_guard(main, ['a'])
+    assert stop.value.code == code
+    assert capsys.readouterr().err == line
+
+
+def test_a_bug_keeps_its_traceback():
+    def main(argv):
+        raise ValueError('a bug')
+
+    with pytest.raises(ValueError, match='a bug'):
+        config.main_guard(main, [])
+    with pytest.raises(UsageError, match='a door'), config.door():
+        raise ValueError('a door')
+
+
+def test_importing_config_imports_nothing_heavy():
+    code = ('import sys, matrix_jax.config\n'
+            "print(sorted({'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == '[]'
