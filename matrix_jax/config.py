@@ -51,32 +51,17 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """What the training loop does, whatever the stage."""
+    """What the training loop does, whatever the stage; `keep` counts saved steps."""
     steps: int = 1000
     batch: int = 8
     seed: int = 0
-    learning_rate: float = 1e-4
-    schedule: Literal['constant', 'cosine'] = 'constant'
-    warmup: int = 0
-    betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 1e-3
-    clip: float = 1.0
-    ema: float = 0.999
     log_every: int = 20
     save_every: int = 500
     keep: int = 3
 
     def __post_init__(self):
-        for name in ('batch', 'log_every', 'save_every', 'keep'):
-            at_least(f'train.{name}', getattr(self, name), 1)
-        for name in ('steps', 'seed', 'warmup', 'learning_rate', 'weight_decay'):
-            at_least(f'train.{name}', getattr(self, name), 0)
-        if self.clip <= 0:
-            raise ValueError(f'train.clip: got {self.clip}, expected a positive gradient norm')
-        if not 0 <= self.ema < 1:
-            raise ValueError(f'train.ema: got {self.ema}, expected a decay in [0, 1)')
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f'train.betas: got {self.betas}, expected two decays in [0, 1)')
+        for name, value in dataclasses.asdict(self).items():
+            at_least(f'train.{name}', value, 0 if name in ('steps', 'seed') else 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ class Net:
     width: int = 8
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     patch: tuple[int, int] = (1, 2)
+    rate: float = 0.5
     kernels: tuple[int, ...] = (3,)
     cap: float | None = None
     remat: bool = False
@@ -73,10 +74,10 @@ def test_recipes_are_read_from_a_folder(recipes, tmp_path):
     (['--mesh.seq=4'], 'mesh.seq', 4),
     (['--steps', '7'], 'train.steps', 7),
     (['--train.log-every=5'], 'train.log_every', 5),
-    (['--learning_rate', '1e-3'], 'train.learning_rate', 1e-3),
-    (['--train.betas', '0.8, 0.9'], 'train.betas', (0.8, 0.9)),
-    (['--train.schedule=cosine'], 'train.schedule', 'cosine'),
+    (['--world.dit.rate', '1e-3'], 'world.dit.rate', 1e-3),
+    (['--world.dit.dtype=bfloat16'], 'world.dit.dtype', 'bfloat16'),
     (['--world.dit.width', '16'], 'world.dit.width', 16),
+    (['--world.dit.patch', '2, 4'], 'world.dit.patch', (2, 4)),
     (['--world.dit.patch=(2,4)'], 'world.dit.patch', (2, 4)),
     (['--world.dit.kernels=3,5,7'], 'world.dit.kernels', (3, 5, 7)),
     (['--world.dit.cap=-1.5'], 'world.dit.cap', -1.5),
@@ -115,10 +116,10 @@ def test_last_override_wins_and_others_stay():
     ('carracing', ['--mesh.seq=1.5'], ["got '1.5', expected int"]),
     ('carracing', ['--mesh.seq'], ['--mesh.seq: needs a value']),
     ('carracing', ['--mesh.seq=0'], ['--mesh.seq 0: mesh.seq: got 0, expected at least 1']),
-    ('carracing', ['--learning_rate=nan'], ["got 'nan', expected float"]),
-    ('carracing', ['--learning_rate=-1'], ['got -1.0, expected at least 0']),
-    ('carracing', ['--train.betas=0.9'], ["got '0.9' with 1 values, expected 2"]),
-    ('carracing', ['--train.schedule=linear'], ["got 'linear', expected constant | cosine"]),
+    ('carracing', ['--world.dit.rate=nan'], ["got 'nan', expected float"]),
+    ('carracing', ['--steps=-1'], ['train.steps: got -1, expected at least 0']),
+    ('carracing', ['--world.dit.patch=9'], ["got '9' with 1 values, expected 2"]),
+    ('carracing', ['--world.dit.dtype=int8'], ["got 'int8', expected float32 | bfloat16"]),
     ('carracing', ['--world.dit.remat=maybe'], ["got 'maybe', expected bool"]),
     ('carracing', ['--world.dit.width=3'], ['net.width: got 3, expected an even number']),
     ('carracing', ['--world.dit.table=3'], ['type dict is set in a recipe']),
@@ -134,7 +135,7 @@ def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
 
 def test_describe_names_what_can_be_set():
     text = config.describe(config.load())
-    for field in ('--mesh.seq', '--train.betas', '--world.dit.dtype', '--weights', '--stage'):
+    for field in ('--mesh.seq', '--world.dit.patch', '--world.dit.dtype', '--weights', '--stage'):
         assert field in text
     assert 'float32 | bfloat16' in text and '--name' not in text
 
