@@ -1,0 +1,171 @@
+"""T5 v1.1 text encoder (arXiv 1910.10683, gated feed-forward of arXiv 2002.05202).
+
+    x <- x + o(softmax(q k' + bias) v)          q, k, v, o of rms(x), logits not scaled
+    x <- x + wo(gelu(wi_0 rms(x)) * wi_1 rms(x))
+
+The bias is one learned number per head and per bucket of (key position - query position); the
+table belongs to the first layer and serves all of them. Released: google/t5-v1_1-xxl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from matrix_jax.convert import Drop, Row
+from matrix_jax.nn.attention import attention
+from matrix_jax.nn.linear import Linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the encoder; D = dim, K = heads, E = head_dim, M = mlp_dim."""
+    vocab: int = 32128
+    dim: int = 4096
+    layers: int = 24
+    heads: int = 64
+    head_dim: int = 64
+    mlp_dim: int = 10240
+    buckets: int = 32
+    max_distance: int = 128
+    eps: float = 1e-6
+    dtype: Any = jnp.float32
+
+    @classmethod
+    def from_released(cls, released: Mapping) -> Config:
+        """Reads `text_encoder/config.json`.
+
+        Raises:
+          ValueError: a size is missing, or the file asks for another kind of T5.
+        """
+        for key, wanted in _FIXED.items():
+            if released.get(key, wanted) != wanted:
+                raise ValueError(f't5 config.json: {key} is {released[key]!r}, expected {wanted!r}')
+        if 'feed_forward_proj' not in released:  # the format's own default is plain relu
+            raise ValueError(f"t5 config.json: no 'feed_forward_proj', expected "
+                             f"{_FIXED['feed_forward_proj']!r}")
+        missing = [key for name, key in _NAMES.items() if name in _SIZES and key not in released]
+        if missing:
+            raise ValueError(f't5 config.json: missing {", ".join(missing)}')
+        return cls(**{name: released[key] for name, key in _NAMES.items() if key in released})
+
+    def to_released(self) -> dict:
+        """What `text_encoder/config.json` says of this encoder."""
+        sizes = {key: getattr(self, name) for name, key in _NAMES.items()}
+        return {'_class_name': 'T5EncoderModel', 'architectures': ['T5EncoderModel'],
+                'model_type': 't5', 'is_encoder_decoder': False, 'pad_token_id': 0,
+                'eos_token_id': 1, **_FIXED, **sizes}
+
+
+_NAMES = {'vocab': 'vocab_size', 'dim': 'd_model', 'layers': 'num_layers', 'heads': 'num_heads',
+          'head_dim': 'd_kv', 'mlp_dim': 'd_ff', 'buckets': 'relative_attention_num_buckets',
+          'max_distance': 'relative_attention_max_distance', 'eps': 'layer_norm_epsilon'}
+_SIZES = ('vocab', 'dim', 'layers', 'heads', 'head_dim', 'mlp_dim')
+_FIXED = {'feed_forward_proj': 'gated-gelu', 'dense_act_fn': 'gelu_new', 'is_gated_act': True}
+
+PRESETS = {
+    'v1_1_xxl': Config(),
+    # 259 ids: the bytes of UTF-8 after pad, end and unknown (`tokenizers.write_byte_tokenizer`).
+    'carracing': Config(vocab=259, dim=64, layers=2, heads=4, head_dim=16, mlp_dim=128),
+    'tiny': Config(vocab=259, dim=16, layers=2, heads=2, head_dim=8, mlp_dim=32, buckets=8,
+                   max_distance=16),
+}
+
+
+class T5Encoder(nn.Module):
+    """Token ids [B L] -> features [B L D]."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        # PARITY: The Matrix passes no attention mask, so padding is attended to like text.
+        cfg = self.cfg
+        table = self.param('embedding', nn.initializers.normal(1.0), (cfg.vocab, cfg.dim))
+        x = jnp.take(table, ids, axis=0).astype(cfg.dtype)
+        bias = self.param('relative_bias', nn.initializers.normal(cfg.dim ** -0.5),
+                          (cfg.buckets, cfg.heads))
+        bias = rearrange(bias[relative_buckets(ids.shape[1], cfg)], 'n s k -> 1 k n s')
+        layers = nn.scan(Layer, variable_axes={'params': 0}, split_rngs={'params': True},
+                         in_axes=nn.broadcast, length=cfg.layers)
+        x, _ = layers(cfg, name='layers')(x, bias)
+        return rms_norm(cfg, 'final_norm')(x)
+
+
+class Layer(nn.Module):
+    """Self-attention, then the gated feed-forward."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x: jax.Array, bias: jax.Array):
+        cfg = self.cfg
+
+        def linear(features, name):
+            return Linear(features, use_bias=False, dtype=cfg.dtype, name=name)
+
+        def heads(y):
+            return rearrange(y, 'b n (k e) -> b n k e', k=cfg.heads)
+
+        inner = cfg.heads * cfg.head_dim
+        h = rms_norm(cfg, 'norm_attention')(x)
+        q, k, v = (heads(linear(inner, name)(h)) for name in 'qkv')
+        h = rearrange(attention(q, k, v, bias=bias, scale=1.0), 'b n k e -> b n (k e)')
+        x = x + linear(cfg.dim, 'o')(h)
+
+        h = rms_norm(cfg, 'norm_mlp')(x)
+        h = nn.gelu(linear(cfg.mlp_dim, 'wi_0')(h), approximate=True) * linear(cfg.mlp_dim, 'wi_1')(h)
+        return x + linear(cfg.dim, 'wo')(h), None
+
+
+def rms_norm(cfg: Config, name: str) -> nn.Module:
+    """Root-mean-square norm with a learned scale; statistics in float32."""
+    return nn.RMSNorm(epsilon=cfg.eps, dtype=cfg.dtype, name=name)
+
+
+def relative_buckets(length: int, cfg: Config) -> np.ndarray:
+    """Bucket of every (query, key) pair, int [L L].
+
+    Half of the buckets are for keys on the right; of each half, the first half counts single
+    positions and the rest widens logarithmically up to `max_distance`.
+    """
+    offset = np.arange(length)[None, :] - np.arange(length)[:, None]
+    half = cfg.buckets // 2
+    exact = half // 2
+    distance = np.abs(offset)
+    ratio = np.log(np.maximum(distance, 1) / exact) / np.log(cfg.max_distance / exact)
+    # The nudge keeps whole results of the logarithm whole: floor must not see 1.9999999.
+    wide = exact + np.floor(ratio * (half - exact) + 1e-6).astype(np.int32)
+    near = np.where(distance < exact, distance, np.minimum(wide, half - 1))
+    return np.where(offset > 0, half, 0) + near
+
+
+def weights(cfg: Config) -> tuple[Row | Drop, ...]:
+    """Torch names of `T5EncoderModel`."""
+    layer = 'encoder.block.{i}.layer.'
+    stack = (0, cfg.layers)
+
+    def rows(torch, names, layout):
+        return [Row(f'{layer}{torch}.{name}.weight', f'layers/{name}/kernel', layout, layers=stack)
+                for name in names]
+
+    return (
+        Row('shared.weight', 'embedding', 'v d -> v d'),
+        Drop('encoder.embed_tokens.weight', why='tied: the same tensor as shared.weight'),
+        Row('encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
+            'relative_bias', 'r k -> r k'),
+        *rows('0.SelfAttention', 'qkv', 'k d -> d k'),
+        *rows('0.SelfAttention', 'o', 'd k -> k d'),
+        Row(f'{layer}0.layer_norm.weight', 'layers/norm_attention/scale', 'd -> d', layers=stack),
+        *rows('1.DenseReluDense', ('wi_0', 'wi_1'), 'm d -> d m'),
+        *rows('1.DenseReluDense', ('wo',), 'd m -> m d'),
+        Row(f'{layer}1.layer_norm.weight', 'layers/norm_mlp/scale', 'd -> d', layers=stack),
+        Row('encoder.final_layer_norm.weight', 'final_norm/scale', 'd -> d'),
+        Drop('decoder.*', why='the decoder of an encoder-decoder checkpoint; only text is encoded'),
+        Drop('lm_head.weight', why='the output layer of that decoder'),
+    )
