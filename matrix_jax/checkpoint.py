@@ -1,0 +1,372 @@
+"""Weights and training state on disk.
+
+Weights, of released and bundled worlds alike, are folders in the released (diffusers) layout:
+one sub-folder per component with `config.json` and safetensors. Nothing else is read: pickles are
+refused by content. Training state is orbax, restored straight into its shardings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from matrix_jax import convert, leaves
+from matrix_jax.config import UsageError
+
+ASSETS = Path(__file__).parent / 'assets'
+STEMS = ('diffusion_pytorch_model', 'model')  # names that diffusers and transformers give
+SHARD_SIZE = 5 * 10**9
+HUB_FILES = ('*.json', '*.safetensors', '*.model', '*.txt')
+
+
+class CheckpointError(UsageError):
+    """A folder of weights or of training state cannot be used."""
+
+
+# --- finding a folder ------------------------------------------------------------------------
+
+
+def resolve(weights: str) -> Path:
+    """The local folder of weights: a bundled name, a folder, or a hub repository.
+
+    A hub repository is 'owner/name', 'owner/name/sub/folder' or either with '@revision'. A bundled
+    name wins over a folder of the same name (write './name' for the folder).
+    """
+    text = str(weights)
+    if re.fullmatch(r'\w+', text) and (ASSETS / text).is_dir():
+        return ASSETS / text
+    path = Path(text).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f'weights: {text} is a file, expected a folder in the released '
+                              'layout (tools/convert.py makes one)')
+    match = re.fullmatch(r'([\w-][\w.-]*/[\w-][\w.-]*)(/[\w./-]+)?(@[\w./-]+)?', text)
+    if not match or '..' in text:
+        bundled = ', '.join(sorted(one.name for one in ASSETS.glob('[!_.]*') if one.is_dir()))
+        raise CheckpointError(f'weights: no folder {text}; expected a folder, a hub repository '
+                              f'owner/name, or a bundled name ({bundled or "none here"})')
+    return _download(match[1], (match[2] or '').strip('/'), (match[3] or '@')[1:] or None)
+
+
+def _download(repo: str, folder: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+
+    patterns = [f'{folder}/{name}' if folder else name for name in HUB_FILES]
+    try:
+        root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f'weights: {repo} is neither a folder here nor a hub repository that can be reached '
+            f'({type(error).__name__}: {reason[0] if reason else "no reason given"})') from error
+    if not (root / folder).is_dir():
+        raise CheckpointError(f'weights: the hub repository {repo} has no folder {folder}')
+    return root / folder
+
+
+# --- reading the released layout -------------------------------------------------------------
+
+
+def read_component(folder: str | Path, name: str) -> tuple[dict[str, Any], Tensors]:
+    """(config, tensors) of one component, such as 'transformer'; tensors are read on access."""
+    return read_config(folder, name), Tensors(_component(folder, name))
+
+
+def read_config(folder: str | Path, name: str) -> dict[str, Any]:
+    """config.json of one component."""
+    return read_json(folder, name, 'config.json')
+
+
+def read_json(folder: str | Path, name: str, file: str) -> dict[str, Any]:
+    """The JSON object in `folder/name/file`."""
+    path = _component(folder, name) / file
+    try:
+        found = json.loads(path.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise CheckpointError(f'{path}: no such file') from None
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f'{path}: not readable as JSON ({error})') from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f'{path}: got a JSON {type(found).__name__}, expected an object')
+    return found
+
+
+def _component(folder: str | Path, name: str) -> Path:
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f'{folder}: no such folder')
+    if not (folder / name).is_dir():
+        there = ', '.join(sorted(path.name for path in folder.glob('*/'))) or 'no folder'
+        raise CheckpointError(f'{folder}: no component {name}; it has {there}')
+    return folder / name
+
+
+class Tensors(Mapping[str, np.ndarray]):
+    """The tensors of one component folder by name, read from its safetensors on access."""
+
+    def __init__(self, folder: Path):
+        self._files = {}
+        shards, listed = _shards(folder)
+        for shard in shards:
+            for name in (file := _open(shard)).keys():
+                if name in self._files:
+                    raise CheckpointError(f'{shard}: tensor {name} is in another shard as well')
+                self._files[name] = file
+        if listed is not None and listed != set(self._files):
+            lost, extra = sorted(listed - set(self._files)), sorted(set(self._files) - listed)
+            raise CheckpointError(f'{folder}: shards and index differ: '
+                                  f'missing {_some(lost)}; not in the index {_some(extra)}')
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._files[name].get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
+    """The safetensors files of a component, and the tensor names that an index lists."""
+    single = [folder / f'{stem}.safetensors' for stem in STEMS]
+    indices = [folder / f'{stem}.safetensors.index.json' for stem in STEMS]
+    found = [path for path in single + indices if path.exists()]
+    if len(found) > 1:
+        raise CheckpointError(f'{folder}: got {" and ".join(path.name for path in found)}, '
+                              'expected one of them')
+    if not found:
+        pickles = [path.name for path in folder.iterdir() if path.suffix in ('.bin', '.pth', '.pt')]
+        raise CheckpointError(
+            f'{folder}: {_some(pickles)} is a pickle, which is not read here; '
+            'tools/convert.py makes safetensors of it' if pickles else
+            f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an index.json')
+    if found[0] in single:
+        return found, None
+    weight_map = read_json(folder, '', found[0].name).get('weight_map')
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f'{found[0]}: no weight_map')
+    names = sorted(set(map(str, weight_map.values())))
+    for name in names:
+        if Path(name).name != name or not name.endswith('.safetensors'):
+            raise CheckpointError(f'{found[0]}: shard {name!r} is not a plain .safetensors name')
+        if not (folder / name).is_file():
+            raise CheckpointError(f'{found[0]}: names the shard {name}, which is missing')
+    return [folder / name for name in names], set(weight_map)
+
+
+def _open(path: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, 'numpy')
+    except SafetensorError as error:
+        raise CheckpointError(f'{path}: {_diagnose(path) or error}') from error
+
+
+def _diagnose(path: Path) -> str | None:
+    """Why a file is no safetensors, judged by its content."""
+    size = path.stat().st_size
+    with path.open('rb') as file:
+        head = file.read(64)
+    if head[:2] == b'PK' or (head[:1] == b'\x80' and head[1:2] in (b'\2', b'\3', b'\4', b'\5')
+                             and head[8:9] != b'{'):
+        return ('a PyTorch pickle under a .safetensors name; it can run code, so it is not read '
+                '(tools/convert.py makes safetensors of it)')
+    if head.startswith(b'version https://git-lfs'):
+        return 'a git-lfs pointer, not the file itself; fetch it with git lfs pull'
+    header = int.from_bytes(head[:8], 'little')
+    if size < 8 or (head[8:9] == b'{' and size < 8 + header):
+        return f'truncated: {size} bytes end inside the header'
+    if head[8:9] != b'{':
+        return 'not a safetensors file'
+    with path.open('rb') as file:
+        file.seek(8)
+        try:
+            table = json.loads(file.read(header))
+            ends = [one['data_offsets'][1] for name, one in table.items() if name != '__metadata__']
+        except (ValueError, TypeError, KeyError, IndexError):
+            return 'corrupt: its header is not valid JSON of tensors'
+    wanted = 8 + header + max(ends, default=0)
+    return f'truncated: {size} bytes of {wanted}' if size < wanted else None
+
+
+def _some(names: list[str], shown: int = 5) -> str:
+    more = f' and {len(names) - shown} more' if len(names) > shown else ''
+    return ', '.join(names[:shown]) + more if names else 'none'
+
+
+# --- writing the released layout -------------------------------------------------------------
+
+
+def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
+                    tensors: Mapping[str, Any], dtype: str = 'bfloat16',
+                    shard_size: int = SHARD_SIZE) -> Path:
+    """Writes one component; floating tensors are stored in `dtype`. All of it appears at once."""
+    import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
+    from safetensors.numpy import save_file
+
+    def stored(value) -> np.dtype:
+        kind = np.dtype(value.dtype)
+        return np.dtype(dtype) if kind.kind == 'f' or kind.name.startswith(('bf', 'fl')) else kind
+
+    shards, used = [[]], 0
+    for key in sorted(tensors):
+        size = int(np.prod(tensors[key].shape)) * stored(tensors[key]).itemsize
+        if shards[-1] and used + size > shard_size:
+            shards, used = shards + [[]], 0
+        shards[-1].append(key)
+        used += size
+    stem = STEMS[0] if '_class_name' in config else STEMS[1]
+    files = ([f'{stem}.safetensors'] if len(shards) == 1 else
+             [f'{stem}-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)])
+
+    def fill(target: Path):
+        write_json(target, 'config.json', config)
+        total = 0
+        for file, keys in zip(files, shards):
+            arrays = {key: np.ascontiguousarray(np.asarray(tensors[key]), stored(tensors[key]))
+                      .reshape(tensors[key].shape) for key in keys}
+            total += sum(array.nbytes for array in arrays.values())
+            save_file(arrays, target / file, metadata={'format': 'pt'})
+        if len(files) > 1:
+            weight_map = {key: file for file, keys in zip(files, shards) for key in keys}
+            write_json(target, f'{stem}.safetensors.index.json',
+                       {'metadata': {'total_size': total}, 'weight_map': weight_map})
+
+    return replace_folder(Path(folder) / name, fill)
+
+
+def write_json(folder: str | Path, file: str, value: Mapping[str, Any]) -> Path:
+    """Writes `folder/file`, which appears at once; the folder is made if it is missing."""
+    path = Path(folder) / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    part.write_text(json.dumps(value, indent=2) + '\n', encoding='utf-8')
+    return part.replace(path)
+
+
+def replace_folder(folder: Path, fill) -> Path:
+    """Makes `folder` with `fill(temporary folder)`; an older one stays if that fails."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
+    try:
+        fresh, old = part / 'new', part / 'old'
+        fresh.mkdir()
+        fill(fresh)
+        if folder.exists():
+            folder.rename(old)
+        fresh.rename(folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+# --- training state --------------------------------------------------------------------------
+
+
+class Checkpoints:
+    """Training state in a folder: the newest `keep` steps, each complete or absent.
+
+    A step is a tree of arrays and a JSON object (iterator state, recipe), committed together by
+    one rename, so a killed save leaves the steps before it. Leaves are arrays, typed PRNG keys or
+    Python and numpy scalars. Saving goes on in the background; `wait` for it, or `close`.
+    """
+
+    def __init__(self, folder: str | Path, keep: int = 3, every: int = 1):
+        """Args: `save` skips steps that are no multiple of `every`, unless forced."""
+        import orbax.checkpoint as ocp
+
+        folder = Path(folder).expanduser().resolve()
+        if folder.exists() and not folder.is_dir():
+            raise CheckpointError(f'{folder}: is a file, expected a folder for training state')
+        self.folder = folder
+        self._ocp = ocp
+        self._manager = ocp.CheckpointManager(
+            folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every),
+            item_handlers={'state': ocp.StandardCheckpointHandler(),
+                           'extra': ocp.JsonCheckpointHandler()})
+
+    def latest(self) -> int | None:
+        """The newest complete step."""
+        self.wait()
+        return self._manager.latest_step()
+
+    def save(self, step: int, state, extra: Mapping[str, Any] | None = None,
+             force: bool = False) -> bool:
+        """Starts to save a step; False if it is not due, or is there already."""
+        if step in self._manager.all_steps():
+            return False
+        args = self._ocp.args
+        return self._manager.save(step, force=force, args=args.Composite(
+            state=args.StandardSave(leaves.to_plain(state)),
+            extra=args.JsonSave(dict(extra or {}))))
+
+    def restore(self, abstract_state=None, step: int | None = None):
+        """(step, state, extra) of the newest step (or of `step`); None if there is none.
+
+        Args:
+          abstract_state: tree of arrays or ShapeDtypeStructs to restore into, with shardings
+            (without one, the first device); None gives nested dicts of numpy arrays.
+          step: a step to restore instead of the newest.
+
+        Raises:
+          CheckpointError: no such step, or its leaves differ from `abstract_state`.
+        """
+        self.wait()
+        steps = sorted(self._manager.all_steps())
+        if step is None and not steps:
+            return None
+        step = steps[-1] if step is None else step
+        if step not in steps:
+            raise CheckpointError(f'{self.folder}: no step {step}; there are '
+                                  + (', '.join(map(str, steps)) or 'none'))
+        metadata = self._manager.item_metadata(step)['state']
+        if metadata is None:
+            raise CheckpointError(f'{self.folder}: step {step} is no training state')
+        saved = {name: (tuple(leaf.shape), np.dtype(leaf.dtype))
+                 for name, leaf in metadata.tree.items()}
+        if abstract_state is None:
+            targets = {name: np.empty(*leaf) for name, leaf in saved.items()}
+        else:
+            targets = leaves.targets(abstract_state)
+            _compare(f'{self.folder}: step {step}', saved, targets)
+        args = self._ocp.args
+        found = self._manager.restore(step, args=args.Composite(
+            state=args.StandardRestore(targets), extra=args.JsonRestore()))
+        flat = dict(found['state'])
+        state = (convert.unflatten(flat) if abstract_state is None
+                 else leaves.from_plain(abstract_state, flat))
+        return step, state, found['extra']
+
+    def wait(self):
+        """Returns when every started save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self):
+        """Waits, then gives up the folder."""
+        self.wait()
+        self._manager.close()
+
+
+def _compare(where: str, saved: Mapping[str, Any], targets: Mapping[str, Any]):
+    wrong = [f'{name}: got {saved[name][1]}{list(saved[name][0])}, '
+             f'expected {targets[name].dtype}{list(targets[name].shape)}'
+             for name in sorted(set(saved) & set(targets))
+             if saved[name] != (tuple(targets[name].shape), np.dtype(targets[name].dtype))]
+    lost, extra = sorted(set(targets) - set(saved)), sorted(set(saved) - set(targets))
+    faults = ([f'missing {_some(lost)}'] * bool(lost) + [f'unknown {_some(extra)}'] * bool(extra)
+              + wrong[:5])
+    if faults:
+        raise CheckpointError(f'{where} does not fit this recipe: {"; ".join(faults)}')

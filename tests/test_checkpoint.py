@@ -1,0 +1,326 @@
+"""Released folders read strictly; training state that survives a killed save."""
+
+import json
+import pickle
+import zipfile
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from matrix_jax import checkpoint
+from matrix_jax.checkpoint import CheckpointError, Checkpoints
+
+CONFIG = {'_class_name': 'Toy', 'width': 3}
+TENSORS = {'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4), 'b': np.float32(2.5),
+           'ids': np.arange(5), 'c': np.ones((2, 2), ml_dtypes.bfloat16)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    checkpoint.write_component(tmp_path, 'transformer', CONFIG, TENSORS)
+    return tmp_path
+
+
+def files(path):
+    return sorted(one.name for one in path.iterdir())
+
+
+@pytest.mark.parametrize('shard_size, count', [(10**6, 1), (24, 3)])
+def test_component_round_trip(tmp_path, shard_size, count):
+    checkpoint.write_component(tmp_path, 'part', CONFIG, TENSORS, shard_size=shard_size)
+    config, tensors = checkpoint.read_component(tmp_path, 'part')
+    assert config == CONFIG and set(tensors) == set(TENSORS) and len(tensors) == 4
+    for name, value in TENSORS.items():
+        assert tensors[name].shape == value.shape
+        assert tensors[name].dtype == (np.int64 if name == 'ids' else ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(tensors[name].astype(np.float32), value.astype(np.float32))
+    found = [name for name in files(tmp_path / 'part') if name.endswith('.safetensors')]
+    assert len(found) == count
+    assert all(name.startswith('diffusion_pytorch_model') for name in found)
+    assert files(tmp_path) == ['part']
+
+
+def test_names_dtype_and_replacement(folder):
+    checkpoint.write_component(folder, 'transformer', {'d_model': 2},
+                               {'a': jnp.ones((2, 3))}, dtype='float32')
+    assert files(folder / 'transformer') == ['config.json', 'model.safetensors']
+    _, tensors = checkpoint.read_component(folder, 'transformer')
+    assert list(tensors) == ['a'] and tensors['a'].dtype == np.float32
+
+
+def test_failed_write_keeps_the_old_component(folder):
+    class Broken(dict):
+        def __getitem__(self, name):
+            if name == 'z':
+                raise RuntimeError('disk on fire')
+            return super().__getitem__(name)
+
+    with pytest.raises(RuntimeError):
+        checkpoint.write_component(folder, 'transformer', CONFIG, Broken(a=np.ones(3), z=1))
+    _, tensors = checkpoint.read_component(folder, 'transformer')
+    assert set(tensors) == set(TENSORS)
+    assert files(folder) == ['transformer']
+
+
+def test_json_round_trip(folder):
+    checkpoint.write_json(folder / 'scheduler', 'scheduler_config.json', {'a': 1})
+    assert checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json') == {'a': 1}
+    assert files(folder / 'scheduler') == ['scheduler_config.json']
+
+
+def weights(folder):
+    return folder / 'transformer' / 'diffusion_pytorch_model.safetensors'
+
+
+def truncate(folder):
+    path = weights(folder)
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def truncate_header(folder):
+    path = weights(folder)
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def corrupt_header(folder):
+    path = weights(folder)
+    path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtypo"', 1))
+
+
+def pickle_in_disguise(folder):
+    weights(folder).write_bytes(pickle.dumps({'a': [1.0] * 100}))
+
+
+def zip_in_disguise(folder):
+    with zipfile.ZipFile(weights(folder), 'w') as file:
+        file.writestr('archive/data.pkl', pickle.dumps({}))
+
+
+def pickle_only(folder):
+    weights(folder).rename(folder / 'transformer' / 'pytorch_model.bin')
+
+
+def two_kinds(folder):
+    (folder / 'transformer' / 'model.safetensors').write_bytes(weights(folder).read_bytes())
+
+
+def index(folder, weight_map):
+    weights(folder).rename(folder / 'transformer' / 'one.safetensors')
+    path = folder / 'transformer' / 'diffusion_pytorch_model.safetensors.index.json'
+    path.write_text(json.dumps({'weight_map': weight_map}))
+
+
+ALL = {name: 'one.safetensors' for name in TENSORS}
+
+
+@pytest.mark.parametrize('damage, words', [
+    (truncate, ['truncated: ', ' bytes of ']),
+    (truncate_header, ['truncated: 20 bytes end inside the header']),
+    (corrupt_header, ['diffusion_pytorch_model.safetensors: ']),
+    (pickle_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
+    (zip_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
+    (lambda folder: weights(folder).write_bytes(b''), ['truncated: 0 bytes']),
+    (lambda folder: weights(folder).write_bytes(b'junk' * 9), ['not a safetensors file']),
+    (lambda folder: weights(folder).write_bytes(b'version https://git-lfs.github.com/spec/v1\n'),
+     ['git-lfs pointer']),
+    (pickle_only, ['pytorch_model.bin is a pickle', 'tools/convert.py']),
+    (lambda folder: weights(folder).unlink(), ['no weights; expected diffusion_pytorch_model']),
+    (two_kinds, ['model.safetensors, expected one of them']),
+    (lambda folder: index(folder, {**ALL, 'd': 'two.safetensors'}),
+     ['names the shard two.safetensors, which is missing']),
+    (lambda folder: index(folder, {**ALL, 'd': 'one.safetensors'}), ['missing d;']),
+    (lambda folder: index(folder, {'b': 'one.safetensors'}),
+     ['missing none; not in the index a.weight, c, ids']),
+    (lambda folder: index(folder, {'b': '../one.safetensors'}), ['not a plain .safetensors name']),
+    (lambda folder: index(folder, {}), ['no weight_map']),
+    (lambda folder: (folder / 'transformer' / 'config.json').unlink(), ['config.json: no such']),
+    (lambda folder: (folder / 'transformer' / 'config.json').write_text('{'),
+     ['config.json: not readable as JSON']),
+    (lambda folder: (folder / 'transformer' / 'config.json').write_text('[]'),
+     ['config.json: got a JSON list, expected an object']),
+])
+def test_damage_is_one_clear_line(folder, damage, words):
+    damage(folder)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.read_component(folder, 'transformer')
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert str(folder) in message and '\n' not in message
+
+
+def test_sharded_by_another_writer(folder):
+    index(folder, ALL)
+    _, tensors = checkpoint.read_component(folder, 'transformer')
+    assert tensors['b'] == 2.5
+
+
+def test_missing_folder_or_component(folder):
+    with pytest.raises(CheckpointError, match='no component vae; it has transformer'):
+        checkpoint.read_component(folder, 'vae')
+    with pytest.raises(CheckpointError, match='nowhere: no such folder'):
+        checkpoint.read_config(folder / 'nowhere', 'vae')
+
+
+def test_resolve(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(checkpoint, 'ASSETS', folder / 'assets')
+    (folder / 'assets' / 'toy').mkdir(parents=True)
+    (folder / 'toy').mkdir()
+    (folder / 'file').touch()
+    assert checkpoint.resolve('toy') == folder / 'assets' / 'toy'
+    assert checkpoint.resolve('./toy').resolve() == (folder / 'toy').resolve()
+    assert checkpoint.resolve('transformer').resolve() == folder / 'transformer'
+    with pytest.raises(CheckpointError, match='file is a file'):
+        checkpoint.resolve('file')
+    for missing in ('nowhere', './a/b', '/a/b', '../a', 'a/../b'):
+        with pytest.raises(CheckpointError, match=r'no folder .*bundled name \(toy\)'):
+            checkpoint.resolve(missing)
+
+
+def test_hub(folder, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    found = checkpoint.resolve('MatrixTeam/TheMatrix/transformer@v1')
+    assert found == folder / 'transformer'
+    assert (asked['repo'], asked['revision']) == ('MatrixTeam/TheMatrix', 'v1')
+    assert 'transformer/*.safetensors' in asked['patterns']
+    assert not any('.bin' in pattern or pattern == '*' for pattern in asked['patterns'])
+    with pytest.raises(CheckpointError, match='has no folder stage9'):
+        checkpoint.resolve('MatrixTeam/TheMatrix/stage9')
+
+
+def test_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HOME', str(tmp_path))
+    with pytest.raises(CheckpointError, match='neither a folder here nor a hub') as error:
+        checkpoint.resolve('MatrixTeam/NotThere')
+    assert '\n' not in str(error.value)
+
+
+# --- training state --------------------------------------------------------------------------
+
+
+class Moments(NamedTuple):
+    mean: jax.Array
+    count: int
+
+
+def make_state(seed):
+    params = {'a/b': jnp.arange(16.0) + seed, 'c': jnp.full((3,), seed, jnp.bfloat16)}
+    return {'params': params, 'opt': optax.adamw(1e-3).init(params), 'key': jax.random.key(seed),
+            'raw': jax.random.key_data(jax.random.key(seed)), 'moments': Moments(jnp.ones(2), seed),
+            'rate': np.float32(seed), 'host': np.arange(seed)}
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
+        assert type(a) is type(b)
+        if hasattr(a, 'dtype') and jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_state_round_trip_keeps_the_newest(tmp_path):
+    saver = Checkpoints(tmp_path / 'state', keep=2)
+    assert saver.restore(make_state(5)) is None
+    for step in (1, 2, 3):
+        assert saver.save(step, make_state(5), {'data': [step], 'recipe': 'toy:TINY'})
+    assert not saver.save(3, make_state(5))
+    saver.close()
+
+    saver = Checkpoints(tmp_path / 'state', keep=2)
+    step, state, extra = saver.restore(make_state(5))
+    assert (step, extra) == (3, {'data': [3], 'recipe': 'toy:TINY'})
+    assert_same(state, make_state(5))
+    assert saver.restore(make_state(5), step=2)[2]['data'] == [2]
+    with pytest.raises(CheckpointError, match='no step 1; there are 2, 3'):
+        saver.restore(make_state(5), step=1)
+    plain = saver.restore()[1]
+    np.testing.assert_array_equal(plain['params']['a']['b'], np.arange(16.0) + 5)
+    assert isinstance(plain['params']['c'], np.ndarray)
+    saver.close()
+
+
+def test_restored_straight_into_other_shardings(tmp_path):
+    mesh = jax.make_mesh((8,), ('data',))
+    split = NamedSharding(mesh, PartitionSpec('data'))
+    whole = NamedSharding(mesh, PartitionSpec())
+    state = {'w': jax.device_put(jnp.arange(16.0), split), 'key': jax.random.key(1)}
+    saver = Checkpoints(tmp_path)
+    saver.save(1, state)
+    target = {'w': jax.ShapeDtypeStruct((16,), jnp.float32, sharding=whole),
+              'key': jax.ShapeDtypeStruct((), state['key'].dtype, sharding=whole)}
+    _, found, _ = saver.restore(target)
+    assert found['w'].sharding.is_equivalent_to(whole, 1)
+    np.testing.assert_array_equal(found['w'], state['w'])
+    assert jax.random.key_data(found['key']).tolist() == [0, 1]
+    _, found, _ = saver.restore({'w': jnp.zeros(16), 'key': jax.random.key(0)})
+    assert len(found['w'].sharding.device_set) == 1
+    saver.close()
+
+
+def test_saving_does_not_see_later_donated_updates(tmp_path):
+    step = jax.jit(lambda x: x + 1, donate_argnums=0)
+    x = jnp.zeros(200_000)
+    saver = Checkpoints(tmp_path)
+    saver.save(1, {'x': x})
+    for _ in range(20):
+        x = step(x)
+    assert float(saver.restore({'x': x})[1]['x'].max()) == 0
+    saver.close()
+
+
+def test_killed_save_leaves_the_step_before(tmp_path):
+    saver = Checkpoints(tmp_path)
+    saver.save(1, make_state(1), {'data': 1})
+    saver.close()
+    # What a kill in the middle leaves: a folder that was never renamed into place.
+    (tmp_path / '2.orbax-checkpoint-tmp-7' / 'state').mkdir(parents=True)
+    saver = Checkpoints(tmp_path)
+    assert saver.latest() == 1
+    assert_same(saver.restore(make_state(1))[1], make_state(1))
+    assert saver.save(2, make_state(2))
+    saver.wait()
+    assert saver.latest() == 2
+    saver.close()
+
+
+def test_save_when_due(tmp_path):
+    saver = Checkpoints(tmp_path, every=10)
+    saved = [step for step in range(1, 25) if saver.save(step, {'x': jnp.zeros(1)})]
+    assert saved[1:] == [10, 20]
+    assert saver.save(25, {'x': jnp.zeros(1)}, force=True)
+    saver.close()
+
+
+@pytest.mark.parametrize('change, words', [
+    (lambda state: state | {'more': jnp.ones(1)}, ['missing more']),
+    (lambda state: {'w': state['w']}, ['unknown b']),
+    (partial(dict, w=jnp.ones(4)), ['w: got float32[3], expected float32[4]']),
+])
+def test_state_of_another_recipe_is_refused(tmp_path, change, words):
+    state = {'w': jnp.ones(3), 'b': jnp.ones(2)}
+    saver = Checkpoints(tmp_path)
+    saver.save(7, state)
+    with pytest.raises(CheckpointError, match='step 7 does not fit this recipe') as error:
+        saver.restore(change(state))
+    assert all(word in str(error.value) for word in words)
+    saver.close()
+
+
+def test_a_file_is_no_folder_for_state(tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(CheckpointError, match='is a file'):
+        Checkpoints(tmp_path / 'file')
