@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -34,7 +33,11 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the tower; D = dim, K = heads, M = mlp_dim, A = projection."""
+    """Sizes of the tower; D = dim, K = heads, M = mlp_dim, A = projection.
+
+    `eos` is the id of the end of text; `dtype` the type of the multiplies and of the residual
+    stream, as a numpy name.
+    """
     vocab: int = 49408
     dim: int = 768
     layers: int = 12
@@ -45,7 +48,7 @@ class Config:
     activation: str = 'quick_gelu'
     eps: float = 1e-5
     eos: int = LEGACY_EOS
-    dtype: Any = jnp.float32
+    dtype: str = 'float32'
 
     def __post_init__(self):
         if self.activation not in ACTIVATIONS:
@@ -138,6 +141,16 @@ class Layer(nn.Module):
         h = LayerNorm(cfg.eps, name='norm2')(x)
         h = ACTIVATIONS[cfg.activation](linear(cfg.mlp_dim, 'fc1')(h))
         return x + linear(cfg.dim, 'fc2')(h), None
+
+
+def init(cfg: Config, key) -> dict:
+    """Fresh float32 parameters."""
+    return TextTower(cfg).init(key, jnp.zeros((1, 1), jnp.int32))['params']
+
+
+def shapes(cfg: Config) -> dict:
+    """Parameter tree of ShapeDtypeStructs; nothing is computed."""
+    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,7 +25,10 @@ from matrix_jax.nn.linear import Linear
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the encoder; D = dim, K = heads, E = head_dim, M = mlp_dim."""
+    """Sizes of the encoder; D = dim, K = heads, E = head_dim, M = mlp_dim.
+
+    `dtype` is the type of the multiplies and of the residual stream, as a numpy name.
+    """
     vocab: int = 32128
     dim: int = 4096
     layers: int = 24
@@ -36,7 +38,7 @@ class Config:
     buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
-    dtype: Any = jnp.float32
+    dtype: str = 'float32'
 
     @classmethod
     def from_released(cls, released: Mapping) -> Config:
@@ -119,8 +121,8 @@ class Layer(nn.Module):
         x = x + linear(cfg.dim, 'o')(h)
 
         h = rms_norm(cfg, 'norm_mlp')(x)
-        h = nn.gelu(linear(cfg.mlp_dim, 'wi_0')(h), approximate=True) * linear(cfg.mlp_dim, 'wi_1')(h)
-        return x + linear(cfg.dim, 'wo')(h), None
+        gate = nn.gelu(linear(cfg.mlp_dim, 'wi_0')(h), approximate=True)
+        return x + linear(cfg.dim, 'wo')(gate * linear(cfg.mlp_dim, 'wi_1')(h)), None
 
 
 def rms_norm(cfg: Config, name: str) -> nn.Module:
@@ -143,6 +145,19 @@ def relative_buckets(length: int, cfg: Config) -> np.ndarray:
     wide = exact + np.floor(ratio * (half - exact) + 1e-6).astype(np.int32)
     near = np.where(distance < exact, distance, np.minimum(wide, half - 1))
     return np.where(offset > 0, half, 0) + near
+
+
+def init(cfg: Config, key) -> dict:
+    """Fresh float32 parameters."""
+    params = T5Encoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))['params']
+    # Logits are not scaled by 1/sqrt(E); the queries start smaller instead.
+    params['layers']['q']['kernel'] *= cfg.head_dim ** -0.5
+    return params
+
+
+def shapes(cfg: Config) -> dict:
+    """Parameter tree of ShapeDtypeStructs; nothing is computed."""
+    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
 
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:

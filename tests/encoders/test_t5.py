@@ -1,0 +1,56 @@
+"""T5 encoder: bias buckets, and what the config reader accepts (values: tests/test_parity.py)."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from matrix_jax import convert
+from matrix_jax.encoders import t5
+
+TINY = t5.PRESETS['tiny']
+
+
+def test_buckets_of_the_released_size():
+    buckets = t5.relative_buckets(200, t5.PRESETS['v1_1_xxl'])
+    left = buckets[150, 150::-1]                     # keys 0, 1, 2, ... to the left
+    assert left[:8].tolist() == list(range(8))
+    assert (left[8], left[15], left[16], left[31], left[32], left[64], left[128]) == (
+        8, 9, 10, 11, 12, 14, 15)
+    assert buckets.max() == 31 and buckets[0, 1] == 17   # the right half starts at 16
+
+
+def test_config_round_trip():
+    for cfg in t5.PRESETS.values():
+        assert t5.Config.from_released(cfg.to_released()) == cfg
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'feed_forward_proj': 'relu'}, "feed_forward_proj is 'relu', expected 'gated-gelu'"),
+    ({'d_model': None}, 'missing d_model')])
+def test_config_faults(change, message):
+    released = {key: value for key, value in (TINY.to_released() | change).items()
+                if value is not None}
+    with pytest.raises(ValueError, match=message):
+        t5.Config.from_released(released)
+
+
+@pytest.fixture(scope='module')
+def params():
+    return jax.jit(t5.init, static_argnums=0)(TINY, jax.random.key(0))
+
+
+def test_table_covers_the_tree_and_the_tied_copy_is_dropped(params):
+    torch = convert.to_torch(t5.weights(TINY), params)
+    torch['encoder.embed_tokens.weight'] = torch['shared.weight']
+    again = convert.to_jax(t5.weights(TINY), torch, t5.shapes(TINY))
+    jax.tree.map(np.testing.assert_array_equal, params, again)
+
+
+def test_half_precision_stays_close(params):
+    ids = np.arange(12, dtype=np.int32)[None]
+    full, half = (jax.jit(t5.T5Encoder(dataclasses.replace(TINY, dtype=dtype)).apply)(
+        {'params': params}, ids) for dtype in ('float32', 'bfloat16'))
+    assert half.dtype == 'bfloat16'
+    np.testing.assert_allclose(np.asarray(half, np.float32), full, atol=0.1)
