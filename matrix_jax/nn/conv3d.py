@@ -1,0 +1,134 @@
+"""Convolutions of video networks: causal in time, and the two that change the frame size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
+
+
+class CausalConv3d(nn.Module):
+    """Convolution of the past and present frames, stride 1, same frame size.
+
+    Attributes:
+      features: output channels.
+      kernel: odd sizes (kt, kh, kw).
+      dtype: type of the multiply, of the output and of the carried context.
+      kernel_init: initializer of `kernel`, [kt kh kw in out].
+      bias_init: initializer of `bias`, [out].
+    """
+    features: int
+    kernel: tuple[int, int, int] = (3, 3, 3)
+    dtype: Any = jnp.float32
+    kernel_init: Any = fan_in
+    bias_init: Any = nn.initializers.zeros_init()
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        """Frames and the kt-1 frames before them.
+
+        Args:
+          x: [B T H W in].
+          context: [B kt-1 H W in], or None at the start: the first frame is then repeated.
+
+        Returns:
+          y [B T H W out] and the context [B kt-1 H W in] of the frames that follow.
+        """
+        kernel = self.param('kernel', self.kernel_init, (*self.kernel, x.shape[-1], self.features))
+        bias = self.param('bias', self.bias_init, (self.features,))
+        x, past = x.astype(self.dtype), self.kernel[0] - 1
+        if past:
+            if context is None:
+                context = jnp.repeat(x[:, :1], past, axis=1)
+            x = jnp.concatenate([context.astype(self.dtype), x], axis=1)
+        y = conv3d(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return y, x[:, x.shape[1] - past:]
+
+
+class Downsample2d(nn.Module):
+    """Halves height and width: a 3x3 convolution of stride 2, padded on the right and bottom."""
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """[B T H W in] -> [B T H/2 W/2 out]."""
+        kernel = self.param('kernel', fan_in, (3, 3, x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
+        y = conv2d(x.astype(self.dtype), kernel.astype(self.dtype), ((0, 1), (0, 1)), stride=2)
+        return y + bias.astype(self.dtype)
+
+
+class Upsample2d(nn.Module):
+    """Doubles height and width: nearest neighbours, then a 3x3 convolution."""
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x):
+        """[B T H W in] -> [B T 2H 2W out]."""
+        kernel = self.param('kernel', fan_in, (3, 3, x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
+        return upsample_conv2d(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
+
+
+def conv3d(x, kernel):
+    """Convolution, unpadded in time and zero-padded to the same frame size.
+
+    XLA's 3-D convolution is several times slower than its 2-D one on the CPU, backwards as well;
+    there the time taps are 2-D convolutions that are added up.
+
+    Args:
+      x: [B T+kt-1 H W in].
+      kernel: [kt kh kw in out], odd kh and kw.
+
+    Returns:
+      [B T H W out].
+    """
+    kt, kh, kw = kernel.shape[:3]
+    if (kt, kh, kw) == (1, 1, 1):
+        return x @ kernel[0, 0, 0]
+    pad = ((kh // 2, kh // 2), (kw // 2, kw // 2))
+    if jax.default_backend() == 'gpu':
+        return lax.conv_general_dilated(x, kernel, (1, 1, 1), ((0, 0), *pad),
+                                        dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
+    frames = x.shape[1] - kt + 1
+    return sum(conv2d(x[:, tap:tap + frames], kernel[tap], pad) for tap in range(kt))
+
+
+def conv2d(x, kernel, pad, stride=1):
+    """Frame by frame: [B T H W in], [kh kw in out] -> [B T H' W' out]."""
+    y = lax.conv_general_dilated(rearrange(x, 'b t h w c -> (b t) h w c'), kernel,
+                                 (stride, stride), pad, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])
+
+
+def upsample_conv2d(x, kernel):
+    """Nearest x2 in height and width, then a same-size 3x3 convolution, in fewer multiplies.
+
+    Two of the three taps of an output pixel fall on one input pixel, so every output is a 2x2
+    convolution of the small frame, with a kernel of its own for even and for odd positions.
+
+    Args:
+      x: [B T H W in].
+      kernel: [3 3 in out].
+
+    Returns:
+      [B T 2H 2W out], in the type of x.
+    """
+    even = jnp.asarray([[1, 0, 0], [0, 1, 1]], kernel.dtype)   # small taps (i-1, i) from taps 0, 1 2
+    odd = jnp.asarray([[1, 1, 0], [0, 0, 1]], kernel.dtype)    # small taps (i, i+1) from taps 0 1, 2
+    phases = jnp.stack([even, odd])
+    small = jnp.einsum('pau,qbv,uvio->abipqo', phases, phases, kernel, precision='highest')
+    small = rearrange(small, 'a b i p q o -> a b i (p q o)').astype(x.dtype)
+    y = conv2d(x, small, ((1, 1), (1, 1)))
+    y = rearrange(y, 'b t h w (p q o) -> b t h w p q o', p=2, q=2)
+    rows = [jnp.stack([y[:, :, p:y.shape[2] - 1 + p, q:y.shape[3] - 1 + q, p, q]
+                       for q in range(2)], axis=4) for p in range(2)]
+    return rearrange(jnp.stack(rows, axis=3), 'b t h p w q o -> b t (h p) (w q) o')

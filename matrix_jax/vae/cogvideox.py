@@ -1,0 +1,469 @@
+"""Causal video autoencoder of CogVideoX (arXiv 2408.06072): 4x in time, 8x in height and width.
+
+Every convolution sees the present and two past frames, so a clip is coded in chunks that carry
+those frames along. The norms see one chunk only: its length is part of the maths (8 frames, or 2
+latent frames, with the remainder in the first chunk).
+
+    encode    frames -> mean, logvar     chunks of 8 frames
+    decode    latents -> frames          chunks of 2 latent frames
+    prefill   latents -> cache, frames   the same, to be continued
+    step      cache, latents -> cache, frames
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import lax
+
+from matrix_jax.convert import Row
+from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
+
+ENCODE_CHUNK = 8  # frames
+DECODE_CHUNK = 2  # latent frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the network; the defaults are the released ones.
+
+    Attributes:
+      in_channels: channels of a frame that is encoded.
+      out_channels: channels of a frame that is decoded.
+      latent_channels: channels C of a latent frame.
+      block_out_channels: channels of each level, from full to smallest frames; every level but the
+        last halves the frame.
+      layers_per_block: residual blocks of an encoder level; a decoder level has one more.
+      norm_groups: groups of the norms.
+      norm_eps: epsilon of the norms.
+      temporal_compression: frames of a latent frame, a power of two.
+      scaling_factor: what latents are multiplied with before diffusion; not applied here.
+      sample_height: native frame height; tiles are half of it.
+      sample_width: native frame width; tiles are half of it.
+      single_latent_frames: frames of a chunk of one latent frame: 1 (an image; stages 1 and 2) or
+        `temporal_compression` (stages 3 and 4, which stream one latent frame at a time).
+      dtype: type of the convolutions and of the cache, as a numpy name.
+    """
+    in_channels: int = 3
+    out_channels: int = 3
+    latent_channels: int = 16
+    block_out_channels: tuple[int, ...] = (128, 256, 256, 512)
+    layers_per_block: int = 3
+    norm_groups: int = 32
+    norm_eps: float = 1e-6
+    temporal_compression: int = 4
+    scaling_factor: float = 1.15258426
+    sample_height: int = 480
+    sample_width: int = 720
+    single_latent_frames: int = 4
+    dtype: str = 'float32'
+
+    def __post_init__(self):
+        object.__setattr__(self, 'block_out_channels', tuple(self.block_out_channels))
+        for width in self.block_out_channels:
+            if width % self.norm_groups:
+                raise ValueError(f'vae.block_out_channels: got {self.block_out_channels}, expected '
+                                 f'multiples of norm_groups = {self.norm_groups}')
+        if self.temporal_compression not in [2**n for n in range(len(self.block_out_channels))]:
+            raise ValueError(f'vae.temporal_compression: got {self.temporal_compression}, expected a '
+                             f'power of two within {len(self.block_out_channels) - 1} halvings')
+        if self.single_latent_frames not in (1, self.temporal_compression):
+            raise ValueError(f'vae.single_latent_frames: got {self.single_latent_frames}, expected 1 '
+                             f'or temporal_compression = {self.temporal_compression}')
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent pixel, in height and in width."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+    def halves_time(self, level: int) -> bool:
+        """Whether the resampling behind a level also halves (or doubles) time."""
+        return 2 ** (level + 1) <= self.temporal_compression
+
+    @classmethod
+    def from_released(cls, released: dict) -> Config:
+        """Reads a released `vae/config.json`.
+
+        Raises:
+          ValueError: a key asks for maths that this network does not have.
+        """
+        released = {key: value for key, value in released.items() if not key.startswith('_')}
+        levels = len(released.get('block_out_channels', cls.block_out_channels))
+        fixed = FIXED | {'down_block_types': ['CogVideoXDownBlock3D'] * levels,
+                         'up_block_types': ['CogVideoXUpBlock3D'] * levels}
+        faults = [f'{key} = {released[key]!r} (expected {want!r})' for key, want in fixed.items()
+                  if key in released and _plain(released[key]) != want]
+        known = set(FIELDS) | set(fixed) | set(IGNORED)
+        faults += [f'{key} = {value!r} (unknown key)' for key, value in released.items()
+                   if key not in known and value is not None]
+        if faults:
+            raise ValueError('vae config: ' + '; '.join(faults))
+        return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
+                      if theirs in released})
+
+    def to_released(self) -> dict:
+        """The `vae/config.json` of this network."""
+        levels = len(self.block_out_channels)
+        released = {'_class_name': 'AutoencoderKLCogVideoX'} | FIXED
+        released |= {theirs: _plain(getattr(self, ours)) for theirs, ours in FIELDS.items()}
+        return released | {'down_block_types': ['CogVideoXDownBlock3D'] * levels,
+                           'up_block_types': ['CogVideoXUpBlock3D'] * levels}
+
+
+def _plain(value):
+    return list(value) if isinstance(value, tuple) else value
+
+
+# Keys of the released config.json: ours, those with one value we implement, and those without effect.
+# The released file has no single_latent_frames; ours keeps it, so that a folder says how it streams.
+FIELDS = {'in_channels': 'in_channels', 'out_channels': 'out_channels',
+          'latent_channels': 'latent_channels', 'block_out_channels': 'block_out_channels',
+          'layers_per_block': 'layers_per_block', 'norm_num_groups': 'norm_groups',
+          'norm_eps': 'norm_eps', 'temporal_compression_ratio': 'temporal_compression',
+          'scaling_factor': 'scaling_factor', 'sample_height': 'sample_height',
+          'sample_width': 'sample_width', 'single_latent_frames': 'single_latent_frames'}
+FIXED = {'act_fn': 'silu', 'use_quant_conv': False, 'use_post_quant_conv': False}
+IGNORED = ('force_upcast', 'shift_factor', 'latents_mean', 'latents_std', 'invert_scale_latents')
+
+PRESETS = {
+    'released': Config(),
+    # For tests: a frame of 16x24 is enough.
+    'tiny': Config(latent_channels=4, block_out_channels=(4, 4, 8, 8), layers_per_block=1,
+                   norm_groups=2, sample_height=32, sample_width=48),
+    # A 64x96 game on a laptop CPU: nearly all time goes into the full-size frames, nearly all
+    # parameters into the small ones.
+    'carracing': Config(latent_channels=8, block_out_channels=(8, 16, 32, 64), layers_per_block=1,
+                        norm_groups=4, sample_height=64, sample_width=96),
+}
+
+
+def encode(cfg: Config, params, frames):
+    """Frames [B F H W in] in [-1, 1] -> mean, logvar of the posterior, float32 [B T h w C] each.
+
+    T = ceil(F / 4) for a clip of one chunk (F < 16) of 4k+1 frames; further chunks of 8 add 2 each.
+
+    Raises:
+      ValueError: the frames do not fit the network.
+    """
+    scale = cfg.spatial_compression
+    if frames.ndim != 5 or frames.shape[-1] != cfg.in_channels or not frames.shape[1] or (
+            frames.shape[2] % scale or frames.shape[3] % scale):
+        raise ValueError(f'vae.encode: got frames {frames.shape}, expected [B F H W '
+                         f'{cfg.in_channels}] with F > 0 and H, W multiples of {scale}')
+    return encode_chunks(cfg, params, frames)
+
+
+def encode_chunks(cfg: Config, params, frames):
+    """`encode` of any frame size: an odd row or column is cut, as tiles need it."""
+    net = Encoder(cfg)
+
+    def run(cache, chunk):
+        return net.apply({'params': params['encoder']}, chunk, cache)
+
+    _, moments = chunked(run, None, frames.astype(cfg.dtype), ENCODE_CHUNK)
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return mean, jnp.clip(logvar, -30, 20)
+
+
+def sample(mean, logvar, noise):
+    """One draw of the posterior; all arguments [B T h w C]."""
+    return mean + jnp.exp(0.5 * logvar) * noise
+
+
+def decode(cfg: Config, params, latents):
+    """Latents [B T h w C] -> frames [B F H W out], float32.
+
+    F = 4T for even T; 4T-3 for odd T, as the first latent frame is then an image; and
+    `cfg.single_latent_frames` for T = 1.
+
+    Raises:
+      ValueError: the latents do not fit the network.
+    """
+    return prefill(cfg, params, latents)[1]
+
+
+def prefill(cfg: Config, params, latents):
+    """`decode` that can be continued: returns (cache, frames [B F H W out]).
+
+    The cache has the same structure and shapes as the one of `step`, whatever T.
+    """
+    return step(cfg, params, None, latents)
+
+
+def step(cfg: Config, params, cache, latents):
+    """Decodes what follows: latents [B T h w C] -> (cache, frames [B F H W out]).
+
+    Equal to one long `decode` if all chunks, counted 2 by 2 with the remainder first, coincide.
+    F counts as in `decode`: stream an even number of latent frames, or one with
+    `single_latent_frames = 4`, to get 4T frames.
+
+    Args:
+      cfg: sizes.
+      params: weights.
+      cache: of `prefill` or of the step before; None starts anew.
+      latents: [B T h w C], unscaled.
+
+    Raises:
+      ValueError: the latents do not fit the network.
+    """
+    if latents.ndim != 5 or latents.shape[-1] != cfg.latent_channels or not latents.shape[1]:
+        raise ValueError(f'vae.decode: got latents {latents.shape}, expected [B T h w '
+                         f'{cfg.latent_channels}] with T > 0')
+    net = Decoder(cfg)
+
+    def run(cache, chunk):
+        return net.apply({'params': params['decoder']}, chunk, cache)
+
+    cache, frames = chunked(run, cache, latents.astype(cfg.dtype), DECODE_CHUNK)
+    return cache, frames.astype(jnp.float32)
+
+
+def decode_sliced(cfg: Config, params, latents, window: int = 128, overlap: int = 4, decode=decode):
+    """Decodes a long video in windows that share `overlap` latent frames: [B T h w C] -> frames.
+
+    Each window starts from an empty cache; the frames of the overlap are taken from the window
+    before. `decode` decodes one window (cfg, params, latents -> frames).
+    """
+    total, start, parts = latents.shape[1], 0, []
+    while start + window <= total:
+        parts.append(decode(cfg, params, latents[:, start:start + window]))
+        start += window - overlap
+    if start + overlap < total or not parts:
+        parts.append(decode(cfg, params, latents[:, start:]))
+    drop = cfg.temporal_compression * overlap
+    return jnp.concatenate(parts[:1] + [part[:, drop:] for part in parts[1:]], axis=1)
+
+
+def chunked(run, cache, x, size: int):
+    """Feeds x [B F ...] through `run(cache, chunk) -> (cache, y)`: remainder first, then by `size`.
+
+    The chunks behind the first are one scan, so that a long clip compiles like a short one.
+    """
+    count = max(x.shape[1] // size, 1)
+    first = x.shape[1] - size * (count - 1)
+    cache, head = run(cache, x[:, :first])
+    if count == 1:
+        return cache, head
+    rest = rearrange(x[:, first:], 'b (n f) h w c -> n b f h w c', f=size)
+    cache, tail = lax.scan(run, cache, rest)
+    return cache, jnp.concatenate([head, rearrange(tail, 'n b f h w c -> b (n f) h w c')], axis=1)
+
+
+class Encoder(nn.Module):
+    """One chunk of frames -> moments of its latent frames."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        """[B F H W in], cache or None -> cache, [B T h w 2C]."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        x, new['conv_in'] = conv(cfg, cfg.block_out_channels[0], 'conv_in')(x, old.get('conv_in'))
+        for level, width in enumerate(cfg.block_out_channels):
+            name = f'down_{level}'
+            x, new[name] = Level(cfg, width, cfg.layers_per_block, name=name)(x, None, old.get(name))
+            if level < len(cfg.block_out_channels) - 1:
+                x = halve_time(x) if cfg.halves_time(level) else x
+                x = Downsample2d(width, dtype=cfg.dtype, name=f'downsample_{level}')(x)
+        x, new['mid'] = Level(cfg, x.shape[-1], 2, name='mid')(x, None, old.get('mid'))
+        x = nn.silu(GroupNorm(cfg, name='norm_out')(x))
+        x, new['conv_out'] = conv(cfg, 2 * cfg.latent_channels, 'conv_out')(x, old.get('conv_out'))
+        return new, x
+
+
+class Decoder(nn.Module):
+    """One chunk of latent frames -> its frames."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, z, cache=None):
+        """[B T h w C], cache or None -> cache, [B F H W out]."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        widths = cfg.block_out_channels[::-1]
+        x, new['conv_in'] = conv(cfg, widths[0], 'conv_in')(z, old.get('conv_in'))
+        x, new['mid'] = Level(cfg, widths[0], 2, name='mid')(x, z, old.get('mid'))
+        for level, width in enumerate(widths):
+            name = f'up_{level}'
+            x, new[name] = Level(cfg, width, cfg.layers_per_block + 1, name=name)(
+                x, z, old.get(name))
+            if level < len(widths) - 1:
+                # The convolution is per frame, so doubling time behind it gives the same for less.
+                x = Upsample2d(width, dtype=cfg.dtype, name=f'upsample_{level}')(x)
+                x = double_time(cfg, x) if cfg.halves_time(level) else x
+        x = nn.silu(SpatialNorm(cfg, name='norm_out')(x, z))
+        x, new['conv_out'] = conv(cfg, cfg.out_channels, 'conv_out')(x, old.get('conv_out'))
+        return new, x
+
+
+class Level(nn.Module):
+    """Residual blocks of one frame size."""
+    cfg: Config
+    features: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, x, z=None, cache=None):
+        """[B T H W in], latents [B T h w C] in the decoder, cache -> [B T H W out], cache."""
+        new = {}
+        for layer in range(self.layers):
+            name = f'resnet_{layer}'
+            x, new[name] = Resnet(self.cfg, self.features, name=name)(
+                x, z, None if cache is None else cache[name])
+        return x, new
+
+
+class Resnet(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); the norms look at the latents if there are any."""
+    cfg: Config
+    features: int
+
+    @nn.compact
+    def __call__(self, x, z=None, cache=None):
+        """[B T H W in], latents [B T h w C] or None, cache -> [B T H W out], cache."""
+        cfg, old, new = self.cfg, cache or {}, {}
+
+        def norm(h, name):
+            return GroupNorm(cfg, name=name)(h) if z is None else SpatialNorm(cfg, name=name)(h, z)
+
+        h = nn.silu(norm(x, 'norm1'))
+        h, new['conv1'] = conv(cfg, self.features, 'conv1')(h, old.get('conv1'))
+        h = nn.silu(norm(h, 'norm2'))
+        h, new['conv2'] = conv(cfg, self.features, 'conv2')(h, old.get('conv2'))
+        if x.shape[-1] != self.features:
+            x, _ = conv(cfg, self.features, 'shortcut', kernel=(1, 1, 1))(x)
+        return x + h, new
+
+
+class GroupNorm(nn.Module):
+    """Group norm over time, height and width of the chunk; statistics in float32."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x):
+        """[B T H W C] -> the same."""
+        width = x.shape[-1]
+        scale = self.param('scale', nn.initializers.ones_init(), (width,))
+        bias = self.param('bias', nn.initializers.zeros_init(), (width,))
+        wide = x.astype(jnp.float32)
+
+        def group_mean(y):
+            # Whole rows first, groups after: the reduction keeps the channels of a row together.
+            means = rearrange(y.mean((1, 2, 3)), 'b (g c) -> b g c', g=self.cfg.norm_groups)
+            means = repeat(means.mean(2), 'b g -> b (g c)', c=means.shape[2])
+            return rearrange(means, 'b c -> b 1 1 1 c')
+
+        wide = wide - group_mean(wide)
+        wide = wide * (lax.rsqrt(group_mean(jnp.square(wide)) + self.cfg.norm_eps) * scale) + bias
+        return wide.astype(x.dtype)
+
+
+class SpatialNorm(nn.Module):
+    """Group norm with a scale and a shift that are read off the latents."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, x, z):
+        """[B T H W D], latents [B t h w C] -> [B T H W D]."""
+        # A 1x1x1 convolution commutes with nearest neighbours: it runs on the small frames.
+        mild = nn.initializers.variance_scaling(0.1, 'fan_in', 'truncated_normal')
+        y, _ = conv(self.cfg, x.shape[-1], 'conv_y', kernel=(1, 1, 1), kernel_init=mild,
+                    bias_init=nn.initializers.ones_init())(z)
+        b, _ = conv(self.cfg, x.shape[-1], 'conv_b', kernel=(1, 1, 1), kernel_init=mild)(z)
+        return GroupNorm(self.cfg, name='norm')(x) * nearest(y, x.shape) + nearest(b, x.shape)
+
+
+def conv(cfg: Config, features: int, name: str, **fields) -> CausalConv3d:
+    """A causal convolution of this network, 3x3x3 by default."""
+    return CausalConv3d(features, dtype=cfg.dtype, name=name, **fields)
+
+
+def nearest(z, shape):
+    """Nearest neighbours: z [B t h w C] at the time, height and width of `shape` [B T H W D].
+
+    T, H, W are multiples of t, h, w; an odd T > 1 is one frame for the first of z, and the rest.
+    """
+    if shape[1] % 2 and shape[1] > 1:
+        rest = (shape[0], shape[1] - 1, *shape[2:])
+        return jnp.concatenate([nearest(z[:, :1], (shape[0], 1, *shape[2:])),
+                                nearest(z[:, 1:], rest)], axis=1)
+    t, p, q = (large // small for large, small in zip(shape[1:4], z.shape[1:4], strict=True))
+    return repeat(z, 'b f h w c -> b (f t) (h p) (w q) c', t=t, p=p, q=q)
+
+
+def halve_time(x):
+    """Averages pairs of frames [B T ...]; the first frame of an odd number stays alone."""
+    odd = x.shape[1] % 2
+    pairs = x[:, odd:]
+    return jnp.concatenate([x[:, :odd], (pairs[:, ::2] + pairs[:, 1::2]) / 2], axis=1)
+
+
+def double_time(cfg: Config, x):
+    """Repeats frames [B T ...]; the first frame of an odd number stays alone."""
+    # PARITY: one latent frame is an image to stages 1 and 2, four frames to stages 3 and 4.
+    if x.shape[1] == 1:
+        return x if cfg.single_latent_frames == 1 else jnp.repeat(x, 2, axis=1)
+    odd = x.shape[1] % 2
+    return jnp.concatenate([x[:, :odd], jnp.repeat(x[:, odd:], 2, axis=1)], axis=1)
+
+
+def init(cfg: Config, key):
+    """Random float32 parameters {'encoder', 'decoder'} to train from scratch."""
+    scale = cfg.spatial_compression
+    frames = jnp.zeros((1, 1, scale, scale, cfg.in_channels), cfg.dtype)
+    latents = jnp.zeros((1, 1, 1, 1, cfg.latent_channels), cfg.dtype)
+    encoder, decoder = jax.random.split(key)
+    return {'encoder': Encoder(cfg).init(encoder, frames)['params'],
+            'decoder': Decoder(cfg).init(decoder, latents)['params']}
+
+
+def shapes(cfg: Config) -> Any:
+    """Tree of ShapeDtypeStruct of the parameters."""
+    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
+
+
+def weights(cfg: Config) -> tuple[Row, ...]:
+    """Torch names of `AutoencoderKLCogVideoX`."""
+    def conv_rows(torch, path, kernel='o i t h w -> t h w i o'):
+        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
+                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+
+    def norm_rows(torch, path):
+        if torch.startswith('encoder'):
+            return [Row(f'{torch}.weight', f'{path}/scale', 'o -> o'),
+                    Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+        return [Row(f'{torch}.norm_layer.weight', f'{path}/norm/scale', 'o -> o'),
+                Row(f'{torch}.norm_layer.bias', f'{path}/norm/bias', 'o -> o'),
+                *conv_rows(f'{torch}.conv_y.conv', f'{path}/conv_y'),
+                *conv_rows(f'{torch}.conv_b.conv', f'{path}/conv_b')]
+
+    def level_rows(torch, path, layers, changes):
+        rows = []
+        for layer in range(layers):
+            ours, theirs = f'{path}/resnet_{layer}', f'{torch}.resnets.{layer}'
+            for part in '12':
+                rows += norm_rows(f'{theirs}.norm{part}', f'{ours}/norm{part}')
+                rows += conv_rows(f'{theirs}.conv{part}.conv', f'{ours}/conv{part}')
+            if changes and not layer:
+                rows += conv_rows(f'{theirs}.conv_shortcut', f'{ours}/shortcut')
+        return rows
+
+    rows, widths = [], cfg.block_out_channels
+    for net, block, sampler, levels, layers in (
+            ('encoder', 'down', 'downsample', widths, cfg.layers_per_block),
+            ('decoder', 'up', 'upsample', widths[::-1], cfg.layers_per_block + 1)):
+        rows += conv_rows(f'{net}.conv_in.conv', f'{net}/conv_in')
+        rows += level_rows(f'{net}.mid_block', f'{net}/mid', 2, False)
+        for level, width in enumerate(levels):
+            torch = f'{net}.{block}_blocks.{level}'
+            rows += level_rows(torch, f'{net}/{block}_{level}', layers,
+                               width != levels[max(level - 1, 0)])
+            if level < len(levels) - 1:
+                rows += conv_rows(f'{torch}.{sampler}rs.0.conv',
+                                  f'{net}/{sampler}_{level}', 'o i h w -> h w i o')
+        rows += norm_rows(f'{net}.norm_out', f'{net}/norm_out')
+        rows += conv_rows(f'{net}.conv_out.conv', f'{net}/conv_out')
+    return tuple(rows)
