@@ -1,0 +1,270 @@
+"""Videos and pictures in and out: uint8 frames [F H W 3] on the outside, files underneath.
+
+Reading picks frames at 16 fps and resizes as the reference does. Writing is H.264 (or GIF), with
+small worlds enlarged by a whole factor and, if asked, the pressed keys drawn in a corner; a file
+appears when it is complete, or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax.config import UsageError
+
+FPS = 16
+MIN_WIDTH = 384  # narrower videos are enlarged: 96x64 is a stamp on today's screens
+SUFFIXES = ('.mp4', '.gif')
+KEYS = {  # cell (row, column) of the pad, the points of its arrow, the letter that presses it
+    'D': ((0, 1), ((.5, .26), (.78, .7), (.22, .7))),
+    'L': ((1, 0), ((.26, .5), (.7, .22), (.7, .78))),
+    'B': ((1, 1), ((.5, .74), (.78, .3), (.22, .3))),
+    'R': ((1, 2), ((.74, .5), (.3, .22), (.3, .78))),
+}
+
+
+class VideoError(UsageError):
+    """A video or picture cannot be read or written."""
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def check_path(path: str | Path) -> Path:
+    """The path, if a video can be written there; nothing is made.
+
+    Raises:
+      VideoError: it is a folder, or its suffix is none of SUFFIXES.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise VideoError(f'{path}: is a folder, expected the name of a video file')
+    if path.suffix.lower() not in SUFFIXES:
+        raise VideoError(f'{path}: got suffix {path.suffix or "none"!r}, '
+                         f'expected {" or ".join(SUFFIXES)}')
+    return path
+
+
+def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = FPS,
+                keys: Iterable[str] | None = None, min_width: int = MIN_WIDTH) -> int:
+    """Writes frames; returns how many. Folders on the way are made.
+
+    Args:
+      frames: uint8 [H W 3] each, all of one size; a stream of any length.
+      keys: control symbol per frame ('D', 'BL', 'N', ...) to draw; None draws nothing.
+      min_width: narrower frames are enlarged by the least whole factor that reaches it.
+    """
+    path = check_path(path)
+    pictures = _pictures(frames, keys, min_width)
+    first = next(pictures, None)
+    if first is None:
+        raise VideoError(f'{path}: no frames to write')
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix.lower()}')
+    write = _write_gif if part.suffix == '.gif' else _write_mp4
+    try:
+        count = write(part, itertools.chain([first], pictures), fps)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def write_image(path: str | Path, picture: np.ndarray):
+    """Writes uint8 [H W 3] as PNG or JPEG, by suffix."""
+    from PIL import Image
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix}')
+    try:
+        Image.fromarray(picture).save(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
+    import imageio.v2 as imageio
+
+    writer = imageio.get_writer(path, format='FFMPEG', fps=fps, codec='libx264', quality=None,
+                                pixelformat='yuv420p', macro_block_size=1,
+                                ffmpeg_log_level='error',
+                                output_params=['-crf', '16', '-movflags', '+faststart'])
+    count = 0
+    with contextlib.closing(writer):  # the writer's own context stays open after an error
+        for picture in pictures:
+            writer.append_data(picture)
+            count += 1
+    return count
+
+
+def _write_gif(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
+    from PIL import Image
+
+    images = [Image.fromarray(picture).quantize(128) for picture in pictures]
+    # GIF counts in 10 ms: cumulative rounding keeps the mean rate right.
+    ends = [round(100 * (i + 1) / fps) * 10 for i in range(len(images))]
+    durations = [end - start for start, end in zip([0, *ends], ends)]
+    images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
+    return len(images)
+
+
+def _pictures(frames, keys, min_width: int) -> Iterator[np.ndarray]:
+    """Frames enlarged, of even size, with keys drawn."""
+    symbols = itertools.repeat(None) if keys is None else iter(keys)
+    size = None
+    for index, frame in enumerate(frames):
+        frame = np.asarray(frame)
+        if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
+            raise VideoError(f'frame {index}: got {frame.dtype}{list(frame.shape)}, '
+                             'expected uint8 [H W 3]')
+        if frame.shape != (size := size or frame.shape):
+            raise VideoError(f'frame {index}: got {list(frame.shape)}, expected {list(size)} '
+                             'like the first')
+        symbol = next(symbols, '')
+        if symbol == '':
+            raise VideoError(f'keys: got {index}, expected one per frame')
+        picture = enlarge(frame, min_width)
+        yield picture if symbol is None else draw_keys(picture, symbol)
+
+
+def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
+    """[H W 3] by the least whole factor to `min_width`; an odd side repeats its last line."""
+    factor = max(1, math.ceil(min_width / frame.shape[1]))
+    frame = frame.repeat(factor, 0).repeat(factor, 1)
+    height, width = frame.shape[:2]
+    return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode='edge')
+
+
+def draw_keys(picture: np.ndarray, symbol: str) -> np.ndarray:
+    """A copy of uint8 [H W 3] with an arrow pad in the lower left, the keys of `symbol` lit.
+
+    D lights up, B down, L left, R right; N lights nothing.
+    """
+    height, width = picture.shape[:2]
+    pad = _pad(frozenset(symbol) & set(KEYS), max(8, min(height // 9, width // 12)))
+    rows, columns = pad.shape[:2]
+    edge = max(2, height // 40)
+    picture = picture.copy()
+    corner = picture[max(0, height - edge - rows):height - edge, edge:edge + columns]
+    pad = pad[-corner.shape[0]:, :corner.shape[1]]
+    alpha = pad[..., 3:] / 255
+    corner[:] = np.round(corner * (1 - alpha) + pad[..., :3] * alpha)
+    return picture
+
+
+@functools.cache
+def _pad(lit: frozenset[str], cell: int) -> np.ndarray:
+    """RGBA uint8 [2*cell 3*cell 4] of the arrow pad; drawn at 4 times the size for soft edges."""
+    from PIL import Image, ImageDraw
+
+    big = 4 * cell
+    image = Image.new('RGBA', (3 * big, 2 * big))
+    draw = ImageDraw.Draw(image)
+    for key, ((row, column), arrow) in KEYS.items():
+        box = [column * big + big * .06, row * big + big * .06,
+               (column + 1) * big - big * .06, (row + 1) * big - big * .06]
+        face, ink = (((255, 214, 10, 245), (20, 20, 20, 255)) if key in lit
+                     else ((20, 20, 20, 130), (255, 255, 255, 170)))
+        draw.rounded_rectangle(box, radius=big * .18, fill=face,
+                               outline=(255, 255, 255, 200), width=max(1, big // 24))
+        draw.polygon([((column + x) * big, (row + y) * big) for x, y in arrow], fill=ink)
+    return np.asarray(image.resize((3 * cell, 2 * cell), Image.Resampling.LANCZOS))
+
+
+# --- reading ---------------------------------------------------------------------------------
+
+
+def read_video(path: str | Path, fps: float = FPS, count: int | None = None) -> np.ndarray:
+    """uint8 [F H W 3]: the frames nearest to `fps`, from the start; at most `count` of them.
+
+    Frame indices are round(arange(0, N, video fps / fps)), as in the reference, less those that
+    rounding pushes past the end. Fewer than `count` come back when the video is shorter.
+    """
+    import imageio.v2 as imageio
+
+    path = _readable(path)
+    found = []
+    try:
+        with contextlib.closing(imageio.get_reader(path, format='FFMPEG')) as reader:
+            step = reader.get_meta_data()['fps'] / fps
+            for index, frame in enumerate(reader):
+                # PARITY: numpy rounds half to even, and so does Python.
+                while (count is None or len(found) < count) and round(len(found) * step) == index:
+                    found.append(frame)
+                if len(found) == count:
+                    break
+    except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise VideoError(f'{path}: not readable as a video ({_first_line(error)})') from error
+    if not found:
+        raise VideoError(f'{path}: a video without frames')
+    return np.stack(found)
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """uint8 [H W 3] of any picture that Pillow reads, turned as its camera says."""
+    from PIL import Image, ImageOps
+
+    path = _readable(path)
+    try:
+        with Image.open(path) as image:
+            return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise VideoError(f'{path}: not readable as a picture ({_first_line(error)})') from error
+
+
+def _readable(path: str | Path) -> Path:
+    path = Path(path).expanduser()
+    if not path.is_file():
+        what = 'is a folder' if path.is_dir() else 'no such file'
+        raise VideoError(f'{path}: {what}')
+    return path
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# --- sizes -----------------------------------------------------------------------------------
+
+
+def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [F H W 3] -> [F height width 3]: bicubic to cover the size, then a centre crop."""
+    from PIL import Image
+
+    scale = max(height / frames.shape[1], width / frames.shape[2])
+    covered = resize(frames, max(height, round(frames.shape[1] * scale)),
+                     max(width, round(frames.shape[2] * scale)), Image.Resampling.BICUBIC)
+    top, left = (covered.shape[1] - height) // 2, (covered.shape[2] - width) // 2
+    return covered[:, top:top + height, left:left + width]
+
+
+def resize(frames: np.ndarray, height: int, width: int, method: int | None = None) -> np.ndarray:
+    """uint8 [F H W 3] -> [F height width 3], the whole picture; Lanczos unless told otherwise."""
+    from PIL import Image
+
+    if frames.shape[1:3] == (height, width):
+        return frames
+    method = Image.Resampling.LANCZOS if method is None else method
+    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), method))
+                     for frame in frames])
+
+
+def contact_sheet(frames: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
+    """uint8 pictures [H W 3] of one size in rows of `columns`, on white."""
+    height, width, _ = frames[0].shape
+    rows = math.ceil(len(frames) / columns)
+    sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for index, frame in enumerate(frames):
+        y, x = divmod(index, columns)
+        top, left = gap + y * (height + gap), gap + x * (width + gap)
+        sheet[top:top + height, left:left + width] = frame
+    return sheet
