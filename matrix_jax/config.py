@@ -365,13 +365,20 @@ def door():
 
 
 def main_guard(main, argv: Sequence[str] | None = None):
-    """Runs `main(argv)` of a tool and exits: 2 after one line for a user's error, 130 on Ctrl-C."""
+    """Runs `main(argv)` of a tool and exits: 2 after one line for a user's error, 130 on Ctrl-C.
+
+    A user's error is a `ValueError` of a class of this package's own, or an `OSError`; anything
+    else is a bug and keeps its traceback.
+    """
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         code = 130
-    except (UsageError, OSError) as error:
+    except (ValueError, OSError) as error:
+        ours = type(error).__module__.partition('.')[0] == __name__.partition('.')[0]
+        if isinstance(error, ValueError) and not ours:
+            raise
         print('error: ' + '; '.join(filter(None, map(str.strip, str(error).splitlines()))),
               file=sys.stderr)
         code = 2

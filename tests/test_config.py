@@ -10,6 +10,7 @@ import pytest
 
 from matrix_jax import config
 from matrix_jax.config import Mesh, Parser, Run, UsageError
+from matrix_jax.convert import ConversionError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,6 +178,7 @@ def test_help_lists_options_recipes_and_fields(capsys):
 
 @pytest.mark.parametrize('raised, code, line', [
     (UsageError('mesh: too\n  many'), 2, 'error: mesh: too; many\n'),
+    (ConversionError('no key'), 2, 'error: no key\n'),
     (PermissionError(13, 'Permission denied', 'x.mp4'), 2,
      "error: [Errno 13] Permission denied: 'x.mp4'\n"),
     (KeyboardInterrupt(), 130, 'interrupted\n'),
