@@ -1,0 +1,104 @@
+"""Imports go one way, torch stays out, and starting up costs nothing."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / 'matrix_jax'
+FILES = sorted(PACKAGE.rglob('*.py'))
+BASE = {'config', 'sharding', 'convert', 'leaves', 'checkpoint', 'video', 'controls'}
+NETS = {'vae', 'encoders', 'dit'}
+# What each part of the package may import besides itself. A stream is given its network, so that
+# it never imports one; whoever drives a world sees `worlds`.
+ALLOWED = {
+    **dict.fromkeys(BASE, BASE),
+    'nn': BASE,
+    'diffusion': BASE | {'nn'},
+    **dict.fromkeys(NETS, BASE | {'nn'}),
+    'stream': BASE | {'nn', 'diffusion'},
+    'data': BASE,
+    'worlds': BASE | NETS | {'nn', 'diffusion', 'stream'},
+}
+ALLOWED |= dict.fromkeys(('train', 'serve', 'evals'), set(ALLOWED))
+ALLOWED |= dict.fromkeys(('generate', 'parity'), set(ALLOWED))
+HEAVY = {'transformers', 'imageio', 'gymnasium', 'vizdoom', 'orbax', 'huggingface_hub',
+         'tensorboardX', 'starlette', 'uvicorn'}
+
+
+def part(module: str) -> str:
+    """'matrix_jax.dit.actions' -> 'dit'; '' is the package itself."""
+    return (module.split('.') + [''])[1]
+
+
+def imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Absolute names of the modules that a file imports."""
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).parts[:-1]
+            base = list(package[:len(package) - node.level + 1]) if node.level else []
+            base += [node.module] if node.module else []
+            module = '.'.join(base)
+            # `from matrix_jax import video` names a module by its alias.
+            found |= ({f'{module}.{alias.name}' for alias in node.names}
+                      if module == 'matrix_jax' else {module})
+    return found
+
+
+def faults(module: str, names: set[str]) -> list[str]:
+    """Imports of a package module that its place does not allow."""
+    mine = part(module)
+    if mine not in ALLOWED:
+        return [f'{module}: give {mine!r} a place in ALLOWED']
+    return [f'{module} imports {name}' for name in sorted(names)
+            if part(name) != mine and part(name) in set(ALLOWED) - ALLOWED[mine]
+            and name.split('.')[0] == 'matrix_jax']
+
+
+@pytest.mark.parametrize('path', [path for path in FILES if path.parent != PACKAGE
+                                  or path.name != '__init__.py'],
+                         ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    module = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
+    names = imports(path)
+    assert faults(module, names) == []
+    assert not {name for name in names if name.split('.')[0] in ('torch', 'diffusers')}
+    assert not {name for name in imports(path, top_level_only=True)
+                if name.split('.')[0] in HEAVY}
+
+
+@pytest.mark.parametrize('module, names, count', [
+    ('matrix_jax.nn.rope', {'matrix_jax.sharding', 'jax'}, 0),
+    ('matrix_jax.nn.rope', {'matrix_jax.dit.cogvideox'}, 1),
+    ('matrix_jax.stream.swin', {'matrix_jax.dit'}, 1),
+    ('matrix_jax.dit.actions', {'matrix_jax.dit.cogvideox', 'matrix_jax.vae'}, 1),
+    ('matrix_jax.worlds.base', {'matrix_jax.train.loop', 'matrix_jax.stream.base'}, 1),
+    ('matrix_jax.newcomer', set(), 1),
+])
+def test_the_rule_itself(module, names, count):
+    assert len(faults(module, names)) == count
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = ('import sys, matrix_jax\n'
+            f"print(sorted({HEAVY | {'jax', 'flax', 'numpy', 'torch'}!r} & set(sys.modules)))")
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout.strip()) == (0, '[]'), done.stderr
+
+
+@pytest.mark.parametrize('tool', sorted((ROOT / 'tools').glob('*.py')), ids=lambda path: path.name)
+def test_every_tool_has_help(tool, tmp_path):
+    done = subprocess.run([sys.executable, tool, '--help'], capture_output=True, text=True,
+                          cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith('usage:') and not done.stderr
+    assert list(tmp_path.iterdir()) == []
