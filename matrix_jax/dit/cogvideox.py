@@ -33,7 +33,7 @@ from matrix_jax.nn.rope import scaled_positions, sincos_3d
 class Control:
     """Control blocks: width A of a control vector, and the layers [start, end) they follow."""
     dim: int = 768
-    start: int = 0
+    start: int = 15
     end: int = 30
 
 
@@ -80,8 +80,8 @@ class Config:
 
     def __post_init__(self):
         if self.width % 16:
-            raise ValueError(f'heads * head_dim: got {self.heads} * {self.head_dim} = {self.width}, '
-                             'expected a multiple of 16 (position codes)')
+            raise ValueError(f'heads * head_dim: got {self.heads} * {self.head_dim}, expected a '
+                             'product that is a multiple of 16 (position codes)')
         span = self.control
         if span and not 0 <= span.start < span.end <= self.layers:
             raise ValueError(f'control: got layers [{span.start}, {span.end}), expected a range '
@@ -118,12 +118,11 @@ class Config:
             raise ValueError('transformer config: ' + '; '.join(faults))
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
         base = cls()
-        if released.get('control_dim') is not None:
-            last = fields.get('layers', base.layers)
-            fields['control'] = Control(**{
-                ours: released[theirs] for theirs, ours in CONTROL.items()
-                if released.get(theirs) is not None} | (
-                    {} if released.get('control_end_layer') is not None else {'end': last}))
+        control = {ours: released[theirs] for theirs, ours in CONTROL.items()
+                   if released.get(theirs) is not None}
+        if 'dim' in control:
+            layers = fields.get('layers', base.layers)
+            fields['control'] = Control(**{'start': 0, 'end': layers} | control)
         fields['sample'] = tuple(released.get(key, default)
                                  for key, default in zip(SAMPLE, base.sample, strict=True))
         return cls(**fields)
@@ -140,7 +139,8 @@ class Config:
         return {key: value for key, value in released.items() if value is not None}
 
 
-# Keys of the released config.json: ours, those with one value we implement, and those without effect.
+# Keys of the released config.json: our fields, those with one value that we implement, and those
+# without effect.
 FIELDS = {'num_attention_heads': 'heads', 'attention_head_dim': 'head_dim',
           'in_channels': 'channels', 'num_layers': 'layers', 'time_embed_dim': 'time_dim',
           'text_embed_dim': 'text_dim', 'max_text_seq_length': 'text_length', 'patch_size': 'patch',
@@ -159,9 +159,9 @@ PRESETS = {
     'tiny': Config(heads=2, head_dim=16, channels=4, layers=4, time_dim=24, text_dim=20,
                    text_length=7, control=Control(dim=10, start=1, end=3), sample=(12, 8, 17)),
     '2b': Config(dtype='bfloat16', remat=True),
-    '2b_control': Config(dtype='bfloat16', remat=True, control=Control(768, 15, 30)),
-    'carracing': Config(heads=6, head_dim=32, channels=8, layers=7, time_dim=128, text_dim=64,
-                        text_length=64, spatial_scale=1.0, control=Control(64, 1, 7),
+    '2b_control': Config(dtype='bfloat16', remat=True, control=Control()),
+    'carracing': Config(heads=4, head_dim=48, channels=8, layers=6, time_dim=48, text_dim=64,
+                        text_length=64, spatial_scale=1.0, control=Control(64, 1, 6),
                         sample=(12, 8, 33)),
 }
 
