@@ -48,8 +48,8 @@ def scaled_positions(count: int, scale: float) -> np.ndarray:
 def timestep_code(level, width: int):
     """Noise levels [...] (0 .. 999) -> [... width] float32, cosines first."""
     half = width // 2
-    frequencies = np.exp(np.float32(-math.log(PERIOD)) * np.arange(half, dtype=np.float32)
-                         / np.float32(half))
+    frequencies = _exp(np.float32(-math.log(PERIOD)) * np.arange(half, dtype=np.float32)
+                       / np.float32(half))
     angles = jnp.asarray(level, jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -57,8 +57,13 @@ def timestep_code(level, width: int):
 def guidance_code(scale, width: int):
     """Guidance scales [...] -> [... width] float32, sines first; an odd width ends in a zero."""
     half = width // 2
-    frequencies = np.exp(np.arange(half, dtype=np.float32)
-                         * np.float32(-math.log(PERIOD) / (half - 1)))
+    frequencies = _exp(np.arange(half, dtype=np.float32)
+                       * np.float32(-math.log(PERIOD) / (half - 1)))
     angles = jnp.asarray(scale, jnp.float32)[..., None] * 1000.0 * frequencies
     code = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, width % 2)])
+
+
+def _exp(exponents):
+    """exp of float32 to the last bit; numpy's own is a few bits off, and angles magnify them."""
+    return np.exp(exponents.astype(np.float64)).astype(np.float32)
