@@ -1,0 +1,42 @@
+"""CarRacing, the bundled world: 64x96 at 16 fps, drivable on a laptop CPU.
+
+    tools/collect.py CarRacing-v3 --out data/carracing --hours 1 --themes all
+    tools/train.py carracing:VAE  --out runs/vae
+    tools/train.py carracing:SWIN --out runs/swin --weights runs/vae/weights
+    tools/generate.py carracing   --weights runs/swin/weights
+"""
+
+import dataclasses
+
+from matrix_jax.config import Run, Train
+from matrix_jax.dit import cogvideox as dit
+from matrix_jax.encoders import clip, t5
+from matrix_jax.stream.swin import Config as Swin
+from matrix_jax.train.optim import Optimizer
+from matrix_jax.train.swin_dpm import SwinDPM
+from matrix_jax.train.vae import Autoencode
+from matrix_jax.vae import cogvideox as vae
+from matrix_jax.worlds.the_matrix import Config
+
+DEFAULT = 'PLAY'
+# Three clean frames of context: one latent frame alone does not show speed and turn rate.
+WORLD = Config(
+    name='CarRacing', dit=dit.PRESETS['carracing'], text=t5.PRESETS['carracing'],
+    vae=dataclasses.replace(vae.PRESETS['carracing'], single_latent_frames=4),
+    control=clip.PRESETS['carracing'], height=64, width=96, decode_chunk=1,
+    prompt='A red car drives on a grey road through a green meadow.',
+    stream=Swin(groups=4, group_frames=1, context=3, steps=20, solver='ddim', entry='head',
+                head_group=2))
+
+PLAY = Run(world=WORLD, weights='carracing')
+VAE = Run(world=WORLD, data='data/carracing',
+          stage=Autoencode(ema=0.99, optimizer=Optimizer(
+              kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
+              weight_decay=0.0)),
+          train=Train(steps=2500, batch=4, log_every=20, save_every=250))
+SWIN = Run(world=WORLD, data='data/carracing',
+           stage=SwinDPM(ema=0.995, text_dropout=0.05, condition_noise=100, recycle=1.0,
+                         train_encoders=True, optimizer=Optimizer(
+                             kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine',
+                             warmup=100, weight_decay=0.0)),
+           train=Train(steps=6000, batch=16, log_every=20, save_every=500))

@@ -1,0 +1,32 @@
+"""The Matrix as released: 480x720 at 16 fps, CogVideoX-2b sizes. Weights come with --weights."""
+
+import dataclasses
+
+from matrix_jax.config import Run
+from matrix_jax.dit import cogvideox as dit
+from matrix_jax.encoders import clip, t5
+from matrix_jax.stream.swin import Config as Swin
+from matrix_jax.vae import cogvideox as vae
+from matrix_jax.worlds.the_matrix import Config
+
+DEFAULT = 'STAGE4'
+VAE = dataclasses.replace(vae.PRESETS['released'], single_latent_frames=4)
+
+# Stage 2 makes whole clips of 65 frames; STAGE3 and STAGE4 stream.
+STAGE2 = Run(world=Config(vae=vae.PRESETS['released'],
+                          stream=Swin(groups=1, group_frames=16, steps=50, guidance=6.0)))
+STAGE3 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=4, steps=20, solver='dpm',
+                                               guidance=6.0)))
+STAGE4 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4, solver='lcm',
+                                               original_steps=40)))
+# The published interactive setting: one latent frame per shift, decoded one by one.
+LIVE = Run(world=Config(vae=VAE, decode_chunk=1,
+                        stream=Swin(groups=4, group_frames=1, steps=4, solver='lcm',
+                                    original_steps=40, entry='head')))
+# Every part at test size: random weights, seconds to compile.
+TINY = Run(world=Config(
+    dit=dataclasses.replace(dit.PRESETS['tiny'], text_dim=16, text_length=12,
+                            control=dit.Control(dim=16, start=1, end=3)),
+    vae=dataclasses.replace(vae.PRESETS['tiny'], single_latent_frames=4),
+    text=t5.PRESETS['tiny'], control=clip.PRESETS['tiny'], height=32, width=48,
+    stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))

@@ -1,0 +1,218 @@
+"""From a prompt and keys to frames: what the command line, the Python door and tests share.
+
+One compiled step is called once per shift. It hands out frames as the stream makes them; the host
+only copies the frames of the previous shift while the next one runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax import checkpoint, controls, video
+from matrix_jax.config import UsageError
+
+
+@dataclasses.dataclass
+class Clip:
+    """A generated video: frames as they come, and what was measured.
+
+    Attributes:
+      symbols: the control symbol of each latent frame that is shown.
+      seconds: length asked for.
+      compile_seconds: time until the step was compiled.
+      run_seconds: time of all steps so far, copies to the host included.
+      notes: lines that the user should see (cut prompt, unused controls).
+    """
+    symbols: list[str]
+    seconds: int
+    notes: list[str]
+    compile_seconds: float = 0.0
+    run_seconds: float = 0.0
+
+
+def plan(world, length: int, control: str | None, control_seed: int, pad: str | None):
+    """Shifts of the stream and the symbols of its latent frames.
+
+    Args:
+      world: the World.
+      length: seconds, at least 1.
+      control: comma-separated symbols, one per shown latent frame; None = random.
+      control_seed: seed of random symbols.
+      pad: None, 'random' or 'hold', for a control string that is too short.
+
+    Returns:
+      (shifts, symbols, notes); `len(symbols)` is shifts * group_frames.
+
+    Raises:
+      UsageError: length, an unknown symbol, or too few symbols.
+    """
+    if not (isinstance(length, int) and 1 <= length <= 24 * 3600):
+        raise UsageError(f'--length: got {length}, expected whole seconds from 1 to 86400')
+    cfg = world.cfg
+    latents = length * cfg.fps / cfg.frames_per_control
+    shifts = math.ceil(latents / cfg.stream.group_frames)
+    need = shifts * cfg.stream.group_frames
+    if control is None:
+        return shifts, controls.generate_random_control_signal(need, control_seed).split(','), []
+    symbols, note = controls.fit(controls.parse(control), need, pad=pad, seed=control_seed)
+    return shifts, symbols, [note] if note else []
+
+
+def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bool) -> np.ndarray:
+    """Start frames uint8 [F H W 3] that fill the window: a file of the user, or a bundled clip.
+
+    A bundled clip is chosen by the words that its caption shares with the prompt.
+    """
+    cfg = world.cfg
+    count = 1 + (cfg.stream.frames - 1) * cfg.frames_per_control
+    if source is not None:
+        frames = video.read_image(source)[None] if is_image else video.read_video(source, cfg.fps, count)
+        frames = video.fit(frames, cfg.height, cfg.width)
+        return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])[:count]
+    listing = Path(folder) / 'starts' / 'starts.json'
+    if not listing.is_file():
+        raise UsageError('this world brings no start clip: give --video or --image')
+    starts = json.loads(listing.read_text())
+    words = set(prompt.lower().replace('.', ' ').split())
+    best = max(starts, key=lambda start: len(words & set(start['words'])))
+    strip = video.read_image(str(listing.parent / best['file']))
+    return strip.reshape(-1, cfg.height, cfg.width, 3)[:count]
+
+
+class Player:
+    """One stream of one world: start it, step it with symbols, take frames.
+
+    Args:
+      world, params: from `worlds.load` or `worlds.open_run`.
+      entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
+    """
+
+    def __init__(self, world, params, entry: str | None = None):
+        self.world, self.params = world, params
+        stream = world.stream(entry)
+        self._init = jax.jit(stream.init)
+        self._step = jax.jit(stream.step, donate_argnums=1)
+        self._condition = jax.jit(world.condition)
+
+    def start(self, prompt: str, frames: np.ndarray, symbols: list[str], seed: int):
+        """Begins a stream.
+
+        Args:
+          prompt: text.
+          frames: start clip uint8 [F H W 3].
+          symbols: controls of the window's frames but its newest group.
+          seed: seed of all noise.
+
+        Returns:
+          (carry, the text that did not fit the model, '' if all did).
+        """
+        ids, cut = self.world.tokenize_and_cut([prompt])
+        indices = np.asarray([[controls.SYMBOLS.index(symbol) for symbol in symbols]], np.int32)
+        condition = self._condition(self.params, ids, frames[None], indices)
+        carry = self._init(self.params, condition, jax.random.split(jax.random.key(seed), 1))
+        return carry, cut[0]
+
+    def compile(self, carry) -> float:
+        """Compiles the step for this carry -> seconds."""
+        began = time.perf_counter()
+        symbols = jax.ShapeDtypeStruct((1, self.world.cfg.stream.group_frames), jnp.int32)
+        self._step = self._step.lower(self.params, carry, symbols).compile()
+        return time.perf_counter() - began
+
+    def step(self, carry, symbols: list[str]):
+        """One shift under the newest symbols -> (carry, frames uint8 [B F H W 3] on device)."""
+        indices = np.asarray([[controls.SYMBOLS.index(symbol) for symbol in symbols]], np.int32)
+        return self._step(self.params, carry, indices)
+
+
+def stream_frames(player: Player, carry, symbols: list[str], clip: Clip) -> Iterator[np.ndarray]:
+    """Yields frames uint8 [H W 3] one by one, copying one shift while the next is computed.
+
+    Args:
+      symbols: controls of the steps, `group_frames` each.
+      clip: its `run_seconds` is kept up to date.
+    """
+    size = player.world.cfg.stream.group_frames
+    began, waiting = time.perf_counter(), None
+    for index in range(0, len(symbols) + size, size):
+        frames = None
+        if index < len(symbols):
+            carry, frames = player.step(carry, symbols[index:index + size])
+        if waiting is not None:
+            done = np.asarray(waiting)[0]
+            clip.run_seconds = time.perf_counter() - began
+            yield from done
+        waiting = frames
+
+
+def generate(world, params, folder, *, prompt: str | None = None, control: str | None = None,
+             length: int = 8, seed: int = 42, control_seed: int = 42, pad: str | None = None,
+             image: str | None = None, video_path: str | None = None):
+    """Plans, compiles and starts a clip.
+
+    Args:
+      world, params: from `worlds.open_run`.
+      folder: the weights folder, which may bring start clips.
+      prompt: text; the world's own by default.
+      control, length, control_seed, pad: see `plan`.
+      seed: of all noise; one seed is one video.
+      image, video_path: file to start from; a bundled clip that fits the prompt by default.
+
+    Returns:
+      (iterator of frames uint8 [H W 3], Clip).
+
+    Raises:
+      UsageError: what is wrong with an argument, before anything is computed.
+    """
+    if image and video_path:
+        raise UsageError('--image and --video: got both, expected one start')
+    if not 0 <= seed < 2**63:
+        raise UsageError(f'--seed: got {seed}, expected 0 to 2**63 - 1')
+    cfg = world.cfg
+    prompt = cfg.prompt if prompt is None else prompt
+    shifts, symbols, notes = plan(world, length, control, control_seed, pad)
+    frames = start_clip(world, folder, prompt, image or video_path, bool(image))
+    # Every symbol steers the quarter second that it stands for: the window knows what is to come.
+    stream = cfg.stream
+    before = [symbols[0]] * stream.context
+    known = before + symbols + [symbols[-1]] * (stream.frames - stream.context)
+    player = Player(world, params, entry='tail')
+    carry, cut = player.start(prompt, frames, known[:stream.remembered], seed)
+    if cut:
+        notes.append(f'prompt: the model reads {cfg.dit.text_length} tokens; cut off: {cut!r}')
+    clip = Clip(symbols, length, notes, compile_seconds=player.compile(carry))
+    steps = known[stream.remembered:stream.remembered + shifts * stream.group_frames]
+    return stream_frames(player, carry, steps, clip), clip
+
+
+def to_file(run, options):
+    """What `tools/generate.py` does: checks all, then writes one video -> (path, Clip, frames)."""
+    from tqdm import tqdm
+
+    from matrix_jax import worlds
+    name = run.name.replace(':', '-').lower()
+    path = video.check_path(run.out or f'outputs/{name}-{options.seed}.mp4')
+    plan(worlds.build(run.world), options.length, options.control, options.control_seed, options.pad)
+    world, params = worlds.open_run(run)
+    frames, clip = generate(
+        world, params, checkpoint.resolve(run.weights), prompt=options.prompt,
+        control=options.control, length=options.length, seed=options.seed,
+        control_seed=options.control_seed, pad=options.pad, image=options.image,
+        video_path=options.video)
+    for note in clip.notes:
+        print(f'note: {note}')
+    per = world.cfg.frames_per_control
+    keys = None if options.no_overlay else (symbol for symbol in clip.symbols for _ in range(per))
+    total = len(clip.symbols) * per
+    bar = tqdm(frames, total=total, unit='frame', dynamic_ncols=True)
+    count = video.write_video(path, bar, world.cfg.fps, keys)
+    return path, clip, count

@@ -1,0 +1,55 @@
+"""What a training stage is: a loss, a choice of what trains, and the data it reads.
+
+Stages chain by handing on released-layout folders: `weights` of a run is where it starts, and
+`OUT/weights` is what it leaves, ready for `tools/generate.py --weights` and for the next stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from matrix_jax.train.optim import Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Base of all stages; a stage overrides what differs.
+
+    Attributes:
+      optimizer: see `optim.Optimizer`.
+      ema: decay of the exported average.
+    """
+    optimizer: Optimizer = Optimizer()
+    ema: float = 0.999
+
+    components = ()   # parts of the world whose parameters the loss reads
+
+    def __post_init__(self):
+        if not 0 <= self.ema < 1:
+            raise ValueError(f'stage.ema: got {self.ema}, expected 0 <= ema < 1')
+
+    def trainable(self, path: str) -> bool:
+        """Whether the leaf 'component/path' trains."""
+        return True
+
+    def loader(self, world, params, data: str, batch: int, seed: int, cache: str) -> Any:
+        """An endless iterator of batches (numpy dicts) with `state() -> bytes` and `restore(state)`.
+
+        Args:
+          world: the World.
+          params: start parameters, for stages that pre-encode their data.
+          data: folder of recorded clips.
+          batch: examples per step.
+          seed: order of the examples.
+          cache: folder for what is computed once.
+        """
+        raise NotImplementedError
+
+    def loss(self, world, params, batch, key):
+        """Scalar loss and a dict of scalar metrics; pure."""
+        raise NotImplementedError
+
+    def finish(self, world, params, loader):
+        """The world and parameters to export once trained; both unchanged by default."""
+        return world, params

@@ -1,0 +1,93 @@
+"""Training state by role, and the one update step.
+
+A stage gives a loss over the whole parameter tree and says which leaves train. The state keeps the
+two kinds apart as flat dicts ('component/path/leaf' -> array), so that frozen weights cost neither
+gradients nor optimizer memory, and a role more (a teacher, a critic) is one more dict.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from matrix_jax.convert import flatten, unflatten
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a run needs in order to go on exactly.
+
+    Attributes:
+      step: int32 [], updates tried so far.
+      skipped: int32 [], updates in a row that were refused because they were not finite.
+      student: flat dict of trained leaves, float32.
+      ema: flat dict like `student`; what is evaluated and exported.
+      frozen: flat dict of leaves that the loss reads and nothing updates.
+      opt: optimizer state of `student`.
+      key: uint32 [2], raw key of the run; a step folds in its index.
+    """
+    step: jax.Array
+    skipped: jax.Array
+    student: dict
+    ema: dict
+    frozen: dict
+    opt: optax.OptState
+    key: jax.Array
+
+
+def init(params: Mapping, trainable: Callable[[str], bool], tx, seed: int) -> TrainState:
+    """Splits `params` by `trainable(path)` and starts the optimizer.
+
+    Raises:
+      ValueError: nothing trains.
+    """
+    flat = flatten(params)
+    student = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in flat.items() if trainable(path)}
+    if not student:
+        raise ValueError('stage: no parameter trains; expected at least one trainable path')
+    frozen = {path: jnp.asarray(leaf) for path, leaf in flat.items() if path not in student}
+    return TrainState(step=jnp.int32(0), skipped=jnp.int32(0), student=student,
+                      ema=jax.tree.map(jnp.copy, student), frozen=frozen, opt=tx.init(student),
+                      key=jax.random.key_data(jax.random.key(seed)))
+
+
+def merged(state: TrainState, role: str = 'ema') -> dict:
+    """The whole parameter tree with the trained leaves of `role` ('student' or 'ema')."""
+    return unflatten({**state.frozen, **getattr(state, role)})
+
+
+def make_step(loss: Callable, tx, ema_decay: float) -> Callable:
+    """Returns `step(state, batch) -> (state, metrics)`, pure and jittable with a donated state.
+
+    Args:
+      loss: `loss(params, batch, key) -> (scalar, metrics dict)`.
+      tx: optax transformation.
+      ema_decay: decay of the running average; it is ramped up as (1+step)/(10+step) at first.
+
+    A step whose loss or gradient is not finite leaves parameters, average and optimizer untouched
+    and counts in `skipped`.
+    """
+    def step(state: TrainState, batch):
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def compute(student):
+            return loss(unflatten({**state.frozen, **student}), batch, key)
+
+        (value, metrics), grads = jax.value_and_grad(compute, has_aux=True)(state.student)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt = tx.update(grads, state.opt, state.student)
+        student = optax.apply_updates(state.student, updates)
+        decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)).astype(jnp.float32)
+        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, student)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        state = state.replace(
+            step=state.step + 1, skipped=jnp.where(finite, 0, state.skipped + 1),
+            student=keep(student, state.student), ema=keep(ema, state.ema), opt=keep(opt, state.opt))
+        return state, {'loss': value, 'grad_norm': norm, 'skipped': state.skipped, **metrics}
+
+    return step

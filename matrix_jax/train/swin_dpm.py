@@ -1,0 +1,117 @@
+"""Stage 3, Swin-DPM: the denoising loss at the grouped levels that the stream will visit.
+
+Level of frame f in group g: u + g * 1000/G with one u per sample; the condition frames stay near
+level 0 and do not count (reference section 6). Two additions against drift, both told to the network
+or paired with clean targets: condition noise, and error recycling on the condition frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from matrix_jax.train.denoise import denoise_loss
+from matrix_jax.train.stage import Stage
+
+
+def grouped_levels(u, groups: int, group_frames: int, context, train_steps: int = 1000):
+    """Levels [B T] of a window: `context` levels [B T_c], then u + g * train_steps / groups.
+
+    Args:
+      u: int32 [B], 0 <= u < train_steps / groups.
+    """
+    offsets = jnp.repeat(jnp.arange(groups) * (train_steps // groups), group_frames)
+    return jnp.concatenate([context, u[:, None] + offsets[None]], axis=1).astype(jnp.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class SwinDPM(Stage):
+    """Grouped-level denoising on pre-encoded latents.
+
+    Attributes:
+      control_dropout: share of samples whose controls become the null (empty prompt) embedding.
+      text_dropout: share of samples whose caption becomes the empty prompt.
+      condition_noise: highest level of the noise on condition frames, told to the network;
+        half of the samples get level 0. 0 switches it off (reference).
+      recycle: scale of one-step prediction errors that are put back on the condition frames of
+        half of the samples, targets staying clean. 0 switches it off (reference).
+      train_encoders: train the text and control encoders too (first stage of a bundled world).
+    """
+    control_dropout: float = 0.1
+    text_dropout: float = 0.0
+    condition_noise: int = 0
+    recycle: float = 0.0
+    train_encoders: bool = False
+
+    components = ('transformer', 'text_encoder', 'control_encoder', 'vae')
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ('control_dropout', 'text_dropout'):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected 0 to 1')
+        if not 0 <= self.condition_noise < 250:
+            raise ValueError(f'stage.condition_noise: got {self.condition_noise}, expected 0 to 249')
+        if not 0 <= self.recycle <= 4:
+            raise ValueError(f'stage.recycle: got {self.recycle}, expected 0 to 4')
+
+    def trainable(self, path):
+        component = path.split('/')[0]
+        encoders = self.train_encoders and component in ('text_encoder', 'control_encoder')
+        return component == 'transformer' or encoders
+
+    def loader(self, world, params, data, batch, seed, cache):
+        from matrix_jax.data import latents
+        store = latents.encode(data, world, params, cache)
+        ids = world.tokenize(store.texts)
+        return latents.Windows(store, world.cfg.stream.frames, batch, seed, ids)
+
+    def loss(self, world, params, batch, key):
+        stream, schedule = world.cfg.stream, world.schedule
+        keys = jax.random.split(key, 8)
+        clean = batch['latents'].astype(jnp.float32)
+        size, context = clean.shape[0], stream.context
+        empty = _chosen(keys[0], size, self.text_dropout, 2)
+        text = world.embed_ids(params, jnp.where(empty, world.empty_ids, batch['ids']))
+        table = world.embed_controls(params)
+        nothing = table.shape[0] - 1                                          # last row: null control
+        dropped = jax.random.uniform(keys[1], (size, 1)) < self.control_dropout
+        control = table[jnp.where(dropped, nothing, batch['controls'])]
+        u = jax.random.randint(keys[2], (size,), 0, 1000 // stream.groups)
+        told = jax.random.randint(keys[3], (size, 1), 0, self.condition_noise + 1)
+        told = jnp.where(jax.random.uniform(keys[4], (size, 1)) < 0.5, 0, told)
+        told = jnp.broadcast_to(told, (size, context))
+        levels = grouped_levels(u, stream.groups, stream.group_frames, told)
+        counted = (jnp.arange(stream.frames) >= context).astype(jnp.float32)
+        noise = jax.random.normal(keys[5], clean.shape)
+
+        def denoise(noisy, levels):
+            return world.denoise(params, noisy, levels, text, control)
+
+        seen = clean
+        if self.recycle:
+            seen = self._recycled(schedule, denoise, clean, noise, levels, context, keys[6])
+        loss, aux = denoise_loss(schedule, denoise, clean, noise, levels, counted, seen)
+        groups = jnp.square(aux['v'] - aux['target'])[:, context:].mean(axis=(0, 2, 3, 4))
+        groups = groups.reshape(stream.groups, -1).mean(axis=1)
+        return loss, {f'v_loss_{g}': groups[g] for g in range(stream.groups)}
+
+    def _recycled(self, schedule, denoise, clean, noise, levels, context, key):
+        """Clean latents whose condition frames carry errors that the network itself makes."""
+        from matrix_jax.diffusion import schedules
+        noisy = schedules.add_noise(schedule, clean, noise, levels)
+        x0 = schedules.x0_from_v(schedule, noisy, denoise(noisy, levels), levels)
+        error = jax.lax.stop_gradient(x0 - clean)[:, context:]
+        pick = jax.random.split(key, 3)
+        size = clean.shape[0]
+        frame = jax.random.randint(pick[0], (size, context), 0, max(error.shape[1] // 2, 1))
+        error = jnp.take_along_axis(error, frame[:, :, None, None, None], axis=1)
+        scale = self.recycle * jax.random.uniform(pick[1], (size, 1, 1, 1, 1))
+        scale = jnp.where(_chosen(pick[2], size, 0.5, 5), scale, 0.0)
+        return clean.at[:, :context].add(scale * error)
+
+
+def _chosen(key, size, share, ndim):
+    return (jax.random.uniform(key, (size,)) < share).reshape((size,) + (1,) * (ndim - 1))

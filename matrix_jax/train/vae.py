@@ -1,0 +1,77 @@
+"""Stage 0: the video autoencoder of a bundled world, trained from scratch.
+
+Clips go through encoder and *streaming* decoder exactly as they will be used: causal 8-frame chunks
+in, one latent frame per chunk out, so that the chunk statistics of the norms are the trained ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax.train.stage import Stage
+from matrix_jax.vae import cogvideox
+
+
+@dataclasses.dataclass(frozen=True)
+class Autoencode(Stage):
+    """Reconstruction + gradient-domain term + weak KL.
+
+    Attributes:
+      frames: clip length F = 1 + 4k.
+      kl: weight of the KL divergence to N(0, 1), per latent element.
+      edges: weight of the L1 difference of spatial gradients.
+    """
+    frames: int = 17
+    kl: float = 1e-5
+    edges: float = 0.5
+
+    components = ('vae',)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.frames < 9 or (self.frames - 1) % 8:
+            raise ValueError(f'stage.frames: got {self.frames}, expected 1 + 8k with k of at least 1 '
+                             '(whole encoder chunks)')
+
+    def loader(self, world, params, data, batch, seed, cache):
+        from matrix_jax.data.loader import Loader
+        return Loader(data, self.frames, batch, seed, mirror=0.5 if world.cfg.mirror else 0.0)
+
+    def loss(self, world, params, batch, key):
+        cfg = world.cfg.vae
+        frames = batch['frames'].astype(jnp.float32) / 127.5 - 1
+        mean, logvar = cogvideox.encode(cfg, params['vae'], frames)
+        latents = cogvideox.sample(mean, logvar, jax.random.normal(key, mean.shape))
+        made = decode_streamed(cfg, params['vae'], latents[:, 1:])
+        error = made - frames[:, 1:]
+        edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (2, 3))
+        square = jnp.square(error).mean()
+        kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
+        loss = jnp.abs(error).mean() + 2 * square + self.edges * edges + self.kl * kl
+        psnr = 10 * jnp.log10(4 / square)
+        return loss, {'psnr': psnr, 'kl': kl, 'latent_std': jnp.std(mean)}
+
+    def finish(self, world, params, loader):
+        """Sets the scaling factor to 1/std of the latents, as the noise schedule expects."""
+        cfg = world.cfg.vae
+        encode = jax.jit(lambda p, x: cogvideox.encode(cfg, p, x)[0])
+        means = []
+        for _ in range(8):
+            frames = next(loader)['frames'].astype(np.float32) / 127.5 - 1
+            means.append(np.asarray(encode(params['vae'], frames)))
+        factor = float(1 / np.std(np.concatenate(means)))
+        vae = dataclasses.replace(cfg, scaling_factor=factor)
+        return world.replace(vae=vae), params
+
+
+def decode_streamed(cfg, params, latents):
+    """Latents [B T H W C] -> frames [B 4T H W 3], one latent frame per chunk, cache from empty."""
+    cache, first = cogvideox.prefill(cfg, params, latents[:, :1])
+    _, rest = jax.lax.scan(lambda cache, z: cogvideox.step(cfg, params, cache, z[:, None]),
+                           cache, jnp.swapaxes(latents[:, 1:], 0, 1))
+    rest = jnp.moveaxis(rest, 0, 1).reshape((latents.shape[0], -1) + first.shape[2:])
+    return jnp.concatenate([first, rest], axis=1)

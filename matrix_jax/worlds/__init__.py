@@ -1,0 +1,62 @@
+"""The worlds, and the doors that open one: by recipe and weights, fresh, or abstract."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from matrix_jax.worlds import the_matrix
+
+REGISTRY = {the_matrix.Config: the_matrix}
+
+
+def build(cfg):
+    """The world of a config, without weights; abstract until `init` or `load`."""
+    return REGISTRY[type(cfg)].World(cfg)
+
+
+def load(name: str = 'carracing', weights: str | None = None, mesh=None):
+    """One-call door: recipe and weights -> (world, params on the mesh).
+
+    Args:
+      name: 'world:RECIPE' from configs/; a bare world means its default recipe.
+      weights: folder in the released layout, bundled name or hub repository; the recipe's own by
+        default.
+      mesh: `config.Mesh`; one device by default.
+
+    Raises:
+      UsageError, CheckpointError, ConversionError: all ValueErrors of one line.
+    """
+    from matrix_jax import config
+    run = config.load(name)
+    return open_run(dataclasses.replace(run, weights=weights or run.weights, mesh=mesh or run.mesh))
+
+
+def open_run(run):
+    """A run's world and its parameters, read strictly and placed on its mesh."""
+    import jax
+    import jax.numpy as jnp
+
+    from matrix_jax import checkpoint, config, sharding
+    if not run.weights:
+        raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or a '
+                                'hub repository')
+    folder = checkpoint.resolve(run.weights)
+    world = REGISTRY[type(run.world)].open_folder(run.world, folder)
+    params = world.load(folder)
+    if world.cfg.dit.dtype == 'float32':
+        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+    return world, world.device_put(params, sharding.make_mesh(run.mesh))
+
+
+def start(run):
+    """A training run's world and start parameters: what `weights` holds, the rest fresh."""
+    from matrix_jax import checkpoint
+    world = build(run.world)
+    if run.weights is None:
+        return world.with_tokenizers(None), world.init(run.train.seed)
+    folder = checkpoint.resolve(run.weights)
+    have = tuple(part.folder for part in world.parts if (Path(folder) / part.folder).is_dir())
+    world = REGISTRY[type(run.world)].open_folder(run.world, folder)
+    params = {**world.init(run.train.seed), **world.load(folder, only=have)}
+    return world, params

@@ -1,0 +1,231 @@
+"""The Matrix (arXiv 2412.03568): CogVideoX DiT + control blocks, streamed by Swin-DPM.
+
+    prompt --T5--> text         control prompts --CLIP--> table of nine vectors and the null one
+    start clip --VAE--> window  window + keys --Swin-DPM shift--> clean latents --VAE--> frames
+
+The same class runs the released checkpoints (480x720) and the bundled worlds (a few MB): a folder in
+the released layout decides all sizes. Bundled folders also hold `control_encoder/` and
+`control_tokenizer/`, which the released ones leave to `openai/clip-vit-large-patch14`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax import checkpoint, controls
+from matrix_jax.diffusion import schedules
+from matrix_jax.dit import cogvideox as dit
+from matrix_jax.encoders import clip, t5, tokenizers
+from matrix_jax.stream import base as streams
+from matrix_jax.stream import swin
+from matrix_jax.vae import cogvideox as vae
+from matrix_jax.worlds.base import Part, Parts, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A Matrix-type world.
+
+    Attributes:
+      name: `_class_name` of model_index.json.
+      dit, vae, text, control, scheduler: configs of the parts; a weights folder overrides them.
+      stream: the Swin-DPM stream.
+      height, width: pixels of a frame.
+      fps: frames per second.
+      decode_chunk: latent frames per streaming decode; 2 equals whole-clip decoding.
+      mirror: whether a mirrored clip with mirrored keys is a valid example.
+      prompt: default prompt.
+      control_weights: where control prompts are encoded if the folder has no `control_encoder`.
+    """
+    dit: dit.Config = dit.PRESETS['2b_control']
+    vae: vae.Config = vae.PRESETS['released']
+    text: t5.Config = t5.PRESETS['v1_1_xxl']
+    control: clip.Config = clip.PRESETS['vit_l_14']
+    scheduler: schedules.SchedulerConfig = schedules.SchedulerConfig()
+    stream: swin.Config = swin.Config()
+    height: int = 480
+    width: int = 720
+    fps: int = 16
+    decode_chunk: int = 2
+    mirror: bool = True
+    prompt: str = 'A car drives along a road.'
+    control_weights: str = 'openai/clip-vit-large-patch14'
+    name: str = 'TheMatrix'
+
+    def __post_init__(self):
+        scale = 8 * self.dit.patch
+        if self.height <= 0 or self.width <= 0 or self.height % scale or self.width % scale:
+            raise ValueError(f'world: got {self.height}x{self.width} pixels, expected positive '
+                             f'multiples of {scale} (VAE 8, patch {self.dit.patch})')
+        if self.fps <= 0:
+            raise ValueError(f'world.fps: got {self.fps}, expected at least 1')
+        if self.decode_chunk not in (1, 2) or self.stream.group_frames % self.decode_chunk:
+            raise ValueError(f'world.decode_chunk: got {self.decode_chunk}, expected 1, or 2 with an '
+                             f'even stream.group_frames (got {self.stream.group_frames})')
+
+    @property
+    def frames_per_control(self) -> int:
+        """Pixel frames of one latent frame, which is what one control symbol steers."""
+        return self.vae.temporal_compression
+
+
+class World(Parts):
+    """Pure functions of parameters around `Config`; nothing here holds weights."""
+
+    parts = (Part('dit', 'transformer', dit.weights, dit.shapes,
+                  functools.partial(dit.init, zero_init=True)),
+             Part('vae', 'vae', vae.weights, vae.shapes, vae.init),
+             Part('text', 'text_encoder', t5.weights, t5.shapes, t5.init),
+             Part('control', 'control_encoder', clip.weights, clip.shapes, clip.init))
+    extras = ('tokenizer', 'control_tokenizer', 'scheduler')
+
+    def __init__(self, cfg: Config):
+        super().__init__(cfg)
+        self.schedule = schedules.make(cfg.scheduler)
+        self.net = dit.DiT(cfg.dit)
+        self.tokenizer = self.control_tokenizer = None
+
+    # --- text and control --------------------------------------------------------------------
+
+    def with_tokenizers(self, folder: str | None):
+        """Reads the tokenizers of a weights folder; None = the byte tokenizers of bundled worlds."""
+        if folder is None:
+            self.tokenizer, self.control_tokenizer = tokenizers.byte_pair()
+        else:
+            self.tokenizer = tokenizers.load(str(Path(folder) / 'tokenizer'))
+            self.control_tokenizer = tokenizers.load(str(Path(folder) / 'control_tokenizer'))
+        return self
+
+    def replace(self, **fields):
+        world = super().replace(**fields)
+        world.tokenizer, world.control_tokenizer = self.tokenizer, self.control_tokenizer
+        return world
+
+    def tokenize(self, prompts) -> np.ndarray:
+        """Prompts -> int32 ids [B L]; the model's text length, cut or padded."""
+        return self.tokenize_and_cut(prompts)[0]
+
+    def tokenize_and_cut(self, prompts):
+        """Prompts -> (ids [B L], the text of each prompt that did not fit)."""
+        return tokenizers.encode(self.tokenizer, list(prompts), self.cfg.dit.text_length)
+
+    @functools.cached_property
+    def empty_ids(self) -> np.ndarray:
+        """Ids [1 L] of the empty prompt."""
+        return self.tokenize([''])
+
+    @functools.cached_property
+    def control_ids(self) -> np.ndarray:
+        """Ids of the nine control prompts and, last, of the empty one (the null control)."""
+        prompts = [controls.PROMPTS[symbol] for symbol in controls.SYMBOLS] + ['']
+        return tokenizers.encode(self.control_tokenizer, prompts, None)[0]
+
+    def embed_ids(self, params, ids):
+        """Ids [B L] -> text [B L D]."""
+        return t5.T5Encoder(self.cfg.text).apply({'params': params['text_encoder']}, ids)
+
+    def embed_controls(self, params):
+        """Control table [10 A]: the nine controls in vocabulary order, then null."""
+        return clip.TextTower(self.cfg.control).apply({'params': params['control_encoder']},
+                                                      self.control_ids)
+
+    # --- pixels and latents ------------------------------------------------------------------
+
+    def encode_frames(self, params, frames):
+        """Frames uint8 [B F H W 3], F = 1 + 4k -> latents [B T H W C], scaled, posterior mean."""
+        pixels = jnp.asarray(frames, jnp.float32) / 127.5 - 1
+        mean, _ = vae.encode(self.cfg.vae, params['vae'], pixels)
+        return mean * self.cfg.vae.scaling_factor
+
+    def decoder(self) -> streams.Decoder:
+        """Streaming decoder: latents of one shift -> uint8 frames."""
+        cfg = self.cfg.vae
+
+        def prefill(params, latents):
+            return vae.prefill(cfg, params['vae'], latents / cfg.scaling_factor)[0]
+
+        def step(params, cache, latents):
+            chunk = self.cfg.decode_chunk
+            parts = jnp.split(latents / cfg.scaling_factor, latents.shape[1] // chunk, axis=1)
+            frames = []
+            for part in parts:
+                cache, made = vae.step(cfg, params['vae'], cache, part)
+                frames.append(made)
+            return cache, to_uint8(jnp.concatenate(frames, axis=1))
+
+        return streams.Decoder(prefill, step)
+
+    # --- the stream --------------------------------------------------------------------------
+
+    def denoise(self, params, x, level, text, control):
+        """v-prediction [B T H W C] of noisy latents at levels [B T]."""
+        return self.net.apply({'params': params['transformer']}, x, text, level, control)
+
+    def stream(self, entry: str | None = None) -> streams.Stream:
+        """Keys in, uint8 frames out: one Swin-DPM shift and its decoding, one program.
+
+        The decoder starts on the condition frames, so the first frame shown continues the start clip
+        and every shift is the same program.
+
+        Args:
+          entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
+        """
+        cfg = dataclasses.replace(self.cfg.stream, entry=entry or self.cfg.stream.entry)
+        latents = swin.make(cfg, self.cfg.scheduler, self.denoise)
+        return streams.chain(latents, self.decoder(),
+                             warm=lambda cond: cond.latents[:, :cfg.context])
+
+    def condition(self, params, ids, frames, symbols) -> swin.Cond:
+        """What a stream starts from.
+
+        Args:
+          params: parameters.
+          ids: prompt ids [B L].
+          frames: start clip uint8 [B F H W 3], F = 1 + 4k.
+          symbols: int32 [B T], controls of the first window but its newest group.
+        """
+        return swin.Cond(
+            latents=self.encode_frames(params, frames), text=self.embed_ids(params, ids),
+            null_text=self.embed_ids(params, self.empty_ids),
+            control_table=self.embed_controls(params), controls=jnp.asarray(symbols, jnp.int32))
+
+    # --- folders -----------------------------------------------------------------------------
+
+    def write_extra(self, name, folder):
+        if name == 'scheduler':
+            checkpoint.write_config(Path(folder).parent, name, self.cfg.scheduler.to_released(),
+                                    'scheduler_config.json')
+        elif name == 'tokenizer':
+            tokenizers.write_byte_tokenizer(folder)
+        else:
+            tokenizers.write_clip_byte_tokenizer(folder)
+
+
+def open_folder(cfg: Config, folder: str) -> World:
+    """The world that a weights folder describes; what the folder does not say comes from `cfg`.
+
+    The folder decides the sizes of the parts that it holds; how they run (types, rematerialisation,
+    the meaning of a single latent frame) and how they stream is the recipe's.
+    """
+    kinds = {'dit': dit.Config, 'vae': vae.Config, 'text': t5.Config, 'control': clip.Config}
+    fields = {part.field: read_config(kinds[part.field], folder, part.folder)
+              for part in World.parts if (Path(folder) / part.folder).is_dir()}
+    kept = {'dit': ('dtype', 'remat', 'scan_unroll'), 'vae': ('dtype', 'single_latent_frames')}
+    for name, names in kept.items():
+        if name in fields:
+            fields[name] = dataclasses.replace(
+                fields[name], **{one: getattr(getattr(cfg, name), one) for one in names})
+    released = checkpoint.read_config(folder, 'scheduler', 'scheduler_config.json')
+    fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
+    return World(dataclasses.replace(cfg, **fields)).with_tokenizers(folder)
+
+
+def to_uint8(frames):
+    """Frames in [-1, 1] -> uint8, rounded."""
+    return jnp.round(jnp.clip(frames / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

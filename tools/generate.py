@@ -1,0 +1,31 @@
+"""Generate a video: no arguments give 8 seconds of the bundled world under random keys.
+
+    tools/generate.py --control "D,D,DL,DL,DR" --pad hold --seed 3 --out drive.mp4
+"""
+
+from matrix_jax import config
+
+
+def main(argv):
+    """Exit codes: 0 done, 2 bad input (nothing is written)."""
+    parser = config.Parser(__doc__)
+    add = parser.add_argument
+    add('--prompt', help="what the world looks like (default: the world's own)")
+    add('--control', help='one symbol per quarter second: D B N, each alone or with L or R')
+    add('--control-seed', type=int, default=42, help='seed of random controls (default 42)')
+    add('--pad', choices=('random', 'hold'), help='how to go on where --control ends')
+    add('--length', type=int, default=8, help='seconds (default 8)')
+    add('--seed', type=int, default=42, help='seed of all noise (default 42)')
+    add('--image', help='picture to start from')
+    add('--video', help='clip to start from')
+    add('--no-overlay', action='store_true', help='do not draw the keys on the frames')
+    options, run = parser.run(argv)
+    from matrix_jax import generate
+    with config.door():
+        path, clip, count = generate.to_file(run, options)
+    fps = count / clip.run_seconds
+    print(f'{path}: {count} frames, {fps:.1f} fps, compile {clip.compile_seconds:.1f} s')
+
+
+if __name__ == '__main__':
+    config.main_guard(main)

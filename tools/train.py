@@ -1,0 +1,29 @@
+"""Train a stage of a world; run it again to go on where it stopped.
+
+    tools/train.py carracing:SWIN --out runs/swin --weights runs/vae/weights --steps 6000
+"""
+
+import dataclasses
+
+from matrix_jax import config
+
+
+def main(argv):
+    """Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with its state saved."""
+    _, run = config.Parser(__doc__).run(argv, recipe='carracing:SWIN')
+    if run.stage is None:
+        raise config.UsageError(f'{run.name}: has no training stage; recipes with one: '
+                                + ', '.join(config.list_recipes()))
+    if run.data is None:
+        raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
+    run = dataclasses.replace(run, out=run.out or f'runs/{run.name.replace(":", "-").lower()}')
+    with config.door():
+        from matrix_jax import worlds
+        from matrix_jax.train.loop import fit
+        world, params = worlds.start(run)
+        result = fit(run, world, params)
+    print(f'step {result["step"]} loss {result["loss"]:.6f}')
+
+
+if __name__ == '__main__':
+    config.main_guard(main)
