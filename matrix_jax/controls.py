@@ -1,0 +1,170 @@
+"""The nine controls of The Matrix: symbols, prompts, reading, padding and random drives.
+
+A control signal is a comma-separated string, one symbol per latent frame (a quarter of a second).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+PROMPTS = {
+    'D': 'The car is moving straight ahead.',
+    'DL': 'The car is turning left ahead.',
+    'DR': 'The car is turning right ahead.',
+    'B': 'The car is reversing backward.',
+    'BL': 'The car is turning left while reversing.',
+    'BR': 'The car is turning right while reversing.',
+    'N': 'The car is in neutral gear.',
+    'NL': 'The car is coasting in neutral and turning left.',
+    'NR': 'The car is coasting in neutral and turning right.',
+}
+SYMBOLS = tuple(PROMPTS)
+NULL = len(SYMBOLS)         # index of the null control: the empty prompt, last row of a table
+NULL_PROMPT = ''
+PADS = ('random', 'hold')
+FRAMES_PER_CONTROL = 4
+BASE_SECONDS, FPS = 4, 16   # longest clip of the base stage
+
+
+class ControlError(ValueError):
+    """A control signal that cannot be driven."""
+
+
+def parse(signal: str) -> list[str]:
+    """Symbols of a comma-separated signal.
+
+    Raises:
+      ControlError: names each unknown symbol (the first few) and its position, counted from 1.
+    """
+    if not signal.strip():
+        raise ControlError(f'control: got no symbols, expected some of {", ".join(SYMBOLS)}, '
+                           'separated by commas')
+    symbols = [symbol.strip() for symbol in signal.split(',')]
+    unknown = [(place, symbol) for place, symbol in enumerate(symbols, 1) if symbol not in PROMPTS]
+    if unknown:
+        shown = ', '.join(f'{symbol!r} at position {place} of {len(symbols)}'
+                          for place, symbol in unknown[:3])
+        more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
+        raise ControlError(f'control: unknown symbol {shown}{more}; expected {", ".join(SYMBOLS)}')
+    return symbols
+
+
+def fit(symbols: Sequence[str], needed: int, pad: str | None = None,
+        seed: int = 42) -> tuple[list[str], str | None]:
+    """Exactly `needed` symbols.
+
+    Args:
+      symbols: from `parse`.
+      pad: what follows a signal that is too short: 'random' (seeded, like the published call),
+        'hold' (the last symbol), or None (an error).
+      seed: of 'random'.
+
+    Returns:
+      (symbols, note for the user or None).
+
+    Raises:
+      ControlError: too few symbols and no padding.
+    """
+    if pad is not None and pad not in PADS:
+        raise ControlError(f'pad: got {pad!r}, expected one of {", ".join(PADS)}')
+    symbols, got = list(symbols), len(symbols)
+    if got >= needed:
+        note = f'control: {got} symbols, {needed} needed; the last {got - needed} are not used'
+        return symbols[:needed], note if got > needed else None
+    missing = needed - got
+    if pad is None:
+        raise ControlError(f'control: got {got} symbols, expected {needed}; positions {got + 1} to '
+                           f'{needed} are missing (pad with {" or ".join(PADS)} if that is meant)')
+    if pad == 'hold' and not symbols:
+        raise ControlError("control: got no symbols, 'hold' needs at least one")
+    more = symbols[-1:] * missing if pad == 'hold' else parse(
+        generate_random_control_signal(missing, seed))
+    return symbols + more, f'control: {got} symbols, {needed} needed; {missing} added by pad={pad}'
+
+
+def encode(symbols: Sequence[str]) -> np.ndarray:
+    """Vocabulary indices int32 [N]."""
+    return np.array([SYMBOLS.index(symbol) for symbol in symbols], np.int32)
+
+
+def decode(indices) -> list[str]:
+    """Symbols of vocabulary indices; the null control is ''."""
+    return [(*SYMBOLS, NULL_PROMPT)[index] for index in np.asarray(indices).ravel()]
+
+
+def generate_random_control_signal(length: int, seed: int, repeat_lens: Sequence[int] = (2, 2, 2),
+                                   signal_choices: Sequence[str] = ('D', 'DR', 'DL'),
+                                   change_prob_increment: float = 0.2) -> str:
+    """A random drive: choice 0, and between two stretches of it one of the other choices.
+
+    Args:
+      length: symbols.
+      seed: of numpy's default generator; the same seed gives the published signal.
+      repeat_lens: shortest stretch of each choice.
+      signal_choices: symbols; the first is the resting one.
+      change_prob_increment: what each further repeat adds to the probability of a change.
+
+    Returns:
+      Comma-separated symbols.
+    """
+    if length < 1:
+        raise ControlError(f'length: got {length}, expected at least 1')
+    if len(repeat_lens) != len(signal_choices):
+        raise ControlError(f'repeat_lens: got {len(repeat_lens)}, expected one for each of the '
+                           f'{len(signal_choices)} signal_choices')
+    random = np.random.default_rng(seed)
+    index, repeats, chance = 0, 0, change_prob_increment
+    symbols = []
+    for _ in range(length):
+        if repeats < repeat_lens[index]:
+            repeats += 1
+        # A draw is made only while the change is not certain: the sequence of draws is published.
+        elif chance >= 1 or random.uniform(0, 1) < chance:
+            index = int(random.choice(list(range(1, len(signal_choices))))) if index == 0 else 0
+            repeats, chance = 1, change_prob_increment
+        else:
+            repeats, chance = repeats + 1, min(1, chance + change_prob_increment)
+        symbols.append(signal_choices[index])
+    return ','.join(symbols)
+
+
+def base_frames(length: int) -> int:
+    """Frames of the base clip of the published call for `length` seconds."""
+    if length < 1:
+        raise ControlError(f'length: got {length}, expected at least 1 second')
+    return FPS * min(length, BASE_SECONDS) + 1
+
+
+def base_signal(length: int, signal: str | None = None, seed: int = 42) -> str:
+    """The signal of the published call after its own padding, unused symbols included.
+
+    PARITY: the padding starts again from the seed, and only reaches the end of the base clip.
+    """
+    needed = (base_frames(length) - 1) // FRAMES_PER_CONTROL + 1
+    return _padded(signal, needed, seed)
+
+
+def streaming_signal(signal: str, window_frames: int, groups: int, shifts: int,
+                     seed: int = 42) -> str:
+    """A signal padded for `shifts` shifts of a window of `window_frames` pixel frames.
+
+    PARITY: longer than what the shifts consume.
+    """
+    latents = (window_frames - 1) / FRAMES_PER_CONTROL
+    return _padded(signal, math.ceil(latents * (shifts / groups + 1)) + 1, seed)
+
+
+def one_per_latent(symbols: Sequence[str]) -> list[str]:
+    """Symbols of latent frames from those of pixel frames."""
+    return list(symbols[::FRAMES_PER_CONTROL])
+
+
+def _padded(signal, needed, seed):
+    got = len(signal.split(',')) if signal else 0
+    if got >= needed:
+        return signal
+    more = generate_random_control_signal(needed - got, seed)
+    return f'{signal},{more}' if signal else more

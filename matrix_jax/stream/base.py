@@ -1,0 +1,82 @@
+"""What a stream is: `init`, `prefill`, `step` over a carry, and how two of them chain.
+
+The same `step` runs under `scan` (offline), `jit` (a player) and `grad` (training).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+
+class Stream(NamedTuple):
+    """Endless generation.
+
+    Attributes:
+      init: `(params, cond, key) -> carry`.
+      prefill: `(params, carry, control) -> (carry, first output)`; run once. Its output may be of
+        another length than that of `step`, and its carry is what `step` takes and returns.
+      step: `(params, carry, control) -> (carry, output)`; every leaf keeps shape and type.
+    """
+    init: Callable
+    prefill: Callable
+    step: Callable
+
+
+class Decoder(NamedTuple):
+    """Latents to frames, in chunks.
+
+    Attributes:
+      prefill: `(params, latents [B T H W C]) -> (cache, frames [B F H W 3])` for the first chunk.
+      step: `(params, cache, latents) -> (cache, frames)`.
+    """
+    prefill: Callable
+    step: Callable
+
+
+def rollout(stream: Stream, params, carry, controls):
+    """Scans `step` over controls [S B T] -> (carry, outputs with a leading axis S)."""
+    return jax.lax.scan(partial(stream.step, params), carry, controls)
+
+
+def join(outputs):
+    """Outputs of a rollout [S B T ...] -> one clip [B S*T ...]."""
+    return rearrange(outputs, 's b t ... -> b (s t) ...')
+
+
+def chain(stream: Stream, decoder: Decoder, first: int = 1, warm: Callable | None = None) -> Stream:
+    """A stream of frames: each `step` makes latents and decodes them in one program.
+
+    Args:
+      stream: makes latents [B T H W C].
+      decoder: turns them into frames.
+      first: steps of `stream` whose latents the first decode waits for. `prefill` then takes their
+        controls side by side, [B first*T].
+      warm: `cond -> latents` that the decoder starts on in `init`; then `prefill` is `step`, and
+        `first` does not count.
+    """
+    def init(params, cond, key):
+        return stream.init(params, cond, key), decoder.prefill(params, warm(cond))[0]
+
+    def prefill(params, carry, control):
+        parts = jnp.split(control, first, axis=1)
+        carry, latents = stream.prefill(params, carry, parts[0])
+        chunks = [latents]
+        for part in parts[1:]:
+            carry, latents = stream.step(params, carry, part)
+            chunks.append(latents)
+        cache, frames = decoder.prefill(params, jnp.concatenate(chunks, axis=1))
+        return (carry, cache), frames
+
+    def step(params, carry, control):
+        carry, cache = carry
+        carry, latents = stream.step(params, carry, control)
+        cache, frames = decoder.step(params, cache, latents)
+        return (carry, cache), frames
+
+    return Stream(init, step, step) if warm else Stream(stream.init, prefill, step)

@@ -1,0 +1,336 @@
+"""Swin-DPM: a window of latents graded from almost clean to pure noise that shifts forever.
+
+The Matrix (arXiv 2412.03568). The window is [condition | group 0 | ... | group G-1]; one `step` is
+one shift: `steps / G` denoising calls take every group to the level of its left neighbour, group 0
+comes out clean and is popped, its last frames become the condition, and pure noise is pushed.
+Nothing but the window is carried from shift to shift, so the carry is a small plain pytree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from matrix_jax.diffusion import sampling, schedules, solvers
+from matrix_jax.stream.base import Stream
+
+SOLVERS = ('dpm', 'ddim', 'lcm')
+ENTRIES = ('tail', 'head')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Geometry and solver of the window; the defaults are stage 3 with small groups.
+
+    Attributes:
+      groups: noise groups G.
+      group_frames: latent frames of a group, popped and pushed by each shift.
+      context: condition frames in front.
+      steps: solver steps from pure noise to clean; each shift makes steps / G of them.
+      solver: 'dpm' (stage 3), 'ddim' or 'lcm' (stage 4).
+      guidance: classifier-free guidance; 1 or less switches it off.
+      entry: where a new control binds. 'tail' (reference): at the group of pure noise, seen about G
+        shifts later. 'head': at group `head_group` and all noisier ones.
+      head_group: first group that a control binds at with entry 'head'.
+      original_steps: teacher steps that 'lcm' picks from.
+      lcm_multiplier: phases of 'lcm' per group.
+      condition_level: noise level of the condition frames that the network is told.
+      renoise_condition: whether popped frames are noised to `condition_level` when they become the
+        condition, as in training. The reference does not.
+    """
+    groups: int = 4
+    group_frames: int = 2
+    context: int = 1
+    steps: int = 20
+    solver: str = 'dpm'
+    guidance: float = 1.0
+    entry: str = 'tail'
+    head_group: int = 2
+    original_steps: int = 40
+    lcm_multiplier: int = 1
+    condition_level: int = 0
+    renoise_condition: bool = False
+
+    def __post_init__(self):
+        for name in ('groups', 'group_frames', 'context', 'lcm_multiplier'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'stream.{name}: got {getattr(self, name)}, expected at least 1')
+        if self.steps < 1 or self.steps % self.groups:
+            raise ValueError(f'stream.steps: got {self.steps}, expected a positive multiple of '
+                             f'groups = {self.groups} (each shift makes steps / groups)')
+        for name, known in (('solver', SOLVERS), ('entry', ENTRIES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f'stream.{name}: got {getattr(self, name)!r}, '
+                                 f'expected one of {", ".join(known)}')
+        if self.entry == 'head' and not 0 <= self.head_group < self.groups:
+            raise ValueError(f'stream.head_group: got {self.head_group}, '
+                             f'expected 0 to {self.groups - 1}')
+        if self.condition_level < 0:
+            raise ValueError(f'stream.condition_level: got {self.condition_level}, expected >= 0')
+
+    @property
+    def frames(self) -> int:
+        """Latent frames T of the window."""
+        return self.context + self.groups * self.group_frames
+
+    @property
+    def remembered(self) -> int:
+        """Window slots whose controls are known before a step brings new ones."""
+        return self.frames - self.group_frames
+
+    @property
+    def entry_slot(self) -> int:
+        """First window slot that takes the controls of a step."""
+        group = self.groups - 1 if self.entry == 'tail' else self.head_group
+        return self.context + group * self.group_frames
+
+
+@struct.dataclass
+class Cond:
+    """What a stream starts from.
+
+    Attributes:
+      latents: clean initial clip [B T' H W C]; cut or padded with zeros to the window.
+      text: [B L D].
+      control_table: embedding of each symbol, the null control last [symbols+1 A].
+      controls: symbol indices of the first `cfg.remembered` slots, int32 [B R].
+      null_text: like text or [1 L D], of the negative prompt; only needed if guidance is on.
+    """
+    latents: jax.Array
+    text: jax.Array
+    control_table: jax.Array
+    controls: jax.Array
+    null_text: jax.Array | None = None
+
+
+@struct.dataclass
+class Carry:
+    """All that a shift hands to the next; arrays only, so that saving it is saving the stream.
+
+    Attributes:
+      window: float32 [B T H W C].
+      controls: int32 [B T-group_frames], symbols of the slots that stay.
+      text: [B L D].
+      null_text: [B L D] or None.
+      control_table: [symbols+1 A].
+      key: uint32 [B 2], raw key data of each player.
+      shift: int32 [B], shifts made so far.
+    """
+    window: jax.Array
+    controls: jax.Array
+    text: jax.Array
+    null_text: jax.Array | None
+    control_table: jax.Array
+    key: jax.Array
+    shift: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """Host tables of one shift: levels int32 [inner T], and coefficients [inner G*group_frames]."""
+    levels: np.ndarray
+    plan: solvers.Plan
+
+
+def tables(cfg: Config, scheduler: schedules.SchedulerConfig) -> Tables:
+    """Levels and solver coefficients of a shift.
+
+    Raises:
+      ValueError: the steps do not fit the schedule, or 'lcm' would jump over a phase boundary.
+    """
+    total = scheduler.train_steps
+    if cfg.condition_level >= total:
+        raise ValueError(f'stream.condition_level: got {cfg.condition_level}, expected < {total}')
+    if cfg.solver == 'lcm':
+        levels = schedules.lcm_timesteps(cfg.steps, cfg.original_steps, total)
+    else:
+        # Only trailing levels start at pure noise, which is what a shift pushes.
+        scheduler = dataclasses.replace(scheduler, spacing='trailing')
+        levels = schedules.timesteps(scheduler, cfg.steps)
+    rows = schedules.grouped(levels, cfg.groups, cfg.group_frames, cfg.context, cfg.condition_level)
+    graded = rows[:, cfg.context:]
+    if cfg.solver == 'lcm':
+        plan = solvers.lcm(scheduler, graded, levels, cfg.groups * cfg.lcm_multiplier)
+    else:
+        plan = solvers.make(cfg.solver, scheduler, graded, cfg.steps)
+    return Tables(rows.astype(np.int32), plan)
+
+
+def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -> Stream:
+    """The stream of a network.
+
+    `init(params, cond, key)`: `cond` is a `Cond`, `key` one key, or one per player [B].
+    `step(params, carry, control)`: control int32 [B group_frames], symbol indices; gives latents
+    [B group_frames H W C]. There is no odd first chunk: `prefill` is `step`.
+
+    Args:
+      denoise: `denoise(params, x [B T H W C], level [B T], text [B L D], control [B T A]) -> v`.
+    """
+    table = tables(cfg, scheduler)
+    schedule = schedules.make(scheduler)
+
+    def init(params, cond: Cond, key) -> Carry:
+        check(cfg, cond)
+        keys = _player_keys(key, cond.latents.shape[0])
+        noise = _normal(_fold(keys, 0), (cfg.frames, *cond.latents.shape[2:]))
+        return start(cfg, table, schedule, cond, keys, noise)
+
+    def step(params, carry: Carry, control):
+        batch, _, *frame = carry.window.shape
+        if control.shape != (batch, cfg.group_frames):
+            raise ValueError(f'control: got {control.shape}, expected [B group_frames] = '
+                             f'{(batch, cfg.group_frames)}')
+        inner, graded = len(table.levels), cfg.frames - cfg.context
+        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(carry.key), carry.shift + 1)
+        noises = None
+        if table.plan.noisy:
+            noises = jnp.stack([_normal(_fold(keys, i), (graded, *frame)) for i in range(inner)])
+        append = _normal(_fold(keys, inner), (cfg.group_frames, *frame))
+        renoise = None
+        if cfg.renoise_condition:
+            renoise = _normal(_fold(keys, inner + 1), (cfg.context, *frame))
+        return shift(cfg, table, schedule, denoise, params, carry, control, noises, append, renoise)
+
+    return Stream(init, step, step)
+
+
+def start(cfg: Config, table: Tables, schedule, cond: Cond, keys, noise) -> Carry:
+    """Carry of a new stream from clean latents and noise [B T H W C]."""
+    latents = jnp.asarray(cond.latents, jnp.float32)[:, :cfg.frames]
+    batch, given = latents.shape[:2]
+    latents = jnp.pad(latents, ((0, 0), (0, cfg.frames - given)) + ((0, 0),) * 3)
+    window = schedules.add_noise(schedule, latents, noise, table.levels[:1])
+    null_text = cond.null_text
+    if null_text is not None:
+        null_text = jnp.broadcast_to(null_text, cond.text.shape)
+    return Carry(window=window, controls=jnp.asarray(cond.controls, jnp.int32),
+                 text=jnp.asarray(cond.text), null_text=null_text,
+                 control_table=jnp.asarray(cond.control_table), key=jax.random.key_data(keys),
+                 shift=jnp.zeros([batch], jnp.int32))
+
+
+def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, control,
+          noise_step, noise_append, noise_condition=None):
+    """One shift with its noise given; `make(...).step` draws the noise and calls this.
+
+    Args:
+      control: int32 [B group_frames].
+      noise_step: [inner B G*group_frames H W C], or None for a solver that adds no noise.
+      noise_append: [B group_frames H W C].
+      noise_condition: [B context H W C], only with `renoise_condition`.
+
+    Returns:
+      (carry, popped latents [B group_frames H W C]).
+    """
+    slots = bind(cfg, carry.controls, control)
+    embedded = carry.control_table[slots]
+    condition, graded = jnp.split(carry.window, [cfg.context], axis=1)
+
+    def advance(state, now):
+        history, graded = state
+        level, row, noise = now
+        x = jnp.concatenate([condition, graded], axis=1)
+        level = jnp.broadcast_to(level, x.shape[:2])
+        if cfg.guidance > 1:
+            v = sampling.guide(denoise, params, x, level, carry.text, carry.null_text, embedded,
+                               cfg.guidance)
+        else:
+            v = denoise(params, x, level, carry.text, embedded).astype(jnp.float32)
+        return solvers.step(row, history, graded, v[:, cfg.context:], noise), None
+
+    state = (solvers.init(graded), graded)
+    (_, graded), _ = jax.lax.scan(advance, state, (table.levels, table.plan, noise_step))
+    popped, rest = jnp.split(graded, [cfg.group_frames], axis=1)
+    # PARITY: the newest clean latents become the condition as they are; training noises them.
+    condition = jnp.concatenate([condition, popped], axis=1)[:, -cfg.context:]
+    if cfg.renoise_condition:
+        level = np.full([1, cfg.context], cfg.condition_level)
+        condition = schedules.add_noise(schedule, condition, noise_condition, level)
+    window = jnp.concatenate([condition, rest, noise_append], axis=1)
+    return carry.replace(window=window, controls=slots[:, cfg.group_frames:],
+                         shift=carry.shift + 1), popped
+
+
+def bind(cfg: Config, remembered, control):
+    """Controls of all window slots [B T] from remembered [B R] and new ones [B group_frames].
+
+    The new ones take the slots from `cfg.entry_slot` on; noisier slots than those they fill expect
+    the last of them to be held, and are overwritten by the steps to come.
+    """
+    room = cfg.frames - cfg.entry_slot - cfg.group_frames
+    held = jnp.repeat(control[:, -1:], room, axis=1)
+    return jnp.concatenate([remembered[:, :cfg.entry_slot], control, held], axis=1)
+
+
+def split_controls(cfg: Config, symbols, shifts: int):
+    """Cuts a whole control sequence into what `init` and `shifts` steps take.
+
+    The slot f that a control binds at has symbol s * group_frames + f at shift s, so a frame is
+    shown under the same symbol whatever the entry.
+
+    Args:
+      symbols: int [B N], at least `needed_controls(cfg, shifts)` per player.
+
+    Returns:
+      (controls of `Cond` [B R], controls of a rollout [shifts B group_frames]).
+    """
+    symbols = np.asarray(symbols, np.int32)
+    needed = needed_controls(cfg, shifts)
+    if symbols.shape[1] < needed:
+        raise ValueError(f'controls: got {symbols.shape[1]}, expected at least {needed} '
+                         f'for {shifts} shifts')
+    starts = cfg.entry_slot + cfg.group_frames * np.arange(shifts)
+    steps = symbols[:, starts[:, None] + np.arange(cfg.group_frames)]
+    return symbols[:, :cfg.remembered], np.moveaxis(steps, 1, 0)
+
+
+def needed_controls(cfg: Config, shifts: int) -> int:
+    """Controls that a run of `shifts` consumes, those of the initial window included."""
+    return max(cfg.entry_slot + shifts * cfg.group_frames, cfg.remembered)
+
+
+def with_text(carry: Carry, text) -> Carry:
+    """The carry with another prompt [B L D], which applies to the whole window at once."""
+    if text.shape != carry.text.shape:
+        raise ValueError(f'text: got {text.shape}, expected {carry.text.shape}')
+    return carry.replace(text=jnp.asarray(text, carry.text.dtype))
+
+
+def check(cfg: Config, cond: Cond):
+    """Raises ValueError where a condition does not fit the stream."""
+    if np.ndim(cond.latents) != 5:
+        raise ValueError(f'cond.latents: got {np.shape(cond.latents)}, expected [B T H W C]')
+    batch = cond.latents.shape[0]
+    if cond.controls.shape != (batch, cfg.remembered):
+        raise ValueError(f'cond.controls: got {cond.controls.shape}, expected '
+                         f'{(batch, cfg.remembered)} (all window frames but the last group)')
+    if np.ndim(cond.text) != 3 or cond.text.shape[0] != batch:
+        raise ValueError(f'cond.text: got {np.shape(cond.text)}, expected [{batch} L D]')
+    given = np.shape(cond.null_text) if cond.null_text is not None else ()
+    if (cfg.guidance > 1 or given) and (
+            given[1:] != cond.text.shape[1:] or given[:1] not in ((1,), (batch,))):
+        raise ValueError(f'cond.null_text: got {given or None}, expected {cond.text.shape} '
+                         f'(guidance is {cfg.guidance})')
+
+
+def _player_keys(key, batch):
+    """One typed key per player, from one key (typed or raw) or from [B]."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    keys = jax.random.split(key, batch) if key.ndim == 0 else key
+    if keys.shape != (batch,):
+        raise ValueError(f'key: got {keys.shape} keys, expected one or [{batch}]')
+    return keys
+
+
+def _fold(keys, number):
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
+def _normal(keys, shape):
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
