@@ -318,7 +318,7 @@ def init(cfg: Config, key, zero_init: bool = False) -> dict:
       key: PRNG key.
       zero_init: also zero every modulation and the output layer, for training from nothing.
     """
-    params = DiT(cfg).init(key, *_inputs(cfg))['params']
+    params = jax.jit(DiT(cfg).init)(key, *_inputs(cfg))['params']
 
     def start(path, leaf):
         names = [entry.key for entry in path]
