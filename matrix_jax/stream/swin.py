@@ -193,7 +193,7 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
         append = _normal(_fold(keys, inner), (cfg.group_frames, *frame))
         renoise = None
         if cfg.renoise_condition:
-            renoise = _normal(_fold(keys, inner + 1), (cfg.context, *frame))
+            renoise = _normal(_fold(keys, inner + 1), (cfg.group_frames, *frame))
         return shift(cfg, table, schedule, denoise, params, carry, control, noises, append, renoise)
 
     return Stream(init, step, step)
@@ -222,7 +222,7 @@ def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, c
       control: int32 [B group_frames].
       noise_step: [inner B G*group_frames H W C], or None for a solver that adds no noise.
       noise_append: [B group_frames H W C].
-      noise_condition: [B context H W C], only with `renoise_condition`.
+      noise_condition: [B group_frames H W C], only with `renoise_condition`.
 
     Returns:
       (carry, popped latents [B group_frames H W C]).
@@ -247,10 +247,11 @@ def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, c
     (_, graded), _ = jax.lax.scan(advance, state, (table.levels, table.plan, noise_step))
     popped, rest = jnp.split(graded, [cfg.group_frames], axis=1)
     # PARITY: the newest clean latents become the condition as they are; training noises them.
-    condition = jnp.concatenate([condition, popped], axis=1)[:, -cfg.context:]
+    newest = popped
     if cfg.renoise_condition:
-        level = np.full([1, cfg.context], cfg.condition_level)
-        condition = schedules.add_noise(schedule, condition, noise_condition, level)
+        level = np.full([1, cfg.group_frames], cfg.condition_level)
+        newest = schedules.add_noise(schedule, popped, noise_condition, level)
+    condition = jnp.concatenate([condition, newest], axis=1)[:, -cfg.context:]
     window = jnp.concatenate([condition, rest, noise_append], axis=1)
     return carry.replace(window=window, controls=slots[:, cfg.group_frames:],
                          shift=carry.shift + 1), popped
