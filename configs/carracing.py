@@ -33,7 +33,7 @@ VAE = Run(world=WORLD, data='data/carracing',
           stage=Autoencode(ema=0.99, optimizer=Optimizer(
               kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
               weight_decay=0.0)),
-          train=Train(steps=2500, batch=4, log_every=20, save_every=250))
+          train=Train(steps=1500, batch=2, log_every=20, save_every=250))
 SWIN = Run(world=WORLD, data='data/carracing',
            stage=SwinDPM(ema=0.995, text_dropout=0.05, condition_noise=100, recycle=1.0,
                          train_encoders=True, optimizer=Optimizer(

@@ -1,8 +1,8 @@
 """Clips encoded once: latents, controls and captions of whole episodes, memory-mapped.
 
 Episodes go through the encoder whole, so that a window cut from the middle has the temporal context
-that streamed latents have. One file per split; a mirrored copy of every episode is stored beside it
-where the world allows it.
+that streamed latents have. One file per split; where the world allows it, every episode is stored a
+second time as its mirror image with mirrored keys.
 """
 
 from __future__ import annotations
@@ -13,7 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
+from matrix_jax import checkpoint
 from matrix_jax.data import records
+from matrix_jax.data.loader import mirror
+
+CHUNK = 8       # frames of an encoder chunk
+TOGETHER = 8    # clips encoded side by side
 
 
 class Store:
@@ -40,51 +45,60 @@ def encode(data: str, world, params, folder: str, split: str = 'train') -> Store
 
     Args:
       data: folder of recorded clips.
-      world: gives `encode_frames(params, frames [B F H W 3]) -> scaled latents [B T H W C]`.
+      world: gives `encode_step(params, cache, frames [B F H W 3]) -> (cache, latents [B T H W C])`.
       params: the world's parameters.
       folder: where the store lies; written aside and renamed, so a killed run leaves none.
+      split: 'train' or 'heldout'.
     """
-    import jax
-    from tqdm import tqdm
     final = Path(folder) / split
     shards = records.shards(Path(data), split)
-    wanted = {'shards': [shard.name for shard in shards], 'scale': world.cfg.vae.scaling_factor}
+    source = {'shards': [shard.name for shard in shards], 'mirror': world.cfg.mirror,
+              'scale': world.cfg.vae.scaling_factor}
     if (final / 'store.json').exists():
-        if json.loads((final / 'store.json').read_text())['source'] == wanted:
+        if json.loads((final / 'store.json').read_text())['source'] == source:
             return Store(final)
-    clips = [clip for shard in shards for clip in _all(shard)]
-    longest = max(len(clip.frames) for clip in clips)
-    run = jax.jit(world.encode_frames)
-    latents, controls, starts, captions, texts = [], [], [0], [], []
-    for clip in tqdm(clips, desc='encode', unit='clip', dynamic_ncols=True):
-        pad = longest - len(clip.frames)
-        views = [(clip.frames, clip.controls)]
-        if world.cfg.mirror:
-            views.append((clip.frames[:, :, ::-1], np.asarray(records.MIRRORED)[clip.controls]))
-        batch = np.stack([np.pad(frames, ((0, pad), (0, 0), (0, 0), (0, 0)), 'edge')
-                          for frames, _ in views])
-        made = np.asarray(run(params, batch), np.float16)
-        # The encoder is causal but its norms see 8-frame chunks: a chunk that padding entered is cut.
-        count = (len(clip.frames) - 1) // 4 + 1
-        count -= 1 if pad and count % 2 == 0 else 0
-        if clip.caption not in texts:
-            texts.append(clip.caption)
-        for one, (_, symbols) in zip(made, views, strict=True):
-            latents.append(one[:count])
-            controls.append(symbols[::4][:count])
-            captions.append(texts.index(clip.caption))
-            starts.append(starts[-1] + count)
-    part = final.with_name(f'.{split}.part')
-    part.mkdir(parents=True, exist_ok=True)
-    np.save(part / 'latents.npy', np.concatenate(latents))
-    np.save(part / 'controls.npy', np.concatenate(controls).astype(np.int8))
-    (part / 'store.json').write_text(json.dumps(
-        {'source': wanted, 'starts': starts, 'captions': captions, 'texts': texts}))
-    if final.exists():
-        import shutil
-        shutil.rmtree(final)
-    os.replace(part, final)
+    opened = [records.Shard(shard) for shard in shards]
+    clips = [shard[index] for shard in opened for index in range(len(shard))]
+    if world.cfg.mirror:
+        clips += [mirror(clip) for clip in clips]
+    texts = sorted({clip.caption for clip in clips})
+    latents = list(_encode(clips, world, params))
+    starts = np.cumsum([0] + [len(one) for one in latents]).tolist()
+    keys = [clip.controls[::records.FRAMES_PER_LATENT][:len(one)]
+            for clip, one in zip(clips, latents, strict=True)]
+
+    def fill(part):
+        np.save(part / 'latents.npy', np.concatenate(latents))
+        np.save(part / 'controls.npy', np.concatenate(keys).astype(np.int8))
+        (part / 'store.json').write_text(json.dumps(
+            {'source': source, 'starts': starts, 'texts': texts,
+             'captions': [texts.index(clip.caption) for clip in clips]}))
+
+    checkpoint.replace_folder(final, fill)
     return Store(final)
+
+
+def _encode(clips, world, params):
+    """Yields float16 latents [T H W C] of each clip, several clips at a time in chunks of 8 frames."""
+    import jax
+    from tqdm import tqdm
+    longest = max(len(clip.frames) for clip in clips)
+    longest += -(longest - 1) % CHUNK
+    step = jax.jit(world.encode_step)
+    for first in tqdm(range(0, len(clips), TOGETHER), desc='encode', unit='batch'):
+        group = clips[first:first + TOGETHER]
+        group += group[-1:] * (TOGETHER - len(group))
+        frames = np.stack([np.pad(clip.frames, ((0, longest - len(clip.frames)),) + ((0, 0),) * 3,
+                                  'edge') for clip in group])
+        cache, head = step(params, None, frames[:, :1 + CHUNK])
+        made = [np.asarray(head)]
+        for start in range(1 + CHUNK, longest, CHUNK):
+            cache, more = step(params, cache, frames[:, start:start + CHUNK])
+            made.append(np.asarray(more))
+        made = np.concatenate(made, axis=1).astype(np.float16)
+        for clip, one in zip(clips[first:first + TOGETHER], made, strict=False):
+            # The encoder is causal, but its norms see a chunk: one that padding entered is cut.
+            yield one[:1 + (len(clip.frames) - 1) // CHUNK * (CHUNK // records.FRAMES_PER_LATENT)]
 
 
 class Windows:
@@ -145,7 +159,3 @@ class Windows:
                              f'{saved["seed"]}, here are {len(self.places)} and seed {self.seed}')
         self.iterator.set_state(saved['grain'])
 
-
-def _all(shard):
-    opened = records.Shard(shard)
-    return (opened[i] for i in range(len(opened)))

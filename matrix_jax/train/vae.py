@@ -25,7 +25,7 @@ class Autoencode(Stage):
       kl: weight of the KL divergence to N(0, 1), per latent element.
       edges: weight of the L1 difference of spatial gradients.
     """
-    frames: int = 17
+    frames: int = 9
     kl: float = 1e-5
     edges: float = 0.5
 
@@ -70,8 +70,9 @@ class Autoencode(Stage):
 
 def decode_streamed(cfg, params, latents):
     """Latents [B T H W C] -> frames [B 4T H W 3], one latent frame per chunk, cache from empty."""
-    cache, first = cogvideox.prefill(cfg, params, latents[:, :1])
-    _, rest = jax.lax.scan(lambda cache, z: cogvideox.step(cfg, params, cache, z[:, None]),
-                           cache, jnp.swapaxes(latents[:, 1:], 0, 1))
-    rest = jnp.moveaxis(rest, 0, 1).reshape((latents.shape[0], -1) + first.shape[2:])
-    return jnp.concatenate([first, rest], axis=1)
+    cache, frames = cogvideox.prefill(cfg, params, latents[:, :1])
+    parts = [frames]
+    for index in range(1, latents.shape[1]):      # not a scan: convolutions are slow in a CPU loop
+        cache, frames = cogvideox.step(cfg, params, cache, latents[:, index:index + 1])
+        parts.append(frames)
+    return jnp.concatenate(parts, axis=1)

@@ -26,6 +26,7 @@ from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
 
 ENCODE_CHUNK = 8  # frames
 DECODE_CHUNK = 2  # latent frames
+UNROLLED = 4      # chunks of a clip that are not worth a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,14 +161,26 @@ def encode(cfg: Config, params, frames):
 
 def encode_chunks(cfg: Config, params, frames):
     """`encode` of any frame size: an odd row or column is cut, as tiles need it."""
+    return encode_step(cfg, params, None, frames)[1:]
+
+
+def encode_step(cfg: Config, params, cache, frames):
+    """`encode` that can be continued: -> (cache, mean, logvar).
+
+    Equal to one long `encode` if the chunks, counted 8 by 8 with the remainder first, coincide.
+
+    Args:
+      cache: of the call before; None starts anew.
+      frames: [B F H W in]; after the first call F is a multiple of 4.
+    """
     net = Encoder(cfg)
 
     def run(cache, chunk):
         return net.apply({'params': params['encoder']}, chunk, cache)
 
-    _, moments = chunked(run, None, frames.astype(cfg.dtype), ENCODE_CHUNK)
+    cache, moments = chunked(run, cache, frames.astype(cfg.dtype), ENCODE_CHUNK)
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
-    return mean, jnp.clip(logvar, -30, 20)
+    return cache, mean, jnp.clip(logvar, -30, 20)
 
 
 def sample(mean, logvar, noise):
@@ -242,7 +255,8 @@ def decode_sliced(cfg: Config, params, latents, window: int = 128, overlap: int 
 def chunked(run, cache, x, size: int):
     """Feeds x [B F ...] through `run(cache, chunk) -> (cache, y)`: remainder first, then by `size`.
 
-    The chunks behind the first are one scan, so that a long clip compiles like a short one.
+    The chunks behind the first are one scan, so that a long clip compiles like a short one; a few
+    are unrolled, because XLA's CPU convolutions are many times slower inside a loop.
     """
     count = max(x.shape[1] // size, 1)
     first = x.shape[1] - size * (count - 1)
@@ -250,7 +264,7 @@ def chunked(run, cache, x, size: int):
     if count == 1:
         return cache, head
     rest = rearrange(x[:, first:], 'b (n f) h w c -> n b f h w c', f=size)
-    cache, tail = lax.scan(run, cache, rest)
+    cache, tail = lax.scan(run, cache, rest, unroll=count - 1 if count <= UNROLLED else 1)
     return cache, jnp.concatenate([head, rearrange(tail, 'n b f h w c -> b (n f) h w c')], axis=1)
 
 

@@ -143,6 +143,12 @@ class World(Parts):
         mean, _ = vae.encode(self.cfg.vae, params['vae'], pixels)
         return mean * self.cfg.vae.scaling_factor
 
+    def encode_step(self, params, cache, frames):
+        """One chunk of a long clip: frames uint8 [B F H W 3] -> (cache, latents [B T H W C])."""
+        pixels = jnp.asarray(frames, jnp.float32) / 127.5 - 1
+        cache, mean, _ = vae.encode_step(self.cfg.vae, params['vae'], cache, pixels)
+        return cache, mean * self.cfg.vae.scaling_factor
+
     def decoder(self) -> streams.Decoder:
         """Streaming decoder: latents of one shift -> uint8 frames."""
         cfg = self.cfg.vae
