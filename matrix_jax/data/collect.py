@@ -1,0 +1,152 @@
+"""The recording of a data set: a plan of shards from the settings alone, and its resumable
+execution.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import signal
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax.data.carracing import FPS, HEIGHT, THEMES, WIDTH, Game, record
+from matrix_jax.data.records import SUFFIX, Shard, write_shard
+
+EPISODE_FRAMES = 257  # 16 s
+SHORTEST_FRAMES = 65
+SHARD_FRAMES = 16 * EPISODE_FRAMES
+MANIFEST = 'manifest.json'
+
+
+@dataclass(frozen=True)
+class Plan:
+    env: str
+    hours: float
+    themes: tuple[str, ...]
+    seed: int
+    held_out: float
+    height: int = HEIGHT
+    width: int = WIDTH
+    fps: int = FPS
+
+    def shards(self) -> list[tuple[str, int, int]]:
+        """(split, number, least frames) of every shard; both splits grow together."""
+        total = math.ceil(self.hours * 3600 * self.fps)
+        held = math.ceil(total * self.held_out)
+        sizes = {}
+        for split, frames in (('train', total - held), ('heldout', held)):
+            for number in range(math.ceil(frames / SHARD_FRAMES)):
+                sizes[split, number] = min(SHARD_FRAMES, frames - number * SHARD_FRAMES)
+        counts = {split: sum(s == split for s, _ in sizes) for split in ('train', 'heldout')}
+        order = sorted(sizes, key=lambda s: (s[1] / counts[s[0]], s[0] != 'train'))
+        return [(*shard, sizes[shard]) for shard in order]
+
+
+def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> Plan:
+    """Checks the settings and says what is to be recorded; raises ValueError naming the setting."""
+    if not 0 < hours <= 10_000:
+        raise ValueError(f'--hours: got {hours:g}, expected more than 0, at most 10000')
+    if not 0 <= held_out < 1:
+        raise ValueError(f'--held-out: got {held_out:g}, expected 0 <= fraction < 1')
+    if not 0 <= seed < 2**32:
+        raise ValueError(f'--seed: got {seed}, expected 0 .. 2^32 - 1')
+    names = tuple(THEMES) if themes == 'all' else tuple(name.strip() for name in themes.split(','))
+    wrong = [name for name in names if name not in THEMES]
+    if wrong or len(set(names)) != len(names):
+        raise ValueError(
+            f"--themes: got {themes!r}, expected 'all' or different names of {', '.join(THEMES)}"
+        )
+    return Plan(env, float(hours), names, seed, float(held_out))
+
+
+def run(settings: Plan, out: Path, workers: int) -> int:
+    """Records what is not there yet, with a progress bar -> frames in the folder."""
+    if not 1 <= workers <= 256:
+        raise ValueError(f'--workers: got {workers}, expected 1 .. 256')
+    _claim(settings, out)
+    from tqdm import tqdm
+
+    todo, frames = [], 0
+    for split, number, least in settings.shards():
+        path = out / f'{split}-{number:05d}{SUFFIX}'
+        if path.exists():
+            frames += count_frames(path)
+        else:
+            todo.append((settings, split, number, least, path))
+    total = frames + sum(least for _, _, _, least, _ in todo)
+    with tqdm(total=total, initial=frames, unit='frame', unit_scale=True) as bar:
+        for made in _results(todo, workers):
+            frames += made
+            bar.total += max(0, bar.n + made - bar.total)
+            bar.update(made)
+    return frames
+
+
+def count_frames(path: Path) -> int:
+    """Frames in one shard."""
+    shard = Shard(path)
+    return sum(len(shard[i].frames) for i in range(len(shard)))
+
+
+def _claim(settings, out):
+    """Writes the manifest of a new folder, or checks that the folder's is ours."""
+    path, ours = out / MANIFEST, json.loads(json.dumps(asdict(settings)))
+    if path.exists():
+        try:
+            theirs = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f'{path}: not JSON ({error})') from error
+        keys = [k for k in ours if not isinstance(theirs, dict) or theirs.get(k) != ours[k]]
+        if keys:
+            found = ', '.join(
+                f'{k} {theirs.get(k)!r} (asked {ours[k]!r})' if isinstance(theirs, dict) else k
+                for k in keys
+            )
+            raise ValueError(f'{path}: recorded with other settings: {found}; use another --out')
+        return
+    if out.exists() and any(out.glob(f'*{SUFFIX}')):
+        raise ValueError(f'{out}: holds shards without a {MANIFEST}; use another --out')
+    out.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix('.part')
+    part.write_text(json.dumps(ours, indent=1) + '\n')
+    part.replace(path)
+
+
+def _results(todo, workers):
+    if workers == 1 or len(todo) < 2:
+        yield from map(_shard, todo)
+        return
+    count = min(workers, len(todo))
+    # Ctrl-C stops the parent, which ends the workers; unfinished shards have no final name.
+    quiet = (signal.SIGINT, signal.SIG_IGN)
+    with multiprocessing.get_context('spawn').Pool(count, signal.signal, quiet) as pool:
+        yield from pool.imap_unordered(_shard, todo)
+
+
+def _shard(job) -> int:
+    """Records one shard; its content follows from the settings, split and number alone."""
+    settings, split, number, least, path = job
+    held = split == 'heldout'
+    rng = np.random.default_rng([settings.seed, held, number])
+    game = Game()
+    frames = 0
+
+    def episodes():
+        nonlocal frames
+        index = int(rng.integers(len(settings.themes)))
+        while frames < least:
+            # Odd seeds are held out, so that no track is in both splits.
+            track = int(rng.integers(2**30)) * 2 + held
+            wanted = max(SHORTEST_FRAMES, min(EPISODE_FRAMES, least - frames + 3 & ~3 | 1))
+            clip = record(game, track, settings.themes[index % len(settings.themes)], wanted, rng)
+            if len(clip.frames) >= SHORTEST_FRAMES:
+                index += 1
+                frames += len(clip.frames)
+                yield clip
+
+    write_shard(path, episodes())
+    return frames

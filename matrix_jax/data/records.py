@@ -1,0 +1,146 @@
+"""What a clip is, and how clips lie on disk: ArrayRecord shards of safetensors bytes.
+
+A clip is an episode of F = 1 + 4k frames with one control per frame. Frame 0 belongs to latent
+frame 0, frames 4j+1 .. 4j+4 to latent frame j+1, and one control is held while those four frames
+are made; the control of frame 0 is the one held before it. So `controls[::4]` is one control per
+latent frame, and any crop that starts at a multiple of four is again a clip.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax.controls import FRAMES_PER_CONTROL as FRAMES_PER_LATENT
+from matrix_jax.controls import SYMBOLS as CONTROLS
+
+# The control seen in a mirror: left and right change places.
+MIRRORED = tuple(CONTROLS.index(c.translate(str.maketrans('LR', 'RL'))) for c in CONTROLS)
+TELEMETRY = ('on_road', 'yaw_rate', 'speed', 'x', 'y', 'heading')
+SUFFIX = '.array_record'
+
+
+class RecordError(ValueError):
+    """A shard or a record that cannot be read as clips."""
+
+
+@dataclass(frozen=True)
+class Clip:
+    frames: np.ndarray  # uint8 [F H W 3]
+    controls: np.ndarray  # int8 [F], index into CONTROLS
+    caption: str
+    theme: str
+    seed: int  # of the track: no track is in both splits
+    fps: int
+    telemetry: np.ndarray  # float32 [F 6]: TELEMETRY, on_road = share of wheels, left is positive
+
+    def __post_init__(self):
+        count = len(self.frames)
+        if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
+            raise RecordError(
+                f'clip.frames: got {self.frames.dtype} {self.frames.shape}, '
+                'expected uint8 [F H W 3]'
+            )
+        if count % FRAMES_PER_LATENT != 1:
+            raise RecordError(f'clip.frames: got {count} frames, expected 1 + 4k')
+        if (
+            self.controls.shape != (count,)
+            or not np.isin(self.controls, range(len(CONTROLS))).all()
+        ):
+            raise RecordError(
+                f'clip.controls: got {self.controls.shape}, '
+                f'expected [{count}] of 0..{len(CONTROLS) - 1}'
+            )
+        if self.telemetry.shape != (count, len(TELEMETRY)):
+            raise RecordError(
+                f'clip.telemetry: got {self.telemetry.shape}, expected [{count} {len(TELEMETRY)}]'
+            )
+
+
+def pack(clip: Clip) -> bytes:
+    """A clip as safetensors bytes; the shard compresses them."""
+    from safetensors.numpy import save
+
+    tensors = {
+        'frames': clip.frames,
+        'controls': clip.controls.astype(np.int8),
+        'telemetry': clip.telemetry.astype(np.float32),
+    }
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
+    about = {'caption': clip.caption, 'theme': clip.theme, 'seed': clip.seed, 'fps': clip.fps}
+    return save(tensors, {'clip': json.dumps(about)})  # one key: safetensors does not order several
+
+
+def unpack(data: bytes, where: str = 'record') -> Clip:
+    """The inverse of `pack`; `where` is named in errors."""
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    try:
+        tensors = load(data)
+        size = int.from_bytes(data[:8], 'little')
+        meta = json.loads(json.loads(data[8 : 8 + size])['__metadata__']['clip'])
+        return Clip(
+            **tensors,
+            caption=meta['caption'],
+            theme=meta['theme'],
+            seed=int(meta['seed']),
+            fps=int(meta['fps']),
+        )
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RecordError(f'{where}: not a clip ({error})') from error
+
+
+def write_shard(path: Path, clips) -> int:
+    """Writes clips to one shard, all or nothing -> their number."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    path = Path(path)
+    part = path.with_name(f'.{path.name}.part')
+    writer = ArrayRecordWriter(str(part), 'group_size:1,zstd:3')  # one clip a group: random access
+    count = 0
+    for clip in clips:
+        writer.write(pack(clip))
+        count += 1
+    writer.close()
+    os.replace(part, path)
+    return count
+
+
+class Shard:
+    """Random access to the clips of one shard: `len(shard)`, `shard[i]`."""
+
+    def __init__(self, path: Path):
+        from array_record.python.array_record_module import ArrayRecordReader
+
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise RecordError(f'{path}: no such file')
+        # A file without its end opens all the same, empty and not ok.
+        self.reader = ArrayRecordReader(str(path), 'readahead_buffer_size:0')
+        self.count = self.reader.num_records() if self.reader.ok() else 0
+        if not self.count:
+            raise RecordError(f'{path}: not an ArrayRecord file with clips: truncated or foreign')
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index: int) -> Clip:
+        where = f'{self.path} record {index}'
+        try:
+            data = self.reader.read([index])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise RecordError(f'{where}: unreadable, the file is damaged') from error
+        return unpack(data, where)
+
+
+def shards(folder: Path, split: str) -> tuple[Path, ...]:
+    """The finished shards of a split ('train' or 'heldout') in order."""
+    found = tuple(sorted(Path(folder).glob(f'{split}-*{SUFFIX}')))
+    if not found:
+        raise RecordError(f'{folder}: no {split}-*{SUFFIX} file; record some with tools/collect.py')
+    return found

@@ -1,0 +1,147 @@
+"""Batches are crops of the clips, follow from the seed, and resume exactly."""
+
+import numpy as np
+import pytest
+
+from matrix_jax.data.loader import Clips, Loader, crop, mirror
+from matrix_jax.data.records import CONTROLS, TELEMETRY, Clip, RecordError, write_shard
+
+FRAMES = 9
+
+
+def make_clip(number):
+    """Frame f shows its number and a left-to-right ramp; the key of latent j is number + j."""
+    count = 17 + 4 * (number % 3)
+    frames = np.zeros((count, 4, 6, 3), np.uint8)
+    frames[..., 0] = np.arange(count)[:, None, None]
+    frames[..., 1] = np.arange(6)
+    frames[..., 2] = number
+    latent = (np.arange(count) + 3) // 4
+    return Clip(frames=frames, controls=((number + latent) % len(CONTROLS)).astype(np.int8),
+                caption=f'caption {number % 3}', theme=('meadow', 'snow')[number % 2], seed=number,
+                fps=16, telemetry=np.ones((count, len(TELEMETRY)), np.float32))
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('clips')
+    write_shard(folder / 'train-00000.array_record', map(make_clip, range(4)))
+    write_shard(folder / 'train-00001.array_record', map(make_clip, range(4, 7)))
+    write_shard(folder / 'heldout-00000.array_record', [make_clip(7)])
+    return folder
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name])
+
+
+def test_batches_are_crops_with_their_controls(folder):
+    loader = Loader(folder, FRAMES, batch=4, mirror=0.5)
+    mirrored = set()
+    for _ in range(6):
+        batch = next(loader)
+        assert batch['frames'].shape == (4, FRAMES, 4, 6, 3)
+        assert batch['frames'].dtype == np.uint8
+        assert batch['controls'].shape == (4, 3) and batch['controls'].dtype == np.int32
+        for frames, controls, caption, telemetry in zip(
+                batch['frames'], batch['controls'], batch['caption'], batch['telemetry'],
+                strict=True):
+            start, number = int(frames[0, 0, 0, 0]), int(frames[0, 0, 0, 2])
+            flipped = bool(frames[0, 0, 0, 1])
+            window = crop(make_clip(number), start, FRAMES)
+            window = mirror(window) if flipped else window
+            mirrored.add(flipped)
+            np.testing.assert_array_equal(frames, window.frames)
+            np.testing.assert_array_equal(controls, window.controls[::4])
+            np.testing.assert_array_equal(telemetry, window.telemetry)
+            assert loader.captions[caption] == f'caption {number % 3}'
+    assert mirrored == {False, True}
+
+
+def test_mirror_swaps_left_and_right():
+    clip = make_clip(1)
+    seen = mirror(clip)
+    np.testing.assert_array_equal(seen.frames[:, :, 0], clip.frames[:, :, -1])
+    names = [CONTROLS[i].translate(str.maketrans('LR', 'RL')) for i in clip.controls]
+    assert [CONTROLS[i] for i in seen.controls] == names
+    assert dict(zip(TELEMETRY, seen.telemetry[0], strict=True)) == {
+        'on_road': 1, 'yaw_rate': -1, 'speed': 1, 'x': -1, 'y': 1, 'heading': -1}
+    np.testing.assert_array_equal(mirror(seen).frames, clip.frames)
+
+
+def test_no_mirror_keeps_every_crop(folder):
+    loader = Loader(folder, FRAMES, batch=8, mirror=0.0)
+    assert not next(loader)['frames'][:, 0, 0, 0, 1].any()
+
+
+def test_every_clip_comes_once_an_epoch_in_another_order(folder):
+    loader = Loader(folder, FRAMES, batch=7)
+    epochs = [next(loader)['frames'][:, 0, 0, 0, 2].tolist() for _ in range(3)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) > 1
+
+
+def test_same_seed_same_batches_and_another_seed_others(folder):
+    a, b, c = (Loader(folder, FRAMES, batch=4, seed=seed) for seed in (3, 3, 4))
+    first = next(a)
+    assert_equal(first, next(b))
+    assert not np.array_equal(first['frames'], next(c)['frames'])
+
+
+@pytest.mark.parametrize('cache', [True, False])
+def test_a_restored_loader_goes_on_exactly(folder, cache):
+    loader = Loader(folder, FRAMES, batch=4, seed=1, cache=cache)
+    for _ in range(5):
+        next(loader)
+    state = loader.state()
+    rest = [next(loader) for _ in range(4)]
+    again = Loader(folder, FRAMES, batch=4, seed=1)
+    again.restore(state)
+    for batch in rest:
+        assert_equal(batch, next(again))
+
+
+def test_hosts_share_the_elements(folder):
+    halves = [Loader(folder, FRAMES, batch=4, process=(i, 2)) for i in range(2)]
+    whole = next(Loader(folder, FRAMES, batch=8))
+    parts = [next(half) for half in halves]
+    got = sorted(int(n) for part in parts for n in part['frames'][:, 0, 0, 0, 2])
+    assert got == sorted(int(n) for n in whole['frames'][:, 0, 0, 0, 2])
+
+
+def test_a_state_of_other_data_is_refused(folder):
+    state = Loader(folder, FRAMES, batch=2, seed=1).state()
+    with pytest.raises(ValueError, match='7 clips and seed 1.*1 clips and seed 1'):
+        Loader(folder, FRAMES, batch=2, seed=1, split='heldout').restore(state)
+    with pytest.raises(ValueError, match='seed 1.*seed 2'):
+        Loader(folder, FRAMES, batch=2, seed=2).restore(state)
+
+
+def test_splits_and_themes(folder):
+    assert [clip.seed for clip in Clips(folder, 'heldout')] == [7]
+    assert {clip.theme for clip in Clips(folder, themes=('snow',))} == {'snow'}
+    assert len(Clips([folder, folder])) == 14
+
+
+@pytest.mark.parametrize('arguments, message', [
+    ({'frames': 8, 'batch': 1}, r'loader.frames: got 8, expected 1 \+ 4k'),
+    ({'frames': 9, 'batch': 0}, 'loader.batch: got 0'),
+    ({'frames': 401, 'batch': 1}, 'no train clip of 401 frames'),
+    ({'frames': 9, 'batch': 1, 'themes': ('mars',)}, 'theme mars'),
+])
+def test_wrong_arguments_are_refused(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Loader(folder, **arguments)
+
+
+def test_missing_data_names_the_recorder(tmp_path):
+    with pytest.raises(RecordError, match=r'tools/collect.py'):
+        Loader(tmp_path, FRAMES, batch=1)
+
+
+@pytest.mark.parametrize('start', [2, -4, 12])
+def test_crops_start_at_latent_frames(start):
+    with pytest.raises(ValueError, match='crop.start'):
+        crop(make_clip(0), start, FRAMES)

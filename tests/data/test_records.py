@@ -1,0 +1,101 @@
+"""A clip comes back as it was written, and what is not a clip is refused in one line."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from matrix_jax.data.records import (
+    CONTROLS,
+    MIRRORED,
+    Clip,
+    RecordError,
+    Shard,
+    pack,
+    shards,
+    unpack,
+    write_shard,
+)
+
+
+def make_clip(seed=0, frames=17):
+    rng = np.random.default_rng(seed)
+    keys = rng.integers(0, len(CONTROLS), 1 + (frames - 1) // 4).astype(np.int8)
+    return Clip(frames=rng.integers(0, 256, (frames, 8, 12, 3), np.uint8),
+                controls=np.concatenate([keys[:1], np.repeat(keys[1:], 4)]),
+                caption=f'caption {seed % 3}', theme=('meadow', 'snow')[seed % 2], seed=seed,
+                fps=16, telemetry=rng.normal(size=(frames, 6)).astype(np.float32))
+
+
+def assert_same(a, b):
+    for name in ('frames', 'controls', 'telemetry'):
+        np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert (a.caption, a.theme, a.seed, a.fps) == (b.caption, b.theme, b.seed, b.fps)
+
+
+def test_shard_returns_the_clips(tmp_path):
+    clips = [make_clip(seed, 9 + 4 * seed) for seed in range(4)]
+    assert write_shard(tmp_path / 'train-00000.array_record', clips) == 4
+    assert [p.name for p in tmp_path.iterdir()] == ['train-00000.array_record']
+    shard = Shard(shards(tmp_path, 'train')[0])
+    assert len(shard) == 4
+    for index in (3, 0, 2, 1):
+        assert_same(shard[index], clips[index])
+
+
+def test_bytes_follow_from_the_clip():
+    assert len({pack(make_clip(5)) for _ in range(8)}) == 1
+
+
+def test_an_interrupted_shard_has_no_final_name(tmp_path):
+    def clips():
+        yield make_clip()
+        raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        write_shard(tmp_path / 'train-00000.array_record', clips())
+    with pytest.raises(RecordError, match='no train-'):
+        shards(tmp_path, 'train')
+
+
+@pytest.mark.parametrize('keep', [0, 100, -65536])
+def test_truncated_shard_is_refused(tmp_path, keep):
+    path = tmp_path / 'train-00000.array_record'
+    write_shard(path, [make_clip(seed) for seed in range(3)])
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(RecordError, match='train-00000.array_record.*truncated') as error:
+        Shard(path)
+    assert '\n' not in str(error.value)
+
+
+def test_damaged_record_is_named(tmp_path):
+    path = tmp_path / 'train-00000.array_record'
+    write_shard(path, [make_clip(seed, frames=65) for seed in range(3)])
+    data = bytearray(path.read_bytes())
+    data[2000:2100] = bytes(100)
+    path.write_bytes(data)
+    shard = Shard(path)
+    with pytest.raises(RecordError, match='record 0: unreadable'):
+        shard[0]
+    assert_same(shard[2], make_clip(2, frames=65))
+
+
+def test_foreign_bytes_are_refused():
+    with pytest.raises(RecordError, match='record 7: not a clip'):
+        unpack(b'no safetensors', 'record 7')
+
+
+@pytest.mark.parametrize('changes, where', [
+    ({'frames': np.zeros((16, 8, 12, 3), np.uint8)}, 'got 16 frames, expected 1 [+] 4k'),
+    ({'frames': np.zeros((17, 8, 12, 3), np.float32)}, 'clip.frames: got float32'),
+    ({'controls': np.full(17, 9, np.int8)}, 'clip.controls'),
+    ({'controls': np.zeros(5, np.int8)}, 'clip.controls'),
+    ({'telemetry': np.zeros((17, 3), np.float32)}, 'clip.telemetry'),
+])
+def test_malformed_clip_is_refused(changes, where):
+    with pytest.raises(RecordError, match=where):
+        replace(make_clip(), **changes)
+
+
+def test_mirrored_controls_swap_left_and_right():
+    swapped = [CONTROLS[i] for i in MIRRORED]
+    assert swapped == ['D', 'DR', 'DL', 'B', 'BR', 'BL', 'N', 'NR', 'NL']
