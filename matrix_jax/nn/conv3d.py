@@ -7,7 +7,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, repeat
 from jax import lax
 
 fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal')
@@ -75,7 +75,8 @@ class Upsample2d(nn.Module):
         """[B T H W in] -> [B T 2H 2W out]."""
         kernel = self.param('kernel', fan_in, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
-        return upsample_conv2d(x.astype(self.dtype), kernel) + bias.astype(self.dtype)
+        x = repeat(x.astype(self.dtype), 'b t h w c -> b t (h p) (w q) c', p=2, q=2)
+        return conv2d(x, kernel.astype(self.dtype), ((1, 1), (1, 1))) + bias.astype(self.dtype)
 
 
 def conv3d(x, kernel):
@@ -107,28 +108,3 @@ def conv2d(x, kernel, pad, stride=1):
     y = lax.conv_general_dilated(rearrange(x, 'b t h w c -> (b t) h w c'), kernel,
                                  (stride, stride), pad, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])
-
-
-def upsample_conv2d(x, kernel):
-    """Nearest x2 in height and width, then a same-size 3x3 convolution, in fewer multiplies.
-
-    Two of the three taps of an output pixel fall on one input pixel, so every output is a 2x2
-    convolution of the small frame, with a kernel of its own for even and for odd positions.
-
-    Args:
-      x: [B T H W in].
-      kernel: [3 3 in out].
-
-    Returns:
-      [B T 2H 2W out], in the type of x.
-    """
-    even = jnp.asarray([[1, 0, 0], [0, 1, 1]], kernel.dtype)   # small taps (i-1, i) from taps 0, 1 2
-    odd = jnp.asarray([[1, 1, 0], [0, 0, 1]], kernel.dtype)    # small taps (i, i+1) from taps 0 1, 2
-    phases = jnp.stack([even, odd])
-    small = jnp.einsum('pau,qbv,uvio->abipqo', phases, phases, kernel, precision='highest')
-    small = rearrange(small, 'a b i p q o -> a b i (p q o)').astype(x.dtype)
-    y = conv2d(x, small, ((1, 1), (1, 1)))
-    y = rearrange(y, 'b t h w (p q o) -> b t h w p q o', p=2, q=2)
-    rows = [jnp.stack([y[:, :, p:y.shape[2] - 1 + p, q:y.shape[3] - 1 + q, p, q]
-                       for q in range(2)], axis=4) for p in range(2)]
-    return rearrange(jnp.stack(rows, axis=3), 'b t h p w q o -> b t (h p) (w q) o')
