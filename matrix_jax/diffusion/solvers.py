@@ -4,8 +4,8 @@
     x' = keep * x + clean * x0 + past * x0_previous + fresh * eps
 
 Only the coefficients differ. They depend on levels that are known before a run, so they are
-computed on the host in float64, limits included (at abar = 0 the log-SNR is infinite), and `step` on
-the device is a few products. Levels are per frame: every coefficient is [steps T] (or [steps 1]).
+computed on the host in float64, limits included (at abar = 0 the log-SNR is infinite), and `step`
+on the device is a few products. Levels are per frame: coefficients are [steps T] (or [steps 1]).
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ def ddim(abar, level, following) -> Plan:
 
 
 def dpm(abar, level, following, back=None) -> Plan:
-    """SDE-DPM-Solver++ from `level` to `following`; second order if `back`, the level before, is given.
+    """SDE-DPM-Solver++ from `level` to `following`, of second order if the level `back` is given.
+
+    `back` is the level of the step before, whose clean estimate is the history.
 
     PARITY: one frame that becomes clean in this update makes it first order for all frames.
     """
@@ -125,8 +127,8 @@ def lcm(scheduler: schedules.SchedulerConfig, rows, levels, phases: int) -> Plan
         at = int(np.argmax(skipped))
         raise ValueError(
             f'lcm: the step from level {levels[at]} to {following[at]} jumps over the phase '
-            f'boundary {boundary[at]}; got levels {", ".join(map(str, levels))}, expected every boundary of '
-            f'{phases} phases among them (for instance original_steps=40 with steps={phases})')
+            f'boundary {boundary[at]}; got levels {", ".join(map(str, levels))}, expected every '
+            f'boundary of {phases} phases among them (such as original_steps=40, steps={phases})')
     abar = schedules.alphas_cumprod(scheduler)
     skip, out = jump(abar, levels, boundary)
     # PARITY: the last phase lands at level 0 (sigma 0.05) but is noised up as if it were clean.

@@ -1,0 +1,66 @@
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from matrix_jax import parity
+from matrix_jax.diffusion import sampling, schedules
+from matrix_jax.diffusion.schedules import SchedulerConfig
+
+GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
+
+
+@pytest.mark.parametrize('case', ['f_t2v_stage2_ddim', 'f_t2v_stage2_dpm'])
+def test_replays_the_reference_sampler(case):
+    lines = parity.replay(parity.read(GOLDENS / f'{case}.safetensors'))
+    assert {line.output for line in lines} == {'latents', 'guidance_per_step'}
+    assert [line for line in lines if not line.ok] == []
+
+
+def denoise(params, x, level, text, control):
+    told = jnp.mean(text, axis=(1, 2)) + jnp.mean(control, axis=(1, 2))
+    return jnp.tanh(params * x + told[:, None, None, None, None]
+                    + level[..., None, None, None] / 1000)
+
+
+def sample(cfg, seed=0, null=1.0):
+    noise = jax.random.normal(jax.random.key(seed), (2, 3, 2, 2, 4))
+    text, control = jnp.ones([2, 5, 6]), jnp.ones([2, 3, 4])
+    def draw(index):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(seed + 1), index), noise.shape)
+    run = functools.partial(sampling.sample, cfg, SchedulerConfig(), denoise)
+    return jax.jit(run, static_argnums=2)(0.5, noise, draw, text, null * text, control)
+
+
+def test_guidance_towards_the_same_text_changes_nothing():
+    guided = sample(sampling.Config(steps=4, guidance=6.0))
+    np.testing.assert_allclose(guided, sample(sampling.Config(steps=4, guidance=1.0)), atol=1e-5)
+    assert np.abs(sample(sampling.Config(steps=4, guidance=6.0), null=-1.0) - guided).max() > 0.1
+
+
+def test_the_solver_defaults_to_the_scheduler_s():
+    ddim = sample(sampling.Config(steps=4, solver='ddim'))
+    assert np.array_equal(sample(sampling.Config(steps=4)), ddim)
+    assert np.abs(sample(sampling.Config(steps=4, solver='dpm')) - ddim).max() > 1e-3
+
+
+def test_scales_are_constant_or_within_one_and_one_plus_guidance():
+    levels = schedules.timesteps(SchedulerConfig(), 50)
+    scales = sampling.guidance_scales(sampling.Config(), levels)
+    assert scales.min() >= 1 and scales.max() <= 7 and np.ptp(scales) > 5
+    fixed = sampling.guidance_scales(sampling.Config(dynamic_guidance=False), levels)
+    assert np.all(fixed == 6)
+
+
+@pytest.mark.parametrize('fields', [{'steps': 0}, {'solver': 'lcm'}])
+def test_bad_values_are_refused(fields):
+    with pytest.raises(ValueError, match='got .* expected'):
+        sampling.Config(**fields)
+
+
+def test_guidance_needs_a_negative_text():
+    with pytest.raises(ValueError, match='null_text: got None'):
+        sampling.sample(sampling.Config(), SchedulerConfig(), denoise, 1.0, None, None, None)
