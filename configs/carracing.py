@@ -35,8 +35,8 @@ VAE = Run(world=WORLD, data='data/carracing',
               weight_decay=0.0)),
           train=Train(steps=1500, batch=2, log_every=20, save_every=250))
 SWIN = Run(world=WORLD, data='data/carracing',
-           stage=SwinDPM(ema=0.995, text_dropout=0.05, condition_noise=100, recycle=1.0,
-                         train_encoders=True, optimizer=Optimizer(
+           stage=SwinDPM(ema=0.995, text_dropout=0.05, condition_noise=100, train_encoders=True,
+                          optimizer=Optimizer(
                              kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine',
                              warmup=100, weight_decay=0.0)),
-           train=Train(steps=6000, batch=16, log_every=20, save_every=500))
+           train=Train(steps=6000, batch=8, log_every=20, save_every=500))

@@ -7,11 +7,9 @@ only copies the frames of the previous shift while the next one runs.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ import numpy as np
 
 from matrix_jax import checkpoint, controls, video
 from matrix_jax.config import UsageError
+from matrix_jax.data import starts
 
 
 @dataclasses.dataclass
@@ -78,14 +77,10 @@ def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bo
         frames = video.read_image(source)[None] if is_image else video.read_video(source, cfg.fps, count)
         frames = video.fit(frames, cfg.height, cfg.width)
         return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])[:count]
-    listing = Path(folder) / 'starts' / 'starts.json'
-    if not listing.is_file():
+    frames = starts.choose(folder, prompt, cfg.height, cfg.width)
+    if frames is None:
         raise UsageError('this world brings no start clip: give --video or --image')
-    starts = json.loads(listing.read_text())
-    words = set(prompt.lower().replace('.', ' ').split())
-    best = max(starts, key=lambda start: len(words & set(start['words'])))
-    strip = video.read_image(str(listing.parent / best['file']))
-    return strip.reshape(-1, cfg.height, cfg.width, 3)[:count]
+    return frames[:count]
 
 
 class Player:

@@ -1,8 +1,8 @@
 """Clips encoded once: latents, controls and captions of whole episodes, memory-mapped.
 
 Episodes go through the encoder whole, so that a window cut from the middle has the temporal context
-that streamed latents have. One file per split; where the world allows it, every episode is stored a
-second time as its mirror image with mirrored keys.
+that streamed latents have. One file per split; where the world allows it, every second episode
+is stored as its mirror image with mirrored keys, so that left and right weigh the same.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def encode(data: str, world, params, folder: str, split: str = 'train') -> Store
     opened = [records.Shard(shard) for shard in shards]
     clips = [shard[index] for shard in opened for index in range(len(shard))]
     if world.cfg.mirror:
-        clips += [mirror(clip) for clip in clips]
+        clips = [mirror(clip) if index % 2 else clip for index, clip in enumerate(clips)]
     texts = sorted({clip.caption for clip in clips})
     latents = list(_encode(clips, world, params))
     starts = np.cumsum([0] + [len(one) for one in latents]).tolist()

@@ -26,15 +26,21 @@ from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, log_counts
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
-from matrix_jax.nn.rope import scaled_positions, sincos_3d
+from matrix_jax.nn.rope import scaled_positions, sincos, sincos_3d
 
 
 @dataclasses.dataclass(frozen=True)
 class Control:
-    """Control blocks: width A of a control vector, and the layers [start, end) they follow."""
+    """Control blocks: width A of a control vector, and the layers [start, end) they follow.
+
+    `positions` adds a code of its frame to each embedded control. The released networks have none:
+    there a frame tells its own control from earlier ones by their counts alone, which is hard for
+    a small network.
+    """
     dim: int = 768
     start: int = 15
     end: int = 30
+    positions: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +142,8 @@ class Config:
         if self.control:
             released |= {theirs: getattr(self.control, ours) for theirs, ours in CONTROL.items()}
             released['control_zero_init'] = True
+            if not self.control.positions:      # a key of ours, absent from released files
+                del released['control_positions']
         return {key: value for key, value in released.items() if value is not None}
 
 
@@ -147,7 +155,8 @@ FIELDS = {'num_attention_heads': 'heads', 'attention_head_dim': 'head_dim',
           'spatial_interpolation_scale': 'spatial_scale',
           'temporal_interpolation_scale': 'temporal_scale', 'norm_eps': 'eps',
           'cond_proj_dim': 'guidance_dim'}
-CONTROL = {'control_dim': 'dim', 'control_start_layer': 'start', 'control_end_layer': 'end'}
+CONTROL = {'control_dim': 'dim', 'control_start_layer': 'start', 'control_end_layer': 'end',
+           'control_positions': 'positions'}
 SAMPLE = ('sample_width', 'sample_height', 'sample_frames')
 FIXED = {'flip_sin_to_cos': True, 'freq_shift': 0, 'dropout': 0.0, 'attention_bias': True,
          'activation_fn': 'gelu-approximate', 'timestep_activation_fn': 'silu',
@@ -160,9 +169,9 @@ PRESETS = {
                    text_length=7, control=Control(dim=10, start=1, end=3), sample=(12, 8, 17)),
     '2b': Config(dtype='bfloat16', remat=True),
     '2b_control': Config(dtype='bfloat16', remat=True, control=Control()),
-    'carracing': Config(heads=4, head_dim=48, channels=8, layers=6, time_dim=48, text_dim=64,
-                        text_length=64, spatial_scale=1.0, control=Control(64, 1, 6),
-                        sample=(12, 8, 33)),
+    'carracing': Config(heads=4, head_dim=44, channels=8, layers=6, time_dim=48, text_dim=64,
+                        text_length=64, spatial_scale=1.0, sample=(12, 8, 33), scan_unroll=4,
+                        control=Control(64, 2, 6, positions=True)),
 }
 
 
@@ -199,8 +208,10 @@ class DiT(nn.Module):
         text = Linear(cfg.width, dtype=dtype, name='text')(text)
         steering = None
         if cfg.control:
-            steering = (ControlEmbedding(cfg.width, dtype, name='control_embedding')(control),
-                        log_counts(frames * rows * columns, control.shape[1]))
+            embedded = ControlEmbedding(cfg.width, dtype, name='control_embedding')(control)
+            if cfg.control.positions:
+                embedded = embedded + sincos(np.arange(control.shape[1]), cfg.width).astype(dtype)
+            steering = (embedded, log_counts(frames * rows * columns, control.shape[1]))
 
         tokens = (video, text)
         for name, (start, stop) in cfg.segments.items():

@@ -100,8 +100,8 @@ class Parts:
             else:
                 self.write_extra(name, os.path.join(folder, name))
         present = [part.folder for part in self.parts if (Path(folder) / part.folder).is_dir()]
-        index = {name: ('matrix_jax', name) for name in (*present, *self.extras)}
-        checkpoint.write_index(folder, self.cfg.name, index)
+        index = {name: ['matrix_jax', name] for name in (*present, *self.extras)}
+        checkpoint.write_json(folder, 'model_index.json', {'_class_name': self.cfg.name, **index})
 
     def write_extra(self, name: str, folder: str):
         """Writes one of `extras` from scratch."""

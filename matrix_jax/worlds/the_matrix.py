@@ -205,8 +205,7 @@ class World(Parts):
 
     def write_extra(self, name, folder):
         if name == 'scheduler':
-            checkpoint.write_config(Path(folder).parent, name, self.cfg.scheduler.to_released(),
-                                    'scheduler_config.json')
+            checkpoint.write_json(folder, 'scheduler_config.json', self.cfg.scheduler.to_released())
         elif name == 'tokenizer':
             tokenizers.write_byte_tokenizer(folder)
         else:
@@ -227,7 +226,7 @@ def open_folder(cfg: Config, folder: str) -> World:
         if name in fields:
             fields[name] = dataclasses.replace(
                 fields[name], **{one: getattr(getattr(cfg, name), one) for one in names})
-    released = checkpoint.read_config(folder, 'scheduler', 'scheduler_config.json')
+    released = checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json')
     fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
     return World(dataclasses.replace(cfg, **fields)).with_tokenizers(folder)
 

@@ -1,0 +1,74 @@
+"""Start clips that a world brings along: a few held-out seconds per theme, as lossless strips.
+
+`starts/starts.json` lists them; each is a PNG in which the frames stand one below the other.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax import checkpoint, video
+from matrix_jax.data import records
+
+
+def write(data: str, folder: str, frames: int = 29):
+    """Picks one clip per theme from the held-out tracks of `data` and writes them to `folder`.
+
+    Of each theme it takes the cut in which the car stays on the road, at speed, and turns least, so
+    that every drive can start from it.
+
+    Args:
+      data: folder of recorded clips.
+      folder: weights folder; gets `starts/`.
+      frames: F = 1 + 4k.
+    """
+    best = {}
+    for path in records.shards(Path(data), 'heldout'):
+        shard = records.Shard(path)
+        for index in range(len(shard)):
+            clip = shard[index]
+            for start in range(0, len(clip.frames) - frames + 1, records.FRAMES_PER_LATENT):
+                score = _score(clip.telemetry[start:start + frames])
+                if score > best.get(clip.theme, (-np.inf,))[0]:
+                    best[clip.theme] = score, clip, start
+    captions = {}
+    for path in (*records.shards(Path(data), 'heldout'), *records.shards(Path(data), 'train')):
+        shard = records.Shard(path)
+        for index in range(len(shard)):
+            captions.setdefault(shard[index].theme, set()).add(shard[index].caption)
+
+    def fill(part):
+        listing = []
+        for theme, (_, clip, start) in sorted(best.items()):
+            strip = clip.frames[start:start + frames].reshape(-1, *clip.frames.shape[2:])
+            video.write_image(part / f'{theme}.png', strip)
+            words = sorted(set(' '.join(captions[theme]).lower().replace('.', '').split()) | {theme})
+            listing.append({'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption,
+                            'words': words})
+        (part / 'starts.json').write_text(json.dumps(listing, indent=1) + '\n')
+
+    checkpoint.replace_folder(Path(folder) / 'starts', fill)
+
+
+def choose(folder: str, prompt: str, height: int, width: int) -> np.ndarray | None:
+    """The start clip whose captions share most words with `prompt`: uint8 [F H W 3], or None.
+
+    Words that only one theme uses decide; a tie goes to the first in the list.
+    """
+    listing = Path(folder) / 'starts' / 'starts.json'
+    if not listing.is_file():
+        return None
+    starts = json.loads(listing.read_text())
+    said = set(prompt.lower().replace('.', ' ').replace(',', ' ').split())
+    uses = {word: sum(word in start['words'] for start in starts) for word in said}
+    best = max(starts, key=lambda start: sum(1 / uses[word] for word in said & set(start['words'])))
+    return video.read_image(listing.parent / best['file']).reshape(-1, height, width, 3)
+
+
+def _score(telemetry) -> float:
+    columns = {name: telemetry[:, index] for index, name in enumerate(records.TELEMETRY)}
+    return (10 * columns['on_road'].min() - np.abs(columns['yaw_rate']).mean()
+            + 0.02 * min(columns['speed'].min(), 20))
