@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +46,7 @@ def write(data: str, folder: str, frames: int = 29):
         for theme, (_, clip, start) in sorted(best.items()):
             strip = clip.frames[start:start + frames].reshape(-1, *clip.frames.shape[2:])
             video.write_image(part / f'{theme}.png', strip)
-            words = sorted(set(' '.join(captions[theme]).lower().replace('.', '').split()) | {theme})
+            words = sorted(_words(' '.join(captions[theme])) | {theme})
             listing.append({'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption,
                             'words': words})
         (part / 'starts.json').write_text(json.dumps(listing, indent=1) + '\n')
@@ -62,13 +63,17 @@ def choose(folder: str, prompt: str, height: int, width: int) -> np.ndarray | No
     if not listing.is_file():
         return None
     starts = json.loads(listing.read_text())
-    said = set(prompt.lower().replace('.', ' ').replace(',', ' ').split())
+    said = _words(prompt)
     uses = {word: sum(word in start['words'] for start in starts) for word in said}
     best = max(starts, key=lambda start: sum(1 / uses[word] for word in said & set(start['words'])))
     return video.read_image(listing.parent / best['file']).reshape(-1, height, width, 3)
 
 
+def _words(text: str) -> set[str]:
+    return set(re.findall(r'\w+', text.lower()))
+
+
 def _score(telemetry) -> float:
     columns = {name: telemetry[:, index] for index, name in enumerate(records.TELEMETRY)}
     return (10 * columns['on_road'].min() - np.abs(columns['yaw_rate']).mean()
-            + 0.02 * min(columns['speed'].min(), 20))
+            + 0.1 * min(columns['speed'].min(), 20))
