@@ -26,13 +26,11 @@ class Clip:
 
     Attributes:
       symbols: the control symbol of each latent frame that is shown.
-      seconds: length asked for.
-      compile_seconds: time until the step was compiled.
-      run_seconds: time of all steps so far, copies to the host included.
       notes: lines that the user should see (cut prompt, unused controls).
+      compile_seconds: time to compile everything and to encode the start clip.
+      run_seconds: time of all steps so far, copies to the host included.
     """
     symbols: list[str]
-    seconds: int
     notes: list[str]
     compile_seconds: float = 0.0
     run_seconds: float = 0.0
@@ -116,12 +114,10 @@ class Player:
         carry = self._init(self.params, condition, jax.random.split(jax.random.key(seed), 1))
         return carry, cut[0]
 
-    def compile(self, carry) -> float:
-        """Compiles the step for this carry -> seconds."""
-        began = time.perf_counter()
+    def compile(self, carry):
+        """Compiles the step for this carry."""
         symbols = jax.ShapeDtypeStruct((1, self.world.cfg.stream.group_frames), jnp.int32)
         self._step = self._step.lower(self.params, carry, symbols).compile()
-        return time.perf_counter() - began
 
     def step(self, carry, symbols: list[str]):
         """One shift under the newest symbols -> (carry, frames uint8 [B F H W 3] on device)."""
@@ -181,10 +177,13 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
     before = [symbols[0]] * stream.context
     known = before + symbols + [symbols[-1]] * (stream.frames - stream.context)
     player = Player(world, params, entry='tail')
+    began = time.perf_counter()
     carry, cut = player.start(prompt, frames, known[:stream.remembered], seed)
+    player.compile(carry)
+    seconds = time.perf_counter() - began
     if cut:
         notes.append(f'prompt: the model reads {cfg.dit.text_length} tokens; cut off: {cut!r}')
-    clip = Clip(symbols, length, notes, compile_seconds=player.compile(carry))
+    clip = Clip(symbols, notes, compile_seconds=seconds)
     steps = known[stream.remembered:stream.remembered + shifts * stream.group_frames]
     return stream_frames(player, carry, steps, clip), clip
 
