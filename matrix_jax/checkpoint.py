@@ -209,15 +209,17 @@ def _some(names: list[str], shown: int = 5) -> str:
 
 
 def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
-                    tensors: Mapping[str, Any], dtype: str = 'bfloat16',
+                    tensors: Mapping[str, Any], dtype: str | None = 'bfloat16',
                     shard_size: int = SHARD_SIZE) -> Path:
-    """Writes one component; floating tensors are stored in `dtype`. All of it appears at once."""
+    """Writes one component, which appears at once; floating tensors are stored in `dtype`, with
+    None in their own."""
     import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
     from safetensors.numpy import save_file
 
     def stored(value) -> np.dtype:
         kind = np.dtype(value.dtype)
-        return np.dtype(dtype) if kind.kind == 'f' or kind.name.startswith(('bf', 'fl')) else kind
+        floating = kind.kind == 'f' or kind.name.startswith(('bf', 'fl'))
+        return np.dtype(dtype) if dtype and floating else kind
 
     shards, used = [[]], 0
     for key in sorted(tensors):
@@ -226,7 +228,8 @@ def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
             shards, used = shards + [[]], 0
         shards[-1].append(key)
         used += size
-    stem = STEMS[0] if '_class_name' in config else STEMS[1]
+    # What transformers writes names its architectures; its files have another stem.
+    stem = STEMS[1] if 'architectures' in config else STEMS[0]
     files = ([f'{stem}.safetensors'] if len(shards) == 1 else
              [f'{stem}-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)])
 

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor', 'seq')
 RULES = {'batch': ('data', 'fsdp'), 'tokens': 'seq', 'heads': 'tensor', 'mlp': 'tensor',
@@ -49,6 +49,11 @@ def make_mesh(shape, devices=None) -> Mesh:
         asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
         raise ValueError(f'mesh: got {asked} = {count} devices, expected at most {len(devices)}')
     return Mesh(np.asarray(devices[:count]).reshape(sizes), AXES)
+
+
+def abstract_mesh(shape) -> AbstractMesh:
+    """The mesh of a shape without devices: for counting what would lie where."""
+    return AbstractMesh(tuple(getattr(shape, axis) for axis in AXES), AXES)
 
 
 def spec(names) -> PartitionSpec:

@@ -42,7 +42,7 @@ def open_run(run):
         raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or a '
                                 'hub repository')
     folder = checkpoint.resolve(run.weights)
-    world = REGISTRY[type(run.world)].open_folder(run.world, folder)
+    world = REGISTRY[type(run.world)].open_folder(run.world, folder, whole=True)
     params = world.load(folder)
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)

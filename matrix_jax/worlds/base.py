@@ -8,6 +8,7 @@ and sharding them is the same for all worlds and stands here.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ import jax
 import numpy as np
 
 from matrix_jax import checkpoint, convert, sharding
+from matrix_jax.nn import fresh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +31,15 @@ class Part:
       folder: its folder in the released layout.
       weights: config -> weight table.
       shapes: config -> tree of ShapeDtypeStructs.
-      init: (config, key) -> fresh parameters.
+      laws: config -> laws of fresh parameters (`nn.fresh`), beyond the common ones.
+      still: laws before those, with which training starts.
     """
     field: str
     folder: str
     weights: Callable[[Any], convert.Table]
     shapes: Callable[[Any], dict]
-    init: Callable[[Any, jax.Array], dict]
+    laws: Callable[[Any], fresh.Laws] = lambda cfg: ()
+    still: fresh.Laws = ()
 
 
 class Parts:
@@ -54,13 +58,37 @@ class Parts:
 
     def shapes(self) -> dict:
         """Parameter tree of ShapeDtypeStructs by part; nothing is allocated."""
-        return {part.folder: part.shapes(getattr(self.cfg, part.field)) for part in self.parts}
+        return {part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.parts}
 
-    def init(self, seed: int) -> dict:
-        """Fresh float32 parameters by part."""
-        keys = jax.random.split(jax.random.key(seed), len(self.parts))
-        return {part.folder: part.init(getattr(self.cfg, part.field), key)
-                for part, key in zip(self.parts, keys, strict=True)}
+    def init(self, seed: int, still: bool = True) -> dict:
+        """Fresh float32 numpy parameters by part.
+
+        Args:
+          seed: one seed is one tree.
+          still: whether blocks start as the identity, for training; else every leaf is random.
+        """
+        drawn = {}
+        for part in self.parts:
+            leaves = {}
+            for row, shape, draw in self.draws(part, seed, still):
+                layers = range(*row.layers) if row.layers else ()
+                leaves[row.path] = np.stack([draw(i) for i in layers]) if layers else draw(None)
+            drawn[part.folder] = convert.unflatten(leaves)
+        return drawn
+
+    def draws(self, part: Part, seed: int, still: bool = True):
+        """Yields (row, shape of one layer, draw) of each row of a part's table.
+
+        `draw(i)` gives layer i of the row, or with None a leaf that is not stacked.
+        """
+        cfg = getattr(self.cfg, part.field)
+        flat = convert.flatten(_shapes(part, cfg))
+        laws = (*(part.still if still else ()), *part.laws(cfg))
+        for row in part.weights(cfg):
+            if isinstance(row, convert.Row) and row.keys():
+                shape = flat[row.path].shape[1:] if row.layers else flat[row.path].shape
+                seeds = (seed, self.parts.index(part))
+                yield row, shape, functools.partial(fresh.draw, laws, row.path, shape, seeds)
 
     def replace(self, **fields):
         """The same world with config fields replaced."""
@@ -76,13 +104,19 @@ class Parts:
         params = {}
         for part in self.parts:
             if only is None or part.folder in only:
-                _, tensors = checkpoint.read_component(folder, part.folder)
+                place = self.place(folder, part.folder)
+                _, tensors = checkpoint.read_component(*place)
                 cfg = getattr(self.cfg, part.field)
                 try:
-                    params[part.folder] = convert.to_jax(part.weights(cfg), tensors, part.shapes(cfg))
+                    params[part.folder] = convert.to_jax(part.weights(cfg), tensors,
+                                                         _shapes(part, cfg))
                 except convert.ConversionError as error:
-                    raise convert.ConversionError(f'{folder}/{part.folder}: {error}') from error
+                    raise convert.ConversionError(f'{"/".join(place)}: {error}') from error
         return params
+
+    def place(self, folder: str, name: str) -> tuple[str, str]:
+        """(folder, component) where a part of a weights folder lies."""
+        return str(folder), name
 
     def save(self, folder: str, params: Mapping, start: str | None = None, dtype='bfloat16'):
         """Writes a folder in the released layout; parts that `params` lacks come from `start`."""
@@ -113,7 +147,11 @@ class Parts:
         return jax.device_put(params, sharding.shardings(axes, params, mesh))
 
     def summary(self, mesh) -> str:
-        """One line per part: parameters, and bytes per device on `mesh` at bfloat16; abstract."""
+        """One line per part: parameters, and memory per device at bfloat16. Nothing is allocated.
+
+        Args:
+          mesh: a mesh, or an abstract one (`sharding.abstract_mesh`) of devices that are not here.
+        """
         lines, total, local = [], 0, 0
         shapes = self.shapes()
         axes = {name: convert.axes(self.tables[name]) for name in shapes}
@@ -126,6 +164,11 @@ class Parts:
             total, local = total + count, local + mine
         lines.append(f'{"total":16} {total:>14,} parameters  {local * 2 / 2**20:>10,.1f} MiB per device')
         return '\n'.join(lines)
+
+
+@functools.cache
+def _shapes(part: Part, cfg) -> dict:
+    return part.shapes(cfg)
 
 
 def read_config(part_config, folder: str, name: str):

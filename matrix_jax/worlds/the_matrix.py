@@ -22,6 +22,7 @@ from matrix_jax import checkpoint, controls
 from matrix_jax.diffusion import schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
+from matrix_jax.nn import fresh
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
@@ -78,11 +79,18 @@ class Config:
 class World(Parts):
     """Pure functions of parameters around `Config`; nothing here holds weights."""
 
-    parts = (Part('dit', 'transformer', dit.weights, dit.shapes,
-                  functools.partial(dit.init, zero_init=True)),
-             Part('vae', 'vae', vae.weights, vae.shapes, vae.init),
-             Part('text', 'text_encoder', t5.weights, t5.shapes, t5.init),
-             Part('control', 'control_encoder', clip.weights, clip.shapes, clip.init))
+    parts = (Part('dit', 'transformer', dit.weights, dit.shapes, still=(
+                 ('*norm?/linear/*', fresh.zeros), ('modulation_out/*', fresh.zeros),
+                 ('out/*', fresh.zeros))),
+             Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: (
+                 ('*/conv_y/bias', fresh.ones), ('*/conv_[by]/kernel', fresh.uniform(0.1)))),
+             # Logits of T5 are not scaled by 1/sqrt(E); its queries start smaller instead.
+             Part('text', 'text_encoder', t5.weights, t5.shapes, lambda cfg: (
+                 ('embedding', fresh.normal(1.0)), ('relative_bias', fresh.normal(cfg.dim ** -0.5)),
+                 ('layers/q/kernel', fresh.xavier(1 / cfg.head_dim)))),
+             Part('control', 'control_encoder', clip.weights, clip.shapes, lambda cfg: (
+                 ('token_embedding', fresh.normal(0.02)),
+                 ('position_embedding', fresh.normal(0.01)))))
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')
 
     def __init__(self, cfg: Config):
@@ -98,9 +106,16 @@ class World(Parts):
         if folder is None:
             self.tokenizer, self.control_tokenizer = tokenizers.byte_pair()
         else:
-            self.tokenizer = tokenizers.load(str(Path(folder) / 'tokenizer'))
-            self.control_tokenizer = tokenizers.load(str(Path(folder) / 'control_tokenizer'))
+            self.tokenizer = tokenizers.load(Path(folder) / 'tokenizer')
+            self.control_tokenizer = tokenizers.load(
+                Path(*self.place(folder, 'control_tokenizer')))
         return self
+
+    def place(self, folder, name):
+        """Control prompts are encoded by `cfg.control_weights` where the folder does not do it."""
+        if name.startswith('control_') and not (Path(folder) / name).is_dir():
+            return str(checkpoint.resolve(self.cfg.control_weights)), ''
+        return super().place(folder, name)
 
     def replace(self, **fields):
         world = super().replace(**fields)
@@ -212,15 +227,21 @@ class World(Parts):
             tokenizers.write_clip_byte_tokenizer(folder)
 
 
-def open_folder(cfg: Config, folder: str) -> World:
+def open_folder(cfg: Config, folder: str, whole: bool = False) -> World:
     """The world that a weights folder describes; what the folder does not say comes from `cfg`.
 
     The folder decides the sizes of the parts that it holds; how they run (types, rematerialisation,
     the meaning of a single latent frame) and how they stream is the recipe's.
+
+    Args:
+      cfg: the recipe's world.
+      folder: in the released layout.
+      whole: whether every part is to be loaded; else the parts that are not there are the recipe's.
     """
     kinds = {'dit': dit.Config, 'vae': vae.Config, 'text': t5.Config, 'control': clip.Config}
-    fields = {part.field: read_config(kinds[part.field], folder, part.folder)
-              for part in World.parts if (Path(folder) / part.folder).is_dir()}
+    place = World(cfg).place
+    fields = {part.field: read_config(kinds[part.field], *place(folder, part.folder))
+              for part in World.parts if whole or (Path(folder) / part.folder).is_dir()}
     kept = {'dit': ('dtype', 'remat', 'scan_unroll'), 'vae': ('dtype', 'single_latent_frames')}
     for name, names in kept.items():
         if name in fields:
