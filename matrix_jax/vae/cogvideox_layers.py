@@ -1,0 +1,173 @@
+"""Networks of the CogVideoX autoencoder: one chunk of a clip, with the frames before it as a cache.
+
+`cfg` is `matrix_jax.vae.cogvideox.Config`. A cache has the two last inputs of every convolution, in
+the tree of the modules; it is None at the start of a clip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange, repeat
+from jax import lax
+
+from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
+
+
+class Encoder(nn.Module):
+    """One chunk of frames -> moments of its latent frames."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        """[B F H W in], cache or None -> cache, [B T h w 2C]."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        x, new['conv_in'] = conv(cfg, cfg.block_out_channels[0], 'conv_in')(x, old.get('conv_in'))
+        for level, width in enumerate(cfg.block_out_channels):
+            name = f'down_{level}'
+            x, new[name] = Level(cfg, width, cfg.layers_per_block, name=name)(
+                x, None, old.get(name))
+            if level < len(cfg.block_out_channels) - 1:
+                x = halve_time(x) if cfg.halves_time(level) else x
+                x = Downsample2d(width, dtype=cfg.dtype, name=f'downsample_{level}')(x)
+        x, new['mid'] = Level(cfg, x.shape[-1], 2, name='mid')(x, None, old.get('mid'))
+        x = nn.silu(GroupNorm(cfg, name='norm_out')(x))
+        x, new['conv_out'] = conv(cfg, 2 * cfg.latent_channels, 'conv_out')(x, old.get('conv_out'))
+        return new, x
+
+
+class Decoder(nn.Module):
+    """One chunk of latent frames -> its frames."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, z, cache=None):
+        """[B T h w C], cache or None -> cache, [B F H W out]."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        widths = cfg.block_out_channels[::-1]
+        x, new['conv_in'] = conv(cfg, widths[0], 'conv_in')(z, old.get('conv_in'))
+        x, new['mid'] = Level(cfg, widths[0], 2, name='mid')(x, z, old.get('mid'))
+        for level, width in enumerate(widths):
+            name = f'up_{level}'
+            x, new[name] = Level(cfg, width, cfg.layers_per_block + 1, name=name)(
+                x, z, old.get(name))
+            if level < len(widths) - 1:
+                # The convolution is per frame, so doubling time behind it gives the same for less.
+                x = Upsample2d(width, dtype=cfg.dtype, name=f'upsample_{level}')(x)
+                x = double_time(cfg, x) if cfg.halves_time(level) else x
+        x = nn.silu(SpatialNorm(cfg, name='norm_out')(x, z))
+        x, new['conv_out'] = conv(cfg, cfg.out_channels, 'conv_out')(x, old.get('conv_out'))
+        return new, x
+
+
+class Level(nn.Module):
+    """Residual blocks of one frame size."""
+    cfg: Any
+    features: int
+    layers: int
+
+    @nn.compact
+    def __call__(self, x, z=None, cache=None):
+        """[B T H W in], latents [B T h w C] in the decoder, cache -> [B T H W out], cache."""
+        new = {}
+        for layer in range(self.layers):
+            name = f'resnet_{layer}'
+            x, new[name] = Resnet(self.cfg, self.features, name=name)(
+                x, z, None if cache is None else cache[name])
+        return x, new
+
+
+class Resnet(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))); the norms look at the latents if there are any."""
+    cfg: Any
+    features: int
+
+    @nn.compact
+    def __call__(self, x, z=None, cache=None):
+        """[B T H W in], latents [B T h w C] or None, cache -> [B T H W out], cache."""
+        cfg, old, new = self.cfg, cache or {}, {}
+
+        def norm(h, name):
+            return GroupNorm(cfg, name=name)(h) if z is None else SpatialNorm(cfg, name=name)(h, z)
+
+        h = nn.silu(norm(x, 'norm1'))
+        h, new['conv1'] = conv(cfg, self.features, 'conv1')(h, old.get('conv1'))
+        h = nn.silu(norm(h, 'norm2'))
+        h, new['conv2'] = conv(cfg, self.features, 'conv2')(h, old.get('conv2'))
+        if x.shape[-1] != self.features:
+            x, _ = conv(cfg, self.features, 'shortcut', kernel=(1, 1, 1))(x)
+        return x + h, new
+
+
+class GroupNorm(nn.Module):
+    """Group norm over time, height and width of the chunk; statistics in float32."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """[B T H W C] -> the same."""
+        width = x.shape[-1]
+        scale = self.param('scale', nn.initializers.ones_init(), (width,))
+        bias = self.param('bias', nn.initializers.zeros_init(), (width,))
+        wide = x.astype(jnp.float32)
+
+        def group_mean(y):
+            # Whole rows first, groups after: the reduction keeps the channels of a row together.
+            means = rearrange(y.mean((1, 2, 3)), 'b (g c) -> b g c', g=self.cfg.norm_groups)
+            means = repeat(means.mean(2), 'b g -> b (g c)', c=means.shape[2])
+            return rearrange(means, 'b c -> b 1 1 1 c')
+
+        wide = wide - group_mean(wide)
+        wide = wide * (lax.rsqrt(group_mean(jnp.square(wide)) + self.cfg.norm_eps) * scale) + bias
+        return wide.astype(x.dtype)
+
+
+class SpatialNorm(nn.Module):
+    """Group norm with a scale and a shift that are read off the latents."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, x, z):
+        """[B T H W D], latents [B t h w C] -> [B T H W D]."""
+        # A 1x1x1 convolution commutes with nearest neighbours: it runs on the small frames.
+        mild = nn.initializers.variance_scaling(0.1, 'fan_in', 'uniform')
+        y, _ = conv(self.cfg, x.shape[-1], 'conv_y', kernel=(1, 1, 1), kernel_init=mild,
+                    bias_init=nn.initializers.ones_init())(z)
+        b, _ = conv(self.cfg, x.shape[-1], 'conv_b', kernel=(1, 1, 1), kernel_init=mild)(z)
+        return GroupNorm(self.cfg, name='norm')(x) * nearest(y, x.shape) + nearest(b, x.shape)
+
+
+def conv(cfg: Any, features: int, name: str, **fields) -> CausalConv3d:
+    """A causal convolution of this network, 3x3x3 by default."""
+    return CausalConv3d(features, dtype=cfg.dtype, name=name, **fields)
+
+
+def nearest(z, shape):
+    """Nearest neighbours: z [B t h w C] at the time, height and width of `shape` [B T H W D].
+
+    T, H, W are multiples of t, h, w; an odd T > 1 is one frame for the first of z, and the rest.
+    """
+    if shape[1] % 2 and shape[1] > 1:
+        rest = (shape[0], shape[1] - 1, *shape[2:])
+        return jnp.concatenate([nearest(z[:, :1], (shape[0], 1, *shape[2:])),
+                                nearest(z[:, 1:], rest)], axis=1)
+    t, p, q = (large // small for large, small in zip(shape[1:4], z.shape[1:4], strict=True))
+    return repeat(z, 'b f h w c -> b (f t) (h p) (w q) c', t=t, p=p, q=q)
+
+
+def halve_time(x):
+    """Averages pairs of frames [B T ...]; the first frame of an odd number stays alone."""
+    odd = x.shape[1] % 2
+    pairs = x[:, odd:]
+    return jnp.concatenate([x[:, :odd], (pairs[:, ::2] + pairs[:, 1::2]) / 2], axis=1)
+
+
+def double_time(cfg: Any, x):
+    """Repeats frames [B T ...]; the first frame of an odd number stays alone."""
+    # PARITY: one latent frame is an image to stages 1 and 2, four frames to stages 3 and 4.
+    if x.shape[1] == 1:
+        return x if cfg.single_latent_frames == 1 else jnp.repeat(x, 2, axis=1)
+    odd = x.shape[1] % 2
+    return jnp.concatenate([x[:, :odd], jnp.repeat(x[:, odd:], 2, axis=1)], axis=1)

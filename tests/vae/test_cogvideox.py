@@ -1,0 +1,257 @@
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from matrix_jax import convert
+from matrix_jax.vae import cogvideox as vae
+from matrix_jax.vae.tiling import Tiles, tiled, windowed
+
+GOLDENS = Path(__file__).parents[1] / 'goldens' / 'the_matrix'
+# Three levels are the same code as four, in less time.
+SMALL = vae.Config(latent_channels=4, block_out_channels=(4, 8, 8), layers_per_block=1,
+                   norm_groups=2, sample_height=32, sample_width=48)
+# Compiling takes far longer than running here.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@functools.cache
+def params_of(cfg):
+    draws = np.random.default_rng(7)
+    return jax.tree.map(lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.3,
+                        vae.shapes(cfg))
+
+
+@functools.cache
+def compiled(function, cfg):
+    return jit(functools.partial(function, cfg))
+
+
+def golden(case):
+    """The released config and weights of a recording; the outputs are held by test_parity."""
+    with safe_open(GOLDENS / f'{case}.safetensors', 'np') as file:
+        weights = {key.removeprefix('weights/'): file.get_tensor(key) for key in file.keys()
+                   if key.startswith('weights/')}
+        return json.loads(file.metadata()['config'])['cfg'], weights
+
+
+def test_prefill_and_scanned_steps_equal_the_whole_clip():
+    params, latents, traces = params_of(SMALL), normal(1, 7, 2, 3, 4), []
+
+    def stream(params, latents):
+        def body(cache, part):
+            traces.append(part.shape)
+            return vae.step(SMALL, params, cache, part)
+        cache, head = vae.prefill(SMALL, params, latents[:, :3])
+        rest = jnp.stack([latents[:, 3:5], latents[:, 5:7]])
+        _, tail = jax.lax.scan(body, cache, rest)      # so the cache keeps structure and shapes
+        return jnp.concatenate([head, *tail], axis=1)
+
+    whole = compiled(vae.decode, SMALL)(params, latents)
+    assert whole.shape == (1, 4 * 7 - 3, 8, 12, 3)
+    np.testing.assert_allclose(jit(stream)(params, latents), whole, atol=2e-5)
+    assert len(set(traces)) == 1
+    assert np.std(whole) > 0.05
+
+
+def test_step_compiles_once_and_never_looks_ahead():
+    count = []
+
+    @jit
+    def step(params, cache, latents):
+        count.append(1)
+        return vae.step(SMALL, params, cache, latents)
+
+    params, latents = params_of(SMALL), normal(1, 4, 2, 3, 4)
+    cache, first = compiled(vae.prefill, SMALL)(params, latents[:, :1])
+    frames = [first]
+    for index in range(1, 4):
+        cache, made = step(params, cache, latents[:, index:index + 1])
+        frames.append(made)
+    assert len(count) == 1
+    assert [one.shape[1] for one in frames] == [4, 4, 4, 4]
+    # The cache matters: the same latent frame after another past makes other frames.
+    _, alone = compiled(vae.prefill, SMALL)(params, latents[:, 3:])
+    assert not np.allclose(frames[-1], alone, atol=1e-3)
+
+
+def test_loop_over_chunks_equals_unrolled_chunks(monkeypatch):
+    params, latents, frames = params_of(SMALL), normal(1, 6, 1, 1, 4), normal(1, 25, 4, 4, 3)
+    decoded = compiled(vae.decode, SMALL)(params, latents)
+    encoded = compiled(vae.encode, SMALL)(params, frames)
+    monkeypatch.setattr(vae, 'UNROLLED', 0)
+    looped = jit(lambda p, z: vae.decode(SMALL, p, z))(params, latents)
+    np.testing.assert_allclose(looped, decoded, atol=2e-5)
+    for got, want in zip(jit(lambda p, x: vae.encode(SMALL, p, x))(params, frames), encoded,
+                         strict=True):
+        assert got.shape == (1, 7, 1, 1, 4)
+        np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_encoder_continues_where_it_stopped():
+    params, frames = params_of(SMALL), normal(1, 25, 4, 4, 3)
+    want = compiled(vae.encode, SMALL)(params, frames)[0]
+    step = compiled(vae.encode_step, SMALL)
+    cache, head, _ = step(params, None, frames[:, :9])
+    cache, middle, _ = step(params, cache, frames[:, 9:17])
+    _, tail, _ = step(params, cache, frames[:, 17:])
+    np.testing.assert_allclose(np.concatenate([head, middle, tail], axis=1), want, atol=2e-5)
+
+
+@pytest.mark.parametrize(('frames', 'latents'), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (13, 4)])
+def test_lengths_of_encoded_clips(frames, latents):
+    made = jax.eval_shape(functools.partial(vae.encode, SMALL), vae.shapes(SMALL),
+                          jnp.zeros((1, frames, 8, 4, 3)))
+    assert [one.shape for one in made] == [(1, latents, 2, 1, 4)] * 2
+
+
+@pytest.mark.parametrize(('single', 'latents', 'frames'),
+                         [(4, 1, 4), (1, 1, 1), (1, 2, 8), (4, 3, 9), (4, 6, 24)])
+def test_lengths_of_decoded_clips(single, latents, frames):
+    cfg = dataclasses.replace(SMALL, single_latent_frames=single)
+    made = jax.eval_shape(functools.partial(vae.decode, cfg), vae.shapes(cfg),
+                          jnp.zeros((1, latents, 2, 1, 4)))
+    assert made.shape == (1, frames, 8, 4, 3)
+
+
+def test_clips_of_a_batch_do_not_meet():
+    params, frames, latents = params_of(SMALL), normal(2, 5, 8, 4, 3), normal(2, 3, 2, 1, 4)
+    encode, decode = compiled(vae.encode, SMALL), compiled(vae.decode, SMALL)
+    both, made = encode(params, frames)[0], decode(params, latents)
+    for index in range(2):
+        one = slice(index, index + 1)
+        np.testing.assert_allclose(encode(params, frames[one])[0], both[one], atol=2e-5)
+        np.testing.assert_allclose(decode(params, latents[one]), made[one], atol=2e-5)
+
+
+def test_a_tile_that_covers_all_is_the_plain_autoencoder():
+    params, latents, frames = params_of(SMALL), normal(1, 2, 2, 3, 4), normal(1, 5, 8, 12, 3)
+    for tiles in (None, Tiles((8, 12), (2, 3))):
+        np.testing.assert_array_equal(
+            jit(lambda p, z, t=tiles: vae.decode_tiled(SMALL, p, z, t))(params, latents),
+            compiled(vae.decode, SMALL)(params, latents))
+    got = jit(lambda p, x: vae.encode_tiled(SMALL, p, x))(params, frames)
+    np.testing.assert_array_equal(got, compiled(vae.encode, SMALL)(params, frames))
+
+
+def test_blended_tiles_of_the_identity_are_the_identity():
+    x = normal(1, 2, 14, 17, 3)
+    got = tiled(lambda tile: tile, x, (6, 5), (6, 5), (1 / 3, 1 / 5))
+    np.testing.assert_allclose(got, x, atol=1e-6)
+
+
+def test_tiles_fade_into_each_other():
+    made = iter(range(3))
+    got = tiled(lambda tile: jnp.full(tile.shape, next(made), jnp.float32),
+                np.zeros((1, 1, 2, 10, 1)), (2, 8), (2, 8), (0, 0.5))
+    np.testing.assert_allclose(got[0, 0, 0, :, 0], [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1.5])
+
+
+def test_tiles_that_cut_latent_pixels_are_refused():
+    tiles = Tiles((8, 8), (2, 2), (0.25, 0.25))        # a stride of 6 pixels is 1.5 latent pixels
+    with pytest.raises(ValueError, match='strides of whole latent pixels'):
+        jax.eval_shape(lambda p, x: vae.encode_tiled(SMALL, p, x, tiles), vae.shapes(SMALL),
+                       jnp.zeros((1, 1, 16, 16, 3)))
+
+
+@pytest.mark.parametrize(('total', 'sizes'), [(3, [3]), (8, [8]), (9, [8, 3]), (16, [8, 8, 4]),
+                                              (14, [8, 8])])
+def test_windows_of_a_long_video(total, sizes):
+    seen = []
+
+    def run(part):
+        seen.append(part.shape[1])
+        return jnp.repeat(part, 4, axis=1)
+
+    latents = np.arange(total, dtype=np.float32).reshape(1, -1, 1, 1, 1)
+    got = windowed(run, latents, window=8, overlap=2, drop=8)
+    assert seen == sizes
+    np.testing.assert_array_equal(got.ravel(), np.repeat(latents, 4))
+
+
+def test_fresh_weights_train_everywhere():
+    params = vae.init(SMALL, jax.random.key(0))
+    frames = np.tanh(normal(1, 5, 8, 8, 3))
+
+    def loss(params):
+        mean, logvar = vae.encode(SMALL, params, frames)
+        made = vae.decode(SMALL, params, vae.sample(mean, logvar, normal(*mean.shape)))
+        return jnp.square(made[:, :5] - frames).mean() + 1e-3 * jnp.square(logvar).mean()
+
+    grads = convert.flatten(jit(jax.grad(loss))(params))
+    assert all(np.isfinite(leaf).all() for leaf in grads.values())
+    idle = [path for path, leaf in grads.items() if path.endswith('kernel') and not leaf.any()]
+    assert not idle
+
+
+def test_half_precision_stays_close():
+    half = dataclasses.replace(SMALL, dtype='bfloat16')
+    params, latents = params_of(SMALL), normal(1, 2, 2, 1, 4)
+    cache, frames = jit(functools.partial(vae.prefill, half))(params, latents)
+    assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype('bfloat16')}
+    want = compiled(vae.decode, SMALL)(params, latents)
+    assert frames.dtype == jnp.float32
+    assert np.abs(frames - want).mean() < 0.1 * np.std(want)
+
+
+@pytest.mark.parametrize('case', ['c_vae_9f', 'c_vae_tiled'])
+def test_weights_and_config_survive_the_round_trip(case):
+    released, weights = golden(case)
+    cfg = vae.Config.from_released(released)
+    table = vae.weights(cfg)
+    back = convert.to_torch(table, convert.to_jax(table, weights, vae.shapes(cfg)))
+    assert back.keys() == weights.keys()
+    assert all(np.array_equal(back[key], weights[key]) for key in back)
+    written = cfg.to_released()
+    assert vae.Config.from_released(written) == cfg
+    assert released.items() <= written.items()
+
+
+def test_missing_and_unknown_weights_are_named():
+    released, weights = golden('c_vae_9f')
+    cfg = vae.Config.from_released(released)
+    weights['decoder.up_blocks.1.resnets.0.conv9.conv.bias'] = weights.pop(
+        'decoder.up_blocks.1.resnets.0.conv1.conv.bias')
+    with pytest.raises(convert.ConversionError) as error:
+        convert.to_jax(vae.weights(cfg), weights, vae.shapes(cfg))
+    assert 'missing key decoder.up_blocks.1.resnets.0.conv1.conv.bias' in str(error.value)
+    assert 'unknown key decoder.up_blocks.1.resnets.0.conv9.conv.bias' in str(error.value)
+
+
+@pytest.mark.parametrize(('change', 'message'), [
+    ({'use_quant_conv': True}, r'use_quant_conv = True \(expected False\)'),
+    ({'act_fn': 'gelu'}, "act_fn = 'gelu'"),
+    ({'new_maths': 2}, r'new_maths = 2 \(unknown key\)'),
+    ({'norm_num_groups': 3}, 'multiples of norm_groups = 3'),
+    ({'temporal_compression_ratio': 3}, 'power of two'),
+    ({'single_latent_frames': 2}, 'expected 1 or temporal_compression = 4'),
+])
+def test_configs_with_other_maths_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        vae.Config.from_released(SMALL.to_released() | change)
+
+
+def test_inputs_are_checked_at_the_door():
+    with pytest.raises(ValueError, match=r'frames \(1, 5, 6, 8, 3\), expected .* multiples of 4'):
+        vae.encode(SMALL, None, np.zeros((1, 5, 6, 8, 3)))
+    with pytest.raises(ValueError, match=r'latents \(1, 2, 2, 8\), expected \[B T h w 4\]'):
+        vae.decode(SMALL, None, np.zeros((1, 2, 2, 8)))
+
+
+def test_released_sizes():
+    released = vae.PRESETS['released']
+    assert vae.Config.from_released({'_class_name': 'AutoencoderKLCogVideoX'}) == released
+    tiles = Tiles.of(released)
+    assert (tiles.sample, tiles.latent) == ((240, 360), (30, 45))
+    count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(vae.shapes(released)))
+    assert 215e6 < count < 216e6
