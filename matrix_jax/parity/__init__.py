@@ -1,0 +1,135 @@
+"""Replays recorded PyTorch tensors through the shipped loaders and networks, and compares.
+
+What a recording is: `record.py`. What runs for each kind: one module per system. Everything runs in
+float32 with full-precision multiplies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from matrix_jax.parity import the_matrix
+from matrix_jax.parity.record import BadInput, Record, read
+
+REPLAYS = {('the_matrix', kind): function for kind, function in the_matrix.REPLAYS.items()}
+
+INFORMATIONAL = 'inter'           # activations inside the reference, to bisect with
+HEADER = f'{"file":<34} {"output":<44} {"max abs":>9} {"max rel":>9} {"tolerance":>12}  ok'
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """One output compared: largest difference, also relative to the largest recorded value."""
+    output: str
+    max_abs: float
+    max_rel: float
+    tolerance: str
+    ok: bool
+    note: str = ''
+
+
+def tolerance(record: Record, name: str, want: np.ndarray) -> tuple[float, float, str]:
+    """(atol, rtol, how to say it) of one output: the file's, or a stricter one of its kind."""
+    if want.dtype.kind not in 'fc':
+        return 0.0, 0.0, 'exact'
+    for kind, pattern, value in ABSOLUTE:
+        if record.kind == kind and re.match(pattern, name):
+            return value, 0.0, f'abs {value:.0e}'
+    for kind, pattern, value in RELATIVE:
+        if record.kind == kind and re.match(pattern, name):
+            return value * float(np.abs(want).max(initial=0)), 0.0, f'rel {value:.0e}'
+    return record.atol, record.rtol, f'{record.atol:.0e}'
+
+
+ABSOLUTE = (('schedulers', 'table_alphas_cumprod', 2e-6), ('embeddings', 'pos3d_', 1e-6),
+            ('embeddings', 'timestep_', 1e-4), ('embeddings', 'guidance_', 2e-3))
+# Losses and gradients have no scale of their own.
+RELATIVE = (('train_loss', 'table_(loss|per_sample_loss)', 1e-4),
+            ('train_loss', 'table_weights|table_grad|grad_norm', 1e-3))
+
+
+def compare(record: Record, got: Mapping[str, np.ndarray]) -> list[Line]:
+    """A line for every recorded output but the informational ones."""
+    lines = []
+    for name, want in sorted(record.outputs.items()):
+        if name.startswith(INFORMATIONAL):
+            continue
+        if name not in got:
+            lines.append(Line(name, np.nan, np.nan, '-', False, 'this library does not make it'))
+            continue
+        want, ours = np.asarray(want), np.asarray(got[name])
+        if want.dtype.kind not in 'fciu':       # texts; None stands for no text
+            wrong = sum(map(lambda pair: pair[0] != pair[1], zip(want, ours, strict=True)))
+            lines.append(Line(name, wrong, wrong / len(want), 'exact', not wrong,
+                              f'{wrong} of {len(want)} differ' if wrong else ''))
+            continue
+        atol, rtol, said = tolerance(record, name, want)
+        if ours.shape != want.shape:
+            lines.append(Line(name, np.nan, np.nan, said, False,
+                              f'shape {ours.shape}, recorded {want.shape}'))
+            continue
+        want = want.astype(np.float64)
+        error = np.abs(ours.astype(np.float64) - want)
+        # A NaN compares as false, so it never holds.
+        ok = bool(np.all(error <= atol + rtol * np.abs(want)))
+        largest = error.max(initial=0)
+        scale = np.abs(want).max(initial=0)
+        lines.append(Line(name, largest, largest / scale if scale else largest, said, ok))
+    return lines
+
+
+def replay(record: Record) -> list[Line]:
+    """Runs a recording through its replay function and compares.
+
+    Raises:
+      BadInput: no replay function, or the file lacks what it needs.
+      ValueError: weights or configuration do not fit our networks.
+    """
+    function = REPLAYS.get((record.system, record.kind))
+    if function is None:
+        known = ', '.join('/'.join(pair) for pair in sorted(REPLAYS))
+        raise BadInput(f'{record.path}: cannot replay {record.system}/{record.kind}, '
+                       f'expected one of {known}')
+    with jax.default_matmul_precision('highest'):
+        return compare(record, function(record))
+
+
+def run(paths: Sequence[str | Path], out=None, err=None) -> int:
+    """Replays files and prints the table; 0 all outputs hold, 1 some do not, 2 a file is bad."""
+    out, err = out or sys.stdout, err or sys.stderr
+    code, total, failed = 0, 0, []
+    print(HEADER, file=out)
+    for path in paths:
+        name = Path(path).name.removesuffix('.safetensors')
+        try:
+            record = read(path)
+            lines = replay(record)
+        except BadInput as error:
+            print(f'error: {_one_line(error)}', file=err)
+            code = 2
+            continue
+        except ValueError as error:
+            print(f'{name:<34} FAILED: {_one_line(error)}', file=out)
+            failed.append(name)
+            continue
+        for line in lines:
+            print(f'{name:<34} {line.output:<44} {line.max_abs:>9.1e} {line.max_rel:>9.1e} '
+                  f'{line.tolerance:>12}  {"ok" if line.ok else "FAILED"} {line.note}'.rstrip(),
+                  file=out, flush=True)
+            failed += [] if line.ok else [f'{name}: {line.output}']
+        total += len(lines)
+    print(f'{total} outputs of {len(paths)} files: '
+          + (f'{len(failed)} FAILED ({"; ".join(failed)})' if failed else
+             'not all could be read' if code else 'all hold'), file=out)
+    return code or (1 if failed else 0)
+
+
+def _one_line(error) -> str:
+    return ' '.join(str(error).split())

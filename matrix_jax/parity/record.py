@@ -1,0 +1,133 @@
+"""A recording: tensors of the PyTorch reference, and what to run on them.
+
+A safetensors file with `weights/*` (names of the reference's state dict), `inputs/*` and
+`outputs/*`; its metadata says what to run (`system`, `kind`), its sizes and options (`config`,
+JSON), and how close the outputs must be (`atol`, `rtol`). Control signals are recorded as JSON.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+
+SYSTEM = 'the_matrix'                               # of JSON files, which do not say
+PREFIXES = ('weights/', 'inputs/', 'outputs/')
+EXPECTED = ('grad_norm', 'guidance_per_step')       # results that a file keeps in its config
+
+
+class BadInput(ValueError):
+    """A file that is no recording we can replay."""
+
+
+class Fields(dict):
+    """Named parts of a recording; a missing one is the file's fault."""
+
+    def __init__(self, where: str, content: Mapping):
+        super().__init__(content)
+        self.where = where
+
+    def __missing__(self, key):
+        raise BadInput(f'{self.where}: no {key!r}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """One recording."""
+    path: Path
+    system: str
+    kind: str
+    config: Fields
+    weights: Fields
+    inputs: Fields
+    outputs: Fields
+    atol: float = 0.0
+    rtol: float = 0.0
+
+
+def read(path: str | Path) -> Record:
+    """Reads a recording: safetensors, or the JSON of control signals.
+
+    Raises:
+      BadInput: not a file, damaged, or without the metadata of a recording.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise BadInput(f'{path}: not a file')
+    if path.suffix == '.json':
+        return _read_signals(path)
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'np') as file:
+            metadata = Fields(f'{path}: metadata', file.metadata() or {})
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f'{path}: not a readable safetensors file ({error})') from None
+    parts = [Fields(f'{path}: {prefix[:-1]}', {name.removeprefix(prefix): tensor
+                                              for name, tensor in tensors.items()
+                                              if name.startswith(prefix)}) for prefix in PREFIXES]
+    strange = [name for name in tensors if not name.startswith(PREFIXES)]
+    if strange:
+        raise BadInput(f'{path}: tensor {strange[0]!r}, expected names in {", ".join(PREFIXES)}')
+    try:
+        config = Fields(f'{path}: config', json.loads(metadata['config']))
+        atol, rtol = float(metadata['atol']), float(metadata['rtol'])
+    except (ValueError, TypeError) as error:
+        if isinstance(error, BadInput):
+            raise
+        raise BadInput(f'{path}: metadata is not readable ({error})') from None
+    for name in EXPECTED:
+        if config.get(name) is not None:
+            parts[2][name] = np.asarray(config[name])
+    return Record(path, metadata['system'], metadata['kind'], config, *parts, atol, rtol)
+
+
+def _read_signals(path: Path) -> Record:
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except ValueError as error:
+        raise BadInput(f'{path}: not readable JSON ({error})') from None
+    known = ('generate_random_control_signal', 'generate_padding')
+    if not isinstance(content, dict) or not set(known) & set(content):
+        raise BadInput(f'{path}: expected a JSON object with {" or ".join(known)}')
+    try:
+        cases = {name: [Fields(f'{path}: {name}', case) for case in content.get(name, ())]
+                 for name in known}
+    except (TypeError, ValueError):
+        raise BadInput(f'{path}: expected lists of JSON objects') from None
+    outputs = {'random': [case['out'] for case in cases[known[0]]]}
+    for name in ('base_frames', 'base_signal', 'streaming_signal'):
+        outputs[name] = [case[name] for case in cases[known[1]]]
+    outputs = {name: values for name, values in outputs.items() if values}
+    empty = Fields(str(path), {})
+    return Record(path, SYSTEM, 'control_signals', Fields(str(path), cases), empty, empty,
+                  Fields(f'{path}: outputs', outputs))
+
+
+def video(x) -> np.ndarray:
+    """Latents as the DiT of the reference has them, [... T C H W] -> [... T H W C]."""
+    return np.moveaxis(np.asarray(x), -3, -1)
+
+
+def torch_video(x) -> np.ndarray:
+    """The inverse of `video`."""
+    return np.moveaxis(np.asarray(x), -1, -3)
+
+
+def clip(x) -> np.ndarray:
+    """Frames or latents as the VAE of the reference has them, [B C T H W] -> [B T H W C]."""
+    return rearrange(np.asarray(x), 'b c t h w -> b t h w c')
+
+
+def torch_clip(x) -> np.ndarray:
+    """The inverse of `clip`."""
+    return rearrange(np.asarray(x), 'b t h w c -> b c t h w')
+
+
+def levels(x) -> np.ndarray:
+    """Noise levels [B], [B T] or [B T 1 1 1] -> int32 [B T]; T = 1 is one level for all frames."""
+    return np.asarray(x, np.int32).reshape(len(x), -1)
