@@ -1,0 +1,259 @@
+"""Did it obey? An inverse-dynamics probe reads the turn rate and the speed out of plain frames.
+
+The probe learns on recorded clips, whose telemetry is the truth, and is then shown generated ones.
+A turn is odd under a mirror and a speed is even, and so is the probe, exactly: half the data, and
+no bias to one side that the world could be blamed for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from einops import rearrange, reduce
+from flax import serialization
+
+from matrix_jax.controls import FRAMES_PER_CONTROL, SYMBOLS
+from matrix_jax.data.records import TELEMETRY
+
+# Left is positive, as in the telemetry.
+STEER = np.array([('L' in symbol) - ('R' in symbol) for symbol in SYMBOLS])
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The probe and its training.
+
+    Attributes:
+      frames: grey frames that it sees; the last `FRAMES_PER_CONTROL` are those it judges.
+      shrink: pixels per side that are averaged into one.
+      widths: channels of the convolutions, each of which halves the picture.
+      hidden: units before the two numbers.
+      scale: rad/s and units/s that count as one.
+      steps, batch, learning_rate, seed: of the training.
+    """
+    frames: int = 9
+    shrink: int = 2
+    widths: tuple[int, ...] = (24, 48, 64)
+    hidden: int = 64
+    scale: tuple[float, float] = (1.5, 30.0)
+    steps: int = 1200
+    batch: int = 32
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+
+class Probe(nn.Module):
+    """Grey windows [B H W F] in [0, 1] -> (turn rate, speed) [B 2], in units of `cfg.scale`."""
+    cfg: Config
+
+    def setup(self):
+        self.convs = [nn.Conv(width, (3, 3), (2, 2)) for width in self.cfg.widths]
+        self.hidden = nn.Dense(self.cfg.hidden)
+        self.out = nn.Dense(2)
+
+    def __call__(self, x):
+        both = self.features(jnp.concatenate([x, x[:, :, ::-1]]))
+        plain, mirrored = jnp.split(both, 2)
+        return (plain + mirrored * jnp.array([-1, 1])) / 2
+
+    def features(self, x):
+        x = x - x.mean((1, 2, 3), keepdims=True)
+        x = x / (x.std((1, 2, 3), keepdims=True) + 0.02)
+        for conv in self.convs:
+            x = nn.gelu(conv(x))
+        return self.out(nn.gelu(self.hidden(x.reshape(len(x), -1))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Grey clips one after the other, and where windows end.
+
+    Attributes:
+      grey: uint8 [N h w], the frames of all clips.
+      ends: int [M], the last frame of each window in `grey`.
+      controls: int [M], the control of each window's last latent frame.
+      truth: float32 [M 2], mean turn rate and speed over that latent frame; nan if unknown.
+    """
+    grey: np.ndarray
+    ends: np.ndarray
+    controls: np.ndarray
+    truth: np.ndarray
+
+
+def shrink(frames, factor: int) -> np.ndarray:
+    """Frames uint8 [F H W 3] -> grey uint8 [F h w], averaged over factor x factor pixels."""
+    grey = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
+    grey = reduce(grey, 'f (h a) (w b) -> f h w', 'mean', a=factor, b=factor)
+    return np.round(grey).astype(np.uint8)
+
+
+def examples(cfg: Config, clips: Iterable, skip: int = 0) -> Examples:
+    """Windows of all latent frames of clips that have `cfg.frames` frames up to their own end.
+
+    Args:
+      clips: (frames uint8 [F H W 3], controls int [T] or [F], telemetry [F 6] or None) each,
+        F = 1 + 4 (T-1).
+      skip: latent frames at the start of each clip that are not judged.
+    """
+    per = FRAMES_PER_CONTROL
+    grey, ends, keys, truth, start = [], [], [], [], 0
+    for frames, controls, telemetry in clips:
+        controls = controls[::per] if len(controls) == len(frames) else controls
+        first = max(-(-(cfg.frames - 1) // per), skip, 1)
+        last = per * np.arange(first, len(controls))
+        if len(frames) < 1 + per * (len(controls) - 1):
+            raise ValueError(f'examples: got {len(frames)} frames for {len(controls)} controls, '
+                             f'expected {1 + per * (len(controls) - 1)}')
+        grey.append(shrink(frames, cfg.shrink))
+        ends.append(start + last)
+        keys.append(controls[first:])
+        if telemetry is None:
+            truth.append(np.full((len(last), 2), np.nan, np.float32))
+        else:
+            columns = [TELEMETRY.index('yaw_rate'), TELEMETRY.index('speed')]
+            window = telemetry[last[:, None] - np.arange(per)][..., columns]
+            truth.append(window.mean(axis=1).astype(np.float32))
+        start += len(frames)
+    return Examples(*map(np.concatenate, (grey, ends, keys, truth)))
+
+
+def windows(cfg: Config, data: Examples, index) -> np.ndarray:
+    """Windows `index` [B] of the examples: float32 [B h w F] in [0, 1]."""
+    frames = data.grey[data.ends[index][:, None] + np.arange(1 - cfg.frames, 1)]
+    return rearrange(frames, 'b f h w -> b h w f').astype(np.float32) / 255
+
+
+def sample(data: Examples, count: int, seed: int = 0) -> Examples:
+    """At most `count` of the windows, drawn at random."""
+    some = np.random.default_rng(seed).permutation(len(data.ends))[:count]
+    return Examples(data.grey, data.ends[some], data.controls[some], data.truth[some])
+
+
+def train(cfg: Config, data: Examples, progress: Callable = lambda steps: steps) -> dict:
+    """Fits the probe to examples with known truth -> parameters.
+
+    Args:
+      progress: wraps the range of steps, such as `tqdm`.
+    """
+    net, rng = Probe(cfg), np.random.default_rng(cfg.seed)
+    rate = optax.cosine_decay_schedule(cfg.learning_rate, cfg.steps)
+    optimizer = optax.adamw(rate, weight_decay=1e-3)
+    params = net.init(jax.random.key(cfg.seed), windows(cfg, data, np.arange(1)))['params']
+
+    @jax.jit
+    def step(params, state, x, target):
+        def loss(params):
+            found = net.apply({'params': params}, x)
+            return optax.huber_loss(found, target, delta=0.3).mean()
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    state = optimizer.init(params)
+    for _ in progress(range(cfg.steps)):
+        index = rng.integers(len(data.ends), size=cfg.batch)
+        target = data.truth[index] / np.array(cfg.scale, np.float32)
+        params, state, _ = step(params, state, windows(cfg, data, index), target)
+    return params
+
+
+def read(cfg: Config, params, data: Examples, batch: int = 256) -> np.ndarray:
+    """What the probe sees: float32 [M 2], turn rate (left positive) and speed."""
+    net = jax.jit(lambda params, x: Probe(cfg).apply({'params': params}, x))
+    count, found = len(data.ends), []
+    for start in range(0, count, batch):
+        # One shape, one compilation: the last batch is filled with what is there.
+        index = np.minimum(np.arange(start, start + batch), count - 1)
+        found.append(np.asarray(net(params, windows(cfg, data, index))))
+    return np.concatenate(found)[:count] * np.array(cfg.scale, np.float32)
+
+
+def threshold(turn, controls) -> float:
+    """The turn rate that best tells held steering keys from none, by balanced accuracy.
+
+    Args:
+      turn: float [M], turn rates as the probe reads them.
+      controls: int [M].
+    """
+    return max(np.linspace(0.1, 1.2, 23), key=lambda t: balanced(steers(turn, t), controls))
+
+
+def steers(turn, limit: float) -> np.ndarray:
+    """Turn rates [M] -> 1 left, 0 none, -1 right."""
+    return np.where(np.abs(turn) < limit, 0, np.sign(turn)).astype(int)
+
+
+def accuracy(found, controls) -> float:
+    """Share of windows whose steering [M] is that of the control [M]."""
+    return float(np.mean(found == STEER[controls]))
+
+
+def balanced(found, controls) -> float:
+    """Mean over left, none and right of the share that was recognised."""
+    truth = STEER[controls]
+    return float(np.mean([np.mean(found[truth == side] == side) for side in np.unique(truth)]))
+
+
+def shuffled(found, controls, seed: int = 0) -> float:
+    """Balanced accuracy against controls in random order: what chance scores."""
+    rng = np.random.default_rng(seed)
+    return float(np.mean([balanced(found, rng.permutation(controls)) for _ in range(20)]))
+
+
+def score(turn, controls, limit: float) -> dict[str, float]:
+    """Obedience of turn rates [M] to controls [M], and the floor."""
+    found, truth = steers(turn, limit), STEER[controls]
+    names = {1: 'left', 0: 'straight', -1: 'right'}
+    sides = {names[side]: float(np.mean(found[truth == side] == side)) for side in np.unique(truth)}
+    return {'accuracy': accuracy(found, controls), 'balanced': balanced(found, controls),
+            'shuffled': shuffled(found, controls), **sides}
+
+
+def gain(turn, reference, controls) -> dict[str, float]:
+    """How far a held key turns, against a reference under the same controls.
+
+    Args:
+      turn, reference: float [M], turn rates under `controls` [M].
+
+    Returns:
+      gain: ratio of the mean turn to the side of the key; bias: mean turn without a steering key,
+      less that of the reference (left positive, rad/s).
+    """
+    side = STEER[controls]
+    held, free = side != 0, side == 0
+    result = {}
+    if held.any():
+        result['gain'] = float(np.mean((turn * side)[held]) / np.mean((reference * side)[held]))
+    if free.any():
+        result['bias'] = float(np.mean(turn[free]) - np.mean(reference[free]))
+    return result
+
+
+def save(path, cfg: Config, params, limit: float):
+    """Writes a trained probe to one file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    state = {'config': repr(cfg), 'threshold': float(limit),
+             'params': jax.tree.map(np.asarray, params)}
+    part = path.with_suffix('.part')
+    part.write_bytes(serialization.msgpack_serialize(state))
+    part.replace(path)
+
+
+def load(path, cfg: Config):
+    """(params, threshold) of a saved probe, or None where there is none of this config."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    state = serialization.msgpack_restore(path.read_bytes())
+    if state['config'] != repr(cfg):
+        return None
+    return state['params'], float(state['threshold'])
+

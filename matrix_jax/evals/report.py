@@ -1,0 +1,382 @@
+"""What a world is worth: obedience, the closed loop, reconstruction, drift and pictures.
+
+Each section gives plain numbers next to a ceiling (the real game under the same keys) and a floor.
+`results.json` is written after each section, `report.md` and the sheets at the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax import video
+from matrix_jax.config import UsageError
+from matrix_jax.controls import FRAMES_PER_CONTROL, SYMBOLS
+from matrix_jax.data.loader import Clips
+from matrix_jax.evals import control, driver
+from matrix_jax.evals.video import Streams, by_second, indices, psnr, reconstruction, sheet
+
+SCRIPTS = ('left', 'right', 'straight', 'mixed')
+HELD = {'left': 'DL', 'right': 'DR', 'straight': 'D'}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How much is evaluated.
+
+    Attributes:
+      seconds: length of streams under scripted keys.
+      drive_seconds: length of driven streams.
+      streams: streams per script, and driven ones; themes in turn.
+      clips, clip_frames: held-out clips for the reconstruction, and frames of each, 1 + 8k.
+      windows: most windows of real clips that the probe is tested on.
+      settle: latent frames at the start that are not judged: the window knows the real ones.
+      times: seconds that the contact sheets show.
+      cruise: speed of the driver.
+      seed: of starts, scripts and noise.
+      probe: the inverse-dynamics probe.
+    """
+    seconds: int = 30
+    drive_seconds: int = 60
+    streams: int = 5
+    clips: int = 15
+    clip_frames: int = 97
+    windows: int = 3000
+    settle: int = 4
+    times: tuple[float, ...] = (1.0, 4.0, 15.0, 30.0)
+    cruise: float = 18.0
+    seed: int = 0
+    probe: control.Config = control.Config()
+
+
+def quick(cfg: Config) -> Config:
+    """A look in a few minutes; the numbers are rough."""
+    probe = dataclasses.replace(cfg.probe, steps=400)
+    return dataclasses.replace(cfg, seconds=8, drive_seconds=15, streams=2, clips=3,
+                               times=(1.0, 4.0, 8.0), probe=probe)
+
+
+def evaluate(world, params, data: str, out, cfg: Config, log=print) -> dict:
+    """Runs all sections and writes them to `out` -> the results.
+
+    Args:
+      world, params: from `worlds.open_run`.
+      data: folder of recorded clips; its train split trains the probe.
+    """
+    stream = world.cfg.stream
+    if stream.group_frames != 1:
+        raise UsageError(f'stream.group_frames: got {stream.group_frames}, expected 1: the driver '
+                         'presses a key per latent frame')
+    out, results, began = Path(out), {'config': dataclasses.asdict(cfg)}, time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+
+    def done(name, value):
+        results[name] = value
+        (out / 'results.json').write_text(json.dumps(results, indent=1))
+        log(f'[{time.perf_counter() - began:5.0f} s] {name}: {json.dumps(value)[:400]}')
+
+    held_out = Clips(data, 'heldout', cfg.clip_frames, cache=False)
+    rebuilt, originals = rebuild(world, params, held_out, cfg)
+    done('reconstruction', {'psnr': psnr(zip(originals, rebuilt, strict=True))})
+    probe, real = probes(cfg, data, held_out, list(rebuilt), stream.context, out)
+    done('probe', real)
+    game = driver.carracing.Game()
+    starts = driver.starts(game, cfg.streams, 8 + stream.frames, cfg.seed)
+    scripted = scripts(world, params, game, starts, cfg)
+    done('obedience', obedience(cfg, probe, scripted, stream.context))
+    done('drift', drift(scripted, starts, world.cfg.fps))
+    draw_scripts(scripted, cfg, world.cfg.fps, out)
+    loop, drives = closed_loop(world, params, game, starts, cfg)
+    done('closed_loop', loop)
+    draw_drives(drives, cfg, world.cfg.fps, out)
+    (out / 'report.md').write_text(markdown(results, cfg))
+    return results
+
+
+# --- reconstruction and the probe ------------------------------------------------------------
+
+
+def rebuild(world, params, clips: Clips, cfg: Config):
+    """(reconstructed, original) frames uint8 [N F' H W 3] of clips, spread over the split."""
+    run = reconstruction(world)
+    chosen = np.linspace(0, len(clips) - 1, min(cfg.clips, len(clips))).round().astype(int)
+    parts = [clips[int(index)].frames[:cfg.clip_frames] for index in chosen]
+    made = np.concatenate([np.asarray(run(params, part[None])) for part in parts])
+    return made, np.stack([part[-made.shape[1]:] for part in parts])
+
+
+def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: Path):
+    """((params, threshold), scores on real frames); a trained probe is kept in `out`."""
+    path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
+    if found is None:
+        from tqdm import tqdm
+        train = control.examples(cfg.probe, map(_example, _each(Clips(data, 'train', cache=False))))
+        params = control.train(cfg.probe, train, lambda steps: tqdm(steps, 'probe', leave=False))
+        some = control.sample(train, cfg.windows)
+        limit = control.threshold(control.read(cfg.probe, params, some)[:, 0], some.controls)
+        control.save(path, cfg.probe, params, limit)
+        found = params, limit
+    params, limit = found
+    clips = list(_each(held_out))
+    scores = {}
+    for name, given in (('real', [_example(clip) for clip in clips]),
+                        ('reconstructed', _rebuilt_examples(clips, rebuilt, context, cfg))):
+        test = control.sample(control.examples(cfg.probe, given), cfg.windows)
+        seen = control.read(cfg.probe, params, test)
+        error = seen - test.truth
+        fit = float(np.sum(seen[:, 0] * test.truth[:, 0]) / np.sum(test.truth[:, 0] ** 2))
+        scores[name] = {**control.score(seen[:, 0], test.controls, limit), 'yaw_slope': fit,
+                        'yaw_error': float(np.abs(error[:, 0]).mean()),
+                        'speed_error': float(np.abs(error[:, 1]).mean())}
+    return found, {'threshold': limit, **scores}
+
+
+def _each(clips: Clips):
+    return (clips[index] for index in range(len(clips)))
+
+
+def _example(clip):
+    return clip.frames, clip.controls, clip.telemetry
+
+
+def _rebuilt_examples(clips, rebuilt, context: int, cfg: Config):
+    chosen = np.linspace(0, len(clips) - 1, len(rebuilt)).round().astype(int)
+    first = FRAMES_PER_CONTROL * (context - 1) + 1
+    for index, frames in zip(chosen, rebuilt, strict=True):
+        clip = clips[int(index)]
+        yield (np.concatenate([clip.frames[:first], frames]), clip.controls[:cfg.clip_frames],
+               clip.telemetry[:cfg.clip_frames])
+
+
+# --- scripted keys ---------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Scripted:
+    """Streams of one script, and the real game under the same keys from the same place.
+
+    Attributes:
+      keys: per stream, a symbol per latent frame, those of the context first.
+      real, made: uint8 [B F H W 3], F = 1 + 4 (T-1), the real context first in both.
+      telemetry: of the real game [B F 6].
+      context: frames that both share.
+    """
+    keys: list[list[str]]
+    real: np.ndarray
+    made: np.ndarray
+    telemetry: np.ndarray
+    context: int
+
+
+def script(name: str, count: int, seed: int) -> list[str]:
+    """`count` symbols: one key held, or all nine in turn for one to two seconds each."""
+    if name in HELD:
+        return [HELD[name]] * count
+    rng, keys = np.random.default_rng(seed), []
+    while len(keys) < count:
+        # Gas moves the car: with each symbol once, it would stand still most of the time.
+        for symbol in rng.permutation([*SYMBOLS, 'D', 'DL', 'DR']):
+            keys += [str(symbol)] * int(rng.integers(4, 9))
+    return keys[:count]
+
+
+def scripts(world, params, game, starts, cfg: Config) -> dict[str, Scripted]:
+    """All scripts in the game and in the world."""
+    stream, per = world.cfg.stream, FRAMES_PER_CONTROL
+    streams = Streams(world, params, 'tail')
+    count = cfg.seconds * world.cfg.fps // per
+    found = {}
+    for name in SCRIPTS:
+        real, states, keys = [], [], []
+        for index, start in enumerate(starts):
+            new = script(name, max(count, stream.frames), cfg.seed + index)
+            frames, before, telemetry = driver.begin(game, start, stream.context)
+            shown, after = driver.play(game, new)
+            real.append(np.concatenate([frames, shown]))
+            states.append(np.concatenate([telemetry, after]))
+            keys.append(before + new)
+        real = np.stack(real)
+        prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
+        made = streams.script(prompts, real[:, :1 + per * (stream.frames - 1)],
+                              np.stack([indices(one) for one in keys]), count, cfg.seed)
+        context, length = real.shape[1] - per * len(new), per * count
+        real = real[:, :context + length]
+        made = np.concatenate([real[:, :context], made], axis=1)
+        found[name] = Scripted([one[:stream.context + count] for one in keys], real, made,
+                               np.stack(states)[:, :context + length], context)
+    return found
+
+
+def obedience(cfg: Config, probe, scripted: dict[str, Scripted], context: int) -> dict:
+    """Scores of each script and of all together, in the world and in the game."""
+    params, limit = probe
+    result, pooled = {}, {'generated': [], 'real': [], 'controls': [], 'truth': []}
+    for name, one in scripted.items():
+        seen = {}
+        for kind, frames in (('generated', one.made), ('real', one.real)):
+            clips = list(zip(frames, map(indices, one.keys), one.telemetry, strict=True))
+            data = control.examples(cfg.probe, clips, context + cfg.settle)
+            seen[kind] = control.read(cfg.probe, params, data)
+        result[name] = _obeyed(seen['generated'], seen['real'], data.controls, limit)
+        for key, value in (*seen.items(), ('controls', data.controls), ('truth', data.truth)):
+            pooled[key].append(value)
+    made, real, keys, _ = map(np.concatenate, pooled.values())
+    return {'all': _obeyed(made, real, keys, limit), **result}
+
+
+def _obeyed(made, real, controls, limit) -> dict:
+    pedals = np.array([SYMBOLS[index][0] for index in controls])
+    speeds = {pedal: [float(seen[pedals == pedal, 1].mean()) for seen in (made, real)]
+              for pedal in np.unique(pedals)}
+    return {'generated': control.score(made[:, 0], controls, limit),
+            'real': control.score(real[:, 0], controls, limit),
+            **control.gain(made[:, 0], real[:, 0], controls), 'speed': speeds}
+
+
+def drift(scripted: dict[str, Scripted], starts, fps: int) -> dict:
+    """Per script and second: road area, car and palette of generated and real frames."""
+    measures = {'road': lambda frames, theme: driver.road_area(frames, theme),
+                'car': lambda frames, theme: driver.car_seen(frames),
+                'palette': lambda frames, theme: driver.palette_match(frames, theme)}
+    result = {}
+    for name, one in scripted.items():
+        result[name] = {}
+        for kind, videos in (('generated', one.made), ('real', one.real)):
+            for label, measure in measures.items():
+                values = [measure(frames[one.context:], start.theme)
+                          for frames, start in zip(videos, starts, strict=True)]
+                result[name][f'{label}_{kind}'] = by_second(values, fps).mean(0).round(3).tolist()
+    return result
+
+
+# --- the closed loop -------------------------------------------------------------------------
+
+
+def closed_loop(world, params, game, starts, cfg: Config):
+    """(scores, videos): the frame-only driver and a held `D`, in the game and in the world."""
+    stream, fps = world.cfg.stream, world.cfg.fps
+    streams, holds = Streams(world, params, 'head'), cfg.drive_seconds * fps // FRAMES_PER_CONTROL
+    plain = driver.Config(cruise=cfg.cruise)
+    lagged = dataclasses.replace(plain, lag=streams.lag)
+    drives, truth, seen = {}, [], []
+    # The world is entered where its window's newest clean frame is: the same place in the game.
+    ahead = stream.frames - stream.context
+    for name, way, key in (('game', plain, None), ('game, late keys', lagged, None),
+                           ('game, D held', plain, 'D')):
+        drives[name] = []
+        for start in starts:
+            place = dataclasses.replace(start, keys=start.keys[:len(start.keys) - ahead + way.lag])
+            frames, telemetry, keys = driver.drive_game(game, place, way, holds, key)
+            drives[name].append((frames, keys))
+            truth.append(telemetry[:, 0] >= 0.5)
+            seen.append(driver.on_road(frames, start.theme))
+    begun = [driver.begin(game, start, stream.frames) for start in starts]
+    for name, key in (('world', None), ('world, D held', 'D')):
+        drives[name] = drive_world(streams, starts, begun, lagged, holds, key, cfg.seed)
+    scores = {name: _mean([driver.judge(frames, start.theme)
+                           for (frames, _), start in zip(videos, starts, strict=True)])
+              for name, videos in drives.items()}
+    scores['judge_agrees'] = float(np.mean(np.concatenate(truth) == np.concatenate(seen)))
+    scores['seconds'] = cfg.drive_seconds
+    return scores, drives
+
+
+def drive_world(streams: Streams, starts, begun, cfg: driver.Config, holds: int, key: str | None,
+                seed: int):
+    """Drives the world from starts -> per stream (frames uint8 [F H W 3], keys).
+
+    Args:
+      begun: what `driver.begin` gives for each start, of as many latent frames as the window.
+      key: hold this key in place of driving.
+    """
+    context, lag, per = streams.cfg.context, cfg.lag, FRAMES_PER_CONTROL
+    clips = np.stack([frames for frames, _, _ in begun])
+    symbols = [keys for _, keys, _ in begun]
+    last = per * (context - 1)
+    drivers = [driver.FrameDriver(cfg, start.theme, keys[context:context + lag], states[last, 2])
+               for start, keys, (_, _, states) in zip(starts, symbols, begun, strict=True)]
+    pressed = [keys[context:context + lag] for keys in symbols]
+
+    def choose(_, newest):
+        views = clips[:, last] if newest is None else newest[:, -1]
+        for one, keys, view in zip(drivers, pressed, views, strict=True):
+            keys.append(key or one.key(view))
+        return np.stack([indices(keys[-1:]) for keys in pressed])
+
+    prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
+    first = np.stack([indices(keys[:streams.cfg.remembered]) for keys in symbols])
+    shown = streams.run(streams.start(prompts, clips, first, seed), choose, holds)
+    return [(frames, keys[:holds]) for frames, keys in zip(shown, pressed, strict=True)]
+
+
+def _mean(scores: list[dict]) -> dict:
+    mean = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
+    return mean | {'each': [round(score['seconds_on_road'], 1) for score in scores]}
+
+
+# --- pictures and tables ---------------------------------------------------------------------
+
+
+def draw_scripts(scripted: dict[str, Scripted], cfg: Config, fps: int, out: Path):
+    """One contact sheet per start: a row per script, a column per time; and those of the game."""
+    per = FRAMES_PER_CONTROL
+    keys = {name: [np.repeat(keys, per)[per - 1:] for keys in one.keys]
+            for name, one in scripted.items()}
+    for index in range(len(scripted['left'].made)):
+        rows = [one.made[index, one.context:] for one in scripted.values()]
+        drawn = [list(keys[name][index][one.context:]) for name, one in scripted.items()]
+        video.write_image(out / f'scripts-{index}.png', sheet(rows, cfg.times, fps, drawn))
+        rows = [one.real[index, one.context:] for one in scripted.values()]
+        video.write_image(out / f'scripts-{index}-real.png', sheet(rows, cfg.times, fps, drawn))
+
+
+def draw_drives(drives, cfg: Config, fps: int, out: Path):
+    """A contact sheet of all driven streams, and the first as a video."""
+    times = np.linspace(2, cfg.drive_seconds, 8)
+    rows = [frames for frames, _ in drives['world']]
+    drawn = [np.repeat(keys, FRAMES_PER_CONTROL).tolist() for _, keys in drives['world']]
+    video.write_image(out / 'drive.png', sheet(rows, times, fps, drawn, width=160))
+    video.write_video(out / 'drive.mp4', rows[0], fps, drawn[0])
+
+
+def markdown(results: dict, cfg: Config) -> str:
+    """The report as Markdown tables."""
+    probe, obeyed, loop = results['probe'], results['obedience'], results['closed_loop']
+    both = obeyed['all']
+    road = {name: f'{value["seconds_on_road"]:.1f}' for name, value in loop.items()
+            if isinstance(value, dict)}
+    steer = [f'{both["generated"]["balanced"]:.2f}',
+             f'{both["real"]["balanced"]:.2f} (held-out clips {probe["real"]["balanced"]:.2f})',
+             f'{both["generated"]["shuffled"]:.2f} (keys shuffled)']
+    drive = [road['world'], f'{road["game"]} ({road["game, late keys"]} with keys as late)',
+             f'{road["world, D held"]} (D held; in the game {road["game, D held"]})']
+    drift = [[name, second, *(f'{results["drift"][name][f"{label}_{kind}"][second - 1]:.2f}'
+                              for label in ('road', 'car', 'palette')
+                              for kind in ('generated', 'real'))]
+             for name in SCRIPTS
+             for second in sorted({min(int(at), cfg.seconds) for at in cfg.times})]
+    each = [[name, *(f'{obeyed[name][kind]["accuracy"]:.2f}' for kind in ('generated', 'real')),
+             *(f'{obeyed[name][key]:.2f}' if key in obeyed[name] else ''
+               for key in ('gain', 'bias'))] for name in SCRIPTS]
+    return '\n'.join([
+        *_table(['measure', 'generated', 'real game (ceiling)', 'floor'], [
+            ['steering that the probe sees, balanced accuracy', *steer],
+            ['turn of a held key / that in the game', f'{both["gain"]:.2f}', '1', '0'],
+            [f'seconds on the road of {loop["seconds"]}, driven from frames', *drive],
+            ['VAE on held-out frames', f'{results["reconstruction"]["psnr"]:.1f} dB', '', '']]),
+        *_table(['script', 'steering as commanded', 'in the game', 'turn / game',
+                 'turn without a key, less the game, rad/s'], each),
+        *_table(['script', 'second', 'road area', 'game', 'car seen', 'game', 'palette', 'game'],
+                drift),
+        f'{cfg.streams} streams per row, {cfg.seconds} s under scripted keys; seed {cfg.seed}; '
+        f'probe threshold {probe["threshold"]:.2f} rad/s. The judge of the road agrees with the '
+        f'telemetry on {100 * loop["judge_agrees"]:.1f}% of real frames.', ''])
+
+
+def _table(head, rows) -> list[str]:
+    lines = [head, ['---'] * len(head), *rows]
+    return ['| ' + ' | '.join(map(str, line)) + ' |' for line in lines] + ['']

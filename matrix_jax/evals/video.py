@@ -1,0 +1,139 @@
+"""Videos out of a world, and what can be measured in any of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax import controls as vocabulary
+from matrix_jax import video
+from matrix_jax.stream import swin
+from matrix_jax.stream.base import join
+
+
+class Streams:
+    """Several streams of one world at once, compiled once per number of streams.
+
+    Args:
+      world, params: from `worlds.open_run`.
+      entry: where keys bind, 'tail' or 'head'.
+    """
+
+    def __init__(self, world, params, entry: str):
+        self.world, self.params = world, params
+        self.cfg = dataclasses.replace(world.cfg.stream, entry=entry)
+        stream = world.stream(entry)
+        self._condition = jax.jit(world.condition)
+        self._init = jax.jit(stream.init)
+        self._step = jax.jit(stream.step, donate_argnums=1)
+
+    @property
+    def lag(self) -> int:
+        """Latent frames that a new key waits behind keys that are already bound."""
+        return self.cfg.entry_slot - self.cfg.context
+
+    def start(self, prompts: Sequence[str], frames, symbols, seed: int):
+        """Carry of B streams.
+
+        Args:
+          prompts: B texts.
+          frames: start clips uint8 [B F H W 3] that fill the window.
+          symbols: int [B R], controls of the window's slots but its newest group.
+          seed: of all noise.
+        """
+        condition = self._condition(self.params, self.world.tokenize(prompts), frames,
+                                    np.asarray(symbols, np.int32))
+        keys = jax.random.split(jax.random.key(seed), len(frames))
+        return self._init(self.params, condition, keys)
+
+    def run(self, carry, keys: Callable, shifts: int, progress: Callable = lambda steps: steps):
+        """Frames uint8 [B F H W 3] of `shifts` shifts.
+
+        Args:
+          keys: `(shift, frames of the shift before [B f H W 3] or None) -> int [B group_frames]`.
+          progress: wraps the range of shifts, such as `tqdm`.
+        """
+        shown, newest = [], None
+        for index in progress(range(shifts)):
+            symbols = jnp.asarray(keys(index, newest), jnp.int32)
+            carry, frames = self._step(self.params, carry, symbols)
+            newest = np.asarray(frames)
+            shown.append(newest)
+        return np.concatenate(shown, axis=1)
+
+    def script(self, prompts, frames, symbols, shifts: int, seed: int,
+               progress: Callable = lambda steps: steps):
+        """Frames uint8 [B F H W 3] under known controls.
+
+        Args:
+          symbols: int [B N], one per latent frame from the first of the window on; the frames that
+            are shown stand under those from `context` on.
+        """
+        symbols = np.asarray(symbols, np.int32)
+        short = swin.needed_controls(self.cfg, shifts) - symbols.shape[1]
+        symbols = np.pad(symbols, ((0, 0), (0, max(short, 0))), mode='edge')
+        first, steps = swin.split_controls(self.cfg, symbols, shifts)
+        carry = self.start(prompts, frames, first, seed)
+        return self.run(carry, lambda index, _: steps[index], shifts, progress)
+
+
+def indices(keys: Sequence[str]) -> np.ndarray:
+    """Control symbols -> int [N]."""
+    return np.array([vocabulary.SYMBOLS.index(key) for key in keys])
+
+
+def reconstruction(world) -> Callable:
+    """Compiled `(params, frames uint8 [B F H W 3]) -> uint8 [B F' H W 3]`: encoded, then decoded as
+    a stream does.
+
+    F = 1 + 4 (T-1); F' = 4 (T - context), the last frames: the decoder starts on the others.
+    """
+    decoder, stream = world.decoder(), world.cfg.stream
+
+    @jax.jit
+    def run(params, frames):
+        latents = world.encode_frames(params, frames)
+        cache, _ = decoder.prefill(params, latents[:, :stream.context])
+        chunks = jnp.split(latents[:, stream.context:],
+                           (latents.shape[1] - stream.context) // stream.group_frames, axis=1)
+        _, shown = jax.lax.scan(partial(decoder.step, params), cache, jnp.stack(chunks))
+        return join(shown)
+    return run
+
+
+def psnr(pairs) -> float:
+    """Peak signal-to-noise ratio in dB of (frames, frames) pairs uint8, over the pooled error."""
+    errors = [np.square(np.subtract(a, b, dtype=np.float32)) for a, b in pairs]
+    total = sum(error.sum(dtype=np.float64) for error in errors)
+    mean = total / sum(error.size for error in errors)
+    return float(10 * np.log10(255 ** 2 / mean)) if mean else float('inf')
+
+
+def sheet(rows: Sequence[np.ndarray], times: Sequence[float], fps: int,
+          keys: Sequence[Sequence[str]] | None = None, width: int = 192) -> np.ndarray:
+    """Contact sheet uint8 [H W 3]: a row per video, a column per time.
+
+    Args:
+      rows: videos uint8 [F H W 3].
+      times: seconds from the first frame; past the end is the last frame.
+      keys: symbols per frame of each video, drawn where given.
+    """
+    pictures = []
+    for row, frames in enumerate(rows):
+        for time in times:
+            index = min(round(time * fps), len(frames) - 1)
+            picture = video.enlarge(frames[index], width)
+            pictures.append(video.draw_keys(picture, keys[row][index]) if keys else picture)
+    return video.contact_sheet(pictures, len(times))
+
+
+def by_second(values, fps: int) -> np.ndarray:
+    """Values of frames [... F] -> means of whole seconds [... S]."""
+    values = np.asarray(values, np.float64)
+    count = values.shape[-1] // fps
+    return values[..., :count * fps].reshape(*values.shape[:-1], count, fps).mean(axis=-1)

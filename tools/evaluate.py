@@ -1,0 +1,40 @@
+"""Measure a world: obedience to keys, the closed loop, reconstruction, drift; tables and pictures.
+
+    tools/evaluate.py carracing:SWIN --weights runs/swin/weights --data data/carracing --out eval
+"""
+
+import dataclasses
+
+from matrix_jax import config
+
+
+def main(argv):
+    """Exit codes: 0 done, 2 bad input."""
+    parser = config.Parser(__doc__)
+    add = parser.add_argument
+    add('--seconds', type=int, help='length of streams under scripted keys (default 30)')
+    add('--drive-seconds', type=int, help='length of driven streams (default 60)')
+    add('--streams', type=int, help='streams per row of the tables (default 5, one per theme)')
+    add('--eval-seed', type=int, help='seed of starts, scripts and noise (default 0)')
+    add('--quick', action='store_true', help='a rough look in a few minutes')
+    options, run = parser.run(argv, recipe='carracing:SWIN')
+    if run.data is None:
+        raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
+    with config.door():
+        from matrix_jax import worlds
+        from matrix_jax.evals import report
+        cfg = report.quick(report.Config()) if options.quick else report.Config()
+        given = {'seconds': options.seconds, 'drive_seconds': options.drive_seconds,
+                 'streams': options.streams, 'seed': options.eval_seed}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name in given:
+            config.at_least(f'--{name}', given[name], 0 if name == 'seed' else 1)
+        cfg = dataclasses.replace(cfg, **given)
+        world, params = worlds.open_run(run)
+        out = run.out or f'outputs/eval-{run.name.replace(":", "-").lower()}'
+        report.evaluate(world, params, run.data, out, cfg)
+    print(open(f'{out}/report.md', encoding='utf-8').read())
+
+
+if __name__ == '__main__':
+    config.main_guard(main)
