@@ -9,11 +9,13 @@ Nothing but the window is carried from shift to shift, so the carry is a small p
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import struct
 
 from matrix_jax.diffusion import sampling, schedules, solvers
@@ -177,7 +179,8 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
     def init(params, cond: Cond, key) -> Carry:
         check(cfg, cond)
         keys = _player_keys(key, cond.latents.shape[0])
-        noise = _normal(_fold(keys, 0), (cfg.frames, *cond.latents.shape[2:]))
+        first = jnp.zeros(keys.shape, jnp.int32)
+        noise = _normal(_fold(keys, first), (cfg.frames, *cond.latents.shape[2:]))
         return start(cfg, table, schedule, cond, keys, noise)
 
     def step(params, carry: Carry, control):
@@ -185,15 +188,12 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
         if control.shape != (batch, cfg.group_frames):
             raise ValueError(f'control: got {control.shape}, expected [B group_frames] = '
                              f'{(batch, cfg.group_frames)}')
-        inner, graded = len(table.levels), cfg.frames - cfg.context
-        keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(carry.key), carry.shift + 1)
-        noises = None
-        if table.plan.noisy:
-            noises = jnp.stack([_normal(_fold(keys, i), (graded, *frame)) for i in range(inner)])
-        append = _normal(_fold(keys, inner), (cfg.group_frames, *frame))
-        renoise = None
-        if cfg.renoise_condition:
-            renoise = _normal(_fold(keys, inner + 1), (cfg.group_frames, *frame))
+        size, graded = cfg.group_frames, cfg.frames - cfg.context
+        inner = len(table.levels) if table.plan.noisy else 0
+        noise = _normal(_fold(jax.random.wrap_key_data(carry.key), carry.shift + 1),
+                        (size * (1 + cfg.renoise_condition) + inner * graded, *frame))
+        append, renoise, noises = jnp.split(noise, [size, noise.shape[1] - inner * graded], axis=1)
+        noises = rearrange(noises, 'b (i t) h w c -> i b t h w c', i=inner) if inner else None
         return shift(cfg, table, schedule, denoise, params, carry, control, noises, append, renoise)
 
     return Stream(init, step, step)
@@ -222,7 +222,7 @@ def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, c
       control: int32 [B group_frames].
       noise_step: [inner B G*group_frames H W C], or None for a solver that adds no noise.
       noise_append: [B group_frames H W C].
-      noise_condition: [B group_frames H W C], only with `renoise_condition`.
+      noise_condition: [B group_frames H W C], only read with `renoise_condition`.
 
     Returns:
       (carry, popped latents [B group_frames H W C]).
@@ -329,9 +329,11 @@ def _player_keys(key, batch):
     return keys
 
 
-def _fold(keys, number):
-    return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+def _fold(keys, numbers):
+    return jax.vmap(jax.random.fold_in)(keys, numbers)
 
 
 def _normal(keys, shape):
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    # Drawn flat: with many axes the counters of the generator take XLA seconds to fold.
+    flat = jax.vmap(lambda key: jax.random.normal(key, [math.prod(shape)], jnp.float32))(keys)
+    return flat.reshape(-1, *shape)
