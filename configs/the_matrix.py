@@ -2,10 +2,12 @@
 
 import dataclasses
 
-from matrix_jax.config import Run
+from matrix_jax.config import Run, Train
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.stream.swin import Config as Swin
+from matrix_jax.train.swin_dpm import SwinDPM
+from matrix_jax.train.vae import Autoencode
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds.the_matrix import Config
 
@@ -30,3 +32,6 @@ TINY = Run(world=Config(
     vae=dataclasses.replace(vae.PRESETS['tiny'], single_latent_frames=4),
     text=t5.PRESETS['tiny'], control=clip.PRESETS['tiny'], height=32, width=48,
     stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
+TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
+TINY_SWIN = dataclasses.replace(TINY, stage=SwinDPM(train_encoders=True),
+                                train=Train(steps=2, batch=2, log_every=1))

@@ -153,7 +153,7 @@ def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     for row in rows:
         leaf = np.asarray(leaves[row.path])
         parts = leaf if row.layers is not None else [leaf]
-        sizes = _merged_sizes(row, parts[0].shape)
+        sizes = merged_sizes(row, parts[0].shape)
         for key, part in zip(row.keys(), parts, strict=True):
             tensors[key] = np.ascontiguousarray(rearrange(part, row.inverse(), **sizes))
     return tensors
@@ -187,8 +187,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
     return tree
 
 
-def _merged_sizes(row: Row, shape: Sequence[int]) -> dict[str, int]:
-    """Sizes that einops needs when our side merges axes and torch's side has them apart."""
+def merged_sizes(row: Row, shape: Sequence[int]) -> dict[str, int]:
+    """Sizes that einops needs for `row.inverse()` on a leaf (or a layer of it) of this shape: those
+    of axes that our side merges and torch's side has apart."""
     right = row.layout.split('->')[1]
     groups = re.findall(r'\([^)]*\)|\S+', right)
     known = dict(row.sizes)

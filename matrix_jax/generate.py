@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, controls, video
+from matrix_jax import checkpoint, controls, sharding, video
 from matrix_jax.config import UsageError
 from matrix_jax.data import starts
 
@@ -186,6 +186,12 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
     clip = Clip(symbols, notes, compile_seconds=seconds)
     steps = known[stream.remembered:stream.remembered + shifts * stream.group_frames]
     return stream_frames(player, carry, steps, clip), clip
+
+
+def summary(run) -> str:
+    """Parameters, and memory per device of the run's mesh, which may be larger than this machine."""
+    from matrix_jax import worlds
+    return worlds.build(run.world).summary(sharding.abstract_mesh(run.mesh))
 
 
 def to_file(run, options):

@@ -2,12 +2,65 @@
 
 import os
 
-# Before the first import of jax, which reads them once.
+# Before the first import of jax, which reads them once. The suite compiles far more than it
+# computes, so the compiler takes it easy.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'highest'
 os.environ['XLA_FLAGS'] = ' '.join(
     flag for flag in os.environ.get('XLA_FLAGS', '').split()
     if not flag.startswith('--xla_force_host_platform_device_count')
-) + ' --xla_force_host_platform_device_count=8'
+) + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 # The suite needs no network: a forgotten download fails at once in place of hanging.
 os.environ['HF_HUB_OFFLINE'] = '1'
+
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    """A folder of random weights of the_matrix:TINY in the released layout."""
+    from matrix_jax import config, released
+    folder = tmp_path_factory.mktemp('weights') / 'tiny'
+    released.write_random(config.load('the_matrix:TINY').world, str(folder), seed=0)
+    return folder
+
+
+@pytest.fixture(scope='session')
+def start_image(tmp_path_factory):
+    """A picture to start a clip from."""
+    from matrix_jax import video
+    path = tmp_path_factory.mktemp('start') / 'start.png'
+    colours = np.random.default_rng(0).integers(0, 255, (4, 6, 3), np.uint8)
+    video.write_image(path, colours.repeat(8, 0).repeat(8, 1))
+    return path
+
+
+@pytest.fixture(scope='session')
+def clips(tmp_path_factory):
+    """A folder of three recorded clips of 37 frames, 32 x 48, of a moving square."""
+    from matrix_jax.data import records
+    folder = tmp_path_factory.mktemp('clips')
+
+    def clip(index):
+        frames = np.full((37, 32, 48, 3), 40 * index + 60, np.uint8)
+        for time, frame in enumerate(frames):
+            frame[8:20, time:time + 10] = 200
+        return records.Clip(frames=frames, controls=np.full(37, index, np.int8),
+                            caption='A car on a road.' if index % 2 else 'A car on snow.',
+                            theme='meadow', seed=index, fps=16,
+                            telemetry=np.zeros((37, len(records.TELEMETRY)), np.float32))
+
+    records.write_shard(folder / f'train-0{records.SUFFIX}', (clip(index) for index in range(3)))
+    return folder
+
+
+@pytest.fixture(scope='session')
+def compiled_once(tmp_path_factory):
+    """The same program compiles once, though every call of a tool makes it anew."""
+    import jax
+    settings = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+                'jax_persistent_cache_min_compile_time_secs': 0,
+                'jax_persistent_cache_min_entry_size_bytes': 0}
+    for name, value in settings.items():
+        jax.config.update(name, value)

@@ -25,7 +25,7 @@ ALLOWED = {
     'worlds': BASE | NETS | {'nn', 'diffusion', 'stream'},
 }
 ALLOWED |= dict.fromkeys(('train', 'serve', 'evals'), set(ALLOWED))
-ALLOWED |= dict.fromkeys(('generate', 'parity'), set(ALLOWED))
+ALLOWED |= dict.fromkeys(('generate', 'parity', 'released'), set(ALLOWED))
 HEAVY = {'transformers', 'imageio', 'gymnasium', 'vizdoom', 'orbax', 'huggingface_hub',
          'tensorboardX', 'starlette', 'uvicorn'}
 

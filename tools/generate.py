@@ -19,9 +19,13 @@ def main(argv):
     add('--image', help='picture to start from')
     add('--video', help='clip to start from')
     add('--no-overlay', action='store_true', help='do not draw the keys on the frames')
+    add('--summary', action='store_true', help='print sizes of the recipe and stop; no weights read')
     options, run = parser.run(argv)
     from matrix_jax import generate
     with config.door():
+        if options.summary:
+            print(generate.summary(run))
+            return
         path, clip, count = generate.to_file(run, options)
     fps = count / clip.run_seconds
     print(f'{path}: {count} frames, {fps:.1f} fps, compile {clip.compile_seconds:.1f} s')

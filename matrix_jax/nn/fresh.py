@@ -35,7 +35,8 @@ def normal(std: float) -> Law:
 
 def uniform(scale: float = 1.0) -> Law:
     """Uniform numbers of variance scale / fan-in, where a kernel's last axis is its output."""
-    return lambda random, shape: _uniform(random, shape, math.sqrt(3 * scale / math.prod(shape[:-1])))
+    return lambda random, shape: _uniform(random, shape,
+                                          math.sqrt(3 * scale / math.prod(shape[:-1])))
 
 
 def xavier(scale: float = 1.0) -> Law:

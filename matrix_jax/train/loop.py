@@ -53,14 +53,15 @@ def fit(run, world, params) -> dict:
     state = states.init(params, stage.trainable, tx, train.seed)
     state = jax.device_put(state, sharding.replicated(mesh))
     saver = checkpoint.Checkpoints(os.path.join(run.out, 'state'), keep=train.keep)
-    restored = saver.restore(state)
+    restored, loss = saver.restore(state), float('nan')
     if restored is not None:
         _, state, extra = restored
         loader.restore(extra['data'].encode())
+        loss = extra.get('loss', loss)
     step = jax.jit(states.make_step(partial(stage.loss, world), tx, stage.ema), donate_argnums=0)
     put = partial(jax.device_put, device=sharding.batch_sharding(mesh))
     try:
-        result = _loop(train, state, loader, step, put, saver, run.out)
+        result = _loop(train, state, loader, step, put, saver, run.out, loss)
     finally:
         saver.close()
     state = result.pop('state')
@@ -70,17 +71,17 @@ def fit(run, world, params) -> dict:
     return result
 
 
-def _loop(train, state, loader, step, put, saver, out) -> dict:
+def _loop(train, state, loader, step, put, saver, out, loss) -> dict:
     from tensorboardX import SummaryWriter
     from tqdm import tqdm
     start = int(state.step)
     stop = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     writer = SummaryWriter(out)
-    began, losses, loss = time.time(), [], float('nan')
+    began, losses = time.time(), []
 
     def save(index):
-        saver.save(index, state, {'data': loader.state().decode()})
+        saver.save(index, state, {'data': loader.state().decode(), 'loss': loss})
 
     try:
         with tqdm(total=train.steps, initial=start, unit='step', dynamic_ncols=True) as bar:

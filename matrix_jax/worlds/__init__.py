@@ -15,6 +15,18 @@ def build(cfg):
     return REGISTRY[type(cfg)].World(cfg)
 
 
+def describe(cfg, folder, whole: bool = False):
+    """The world that a weights folder describes, without weights or tokenizers.
+
+    Args:
+      cfg: the recipe's world, which says what the folder does not.
+      folder: in the released layout.
+      whole: whether every part is to be loaded from it.
+    """
+    module = REGISTRY[type(cfg)]
+    return module.World(module.read_folder(cfg, folder, whole))
+
+
 def load(name: str = 'carracing', weights: str | None = None, mesh=None):
     """One-call door: recipe and weights -> (world, params on the mesh).
 
@@ -39,10 +51,10 @@ def open_run(run):
 
     from matrix_jax import checkpoint, config, sharding
     if not run.weights:
-        raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or a '
-                                'hub repository')
+        raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or '
+                                'a hub repository')
     folder = checkpoint.resolve(run.weights)
-    world = REGISTRY[type(run.world)].open_folder(run.world, folder, whole=True)
+    world = describe(run.world, folder, whole=True).with_tokenizers(folder)
     params = world.load(folder)
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
@@ -57,6 +69,6 @@ def start(run):
         return world.with_tokenizers(None), world.init(run.train.seed)
     folder = checkpoint.resolve(run.weights)
     have = tuple(part.folder for part in world.parts if (Path(folder) / part.folder).is_dir())
-    world = REGISTRY[type(run.world)].open_folder(run.world, folder)
-    params = {**world.init(run.train.seed), **world.load(folder, only=have)}
-    return world, params
+    world = describe(run.world, folder).with_tokenizers(folder)
+    lacking = tuple(part.folder for part in world.parts if part.folder not in have)
+    return world, world.init(run.train.seed, only=lacking) | world.load(folder, only=have)

@@ -1,8 +1,8 @@
 """What every world is made of: named parts, and a folder in the released layout.
 
 A part is one network: its config (read from the folder's config.json, so the folder decides the
-sizes), its weight table and its parameter shapes. A world lists its parts; reading, writing, counting
-and sharding them is the same for all worlds and stands here.
+sizes), its weight table and its parameter shapes. A world lists its parts; reading, writing,
+counting and sharding them is the same for all worlds and stands here.
 """
 
 from __future__ import annotations
@@ -60,17 +60,20 @@ class Parts:
         """Parameter tree of ShapeDtypeStructs by part; nothing is allocated."""
         return {part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.parts}
 
-    def init(self, seed: int, still: bool = True) -> dict:
+    def init(self, seed: int, still: bool = True, only: tuple[str, ...] | None = None) -> dict:
         """Fresh float32 numpy parameters by part.
 
         Args:
           seed: one seed is one tree.
           still: whether blocks start as the identity, for training; else every leaf is random.
+          only: folders of the parts to draw; all by default.
         """
         drawn = {}
         for part in self.parts:
+            if only is not None and part.folder not in only:
+                continue
             leaves = {}
-            for row, shape, draw in self.draws(part, seed, still):
+            for row, _, draw in self.draws(part, seed, still):
                 layers = range(*row.layers) if row.layers else ()
                 leaves[row.path] = np.stack([draw(i) for i in layers]) if layers else draw(None)
             drawn[part.folder] = convert.unflatten(leaves)
@@ -120,17 +123,18 @@ class Parts:
 
     def save(self, folder: str, params: Mapping, start: str | None = None, dtype='bfloat16'):
         """Writes a folder in the released layout; parts that `params` lacks come from `start`."""
+        origin = Path(checkpoint.resolve(start)) if start else None
         for part in self.parts:
             cfg = getattr(self.cfg, part.field)
             if part.folder in params:
                 tensors = convert.to_torch(part.weights(cfg), params[part.folder])
-                checkpoint.write_component(folder, part.folder, cfg.to_released(), tensors, dtype=dtype)
-            elif start:
-                _copy(Path(checkpoint.resolve(start)) / part.folder, Path(folder) / part.folder)
+                checkpoint.write_component(folder, part.folder, cfg.to_released(), tensors,
+                                           dtype=dtype)
+            elif origin and (origin / part.folder).is_dir():
+                _copy(origin / part.folder, Path(folder) / part.folder)
         for name in self.extras:
-            source = Path(checkpoint.resolve(start)) / name if start else None
-            if source is not None and source.is_dir():
-                _copy(source, Path(folder) / name)
+            if origin and (origin / name).is_dir():
+                _copy(origin / name, Path(folder) / name)
             else:
                 self.write_extra(name, os.path.join(folder, name))
         present = [part.folder for part in self.parts if (Path(folder) / part.folder).is_dir()]
@@ -152,18 +156,20 @@ class Parts:
         Args:
           mesh: a mesh, or an abstract one (`sharding.abstract_mesh`) of devices that are not here.
         """
+        def line(name, count, mine):
+            return f'{name:16}{count:>15,} parameters{mine * 2 / 2**20:>11,.1f} MiB per device'
+
         lines, total, local = [], 0, 0
         shapes = self.shapes()
         axes = {name: convert.axes(self.tables[name]) for name in shapes}
         places = sharding.shardings(axes, shapes, mesh)
         for name in shapes:
-            leaves = list(zip(jax.tree.leaves(shapes[name]), jax.tree.leaves(places[name]), strict=True))
+            leaves = list(zip(*map(jax.tree.leaves, (shapes[name], places[name])), strict=True))
             count = sum(int(np.prod(leaf.shape)) for leaf, _ in leaves)
             mine = sum(int(np.prod(place.shard_shape(leaf.shape))) for leaf, place in leaves)
-            lines.append(f'{name:16} {count:>14,} parameters  {mine * 2 / 2**20:>10,.1f} MiB per device')
+            lines.append(line(name, count, mine))
             total, local = total + count, local + mine
-        lines.append(f'{"total":16} {total:>14,} parameters  {local * 2 / 2**20:>10,.1f} MiB per device')
-        return '\n'.join(lines)
+        return '\n'.join([*lines, line('total', total, local)])
 
 
 @functools.cache

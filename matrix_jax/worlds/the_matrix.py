@@ -3,8 +3,8 @@
     prompt --T5--> text         control prompts --CLIP--> table of nine vectors and the null one
     start clip --VAE--> window  window + keys --Swin-DPM shift--> clean latents --VAE--> frames
 
-The same class runs the released checkpoints (480x720) and the bundled worlds (a few MB): a folder in
-the released layout decides all sizes. Bundled folders also hold `control_encoder/` and
+The same class runs the released checkpoints (480x720) and the bundled worlds (a few MB): a folder
+in the released layout decides all sizes. Bundled folders also hold `control_encoder/` and
 `control_tokenizer/`, which the released ones leave to `openai/clip-vit-large-patch14`.
 """
 
@@ -14,7 +14,6 @@ import dataclasses
 import functools
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -60,15 +59,16 @@ class Config:
     name: str = 'TheMatrix'
 
     def __post_init__(self):
-        scale = 8 * self.dit.patch
+        scale = self.vae.spatial_compression * self.dit.patch
         if self.height <= 0 or self.width <= 0 or self.height % scale or self.width % scale:
             raise ValueError(f'world: got {self.height}x{self.width} pixels, expected positive '
-                             f'multiples of {scale} (VAE 8, patch {self.dit.patch})')
+                             f'multiples of {scale} (VAE {self.vae.spatial_compression}, patch '
+                             f'{self.dit.patch})')
         if self.fps <= 0:
             raise ValueError(f'world.fps: got {self.fps}, expected at least 1')
         if self.decode_chunk not in (1, 2) or self.stream.group_frames % self.decode_chunk:
-            raise ValueError(f'world.decode_chunk: got {self.decode_chunk}, expected 1, or 2 with an '
-                             f'even stream.group_frames (got {self.stream.group_frames})')
+            raise ValueError(f'world.decode_chunk: got {self.decode_chunk}, expected 1, or 2 with '
+                             f'an even stream.group_frames (got {self.stream.group_frames})')
 
     @property
     def frames_per_control(self) -> int:
@@ -102,7 +102,8 @@ class World(Parts):
     # --- text and control --------------------------------------------------------------------
 
     def with_tokenizers(self, folder: str | None):
-        """Reads the tokenizers of a weights folder; None = the byte tokenizers of bundled worlds."""
+        """Reads the tokenizers of a weights folder; None = byte tokenizers, as bundled worlds have.
+        """
         if folder is None:
             self.tokenizer, self.control_tokenizer = tokenizers.byte_pair()
         else:
@@ -169,7 +170,8 @@ class World(Parts):
         cfg = self.cfg.vae
 
         def prefill(params, latents):
-            return vae.prefill(cfg, params['vae'], latents / cfg.scaling_factor)[0]
+            cache, frames = vae.prefill(cfg, params['vae'], latents / cfg.scaling_factor)
+            return cache, to_uint8(frames)
 
         def step(params, cache, latents):
             chunk = self.cfg.decode_chunk
@@ -191,8 +193,8 @@ class World(Parts):
     def stream(self, entry: str | None = None) -> streams.Stream:
         """Keys in, uint8 frames out: one Swin-DPM shift and its decoding, one program.
 
-        The decoder starts on the condition frames, so the first frame shown continues the start clip
-        and every shift is the same program.
+        The decoder starts on the condition frames, so the first frame shown continues the start
+        clip and every shift is the same program.
 
         Args:
           entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
@@ -227,7 +229,7 @@ class World(Parts):
             tokenizers.write_clip_byte_tokenizer(folder)
 
 
-def open_folder(cfg: Config, folder: str, whole: bool = False) -> World:
+def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
     """The world that a weights folder describes; what the folder does not say comes from `cfg`.
 
     The folder decides the sizes of the parts that it holds; how they run (types, rematerialisation,
@@ -247,9 +249,10 @@ def open_folder(cfg: Config, folder: str, whole: bool = False) -> World:
         if name in fields:
             fields[name] = dataclasses.replace(
                 fields[name], **{one: getattr(getattr(cfg, name), one) for one in names})
-    released = checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json')
-    fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
-    return World(dataclasses.replace(cfg, **fields)).with_tokenizers(folder)
+    if whole or (Path(folder) / 'scheduler').is_dir():
+        released = checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json')
+        fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
+    return dataclasses.replace(cfg, **fields)
 
 
 def to_uint8(frames):

@@ -1,0 +1,50 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from matrix_jax.diffusion import schedules
+from matrix_jax.train.denoise import denoise_loss
+from matrix_jax.train.swin_dpm import SwinDPM, grouped_levels
+from matrix_jax.train.vae import Autoencode
+
+SCHEDULE = schedules.make(schedules.SchedulerConfig())
+
+
+def test_levels_climb_from_group_to_group():
+    levels = grouped_levels(jnp.array([0, 249]), 4, 2, jnp.array([[0], [7]]))
+    np.testing.assert_array_equal(levels, [[0, 0, 0, 250, 250, 500, 500, 750, 750],
+                                           [7, 249, 249, 499, 499, 749, 749, 999, 999]])
+
+
+def test_the_published_loss_is_a_plain_error_of_v():
+    keys = jax.random.split(jax.random.key(0), 3)
+    clean, noise, guess = (jax.random.normal(key, (2, 3, 2, 2, 4)) for key in keys)
+    levels = jnp.array([[0, 250, 999], [10, 600, 700]])
+    counted = jnp.array([0.0, 1.0, 1.0])
+    loss, aux = denoise_loss(SCHEDULE, lambda x, t: guess, clean, noise, levels, counted)
+    target = schedules.velocity(SCHEDULE, clean, noise, levels)
+    np.testing.assert_allclose(loss, jnp.square(guess - target)[:, 1:].mean(), rtol=1e-4)
+    perfect, _ = denoise_loss(SCHEDULE, lambda x, t: target, clean, noise, levels, counted)
+    assert float(perfect) < 1e-9
+    np.testing.assert_allclose(aux['x0'].shape, clean.shape)
+
+
+@pytest.mark.parametrize('path, alone, together', [
+    ('transformer/patch/kernel', True, True), ('text_encoder/embedding', False, True),
+    ('control_encoder/projection/kernel', False, True), ('vae/encoder/conv_in/kernel', False, False)])
+def test_what_trains(path, alone, together):
+    assert SwinDPM().trainable(path) is alone
+    assert SwinDPM(train_encoders=True).trainable(path) is together
+
+
+@pytest.mark.parametrize('make, said', [
+    (lambda: SwinDPM(control_dropout=1.5), 'stage.control_dropout: got 1.5'),
+    (lambda: SwinDPM(condition_noise=250), 'stage.condition_noise: got 250'),
+    (lambda: SwinDPM(recycle=-1.0), 'stage.recycle: got -1'),
+    (lambda: Autoencode(frames=12), 'stage.frames: got 12'),
+    (lambda: Autoencode(ema=1.0), 'stage.ema: got 1'),
+])
+def test_wrong_settings_are_named(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
