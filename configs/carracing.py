@@ -22,7 +22,8 @@ DEFAULT = 'PLAY'
 # Three clean frames of context: one latent frame alone does not show speed and turn rate.
 WORLD = Config(
     name='CarRacing', dit=dit.PRESETS['carracing'], text=t5.PRESETS['carracing'],
-    vae=dataclasses.replace(vae.PRESETS['carracing'], single_latent_frames=4),
+    vae=dataclasses.replace(vae.PRESETS['carracing'], block_out_channels=(8, 16, 32),
+                            latent_channels=4, single_latent_frames=4),
     control=clip.PRESETS['carracing'], height=64, width=96, decode_chunk=1,
     prompt='A red car drives on a grey road through a green meadow.',
     stream=Swin(groups=4, group_frames=1, context=3, steps=20, solver='ddim', entry='head',
@@ -33,7 +34,7 @@ VAE = Run(world=WORLD, data='data/carracing',
           stage=Autoencode(ema=0.99, optimizer=Optimizer(
               kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
               weight_decay=0.0)),
-          train=Train(steps=1500, batch=2, log_every=20, save_every=250))
+          train=Train(steps=1400, batch=2, log_every=20, save_every=200))
 SWIN = Run(world=WORLD, data='data/carracing',
            stage=SwinDPM(ema=0.995, text_dropout=0.05, condition_noise=100, train_encoders=True,
                           optimizer=Optimizer(
