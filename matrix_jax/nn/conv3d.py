@@ -21,14 +21,10 @@ class CausalConv3d(nn.Module):
       features: output channels.
       kernel: odd sizes (kt, kh, kw).
       dtype: type of the multiply, of the output and of the carried context.
-      kernel_init: initializer of `kernel`, [kt kh kw in out].
-      bias_init: initializer of `bias`, [out].
     """
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
     dtype: Any = jnp.float32
-    kernel_init: Any = fan_in
-    bias_init: Any = nn.initializers.zeros_init()
 
     @nn.compact
     def __call__(self, x, context=None):
@@ -41,8 +37,8 @@ class CausalConv3d(nn.Module):
         Returns:
           y [B T H W out] and the context [B kt-1 H W in] of the frames that follow.
         """
-        kernel = self.param('kernel', self.kernel_init, (*self.kernel, x.shape[-1], self.features))
-        bias = self.param('bias', self.bias_init, (self.features,))
+        kernel = self.param('kernel', fan_in, (*self.kernel, x.shape[-1], self.features))
+        bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
         x, past = x.astype(self.dtype), self.kernel[0] - 1
         if past:
             if context is None:

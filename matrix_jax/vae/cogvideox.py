@@ -13,14 +13,15 @@ latent frames, with the remainder in the first chunk).
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
+from matrix_jax import convert
 from matrix_jax.convert import Row
+from matrix_jax.nn import fresh
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
 from matrix_jax.vae.tiling import Tiles, covers, tiled, windowed
 
@@ -293,24 +294,24 @@ def chunked(run, cache, x, size: int):
     return cache, jnp.concatenate([head, rearrange(tail, 'n b f h w c -> b (n f) h w c')], axis=1)
 
 
-def init(cfg: Config, key):
-    """Random float32 parameters {'encoder', 'decoder'} to train from scratch."""
+# How parameters start: the modulation by the latents is mild, around the identity.
+LAWS = (('*/conv_y/bias', fresh.ones), ('*/conv_[by]/kernel', fresh.uniform(0.1)))
+
+
+def init(cfg: Config, seed: int) -> dict:
+    """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
+    return convert.unflatten({path: fresh.draw(LAWS, path, leaf.shape, (seed,))
+                              for path, leaf in convert.flatten(shapes(cfg)).items()})
+
+
+def shapes(cfg: Config) -> dict:
+    """Parameter tree of ShapeDtypeStructs; nothing is computed."""
     scale = cfg.spatial_compression
     frames = jnp.zeros((1, 1, scale, scale, cfg.in_channels), cfg.dtype)
     latents = jnp.zeros((1, 1, 1, 1, cfg.latent_channels), cfg.dtype)
-
-    @jax.jit  # the networks themselves are then not run
-    def draw(key):
-        encoder, decoder = jax.random.split(key)
-        return {'encoder': Encoder(cfg).init(encoder, frames)['params'],
-                'decoder': Decoder(cfg).init(decoder, latents)['params']}
-
-    return draw(key)
-
-
-def shapes(cfg: Config) -> Any:
-    """Tree of ShapeDtypeStruct of the parameters."""
-    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
+    key = jax.random.key(0)
+    return {'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
+            'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params']}
 
 
 def weights(cfg: Config) -> tuple[Row, ...]:

@@ -132,10 +132,8 @@ class SpatialNorm(nn.Module):
     def __call__(self, x, z):
         """[B T H W D], latents [B t h w C] -> [B T H W D]."""
         # A 1x1x1 convolution commutes with nearest neighbours: it runs on the small frames.
-        mild = nn.initializers.variance_scaling(0.1, 'fan_in', 'uniform')
-        y, _ = conv(self.cfg, x.shape[-1], 'conv_y', kernel=(1, 1, 1), kernel_init=mild,
-                    bias_init=nn.initializers.ones_init())(z)
-        b, _ = conv(self.cfg, x.shape[-1], 'conv_b', kernel=(1, 1, 1), kernel_init=mild)(z)
+        y, _ = conv(self.cfg, x.shape[-1], 'conv_y', kernel=(1, 1, 1))(z)
+        b, _ = conv(self.cfg, x.shape[-1], 'conv_b', kernel=(1, 1, 1))(z)
         return GroupNorm(self.cfg, name='norm')(x) * nearest(y, x.shape) + nearest(b, x.shape)
 
 
