@@ -112,7 +112,8 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict
         if missing or not keys:
             continue
         try:
-            parts = [rearrange(np.asarray(tensors[key]), row.layout, **dict(row.sizes)) for key in keys]
+            parts = [rearrange(np.asarray(tensors[key]), row.layout, **dict(row.sizes))
+                     for key in keys]
             leaf = np.stack(parts) if row.layers is not None else parts[0]
         except Exception as error:  # einops and numpy name the shapes, not the key
             got = ', '.join(sorted({str(tuple(tensors[key].shape)) for key in keys}))
@@ -125,7 +126,8 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict
         if expected is not None and row.path in expected:
             want = tuple(expected[row.path].shape)
             if tuple(leaf.shape) != want:
-                faults.append(f'{row.torch}: got {tuple(leaf.shape)} for {row.path}, expected {want}')
+                faults.append(f'{row.torch}: got {tuple(leaf.shape)} for {row.path}, '
+                              f'expected {want}')
     if expected is not None and not faults:
         faults += [f'{path}: no row writes it' for path in sorted(set(expected) - set(leaves))]
         faults += [f'{path}: not a parameter of this network'
@@ -145,7 +147,8 @@ def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     leaves = flatten(params)
     rows = [entry for entry in table if isinstance(entry, Row) and entry.keys()]
     paths = {row.path for row in rows}
-    faults = [f'{path}: no row writes it{_nearest(path, paths)}' for path in leaves if path not in paths]
+    faults = [f'{path}: no row writes it{_nearest(path, paths)}'
+              for path in leaves if path not in paths]
     faults += [f'{path}: missing in the tree' for path in sorted(paths - set(leaves))]
     if faults:
         raise ConversionError(f'{len(faults)} weight fault(s): ' + '; '.join(faults[:SHOWN]))

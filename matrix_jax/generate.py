@@ -72,9 +72,10 @@ def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bo
     cfg = world.cfg
     count = 1 + (cfg.stream.frames - 1) * cfg.frames_per_control
     if source is not None:
-        frames = video.read_image(source)[None] if is_image else video.read_video(source, cfg.fps, count)
+        frames = (video.read_image(source)[None] if is_image
+                  else video.read_video(source, cfg.fps, count))
         frames = video.fit(frames, cfg.height, cfg.width)
-        return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])[:count]
+        return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])
     frames = starts.choose(folder, prompt, cfg.height, cfg.width)
     if frames is None:
         raise UsageError('this world brings no start clip: give --video or --image')
@@ -189,7 +190,7 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
 
 
 def summary(run) -> str:
-    """Parameters, and memory per device of the run's mesh, which may be larger than this machine."""
+    """Parameters, and memory per device of the run's mesh, which may be more than there are."""
     from matrix_jax import worlds
     return worlds.build(run.world).summary(sharding.abstract_mesh(run.mesh))
 
@@ -201,7 +202,8 @@ def to_file(run, options):
     from matrix_jax import worlds
     name = run.name.replace(':', '-').lower()
     path = video.check_path(run.out or f'outputs/{name}-{options.seed}.mp4')
-    plan(worlds.build(run.world), options.length, options.control, options.control_seed, options.pad)
+    plan(worlds.build(run.world), options.length, options.control, options.control_seed,
+         options.pad)
     world, params = worlds.open_run(run)
     frames, clip = generate(
         world, params, checkpoint.resolve(run.weights), prompt=options.prompt,

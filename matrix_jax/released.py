@@ -1,8 +1,8 @@
 """Whole folders of weights: released layout <-> ours, and random ones for tests and benchmarks.
 
 Ours is the same folder with the safetensors of every part replaced by `params/`, an orbax tree in
-our names and axes. All other files (configs, tokenizers, scheduler) are carried along, so that there
-and back gives the same folder. Parts are handled one by one: the largest has to fit the memory.
+our names and axes. All other files (configs, tokenizers, scheduler) are carried along, so there and
+back gives the same folder. Parts are handled one by one: the largest has to fit the memory.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -101,7 +102,8 @@ def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
     count = 0
     with contextlib.closing(writer):  # the writer's own context stays open after an error
         for picture in pictures:
-            writer.append_data(picture)
+            with _starting_ffmpeg():
+                writer.append_data(picture)
             count += 1
     return count
 
@@ -194,7 +196,9 @@ def read_video(path: str | Path, fps: float = FPS, count: int | None = None) -> 
     path = _readable(path)
     found = []
     try:
-        with contextlib.closing(imageio.get_reader(path, format='FFMPEG')) as reader:
+        with _starting_ffmpeg():
+            opened = imageio.get_reader(path, format='FFMPEG')
+        with contextlib.closing(opened) as reader:
             step = reader.get_meta_data()['fps'] / fps
             for index, frame in enumerate(reader):
                 # PARITY: numpy rounds half to even, and so does Python.
@@ -219,6 +223,14 @@ def read_image(path: str | Path) -> np.ndarray:
             return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f'{path}: not readable as a picture ({_first_line(error)})') from error
+
+
+@contextlib.contextmanager
+def _starting_ffmpeg():
+    """JAX warns of every fork; this one becomes ffmpeg at once, and is safe."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
+        yield
 
 
 def _readable(path: str | Path) -> Path:

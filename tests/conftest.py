@@ -13,8 +13,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
 # The suite needs no network: a forgotten download fails at once in place of hanging.
 os.environ['HF_HUB_OFFLINE'] = '1'
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
+import numpy as np
+import pytest
 
 
 @pytest.fixture(scope='session')

@@ -11,13 +11,13 @@ import sys
 from matrix_jax import config
 
 # Reads tensors only, in a process of its own: a pickle can be made to run code.
-UNPICKLE = '''
+UNPICKLE = """
 import sys, torch
 from safetensors.torch import save_file
 state = torch.load(sys.argv[1], map_location='cpu', weights_only=True)
 state = state.get('state_dict', state)
 save_file({name: value.contiguous().clone() for name, value in state.items()}, sys.argv[2])
-'''
+"""
 
 
 def unpickle(source, target):

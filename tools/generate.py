@@ -19,7 +19,7 @@ def main(argv):
     add('--image', help='picture to start from')
     add('--video', help='clip to start from')
     add('--no-overlay', action='store_true', help='do not draw the keys on the frames')
-    add('--summary', action='store_true', help='print sizes of the recipe and stop; no weights read')
+    add('--summary', action='store_true', help='print the sizes of the recipe and stop')
     options, run = parser.run(argv)
     from matrix_jax import generate
     with config.door():

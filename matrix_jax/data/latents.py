@@ -15,7 +15,7 @@ import numpy as np
 
 from matrix_jax import checkpoint
 from matrix_jax.data import records
-from matrix_jax.data.loader import mirror
+from matrix_jax.data.loader import EPOCHS, mirror
 
 CHUNK = 8       # frames of an encoder chunk
 TOGETHER = 8    # clips encoded side by side
@@ -125,7 +125,7 @@ class Windows:
                        for offset in range(end - start - frames + 1)]
         if not self.places:
             raise records.RecordError(f'latents: no episode has {frames} latent frames')
-        data = grain.MapDataset.source(self.places).seed(seed).shuffle().repeat(None)
+        data = grain.MapDataset.source(self.places).seed(seed).shuffle().repeat(EPOCHS)
         data = data.map(self._window).batch(batch)
         self.iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1,
                                                                     prefetch_buffer_size=4)))

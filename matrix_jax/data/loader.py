@@ -23,6 +23,7 @@ from matrix_jax.data.records import (
     shards,
 )
 
+EPOCHS = 2**32  # as good as endless; what grain calls endless overflows in batches of one
 # A mirror across the car's axis turns these round: left is positive.
 MIRROR_SIGN = np.array(
     [-1 if name in ('yaw_rate', 'x', 'heading') else 1 for name in TELEMETRY], np.float32
@@ -142,7 +143,7 @@ class Loader:
         self.frames, self.mirror, self.seed = frames, mirror, seed
         index, count = process
         elements = (
-            grain.MapDataset.source(self.clips).seed(seed).shuffle().repeat(None)[index::count]
+            grain.MapDataset.source(self.clips).seed(seed).shuffle().repeat(EPOCHS)[index::count]
         )
         batches = elements.random_map(self._example).batch(batch)
         # One thread prepares the next batches beside the training step; the order stays the same.

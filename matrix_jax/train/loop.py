@@ -93,10 +93,11 @@ def _loop(train, state, loader, step, put, saver, out, loss) -> dict:
                 if done % train.log_every == 0 or done == train.steps:
                     loss = float(np.nanmean(jax.device_get(losses)))
                     losses = []
-                    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                    values = {name: float(value)
+                              for name, value in jax.device_get(metrics).items()}
                     if values['skipped'] >= MAX_SKIPPED:
-                        raise Diverged(f'step {done}: {int(values["skipped"])} updates in a row were '
-                                       'not finite; the last good state is saved')
+                        raise Diverged(f'step {done}: {int(values["skipped"])} updates in a row '
+                                       'were not finite; the last good state is saved')
                     bar.set_postfix(loss=f'{loss:.4f}')
                     for name, value in {**values, 'loss': loss}.items():
                         writer.add_scalar(name, value, done)

@@ -34,7 +34,8 @@ class Stage:
         return True
 
     def loader(self, world, params, data: str, batch: int, seed: int, cache: str) -> Any:
-        """An endless iterator of batches (numpy dicts) with `state() -> bytes` and `restore(state)`.
+        """An endless iterator of batches (dicts of numpy arrays), with `state() -> bytes` and
+        `restore(state)`.
 
         Args:
           world: the World.

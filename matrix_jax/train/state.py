@@ -46,7 +46,8 @@ def init(params: Mapping, trainable: Callable[[str], bool], tx, seed: int) -> Tr
       ValueError: nothing trains.
     """
     flat = flatten(params)
-    student = {path: jnp.asarray(leaf, jnp.float32) for path, leaf in flat.items() if trainable(path)}
+    student = {path: jnp.asarray(leaf, jnp.float32)
+               for path, leaf in flat.items() if trainable(path)}
     if not student:
         raise ValueError('stage: no parameter trains; expected at least one trainable path')
     frozen = {path: jnp.asarray(leaf) for path, leaf in flat.items() if path not in student}
@@ -84,10 +85,12 @@ def make_step(loss: Callable, tx, ema_decay: float) -> Callable:
         student = optax.apply_updates(state.student, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)).astype(jnp.float32)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, student)
-        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        student, ema, opt = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (student, ema, opt),
+            (state.student, state.ema, state.opt))
         state = state.replace(
             step=state.step + 1, skipped=jnp.where(finite, 0, state.skipped + 1),
-            student=keep(student, state.student), ema=keep(ema, state.ema), opt=keep(opt, state.opt))
+            student=student, ema=ema, opt=opt)
         return state, {'loss': value, 'grad_norm': norm, 'skipped': state.skipped, **metrics}
 
     return step

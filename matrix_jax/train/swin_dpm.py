@@ -1,8 +1,8 @@
 """Stage 3, Swin-DPM: the denoising loss at the grouped levels that the stream will visit.
 
 Level of frame f in group g: u + g * 1000/G with one u per sample; the condition frames stay near
-level 0 and do not count (reference section 6). Two additions against drift, both told to the network
-or paired with clean targets: condition noise, and error recycling on the condition frames.
+level 0 and do not count (reference section 6). Two additions against drift, both told to the
+network or paired with clean targets: condition noise, and error recycling on the condition frames.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class SwinDPM(Stage):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected 0 to 1')
         if not 0 <= self.condition_noise < 250:
-            raise ValueError(f'stage.condition_noise: got {self.condition_noise}, expected 0 to 249')
+            raise ValueError(f'stage.condition_noise: got {self.condition_noise}, '
+                             'expected 0 to 249')
         if not 0 <= self.recycle <= 4:
             raise ValueError(f'stage.recycle: got {self.recycle}, expected 0 to 4')
 
@@ -76,7 +77,7 @@ class SwinDPM(Stage):
         empty = _chosen(keys[0], size, self.text_dropout, 2)
         text = world.embed_ids(params, jnp.where(empty, world.empty_ids, batch['ids']))
         table = world.embed_controls(params)
-        nothing = table.shape[0] - 1                                          # last row: null control
+        nothing = table.shape[0] - 1     # last row: null control
         dropped = jax.random.uniform(keys[1], (size, 1)) < self.control_dropout
         control = table[jnp.where(dropped, nothing, batch['controls'])]
         u = jax.random.randint(keys[2], (size,), 0, 1000 // stream.groups)

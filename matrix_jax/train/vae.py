@@ -34,8 +34,8 @@ class Autoencode(Stage):
     def __post_init__(self):
         super().__post_init__()
         if self.frames < 9 or (self.frames - 1) % 8:
-            raise ValueError(f'stage.frames: got {self.frames}, expected 1 + 8k with k of at least 1 '
-                             '(whole encoder chunks)')
+            raise ValueError(f'stage.frames: got {self.frames}, expected 1 + 8k with k of at least '
+                             '1 (whole encoder chunks)')
 
     def loader(self, world, params, data, batch, seed, cache):
         from matrix_jax.data.loader import Loader

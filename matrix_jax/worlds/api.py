@@ -11,7 +11,6 @@ import os
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import checkpoint, config, controls, video
@@ -56,7 +55,7 @@ class TheMatrix:
           gpu_id: which device computes.
 
         Raises:
-          UsageError, ControlError, CheckpointError: what cannot be used, before anything is written.
+          UsageError, ControlError, CheckpointError: what cannot be used; nothing is written.
         """
         if not isinstance(length, int) or length < 1:
             raise config.UsageError(f'length: got {length}, expected whole seconds, at least 1')
@@ -71,7 +70,8 @@ class TheMatrix:
             raise config.UsageError(f'gpu_id: got {gpu_id}, expected 0 to {len(devices) - 1}')
         folder = Path(output_folder).expanduser()
         with jax.default_device(devices[gpu_id]):
-            path = self._base(folder / 'base_video.mp4', prompt, signal, length, guidance_scale, seed)
+            path = self._base(folder / 'base_video.mp4', prompt, signal, length, guidance_scale,
+                              seed)
             if long:
                 path = self._stream(path, folder / 'final_video.mp4', prompt, signal, length,
                                     control_seed, guidance_scale, seed)

@@ -181,9 +181,15 @@ def read_config(part_config, folder: str, name: str):
     """`part_config.from_released` of a part's config.json, with the folder named in errors."""
     released = checkpoint.read_config(folder, name)
     try:
-        return part_config.from_released(released)
-    except ValueError as error:
+        cfg = part_config.from_released(released)
+        wrong = [f'{field.name}: got {getattr(cfg, field.name)!r}, expected {kind.__name__}'
+                 for field in dataclasses.fields(cfg) if (kind := type(field.default)) in (int, str)
+                 and type(getattr(cfg, field.name)) is not kind]
+        if wrong:
+            raise ValueError('; '.join(wrong))
+    except (ValueError, TypeError) as error:
         raise checkpoint.CheckpointError(f'{folder}/{name}/config.json: {error}') from error
+    return cfg
 
 
 def _copy(source: Path, target: Path):

@@ -32,7 +32,8 @@ def test_the_published_loss_is_a_plain_error_of_v():
 
 @pytest.mark.parametrize('path, alone, together', [
     ('transformer/patch/kernel', True, True), ('text_encoder/embedding', False, True),
-    ('control_encoder/projection/kernel', False, True), ('vae/encoder/conv_in/kernel', False, False)])
+    ('control_encoder/projection/kernel', False, True),
+    ('vae/encoder/conv_in/kernel', False, False)])
 def test_what_trains(path, alone, together):
     assert SwinDPM().trainable(path) is alone
     assert SwinDPM(train_encoders=True).trainable(path) is together

@@ -26,7 +26,8 @@ def test_fresh_parameters_follow_the_seed_and_the_laws(world):
     flat, second = convert.flatten(params), convert.flatten(other)
     kernel = 'transformer/steered/block/mlp/up/kernel'
     assert (flat[kernel] != second[kernel]).all() and (flat[kernel][0] != flat[kernel][1]).all()
-    np.testing.assert_allclose(flat[kernel].std(), (2 / sum(flat[kernel].shape[1:])) ** 0.5, rtol=0.1)
+    std = (2 / sum(flat[kernel].shape[1:])) ** 0.5
+    np.testing.assert_allclose(flat[kernel].std(), std, rtol=0.1)
     embedding = flat['text_encoder/embedding']
     assert abs(embedding.mean()) < 0.1 and abs(embedding.std() - 1) < 0.1
     assert not any(flat[f'transformer/{path}'].any() for path in (
