@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import flax.linen as nn
@@ -145,7 +146,8 @@ def train(cfg: Config, data: Examples, progress: Callable = lambda steps: steps)
     net, rng = Probe(cfg), np.random.default_rng(cfg.seed)
     rate = optax.cosine_decay_schedule(cfg.learning_rate, cfg.steps)
     optimizer = optax.adamw(rate, weight_decay=1e-3)
-    params = net.init(jax.random.key(cfg.seed), windows(cfg, data, np.arange(1)))['params']
+    first = windows(cfg, data, np.arange(1))
+    params = jax.jit(net.init)(jax.random.key(cfg.seed), first)['params']
 
     @jax.jit
     def step(params, state, x, target):
@@ -166,13 +168,17 @@ def train(cfg: Config, data: Examples, progress: Callable = lambda steps: steps)
 
 def read(cfg: Config, params, data: Examples, batch: int = 256) -> np.ndarray:
     """What the probe sees: float32 [M 2], turn rate (left positive) and speed."""
-    net = jax.jit(lambda params, x: Probe(cfg).apply({'params': params}, x))
     count, found = len(data.ends), []
     for start in range(0, count, batch):
         # One shape, one compilation: the last batch is filled with what is there.
         index = np.minimum(np.arange(start, start + batch), count - 1)
-        found.append(np.asarray(net(params, windows(cfg, data, index))))
+        found.append(np.asarray(_see(cfg, params, windows(cfg, data, index))))
     return np.concatenate(found)[:count] * np.array(cfg.scale, np.float32)
+
+
+@partial(jax.jit, static_argnums=0)
+def _see(cfg: Config, params, x):
+    return Probe(cfg).apply({'params': params}, x)
 
 
 def threshold(turn, controls) -> float:

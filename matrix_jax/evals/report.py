@@ -18,7 +18,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.controls import FRAMES_PER_CONTROL, SYMBOLS
 from matrix_jax.data.loader import Clips
 from matrix_jax.evals import control, driver
-from matrix_jax.evals.video import Streams, by_second, indices, psnr, reconstruction, sheet
+from matrix_jax.evals.video import Streams, by_second, indices, psnr, reconstruct, sheet
 
 SCRIPTS = ('left', 'right', 'straight', 'mixed')
 HELD = {'left': 'DL', 'right': 'DR', 'straight': 'D'}
@@ -55,9 +55,8 @@ class Config:
 
 def quick(cfg: Config) -> Config:
     """A look in a few minutes; the numbers are rough."""
-    probe = dataclasses.replace(cfg.probe, steps=400)
     return dataclasses.replace(cfg, seconds=8, drive_seconds=15, streams=2, clips=3,
-                               times=(1.0, 4.0, 8.0), probe=probe)
+                               times=(1.0, 4.0, 8.0))
 
 
 def evaluate(world, params, data: str, out, cfg: Config, log=print) -> dict:
@@ -102,11 +101,10 @@ def evaluate(world, params, data: str, out, cfg: Config, log=print) -> dict:
 
 def rebuild(world, params, clips: Clips, cfg: Config):
     """(reconstructed, original) frames uint8 [N F' H W 3] of clips, spread over the split."""
-    run = reconstruction(world)
     chosen = np.linspace(0, len(clips) - 1, min(cfg.clips, len(clips))).round().astype(int)
-    parts = [clips[int(index)].frames[:cfg.clip_frames] for index in chosen]
-    made = np.concatenate([np.asarray(run(params, part[None])) for part in parts])
-    return made, np.stack([part[-made.shape[1]:] for part in parts])
+    frames = np.stack([clips[int(index)].frames[:cfg.clip_frames] for index in chosen])
+    made = reconstruct(world, params, frames)
+    return made, frames[:, -made.shape[1]:]
 
 
 def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: Path):

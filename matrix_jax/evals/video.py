@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,8 @@ import numpy as np
 from matrix_jax import controls as vocabulary
 from matrix_jax import video
 from matrix_jax.stream import swin
-from matrix_jax.stream.base import join
+
+CHUNK = 8    # frames that are encoded together
 
 
 class Streams:
@@ -87,23 +87,30 @@ def indices(keys: Sequence[str]) -> np.ndarray:
     return np.array([vocabulary.SYMBOLS.index(key) for key in keys])
 
 
-def reconstruction(world) -> Callable:
-    """Compiled `(params, frames uint8 [B F H W 3]) -> uint8 [B F' H W 3]`: encoded, then decoded as
-    a stream does.
+def reconstruct(world, params, frames) -> np.ndarray:
+    """Clips through the encoder and the streaming decoder, as a stream shows them.
 
-    F = 1 + 4 (T-1); F' = 4 (T - context), the last frames: the decoder starts on the others.
+    Args:
+      frames: uint8 [B F H W 3], F = 1 + 8k.
+
+    Returns:
+      uint8 [B F' H W 3], F' = 4 (T - context), the last frames: the decoder starts on the others.
     """
     decoder, stream = world.decoder(), world.cfg.stream
-
-    @jax.jit
-    def run(params, frames):
-        latents = world.encode_frames(params, frames)
-        cache, _ = decoder.prefill(params, latents[:, :stream.context])
-        chunks = jnp.split(latents[:, stream.context:],
-                           (latents.shape[1] - stream.context) // stream.group_frames, axis=1)
-        _, shown = jax.lax.scan(partial(decoder.step, params), cache, jnp.stack(chunks))
-        return join(shown)
-    return run
+    encode, step = jax.jit(world.encode_step), jax.jit(decoder.step)
+    # Compiled chunks called one by one: XLA's CPU convolutions are many times slower in a loop.
+    cache, latents = encode(params, None, frames[:, :1 + CHUNK])
+    made = [latents]
+    for start in range(1 + CHUNK, frames.shape[1], CHUNK):
+        cache, latents = encode(params, cache, frames[:, start:start + CHUNK])
+        made.append(latents)
+    latents = jnp.concatenate(made, axis=1)
+    cache, _ = jax.jit(decoder.prefill)(params, latents[:, :stream.context])
+    shown = []
+    for start in range(stream.context, latents.shape[1], stream.group_frames):
+        cache, part = step(params, cache, latents[:, start:start + stream.group_frames])
+        shown.append(np.asarray(part))
+    return np.concatenate(shown, axis=1)
 
 
 def psnr(pairs) -> float:

@@ -9,7 +9,7 @@ import pytest
 from matrix_jax.controls import SYMBOLS
 from matrix_jax.evals import control
 
-CFG = control.Config(widths=(8, 16), hidden=16, steps=60, batch=16, learning_rate=5e-3)
+CFG = control.Config(widths=(8, 16), hidden=16, steps=100, batch=16, learning_rate=5e-3)
 LEFT, NONE, RIGHT = (SYMBOLS.index(symbol) for symbol in ('DL', 'D', 'DR'))
 
 
@@ -64,9 +64,10 @@ def test_it_learns_to_tell_left_from_right_on_new_pictures(data, tmp_path):
 def test_a_mirror_turns_the_turn_round_and_keeps_the_speed(data):
     net = control.Probe(CFG)
     x = control.windows(CFG, data, np.arange(4))
-    params = net.init(jax.random.key(0), x)['params']
-    turn, speed = net.apply({'params': params}, x).T
-    mirrored_turn, mirrored_speed = net.apply({'params': params}, x[:, :, ::-1]).T
+    both = np.concatenate([x, x[:, :, ::-1]])
+    params = jax.jit(net.init)(jax.random.key(0), both)
+    turn, speed = jax.jit(net.apply)(params, both).T
+    (turn, mirrored_turn), (speed, mirrored_speed) = np.split(turn, 2), np.split(speed, 2)
     np.testing.assert_allclose(mirrored_turn, -turn, atol=1e-6)
     np.testing.assert_allclose(mirrored_speed, speed, atol=1e-6)
     assert np.abs(turn).max() > 1e-3
