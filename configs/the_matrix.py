@@ -33,5 +33,7 @@ TINY = Run(world=Config(
     text=t5.PRESETS['tiny'], control=clip.PRESETS['tiny'], height=32, width=48,
     stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
 TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
-TINY_SWIN = dataclasses.replace(TINY, stage=SwinDPM(train_encoders=True),
-                                train=Train(steps=2, batch=2, log_every=1))
+TINY_SWIN = dataclasses.replace(
+    TINY, stage=SwinDPM(), train=Train(steps=2, batch=2, log_every=1),
+    world=dataclasses.replace(TINY.world, decode_chunk=1, stream=Swin(
+        groups=2, group_frames=1, steps=4, solver='ddim')))

@@ -38,18 +38,18 @@ def start_image(tmp_path_factory):
 
 @pytest.fixture(scope='session')
 def clips(tmp_path_factory):
-    """A folder of three recorded clips of 37 frames, 32 x 48, of a moving square."""
+    """A folder of three recorded clips of 9 frames, 32 x 48, of a moving square."""
     from matrix_jax.data import records
     folder = tmp_path_factory.mktemp('clips')
 
     def clip(index):
-        frames = np.full((37, 32, 48, 3), 40 * index + 60, np.uint8)
+        frames = np.full((9, 32, 48, 3), 40 * index + 60, np.uint8)
         for time, frame in enumerate(frames):
             frame[8:20, time:time + 10] = 200
-        return records.Clip(frames=frames, controls=np.full(37, index, np.int8),
+        return records.Clip(frames=frames, controls=np.full(9, index, np.int8),
                             caption='A car on a road.' if index % 2 else 'A car on snow.',
                             theme='meadow', seed=index, fps=16,
-                            telemetry=np.zeros((37, len(records.TELEMETRY)), np.float32))
+                            telemetry=np.zeros((9, len(records.TELEMETRY)), np.float32))
 
     records.write_shard(folder / f'train-0{records.SUFFIX}', (clip(index) for index in range(3)))
     return folder

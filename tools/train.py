@@ -4,24 +4,30 @@
 """
 
 import dataclasses
+import sys
 
 from matrix_jax import config
 
 
 def main(argv):
-    """Exit codes: 0 done, 2 bad input, 75 stopped by SIGTERM with its state saved."""
+    """Exit codes: 0 done, 1 diverged, 2 bad input, 75 stopped by SIGTERM with its state saved."""
     _, run = config.Parser(__doc__).run(argv, recipe='carracing:SWIN')
     if run.stage is None:
+        able = [name for name in config.list_recipes() if config.load(name).stage]
         raise config.UsageError(f'{run.name}: has no training stage; recipes with one: '
-                                + ', '.join(config.list_recipes()))
+                                + ', '.join(able))
     if run.data is None:
         raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
     run = dataclasses.replace(run, out=run.out or f'runs/{run.name.replace(":", "-").lower()}')
     with config.door():
         from matrix_jax import worlds
-        from matrix_jax.train.loop import fit
+        from matrix_jax.train.loop import Diverged, fit
         world, params = worlds.start(run)
-        result = fit(run, world, params)
+        try:
+            result = fit(run, world, params)
+        except Diverged as error:
+            print(f'error: {error}', file=sys.stderr)
+            return 1
     print(f'step {result["step"]} loss {result["loss"]:.6f}')
 
 

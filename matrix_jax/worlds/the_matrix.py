@@ -82,8 +82,7 @@ class World(Parts):
     parts = (Part('dit', 'transformer', dit.weights, dit.shapes, still=(
                  ('*norm?/linear/*', fresh.zeros), ('modulation_out/*', fresh.zeros),
                  ('out/*', fresh.zeros))),
-             Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: (
-                 ('*/conv_y/bias', fresh.ones), ('*/conv_[by]/kernel', fresh.uniform(0.1)))),
+             Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
              # Logits of T5 are not scaled by 1/sqrt(E); its queries start smaller instead.
              Part('text', 'text_encoder', t5.weights, t5.shapes, lambda cfg: (
                  ('embedding', fresh.normal(1.0)), ('relative_bias', fresh.normal(cfg.dim ** -0.5)),
