@@ -6,15 +6,16 @@ import pytest
 from matrix_jax.convert import ConversionError, Drop, Row, axes, flatten, to_jax, to_torch
 
 TABLE = (
-    Row('blocks.{i}.q.weight', 'blocks/q/kernel', '(k e) d -> d k e', layers=(0, 2), sizes={'k': 2}),
-    Row('blocks.{i}.q.weight', 'late/q/kernel', '(k e) d -> d k e', layers=(2, 3), sizes={'k': 2}),
+    Row('blocks.{i}.q.weight', 'blocks/q/kernel', '(k e) d -> d k e', (0, 2), {'k': 2}),
+    Row('blocks.{i}.q.weight', 'late/q/kernel', '(k e) d -> d k e', (2, 3), {'k': 2}),
     Row('patch.weight', 'patch/kernel', 'o i h w -> (h w i) o', sizes={'h': 2, 'w': 2}),
     Row('patch.bias', 'patch/bias', 'd -> d'),
     Drop('rope.freqs*', why='computed'),
 )
 
 
-def tensors(rng=np.random.default_rng(0)):
+def tensors():
+    rng = np.random.default_rng(0)
     made = {f'blocks.{i}.q.weight': rng.normal(size=(6, 5)).astype('f4') for i in range(3)}
     made['patch.weight'] = rng.normal(size=(4, 3, 2, 2)).astype('f4')
     made['patch.bias'] = rng.normal(size=(4,)).astype('f4')

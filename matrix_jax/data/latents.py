@@ -37,7 +37,8 @@ class Store:
         meta = json.loads((folder / 'store.json').read_text())
         self.latents = np.load(folder / 'latents.npy', mmap_mode='r')
         self.controls = np.load(folder / 'controls.npy')
-        self.starts, self.captions, self.texts = (meta[key] for key in ('starts', 'captions', 'texts'))
+        self.starts, self.captions = meta['starts'], meta['captions']
+        self.texts = meta['texts']
 
 
 def encode(data: str, world, params, folder: str, split: str = 'train') -> Store:
@@ -79,7 +80,7 @@ def encode(data: str, world, params, folder: str, split: str = 'train') -> Store
 
 
 def _encode(clips, world, params):
-    """Yields float16 latents [T H W C] of each clip, several clips at a time in chunks of 8 frames."""
+    """Yields float16 latents [T H W C] of each clip, several side by side, 8 frames a chunk."""
     import jax
     from tqdm import tqdm
     longest = max(len(clip.frames) for clip in clips)
@@ -119,7 +120,8 @@ class Windows:
 
     def __init__(self, store: Store, frames: int, batch: int, seed: int, ids):
         import grain
-        self.store, self.frames, self.seed, self.ids = store, frames, seed, np.asarray(ids, np.int32)
+        self.store, self.frames, self.seed = store, frames, seed
+        self.ids = np.asarray(ids, np.int32)
         self.places = [(start + offset, caption) for start, end, caption
                        in zip(store.starts, store.starts[1:], store.captions, strict=False)
                        for offset in range(end - start - frames + 1)]

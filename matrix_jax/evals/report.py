@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -111,9 +112,8 @@ def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: 
     """((params, threshold), scores on real frames); a trained probe is kept in `out`."""
     path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
     if found is None:
-        from tqdm import tqdm
         train = control.examples(cfg.probe, map(_example, _each(Clips(data, 'train', cache=False))))
-        params = control.train(cfg.probe, train, lambda steps: tqdm(steps, 'probe', leave=False))
+        params = control.train(cfg.probe, train, _bar('probe'))
         some = control.sample(train, cfg.windows)
         limit = control.threshold(control.read(cfg.probe, params, some)[:, 0], some.controls)
         control.save(path, cfg.probe, params, limit)
@@ -200,7 +200,8 @@ def scripts(world, params, game, starts, cfg: Config) -> dict[str, Scripted]:
         real = np.stack(real)
         prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
         made = streams.script(prompts, real[:, :1 + per * (stream.frames - 1)],
-                              np.stack([indices(one) for one in keys]), count, cfg.seed)
+                              np.stack([indices(one) for one in keys]), count, cfg.seed,
+                              _bar(name))
         context, length = real.shape[1] - per * len(new), per * count
         real = real[:, :context + length]
         made = np.concatenate([real[:, :context], made], axis=1)
@@ -307,8 +308,15 @@ def drive_world(streams: Streams, starts, begun, cfg: driver.Config, holds: int,
 
     prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
     first = np.stack([indices(keys[:streams.cfg.remembered]) for keys in symbols])
-    shown = streams.run(streams.start(prompts, clips, first, seed), choose, holds)
+    shown = streams.run(streams.start(prompts, clips, first, seed), choose, holds,
+                        _bar('drive'))
     return [(frames, keys[:holds]) for frames, keys in zip(shown, pressed, strict=True)]
+
+
+def _bar(name: str):
+    """What wraps a range of steps in a progress bar that vanishes at its end."""
+    from tqdm import tqdm
+    return partial(tqdm, desc=name, leave=False, dynamic_ncols=True)
 
 
 def _mean(scores: list[dict]) -> dict:
@@ -348,7 +356,8 @@ def markdown(results: dict, cfg: Config) -> str:
     road = {name: f'{value["seconds_on_road"]:.1f}' for name, value in loop.items()
             if isinstance(value, dict)}
     steer = [f'{both["generated"]["balanced"]:.2f}',
-             f'{both["real"]["balanced"]:.2f} (held-out clips {probe["real"]["balanced"]:.2f})',
+             f'{both["real"]["balanced"]:.2f} (held-out clips {probe["real"]["balanced"]:.2f}, '
+             f'through the VAE {probe["reconstructed"]["balanced"]:.2f})',
              f'{both["generated"]["shuffled"]:.2f} (keys shuffled)']
     drive = [road['world'], f'{road["game"]} ({road["game, late keys"]} with keys as late)',
              f'{road["world, D held"]} (D held; in the game {road["game, D held"]})']
