@@ -1,0 +1,24 @@
+"""data/starts.py: one clip per theme, chosen by the words of a prompt."""
+
+import numpy as np
+
+from matrix_jax.data import records, starts
+
+
+def test_prompt_words_pick_the_theme(tmp_path):
+    def clip(theme, colour, on_road, caption):
+        telemetry = np.zeros((13, len(records.TELEMETRY)), np.float32)
+        telemetry[:, records.TELEMETRY.index('on_road')] = on_road
+        return records.Clip(frames=np.full((13, 8, 16, 3), colour, np.uint8), caption=caption,
+                            controls=np.zeros(13, np.int8), theme=theme, seed=1, fps=16,
+                            telemetry=telemetry)
+
+    clips = [clip('snow', 9, 0, 'A car in snow.'), clip('snow', 250, 1, 'A car in snow.'),
+             clip('night', 20, 1, 'A car, at night.')]
+    for split in ('train', 'heldout'):
+        records.write_shard(tmp_path / f'{split}-0{records.SUFFIX}', iter(clips))
+    starts.write(tmp_path, tmp_path / 'out', frames=9)
+    snow = starts.choose(tmp_path / 'out', 'deep Snow, please', 8, 16)
+    assert snow.shape == (9, 8, 16, 3) and (snow == 250).all()      # the clip that is on the road
+    assert (starts.choose(tmp_path / 'out', 'a car at night', 8, 16) == 20).all()
+    assert starts.choose(tmp_path, 'snow', 8, 16) is None
