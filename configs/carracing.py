@@ -6,8 +6,6 @@
     tools/generate.py carracing   --weights runs/swin/weights
 """
 
-import dataclasses
-
 from matrix_jax.config import Run, Train
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
@@ -22,9 +20,8 @@ DEFAULT = 'PLAY'
 # Three clean frames of context: one latent frame alone does not show speed and turn rate.
 WORLD = Config(
     name='CarRacing', dit=dit.PRESETS['carracing'], text=t5.PRESETS['carracing'],
-    vae=dataclasses.replace(vae.PRESETS['carracing'], block_out_channels=(8, 16, 32),
-                            latent_channels=4, single_latent_frames=4),
-    control=clip.PRESETS['carracing'], height=64, width=96, decode_chunk=1,
+    vae=vae.PRESETS['carracing'], control=clip.PRESETS['carracing'],
+    height=64, width=96, decode_chunk=1,
     prompt='A red car drives on a grey road through a green meadow.',
     stream=Swin(groups=4, group_frames=1, context=3, steps=20, solver='ddim', entry='head',
                 head_group=2))

@@ -76,8 +76,11 @@ def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bo
                   else video.read_video(source, cfg.fps, count))
         frames = video.fit(frames, cfg.height, cfg.width)
         return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])
-    frames = starts.choose(folder, prompt, cfg.height, cfg.width)
-    if frames is None:
+    for place in (folder, checkpoint.ASSETS / cfg.name.lower()):    # fresh weights have no clips yet
+        frames = starts.choose(place, prompt, cfg.height, cfg.width)
+        if frames is not None:
+            break
+    else:
         raise UsageError('this world brings no start clip: give --video or --image')
     return frames[:count]
 
