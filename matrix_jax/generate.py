@@ -76,7 +76,7 @@ def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bo
                   else video.read_video(source, cfg.fps, count))
         frames = video.fit(frames, cfg.height, cfg.width)
         return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])
-    for place in (folder, checkpoint.ASSETS / cfg.name.lower()):    # fresh weights have no clips yet
+    for place in (folder, checkpoint.ASSETS / cfg.name.lower()):   # fresh weights have no clips
         frames = starts.choose(place, prompt, cfg.height, cfg.width)
         if frames is not None:
             break

@@ -28,8 +28,8 @@ def recorded(tmp_path):
     def clip(index, count):
         frames = np.zeros((count, 8, 8, 3), np.uint8)
         frames[:, :, :4] = 100
-        return records.Clip(frames=frames, controls=np.full(count, 1, np.int8), caption=f'c{index % 2}',
-                            theme='meadow', seed=index, fps=16,
+        return records.Clip(frames=frames, controls=np.full(count, 1, np.int8),
+                            caption=f'c{index % 2}', theme='meadow', seed=index, fps=16,
                             telemetry=np.zeros((count, len(records.TELEMETRY)), np.float32))
 
     clips = [clip(0, 33), clip(1, 41), clip(2, 21)]
