@@ -42,7 +42,6 @@ def fit(run, world, params) -> dict:
       SystemExit(STOPPED): SIGTERM came; the state was saved first.
     """
     stage, train = run.stage, run.train
-    os.makedirs(run.out, exist_ok=True)
     mesh = sharding.make_mesh(run.mesh)
     params = {name: params[name] for name in stage.components}
     loader = stage.loader(world, params, run.data, train.batch, train.seed,

@@ -191,6 +191,13 @@ def test_config_refuses_other_maths(changes, message):
         cogvideox.Config.from_released(released)
 
 
+def test_only_networks_with_control_positions_say_so():
+    with_codes = dataclasses.replace(
+        TINY, control=dataclasses.replace(TINY.control, positions=True))
+    assert cogvideox.Config.from_released(with_codes.to_released()).control.positions
+    assert 'control_positions' not in TINY.to_released()
+
+
 def test_config_reads_what_a_stage_one_release_leaves_out():
     released = {'_class_name': 'x', '_diffusers_version': '0.31', 'num_layers': 6,
                 'in_channels': 16, 'out_channels': 16, 'patch_size_t': None}

@@ -30,6 +30,22 @@ def test_the_published_loss_is_a_plain_error_of_v():
     np.testing.assert_allclose(aux['x0'].shape, clean.shape)
 
 
+def test_recycling_puts_own_errors_on_condition_frames_only():
+    keys = jax.random.split(jax.random.key(1), 3)
+    clean, noise = (jax.random.normal(key, (32, 5, 2, 2, 1)) for key in keys[:2])
+    levels = jnp.broadcast_to(jnp.array([0, 100, 350, 600, 850]), (32, 5))
+
+    def seen(denoise):
+        return SwinDPM(recycle=1.0)._recycled(SCHEDULE, denoise, clean, noise, levels, 1, keys[2])
+
+    target = schedules.velocity(SCHEDULE, clean, noise, levels)
+    np.testing.assert_allclose(seen(lambda x, t: target), clean, atol=1e-4)
+    wrong = seen(lambda x, t: target + 1)
+    np.testing.assert_array_equal(wrong[:, 1:], clean[:, 1:])
+    moved = np.any(np.abs(wrong[:, 0] - clean[:, 0]) > 1e-3, axis=(1, 2, 3))
+    assert 6 < moved.sum() < 26      # half of the samples
+
+
 @pytest.mark.parametrize('path, alone, together', [
     ('transformer/patch/kernel', True, True), ('text_encoder/embedding', False, True),
     ('control_encoder/projection/kernel', False, True),
