@@ -169,8 +169,8 @@ PRESETS = {
                    text_length=7, control=Control(dim=10, start=1, end=3), sample=(12, 8, 17)),
     '2b': Config(dtype='bfloat16', remat=True),
     '2b_control': Config(dtype='bfloat16', remat=True, control=Control()),
-    'carracing': Config(heads=4, head_dim=44, channels=4, layers=6, time_dim=48, text_dim=64,
-                        text_length=64, patch=4, spatial_scale=1.0, sample=(24, 16, 33),
+    'carracing': Config(heads=4, head_dim=44, channels=8, layers=6, time_dim=48, text_dim=64,
+                        text_length=64, patch=2, spatial_scale=1.0, sample=(12, 8, 33),
                         scan_unroll=4,
                         control=Control(64, 2, 6, positions=True)),
 }

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from matrix_jax.stream import swin
 from matrix_jax.train.denoise import denoise_loss
 from matrix_jax.train.stage import Stage
 
@@ -37,19 +38,22 @@ class SwinDPM(Stage):
         half of the samples get level 0. 0 switches it off (reference).
       recycle: scale of one-step prediction errors that are put back on the condition frames of
         half of the samples, targets staying clean. 0 switches it off (reference).
+      late_binding: share of samples whose noisiest slots hold the control of the stream's entry
+        slot, as in play, where later controls are not known yet. 0 switches it off (reference).
       train_encoders: train the text and control encoders too (first stage of a bundled world).
     """
     control_dropout: float = 0.1
     text_dropout: float = 0.0
     condition_noise: int = 0
     recycle: float = 0.0
+    late_binding: float = 0.0
     train_encoders: bool = False
 
     components = ('transformer', 'text_encoder', 'control_encoder', 'vae')
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ('control_dropout', 'text_dropout'):
+        for name in ('control_dropout', 'text_dropout', 'late_binding'):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected 0 to 1')
         if not 0 <= self.condition_noise < 250:
@@ -79,7 +83,9 @@ class SwinDPM(Stage):
         table = world.embed_controls(params)
         nothing = table.shape[0] - 1     # last row: null control
         dropped = jax.random.uniform(keys[1], (size, 1)) < self.control_dropout
-        control = table[jnp.where(dropped, nothing, batch['controls'])]
+        late = jax.random.uniform(keys[7], (size, 1)) < self.late_binding
+        controls = jnp.where(late, played(stream, batch['controls']), batch['controls'])
+        control = table[jnp.where(dropped, nothing, controls)]
         u = jax.random.randint(keys[2], (size,), 0, 1000 // stream.groups)
         told = jax.random.randint(keys[3], (size, 1), 0, self.condition_noise + 1)
         told = jnp.where(jax.random.uniform(keys[4], (size, 1)) < 0.5, 0, told)
@@ -112,6 +118,12 @@ class SwinDPM(Stage):
         scale = self.recycle * jax.random.uniform(pick[1], (size, 1, 1, 1, 1))
         scale = jnp.where(_chosen(pick[2], size, 0.5, 5), scale, 0.0)
         return clean.at[:, :context].add(scale * error)
+
+
+def played(stream, controls):
+    """Controls [B T] of a window as a stream has them when its newest control is the last known."""
+    newest = controls[:, stream.entry_slot:stream.entry_slot + stream.group_frames]
+    return swin.bind(stream, controls[:, :stream.remembered], newest)
 
 
 def _chosen(key, size, share, ndim):

@@ -58,7 +58,8 @@ class Decoder(nn.Module):
                 x = Upsample2d(width, dtype=cfg.dtype, name=f'upsample_{level}')(x)
                 x = double_time(cfg, x) if cfg.halves_time(level) else x
         x = nn.silu(SpatialNorm(cfg, name='norm_out')(x, z))
-        x, new['conv_out'] = conv(cfg, cfg.out_channels, 'conv_out')(x, old.get('conv_out'))
+        width = cfg.out_channels * cfg.patch_size**2
+        x, new['conv_out'] = conv(cfg, width, 'conv_out')(x, old.get('conv_out'))
         return new, x
 
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from matrix_jax.diffusion import schedules
+from matrix_jax.stream import swin
 from matrix_jax.train.denoise import denoise_loss
-from matrix_jax.train.swin_dpm import SwinDPM, grouped_levels
+from matrix_jax.train.swin_dpm import SwinDPM, grouped_levels, played
 from matrix_jax.train.vae import Autoencode
 
 SCHEDULE = schedules.make(schedules.SchedulerConfig())
@@ -65,3 +66,11 @@ def test_what_trains(path, alone, together):
 def test_wrong_settings_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
+
+
+def test_late_binding_holds_the_control_of_the_entry_slot():
+    controls = jnp.arange(9)[None]
+    stream = swin.Config(groups=4, group_frames=2, context=1, entry='head', head_group=1)
+    np.testing.assert_array_equal(played(stream, controls), [[0, 1, 2, 3, 4, 4, 4, 4, 4]])
+    tail = swin.Config(groups=4, group_frames=2, context=1)
+    np.testing.assert_array_equal(played(tail, controls), controls)

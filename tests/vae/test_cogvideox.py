@@ -133,6 +133,23 @@ def test_lengths_of_decoded_clips(single, latents, frames):
     assert made.shape == (1, frames, 16, 8, 3)
 
 
+def test_patched_frames_are_stacked_pixels():
+    patched = dataclasses.replace(SMALL, patch_size=2, out_channels=2)
+    plain = dataclasses.replace(SMALL, in_channels=12, out_channels=8)
+    assert patched.spatial_compression == 2 * plain.spatial_compression
+    params, frames = params_of(plain), normal(1, 4, 8, 12, 3)
+    stacked = np.stack([frames[:, :, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=-2)
+    mean, _ = compiled(vae.encode, patched)(params, frames)
+    same, _ = compiled(vae.encode, plain)(params, stacked.reshape(1, 4, 4, 6, 12))
+    np.testing.assert_array_equal(mean, same)
+    made = compiled(vae.decode, patched)(params, mean)
+    stacked = compiled(vae.decode, plain)(params, mean)
+    for i, j in np.ndindex(2, 2):
+        np.testing.assert_array_equal(made[..., i::2, j::2, :],
+                                      stacked[..., 2 * (2 * i + j):2 * (2 * i + j + 1)])
+    assert vae.Config.from_released(patched.to_released()) == patched
+
+
 def test_clips_of_a_batch_do_not_meet():
     params = params_of(SMALL)
     for function, clips in ((vae.encode, normal(2, 5, 4, 4, 3)),
