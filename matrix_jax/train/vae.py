@@ -7,13 +7,18 @@ in, one latent frame per chunk out, so that the chunk statistics of the norms ar
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matrix_jax import convert
 from matrix_jax.train.stage import Stage
 from matrix_jax.vae import cogvideox
+
+# Kernels that read latents: of the first convolution and of the modulated norms.
+LATENT_INPUT = re.compile(r'^decoder/conv_in/kernel$|/conv_[yb]/kernel$')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +29,13 @@ class Autoencode(Stage):
       frames: clip length F = 1 + 4k.
       kl: weight of the KL divergence to N(0, 1), per latent element.
       edges: weight of the L1 difference of spatial gradients.
+      train_encoder: whether the encoder trains too. If not, latents stay the ones that a stream
+        has learned.
     """
     frames: int = 9
     kl: float = 1e-5
     edges: float = 0.5
+    train_encoder: bool = True
 
     components = ('vae',)
 
@@ -36,6 +44,9 @@ class Autoencode(Stage):
         if self.frames < 9 or (self.frames - 1) % 8:
             raise ValueError(f'stage.frames: got {self.frames}, expected 1 + 8k with k of at least '
                              '1 (whole encoder chunks)')
+
+    def trainable(self, path):
+        return self.train_encoder or path.startswith('vae/decoder/')
 
     def loader(self, world, params, data, batch, seed, cache):
         from matrix_jax.data.loader import Loader
@@ -56,16 +67,31 @@ class Autoencode(Stage):
         return loss, {'psnr': psnr, 'kl': kl, 'latent_std': jnp.std(mean)}
 
     def finish(self, world, params, loader):
-        """Sets the scaling factor to 1/std of the latents, as the noise schedule expects."""
+        """Gives every latent channel a standard deviation of 1, as the noise schedule expects."""
         cfg = world.cfg.vae
+        if not self.train_encoder:
+            return world, params
         encode = jax.jit(lambda p, x: cogvideox.encode(cfg, p, x)[0])
         means = []
         for _ in range(8):
             frames = next(loader)['frames'].astype(np.float32) / 127.5 - 1
             means.append(np.asarray(encode(params['vae'], frames)))
-        factor = float(1 / np.std(np.concatenate(means)))
-        vae = dataclasses.replace(cfg, scaling_factor=factor)
-        return world.replace(vae=vae), params
+        std = np.concatenate(means).std(axis=(0, 1, 2, 3))
+        vae = dataclasses.replace(cfg, scaling_factor=1.0)
+        return world.replace(vae=vae), {**params, 'vae': rescaled(params['vae'], std)}
+
+
+def rescaled(params, std):
+    """The same autoencoder with latents divided by `std` [C]: the factor goes into the weights."""
+    flat, channels = convert.flatten(params), len(std)
+    for path, leaf in flat.items():
+        if path == 'encoder/conv_out/kernel':
+            flat[path] = leaf / np.append(std, np.ones(channels, std.dtype))
+        elif path == 'encoder/conv_out/bias':
+            flat[path] = np.append(leaf[:channels] / std, leaf[channels:] - 2 * np.log(std))
+        elif path.startswith('decoder/') and LATENT_INPUT.search(path):
+            flat[path] = leaf * std[:, None]
+    return convert.unflatten(flat)
 
 
 def decode_streamed(cfg, params, latents):

@@ -56,6 +56,12 @@ def test_what_trains(path, alone, together):
     assert SwinDPM(train_encoders=True).trainable(path) is together
 
 
+def test_a_decoder_can_train_alone():
+    assert not Autoencode(train_encoder=False).trainable('vae/encoder/conv_in/kernel')
+    assert Autoencode(train_encoder=False).trainable('vae/decoder/conv_in/kernel')
+    assert Autoencode().trainable('vae/encoder/conv_in/kernel')
+
+
 @pytest.mark.parametrize('make, said', [
     (lambda: SwinDPM(control_dropout=1.5), 'stage.control_dropout: got 1.5'),
     (lambda: SwinDPM(condition_noise=250), 'stage.condition_noise: got 250'),

@@ -1,0 +1,23 @@
+import jax
+import numpy as np
+
+from matrix_jax.train.vae import rescaled
+from matrix_jax.vae import cogvideox as vae
+
+TINY = vae.Config(latent_channels=4, block_out_channels=(4, 8), layers_per_block=1, norm_groups=2,
+                  temporal_compression=2, single_latent_frames=2, sample_height=16,
+                  sample_width=24)
+
+
+def test_rescaled_latents_make_the_same_frames():
+    draws = np.random.default_rng(0)
+    params = vae.init(TINY, seed=0)
+    frames = draws.normal(size=(1, 4, 8, 12, 3)).astype(np.float32)
+    std = np.array([0.5, 1, 2, 8], np.float32)
+    scaled = rescaled(params, std)
+    mean, logvar = jax.jit(lambda p: vae.encode(TINY, p, frames))(params)
+    small, small_logvar = jax.jit(lambda p: vae.encode(TINY, p, frames))(scaled)
+    np.testing.assert_allclose(small * std, mean, atol=1e-5)
+    np.testing.assert_allclose(small_logvar + 2 * np.log(std), logvar, atol=1e-5)
+    decode = jax.jit(lambda p, z: vae.decode(TINY, p, z))
+    np.testing.assert_allclose(decode(scaled, small), decode(params, mean), atol=1e-4)
