@@ -1,8 +1,8 @@
 """Clips encoded once: latents, controls and captions of whole episodes, memory-mapped.
 
 Episodes go through the encoder whole, so that a window cut from the middle has the temporal context
-that streamed latents have. One file per split; where the world allows it, every second episode
-is stored as its mirror image with mirrored keys, so that left and right weigh the same.
+that streamed latents have. One file per split; where the world allows it, every episode is stored
+a second time as its mirror image with mirrored keys, so that left and right weigh the same.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ def encode(data: str, world, params, folder: str, split: str = 'train') -> Store
     final = Path(folder) / split
     shards = records.shards(Path(data), split)
     source = {'shards': [shard.name for shard in shards], 'mirror': world.cfg.mirror,
-              'scale': world.cfg.vae.scaling_factor}
+              'scale': world.cfg.vae.scaling_factor, 'encoder': _digest(params['vae']['encoder'])}
     if (final / 'store.json').exists():
         if json.loads((final / 'store.json').read_text())['source'] == source:
             return Store(final)
     opened = [records.Shard(shard) for shard in shards]
     clips = [shard[index] for shard in opened for index in range(len(shard))]
     if world.cfg.mirror:
-        clips = [mirror(clip) if index % 2 else clip for index, clip in enumerate(clips)]
+        clips += [mirror(clip) for clip in clips]
     texts = sorted({clip.caption for clip in clips})
     latents = list(_encode(clips, world, params))
     starts = np.cumsum([0] + [len(one) for one in latents]).tolist()
@@ -77,6 +77,15 @@ def encode(data: str, world, params, folder: str, split: str = 'train') -> Store
 
     checkpoint.replace_folder(final, fill)
     return Store(final)
+
+
+def _digest(params) -> str:
+    """Names weights, so that latents of other ones are not taken for theirs."""
+    import hashlib
+
+    import jax
+    leaves = (np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
+    return hashlib.sha256(b''.join(leaves)).hexdigest()
 
 
 def _encode(clips, world, params):

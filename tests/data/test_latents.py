@@ -8,6 +8,8 @@ import pytest
 
 from matrix_jax.data import latents, records
 
+PARAMS = {'vae': {'encoder': {'kernel': np.ones(2)}}}
+
 
 class World:
     """Stands in for a world: a latent frame is the mean colour of its last frame."""
@@ -37,27 +39,30 @@ def recorded(tmp_path):
     return tmp_path
 
 
-def test_every_second_clip_is_mirrored_and_padding_is_cut(recorded, tmp_path):
-    store = latents.encode(recorded, World(), {}, tmp_path / 'cache')
+def test_every_clip_is_mirrored_and_padding_is_cut(recorded, tmp_path):
+    store = latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
     # 21 frames are 1 + 8 + 8 + 4: the last chunk saw padding, so its latent frame is not kept.
-    assert np.diff(store.starts).tolist() == [9, 11, 5]
-    assert store.texts == ['c0', 'c1'] and store.captions == [0, 1, 0]
-    first, second = store.latents[0], store.latents[store.starts[1]]
+    assert np.diff(store.starts).tolist() == [9, 11, 5] * 2
+    assert store.texts == ['c0', 'c1'] and store.captions == [0, 1, 0] * 2
+    first, second = store.latents[0], store.latents[store.starts[3]]
     assert first[0, 0, 0] == 100 and first[0, 1, 0] == 0
     np.testing.assert_array_equal(second, first[:, ::-1])
-    assert store.controls[0] == 1 and store.controls[store.starts[1]] == 2
+    assert store.controls[0] == 1 and store.controls[store.starts[3]] == 2
 
 
 def test_a_store_is_made_once(recorded, tmp_path):
     world = World()
-    latents.encode(recorded, world, {}, tmp_path / 'cache')
+    latents.encode(recorded, world, PARAMS, tmp_path / 'cache')
     calls = world.calls
-    latents.encode(recorded, world, {}, tmp_path / 'cache')
+    latents.encode(recorded, world, PARAMS, tmp_path / 'cache')
     assert world.calls == calls > 0
+    other = {'vae': {'encoder': {'kernel': np.zeros(2)}}}
+    latents.encode(recorded, world, other, tmp_path / 'cache')
+    assert world.calls == 2 * calls
 
 
 def test_windows_resume_exactly_and_refuse_other_data(recorded, tmp_path):
-    store = latents.encode(recorded, World(), {}, tmp_path / 'cache')
+    store = latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
     ids = np.arange(6).reshape(2, 3)
     windows = latents.Windows(store, 4, 2, 7, ids)
     next(windows)
