@@ -1,8 +1,7 @@
-"""Weights and training state on disk.
+"""Weights on disk, of released and bundled worlds alike, in the released (diffusers) layout.
 
-Weights, of released and bundled worlds alike, are folders in the released (diffusers) layout:
-one sub-folder per component with `config.json` and safetensors. Nothing else is read: pickles are
-refused by content. Training state is orbax, restored straight into its shardings.
+A folder has one sub-folder per component with `config.json` and safetensors. Nothing else is read:
+pickles are refused by content. Training state is in `saves.py`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from matrix_jax import convert, leaves
 from matrix_jax.config import UsageError
 
 ASSETS = Path(__file__).parent / 'assets'
@@ -124,7 +122,7 @@ class Tensors(Mapping[str, np.ndarray]):
         if listed is not None and listed != set(self._files):
             lost, extra = sorted(listed - set(self._files)), sorted(set(self._files) - listed)
             raise CheckpointError(f'{folder}: shards and index differ: '
-                                  f'missing {_some(lost)}; not in the index {_some(extra)}')
+                                  f'missing {some(lost)}; not in the index {some(extra)}')
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
@@ -147,7 +145,7 @@ def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
     if not found:
         pickles = [path.name for path in folder.iterdir() if path.suffix in ('.bin', '.pth', '.pt')]
         raise CheckpointError(
-            f'{folder}: {_some(pickles)} is a pickle, which is not read here; '
+            f'{folder}: {some(pickles)} is a pickle, which is not read here; '
             'tools/convert.py makes safetensors of it' if pickles else
             f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an index.json')
     if found[0] in single:
@@ -200,7 +198,8 @@ def _diagnose(path: Path) -> str | None:
     return f'truncated: {size} bytes of {wanted}' if size < wanted else None
 
 
-def _some(names: list[str], shown: int = 5) -> str:
+def some(names: list[str], shown: int = 5) -> str:
+    """The first names of a list, for a message."""
     more = f' and {len(names) - shown} more' if len(names) > shown else ''
     return ', '.join(names[:shown]) + more if names else 'none'
 
@@ -273,103 +272,3 @@ def replace_folder(folder: Path, fill) -> Path:
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder
-
-
-# --- training state --------------------------------------------------------------------------
-
-
-class Checkpoints:
-    """Training state in a folder: the newest `keep` steps, each complete or absent.
-
-    A step is a tree of arrays and a JSON object (iterator state, recipe), committed together by
-    one rename, so a killed save leaves the steps before it. Leaves are arrays, typed PRNG keys or
-    Python and numpy scalars. Saving goes on in the background; `wait` for it, or `close`.
-    """
-
-    def __init__(self, folder: str | Path, keep: int = 3, every: int = 1):
-        """Args: `save` skips steps that are no multiple of `every`, unless forced."""
-        import orbax.checkpoint as ocp
-
-        folder = Path(folder).expanduser().resolve()
-        if folder.exists() and not folder.is_dir():
-            raise CheckpointError(f'{folder}: is a file, expected a folder for training state')
-        self.folder = folder
-        self._ocp = ocp
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every),
-            item_handlers={'state': ocp.StandardCheckpointHandler(),
-                           'extra': ocp.JsonCheckpointHandler()})
-
-    def latest(self) -> int | None:
-        """The newest complete step."""
-        self.wait()
-        return self._manager.latest_step()
-
-    def save(self, step: int, state, extra: Mapping[str, Any] | None = None,
-             force: bool = False) -> bool:
-        """Starts to save a step; False if it is not due, or is there already."""
-        if step in self._manager.all_steps():
-            return False
-        args = self._ocp.args
-        return self._manager.save(step, force=force, args=args.Composite(
-            state=args.StandardSave(leaves.to_plain(state)),
-            extra=args.JsonSave(dict(extra or {}))))
-
-    def restore(self, abstract_state=None, step: int | None = None):
-        """(step, state, extra) of the newest step (or of `step`); None if there is none.
-
-        Args:
-          abstract_state: tree of arrays or ShapeDtypeStructs to restore into, with shardings
-            (without one, the first device); None gives nested dicts of numpy arrays.
-          step: a step to restore instead of the newest.
-
-        Raises:
-          CheckpointError: no such step, or its leaves differ from `abstract_state`.
-        """
-        self.wait()
-        steps = sorted(self._manager.all_steps())
-        if step is None and not steps:
-            return None
-        step = steps[-1] if step is None else step
-        if step not in steps:
-            raise CheckpointError(f'{self.folder}: no step {step}; there are '
-                                  + (', '.join(map(str, steps)) or 'none'))
-        metadata = self._manager.item_metadata(step)['state']
-        if metadata is None:
-            raise CheckpointError(f'{self.folder}: step {step} is no training state')
-        saved = {name: (tuple(leaf.shape), np.dtype(leaf.dtype))
-                 for name, leaf in metadata.tree.items()}
-        if abstract_state is None:
-            targets = {name: np.empty(*leaf) for name, leaf in saved.items()}
-        else:
-            targets = leaves.targets(abstract_state)
-            _compare(f'{self.folder}: step {step}', saved, targets)
-        args = self._ocp.args
-        found = self._manager.restore(step, args=args.Composite(
-            state=args.StandardRestore(targets), extra=args.JsonRestore()))
-        flat = dict(found['state'])
-        state = (convert.unflatten(flat) if abstract_state is None
-                 else leaves.from_plain(abstract_state, flat))
-        return step, state, found['extra']
-
-    def wait(self):
-        """Returns when every started save is on disk."""
-        self._manager.wait_until_finished()
-
-    def close(self):
-        """Waits, then gives up the folder."""
-        self.wait()
-        self._manager.close()
-
-
-def _compare(where: str, saved: Mapping[str, Any], targets: Mapping[str, Any]):
-    wrong = [f'{name}: got {saved[name][1]}{list(saved[name][0])}, '
-             f'expected {targets[name].dtype}{list(targets[name].shape)}'
-             for name in sorted(set(saved) & set(targets))
-             if saved[name] != (tuple(targets[name].shape), np.dtype(targets[name].dtype))]
-    lost, extra = sorted(set(targets) - set(saved)), sorted(set(saved) - set(targets))
-    faults = ([f'missing {_some(lost)}'] * bool(lost) + [f'unknown {_some(extra)}'] * bool(extra)
-              + wrong[:5])
-    if faults:
-        raise CheckpointError(f'{where} does not fit this recipe: {"; ".join(faults)}')

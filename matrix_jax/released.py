@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import checkpoint, convert, worlds
+from matrix_jax import checkpoint, convert, saves, worlds
 from matrix_jax.config import UsageError
 
 PARAMS = 'params'
@@ -152,7 +152,7 @@ def _weight_files(folder: str, names: list[str]) -> list[str]:
 
 
 def _read_ours(folder: Path) -> dict:
-    saver = checkpoint.Checkpoints(folder / PARAMS)
+    saver = saves.Checkpoints(folder / PARAMS)
     try:
         found = saver.restore()
     finally:
@@ -163,7 +163,7 @@ def _read_ours(folder: Path) -> dict:
 
 
 def _write_ours(folder: Path, params: dict):
-    saver = checkpoint.Checkpoints(folder / PARAMS)
+    saver = saves.Checkpoints(folder / PARAMS)
     saver.save(0, params)
     saver.close()
 

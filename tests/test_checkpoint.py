@@ -3,19 +3,14 @@
 import json
 import pickle
 import zipfile
-from functools import partial
-from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 
 from matrix_jax import checkpoint
-from matrix_jax.checkpoint import CheckpointError, Checkpoints
+from matrix_jax.checkpoint import CheckpointError
 
 CONFIG = {'_class_name': 'Toy', 'width': 3}
 TENSORS = {'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4), 'b': np.float32(2.5),
@@ -206,121 +201,3 @@ def test_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match='neither a folder here nor a hub') as error:
         checkpoint.resolve('MatrixTeam/NotThere')
     assert '\n' not in str(error.value)
-
-
-# --- training state --------------------------------------------------------------------------
-
-
-class Moments(NamedTuple):
-    mean: jax.Array
-    count: int
-
-
-def make_state(seed):
-    params = {'a/b': jnp.arange(16.0) + seed, 'c': jnp.full((3,), seed, jnp.bfloat16)}
-    return {'params': params, 'opt': optax.adamw(1e-3).init(params), 'key': jax.random.key(seed),
-            'raw': jax.random.key_data(jax.random.key(seed)), 'moments': Moments(jnp.ones(2), seed),
-            'rate': np.float32(seed), 'host': np.arange(seed)}
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for a, b in zip(jax.tree.leaves(left), jax.tree.leaves(right)):
-        assert type(a) is type(b)
-        if hasattr(a, 'dtype') and jax.dtypes.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-def test_state_round_trip_keeps_the_newest(tmp_path):
-    saver = Checkpoints(tmp_path / 'state', keep=2)
-    assert saver.restore(make_state(5)) is None
-    for step in (1, 2, 3):
-        assert saver.save(step, make_state(5), {'data': [step], 'recipe': 'toy:TINY'})
-    assert not saver.save(3, make_state(5))
-    saver.close()
-
-    saver = Checkpoints(tmp_path / 'state', keep=2)
-    step, state, extra = saver.restore(make_state(5))
-    assert (step, extra) == (3, {'data': [3], 'recipe': 'toy:TINY'})
-    assert_same(state, make_state(5))
-    assert saver.restore(make_state(5), step=2)[2]['data'] == [2]
-    with pytest.raises(CheckpointError, match='no step 1; there are 2, 3'):
-        saver.restore(make_state(5), step=1)
-    plain = saver.restore()[1]
-    np.testing.assert_array_equal(plain['params']['a']['b'], np.arange(16.0) + 5)
-    assert isinstance(plain['params']['c'], np.ndarray)
-    saver.close()
-
-
-def test_restored_straight_into_other_shardings(tmp_path):
-    mesh = jax.make_mesh((8,), ('data',))
-    split = NamedSharding(mesh, PartitionSpec('data'))
-    whole = NamedSharding(mesh, PartitionSpec())
-    state = {'w': jax.device_put(jnp.arange(16.0), split), 'key': jax.random.key(1)}
-    saver = Checkpoints(tmp_path)
-    saver.save(1, state)
-    target = {'w': jax.ShapeDtypeStruct((16,), jnp.float32, sharding=whole),
-              'key': jax.ShapeDtypeStruct((), state['key'].dtype, sharding=whole)}
-    _, found, _ = saver.restore(target)
-    assert found['w'].sharding.is_equivalent_to(whole, 1)
-    np.testing.assert_array_equal(found['w'], state['w'])
-    assert jax.random.key_data(found['key']).tolist() == [0, 1]
-    _, found, _ = saver.restore({'w': jnp.zeros(16), 'key': jax.random.key(0)})
-    assert len(found['w'].sharding.device_set) == 1
-    saver.close()
-
-
-def test_saving_does_not_see_later_donated_updates(tmp_path):
-    step = jax.jit(lambda x: x + 1, donate_argnums=0)
-    x = jnp.zeros(200_000)
-    saver = Checkpoints(tmp_path)
-    saver.save(1, {'x': x})
-    for _ in range(20):
-        x = step(x)
-    assert float(saver.restore({'x': x})[1]['x'].max()) == 0
-    saver.close()
-
-
-def test_killed_save_leaves_the_step_before(tmp_path):
-    saver = Checkpoints(tmp_path)
-    saver.save(1, make_state(1), {'data': 1})
-    saver.close()
-    # What a kill in the middle leaves: a folder that was never renamed into place.
-    (tmp_path / '2.orbax-checkpoint-tmp-7' / 'state').mkdir(parents=True)
-    saver = Checkpoints(tmp_path)
-    assert saver.latest() == 1
-    assert_same(saver.restore(make_state(1))[1], make_state(1))
-    assert saver.save(2, make_state(2))
-    saver.wait()
-    assert saver.latest() == 2
-    saver.close()
-
-
-def test_save_when_due(tmp_path):
-    saver = Checkpoints(tmp_path, every=10)
-    saved = [step for step in range(1, 25) if saver.save(step, {'x': jnp.zeros(1)})]
-    assert saved[1:] == [10, 20]
-    assert saver.save(25, {'x': jnp.zeros(1)}, force=True)
-    saver.close()
-
-
-@pytest.mark.parametrize('change, words', [
-    (lambda state: state | {'more': jnp.ones(1)}, ['missing more']),
-    (lambda state: {'w': state['w']}, ['unknown b']),
-    (partial(dict, w=jnp.ones(4)), ['w: got float32[3], expected float32[4]']),
-])
-def test_state_of_another_recipe_is_refused(tmp_path, change, words):
-    state = {'w': jnp.ones(3), 'b': jnp.ones(2)}
-    saver = Checkpoints(tmp_path)
-    saver.save(7, state)
-    with pytest.raises(CheckpointError, match='step 7 does not fit this recipe') as error:
-        saver.restore(change(state))
-    assert all(word in str(error.value) for word in words)
-    saver.close()
-
-
-def test_a_file_is_no_folder_for_state(tmp_path):
-    (tmp_path / 'file').touch()
-    with pytest.raises(CheckpointError, match='is a file'):
-        Checkpoints(tmp_path / 'file')

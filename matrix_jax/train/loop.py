@@ -14,7 +14,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from matrix_jax import checkpoint, convert, sharding
+from matrix_jax import convert, saves, sharding
 from matrix_jax.train import optim
 from matrix_jax.train import state as states
 
@@ -51,7 +51,7 @@ def fit(run, world, params) -> dict:
     tx = optim.make(stage.optimizer, train.steps, axes)
     state = states.init(params, stage.trainable, tx, train.seed)
     state = jax.device_put(state, sharding.replicated(mesh))
-    saver = checkpoint.Checkpoints(os.path.join(run.out, 'state'), keep=train.keep)
+    saver = saves.Checkpoints(os.path.join(run.out, 'state'), keep=train.keep)
     restored, loss = saver.restore(state), float('nan')
     if restored is not None:
         _, state, extra = restored
