@@ -14,16 +14,12 @@ from functools import partial
 import jax
 import numpy as np
 
-from matrix_jax import convert, saves, sharding
+from matrix_jax import saves, sharding
 from matrix_jax.train import optim
 from matrix_jax.train import state as states
+from matrix_jax.train.guard import Guard
 
-MAX_SKIPPED = 20     # refused updates in a row before the run gives up
 STOPPED = 75         # exit code after SIGTERM: state is saved, start again to go on
-
-
-class Diverged(RuntimeError):
-    """The loss stayed non-finite."""
 
 
 def fit(run, world, params) -> dict:
@@ -35,42 +31,45 @@ def fit(run, world, params) -> dict:
       params: start parameters by component.
 
     Returns:
-      dict with step, loss (mean since the last log line), seconds.
+      dict with step, loss (mean since the last log line), refused (updates that were left out,
+      being not finite), seconds.
 
     Raises:
-      Diverged: MAX_SKIPPED updates in a row were not finite.
+      guard.Diverged: several updates in a row were not finite.
+      saves.SaveError: a save could not be written; the one before it is whole.
       SystemExit(STOPPED): SIGTERM came; the state was saved first.
     """
     stage, train = run.stage, run.train
     mesh = sharding.make_mesh(run.mesh)
-    params = {name: params[name] for name in stage.components}
+    params = stage.start(world, params, train.seed)
     loader = stage.loader(world, params, run.data, train.batch, train.seed,
                           os.path.join(run.out, 'cache'))
-    axes = {path: leaf for name in stage.components
-            for path, leaf in convert.flatten({name: convert.axes(world.tables[name])}).items()}
-    tx = optim.make(stage.optimizer, train.steps, axes)
+    tx = optim.make(stage.optimizer, train.steps, stage.axes(world))
     state = states.init(params, stage.trainable, tx, train.seed)
     state = jax.device_put(state, sharding.replicated(mesh))
     saver = saves.Checkpoints(os.path.join(run.out, 'state'), keep=train.keep)
-    restored, loss = saver.restore(state), float('nan')
+    restored, extra = saver.restore(state), {}
     if restored is not None:
         _, state, extra = restored
         loader.restore(extra['data'].encode())
-        loss = extra.get('loss', loss)
+    guard = Guard(getattr(loader, 'names', None), extra.get('refused', 0))
     step = jax.jit(states.make_step(partial(stage.loss, world), tx, stage.ema), donate_argnums=0)
     put = partial(jax.device_put, device=sharding.batch_sharding(mesh))
     try:
-        result = _loop(train, state, loader, step, put, saver, run.out, loss)
+        result = _loop(train, state, loader, step, put, saver, run.out, guard,
+                       extra.get('loss', float('nan')))
     finally:
         saver.close()
     state = result.pop('state')
     final = jax.device_get(states.merged(state, 'ema'))
     world, final = stage.finish(world, final, loader)
-    world.save(os.path.join(run.out, 'weights'), final, start=run.weights)
+    folder = os.path.join(run.out, 'weights')
+    world.save(folder, final, start=run.weights, dtype=stage.export)
+    stage.add_files(world, final, folder)
     return result
 
 
-def _loop(train, state, loader, step, put, saver, out, loss) -> dict:
+def _loop(train, state, loader, step, put, saver, out, guard, loss) -> dict:
     from tensorboardX import SummaryWriter
     from tqdm import tqdm
     start = int(state.step)
@@ -80,25 +79,29 @@ def _loop(train, state, loader, step, put, saver, out, loss) -> dict:
     began, losses = time.time(), []
 
     def save(index):
-        saver.save(index, state, {'data': loader.state().decode(), 'loss': loss})
+        guard.settle()
+        saver.save(index, state, {'data': loader.state().decode(), 'loss': loss,
+                                  'refused': guard.refused})
 
     try:
         with tqdm(total=train.steps, initial=start, unit='step', dynamic_ncols=True) as bar:
             for index in range(start, train.steps):
-                state, metrics = step(state, put(next(loader)))
+                batch = dict(next(loader))
+                clips = batch.pop('clip', None)
+                state, metrics = step(state, put(batch))
                 losses.append(metrics['loss'])
                 bar.update()
                 done = index + 1
+                guard.watch(done, clips, metrics)
                 if done % train.log_every == 0 or done == train.steps:
-                    loss = float(np.nanmean(jax.device_get(losses)))
+                    guard.settle()
+                    finite = [one for one in jax.device_get(losses) if np.isfinite(one)]
+                    loss = float(np.mean(finite)) if finite else float('nan')
                     losses = []
                     values = {name: float(value)
                               for name, value in jax.device_get(metrics).items()}
-                    if values['skipped'] >= MAX_SKIPPED:
-                        raise Diverged(f'step {done}: {int(values["skipped"])} updates in a row '
-                                       'were not finite; the last good state is saved')
                     bar.set_postfix(loss=f'{loss:.4f}')
-                    for name, value in {**values, 'loss': loss}.items():
+                    for name, value in {**values, 'loss': loss, 'refused': guard.refused}.items():
                         writer.add_scalar(name, value, done)
                 if done % train.save_every == 0 or done == train.steps or stop:
                     save(done)
@@ -108,5 +111,5 @@ def _loop(train, state, loader, step, put, saver, out, loss) -> dict:
     finally:
         signal.signal(signal.SIGTERM, previous)
         writer.close()
-    return {'step': max(start, train.steps), 'loss': loss, 'seconds': time.time() - began,
-            'state': state}
+    return {'step': max(start, train.steps), 'loss': loss, 'refused': guard.refused,
+            'seconds': time.time() - began, 'state': state}

@@ -7,8 +7,9 @@ Stages chain by handing on released-layout folders: `weights` of a run is where 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
+from matrix_jax import convert
 from matrix_jax.train.optim import Optimizer
 
 
@@ -19,9 +20,11 @@ class Stage:
     Attributes:
       optimizer: see `optim.Optimizer`.
       ema: decay of the exported average.
+      export: type of the exported weights; 'float32' keeps every bit.
     """
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
+    export: Literal['bfloat16', 'float32'] = 'bfloat16'
 
     components = ()   # parts of the world whose parameters the loss reads
 
@@ -29,13 +32,28 @@ class Stage:
         if not 0 <= self.ema < 1:
             raise ValueError(f'stage.ema: got {self.ema}, expected 0 <= ema < 1')
 
+    def start(self, world, params, seed: int) -> dict:
+        """The parameters by component that the loss reads, from those of the whole world."""
+        return {name: params[name] for name in self.components}
+
+    def axes(self, world) -> dict[str, tuple[str, ...]]:
+        """Axis letters of the leaves of `start` by path (`convert.axes`)."""
+        tables = {name: convert.axes(world.tables[name]) for name in self.components}
+        return convert.flatten(tables)
+
     def trainable(self, path: str) -> bool:
         """Whether the leaf 'component/path' trains."""
         return True
 
+    def prepare(self, params):
+        """The parameters that the loss reads: `components`, and roles of the stage's own."""
+        return params
+
     def loader(self, world, params, data: str, batch: int, seed: int, cache: str) -> Any:
         """An endless iterator of batches (dicts of numpy arrays), with `state() -> bytes` and
-        `restore(state)`.
+        `restore(state)`. A batch may hold `clip`, int [B]: the clips it was cut from, by number in
+        `loader.names`. The loop tells them when an update is not finite; the loss does not see
+        them.
 
         Args:
           world: the World.
@@ -54,3 +72,6 @@ class Stage:
     def finish(self, world, params, loader):
         """The world and parameters to export once trained; both unchanged by default."""
         return world, params
+
+    def add_files(self, world, params, folder: str):
+        """Writes what the folder of exported weights holds besides the released layout."""
