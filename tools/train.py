@@ -10,7 +10,8 @@ from matrix_jax import config
 
 
 def main(argv):
-    """Exit codes: 0 done, 1 diverged, 2 bad input, 75 stopped by SIGTERM with its state saved."""
+    """Exit codes: 0 done, 1 diverged, 2 bad input, 74 a save could not be written, 75 stopped by
+    SIGTERM with its state saved. After 74 and 75 the same command goes on."""
     _, run = config.Parser(__doc__).run(argv, recipe='carracing:SWIN')
     if run.stage is None:
         able = [name for name in config.list_recipes() if config.load(name).stage]
@@ -20,14 +21,18 @@ def main(argv):
         raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
     run = dataclasses.replace(run, out=run.out or f'runs/{run.name.replace(":", "-").lower()}')
     with config.door():
-        from matrix_jax import worlds
-        from matrix_jax.train.loop import Diverged, fit
+        from matrix_jax import saves, worlds
+        from matrix_jax.train.guard import Diverged
+        from matrix_jax.train.loop import fit
         world, params = worlds.start(run)
         try:
             result = fit(run, world, params)
         except Diverged as error:
             print(f'error: {error}', file=sys.stderr)
             return 1
+        except saves.SaveError as error:
+            print(f'error: {error}', file=sys.stderr)
+            return 74
     print(f'step {result["step"]} loss {result["loss"]:.6f}')
 
 

@@ -12,6 +12,7 @@ import pytest
 from matrix_jax import config, convert
 from matrix_jax.checkpoint import read_component
 from matrix_jax.train import loop
+from matrix_jax.train.guard import Diverged
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.stage import Stage
 from matrix_jax.worlds.base import Part, Parts
@@ -42,12 +43,13 @@ class Loader:
 
     def __init__(self, events):
         self.index, self.events = 0, events
+        self.names = [f'clip {index}' for index in range(100)]
 
     def __next__(self):
         self.index += 1
         x = np.random.default_rng(self.index).normal(size=(4, 3)).astype(np.float32)
         scale = self.events.get(self.index, lambda: 1.0)()
-        return {'x': x * scale}
+        return {'x': x * scale, 'clip': np.full(4, self.index)}
 
     def state(self):
         return json.dumps(self.index).encode()
@@ -75,7 +77,7 @@ class Fit(Stage):
 def fit(out, steps=6, events=(), **train):
     stage = Fit(Optimizer(learning_rate=0.1, schedule='cosine', warmup=2), events=tuple(events))
     run = config.Run(world=Config(), stage=stage, out=str(out), train=config.Train(
-        steps=steps, save_every=2, log_every=2, **train))
+        steps=steps, save_every=2, **{'log_every': 2, **train}))
     params = {'line': {'kernel': np.ones((3, 2), np.float32), 'bias': np.ones(2, np.float32)}}
     return loop.fit(run, Toy(run.world), params)
 
@@ -120,12 +122,24 @@ def test_only_trainable_leaves_move(tmp_path):
 
 def test_a_batch_that_is_not_finite_changes_nothing(tmp_path):
     fit(tmp_path / 'one', steps=1)
-    fit(tmp_path / 'two', steps=2, events=[(2, lambda: float('nan'))])
+    assert fit(tmp_path / 'two', steps=2, events=[(2, nan)])['refused'] == 1
     assert np.isfinite(np.asarray(exported(tmp_path / 'two')['weight'], np.float32)).all()
 
 
-def test_a_run_that_stays_not_finite_gives_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, 'MAX_SKIPPED', 2)
-    with pytest.raises(loop.Diverged, match='step 4: 2 updates in a row'):
-        fit(tmp_path, events=[(3, lambda: float('inf')), (4, lambda: float('nan'))])
+def nan():
+    return float('nan')
+
+
+@pytest.mark.parametrize('log_every', [2, 100])
+def test_a_run_that_stays_not_finite_gives_up(tmp_path, capsys, log_every):
+    with pytest.raises(Diverged) as error:
+        fit(tmp_path, steps=9, log_every=log_every,
+            events=[(2, nan), (5, nan), (6, nan), (7, nan)])
+    assert str(error.value) == (
+        '3 updates in a row were not finite; their clips: step 5 (loss nan, gradient nan): clip 5; '
+        'step 6 (loss nan, gradient nan): clip 6; step 7 (loss nan, gradient nan): clip 7')
+    told = [line for line in capsys.readouterr().err.splitlines() if 'left out' in line]
+    assert [line[-6:] for line in told] == ['clip 2', 'clip 5', 'clip 6']
     assert not (tmp_path / 'weights').exists()
+    # Nothing of it was saved: the run goes on from before, and with other data to its end.
+    assert fit(tmp_path, steps=9, log_every=log_every)['refused'] == 3
