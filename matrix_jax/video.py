@@ -188,29 +188,58 @@ def _pad(lit: frozenset[str], cell: int) -> np.ndarray:
 def read_video(path: str | Path, fps: float = FPS, count: int | None = None) -> np.ndarray:
     """uint8 [F H W 3]: the frames nearest to `fps`, from the start; at most `count` of them.
 
-    Frame indices are round(arange(0, N, video fps / fps)), as in the reference, less those that
-    rounding pushes past the end. Fewer than `count` come back when the video is shorter.
+    Fewer than `count` come back when the video is shorter.
     """
+    with contextlib.closing(read_frames(path, fps)) as frames:
+        return np.stack(list(itertools.islice(frames, count)))
+
+
+def read_frames(path: str | Path, fps: float | None = FPS) -> Iterator[np.ndarray]:
+    """The frames nearest to `fps`, one by one: uint8 [H W 3]; None gives every frame.
+
+    Frame indices are round(arange(0, N, video fps / fps)), as in the reference, less those that
+    rounding pushes past the end.
+    """
+    found = 0
+    with _opened(path) as reader:
+        step = _rate(reader, path) / fps if fps else 1
+        for index, frame in enumerate(reader):
+            # PARITY: numpy rounds half to even, and so does Python.
+            while round(found * step) == index:
+                found += 1
+                yield frame
+    if not found:
+        raise VideoError(f'{path}: a video without frames')
+
+
+def frame_rate(path: str | Path) -> float:
+    """Frames per second that a video says it has."""
+    with _opened(path) as reader:
+        return _rate(reader, path)
+
+
+def _rate(reader, path) -> float:
+    rate = reader.get_meta_data()['fps']
+    if not 0 < rate < math.inf:
+        raise VideoError(f'{path}: got {rate} frames per second, expected a positive number')
+    return rate
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path):
+    """An imageio reader; what it cannot do is a VideoError that names the file."""
     import imageio.v2 as imageio
 
     path = _readable(path)
-    found = []
     try:
         with _starting_ffmpeg():
             opened = imageio.get_reader(path, format='FFMPEG')
         with contextlib.closing(opened) as reader:
-            step = reader.get_meta_data()['fps'] / fps
-            for index, frame in enumerate(reader):
-                # PARITY: numpy rounds half to even, and so does Python.
-                while (count is None or len(found) < count) and round(len(found) * step) == index:
-                    found.append(frame)
-                if len(found) == count:
-                    break
+            yield reader
+    except VideoError:
+        raise
     except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:
         raise VideoError(f'{path}: not readable as a video ({_first_line(error)})') from error
-    if not found:
-        raise VideoError(f'{path}: a video without frames')
-    return np.stack(found)
 
 
 def read_image(path: str | Path) -> np.ndarray:

@@ -1,5 +1,5 @@
 """The recording of a data set: a plan of shards from the settings alone, and its resumable
-execution.
+execution. `claim` and `pooled` serve `footage` as well.
 """
 
 from __future__ import annotations
@@ -65,9 +65,8 @@ def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> Pla
 
 def run(settings: Plan, out: Path, workers: int) -> int:
     """Records what is not there yet, with a progress bar -> frames in the folder."""
-    if not 1 <= workers <= 256:
-        raise ValueError(f'--workers: got {workers}, expected 1 .. 256')
-    _claim(settings, out)
+    check_workers(workers)
+    claim(settings, out)
     from tqdm import tqdm
 
     todo, frames = [], 0
@@ -79,11 +78,17 @@ def run(settings: Plan, out: Path, workers: int) -> int:
             todo.append((settings, split, number, least, path))
     total = frames + sum(least for _, _, _, least, _ in todo)
     with tqdm(total=total, initial=frames, unit='frame', unit_scale=True) as bar:
-        for made in _results(todo, workers):
+        for made in pooled(_shard, todo, workers):
             frames += made
             bar.total += max(0, bar.n + made - bar.total)
             bar.update(made)
     return frames
+
+
+def check_workers(workers: int):
+    """Raises ValueError unless it is a number of processes."""
+    if not 1 <= workers <= 256:
+        raise ValueError(f'--workers: got {workers}, expected 1 .. 256')
 
 
 def count_frames(path: Path) -> int:
@@ -92,9 +97,18 @@ def count_frames(path: Path) -> int:
     return sum(len(shard[i].frames) for i in range(len(shard)))
 
 
-def _claim(settings, out):
-    """Writes the manifest of a new folder, or checks that the folder's is ours."""
-    path, ours = out / MANIFEST, json.loads(json.dumps(asdict(settings)))
+def claim(settings, out: Path, more=()):
+    """Writes the manifest of a new folder, or checks that the folder's is ours.
+
+    Args:
+      settings: a dataclass, all of whose fields must agree.
+      out: the folder.
+      more: dict of what must agree besides.
+
+    Raises:
+      ValueError: the folder holds other data; the settings that differ are named.
+    """
+    path, ours = out / MANIFEST, json.loads(json.dumps({**asdict(settings), **dict(more)}))
     if path.exists():
         try:
             theirs = json.loads(path.read_text())
@@ -116,15 +130,16 @@ def _claim(settings, out):
     part.replace(path)
 
 
-def _results(todo, workers):
+def pooled(work, todo, workers):
+    """Yields `work(job)` of all jobs, as they come from that many processes."""
     if workers == 1 or len(todo) < 2:
-        yield from map(_shard, todo)
+        yield from map(work, todo)
         return
     count = min(workers, len(todo))
     # Ctrl-C stops the parent, which ends the workers; unfinished shards have no final name.
     quiet = (signal.SIGINT, signal.SIG_IGN)
     with multiprocessing.get_context('spawn').Pool(count, signal.signal, quiet) as pool:
-        yield from pool.imap_unordered(_shard, todo)
+        yield from pool.imap_unordered(work, todo)
 
 
 def _shard(job) -> int:

@@ -1,14 +1,17 @@
 """Clips encoded once: latents, controls and captions of whole episodes, memory-mapped.
 
 Episodes go through the encoder whole, so that a window cut from the middle has the temporal context
-that streamed latents have. One file per split; where the world allows it, every episode is stored
-a second time as its mirror image with mirrored keys, so that left and right weigh the same.
+that streamed latents have. One store per folder and split; where the world allows it, every episode
+is stored a second time as its mirror image with mirrored keys, so that left and right weigh the
+same. Episodes without label hold the null control.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,82 +25,123 @@ TOGETHER = 8    # clips encoded side by side
 
 
 class Store:
-    """Encoded episodes of one split.
+    """Encoded episodes of one split, of one folder or several; the latents are not copied.
 
     Attributes:
-      latents: float16 [N H W C], all latent frames in a row.
-      controls: int8 [N], one control per latent frame.
+      controls: int8 [N], one control per latent frame of all episodes in a row.
       starts: first latent of each episode, and the end of the last one.
       captions: caption index of each episode.
       texts: the distinct captions.
+      recordings: number of the recording of each episode; a mirror image has that of its clip.
+      names: where the clip of each episode lies, for messages.
     """
 
-    def __init__(self, folder: str | os.PathLike):
-        folder = Path(folder)
-        meta = json.loads((folder / 'store.json').read_text())
-        self.latents = np.load(folder / 'latents.npy', mmap_mode='r')
-        self.controls = np.load(folder / 'controls.npy')
-        self.starts, self.captions = meta['starts'], meta['captions']
-        self.texts = meta['texts']
+    def __init__(self, parts: Sequence[tuple[Path, Sequence[str]]]):
+        """Args: the folder of each part, and the names of its clips."""
+        metas = [json.loads((folder / 'store.json').read_text()) for folder, _ in parts]
+        self._latents = [np.load(folder / 'latents.npy', mmap_mode='r') for folder, _ in parts]
+        self._ends = np.cumsum([len(part) for part in self._latents])
+        self.controls = np.concatenate([np.load(folder / 'controls.npy') for folder, _ in parts])
+        self.texts = sorted({text for meta in metas for text in meta['texts']})
+        self.starts, self.captions, self.recordings, self.names = [0], [], [], []
+        for meta, (_, names) in zip(metas, parts):
+            start, number = self.starts[-1], self.recordings[-1] + 1 if self.recordings else 0
+            self.starts += [start + one for one in meta['starts'][1:]]
+            for episode, caption in enumerate(meta['captions']):
+                turned, clip = divmod(episode, len(names))
+                self.captions.append(self.texts.index(meta['texts'][caption]))
+                self.recordings.append(number + clip)
+                self.names.append(names[clip] + ' mirrored' * turned)
+
+    def cut(self, start: int, frames: int) -> np.ndarray:
+        """Latents float16 [T H W C] from number `start` on, within one episode."""
+        part = int(np.searchsorted(self._ends, start, 'right'))
+        first = start - (int(self._ends[part - 1]) if part else 0)
+        return np.asarray(self._latents[part][first:first + frames])
 
 
-def encode(data: str, world, params, folder: str, split: str = 'train') -> Store:
-    """Encodes all clips of `data` with the world's VAE into `folder`, unless that was done.
+def encode(data, world, params, folder: str | os.PathLike, split: str = 'train') -> Store:
+    """Encodes all clips of `data` with the world's VAE, each folder unless that was done.
 
     Args:
-      data: folder of recorded clips.
+      data: folder of recorded clips, or several (`records.folders`).
       world: gives `encode_step(params, cache, frames [B F H W 3]) -> (cache, latents [B T H W C])`.
       params: the world's parameters.
-      folder: where the store lies; written aside and renamed, so a killed run leaves none.
+      folder: where stores lie, each under a name made of what it follows from; written aside and
+        renamed, so a killed run leaves none.
       split: 'train' or 'heldout'.
     """
-    final = Path(folder) / split
-    shards = records.shards(Path(data), split)
-    source = {'shards': [shard.name for shard in shards], 'mirror': world.cfg.mirror,
-              'scale': world.cfg.vae.scaling_factor, 'encoder': _digest(params['vae']['encoder'])}
-    if (final / 'store.json').exists():
-        if json.loads((final / 'store.json').read_text())['source'] == source:
-            return Store(final)
-    opened = [records.Shard(shard) for shard in shards]
-    clips = [shard[index] for shard in opened for index in range(len(shard))]
-    if world.cfg.mirror:
-        clips += [mirror(clip) for clip in clips]
-    texts = sorted({clip.caption for clip in clips})
-    latents = list(_encode(clips, world, params))
-    starts = np.cumsum([0] + [len(one) for one in latents]).tolist()
-    keys = [clip.controls[::records.FRAMES_PER_LATENT][:len(one)]
-            for clip, one in zip(clips, latents, strict=True)]
-
-    def fill(part):
-        np.save(part / 'latents.npy', np.concatenate(latents))
-        np.save(part / 'controls.npy', np.concatenate(keys).astype(np.int8))
-        (part / 'store.json').write_text(json.dumps(
-            {'source': source, 'starts': starts, 'texts': texts,
-             'captions': [texts.index(clip.caption) for clip in clips]}))
-
-    checkpoint.replace_folder(final, fill)
-    return Store(final)
+    encoder, parts = _digest(params['vae']['encoder']), []
+    for one in records.folders(data):
+        opened = [records.Shard(shard) for shard in records.shards(Path(one), split)]
+        source = {'shards': [shard.digest() for shard in opened], 'mirror': world.cfg.mirror,
+                  'scale': world.cfg.vae.scaling_factor, 'encoder': encoder}
+        digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()
+        final = Path(folder) / digest[:16] / split
+        clips = [(shard, index) for shard in opened for index in range(len(shard))]
+        if not (final / 'store.json').exists():
+            _write(final, source, clips, world, params)
+        parts.append((final, [f'{shard.path} record {index}' for shard, index in clips]))
+    return Store(parts)
 
 
 def _digest(params) -> str:
     """Names weights, so that latents of other ones are not taken for theirs."""
-    import hashlib
-
     import jax
     leaves = (np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
     return hashlib.sha256(b''.join(leaves)).hexdigest()
 
 
-def _encode(clips, world, params):
+def _write(final, source, clips, world, params):
+    """Makes one store. Clips are read when they are needed: a folder may be larger than memory."""
+    places = [(*clip, flip) for flip in ((False, True) if source['mirror'] else (False,))
+              for clip in clips]
+    captions, controls = [], []
+    for shard, index, flip in places:
+        clip = _read(shard, index, flip)
+        size = world.cfg.height, world.cfg.width
+        if clip.frames.shape[1:3] != size:
+            raise records.RecordError(f'{shard.path} record {index}: got frames '
+                                      f'{list(clip.frames.shape[1:3])}, expected {list(size)}, the '
+                                      "world's size")
+        captions.append(clip.caption)
+        # The encoder is causal, but its norms see a chunk: one that padding enters is cut.
+        kept = 1 + (len(clip.frames) - 1) // CHUNK * (CHUNK // records.FRAMES_PER_LATENT)
+        controls.append(clip.controls[::records.FRAMES_PER_LATENT][:kept])
+    texts = sorted(set(captions))
+    starts = np.cumsum([0] + [len(one) for one in controls]).tolist()
+
+    def fill(part):
+        rows = None
+        for start, end, one in zip(starts, starts[1:], _encode(places, world, params)):
+            if rows is None:
+                shape = starts[-1], *one.shape[1:]
+                rows = np.lib.format.open_memmap(part / 'latents.npy', 'w+', np.float16, shape)
+            rows[start:end] = one[:end - start]
+        rows.flush()
+        np.save(part / 'controls.npy', np.concatenate(controls).astype(np.int8))
+        (part / 'store.json').write_text(json.dumps(
+            {'source': source, 'starts': starts, 'texts': texts,
+             'captions': [texts.index(caption) for caption in captions]}))
+
+    checkpoint.replace_folder(final, fill)
+
+
+def _read(shard, index, flip):
+    return mirror(shard[index]) if flip else shard[index]
+
+
+def _encode(places, world, params):
     """Yields float16 latents [T H W C] of each clip, several side by side, 8 frames a chunk."""
     import jax
     from tqdm import tqdm
-    longest = max(len(clip.frames) for clip in clips)
-    longest += -(longest - 1) % CHUNK
     step = jax.jit(world.encode_step)
-    for first in tqdm(range(0, len(clips), TOGETHER), desc='encode', unit='batch'):
-        group = clips[first:first + TOGETHER]
-        group += group[-1:] * (TOGETHER - len(group))
+    for first in tqdm(range(0, len(places), TOGETHER), desc='encode', unit='batch'):
+        group = [_read(*place) for place in places[first:first + TOGETHER]]
+        count = len(group)
+        group += group[-1:] * (TOGETHER - count)
+        longest = max(1 + CHUNK, *(len(clip.frames) for clip in group))
+        longest += -(longest - 1) % CHUNK
         frames = np.stack([np.pad(clip.frames, ((0, longest - len(clip.frames)),) + ((0, 0),) * 3,
                                   'edge') for clip in group])
         cache, head = step(params, None, frames[:, :1 + CHUNK])
@@ -105,47 +149,76 @@ def _encode(clips, world, params):
         for start in range(1 + CHUNK, longest, CHUNK):
             cache, more = step(params, cache, frames[:, start:start + CHUNK])
             made.append(np.asarray(more))
-        made = np.concatenate(made, axis=1).astype(np.float16)
-        for clip, one in zip(clips[first:first + TOGETHER], made, strict=False):
-            # The encoder is causal, but its norms see a chunk: one that padding entered is cut.
-            yield one[:1 + (len(clip.frames) - 1) // CHUNK * (CHUNK // records.FRAMES_PER_LATENT)]
+        yield from np.concatenate(made, axis=1).astype(np.float16)[:count]
 
 
 class Windows:
     """Endless shuffled batches of windows; `state()` and `restore(state)` as in `loader.Loader`.
 
-    A batch: latents float16 [B T H W C], controls int32 [B T], ids int32 [B L].
+    A batch: latents float16 [B T H W C], controls int32 [B T], ids int32 [B L], clip int32 [B], the
+    episodes by number in `names`. Whatever the number of processes, all of them draw the same
+    batches, and each reads its own rows.
 
     Args:
       store: encoded episodes.
       frames: T, latent frames of a window.
-      batch: B.
+      batch: B of all processes together.
       seed: order.
       ids: int32 [K L], token ids of `store.texts`.
+      labelled: share of windows with label; None takes all windows alike.
+      label_share: share of the recordings with label that keep it. The others count as unlabelled;
+        a smaller share is part of a larger one.
+      process: (index, count) of this process.
 
     Raises:
-      RecordError: no episode is as long as a window.
+      RecordError: no episode is as long as a window, or one kind of windows is missing.
     """
 
-    def __init__(self, store: Store, frames: int, batch: int, seed: int, ids):
+    def __init__(self, store: Store, frames: int, batch: int, seed: int, ids,
+                 labelled: float | None = None, label_share: float = 1.0,
+                 process: tuple[int, int] = (0, 1)):
         import grain
-        self.store, self.frames, self.seed = store, frames, seed
+        self.store, self.frames, self.names = store, frames, store.names
         self.ids = np.asarray(ids, np.int32)
-        self.places = [(start + offset, caption) for start, end, caption
-                       in zip(store.starts, store.starts[1:], store.captions, strict=False)
-                       for offset in range(end - start - frames + 1)]
-        if not self.places:
+        self.controls = _labels(store, label_share)
+        index, count = process
+        if batch % count:
+            raise ValueError(f'train.batch: got {batch}, expected a multiple of {count} processes')
+        self.rows = slice(index * batch // count, (index + 1) * batch // count)
+        places = np.array([(start + offset, episode) for episode, (start, end)
+                           in enumerate(zip(store.starts, store.starts[1:]))
+                           for offset in range(end - start - frames + 1)])
+        if not len(places):
             raise records.RecordError(f'latents: no episode has {frames} latent frames')
-        data = grain.MapDataset.source(self.places).seed(seed).shuffle().repeat(EPOCHS)
-        data = data.map(self._window).batch(batch)
+        self.about = {'places': len(places), 'seed': seed, 'labelled': labelled,
+                      'label_share': label_share}
+        pools = [(grain.MapDataset.source(pool).seed(seed).shuffle().repeat(EPOCHS), weight)
+                 for pool, weight in self._pools(places, labelled)]
+        data = grain.MapDataset.mix(*zip(*pools)) if len(pools) > 1 else pools[0][0]
+        data = data.batch(batch).map(self._windows)
         self.iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1,
                                                                     prefetch_buffer_size=4)))
 
-    def _window(self, place):
-        start, caption = place
-        cut = slice(start, start + self.frames)
-        return {'latents': np.asarray(self.store.latents[cut]), 'ids': self.ids[caption],
-                'controls': self.store.controls[cut].astype(np.int32)}
+    def _pools(self, places, labelled):
+        """[(places, weight)] of the kinds of windows to draw from."""
+        if labelled is None:
+            return [(places, 1)]
+        known = self.controls[places[:, 0]] != records.NULL
+        weight = round(1000 * labelled)
+        pools = {'labelled': (places[known], weight), 'unlabelled': (places[~known], 1000 - weight)}
+        for kind, (pool, weight) in pools.items():
+            if weight and not len(pool):
+                raise records.RecordError(f'stage.labelled: got {labelled:g}, but the data has no '
+                                          f'{kind} windows of {self.frames} latent frames')
+        return [(pool, weight) for pool, weight in pools.values() if weight]
+
+    def _windows(self, places):
+        starts, episodes = places[self.rows].T
+        return {'latents': np.stack([self.store.cut(start, self.frames) for start in starts]),
+                'controls': np.stack([self.controls[start:start + self.frames]
+                                      for start in starts]).astype(np.int32),
+                'ids': self.ids[[self.store.captions[episode] for episode in episodes]],
+                'clip': episodes.astype(np.int32)}
 
     def __iter__(self):
         return self
@@ -155,8 +228,7 @@ class Windows:
 
     def state(self) -> bytes:
         """The place in the data, as JSON bytes."""
-        return json.dumps({'places': len(self.places), 'seed': self.seed,
-                           'grain': self.iterator.get_state()}).encode()
+        return json.dumps({**self.about, 'grain': self.iterator.get_state()}).encode()
 
     def restore(self, state: bytes):
         """Goes on where `state` was taken.
@@ -164,9 +236,23 @@ class Windows:
         Raises:
           ValueError: the state is of other data.
         """
-        saved = json.loads(state)
-        if (saved['places'], saved['seed']) != (len(self.places), self.seed):
-            raise ValueError(f'latents.restore: the state is of {saved["places"]} windows and seed '
-                             f'{saved["seed"]}, here are {len(self.places)} and seed {self.seed}')
+        saved = {'labelled': None, 'label_share': 1.0, **json.loads(state)}
+        for name, ours in self.about.items():
+            if saved[name] != ours:
+                raise ValueError(f'latents.restore: the state has {name} {saved[name]}, '
+                                 f'here it is {ours}: the batches would differ')
         self.iterator.set_state(saved['grain'])
 
+
+def _labels(store: Store, share: float) -> np.ndarray:
+    """Controls int8 [N] of a store, with the labels of a share of its recordings alone."""
+    known = {recording for recording, start in zip(store.recordings, store.starts)
+             if store.controls[start] != records.NULL}
+    # A hash, and no generator: the choice outlives versions of numpy.
+    order = sorted(known, key=lambda one: hashlib.sha256(str(one).encode()).digest())
+    kept = set(order[:max(round(share * len(order)), int(share > 0))])
+    controls = store.controls.copy()
+    for recording, start, end in zip(store.recordings, store.starts, store.starts[1:]):
+        if recording not in kept:
+            controls[start:end] = records.NULL
+    return controls

@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 
 from matrix_jax.data.records import (
     FRAMES_PER_LATENT,
     MIRRORED,
+    NULL,
     TELEMETRY,
     Clip,
     RecordError,
     Shard,
+    folders,
     shards,
 )
 
@@ -31,8 +32,8 @@ MIRROR_SIGN = np.array(
 
 
 class Clips:
-    """The clips of a split, of one folder or several: `len(clips)`, `clips[i]`; a grain random-
-    access source.
+    """The clips of a split, of one folder or several (`records.folders`): `len(clips)`, `clips[i]`;
+    a grain random-access source.
 
     `captions` is the sorted tuple of all captions. With `cache` the decoded frames stay in memory
     (about 1.1 GB an hour at 64 x 96), which makes a crop cost a copy; without, a clip is decoded at
@@ -40,12 +41,12 @@ class Clips:
     """
 
     def __init__(
-        self, folders, split: str = 'train', least_frames: int = 1, themes=None, cache: bool = True
+        self, data, split: str = 'train', least_frames: int = 1, themes=None, cache: bool = True
     ):
-        folders = [folders] if isinstance(folders, (str, Path)) else list(folders)
+        names = folders(data)
         self.where, self.clips, captions = [], [], set()
         size = None
-        for path in (path for folder in folders for path in shards(folder, split)):
+        for path in (path for folder in names for path in shards(folder, split)):
             shard = Shard(path)
             for index in range(len(shard)):
                 clip = shard[index]
@@ -62,7 +63,7 @@ class Clips:
                 captions.add(clip.caption)
         if not self.where:
             raise RecordError(
-                f'{", ".join(map(str, folders))}: no {split} clip of {least_frames} frames'
+                f'{", ".join(names)}: no {split} clip of {least_frames} frames'
                 + (f' and theme {", ".join(themes)}' if themes else '')
             )
         self.captions = tuple(sorted(captions))
@@ -78,6 +79,27 @@ class Clips:
 
     def __repr__(self):  # grain names sources in its state and logs
         return f'Clips({len(self)})'
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Where each clip lies, for messages."""
+        return tuple(f'{shard.path} record {index}' for shard, index in self.where)
+
+
+class _Numbered:
+    """`(i, clips[i])`, so that a batch can say what it was cut from."""
+
+    def __init__(self, clips):
+        self.clips = clips
+
+    def __len__(self):
+        return len(self.clips)
+
+    def __getitem__(self, index):
+        return index, self.clips[index]
+
+    def __repr__(self):
+        return repr(self.clips)
 
 
 def crop(clip: Clip, start: int, frames: int) -> Clip:
@@ -101,7 +123,7 @@ def mirror(clip: Clip) -> Clip:
     return replace(
         clip,
         frames=clip.frames[:, :, ::-1],
-        controls=np.array(MIRRORED, np.int8)[clip.controls],
+        controls=np.array((*MIRRORED, NULL), np.int8)[clip.controls],
         telemetry=clip.telemetry * MIRROR_SIGN,
     )
 
@@ -111,7 +133,7 @@ class Loader:
 
     A batch: `frames` uint8 [B F H W 3], `controls` int32 [B T] (the control held while a latent
     frame's frames were made; latent 0: the one before), `caption` int32 [B] into `loader.captions`,
-    `telemetry` float32 [B F 6].
+    `telemetry` float32 [B F 6], `clip` int32 [B] into `loader.names`.
 
     Args:
         frames: F = 1 + 4k of each crop; crops start at random multiples of four.
@@ -122,7 +144,7 @@ class Loader:
 
     def __init__(
         self,
-        folders,
+        data,
         frames: int,
         batch: int,
         seed: int = 0,
@@ -138,12 +160,12 @@ class Loader:
             raise ValueError(f'loader.frames: got {frames}, expected 1 + {FRAMES_PER_LATENT}k')
         if batch < 1:
             raise ValueError(f'loader.batch: got {batch}, expected 1 or more')
-        self.clips = Clips(folders, split, frames, themes, cache)
-        self.captions = self.clips.captions
+        self.clips = Clips(data, split, frames, themes, cache)
+        self.captions, self.names = self.clips.captions, self.clips.names
         self.frames, self.mirror, self.seed = frames, mirror, seed
         index, count = process
         elements = (
-            grain.MapDataset.source(self.clips).seed(seed).shuffle().repeat(EPOCHS)[index::count]
+            grain.MapDataset.source(_Numbered(self.clips)).seed(seed).shuffle().repeat(EPOCHS)[index::count]
         )
         batches = elements.random_map(self._example).batch(batch)
         # One thread prepares the next batches beside the training step; the order stays the same.
@@ -151,7 +173,8 @@ class Loader:
             batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         )
 
-    def _example(self, clip, rng):
+    def _example(self, numbered, rng):
+        number, clip = numbered
         last = (len(clip.frames) - self.frames) // FRAMES_PER_LATENT
         clip_ = crop(clip, FRAMES_PER_LATENT * int(rng.integers(last + 1)), self.frames)
         if rng.random() < self.mirror:
@@ -160,6 +183,7 @@ class Loader:
             'frames': np.ascontiguousarray(clip_.frames),
             'controls': clip_.controls[::FRAMES_PER_LATENT].astype(np.int32),
             'caption': np.int32(self.captions.index(clip.caption)),
+            'clip': np.int32(number),
             'telemetry': clip_.telemetry,
         }
 

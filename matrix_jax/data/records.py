@@ -3,11 +3,13 @@
 A clip is an episode of F = 1 + 4k frames with one control per frame. Frame 0 belongs to latent
 frame 0, frames 4j+1 .. 4j+4 to latent frame j+1, and one control is held while those four frames
 are made; the control of frame 0 is the one held before it. So `controls[::4]` is one control per
-latent frame, and any crop that starts at a multiple of four is again a clip.
+latent frame, and any crop that starts at a multiple of four is again a clip. A clip without label
+holds `NULL` throughout.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -16,12 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax.controls import FRAMES_PER_CONTROL as FRAMES_PER_LATENT
+from matrix_jax.controls import NULL
 from matrix_jax.controls import SYMBOLS as CONTROLS
 
 # The control seen in a mirror: left and right change places.
 MIRRORED = tuple(CONTROLS.index(c.translate(str.maketrans('LR', 'RL'))) for c in CONTROLS)
 TELEMETRY = ('on_road', 'yaw_rate', 'speed', 'x', 'y', 'heading')
 SUFFIX = '.array_record'
+ENDS = 2**18  # bytes at each end of a shard that its digest covers
 
 
 class RecordError(ValueError):
@@ -31,12 +35,13 @@ class RecordError(ValueError):
 @dataclass(frozen=True)
 class Clip:
     frames: np.ndarray  # uint8 [F H W 3]
-    controls: np.ndarray  # int8 [F], index into CONTROLS
+    controls: np.ndarray  # int8 [F], index into CONTROLS, or NULL throughout
     caption: str
     theme: str
     seed: int  # of the track: no track is in both splits
     fps: int
-    telemetry: np.ndarray  # float32 [F 6]: TELEMETRY, on_road = share of wheels, left is positive
+    # float32 [F 6]: TELEMETRY, on_road = share of wheels, left is positive; NaN where unknown
+    telemetry: np.ndarray
 
     def __post_init__(self):
         count = len(self.frames)
@@ -47,18 +52,27 @@ class Clip:
             )
         if count % FRAMES_PER_LATENT != 1:
             raise RecordError(f'clip.frames: got {count} frames, expected 1 + 4k')
-        if (
-            self.controls.shape != (count,)
-            or not np.isin(self.controls, range(len(CONTROLS))).all()
-        ):
+        known = np.isin(self.controls, range(len(CONTROLS))).all()
+        if self.controls.shape != (count,) or not (known or (self.controls == NULL).all()):
             raise RecordError(
                 f'clip.controls: got {self.controls.shape}, '
-                f'expected [{count}] of 0..{len(CONTROLS) - 1}'
+                f'expected [{count}] of 0..{len(CONTROLS) - 1}, or of {NULL} alone (no label)'
             )
         if self.telemetry.shape != (count, len(TELEMETRY)):
             raise RecordError(
                 f'clip.telemetry: got {self.telemetry.shape}, expected [{count} {len(TELEMETRY)}]'
             )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether the controls are known."""
+        return self.controls[0] != NULL
+
+
+def unknown(frames: int) -> dict[str, np.ndarray]:
+    """The `controls` and `telemetry` of a clip of which only the picture is known."""
+    return {'controls': np.full(frames, NULL, np.int8),
+            'telemetry': np.full((frames, len(TELEMETRY)), np.nan, np.float32)}
 
 
 def pack(clip: Clip) -> bytes:
@@ -129,6 +143,14 @@ class Shard:
     def __len__(self):
         return self.count
 
+    def digest(self) -> str:
+        """Names the content by its size and both ends, without reading all of it."""
+        size = self.path.stat().st_size
+        with self.path.open('rb') as file:
+            first = file.read(ENDS)
+            file.seek(max(0, size - ENDS))
+            return hashlib.sha256(b'%d:%b%b' % (size, first, file.read())).hexdigest()
+
     def __getitem__(self, index: int) -> Clip:
         where = f'{self.path} record {index}'
         try:
@@ -136,6 +158,20 @@ class Shard:
         except (RuntimeError, ValueError, IndexError) as error:
             raise RecordError(f'{where}: unreadable, the file is damaged') from error
         return unpack(data, where)
+
+
+def folders(data) -> list[str]:
+    """The folders that `data` means: a path, several with commas between, or a list of paths.
+
+    Raises:
+      RecordError: there is none.
+    """
+    if isinstance(data, (str, Path)):
+        data = [one.strip() for one in str(data).split(',')]
+    found = [str(one) for one in data if one]
+    if not found:
+        raise RecordError(f'data: got {data!r}, expected folders, with commas between')
+    return found
 
 
 def shards(folder: Path, split: str) -> tuple[Path, ...]:

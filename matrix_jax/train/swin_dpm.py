@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from matrix_jax.stream import swin
-from matrix_jax.train.denoise import denoise_loss
-from matrix_jax.train.stage import Stage
+from matrix_jax.train.denoise import Denoising, denoise_loss
 
 
 def grouped_levels(u, groups: int, group_frames: int, context, train_steps: int = 1000):
@@ -28,64 +27,38 @@ def grouped_levels(u, groups: int, group_frames: int, context, train_steps: int 
 
 
 @dataclasses.dataclass(frozen=True)
-class SwinDPM(Stage):
+class SwinDPM(Denoising):
     """Grouped-level denoising on pre-encoded latents.
 
     Attributes:
-      control_dropout: share of samples whose controls become the null (empty prompt) embedding.
-      text_dropout: share of samples whose caption becomes the empty prompt.
       condition_noise: highest level of the noise on condition frames, told to the network;
         half of the samples get level 0. 0 switches it off (reference).
       recycle: scale of one-step prediction errors that are put back on the condition frames of
         half of the samples, targets staying clean. 0 switches it off (reference).
       late_binding: share of samples whose noisiest slots hold the control of the stream's entry
         slot, as in play, where later controls are not known yet. 0 switches it off (reference).
-      train_encoders: train the text and control encoders too (first stage of a bundled world).
     """
-    control_dropout: float = 0.1
-    text_dropout: float = 0.0
     condition_noise: int = 0
     recycle: float = 0.0
     late_binding: float = 0.0
-    train_encoders: bool = False
-
-    components = ('transformer', 'text_encoder', 'control_encoder', 'vae')
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ('control_dropout', 'text_dropout', 'late_binding'):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected 0 to 1')
+        self.check_shares('late_binding')
         if not 0 <= self.condition_noise < 250:
             raise ValueError(f'stage.condition_noise: got {self.condition_noise}, '
                              'expected 0 to 249')
         if not 0 <= self.recycle <= 4:
             raise ValueError(f'stage.recycle: got {self.recycle}, expected 0 to 4')
 
-    def trainable(self, path):
-        component = path.split('/')[0]
-        encoders = self.train_encoders and component in ('text_encoder', 'control_encoder')
-        return component == 'transformer' or encoders
-
-    def loader(self, world, params, data, batch, seed, cache):
-        from matrix_jax.data import latents
-        store = latents.encode(data, world, params, cache)
-        ids = world.tokenize(store.texts)
-        return latents.Windows(store, world.cfg.stream.frames, batch, seed, ids)
-
     def loss(self, world, params, batch, key):
         stream, schedule = world.cfg.stream, world.schedule
         keys = jax.random.split(key, 8)
         clean = batch['latents'].astype(jnp.float32)
         size, context = clean.shape[0], stream.context
-        empty = _chosen(keys[0], size, self.text_dropout, 2)
-        text = world.embed_ids(params, jnp.where(empty, world.empty_ids, batch['ids']))
-        table = world.embed_controls(params)
-        nothing = table.shape[0] - 1     # last row: null control
-        dropped = jax.random.uniform(keys[1], (size, 1)) < self.control_dropout
         late = jax.random.uniform(keys[7], (size, 1)) < self.late_binding
         controls = jnp.where(late, played(stream, batch['controls']), batch['controls'])
-        control = table[jnp.where(dropped, nothing, controls)]
+        text, control = self.conditions(world, params, batch['ids'], controls, keys[:2])
         u = jax.random.randint(keys[2], (size,), 0, 1000 // stream.groups)
         told = jax.random.randint(keys[3], (size, 1), 0, self.condition_noise + 1)
         told = jnp.where(jax.random.uniform(keys[4], (size, 1)) < 0.5, 0, told)
@@ -116,7 +89,7 @@ class SwinDPM(Stage):
         frame = jax.random.randint(pick[0], (size, context), 0, max(error.shape[1] // 2, 1))
         error = jnp.take_along_axis(error, frame[:, :, None, None, None], axis=1)
         scale = self.recycle * jax.random.uniform(pick[1], (size, 1, 1, 1, 1))
-        scale = jnp.where(_chosen(pick[2], size, 0.5, 5), scale, 0.0)
+        scale = jnp.where(jax.random.uniform(pick[2], scale.shape) < 0.5, scale, 0.0)
         return clean.at[:, :context].add(scale * error)
 
 
@@ -124,7 +97,3 @@ def played(stream, controls):
     """Controls [B T] of a window as a stream has them when its newest control is the last known."""
     newest = controls[:, stream.entry_slot:stream.entry_slot + stream.group_frames]
     return swin.bind(stream, controls[:, :stream.remembered], newest)
-
-
-def _chosen(key, size, share, ndim):
-    return (jax.random.uniform(key, (size,)) < share).reshape((size,) + (1,) * (ndim - 1))

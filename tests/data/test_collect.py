@@ -57,18 +57,18 @@ def test_plan_covers_the_hours(hours, held_out):
 
 
 def test_other_settings_and_foreign_folders_are_refused(tmp_path):
-    collect._claim(settings(), tmp_path / 'a')
+    collect.claim(settings(), tmp_path / 'a')
     before = (tmp_path / 'a' / collect.MANIFEST).read_bytes()
     with pytest.raises(ValueError, match=r'other settings: seed 3 \(asked 4\)'):
-        collect._claim(settings(seed=4), tmp_path / 'a')
+        collect.claim(settings(seed=4), tmp_path / 'a')
     assert (tmp_path / 'a' / collect.MANIFEST).read_bytes() == before
     (tmp_path / 'b').mkdir()
     (tmp_path / 'b' / 'train-00000.array_record').touch()
     with pytest.raises(ValueError, match='without a manifest.json'):
-        collect._claim(settings(), tmp_path / 'b')
+        collect.claim(settings(), tmp_path / 'b')
     (tmp_path / 'a' / collect.MANIFEST).write_text('[')
     with pytest.raises(ValueError, match='not JSON'):
-        collect._claim(settings(), tmp_path / 'a')
+        collect.claim(settings(), tmp_path / 'a')
 
 
 @pytest.mark.parametrize('arguments, message', [

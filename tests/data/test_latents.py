@@ -14,7 +14,8 @@ PARAMS = {'vae': {'encoder': {'kernel': np.ones(2)}}}
 class World:
     """Stands in for a world: a latent frame is the mean colour of its last frame."""
 
-    cfg = types.SimpleNamespace(mirror=True, vae=types.SimpleNamespace(scaling_factor=1.0))
+    cfg = types.SimpleNamespace(mirror=True, height=8, width=8,
+                                vae=types.SimpleNamespace(scaling_factor=1.0))
     calls = 0
 
     def encode_step(self, params, cache, frames):
@@ -25,26 +26,42 @@ class World:
         return 0, jnp.stack(sides, 2)[:, :, None]
 
 
+def clip(index, count, labelled=True, size=8):
+    frames = np.zeros((count, size, 8, 3), np.uint8)
+    frames[:, :, :4] = 100 + index
+    known = records.unknown(count)
+    if labelled:
+        known['controls'] = np.full(count, 1, np.int8)
+    return records.Clip(frames=frames, caption=f'c{index % 2}' if labelled else '',
+                        theme='meadow', seed=index, fps=16, **known)
+
+
 @pytest.fixture
 def recorded(tmp_path):
-    def clip(index, count):
-        frames = np.zeros((count, 8, 8, 3), np.uint8)
-        frames[:, :, :4] = 100
-        return records.Clip(frames=frames, controls=np.full(count, 1, np.int8),
-                            caption=f'c{index % 2}', theme='meadow', seed=index, fps=16,
-                            telemetry=np.zeros((count, len(records.TELEMETRY)), np.float32))
-
     clips = [clip(0, 33), clip(1, 41), clip(2, 21)]
-    records.write_shard(tmp_path / f'train-0{records.SUFFIX}', iter(clips))
-    return tmp_path
+    folder = tmp_path / 'recorded'
+    folder.mkdir()
+    records.write_shard(folder / f'train-0{records.SUFFIX}', iter(clips))
+    return folder
+
+
+@pytest.fixture
+def footage(tmp_path):
+    folder = tmp_path / 'footage'
+    folder.mkdir()
+    records.write_shard(folder / f'train-0{records.SUFFIX}',
+                        (clip(50 + index, 33, labelled=False) for index in range(2)))
+    return folder
 
 
 def test_every_clip_is_mirrored_and_padding_is_cut(recorded, tmp_path):
     store = latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
     # 21 frames are 1 + 8 + 8 + 4: the last chunk saw padding, so its latent frame is not kept.
     assert np.diff(store.starts).tolist() == [9, 11, 5] * 2
+    assert store.names[1] == f'{recorded}/train-0{records.SUFFIX} record 1'
+    assert store.names[4] == f'{store.names[1]} mirrored'
     assert store.texts == ['c0', 'c1'] and store.captions == [0, 1, 0] * 2
-    first, second = store.latents[0], store.latents[store.starts[3]]
+    first, second = store.cut(0, 1)[0], store.cut(store.starts[3], 1)[0]
     assert first[0, 0, 0] == 100 and first[0, 1, 0] == 0
     np.testing.assert_array_equal(second, first[:, ::-1])
     assert store.controls[0] == 1 and store.controls[store.starts[3]] == 2
@@ -69,12 +86,117 @@ def test_windows_resume_exactly_and_refuse_other_data(recorded, tmp_path):
     state = windows.state()
     wanted = next(windows)
     assert wanted['latents'].shape == (2, 4, 1, 2, 3) and wanted['ids'].shape == (2, 3)
+    for clip, window, one in zip(wanted['clip'], wanted['latents'], wanted['ids'], strict=True):
+        mirrored = window[0, 0, 0, 0] == 0
+        assert store.names[clip].endswith('mirrored') == mirrored
+        np.testing.assert_array_equal(one, ids[store.captions[clip]])
     again = latents.Windows(store, 4, 2, 7, ids)
     again.restore(state)
     got = next(again)
     for name in wanted:
         np.testing.assert_array_equal(got[name], wanted[name])
-    with pytest.raises(ValueError, match='seed 8'):
+    with pytest.raises(ValueError, match='has seed 7, here it is 8'):
         latents.Windows(store, 4, 2, 8, ids).restore(state)
     with pytest.raises(records.RecordError, match='no episode has 12'):
         latents.Windows(store, 12, 2, 7, ids)
+
+
+def test_clips_of_another_size_are_refused(recorded, tmp_path):
+    records.write_shard(recorded / f'train-1{records.SUFFIX}', [clip(0, 33, size=16)])
+    with pytest.raises(records.RecordError, match=r'train-1.*record 0: got frames \[16, 8\], '
+                                                  r'expected \[8, 8\]'):
+        latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
+    assert not (tmp_path / 'cache').exists()
+
+
+def test_folders_are_encoded_by_themselves_and_joined(recorded, footage, tmp_path):
+    world = World()
+    alone = latents.encode(recorded, world, PARAMS, tmp_path / 'cache')
+    more = latents.encode(footage, world, PARAMS, tmp_path / 'cache')
+    calls = world.calls
+    both = latents.encode(f'{recorded},{footage}', world, PARAMS, tmp_path / 'cache')
+    assert world.calls == calls
+    assert both.starts == alone.starts + [alone.starts[-1] + one for one in more.starts[1:]]
+    assert both.texts == ['', 'c0', 'c1'] and both.captions == [1, 2, 1] * 2 + [0] * 4
+    assert both.recordings == [0, 1, 2] * 2 + [3, 4] * 2 and both.names[6] == more.names[0]
+    for store, first in ((alone, 0), (more, 6)):
+        for episode, start in enumerate(store.starts[:-1]):
+            at = both.starts[first + episode]
+            np.testing.assert_array_equal(both.cut(at, 3), store.cut(start, 3))
+    assert set(both.controls[:both.starts[6]]) == {1, 2}
+    assert set(both.controls[both.starts[6]:]) == {records.NULL}
+
+
+def drawn(store, count=6, **settings):
+    """(batches of 4 drawn, the windows): a batch as (clip, first control) pairs."""
+    ids = np.zeros((len(store.texts), 2))
+    windows = latents.Windows(store, 4, 4, 7, ids, **settings)
+    batches = [next(windows) for _ in range(count)]
+    return [list(zip(one['clip'], one['controls'][:, 0], strict=True)) for one in batches], windows
+
+
+@pytest.mark.parametrize('labelled, wanted', [(1.0, 4), (0.75, 3), (0.5, 2), (0.0, 0)])
+def test_every_batch_holds_the_share_of_labelled_windows(recorded, footage, tmp_path, labelled,
+                                                         wanted):
+    store = latents.encode([recorded, footage], World(), PARAMS, tmp_path / 'cache')
+    batches, _ = drawn(store, labelled=labelled)
+    for batch in batches:
+        known = [control != records.NULL for _, control in batch]
+        assert known == [clip < 6 for clip, _ in batch] and sum(known) == wanted
+
+
+def test_without_a_share_windows_come_as_they_lie(recorded, footage, tmp_path):
+    store = latents.encode([recorded, footage], World(), PARAMS, tmp_path / 'cache')
+    places = [(clip, offset) for clip, (start, end)
+              in enumerate(zip(store.starts, store.starts[1:], strict=False))
+              for offset in range(end - start - 3)]
+    batches, _ = drawn(store, count=len(places) // 4)
+    seen = sorted(int(clip) for batch in batches for clip, _ in batch)
+    assert seen == sorted(clip for clip, _ in places)
+
+
+def test_a_mixture_resumes_exactly_and_refuses_another(recorded, footage, tmp_path):
+    store = latents.encode([recorded, footage], World(), PARAMS, tmp_path / 'cache')
+    rest, windows = drawn(store, 9, labelled=0.25, label_share=0.5)
+    _, again = drawn(store, 5, labelled=0.25, label_share=0.5)
+    _, fresh = drawn(store, 0, labelled=0.25, label_share=0.5)
+    fresh.restore(again.state())
+    for one in rest[5:]:
+        batch = next(fresh)
+        assert list(zip(batch['clip'], batch['controls'][:, 0], strict=True)) == one
+    _, other = drawn(store, 0, labelled=0.5, label_share=0.5)
+    with pytest.raises(ValueError, match='the state has labelled 0.25, here it is 0.5'):
+        other.restore(again.state())
+
+
+def test_a_kind_that_is_missing_is_named(recorded, footage, tmp_path):
+    store = latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
+    with pytest.raises(records.RecordError, match='labelled: got 0.5.*no unlabelled windows of 4'):
+        drawn(store, labelled=0.5)
+    store = latents.encode(footage, World(), PARAMS, tmp_path / 'cache')
+    with pytest.raises(records.RecordError, match='labelled: got 0.5.*no labelled windows of 4'):
+        drawn(store, labelled=0.5)
+
+
+def test_a_smaller_share_of_labels_is_part_of_a_larger_one(tmp_path):
+    records.write_shard(tmp_path / f'train-0{records.SUFFIX}', (clip(i, 17) for i in range(20)))
+    store = latents.encode(tmp_path, World(), PARAMS, tmp_path / 'cache')
+    kept = {}
+    for share in (1.0, 0.5, 0.1, 0.0):
+        controls = drawn(store, 0, label_share=share)[1].controls
+        kept[share] = {store.recordings[episode] for episode, start in enumerate(store.starts[:-1])
+                       if controls[start] != records.NULL}
+        # A mirror image is labelled if and only if its clip is.
+        half = len(controls) // 2
+        assert ((controls[:half] == records.NULL) == (controls[half:] == records.NULL)).all()
+    assert [len(one) for one in kept.values()] == [20, 10, 2, 0]
+    assert kept[0.1] < kept[0.5] < kept[1.0]
+
+
+def test_processes_share_the_rows_of_a_batch(recorded, tmp_path):
+    store = latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
+    whole, _ = drawn(store)
+    halves = [drawn(store, process=(index, 2))[0] for index in range(2)]
+    assert [first + second for first, second in zip(*halves, strict=True)] == whole
+    with pytest.raises(ValueError, match='train.batch: got 4, expected a multiple of 3'):
+        drawn(store, process=(0, 3))

@@ -1,10 +1,12 @@
 """Batches are crops of the clips, follow from the seed, and resume exactly."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from matrix_jax.data.loader import Clips, Loader, crop, mirror
-from matrix_jax.data.records import CONTROLS, TELEMETRY, Clip, RecordError, write_shard
+from matrix_jax.data.records import CONTROLS, TELEMETRY, Clip, RecordError, unknown, write_shard
 
 FRAMES = 9
 
@@ -57,6 +59,9 @@ def test_batches_are_crops_with_their_controls(folder):
             np.testing.assert_array_equal(controls, window.controls[::4])
             np.testing.assert_array_equal(telemetry, window.telemetry)
             assert loader.captions[caption] == f'caption {number % 3}'
+        names = [loader.names[one] for one in batch['clip']]
+        assert names == [f'{folder}/train-0000{number // 4}.array_record record {number % 4}'
+                         for number in batch['frames'][:, 0, 0, 0, 2]]
     assert mirrored == {False, True}
 
 
@@ -69,6 +74,20 @@ def test_mirror_swaps_left_and_right():
     assert dict(zip(TELEMETRY, seen.telemetry[0], strict=True)) == {
         'on_road': 1, 'yaw_rate': -1, 'speed': 1, 'x': -1, 'y': 1, 'heading': -1}
     np.testing.assert_array_equal(mirror(seen).frames, clip.frames)
+
+
+def test_a_clip_without_label_has_none_in_the_mirror():
+    clip = replace(make_clip(1), **unknown(len(make_clip(1).frames)))
+    assert not mirror(clip).labelled
+    np.testing.assert_array_equal(mirror(mirror(clip)).frames, clip.frames)
+
+
+def test_folders_are_read_together(folder, tmp_path):
+    unlabelled = replace(make_clip(8), caption='', **unknown(len(make_clip(8).frames)))
+    write_shard(tmp_path / 'train-00000.array_record', [unlabelled])
+    clips = Clips(f'{folder},{tmp_path}')
+    assert len(clips) == 8 and not clips[7].labelled and clips.captions[0] == ''
+    assert [clips[index].labelled for index in range(7)] == [True] * 7
 
 
 def test_no_mirror_keeps_every_crop(folder):

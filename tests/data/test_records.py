@@ -11,8 +11,10 @@ from matrix_jax.data.records import (
     Clip,
     RecordError,
     Shard,
+    folders,
     pack,
     shards,
+    unknown,
     unpack,
     write_shard,
 )
@@ -87,7 +89,8 @@ def test_foreign_bytes_are_refused():
 @pytest.mark.parametrize('changes, where', [
     ({'frames': np.zeros((16, 8, 12, 3), np.uint8)}, 'got 16 frames, expected 1 [+] 4k'),
     ({'frames': np.zeros((17, 8, 12, 3), np.float32)}, 'clip.frames: got float32'),
-    ({'controls': np.full(17, 9, np.int8)}, 'clip.controls'),
+    ({'controls': np.full(17, 10, np.int8)}, 'clip.controls'),
+    ({'controls': np.arange(17).clip(0, 9).astype(np.int8)}, 'or of 9 alone'),
     ({'controls': np.zeros(5, np.int8)}, 'clip.controls'),
     ({'telemetry': np.zeros((17, 3), np.float32)}, 'clip.telemetry'),
 ])
@@ -99,3 +102,29 @@ def test_malformed_clip_is_refused(changes, where):
 def test_mirrored_controls_swap_left_and_right():
     swapped = [CONTROLS[i] for i in MIRRORED]
     assert swapped == ['D', 'DR', 'DL', 'B', 'BR', 'BL', 'N', 'NR', 'NL']
+
+
+def test_a_clip_without_label_comes_back():
+    clip = replace(make_clip(3), **unknown(17))
+    assert make_clip(3).labelled and not clip.labelled
+    assert_same(unpack(pack(clip)), clip)
+
+
+@pytest.mark.parametrize('data, found', [
+    ('a', ['a']), ('a, b', ['a', 'b']), (['a', 'b'], ['a', 'b']), ('data/x,y', ['data/x', 'y'])])
+def test_folders_with_commas(data, found):
+    assert folders(data) == found
+
+
+@pytest.mark.parametrize('data', ['', ',', []])
+def test_no_folder_is_refused(data):
+    with pytest.raises(RecordError, match='data: got .*expected folders'):
+        folders(data)
+
+
+def test_a_digest_names_the_content(tmp_path):
+    for name, seed in (('a', 1), ('b', 1), ('c', 2)):
+        write_shard(tmp_path / name, [make_clip(seed)])
+    a, b, c = (Shard(tmp_path / name) for name in 'abc')
+    assert a.path.stat().st_size == c.path.stat().st_size      # shards are padded
+    assert a.digest() == b.digest() != c.digest()

@@ -1,0 +1,150 @@
+"""Videos that nobody labelled: cut into shots, brought to one size and rate, poor clips left out.
+
+A video is read twice. The first reading keeps a small picture of every frame (`look`); from these
+follow the shots (`shots`) and what is wrong with a clip (`fault`). The second reading keeps the
+frames of the good clips. The same file gives the same clips.
+
+Two neighbouring frames differ by the mean absolute difference of their small pictures, 0 to 1. A
+cut is a difference of at least `CUT` that is also `CUT_RATIO` times the median of the eight around
+it: fast motion is large many frames in a row, a cut once. Slow dissolves are not found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax import video
+from matrix_jax.data import records
+from matrix_jax.data.gather import GatherError, Report, Source, check, clip
+
+SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
+LOOK = (16, 24)  # rows and columns of the small pictures
+CUT, CUT_RATIO, CUT_AROUND = 0.06, 3.0, 4
+DARK = 0.06  # mean brightness
+FLAT = 0.03  # deviation of brightness within a frame: fog, a wall, an empty card
+STATIC = 0.002  # mean difference of neighbours: a still picture, a menu, a paused player
+LONGEST = 257  # frames of a clip: 16 s, like an episode of the game
+
+
+@dataclass(frozen=True)
+class Footage:
+    """Settings of clips without labels.
+
+    Attributes:
+      height, width, fps: of the clips.
+      shortest: least frames of a clip.
+      held_out: share of the videos in heldout-* shards.
+    """
+    height: int
+    width: int
+    fps: int = 16
+    shortest: int = 33
+    held_out: float = 0.1
+    kind: str = 'footage'
+
+    def __post_init__(self):
+        check(self)
+        if not 5 <= self.shortest <= LONGEST:
+            raise GatherError(f'--shortest: got {self.shortest} frames, expected 5 to {LONGEST}')
+
+    def clips(self, root: Path, source: Source, report: Report) -> Iterator[records.Clip]:
+        """The good clips of one video in order; `report` counts the others."""
+        path = root / source.path
+        rate = video.frame_rate(path)
+        if rate < self.fps / 2:      # every frame would stand still for two
+            raise video.VideoError(f'{path}: got {rate:g} frames per second, expected at least '
+                                   f'{self.fps / 2:g}')
+        small = look(path, self.fps, self.height / self.width)
+        report.seconds += len(small) / self.fps
+        frames = enumerate(video.read_frames(path, self.fps))
+        for start, end in pieces(shots(small)):
+            why = 'short' if end - start < self.shortest else fault(small[start:end])
+            if why:
+                report.dropped[why] += 1
+                continue
+            kept = []
+            for index, frame in frames:
+                if index >= start:
+                    kept.append(video.fit(frame[None], self.height, self.width)[0])
+                if index == end - 1:
+                    break
+            yield clip(kept, self, source, **records.unknown(len(kept)))
+
+
+def find(root: Path, caption: str = '') -> list[Source]:
+    """All videos below a folder, by name; a .txt file of the same name holds the caption.
+
+    Raises:
+      GatherError: no folder, no video, or a caption that is not text.
+    """
+    if not root.is_dir():
+        raise GatherError(f'--videos {root}: no such folder')
+    paths = sorted(path for path in root.rglob('*')
+                   if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise GatherError(f'--videos {root}: no video in it ({" ".join(SUFFIXES)})')
+    sources = []
+    for path in paths:
+        said = path.with_suffix('.txt')
+        try:
+            text = said.read_text(encoding='utf-8') if said.is_file() else caption
+        except UnicodeDecodeError as error:
+            raise GatherError(f'{said}: not UTF-8 text ({error})') from error
+        sources.append(Source(path.relative_to(root).as_posix(), ' '.join(text.split())))
+    return sources
+
+
+def look(path: Path, fps: float, aspect: float) -> np.ndarray:
+    """uint8 [F 16 24 3]: what the centre crop of height / width = `aspect` shows, made small."""
+    from PIL import Image
+
+    small = []
+    for frame in video.read_frames(path, fps):
+        height, width = frame.shape[:2]
+        rows, columns = min(height, width * aspect), min(width, height / aspect)
+        box = ((width - columns) / 2, (height - rows) / 2,
+               (width + columns) / 2, (height + rows) / 2)
+        small.append(np.asarray(Image.fromarray(frame).resize(
+            LOOK[::-1], Image.Resampling.BOX, box)))
+    return np.stack(small)
+
+
+def differences(small: np.ndarray) -> np.ndarray:
+    """Differences [F-1] of neighbouring small pictures [F h w 3], 0 to 1."""
+    return np.array([np.abs(after.astype(np.int16) - before).mean()
+                     for before, after in pairwise(small)]) / 255
+
+
+def shots(small: np.ndarray) -> list[tuple[int, int]]:
+    """(first, end) of the shots in small pictures [F h w 3]."""
+    change = differences(small)
+    cuts = []
+    for index in np.flatnonzero(change >= CUT):
+        around = np.delete(change[max(0, index - CUT_AROUND):index + CUT_AROUND + 1],
+                           min(index, CUT_AROUND))
+        if change[index] >= CUT_RATIO * (np.median(around) if len(around) else 0):
+            cuts.append(int(index) + 1)
+    return list(pairwise([0, *cuts, len(small)]))
+
+
+def pieces(spans) -> Iterator[tuple[int, int]]:
+    """Spans cut to at most LONGEST frames, and to 1 + 4k."""
+    for start, end in spans:
+        for first in range(start, end, LONGEST):
+            last = min(first + LONGEST, end)
+            yield first, last - (last - first - 1) % records.FRAMES_PER_LATENT
+
+
+def fault(small: np.ndarray) -> str:
+    """What is wrong with a clip of small pictures [F h w 3]: dark, flat, static or ''."""
+    light = small.mean(axis=-1) / 255
+    if light.mean() < DARK:
+        return 'dark'
+    if light.std(axis=(1, 2)).mean() < FLAT:
+        return 'flat'
+    return 'static' if differences(small).mean() < STATIC else ''

@@ -1,0 +1,199 @@
+"""Files to records: groups of videos become shards, each with a report of what was kept and why
+the rest was not.
+
+What becomes of a video is the business of the settings (`footage.Footage`, `index.Index`). The plan
+follows from the settings and the list of videos alone; a group that has its report is not read
+again, and a folder made from other videos or settings is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax.config import UsageError
+from matrix_jax.data import collect, records
+
+SHARD_FILES, SHARD_BYTES = 64, 64 * 2**20  # of the videos that share a shard, at most
+
+
+class GatherError(UsageError):
+    """The videos that were given make no data set."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A video, and where known what happens in it.
+
+    Attributes:
+      path: of the video, below the root.
+      caption: what is seen.
+      signal: one control symbol per frame of the file, or none.
+      start: frame of the file at which to begin.
+    """
+    path: str
+    caption: str = ''
+    signal: tuple[str, ...] = ()
+    start: int = 0
+
+
+@dataclass
+class Report:
+    """What became of some videos.
+
+    Attributes:
+      files: how many were asked for.
+      seconds: of video that was read.
+      clips, frames: what was kept.
+      dropped: clips left out, by reason.
+      skipped: why, of each file that could not be read.
+    """
+    files: int = 0
+    seconds: float = 0.0
+    clips: int = 0
+    frames: int = 0
+    dropped: Counter = field(default_factory=Counter)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: Report):
+        for name in ('files', 'seconds', 'clips', 'frames'):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.dropped.update(other.dropped)
+        self.skipped.update(other.skipped)
+
+    def text(self, fps: int) -> str:
+        """Every skipped file, the counts by reason, and what was kept."""
+        dropped = ', '.join(f'{why} {count}' for why, count in sorted(self.dropped.items()))
+        return '\n'.join([
+            *(f'skipped: {why}' for why in self.skipped.values()),
+            f'files: {self.files - len(self.skipped)} read, {len(self.skipped)} skipped',
+            f'clips: {self.clips} kept, {sum(self.dropped.values())} dropped'
+            + (f' ({dropped})' if dropped else ''),
+            f'{self.frames} frames, {self.frames / fps / 3600:.4f} hours of '
+            f'{self.seconds / 3600:.4f} read'])
+
+
+def check(settings):
+    """Raises GatherError unless the fields that all kinds of settings share make sense."""
+    for name in ('height', 'width', 'fps'):
+        if getattr(settings, name) < 1:
+            raise GatherError(f'{name}: got {getattr(settings, name)}, expected at least 1')
+    if not 0 <= settings.held_out < 1:
+        raise GatherError(f'--held-out: got {settings.held_out:g}, expected 0 <= fraction < 1')
+
+
+def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int = 1) -> Report:
+    """Makes the shards that are not there yet -> what is in the folder in all.
+
+    Args:
+      settings: a frozen dataclass with `held_out` and `clips(root, source, report)`.
+      root: folder that the paths of `sources` start from.
+      sources: what to read.
+      out: folder of the shards.
+      workers: processes; they change the time alone.
+
+    Raises:
+      ValueError: the folder holds other data.
+    """
+    from tqdm import tqdm
+
+    collect.check_workers(workers)
+    sizes = [_size(root / source.path) for source in sources]
+    listing = json.dumps([(asdict(source), size) for source, size in zip(sources, sizes)])
+    digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    collect.claim(settings, out, {'sources': len(sources), 'digest': digest})
+    total, todo = Report(), []
+    with tqdm(total=len(sources), unit='file') as bar:
+        for split, number, group in _groups(sources, sizes, settings.held_out):
+            job = settings, root, group, out / f'{split}-{number:05d}{records.SUFFIX}'
+            if _report_path(job[-1]).exists():
+                total.add(_read_report(job[-1]))
+                bar.update(len(group))
+            else:
+                todo.append(job)
+        for report in collect.pooled(_shard, todo, workers):
+            total.add(report)
+            bar.update(report.files)
+    return total
+
+
+def clip(frames: Sequence[np.ndarray], settings, source: Source, **known) -> records.Clip:
+    """A clip of a video; `known` are its controls and telemetry."""
+    return records.Clip(np.stack(frames), caption=source.caption, theme=settings.kind,
+                        seed=_number(source.path), fps=settings.fps, **known)
+
+
+def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[Source]]]:
+    """(split, number, sources) of every shard. A video is in one split, whoever its neighbours."""
+    paths = sorted({source.path for source in sources}, key=lambda path: (_number(path), path))
+    held = set(paths[:round(held_out * len(paths))])
+    for split in ('train', 'heldout'):
+        group, weight, number = [], 0, 0
+        for source, size in zip(sources, sizes):
+            if (source.path in held) != (split == 'heldout'):
+                continue
+            if group and (len(group) == SHARD_FILES or weight + size > SHARD_BYTES):
+                yield split, number, group
+                group, weight, number = [], 0, number + 1
+            group, weight = [*group, source], weight + size
+        if group:
+            yield split, number, group
+
+
+def _shard(job) -> Report:
+    """Writes one shard and then its report, which says that the shard is complete."""
+    settings, root, group, path = job
+    report = Report(files=len(group))
+
+    def clips():
+        for source in group:
+            try:
+                for made in settings.clips(root, source, report):
+                    report.clips += 1
+                    report.frames += len(made.frames)
+                    yield made
+            except (UsageError, records.RecordError, OSError) as error:
+                report.skipped[source.path] = str(error)
+
+    found = clips()
+    first = next(found, None)
+    if first is not None:      # a shard without clips counts as damaged
+        records.write_shard(path, itertools.chain([first], found))
+    part = _report_path(path).with_suffix('.part')
+    part.write_text(json.dumps(vars(report), indent=1, sort_keys=True) + '\n')
+    os.replace(part, _report_path(path))
+    return report
+
+
+def _report_path(shard: Path) -> Path:
+    return shard.with_suffix('.json')
+
+
+def _read_report(shard: Path) -> Report:
+    """The report of a finished shard; the shard is opened, so that a damaged one is named."""
+    path = _report_path(shard)
+    try:
+        report = Report(**json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise GatherError(f'{path}: not a report ({error}); delete it to make it anew') from error
+    if report.clips and len(records.Shard(shard)) != report.clips:
+        raise GatherError(f'{shard}: got {len(records.Shard(shard))} clips, expected '
+                          f'{report.clips}; delete {path.name} to make it anew')
+    return report
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _number(path: str) -> int:
+    return zlib.crc32(path.encode())

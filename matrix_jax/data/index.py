@@ -1,0 +1,154 @@
+"""The published index of training clips, read as it is.
+
+`{"list": [{"path", "caption", "control_signal_seq", "valid_frame_idx"}, ...]}`: paths start at the
+data root; the signal holds one symbol per frame of the file, with commas; the clip begins at frame
+`valid_frame_idx`. The last two may be missing, as in the index of the first stage: then the clip
+has no label, and begins at 0 (reference section 6).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax import controls, video
+from matrix_jax.data import records
+from matrix_jax.data.gather import GatherError, Report, Source, check, clip
+
+
+@dataclass(frozen=True)
+class Index:
+    """Settings of clips that an index lists.
+
+    Attributes:
+      height, width, fps: of the clips.
+      frames: F of every clip; the published stages read 17 to 65.
+      held_out: share of the videos in heldout-* shards.
+    """
+    height: int
+    width: int
+    fps: int = 16
+    frames: int = 65
+    held_out: float = 0.1
+    kind: str = 'index'
+
+    def __post_init__(self):
+        check(self)
+        if self.frames < 5 or self.frames % records.FRAMES_PER_LATENT != 1:
+            raise GatherError(f'--frames: got {self.frames}, expected 1 + 4k, at least 5')
+
+    def clips(self, root: Path, source: Source, report: Report) -> Iterator[records.Clip]:
+        """The one clip of an entry."""
+        path = root / source.path
+        rate = video.frame_rate(path)
+        length = sum(1 for _ in video.read_frames(path, None))
+        report.seconds += length / rate
+        chosen = sample(length, rate, self.frames, source.start, self.fps)
+        found = {}
+        for index, frame in enumerate(video.read_frames(path, None)):
+            if index in chosen:
+                found[index] = video.fit(frame[None], self.height, self.width)[0]
+            if index == chosen[-1]:
+                break
+        known = records.unknown(self.frames)
+        if source.signal:
+            known['controls'] = label(source.signal, chosen, length)
+        yield clip([found[index] for index in chosen], self, source, **known)
+
+
+def sample(length: int, rate: float, frames: int, start: int, fps: float = 16) -> np.ndarray:
+    """Indices [F] of the frames that the published loader takes of a video.
+
+    Args:
+      length: frames of the video.
+      rate: its frames per second.
+      frames: F.
+      start: where to begin; earlier, if the clip would overrun the end.
+      fps: of the clip.
+    """
+    step = rate / fps
+    if (frames - 1) * step >= length:      # too short at this rate: spread over what there is
+        return np.round(np.linspace(0, length - 1, frames)).astype(int)
+    last = int(np.floor(length - (frames - 1) * step)) - 1
+    start = max(0, min(start, last))
+    chosen = np.round(np.arange(start, length, step))[:frames].astype(int)
+    return np.minimum(chosen, length - 1)      # rounding may reach one past the end
+
+
+def label(signal: Sequence[str], chosen: np.ndarray, length: int) -> np.ndarray:
+    """int8 [F] controls: each latent frame has the symbol of its last sampled frame.
+
+    Args:
+      signal: a symbol per frame of the video; its last one goes on.
+      chosen: indices [F] of the sampled frames.
+      length: frames of the video.
+    """
+    if length < len(chosen):      # PARITY: a video with too few frames drives straight on
+        return np.full(len(chosen), controls.SYMBOLS.index('D'), np.int8)
+    every = records.FRAMES_PER_LATENT
+    held = controls.encode([signal[min(index, len(signal) - 1)] for index in chosen[::every]])
+    return np.concatenate([held[:1], np.repeat(held[1:], every)]).astype(np.int8)
+
+
+def read(path: Path) -> list[Source]:
+    """The entries of an index file.
+
+    Raises:
+      GatherError: not an index; every malformed entry is named.
+    """
+    try:
+        listed = json.loads(path.read_text(encoding='utf-8'))
+    except OSError as error:
+        raise GatherError(f'--index {path}: {error.strerror or error}') from error
+    except ValueError as error:
+        raise GatherError(f'--index {path}: not JSON ({error})') from error
+    listed = listed.get('list') if isinstance(listed, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise GatherError(f'--index {path}: expected {{"list": [{{"path": ...}}, ...]}} with '
+                          'at least one entry')
+    faults = [f'entry {number}: {fault}' for number, entry in enumerate(listed)
+              for fault in _faults(entry)]
+    if faults:
+        raise GatherError(f'--index {path}: {"; ".join(faults)}')
+    return [Source(entry['path'], entry['caption'],
+                   tuple(_symbols(entry.get('control_signal_seq', ''))),
+                   entry.get('valid_frame_idx', 0)) for entry in listed]
+
+
+def _symbols(signal: str) -> list[str]:
+    return [symbol.strip() for symbol in signal.split(',')] if signal else []
+
+
+def _faults(entry) -> Iterator[str]:
+    """What is wrong with an entry: key, what came, what was wanted."""
+    if not isinstance(entry, dict):
+        yield f'got {_shown(entry)}, expected an object with path and caption'
+        return
+    for key in ('path', 'caption'):
+        if key not in entry:
+            yield f'{key}: is missing, expected a string'
+        elif not isinstance(entry[key], str) or (key == 'path' and not entry[key].strip()):
+            yield f'{key}: got {_shown(entry[key])}, expected a string' + (
+                ' that names a video' if key == 'path' else '')
+    signal = entry.get('control_signal_seq')
+    if 'control_signal_seq' in entry:
+        if not isinstance(signal, str) or not signal.strip():
+            yield (f'control_signal_seq: got {_shown(signal)}, expected symbols with commas, '
+                   'one per frame')
+        else:
+            try:
+                controls.parse(signal)
+            except controls.ControlError as error:
+                yield f'control_signal_seq: {str(error).removeprefix("control: ")}'
+    start = entry.get('valid_frame_idx', 0)
+    if not isinstance(start, int) or isinstance(start, bool) or start < 0:
+        yield f'valid_frame_idx: got {_shown(start)}, expected a whole number of at least 0'
+
+
+def _shown(value) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else f'{text[:57]}...'
