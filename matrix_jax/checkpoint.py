@@ -162,6 +162,15 @@ def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
     return [folder / name for name in names], set(weight_map)
 
 
+def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """(metadata, tensors) of one safetensors file."""
+    path = Path(path)
+    if not path.is_file():
+        raise CheckpointError(f'{path}: no such file')
+    file = _open(path)
+    return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+
+
 def _open(path: Path):
     from safetensors import SafetensorError, safe_open
 

@@ -1,4 +1,4 @@
-"""The denoising objective that pretraining, LoRA, control SFT and Swin-DPM share.
+"""The denoising objective, and what else pretraining, LoRA, control SFT and Swin-DPM share.
 
 x_t = a_t x0 + s_t eps; the network predicts v; x0^ = a_t x_t - s_t v; the published loss is
 mean( (x0^ - x0)^2 / (1 - abar_t) ), which equals a plain squared error of v (section 6 of the
@@ -7,9 +7,82 @@ reference). The stages differ in the levels they draw, in the frames that count 
 
 from __future__ import annotations
 
+import dataclasses
+
+import jax
 import jax.numpy as jnp
 
 from matrix_jax.diffusion import schedules
+from matrix_jax.train.stage import Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Denoising(Stage):
+    """Base of the stages that train the denoiser on pre-encoded latents.
+
+    Attributes:
+      control_dropout: share of samples whose controls become the null (empty prompt) embedding.
+      text_dropout: share of samples whose caption becomes the empty prompt.
+      labelled: share of windows with controls in each batch, the others having none; None takes
+        them as they lie in the data.
+      label_share: share of the labelled recordings that keep their label.
+      train_encoders: train the text and control encoders too (first stage of a bundled world).
+    """
+    control_dropout: float = 0.1
+    text_dropout: float = 0.0
+    labelled: float | None = None
+    label_share: float = 1.0
+    train_encoders: bool = False
+
+    components = ('transformer', 'text_encoder', 'control_encoder', 'vae')
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_shares('control_dropout', 'text_dropout', 'label_share')
+        if self.labelled is not None:
+            self.check_shares('labelled')
+
+    def check_shares(self, *names: str):
+        """Raises ValueError unless the fields are shares of a whole."""
+        for name in names:
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected 0 to 1')
+
+    def trainable(self, path):
+        component = path.split('/')[0]
+        encoders = self.train_encoders and component in ('text_encoder', 'control_encoder')
+        return component == 'transformer' or encoders
+
+    def frames(self, world) -> int:
+        """Latent frames T of an example; those of a window by default."""
+        return world.cfg.stream.frames
+
+    def loader(self, world, params, data, batch, seed, cache):
+        from matrix_jax.data import latents
+        store = latents.encode(data, world, params, cache)
+        ids = world.tokenize(store.texts)
+        return latents.Windows(store, self.frames(world), batch, seed, ids, self.labelled,
+                               self.label_share)
+
+    def conditions(self, world, params, ids, controls, keys):
+        """What the network is told, with the shares of dropout.
+
+        Args:
+          ids: prompt ids int32 [B L].
+          controls: symbols int32 [B T].
+          keys: two PRNG keys, of the text and of the control.
+
+        Returns:
+          (text [B L D], control [B T A], or None for a network without control blocks).
+        """
+        empty = jax.random.uniform(keys[0], (len(ids), 1)) < self.text_dropout
+        text = world.embed_ids(params, jnp.where(empty, world.empty_ids, ids))
+        if world.cfg.dit.control is None:
+            return text, None
+        table = world.embed_controls(params)
+        nothing = table.shape[0] - 1     # last row: null control
+        dropped = jax.random.uniform(keys[1], (len(controls), 1)) < self.control_dropout
+        return text, table[jnp.where(dropped, nothing, controls)]
 
 
 def denoise_loss(schedule, denoise, latents, noise, levels, counted, seen=None):

@@ -33,8 +33,9 @@ class Stage:
             raise ValueError(f'stage.ema: got {self.ema}, expected 0 <= ema < 1')
 
     def start(self, world, params, seed: int) -> dict:
-        """The parameters by component that the loss reads, from those of the whole world."""
-        return {name: params[name] for name in self.components}
+        """The parameters by component that the loss reads, from those of the whole world, which may
+        leave out what it has no use for."""
+        return {name: params[name] for name in self.components if name in params}
 
     def axes(self, world) -> dict[str, tuple[str, ...]]:
         """Axis letters of the leaves of `start` by path (`convert.axes`)."""
@@ -44,10 +45,6 @@ class Stage:
     def trainable(self, path: str) -> bool:
         """Whether the leaf 'component/path' trains."""
         return True
-
-    def prepare(self, params):
-        """The parameters that the loss reads: `components`, and roles of the stage's own."""
-        return params
 
     def loader(self, world, params, data: str, batch: int, seed: int, cache: str) -> Any:
         """An endless iterator of batches (dicts of numpy arrays), with `state() -> bytes` and

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 from matrix_jax.worlds import the_matrix
 
@@ -55,7 +54,7 @@ def open_run(run):
                                 'a hub repository')
     folder = checkpoint.resolve(run.weights)
     world = describe(run.world, folder, whole=True).with_tokenizers(folder)
-    params = world.load(folder)
+    params = _adapt(run, world, lambda: world.load(folder))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     return world, world.device_put(params, sharding.make_mesh(run.mesh))
@@ -66,9 +65,33 @@ def start(run):
     from matrix_jax import checkpoint
     world = build(run.world)
     if run.weights is None:
-        return world.with_tokenizers(None), world.init(run.train.seed)
+        world.with_tokenizers(None)
+        return world, _adapt(run, world, lambda: world.init(run.train.seed))
     folder = checkpoint.resolve(run.weights)
-    have = tuple(part.folder for part in world.parts if (Path(folder) / part.folder).is_dir())
-    world = describe(run.world, folder).with_tokenizers(folder)
-    lacking = tuple(part.folder for part in world.parts if part.folder not in have)
-    return world, world.init(run.train.seed, only=lacking) | world.load(folder, only=have)
+    found = describe(run.world, folder)
+    world = found.grown(run.world).with_tokenizers(folder)
+    have = tuple(part.folder for part in world.parts if world.has(folder, part.folder))
+    lacking = tuple(part.folder for part in world.parts
+                    if part.folder not in (*have, *world.borrowed(folder)))
+    params = _adapt(run, found, lambda: (found.init(run.train.seed, only=lacking)
+                                         | found.load(folder, only=have)))
+    return world, world.widen(params, found, run.train.seed)
+
+
+def _adapt(run, world, load):
+    """The parameters that `load()` gives with the run's adapter merged in, if it has one.
+
+    The adapter is read first: it is small, and what is wrong with it shows at once.
+    """
+    if run.lora is None:
+        return load()
+    import jax
+
+    from matrix_jax.nn import lora
+    name = 'transformer'
+    adapter = lora.read(run.lora, world.tables[name], world.shapes()[name])
+    params = load()
+    merged = lora.merge(params[name], adapter, run.lora_scale)
+    if world.cfg.dit.dtype != 'float32':
+        merged = jax.tree.map(lambda new, old: new.astype(old.dtype), merged, params[name])
+    return params | {name: merged}

@@ -8,6 +8,7 @@ counting and sharding them is the same for all worlds and stands here.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import functools
 import os
 import shutil
@@ -60,13 +61,15 @@ class Parts:
         """Parameter tree of ShapeDtypeStructs by part; nothing is allocated."""
         return {part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.parts}
 
-    def init(self, seed: int, still: bool = True, only: tuple[str, ...] | None = None) -> dict:
+    def init(self, seed: int, still: bool = True, only: tuple[str, ...] | None = None,
+             paths: str = '*') -> dict:
         """Fresh float32 numpy parameters by part.
 
         Args:
           seed: one seed is one tree.
           still: whether blocks start as the identity, for training; else every leaf is random.
           only: folders of the parts to draw; all by default.
+          paths: pattern of the paths of the leaves to draw.
         """
         drawn = {}
         for part in self.parts:
@@ -74,6 +77,8 @@ class Parts:
                 continue
             leaves = {}
             for row, _, draw in self.draws(part, seed, still):
+                if not fnmatch.fnmatchcase(row.path, paths):
+                    continue
                 layers = range(*row.layers) if row.layers else ()
                 leaves[row.path] = np.stack([draw(i) for i in layers]) if layers else draw(None)
             drawn[part.folder] = convert.unflatten(leaves)
@@ -121,24 +126,44 @@ class Parts:
         """(folder, component) where a part of a weights folder lies."""
         return str(folder), name
 
+    def borrowed(self, folder: str) -> tuple[str, ...]:
+        """Components that a weights folder leaves to another place, from where `place` reads them.
+        """
+        return ()
+
+    def has(self, folder: str, name: str) -> bool:
+        """Whether training starts from a weights folder's component, or a borrowed one."""
+        return (Path(folder) / name).is_dir()
+
+    def grown(self, cfg):
+        """This world with what `cfg` adds to a network, for training to begin."""
+        return self
+
+    def widen(self, params: Mapping, narrow, seed: int) -> dict:
+        """Parameters of the world `narrow`, with fresh ones for what `grown` added to it."""
+        return params
+
     def save(self, folder: str, params: Mapping, start: str | None = None, dtype='bfloat16'):
-        """Writes a folder in the released layout; parts that `params` lacks come from `start`."""
+        """Writes a folder in the released layout; parts that `params` lacks come from `start`, and
+        what `start` borrows, the new folder borrows as well."""
         origin = Path(checkpoint.resolve(start)) if start else None
+        borrowed = self.borrowed(origin) if origin else ()
         for part in self.parts:
             cfg = getattr(self.cfg, part.field)
-            if part.folder in params:
+            if part.folder in params and part.folder not in borrowed:
                 tensors = convert.to_torch(part.weights(cfg), params[part.folder])
                 checkpoint.write_component(folder, part.folder, cfg.to_released(), tensors,
                                            dtype=dtype)
             elif origin and (origin / part.folder).is_dir():
                 _copy(origin / part.folder, Path(folder) / part.folder)
-        for name in self.extras:
+        extras = [name for name in self.extras if name not in borrowed]
+        for name in extras:
             if origin and (origin / name).is_dir():
                 _copy(origin / name, Path(folder) / name)
             else:
                 self.write_extra(name, os.path.join(folder, name))
         present = [part.folder for part in self.parts if (Path(folder) / part.folder).is_dir()]
-        index = {name: ['matrix_jax', name] for name in (*present, *self.extras)}
+        index = {name: ['matrix_jax', name] for name in (*present, *extras)}
         checkpoint.write_json(folder, 'model_index.json', {'_class_name': self.cfg.name, **index})
 
     def write_extra(self, name: str, folder: str):

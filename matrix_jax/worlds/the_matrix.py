@@ -17,7 +17,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, controls
+from matrix_jax import checkpoint, controls, convert
 from matrix_jax.diffusion import schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
@@ -107,8 +107,10 @@ class World(Parts):
             self.tokenizer, self.control_tokenizer = tokenizers.byte_pair()
         else:
             self.tokenizer = tokenizers.load(Path(folder) / 'tokenizer')
-            self.control_tokenizer = tokenizers.load(
-                Path(*self.place(folder, 'control_tokenizer')))
+            self.control_tokenizer = None
+            if self.cfg.dit.control:
+                self.control_tokenizer = tokenizers.load(
+                    Path(*self.place(folder, 'control_tokenizer')))
         return self
 
     def place(self, folder, name):
@@ -116,6 +118,33 @@ class World(Parts):
         if name.startswith('control_') and not (Path(folder) / name).is_dir():
             return str(checkpoint.resolve(self.cfg.control_weights)), ''
         return super().place(folder, name)
+
+    def borrowed(self, folder):
+        """Released folders leave the encoder of control prompts to `cfg.control_weights`."""
+        names = ('control_encoder', 'control_tokenizer')
+        return () if any((Path(folder) / name).is_dir() for name in names) else names
+
+    def has(self, folder, name):
+        """A network without control needs no encoder of control prompts."""
+        return super().has(folder, name) or (
+            self.cfg.dit.control is not None and name in self.borrowed(folder))
+
+    def grown(self, cfg):
+        """A base model without control blocks gets those of `cfg`."""
+        if cfg.dit.control is None or self.cfg.dit.control:
+            return self
+        return self.replace(dit=dataclasses.replace(self.cfg.dit, control=cfg.dit.control))
+
+    def widen(self, params, narrow, seed):
+        """Control blocks that `narrow` lacks start as the identity."""
+        if self.cfg.dit == narrow.cfg.dit:
+            return params
+        name, table = 'transformer', dit.weights(self.cfg.dit)
+        tensors = convert.to_torch(dit.weights(narrow.cfg.dit), params[name])
+        base = convert.to_jax([row for row in table if 'control' not in row.torch], tensors)
+        added = self.init(seed, only=(name,), paths='*control*')[name]
+        both = convert.flatten(base) | convert.flatten(added)
+        return params | {name: convert.unflatten(both)}
 
     def replace(self, **fields):
         world = super().replace(**fields)

@@ -1,0 +1,114 @@
+"""Stages 1 and 2: denoising of whole clips, all frames at one level, none of them a condition.
+
+Level of a sample: t uniform in 0 .. 999 for all of its frames, all of which count (reference,
+section 6). The base model of a bundled world trains as a whole (`WholeClip`); on a released one,
+stage 1 adapts the attention to the domain by LoRA, without control (`Adapt`), and stage 2 adds the
+control path and trains nothing else (`SteerClips`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+import jax
+import jax.numpy as jnp
+
+from matrix_jax import convert
+from matrix_jax.nn import lora
+from matrix_jax.train.denoise import Denoising, denoise_loss
+
+
+@dataclasses.dataclass(frozen=True)
+class WholeClip(Denoising):
+    """Denoising of whole clips; everything trains.
+
+    Attributes:
+      clip_frames: pixel frames F of an example, 1 + 4k.
+    """
+    clip_frames: int = 65
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.clip_frames < 5 or (self.clip_frames - 1) % 4:
+            raise ValueError(f'stage.clip_frames: got {self.clip_frames}, expected 1 + 4k with k '
+                             'of at least 1 (whole latent frames)')
+
+    def frames(self, world):
+        return 1 + (self.clip_frames - 1) // world.cfg.frames_per_control
+
+    def loss(self, world, params, batch, key):
+        schedule, keys = world.schedule, jax.random.split(key, 4)
+        clean = batch['latents'].astype(jnp.float32)
+        text, control = self.conditions(world, params, batch['ids'], batch['controls'], keys[:2])
+        level = jax.random.randint(keys[2], (len(clean), 1), 0, len(schedule.alphas_cumprod))
+        levels = jnp.broadcast_to(level, clean.shape[:2])
+        noise = jax.random.normal(keys[3], clean.shape)
+
+        def denoise(noisy, levels):
+            return world.denoise(params, noisy, levels, text, control)
+
+        loss, _ = denoise_loss(schedule, denoise, clean, noise, levels, jnp.ones(clean.shape[1]))
+        return loss, {}
+
+
+@dataclasses.dataclass(frozen=True)
+class SteerClips(WholeClip):
+    """Stage 2: only the control path trains, from a model that it does not change at first."""
+
+    def trainable(self, path):
+        # The published rule: parameters of the transformer whose name contains 'control'.
+        component, _, name = path.partition('/')
+        encoder = self.train_encoders and component == 'control_encoder'
+        return encoder or (component == 'transformer' and 'control' in name)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapt(WholeClip):
+    """Stage 1: low-rank updates of the attention train, under text alone.
+
+    What is exported is the merged model, and the adapter beside it as `nn.lora.FILE`.
+
+    Attributes:
+      rank: r of the adapter.
+      alpha: its update is scaled by alpha / rank.
+    """
+    control_dropout: float = 1.0    # a network with control blocks sees the null control
+    rank: int = 256
+    alpha: float = 256.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.train_encoders:
+            raise ValueError('stage.train_encoders: got True, expected False (an adapter changes '
+                             'the transformer alone)')
+        if self.rank < 1:
+            raise ValueError(f'stage.rank: got {self.rank}, expected at least 1')
+        if not 0 < self.alpha < float('inf'):
+            raise ValueError(f'stage.alpha: got {self.alpha}, expected a number above 0')
+
+    def start(self, world, params, seed):
+        name = 'transformer'
+        adapter = lora.init(world.tables[name], params[name], self.rank, self.alpha, seed)
+        return super().start(world, params, seed) | {'lora': adapter}
+
+    def axes(self, world):
+        kernels = convert.axes(world.tables['transformer'])
+        return super().axes(world) | convert.flatten({'lora': lora.axes(kernels)})
+
+    def trainable(self, path):
+        return path.startswith('lora/') and not path.endswith('/alpha')
+
+    def loss(self, world, params, batch, key):
+        return super().loss(world, _merged(params), batch, key)
+
+    def finish(self, world, params, loader):
+        return world, _merged(params)
+
+    def add_files(self, world, params, folder):
+        lora.write(os.path.join(folder, lora.FILE), params['lora'], world.tables['transformer'])
+
+
+def _merged(params):
+    """The same parameters with the adapter in the transformer's weights."""
+    return {**params, 'transformer': lora.merge(params['transformer'], params['lora'])}
