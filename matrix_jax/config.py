@@ -74,6 +74,8 @@ class Run:
       mesh: devices per mesh axis.
       train: the training loop.
       weights: folder in the released layout, bundled name or hub repository; None = fresh.
+      lora: file of an adapter in peft's names, or a folder with one, merged into the weights.
+      lora_scale: factor of the adapter.
       data: folder of recorded clips, for training and evaluation.
       out: folder or file to write; None = the tool's default.
       name: 'world:RECIPE', filled in by `load`.
@@ -83,6 +85,8 @@ class Run:
     mesh: Mesh = Mesh()
     train: Train = Train()
     weights: str | None = None
+    lora: str | None = None
+    lora_scale: float = 1.0
     data: str | None = None
     out: str | None = None
     name: str = ''
