@@ -6,6 +6,7 @@ pickles are refused by content. Training state is in `saves.py`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -22,11 +23,16 @@ from matrix_jax.config import UsageError
 ASSETS = Path(__file__).parent / 'assets'
 STEMS = ('diffusion_pytorch_model', 'model')  # names that diffusers and transformers give
 SHARD_SIZE = 5 * 10**9
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # no room left
 HUB_FILES = ('*.json', '*.safetensors', '*.model', '*.txt')
 
 
 class CheckpointError(UsageError):
     """A folder of weights or of training state cannot be used."""
+
+
+class SaveError(CheckpointError):
+    """Something could not be written; what was there before it is as it was."""
 
 
 # --- finding a folder ------------------------------------------------------------------------
@@ -222,6 +228,7 @@ def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
     """Writes one component, which appears at once; floating tensors are stored in `dtype`, with
     None in their own."""
     import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     def stored(value) -> np.dtype:
@@ -248,7 +255,10 @@ def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
             arrays = {key: np.ascontiguousarray(np.asarray(tensors[key]), stored(tensors[key]))
                       .reshape(tensors[key].shape) for key in keys}
             total += sum(array.nbytes for array in arrays.values())
-            save_file(arrays, target / file, metadata={'format': 'pt'})
+            try:
+                save_file(arrays, target / file, metadata={'format': 'pt'})
+            except SafetensorError as error:
+                raise SaveError(f'{folder}/{name}: could not be written ({error})') from error
         if len(files) > 1:
             weight_map = {key: file for file, keys in zip(files, shards) for key in keys}
             write_json(target, f'{stem}.safetensors.index.json',
@@ -278,6 +288,10 @@ def replace_folder(folder: Path, fill) -> Path:
         if folder.exists():
             folder.rename(old)
         fresh.rename(folder)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise SaveError(f'{folder}: could not be written ({error.strerror})') from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return folder

@@ -14,11 +14,7 @@ from typing import Any
 import numpy as np
 
 from matrix_jax import convert, leaves, sums
-from matrix_jax.checkpoint import CheckpointError, some
-
-
-class SaveError(CheckpointError):
-    """Training state could not be written; the steps before it are as they were."""
+from matrix_jax.checkpoint import CheckpointError, SaveError, some
 
 
 class Checkpoints:

@@ -14,9 +14,9 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from matrix_jax import sharding
-from matrix_jax.checkpoint import CheckpointError
+from matrix_jax.checkpoint import CheckpointError, SaveError
 from matrix_jax.config import Mesh
-from matrix_jax.saves import Checkpoints, SaveError
+from matrix_jax.saves import Checkpoints
 
 
 class Moments(NamedTuple):

@@ -21,7 +21,7 @@ def main(argv):
         raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
     run = dataclasses.replace(run, out=run.out or f'runs/{run.name.replace(":", "-").lower()}')
     with config.door():
-        from matrix_jax import saves, worlds
+        from matrix_jax import checkpoint, worlds
         from matrix_jax.train.guard import Diverged
         from matrix_jax.train.loop import fit
         world, params = worlds.start(run)
@@ -30,7 +30,7 @@ def main(argv):
         except Diverged as error:
             print(f'error: {error}', file=sys.stderr)
             return 1
-        except saves.SaveError as error:
+        except checkpoint.SaveError as error:
             print(f'error: {error}', file=sys.stderr)
             return 74
     print(f'step {result["step"]} loss {result["loss"]:.6f}')
