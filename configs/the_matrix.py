@@ -1,4 +1,11 @@
-"""The Matrix as released: 480x720 at 16 fps, CogVideoX-2b sizes. Weights come with --weights."""
+"""The Matrix as released: 480x720 at 16 fps, CogVideoX-2b sizes. Weights come with --weights.
+
+Its stages train one from the weights of the other, with the published settings:
+
+    tools/train.py the_matrix:STAGE1 --data DIR --out runs/1 --weights THUDM/CogVideoX-2b
+    tools/train.py the_matrix:STAGE2 --data DIR --out runs/2 --weights runs/1/weights
+    tools/train.py the_matrix:STAGE3 --data DIR --out runs/3 --weights runs/2/weights
+"""
 
 import dataclasses
 
@@ -6,19 +13,27 @@ from matrix_jax.config import Run, Train
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.stream.swin import Config as Swin
+from matrix_jax.train.consistency import StreamConsistency
 from matrix_jax.train.swin_dpm import SwinDPM
 from matrix_jax.train.vae import Autoencode
+from matrix_jax.train.whole_clip import ControlSFT, LoRA
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds.the_matrix import Config
 
 DEFAULT = 'STAGE4'
 VAE = dataclasses.replace(vae.PRESETS['released'], single_latent_frames=4)
 
-# Stage 2 makes whole clips of 65 frames; STAGE3 and STAGE4 stream.
+PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)     # eight devices, 8 each
+
+# Stages 1 and 2 make whole clips of 65 frames; STAGE3 and STAGE4 stream.
 STAGE2 = Run(world=Config(vae=vae.PRESETS['released'],
-                          stream=Swin(groups=1, group_frames=16, steps=50, guidance=6.0)))
+                          stream=Swin(groups=1, group_frames=16, steps=50, guidance=6.0)),
+             stage=ControlSFT(), train=PUBLISHED)
+STAGE1 = dataclasses.replace(
+    STAGE2, world=dataclasses.replace(STAGE2.world, dit=dit.PRESETS['2b']), stage=LoRA())
 STAGE3 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=4, steps=20, solver='dpm',
-                                               guidance=6.0)))
+                                               guidance=6.0)),
+             stage=SwinDPM(), train=PUBLISHED)
 STAGE4 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4, solver='lcm',
                                                original_steps=40)))
 # The published interactive setting: one latent frame per shift, decoded one by one.
@@ -33,7 +48,15 @@ TINY = Run(world=Config(
     text=t5.PRESETS['tiny'], control=clip.PRESETS['tiny'], height=32, width=48,
     stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
 TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
+TINY_LORA = dataclasses.replace(
+    TINY, stage=LoRA(clip_frames=9, rank=4, alpha=4.0),
+    train=Train(steps=2, batch=2, log_every=1),
+    world=dataclasses.replace(TINY.world, dit=dataclasses.replace(TINY.world.dit, control=None)))
+TINY_CONTROL = dataclasses.replace(TINY, stage=ControlSFT(clip_frames=9), train=TINY_LORA.train)
 TINY_SWIN = dataclasses.replace(
     TINY, stage=SwinDPM(), train=Train(steps=2, batch=2, log_every=1),
     world=dataclasses.replace(TINY.world, decode_chunk=1, stream=Swin(
         groups=2, group_frames=1, steps=4, solver='ddim')))
+TINY_CONSISTENCY = dataclasses.replace(
+    TINY_SWIN, stage=StreamConsistency(points=2), world=dataclasses.replace(
+        TINY.world, decode_chunk=1, stream=Swin(groups=2, group_frames=1, steps=2, solver='lcm')))
