@@ -24,7 +24,7 @@ from matrix_jax.data.gather import GatherError, Report, Source, check, clip
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 LOOK = (16, 24)  # rows and columns of the small pictures
-CUT, CUT_RATIO, CUT_AROUND = 0.06, 3.0, 4
+CUT, CUT_RATIO, CUT_AROUND = 0.06, 2.5, 4
 DARK = 0.06  # mean brightness
 FLAT = 0.03  # deviation of brightness within a frame: fog, a wall, an empty card
 STATIC = 0.002  # mean difference of neighbours: a still picture, a menu, a paused player
