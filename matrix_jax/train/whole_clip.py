@@ -2,8 +2,8 @@
 
 Level of a sample: t uniform in 0 .. 999 for all of its frames, all of which count (reference,
 section 6). The base model of a bundled world trains as a whole (`WholeClip`); on a released one,
-stage 1 adapts the attention to the domain by LoRA, without control (`Adapt`), and stage 2 adds the
-control path and trains nothing else (`SteerClips`).
+stage 1 adapts the attention to the domain by LoRA, without control (`LoRA`), and stage 2 adds the
+control path and trains nothing else (`ControlSFT`).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class WholeClip(Denoising):
 
 
 @dataclasses.dataclass(frozen=True)
-class SteerClips(WholeClip):
+class ControlSFT(WholeClip):
     """Stage 2: only the control path trains, from a model that it does not change at first."""
 
     def trainable(self, path):
@@ -64,7 +64,7 @@ class SteerClips(WholeClip):
 
 
 @dataclasses.dataclass(frozen=True)
-class Adapt(WholeClip):
+class LoRA(WholeClip):
     """Stage 1: low-rank updates of the attention train, under text alone.
 
     What is exported is the merged model, and the adapter beside it as `nn.lora.FILE`.
