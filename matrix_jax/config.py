@@ -51,9 +51,11 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """What the training loop does, whatever the stage; `keep` counts saved steps."""
+    """What the training loop does, whatever the stage; `keep` counts saved steps, and an update
+    takes `accumulate` batches one after the other."""
     steps: int = 1000
     batch: int = 8
+    accumulate: int = 1
     seed: int = 0
     log_every: int = 20
     save_every: int = 500

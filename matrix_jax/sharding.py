@@ -22,6 +22,8 @@ Layers and tables speak letters and logical names; only `RULES` names mesh axes.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -69,6 +71,68 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def put(tree, places):
+    """Host arrays on the mesh: each process gives its devices their parts of equal arrays.
+
+    Args:
+      tree: arrays that are the same in every process.
+      places: tree of shardings of the same structure.
+    """
+    def one(leaf, place):
+        leaf = np.asarray(leaf)
+        return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+    return jax.tree.map(one, tree, places)
+
+
+# --- inside a program ------------------------------------------------------------------------
+
+
+def constrain(x, *names):
+    """`x` with its axes split by logical names (None = not split).
+
+    Within `jax.set_mesh`; without a mesh it is `x`. Tokens may split unevenly, any other axis that
+    does not divide stays whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _fitting(names, x.shape, mesh, uneven='tokens'))
+
+
+def spread(function, arguments, result):
+    """`function` of each device's part of its arguments, as a program of its own per device.
+
+    Within `jax.set_mesh`; without a mesh it is `function`. What it computes must not cross the
+    axes that split. An axis that does not divide stays whole.
+
+    Args:
+      function: arrays -> array.
+      arguments: one tuple of logical names per argument.
+      result: index of the argument that the result is shaped and split like.
+    """
+    def call(*arrays):
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return function(*arrays)
+        specs = tuple(_fitting(names, array.shape, mesh)
+                      for names, array in zip(arguments, arrays, strict=True))
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[result],
+                             check_vma=False)(*arrays)
+    return call
+
+
+def _fitting(names, shape, mesh, uneven: str = '') -> PartitionSpec:
+    """`spec` of the axes that divide evenly, or may do without."""
+    def ways(name):
+        rule = RULES.get(name) or ()
+        return math.prod(mesh.shape[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
+    return spec(name if name == uneven or size % ways(name) == 0 else None
+                for name, size in zip(names, shape, strict=True))
+
+
+# --- parameters ------------------------------------------------------------------------------
 
 
 def shardings(axes, shapes, mesh: Mesh):

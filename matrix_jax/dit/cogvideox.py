@@ -13,7 +13,7 @@ Layers run as three scans, `before`, `steered` and `after`, so thirty layers com
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -27,6 +27,7 @@ from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
 from matrix_jax.nn.rope import scaled_positions, sincos, sincos_3d
+from matrix_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Config:
       guidance_dim: width of a guidance code that is added to the level's, or None.
       sample: native latent width, height and pixel frames; recorded, any size works.
       dtype: type of the multiplies and of the residual stream, as a numpy name.
-      remat: whether the backward pass recomputes each layer.
+      remat: what the backward pass recomputes: 'none', each 'block', or of a block all but the
+        'dots' (its matrix products are kept).
       scan_unroll: layers per scan iteration.
     """
     heads: int = 30
@@ -81,7 +83,7 @@ class Config:
     guidance_dim: int | None = None
     sample: tuple[int, int, int] = (90, 60, 49)
     dtype: str = 'float32'
-    remat: bool = False
+    remat: Literal['none', 'block', 'dots'] = 'none'
     scan_unroll: int = 1
 
     def __post_init__(self):
@@ -167,8 +169,8 @@ IGNORED = ('out_channels', 'temporal_compression_ratio', 'control_zero_init')
 PRESETS = {
     'tiny': Config(heads=2, head_dim=16, channels=4, layers=4, time_dim=24, text_dim=20,
                    text_length=7, control=Control(dim=10, start=1, end=3), sample=(12, 8, 17)),
-    '2b': Config(dtype='bfloat16', remat=True),
-    '2b_control': Config(dtype='bfloat16', remat=True, control=Control()),
+    '2b': Config(dtype='bfloat16', remat='block'),
+    '2b_control': Config(dtype='bfloat16', remat='block', control=Control()),
     'carracing': Config(heads=4, head_dim=44, channels=8, layers=6, time_dim=48, text_dim=64,
                         text_length=64, patch=2, spatial_scale=1.0, sample=(12, 8, 33),
                         scan_unroll=4,
@@ -231,8 +233,9 @@ class DiT(nn.Module):
 
 def stack(layer, cfg: Config, length: int, given: int):
     """A scan of `length` equal layers; `given` inputs are the same for all of them."""
-    if cfg.remat:
-        layer = nn.remat(layer, prevent_cse=False)
+    if cfg.remat != 'none':
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        layer = nn.remat(layer, prevent_cse=False, policy=kept if cfg.remat == 'dots' else None)
     return nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=length,
                    in_axes=(nn.broadcast,) * given, unroll=min(cfg.scan_unroll, length))
 
@@ -284,13 +287,15 @@ class Mlp(nn.Module):
 
 def join(video, text):
     """Video [B T N/T D] and text [B L D] -> one sequence [B L+N D], text first."""
-    return jnp.concatenate([text, rearrange(video, 'b t n d -> b (t n) d')], axis=1)
+    tokens = jnp.concatenate([text, rearrange(video, 'b t n d -> b (t n) d')], axis=1)
+    return constrain(tokens, 'batch', 'tokens', None)
 
 
 def split(tokens, shape):
     """The inverse of `join`, for video of the given shape."""
     text = tokens.shape[1] - shape[1] * shape[2]
-    return rearrange(tokens[:, text:], 'b (t n) d -> b t n d', t=shape[1]), tokens[:, :text]
+    video = rearrange(tokens[:, text:], 'b (t n) d -> b t n d', t=shape[1])
+    return constrain(video, 'batch', None, 'tokens', None), tokens[:, :text]
 
 
 def positions(cfg: Config, frames: int, rows: int, columns: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -9,12 +10,17 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from matrix_jax import sharding
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
+
+LOGITS = 2**28     # logits of one block of queries, where a device has to hold them
 
 
 def attention(q, k, v, bias=None, scale=None):
     """softmax(scale * q k^T + bias) v, with a float32 softmax.
+
+    Without a bias, a mesh splits batch, heads and queries; each device then sees all keys.
 
     Args:
       q: [B N K E].
@@ -27,10 +33,31 @@ def attention(q, k, v, bias=None, scale=None):
       [B N K E], in the type of v.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    fused = (bias is None and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
+    if bias is not None:
+        return _dense(q, k, v, bias, scale)
+    names = ('batch', None, 'heads', None)
+    queries = ('batch', 'tokens', 'heads', None)
+    return sharding.spread(partial(_plain, scale=scale), (queries, names, names), 0)(q, k, v)
+
+
+def _plain(q, k, v, scale):
+    """Attention without a bias on one device, by the kernel that it has."""
+    fused = (q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
              and q.shape[-1] <= 128 and jax.default_backend() == 'gpu')
     if fused:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation='cudnn')
+    batch, tokens, heads, _ = q.shape
+    blocks = -(-batch * heads * tokens * k.shape[1] // LOGITS)
+    if blocks <= 1:
+        return _dense(q, k, v, None, scale)
+    q = jnp.pad(q, ((0, 0), (0, -tokens % blocks), (0, 0), (0, 0)))
+    # Neither pass holds the logits of more than one block.
+    one = jax.checkpoint(lambda block: _dense(block, k, v, None, scale), prevent_cse=False)
+    y = jax.lax.map(one, rearrange(q, 'b (c n) k e -> c b n k e', c=blocks))
+    return rearrange(y, 'c b n k e -> b (c n) k e')[:, :tokens]
+
+
+def _dense(q, k, v, bias, scale):
     logits = jnp.einsum('bnke,bske->bkns', q * scale, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias

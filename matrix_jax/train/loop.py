@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import time
-from functools import partial
 
 import jax
 import numpy as np
 
-from matrix_jax import saves, sharding
-from matrix_jax.train import optim
+from matrix_jax import saves
+from matrix_jax.train import hosts, program
 from matrix_jax.train import state as states
 from matrix_jax.train.guard import Guard
+from matrix_jax.train.scalars import Scalars
 
 STOPPED = 75         # exit code after SIGTERM: state is saved, start again to go on
 
@@ -36,46 +37,47 @@ def fit(run, world, params) -> dict:
 
     Raises:
       guard.Diverged: several updates in a row were not finite.
-      saves.SaveError: a save could not be written; the one before it is whole.
+      checkpoint.SaveError: a save could not be written; the one before it is whole.
       SystemExit(STOPPED): SIGTERM came; the state was saved first.
     """
     stage, train = run.stage, run.train
-    mesh = sharding.make_mesh(run.mesh)
     params = stage.start(world, params, train.seed)
-    loader = stage.loader(world, params, run.data, train.batch, train.seed,
-                          os.path.join(run.out, 'cache'))
-    tx = optim.make(stage.optimizer, train.steps, stage.axes(world))
-    state = states.init(params, stage.trainable, tx, train.seed)
-    state = jax.device_put(state, sharding.replicated(mesh))
+    made = program.build(run, world, params)
+    with hosts.first_alone():
+        loader = stage.loader(world, params, run.data, made.examples, train.seed,
+                              os.path.join(run.out, 'cache'))
+    if made.share != (0, 1):
+        loader.share(*made.share)
+    state = made.init(params)
     saver = saves.Checkpoints(os.path.join(run.out, 'state'), keep=train.keep)
     restored, extra = saver.restore(state), {}
     if restored is not None:
         _, state, extra = restored
         loader.restore(extra['data'].encode())
+        print(f'{run.out}: goes on from step {restored[0]}', file=sys.stderr)
     guard = Guard(getattr(loader, 'names', None), extra.get('refused', 0))
-    step = jax.jit(states.make_step(partial(stage.loss, world), tx, stage.ema), donate_argnums=0)
-    put = partial(jax.device_put, device=sharding.batch_sharding(mesh))
     try:
-        result = _loop(train, state, loader, step, put, saver, run.out, guard,
+        result = _loop(train, state, loader, made, saver, run.out, guard,
                        extra.get('loss', float('nan')))
     finally:
         saver.close()
     state = result.pop('state')
-    final = jax.device_get(states.merged(state, 'ema'))
-    world, final = stage.finish(world, final, loader)
-    folder = os.path.join(run.out, 'weights')
-    world.save(folder, final, start=run.weights, dtype=stage.export)
-    stage.add_files(world, final, folder)
+    final = hosts.fetch(states.merged(state, 'ema'))
+    if hosts.first():
+        world, final = stage.finish(world, final, loader)
+        folder = os.path.join(run.out, 'weights')
+        world.save(folder, final, start=run.weights, dtype=stage.export)
+        stage.add_files(world, final, folder)
+    hosts.meet('export')
     return result
 
 
-def _loop(train, state, loader, step, put, saver, out, guard, loss) -> dict:
-    from tensorboardX import SummaryWriter
+def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
     from tqdm import tqdm
     start = int(state.step)
     stop = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    writer = SummaryWriter(out)
+    scalars = Scalars(out, active=hosts.first())
     began, losses = time.time(), []
 
     def save(index):
@@ -84,11 +86,12 @@ def _loop(train, state, loader, step, put, saver, out, guard, loss) -> dict:
                                   'refused': guard.refused})
 
     try:
-        with tqdm(total=train.steps, initial=start, unit='step', dynamic_ncols=True) as bar:
+        with tqdm(total=train.steps, initial=start, unit='step', dynamic_ncols=True,
+                  disable=not hosts.first()) as bar:
             for index in range(start, train.steps):
                 batch = dict(next(loader))
                 clips = batch.pop('clip', None)
-                state, metrics = step(state, put(batch))
+                state, metrics = made.step(state, made.put(batch))
                 losses.append(metrics['loss'])
                 bar.update()
                 done = index + 1
@@ -101,15 +104,15 @@ def _loop(train, state, loader, step, put, saver, out, guard, loss) -> dict:
                     values = {name: float(value)
                               for name, value in jax.device_get(metrics).items()}
                     bar.set_postfix(loss=f'{loss:.4f}')
-                    for name, value in {**values, 'loss': loss, 'refused': guard.refused}.items():
-                        writer.add_scalar(name, value, done)
-                if done % train.save_every == 0 or done == train.steps or stop:
+                    scalars.write(done, {**values, 'loss': loss, 'refused': guard.refused})
+                stopping = hosts.anyone(bool(stop))
+                if done % train.save_every == 0 or done == train.steps or stopping:
                     save(done)
-                if stop:
+                if stopping:
                     saver.wait()
                     raise SystemExit(STOPPED)
     finally:
         signal.signal(signal.SIGTERM, previous)
-        writer.close()
+        scalars.close()
     return {'step': max(start, train.steps), 'loss': loss, 'refused': guard.refused,
             'seconds': time.time() - began, 'state': state}

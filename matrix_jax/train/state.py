@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from flax import struct
 
+from matrix_jax import sharding
 from matrix_jax.convert import flatten, unflatten
 
 
@@ -56,18 +58,41 @@ def init(params: Mapping, trainable: Callable[[str], bool], tx, seed: int) -> Tr
                       key=jax.random.key_data(jax.random.key(seed)))
 
 
+def shardings(state, axes: Mapping[str, tuple[str, ...]], mesh):
+    """Where the leaves of a state lie: those under a path of `axes` as its letters say.
+
+    The optimizer keeps its moments under the paths of the leaves that they belong to, so they lie
+    beside them. What has no letters lies whole on every device.
+
+    Args:
+      state: tree of arrays or ShapeDtypeStructs.
+      axes: path -> axis letters (`convert.axes`, flattened).
+      mesh: the mesh.
+    """
+    def one(path, leaf):
+        names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
+        letters = axes.get(names[-1]) if names else None
+        if letters is None or len(letters) != leaf.ndim:
+            return sharding.replicated(mesh)
+        return sharding.shardings(letters, leaf, mesh)
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
 def merged(state: TrainState, role: str = 'ema') -> dict:
     """The whole parameter tree with the trained leaves of `role` ('student' or 'ema')."""
     return unflatten({**state.frozen, **getattr(state, role)})
 
 
-def make_step(loss: Callable, tx, ema_decay: float) -> Callable:
+def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Callable:
     """Returns `step(state, batch) -> (state, metrics)`, pure and jittable with a donated state.
 
     Args:
       loss: `loss(params, batch, key) -> (scalar, metrics dict)`.
       tx: optax transformation.
       ema_decay: decay of the running average; it is ramped up as (1+step)/(10+step) at first.
+      accumulate: parts that a batch is worked off in, one after the other. Loss and gradients are
+        the means over the parts. Each part has a key of its own, so a loss that draws noise draws
+        other noise than for the batch in one go; what it draws is as random.
 
     A step whose loss or gradient is not finite leaves parameters, average and optimizer untouched
     and counts in `skipped`.
@@ -75,10 +100,12 @@ def make_step(loss: Callable, tx, ema_decay: float) -> Callable:
     def step(state: TrainState, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def compute(student):
-            return loss(unflatten({**state.frozen, **student}), batch, key)
+        def gradient(batch, key):
+            def compute(student):
+                return loss(unflatten({**state.frozen, **student}), batch, key)
+            return jax.value_and_grad(compute, has_aux=True)(state.student)
 
-        (value, metrics), grads = jax.value_and_grad(compute, has_aux=True)(state.student)
+        (value, metrics), grads = _accumulated(gradient, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt = tx.update(grads, state.opt, state.student)
@@ -94,3 +121,20 @@ def make_step(loss: Callable, tx, ema_decay: float) -> Callable:
         return state, {'loss': value, 'grad_norm': norm, 'skipped': state.skipped, **metrics}
 
     return step
+
+
+def _accumulated(gradient, batch, key, parts: int):
+    """Mean of `gradient(part of the batch, key of the part)` over the parts."""
+    if parts == 1:
+        return gradient(batch, key)
+    # Part a takes the examples a, a + parts, ...: every device keeps to those that it holds.
+    split = jax.tree.map(lambda leaf: rearrange(leaf, '(b a) ... -> a b ...', a=parts), batch)
+    keys = jax.random.split(key, parts)
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, gradient(*part)), None
+
+    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda leaf: leaf[0], (split, keys)))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    total, _ = jax.lax.scan(add, start, (split, keys))
+    return jax.tree.map(lambda leaf: leaf / parts, total)

@@ -145,7 +145,7 @@ def test_level_and_control_of_batch_one_serve_the_batch():
 
 
 def test_gradients_are_finite_and_reach_every_parameter():
-    cfg = dataclasses.replace(TINY, remat=True)
+    cfg = dataclasses.replace(TINY, remat='block')
     params, given = noisy(cfg), inputs(cfg)
     grads = jax.jit(jax.grad(lambda p: jnp.sum(forward(cfg, p, *given) ** 2)))(params)
     for path, grad in jax.tree_util.tree_leaves_with_path(grads):

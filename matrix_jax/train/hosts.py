@@ -1,0 +1,96 @@
+"""Several processes as one run: joining, who writes, what all of them have to agree on.
+
+Every process runs the same program on its own devices and reads its own rows of each batch. They
+share one file system. With a single process all of this does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+
+ENVIRONMENT = {'coordinator': 'JAX_COORDINATOR_ADDRESS', 'processes': 'JAX_NUM_PROCESSES',
+               'process': 'JAX_PROCESS_ID'}
+
+
+def join(coordinator: str | None = None, processes: int | None = None,
+         process: int | None = None):
+    """Joins the other processes, before anything asks for a device.
+
+    What is not given comes from `ENVIRONMENT`; where that is empty too, this process is alone.
+
+    Args:
+      coordinator: 'HOST:PORT' of process 0; 'auto' asks the cluster (Slurm, MPI, Kubernetes).
+      processes: how many there are.
+      process: which of them this is, from 0.
+
+    Raises:
+      ValueError: the three do not fit each other.
+    """
+    coordinator = coordinator or os.environ.get(ENVIRONMENT['coordinator'])
+    processes, process = _number('processes', processes), _number('process', process)
+    if coordinator == 'auto':
+        jax.distributed.initialize()
+        return
+    if coordinator is None and processes in (None, 1):
+        return
+    if not re.fullmatch(r'[^\s:]+:\d{1,5}', coordinator or ''):
+        raise ValueError(f'--coordinator: got {coordinator}, expected HOST:PORT of process 0')
+    if processes is None or processes < 1:
+        raise ValueError(f'--processes: got {processes}, expected how many there are')
+    if process is None or not 0 <= process < processes:
+        raise ValueError(f'--process: got {process}, expected 0 to {processes - 1}')
+    jax.distributed.initialize(coordinator, processes, process)
+
+
+def _number(name: str, given: int | None) -> int | None:
+    text = os.environ.get(ENVIRONMENT[name])
+    if given is not None or text is None:
+        return given
+    if not re.fullmatch(r'-?\d+', text):
+        raise ValueError(f'{ENVIRONMENT[name]}: got {text!r}, expected a number')
+    return int(text)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def first_alone() -> Iterator[None]:
+    """Process 0 goes through the block first, the others find what it left."""
+    if not first():
+        meet('first')
+    yield
+    if first():
+        meet('first')
+
+
+def meet(name: str):
+    """Returns when all processes are here."""
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+        multihost_utils.sync_global_devices(name)
+
+
+def anyone(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+    return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def fetch(tree):
+    """Numpy arrays of a tree that may lie on devices of several processes."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+    return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)
+                                                if not leaf.is_fully_addressable else leaf), tree)

@@ -1,0 +1,105 @@
+"""One update of a stage as one compiled program on a mesh: what the loop runs and a dry run weighs.
+
+Student, average and optimizer state lie alike: split by the letters of the weight tables over fsdp
+and tensor. The batch is split over data and fsdp, the video tokens over seq.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from matrix_jax import convert, sharding
+from matrix_jax.train import optim
+from matrix_jax.train import state as states
+
+
+class Program(NamedTuple):
+    """A stage on a mesh.
+
+    Attributes:
+      mesh: the mesh.
+      examples: examples per update, of all processes and all accumulated batches.
+      share: (index, count) of the equal parts of these that this process reads.
+      places: shardings of the state.
+      init: `init(params) -> state`, placed.
+      put: `put(rows of a batch) -> batch` on the mesh.
+      step: `step(state, batch) -> (state, metrics)`; the state is donated.
+      update: `step` before compilation.
+      lower: `lower(state, batch)` lowers `step` for arrays or ShapeDtypeStructs.
+    """
+    mesh: jax.sharding.Mesh
+    examples: int
+    share: tuple[int, int]
+    places: Any
+    init: Callable
+    put: Callable
+    step: Callable
+    update: Callable
+    lower: Callable
+
+
+def build(run, world, params: Mapping) -> Program:
+    """The program of a run.
+
+    Args:
+      run: the recipe (`config.Run`).
+      world: the World whose parts train.
+      params: parameters by component, or their ShapeDtypeStructs.
+
+    Raises:
+      ValueError: the batch does not divide over the mesh, or the mesh not over the devices.
+    """
+    stage, train = run.stage, run.train
+    check(run)
+    mesh = sharding.make_mesh(run.mesh)
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise ValueError(f'mesh: got {mesh.size} devices, expected all {jax.device_count()} of the '
+                         f'{jax.process_count()} processes')
+    axes = stage.axes(world)
+    tx = optim.make(stage.optimizer, train.steps, axes)
+    start = partial(states.init, trainable=stage.trainable, tx=tx, seed=train.seed)
+    places = states.shardings(jax.eval_shape(start, params), axes, mesh)
+    update = states.make_step(partial(stage.loss, world), tx, stage.ema, train.accumulate)
+    jitted = jax.jit(update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+    split, examples = sharding.batch_sharding(mesh), train.batch * train.accumulate
+    share = _share(split, examples)
+
+    def init(params):
+        flat = convert.flatten(params)
+        given = sharding.put(flat, states.shardings(flat, axes, mesh))
+        return jax.jit(start, out_shardings=places)(convert.unflatten(given))
+
+    def put(batch):
+        return {name: jax.make_array_from_process_local_data(
+            split, np.asarray(leaf), (len(leaf) * share[1], *leaf.shape[1:]))
+            for name, leaf in batch.items()}
+
+    def within(function):
+        def call(state, batch):
+            with jax.set_mesh(mesh):
+                return function(state, batch)
+        return call
+
+    return Program(mesh, examples, share, places, init, put, within(jitted), update,
+                   within(jitted.lower))
+
+
+def check(run):
+    """Raises ValueError unless each batch splits evenly over the mesh."""
+    ways = run.mesh.data * run.mesh.fsdp
+    if run.train.batch % ways:
+        raise ValueError(f'train.batch: got {run.train.batch}, expected a multiple of mesh.data x '
+                         f'mesh.fsdp = {run.mesh.data} x {run.mesh.fsdp} = {ways}')
+
+
+def _share(split, examples: int) -> tuple[int, int]:
+    """(index, count) of the equal parts of a batch of which this process holds one."""
+    spans = [index[0].indices(examples)[:2]
+             for index in split.addressable_devices_indices_map((examples,)).values()]
+    start, stop = min(start for start, _ in spans), max(stop for _, stop in spans)
+    return start // (stop - start), examples // (stop - start)
