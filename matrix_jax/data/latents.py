@@ -18,7 +18,7 @@ import numpy as np
 
 from matrix_jax import checkpoint
 from matrix_jax.data import records
-from matrix_jax.data.loader import EPOCHS, mirror
+from matrix_jax.data.loader import EPOCHS, mirror, rows
 
 CHUNK = 8       # frames of an encoder chunk
 TOGETHER = 8    # clips encoded side by side
@@ -112,13 +112,13 @@ def _write(final, source, clips, world, params):
     starts = np.cumsum([0] + [len(one) for one in controls]).tolist()
 
     def fill(part):
-        rows = None
+        filled = None
         for start, end, one in zip(starts, starts[1:], _encode(places, world, params)):
-            if rows is None:
+            if filled is None:
                 shape = starts[-1], *one.shape[1:]
-                rows = np.lib.format.open_memmap(part / 'latents.npy', 'w+', np.float16, shape)
-            rows[start:end] = one[:end - start]
-        rows.flush()
+                filled = np.lib.format.open_memmap(part / 'latents.npy', 'w+', np.float16, shape)
+            filled[start:end] = one[:end - start]
+        filled.flush()
         np.save(part / 'controls.npy', np.concatenate(controls).astype(np.int8))
         (part / 'store.json').write_text(json.dumps(
             {'source': source, 'starts': starts, 'texts': texts,
@@ -181,10 +181,8 @@ class Windows:
         self.store, self.frames, self.names = store, frames, store.names
         self.ids = np.asarray(ids, np.int32)
         self.controls = _labels(store, label_share)
-        index, count = process
-        if batch % count:
-            raise ValueError(f'train.batch: got {batch}, expected a multiple of {count} processes')
-        self.rows = slice(index * batch // count, (index + 1) * batch // count)
+        self.batch = batch
+        self.share(*process)
         places = np.array([(start + offset, episode) for episode, (start, end)
                            in enumerate(zip(store.starts, store.starts[1:]))
                            for offset in range(end - start - frames + 1)])
@@ -219,6 +217,10 @@ class Windows:
                                       for start in starts]).astype(np.int32),
                 'ids': self.ids[[self.store.captions[episode] for episode in episodes]],
                 'clip': episodes.astype(np.int32)}
+
+    def share(self, index: int, count: int):
+        """From the first batch on, reads part `index` of `count` equal parts of each batch."""
+        self.rows = rows(self.batch, index, count)
 
     def __iter__(self):
         return self

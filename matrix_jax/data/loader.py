@@ -128,6 +128,17 @@ def mirror(clip: Clip) -> Clip:
     )
 
 
+def rows(batch: int, index: int, count: int) -> slice:
+    """The rows of a batch that process `index` of `count` reads.
+
+    Raises:
+      ValueError: the batch does not divide.
+    """
+    if batch % count:
+        raise ValueError(f'train.batch: got {batch}, expected a multiple of {count} processes')
+    return slice(index * batch // count, (index + 1) * batch // count)
+
+
 class Loader:
     """An endless iterator of batches whose place `state()` saves and `restore(state)` finds again.
 
@@ -139,7 +150,8 @@ class Loader:
         frames: F = 1 + 4k of each crop; crops start at random multiples of four.
         split: 'train' or 'heldout'.
         mirror: share of crops that are mirrored.
-        process: (index, count) of this host; `batch` is per host.
+        process: (index, count) of this process. All of them draw the same batches, of `batch`
+          examples in all, and each reads its own rows.
     """
 
     def __init__(
@@ -163,15 +175,26 @@ class Loader:
         self.clips = Clips(data, split, frames, themes, cache)
         self.captions, self.names = self.clips.captions, self.clips.names
         self.frames, self.mirror, self.seed = frames, mirror, seed
-        index, count = process
-        elements = (
-            grain.MapDataset.source(_Numbered(self.clips)).seed(seed).shuffle().repeat(EPOCHS)[index::count]
+        self.batch = batch
+        self.share(*process)
+        self.elements = (
+            grain.MapDataset.source(_Numbered(self.clips)).seed(seed).shuffle().repeat(EPOCHS)
+            .random_map(self._example)
         )
-        batches = elements.random_map(self._example).batch(batch)
+        batches = grain.MapDataset.range(len(self.elements) // batch).map(self._batch)
         # One thread prepares the next batches beside the training step; the order stays the same.
         self.iterator = iter(
             batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
         )
+
+    def share(self, index: int, count: int):
+        """From the first batch on, reads part `index` of `count` equal parts of each batch."""
+        self.rows = rows(self.batch, index, count)
+
+    def _batch(self, index):
+        start = index * self.batch
+        examples = [self.elements[start + row] for row in range(self.batch)[self.rows]]
+        return {name: np.stack([one[name] for one in examples]) for name in examples[0]}
 
     def _example(self, numbered, rng):
         number, clip = numbered
