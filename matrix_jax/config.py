@@ -78,7 +78,7 @@ class Run:
       weights: folder in the released layout, bundled name or hub repository; None = fresh.
       lora: file of an adapter in peft's names, or a folder with one, merged into the weights.
       lora_scale: factor of the adapter.
-      data: folder of recorded clips, for training and evaluation.
+      data: folder of recorded clips, for training and evaluation; several with commas.
       out: folder or file to write; None = the tool's default.
       name: 'world:RECIPE', filled in by `load`.
     """

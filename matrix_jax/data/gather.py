@@ -162,7 +162,7 @@ def _shard(job) -> Report:
                     report.frames += len(made.frames)
                     yield made
             except (UsageError, records.RecordError, OSError) as error:
-                report.skipped[source.path] = str(error)
+                report.skipped[source.path] = str(error).removeprefix(f'{root}/')
 
     found = clips()
     first = next(found, None)

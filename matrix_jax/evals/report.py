@@ -17,6 +17,7 @@ import numpy as np
 from matrix_jax import video
 from matrix_jax.config import UsageError
 from matrix_jax.controls import FRAMES_PER_CONTROL, SYMBOLS
+from matrix_jax.data.carracing import THEMES
 from matrix_jax.data.loader import Clips
 from matrix_jax.evals import control, driver
 from matrix_jax.evals.video import Streams, by_second, indices, psnr, reconstruct, sheet
@@ -65,7 +66,8 @@ def evaluate(world, params, data: str, out, cfg: Config, log=print) -> dict:
 
     Args:
       world, params: from `worlds.open_run`.
-      data: folder of recorded clips; its train split trains the probe.
+      data: folder of recorded clips; its train split trains the probe. Clips of other origin, which
+        say nothing about the car, are left aside.
     """
     stream = world.cfg.stream
     if stream.group_frames != 1:
@@ -79,7 +81,7 @@ def evaluate(world, params, data: str, out, cfg: Config, log=print) -> dict:
         (out / 'results.json').write_text(json.dumps(results, indent=1))
         log(f'[{time.perf_counter() - began:5.0f} s] {name}: {json.dumps(value)[:400]}')
 
-    held_out = Clips(data, 'heldout', cfg.clip_frames, cache=False)
+    held_out = Clips(data, 'heldout', cfg.clip_frames, THEMES, cache=False)
     rebuilt, originals = rebuild(world, params, held_out, cfg)
     done('reconstruction', {'psnr': psnr(zip(originals, rebuilt, strict=True))})
     probe, real = probes(cfg, data, held_out, list(rebuilt), stream.context, out)
@@ -112,7 +114,8 @@ def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: 
     """((params, threshold), scores on real frames); a trained probe is kept in `out`."""
     path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
     if found is None:
-        train = control.examples(cfg.probe, map(_example, _each(Clips(data, 'train', cache=False))))
+        recorded = Clips(data, 'train', themes=THEMES, cache=False)
+        train = control.examples(cfg.probe, map(_example, _each(recorded)))
         params = control.train(cfg.probe, train, _bar('probe'))
         some = control.sample(train, cfg.windows)
         limit = control.threshold(control.read(cfg.probe, params, some)[:, 0], some.controls)

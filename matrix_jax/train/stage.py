@@ -55,7 +55,7 @@ class Stage:
         Args:
           world: the World.
           params: start parameters, for stages that pre-encode their data.
-          data: folder of recorded clips.
+          data: folder of recorded clips, or several with commas.
           batch: examples per step.
           seed: order of the examples.
           cache: folder for what is computed once.

@@ -186,7 +186,7 @@ def test_the_tool_counts_and_names(folder, tool, tmp_path, capsys):
     assert tool('--videos', folder, '--out', tmp_path / 'out', '--world', 'the_matrix:TINY',
                 '--held-out', 0, '--caption', 'Footage.', '--shortest', 2) == 0
     said = capsys.readouterr().out
-    assert 'files: 5 read, 3 skipped' in said and f'skipped: {folder}/empty.mkv' in said
+    assert 'files: 5 read, 3 skipped' in said and 'skipped: empty.mkv: not' in said
     assert 'clips: 3 kept, 4 dropped (dark 1, flat 1, short 1, static 1)' in said
     manifest = json.loads((tmp_path / 'out' / 'manifest.json').read_text())
     assert (manifest['height'], manifest['width'], manifest['shortest']) == (32, 48, 33)
