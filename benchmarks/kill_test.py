@@ -50,7 +50,7 @@ class Training:
         command = [sys.executable, ROOT / 'tools/train.py', 'the_matrix:TINY_SWIN', '--data',
                    work / 'clips', '--out', out, '--steps', STEPS, '--save_every', SAVE_EVERY,
                    '--log_every', '7', '--stage.optimizer.learning_rate', '1e-3']
-        self.began = time.monotonic()
+        self.began, self.clock = time.monotonic(), time.time()
         with self.log.open('w') as log:
             self.process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log,
                                             stderr=log)
@@ -60,7 +60,11 @@ class Training:
         return sorted(int(path.name) for path in self.state.glob('*') if path.name.isdigit())
 
     def saving(self) -> bool:
-        return any(self.state.glob('*tmp*'))
+        """Whether a save of this start is half-written."""
+        try:
+            return any(path.stat().st_mtime >= self.clock for path in self.state.glob('*tmp*'))
+        except FileNotFoundError:       # committed just now
+            return False
 
     def wait(self, until, seconds: float = 240) -> bool:
         """Whether `until()` came true before the training ended."""

@@ -49,6 +49,7 @@ def resolve(weights: str) -> Path:
         return ASSETS / text
     path = Path(text).expanduser()
     if path.is_dir():
+        _check_no_run(path)
         return path
     if path.exists():
         raise CheckpointError(f'weights: {text} is a file, expected a folder in the released '
@@ -59,6 +60,16 @@ def resolve(weights: str) -> Path:
         raise CheckpointError(f'weights: no folder {text}; expected a folder, a hub repository '
                               f'owner/name, or a bundled name ({bundled or "none here"})')
     return _download(match[1], (match[2] or '').strip('/'), (match[3] or '@')[1:] or None)
+
+
+def _check_no_run(folder: Path):
+    """Refuses the folder of a training run, which holds the weights one level down."""
+    if not (folder / 'state').is_dir() or any(folder.glob('*/config.json')):
+        return
+    weights = folder / 'weights'
+    raise CheckpointError(f'weights: {folder} is the folder of a training run; ' + (
+        f'its weights are in {weights}' if weights.is_dir() else
+        'it has none yet: start the same training again to finish it'))
 
 
 def _download(repo: str, folder: str, revision: str | None) -> Path:

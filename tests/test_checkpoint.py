@@ -179,6 +179,18 @@ def test_resolve(folder, monkeypatch):
             checkpoint.resolve(missing)
 
 
+def test_the_folder_of_a_run_is_not_its_weights(folder, tmp_path):
+    run = tmp_path / 'run'
+    (run / 'state' / '100').mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f'{run} is the folder of a training run; it has none '
+                                              'yet: start the same training again'):
+        checkpoint.resolve(run)
+    checkpoint.write_component(run / 'weights', 'transformer', CONFIG, TENSORS)
+    with pytest.raises(CheckpointError, match=f'a training run; its weights are in {run}/weights$'):
+        checkpoint.resolve(run)
+    assert checkpoint.resolve(run / 'weights') == run / 'weights'
+
+
 def test_hub(folder, monkeypatch):
     asked = {}
 
