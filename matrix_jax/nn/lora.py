@@ -205,10 +205,8 @@ def _settings(path: Path, metadata: Mapping[str, str], component: str) -> dict:
     """The settings that come with a file, by peft's names; empty if there are none."""
     try:
         if METADATA in metadata:
-            told = json.loads(metadata[METADATA])
-            start = f'{component}.'
-            found = {key.removeprefix(start): value for key, value in told.items()
-                     if key.startswith(start)}
+            told = json.loads(metadata[METADATA])     # of a pipeline, or of one network
+            found = {key.removeprefix(f'{component}.'): value for key, value in told.items()}
         elif path.name == PEFT[0] and path.with_name(PEFT[1]).is_file():
             found = json.loads(path.with_name(PEFT[1]).read_text(encoding='utf-8'))
         else:

@@ -1,6 +1,7 @@
 """Adapters: merged exactly, written and read bit for bit, and files of others."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -15,6 +16,7 @@ from matrix_jax.nn import lora
 
 CFG = dit.PRESETS['tiny']       # four layers, the second and third with control blocks
 TABLE, SHAPES = dit.weights(CFG), dit.shapes(CFG)
+GOLDENS = Path(__file__).parents[1] / 'goldens' / 'lora'
 Q = 'transformer_blocks.2.attn1.to_q'
 
 
@@ -82,6 +84,18 @@ def test_a_file_gives_back_what_was_written(tmp_path, alpha):
         found = lora.read(place, TABLE, SHAPES)
         jax.tree.map(np.testing.assert_array_equal, found, made)
     assert [one.name for one in path.parent.iterdir()] == [lora.FILE]
+
+
+@pytest.mark.parametrize('writer', ['peft', 'diffusers'])
+def test_files_of_peft_and_diffusers_merge_as_there(writer):
+    """The adapted weights were zero when `goldens/lora/record.py` merged the adapter into them."""
+    want = load_file(GOLDENS / writer / 'merged.safetensors')
+    empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), SHAPES)
+    got = torch_weights(lora.merge(empty, lora.read(GOLDENS / writer, TABLE, SHAPES)))
+    assert len(want) == 16 and all(tensor.any() for tensor in want.values())
+    for name, tensor in want.items():
+        np.testing.assert_allclose(got[name], tensor, rtol=1e-6, atol=1e-7)
+    assert not any(got[name].any() for name in set(got) - set(want))
 
 
 def peft(folder, tensors, settings=None, name='adapter_model.safetensors'):
