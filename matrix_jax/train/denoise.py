@@ -64,6 +64,14 @@ class Denoising(Stage):
         return latents.Windows(store, self.frames(world), batch, seed, ids, self.labelled,
                                self.label_share)
 
+    def example(self, world, batch):
+        cfg, frames = world.cfg, self.frames(world)
+        rows, columns = (side // cfg.vae.spatial_compression for side in (cfg.height, cfg.width))
+        shapes = {'latents': ('float16', frames, rows, columns, cfg.dit.channels),
+                  'controls': ('int32', frames), 'ids': ('int32', cfg.dit.text_length)}
+        return {name: jax.ShapeDtypeStruct((batch, *shape), dtype)
+                for name, (dtype, *shape) in shapes.items()}
+
     def conditions(self, world, params, ids, controls, keys):
         """What the network is told, with the shares of dropout.
 

@@ -26,7 +26,8 @@ class Program(NamedTuple):
       examples: examples per update, of all processes and all accumulated batches.
       share: (index, count) of the equal parts of these that this process reads.
       places: shardings of the state.
-      init: `init(params) -> state`, placed.
+      start: `start(params) -> state`, pure.
+      init: `init(params) -> state` on the mesh, from arrays of the host.
       put: `put(rows of a batch) -> batch` on the mesh.
       step: `step(state, batch) -> (state, metrics)`; the state is donated.
       update: `step` before compilation.
@@ -36,6 +37,7 @@ class Program(NamedTuple):
     examples: int
     share: tuple[int, int]
     places: Any
+    start: Callable
     init: Callable
     put: Callable
     step: Callable
@@ -85,7 +87,7 @@ def build(run, world, params: Mapping) -> Program:
                 return function(state, batch)
         return call
 
-    return Program(mesh, examples, share, places, init, put, within(jitted), update,
+    return Program(mesh, examples, share, places, start, init, put, within(jitted), update,
                    within(jitted.lower))
 
 

@@ -62,6 +62,14 @@ class Stage:
         """
         raise NotImplementedError
 
+    def example(self, world, batch: int) -> dict:
+        """ShapeDtypeStructs of a batch of `loader`, for a dry run.
+
+        Raises:
+          ValueError: the stage says nothing about them.
+        """
+        raise ValueError(f'stage: {type(self).__name__} has no dry run')
+
     def loss(self, world, params, batch, key):
         """Scalar loss and a dict of scalar metrics; pure."""
         raise NotImplementedError
