@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 import os
+import subprocess
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -216,6 +217,18 @@ def frame_rate(path: str | Path) -> float:
     """Frames per second that a video says it has."""
     with _opened(path) as reader:
         return _rate(reader, path)
+
+
+def check_whole(path: str | Path):
+    """Raises VideoError if any part of a video is damaged; reading it would show broken frames."""
+    import imageio_ffmpeg
+
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), '-v', 'error', '-nostdin', '-xerror',
+               '-i', str(_readable(path)), '-map', '0:v:0', '-f', 'null', '-']
+    with _starting_ffmpeg():
+        done = subprocess.run(command, capture_output=True)
+    if done.returncode:
+        raise VideoError(f'{path}: is damaged: ffmpeg cannot decode all of it')
 
 
 def _rate(reader, path) -> float:

@@ -59,6 +59,7 @@ class Footage:
         if rate < self.fps / 2:      # every frame would stand still for two
             raise video.VideoError(f'{path}: got {rate:g} frames per second, expected at least '
                                    f'{self.fps / 2:g}')
+        video.check_whole(path)
         small = look(path, self.fps, self.height / self.width)
         report.seconds += len(small) / self.fps
         frames = enumerate(video.read_frames(path, self.fps))
@@ -85,7 +86,7 @@ def find(root: Path, caption: str = '') -> list[Source]:
     if not root.is_dir():
         raise GatherError(f'--videos {root}: no such folder')
     paths = sorted(path for path in root.rglob('*')
-                   if path.suffix.lower() in SUFFIXES and path.is_file())
+                   if path.suffix.lower() in SUFFIXES and not path.is_dir())
     if not paths:
         raise GatherError(f'--videos {root}: no video in it ({" ".join(SUFFIXES)})')
     sources = []

@@ -45,6 +45,7 @@ class Index:
         """The one clip of an entry."""
         path = root / source.path
         rate = video.frame_rate(path)
+        video.check_whole(path)
         length = sum(1 for _ in video.read_frames(path, None))
         report.seconds += length / rate
         chosen = sample(length, rate, self.frames, source.start, self.fps)

@@ -29,7 +29,7 @@ def write(path, frames, fps=16):
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
-    """Two shots in one file, a captioned one below, and six that give nothing."""
+    """Two shots in one file, a captioned one below, and seven that give nothing."""
     folder = tmp_path_factory.mktemp('videos')
     write(folder / 'b.mp4', np.concatenate([scene(1, 40), scene(2, 50), scene(3, 12)]))
     write(folder / 'below' / 'a.MP4', scene(4, 66), fps=32)
@@ -39,6 +39,9 @@ def folder(tmp_path_factory):
     write(folder / 'still.mp4', np.repeat(scene(6, 1), 40, axis=0))
     write(folder / 'slow.mp4', scene(7, 40), fps=4)
     (folder / 'broken.mp4').write_text('no video')
+    whole = (folder / 'b.mp4').read_bytes()
+    middle = len(whole) // 2
+    (folder / 'hole.mp4').write_bytes(whole[:middle] + bytes(2000) + whole[middle + 2000:])
     (folder / 'empty.mkv').touch()
     (folder / 'notes.txt').write_text('no video either')
     return folder
@@ -107,8 +110,9 @@ def test_a_look_shows_what_the_clip_will_show(tmp_path):
 def test_what_is_kept_and_what_is_not(made):
     out, report = made
     assert report.dropped == {'short': 1, 'dark': 1, 'flat': 1, 'static': 1}
-    assert (report.files, report.clips, report.frames) == (8, 3, 37 + 49 + 33)
-    assert sorted(report.skipped) == ['broken.mp4', 'empty.mkv', 'slow.mp4']
+    assert (report.files, report.clips, report.frames) == (9, 3, 37 + 49 + 33)
+    assert sorted(report.skipped) == ['broken.mp4', 'empty.mkv', 'hole.mp4', 'slow.mp4']
+    assert report.skipped['hole.mp4'].startswith('hole.mp4: is damaged')
     assert 'got 4 frames per second, expected at least 8' in report.skipped['slow.mp4']
     assert 'broken.mp4: not readable as a video' in report.skipped['broken.mp4']
     shard = Shard(out / 'train-00000.array_record')
@@ -166,7 +170,7 @@ def test_other_videos_are_refused(folder, made, tmp_path):
     with pytest.raises(ValueError, match=r'shortest 33 \(asked 9\)'):
         make(folder, out, shortest=9, held_out=0.0)
     write(tmp_path / 'new.mp4', scene(9, 5))
-    with pytest.raises(ValueError, match=r'sources 8 \(asked 1\), digest .*; use another --out'):
+    with pytest.raises(ValueError, match=r'sources 9 \(asked 1\), digest .*; use another --out'):
         make(tmp_path, out, held_out=0.0)
     assert contents(out) == before
 
@@ -186,7 +190,7 @@ def test_the_tool_counts_and_names(folder, tool, tmp_path, capsys):
     assert tool('--videos', folder, '--out', tmp_path / 'out', '--world', 'the_matrix:TINY',
                 '--held-out', 0, '--caption', 'Footage.', '--shortest', 2) == 0
     said = capsys.readouterr().out
-    assert 'files: 5 read, 3 skipped' in said and 'skipped: empty.mkv: not' in said
+    assert 'files: 5 read, 4 skipped' in said and 'skipped: empty.mkv: not' in said
     assert 'clips: 3 kept, 4 dropped (dark 1, flat 1, short 1, static 1)' in said
     manifest = json.loads((tmp_path / 'out' / 'manifest.json').read_text())
     assert (manifest['height'], manifest['width'], manifest['shortest']) == (32, 48, 33)
