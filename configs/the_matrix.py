@@ -33,7 +33,7 @@ STAGE1 = dataclasses.replace(
     STAGE2, world=dataclasses.replace(STAGE2.world, dit=dit.PRESETS['2b']), stage=LoRA())
 STAGE3 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=4, steps=20, solver='dpm',
                                                guidance=6.0)),
-             stage=SwinDPM(), train=PUBLISHED)
+             stage=SwinDPM(clip_frames=(33, 65)), train=PUBLISHED)
 STAGE4 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4, solver='lcm',
                                                original_steps=40)))
 # The published interactive setting: one latent frame per shift, decoded one by one.
@@ -49,10 +49,10 @@ TINY = Run(world=Config(
     stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
 TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
 TINY_LORA = dataclasses.replace(
-    TINY, stage=LoRA(clip_frames=9, rank=4, alpha=4.0),
+    TINY, stage=LoRA(clip_frames=(9,), rank=4, alpha=4.0),
     train=Train(steps=2, batch=2, log_every=1),
     world=dataclasses.replace(TINY.world, dit=dataclasses.replace(TINY.world.dit, control=None)))
-TINY_CONTROL = dataclasses.replace(TINY, stage=ControlSFT(clip_frames=9), train=TINY_LORA.train)
+TINY_CONTROL = dataclasses.replace(TINY, stage=ControlSFT(clip_frames=(9,)), train=TINY_LORA.train)
 TINY_SWIN = dataclasses.replace(
     TINY, stage=SwinDPM(), train=Train(steps=2, batch=2, log_every=1),
     world=dataclasses.replace(TINY.world, decode_chunk=1, stream=Swin(

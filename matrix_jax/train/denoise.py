@@ -27,12 +27,15 @@ class Denoising(Stage):
         them as they lie in the data.
       label_share: share of the labelled recordings that keep their label.
       train_encoders: train the text and control encoders too (first stage of a bundled world).
+      clip_frames: pixel frames F of the examples, 1 + 4k each; a batch has one of these lengths.
+        Without any, it is that of the stream's window.
     """
     control_dropout: float = 0.1
     text_dropout: float = 0.0
     labelled: float | None = None
     label_share: float = 1.0
     train_encoders: bool = False
+    clip_frames: tuple[int, ...] = ()
 
     components = ('transformer', 'text_encoder', 'control_encoder', 'vae')
 
@@ -41,6 +44,10 @@ class Denoising(Stage):
         self.check_shares('control_dropout', 'text_dropout', 'label_share')
         if self.labelled is not None:
             self.check_shares('labelled')
+        for frames in self.clip_frames:
+            if frames < 5 or (frames - 1) % 4:
+                raise ValueError(f'stage.clip_frames: got {frames}, expected 1 + 4k with k of at '
+                                 'least 1 (whole latent frames)')
 
     def check_shares(self, *names: str):
         """Raises ValueError unless the fields are shares of a whole."""
@@ -53,19 +60,23 @@ class Denoising(Stage):
         encoders = self.train_encoders and component in ('text_encoder', 'control_encoder')
         return component == 'transformer' or encoders
 
-    def frames(self, world) -> int:
-        """Latent frames T of an example; those of a window by default."""
-        return world.cfg.stream.frames
+    def lengths(self, world) -> tuple[int, ...]:
+        """Latent frames T that the examples of a batch may have."""
+        per = world.cfg.frames_per_control
+        made = tuple(1 + (frames - 1) // per for frames in self.clip_frames)
+        return made or (world.cfg.stream.frames,)
 
     def loader(self, world, params, data, batch, seed, cache):
         from matrix_jax.data import latents
+        from matrix_jax.data.buckets import Buckets
         store = latents.encode(data, world, params, cache)
         ids = world.tokenize(store.texts)
-        return latents.Windows(store, self.frames(world), batch, seed, ids, self.labelled,
-                               self.label_share)
+        made = [latents.Windows(store, length, batch, seed, ids, self.labelled, self.label_share)
+                for length in self.lengths(world)]
+        return made[0] if len(made) == 1 else Buckets(made, seed)
 
     def example(self, world, batch):
-        cfg, frames = world.cfg, self.frames(world)
+        cfg, frames = world.cfg, max(self.lengths(world))
         rows, columns = (side // cfg.vae.spatial_compression for side in (cfg.height, cfg.width))
         shapes = {'latents': ('float16', frames, rows, columns, cfg.dit.channels),
                   'controls': ('int32', frames), 'ids': ('int32', cfg.dit.text_length)}

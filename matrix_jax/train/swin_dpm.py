@@ -51,10 +51,21 @@ class SwinDPM(Denoising):
         if not 0 <= self.recycle <= 4:
             raise ValueError(f'stage.recycle: got {self.recycle}, expected 0 to 4')
 
+    def lengths(self, world):
+        stream, made = world.cfg.stream, super().lengths(world)
+        for frames, length in zip(self.clip_frames, made):
+            if length <= stream.context or (length - stream.context) % stream.groups:
+                raise ValueError(f'stage.clip_frames: got {frames}, which is {length} latent '
+                                 f'frames, expected context = {stream.context} and a multiple '
+                                 f'of groups = {stream.groups}')
+        return made
+
     def loss(self, world, params, batch, key):
-        stream, schedule = world.cfg.stream, world.schedule
-        keys = jax.random.split(key, 8)
+        keys, schedule = jax.random.split(key, 8), world.schedule
         clean = batch['latents'].astype(jnp.float32)
+        stream = world.cfg.stream       # with groups as wide as this batch has them
+        width = (clean.shape[1] - stream.context) // stream.groups
+        stream = dataclasses.replace(stream, group_frames=width)
         size, context = clean.shape[0], stream.context
         late = jax.random.uniform(keys[7], (size, 1)) < self.late_binding
         controls = jnp.where(late, played(stream, batch['controls']), batch['controls'])

@@ -21,21 +21,8 @@ from matrix_jax.train.denoise import Denoising, denoise_loss
 
 @dataclasses.dataclass(frozen=True)
 class WholeClip(Denoising):
-    """Denoising of whole clips; everything trains.
-
-    Attributes:
-      clip_frames: pixel frames F of an example, 1 + 4k.
-    """
-    clip_frames: int = 65
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.clip_frames < 5 or (self.clip_frames - 1) % 4:
-            raise ValueError(f'stage.clip_frames: got {self.clip_frames}, expected 1 + 4k with k '
-                             'of at least 1 (whole latent frames)')
-
-    def frames(self, world):
-        return 1 + (self.clip_frames - 1) // world.cfg.frames_per_control
+    """Denoising of whole clips; everything trains."""
+    clip_frames: tuple[int, ...] = (65,)
 
     def loss(self, world, params, batch, key):
         schedule, keys = world.schedule, jax.random.split(key, 4)
@@ -55,6 +42,7 @@ class WholeClip(Denoising):
 @dataclasses.dataclass(frozen=True)
 class ControlSFT(WholeClip):
     """Stage 2: only the control path trains, from a model that it does not change at first."""
+    clip_frames: tuple[int, ...] = (21, 65)
 
     def trainable(self, path):
         # The published rule: parameters of the transformer whose name contains 'control'.
@@ -73,6 +61,7 @@ class LoRA(WholeClip):
       rank: r of the adapter.
       alpha: its update is scaled by alpha / rank.
     """
+    clip_frames: tuple[int, ...] = (17, 33, 65)
     control_dropout: float = 1.0    # a network with control blocks sees the null control
     rank: int = 256
     alpha: float = 256.0

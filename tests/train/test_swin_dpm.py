@@ -1,8 +1,11 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from matrix_jax import config
 from matrix_jax.diffusion import schedules
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import denoise_loss
@@ -80,3 +83,24 @@ def test_late_binding_holds_the_control_of_the_entry_slot():
     np.testing.assert_array_equal(played(stream, controls), [[0, 1, 2, 3, 4, 4, 4, 4, 4]])
     tail = swin.Config(groups=4, group_frames=2, context=1)
     np.testing.assert_array_equal(played(tail, controls), controls)
+
+
+def test_groups_are_as_wide_as_the_batch():
+    run, seen = config.load('the_matrix:STAGE3'), {}
+
+    def denoise(params, noisy, levels, text, control):
+        seen['levels'] = levels
+        return jnp.zeros_like(noisy)
+
+    world = types.SimpleNamespace(
+        cfg=run.world, schedule=SCHEDULE, denoise=denoise, empty_ids=np.zeros((1, 2), np.int32),
+        embed_ids=lambda params, ids: ids, embed_controls=lambda params: jnp.ones((10, 1)))
+    assert run.stage.lengths(world) == (9, 17) and SwinDPM().lengths(world) == (17,)
+    for frames in run.stage.lengths(world):
+        batch = {'latents': np.zeros((1, frames, 2, 2, 1), np.float16),
+                 'ids': np.ones((1, 2), np.int32), 'controls': np.zeros((1, frames), np.int32)}
+        run.stage.loss(world, {}, batch, jax.random.key(0))
+        steps = np.diff(np.asarray(seen['levels'])[0, 1:])
+        np.testing.assert_array_equal(np.flatnonzero(steps) + 1, frames // 4 * np.arange(1, 4))
+    with pytest.raises(ValueError, match='got 21, which is 6 latent frames, expected context = 1'):
+        SwinDPM(clip_frames=(33, 21)).lengths(world)

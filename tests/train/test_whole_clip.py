@@ -176,7 +176,7 @@ def test_what_trains():
 
 
 @pytest.mark.parametrize('make, said', [
-    (lambda: WholeClip(clip_frames=64), 'stage.clip_frames: got 64, expected 1 [+] 4k'),
+    (lambda: WholeClip(clip_frames=(65, 64)), 'stage.clip_frames: got 64, expected 1 [+] 4k'),
     (lambda: ControlSFT(control_dropout=2.0), 'stage.control_dropout: got 2'),
     (lambda: LoRA(rank=0), 'stage.rank: got 0'), (lambda: LoRA(alpha=-1.0), 'stage.alpha: got -1'),
     (lambda: LoRA(train_encoders=True), 'stage.train_encoders: got True'),
