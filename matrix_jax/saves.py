@@ -126,16 +126,17 @@ class Checkpoints:
         finally:
             with contextlib.suppress(Exception if self._failed else ()):    # told already
                 self._manager.close()
+            if self._failed:        # make room; the next start clears what is written even now
+                for part in self.folder.glob('*.orbax-checkpoint-tmp*'):
+                    shutil.rmtree(part, ignore_errors=True)
 
     @contextlib.contextmanager
     def _saving(self):
-        """Names what could not be saved, and clears away what of it was written."""
+        """Names what could not be saved, and what there is to go on from."""
         try:
             yield
         except Exception as error:  # the writers below raise OSError, ValueError and their own
             self._failed = True
-            for part in self.folder.glob(f'{self._started}.orbax-checkpoint-tmp*'):
-                shutil.rmtree(part, ignore_errors=True)
             whole = self._whole(sorted(int(path.name) for path in self.folder.iterdir()
                                        if path.name.isdigit()))
             raise SaveError(
@@ -152,13 +153,18 @@ class Checkpoints:
                                   f'{self._way_on(step, steps)}') from error
 
     def _faults(self, step: int) -> list[str] | None:
-        """What is wrong with the files of a step; None if it has no checksums."""
-        found = [sums.faults(self.folder / str(step) / item) for item in ('state', 'extra')]
-        return None if None in found else found[0] + found[1]
+        """What is wrong with the files of a step, as far as its checksums tell; None if it has none
+        (it was saved before there were any)."""
+        items = [self.folder / str(step) / item for item in ('state', 'extra')]
+        found = [sums.faults(item) for item in items]
+        if found == [None, None]:
+            return None
+        return [fault for item, faults in zip(items, found)
+                for fault in ([f'{item / sums.FILE}: missing'] if faults is None else faults)]
 
     def _whole(self, steps) -> int | None:
-        """The newest of `steps` whose files are as they were written."""
-        return next((step for step in reversed(steps) if self._faults(step) == []), None)
+        """The newest of `steps` whose files are as they were written, as far as that is known."""
+        return next((step for step in reversed(steps) if not self._faults(step)), None)
 
     def _way_on(self, step: int, steps) -> str:
         whole = self._whole([one for one in steps if one < step])
