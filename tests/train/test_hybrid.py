@@ -52,7 +52,7 @@ def folder(path, labelled):
     return path
 
 
-@pytest.mark.parametrize('make', [SwinDPM, lambda **more: WholeClip(clip_frames=17, **more)])
+@pytest.mark.parametrize('make', [SwinDPM, lambda **more: WholeClip(clip_frames=(17,), **more)])
 def test_a_batch_holds_the_share_and_tells_nothing_of_the_others(make, tmp_path):
     folders = [folder(tmp_path / 'a', True), folder(tmp_path / 'b', False)]
     stage, world = make(labelled=0.25, control_dropout=0.0), World()
