@@ -10,6 +10,7 @@ Its stages train one from the weights of the other, with the published settings:
 import dataclasses
 
 from matrix_jax.config import Run, Train
+from matrix_jax.diffusion.sampling import Config as Clip
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.stream.swin import Config as Swin
@@ -27,7 +28,7 @@ PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)     # eight 
 
 # Stages 1 and 2 make whole clips of 65 frames; STAGE3 and STAGE4 stream.
 STAGE2 = Run(world=Config(vae=vae.PRESETS['released'],
-                          stream=Swin(groups=1, group_frames=16, steps=50, guidance=6.0)),
+                          stream=Swin(groups=1, group_frames=16), clip=Clip()),
              stage=ControlSFT(), train=PUBLISHED)
 STAGE1 = dataclasses.replace(
     STAGE2, world=dataclasses.replace(STAGE2.world, dit=dit.PRESETS['2b']), stage=LoRA())
@@ -47,6 +48,7 @@ TINY = Run(world=Config(
     vae=dataclasses.replace(vae.PRESETS['tiny'], single_latent_frames=4),
     text=t5.PRESETS['tiny'], control=clip.PRESETS['tiny'], height=32, width=48,
     stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
+TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(TINY.world, clip=Clip(steps=2)))
 TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
 TINY_LORA = dataclasses.replace(
     TINY, stage=LoRA(clip_frames=(9,), rank=4, alpha=4.0),

@@ -47,7 +47,8 @@ def plan(world, length: int, control: str | None, control_seed: int, pad: str | 
       pad: None, 'random' or 'hold', for a control string that is too short.
 
     Returns:
-      (shifts, symbols, notes); `len(symbols)` is shifts * group_frames.
+      (shifts, symbols, notes); `len(symbols)` is shifts * group_frames, or the latent frames of a
+      whole clip.
 
     Raises:
       UsageError: length, an unknown symbol, or too few symbols.
@@ -55,9 +56,15 @@ def plan(world, length: int, control: str | None, control_seed: int, pad: str | 
     if not (isinstance(length, int) and 1 <= length <= 24 * 3600):
         raise UsageError(f'--length: got {length}, expected whole seconds from 1 to 86400')
     cfg = world.cfg
-    latents = length * cfg.fps / cfg.frames_per_control
-    shifts = math.ceil(latents / cfg.stream.group_frames)
-    need = shifts * cfg.stream.group_frames
+    if cfg.clip:
+        if length > controls.BASE_SECONDS:
+            raise UsageError(f'--length: got {length}, expected at most {controls.BASE_SECONDS}: '
+                             'this model denoises whole clips (stages 3 and 4 stream)')
+        shifts, need = 1, 1 + length * cfg.fps // cfg.frames_per_control
+    else:
+        latents = length * cfg.fps / cfg.frames_per_control
+        shifts = math.ceil(latents / cfg.stream.group_frames)
+        need = shifts * cfg.stream.group_frames
     if control is None:
         return shifts, controls.generate_random_control_signal(need, control_seed).split(','), []
     symbols, note = controls.fit(controls.parse(control), need, pad=pad, seed=control_seed)
@@ -175,6 +182,10 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
     cfg = world.cfg
     prompt = cfg.prompt if prompt is None else prompt
     shifts, symbols, notes = plan(world, length, control, control_seed, pad)
+    if cfg.clip:
+        if image or video_path:
+            raise UsageError('--image, --video: this model makes clips from the prompt alone')
+        return whole_clip(world, params, prompt, symbols, notes, seed)
     frames = start_clip(world, folder, prompt, image or video_path, bool(image))
     # Every symbol steers the quarter second that it stands for: the window knows what is to come.
     stream = cfg.stream
@@ -185,11 +196,33 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
     carry, cut = player.start(prompt, frames, known[:stream.remembered], seed)
     player.compile(carry)
     seconds = time.perf_counter() - began
-    if cut:
-        notes.append(f'prompt: the model reads {cfg.dit.text_length} tokens; cut off: {cut!r}')
-    clip = Clip(symbols, notes, compile_seconds=seconds)
+    clip = Clip(symbols, notes + cut_note(world, cut), compile_seconds=seconds)
     steps = known[stream.remembered:stream.remembered + shifts * stream.group_frames]
     return stream_frames(player, carry, steps, clip), clip
+
+
+def whole_clip(world, params, prompt: str, symbols: list[str], notes: list[str], seed: int):
+    """The clip of a model that does not stream -> (iterator of its frames, Clip)."""
+    ids, cut = world.tokenize_and_cut([prompt])
+    notes = notes + cut_note(world, cut[0])
+    given = (params, ids, controls.encode(symbols)[None], jax.random.key(seed))
+    began = time.perf_counter()
+    make = jax.jit(world.sample_clip).lower(*given).compile()
+    clip = Clip(symbols, notes, compile_seconds=time.perf_counter() - began)
+
+    def frames():
+        began = time.perf_counter()
+        made = np.asarray(make(*given))[0]
+        clip.run_seconds = time.perf_counter() - began
+        yield from made
+
+    return frames(), clip
+
+
+def cut_note(world, cut: str) -> list[str]:
+    """What to tell about the end of a prompt that the model does not read."""
+    length = world.cfg.dit.text_length
+    return [f'prompt: the model reads {length} tokens; cut off: {cut!r}'] if cut else []
 
 
 def summary(run) -> str:
@@ -216,8 +249,10 @@ def to_file(run, options):
     for note in clip.notes:
         print(f'note: {note}')
     per = world.cfg.frames_per_control
-    keys = None if options.no_overlay else (symbol for symbol in clip.symbols for _ in range(per))
-    total = len(clip.symbols) * per
+    # The first latent frame of a whole clip is a single frame.
+    keys = [symbol for symbol in clip.symbols for _ in range(per)]
+    keys = keys[per - 1:] if world.cfg.clip else keys
+    total, keys = len(keys), None if options.no_overlay else keys
     bar = tqdm(frames, total=total, unit='frame', dynamic_ncols=True)
     count = video.write_video(path, bar, world.cfg.fps, keys)
     return path, clip, count

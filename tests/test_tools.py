@@ -48,6 +48,13 @@ def test_generate_writes_the_same_frames_twice(tiny, start_image, tmp_path, comp
     assert sorted(path.name for path in tmp_path.iterdir()) == ['a.mp4', 'b.mp4', 'c.mp4']
 
 
+def test_models_that_do_not_stream_make_a_whole_clip(tiny, tmp_path, compiled_once, capsys):
+    assert run('generate', 'the_matrix:TINY_CLIP', '--weights', tiny, '--length', 1,
+               '--out', tmp_path / 'a.mp4') == 0
+    assert f'{tmp_path / "a.mp4"}: 17 frames' in capsys.readouterr().out
+    assert video.read_video(tmp_path / 'a.mp4').shape == (17, 256, 384, 3)
+
+
 @pytest.mark.parametrize('argv, said', [
     (['the_matrix:NONE'], 'unknown recipe the_matrix:NONE'),
     (['the_matrx:TINY'], "unknown world 'the_matrx' (did you mean the_matrix?)"),
@@ -64,6 +71,8 @@ def test_generate_writes_the_same_frames_twice(tiny, start_image, tmp_path, comp
     (['the_matrix:TINY', '--weights', 'TINY', '--lora', 'nowhere'], 'nowhere: no such file'),
     (['the_matrix:TINY', '--weights', 'TINY', '--lora', 'TINY'], 'no adapter; expected'),
     (['the_matrix:TINY', '--weights', 'TINY'], 'give --video or --image'),
+    (['the_matrix:TINY_CLIP', '--weights', 'TINY', '--length', '5'], 'expected at most 4'),
+    (['the_matrix:TINY_CLIP', '--weights', 'TINY', '--image', 'a.png'], 'from the prompt alone'),
     (['the_matrix:TINY', '--weights', 'TINY', '--mesh.fsdp', '16'], 'expected at most 8'),
 ], ids=lambda value: value[-1] if isinstance(value, list) else '')
 def test_generate_refuses(argv, said, tiny, tmp_path, monkeypatch, capsys):

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from matrix_jax import checkpoint, config, controls, video
-from matrix_jax.diffusion import sampling
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
@@ -90,22 +89,9 @@ class TheMatrix:
         cfg = world.cfg
         latents = (controls.base_frames(length) - 1) // cfg.frames_per_control + 1
         symbols = controls.encode(controls.parse(signal)[:latents])
-        settings = sampling.Config(steps=cfg.stream.steps, guidance=guidance)
-        scale = cfg.vae.spatial_compression
-        shape = (1, latents, cfg.height // scale, cfg.width // scale, cfg.vae.latent_channels)
-
-        @jax.jit
-        def make(params, ids, symbols, key):
-            def draw(index):
-                return jax.random.normal(jax.random.fold_in(key, index + 1), shape)
-
-            made = sampling.sample(
-                settings, cfg.scheduler, world.denoise, params, draw(-1), draw,
-                world.embed_ids(params, ids), world.embed_ids(params, world.empty_ids),
-                world.embed_controls(params)[symbols][None])
-            return to_uint8(vae.decode(cfg.vae, params['vae'], made / cfg.vae.scaling_factor))
-
-        frames = make(params, world.tokenize([prompt]), symbols, jax.random.key(seed))
+        world = world.replace(clip=dataclasses.replace(cfg.clip, guidance=guidance))
+        make = jax.jit(world.sample_clip)
+        frames = make(params, world.tokenize([prompt]), symbols[None], jax.random.key(seed))
         video.write_video(path, np.asarray(frames)[0], cfg.fps, min_width=1)
         return path
 

@@ -14,11 +14,12 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import checkpoint, controls, convert
-from matrix_jax.diffusion import schedules
+from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
 from matrix_jax.nn import fresh
@@ -36,6 +37,7 @@ class Config:
       name: `_class_name` of model_index.json.
       dit, vae, text, control, scheduler: configs of the parts; a weights folder overrides them.
       stream: the Swin-DPM stream.
+      clip: how whole clips are denoised, for networks of stages 1 and 2; None = the world streams.
       height, width: pixels of a frame.
       fps: frames per second.
       decode_chunk: latent frames per streaming decode; 2 equals whole-clip decoding.
@@ -49,6 +51,7 @@ class Config:
     control: clip.Config = clip.PRESETS['vit_l_14']
     scheduler: schedules.SchedulerConfig = schedules.SchedulerConfig()
     stream: swin.Config = swin.Config()
+    clip: sampling.Config | None = None
     height: int = 480
     width: int = 720
     fps: int = 16
@@ -231,6 +234,30 @@ class World(Parts):
         latents = swin.make(cfg, self.cfg.scheduler, self.denoise)
         return streams.chain(latents, self.decoder(),
                              warm=lambda cond: cond.latents[:, :cfg.context])
+
+    def sample_clip(self, params, ids, symbols, key):
+        """A whole clip from nothing: -> frames uint8 [B F H W 3].
+
+        Args:
+          params: parameters.
+          ids: prompt ids [B L].
+          symbols: int32 [B T], one control per latent frame; F = 4T - 3 for odd T.
+          key: of all noise.
+        """
+        cfg, batch = self.cfg, len(ids)
+        scale = cfg.vae.spatial_compression
+        shape = (batch, symbols.shape[1], cfg.height // scale, cfg.width // scale,
+                 cfg.vae.latent_channels)
+
+        def draw(index):
+            return jax.random.normal(jax.random.fold_in(key, index + 1), shape)
+
+        control = self.embed_controls(params)[symbols] if cfg.dit.control else None
+        null_text = jnp.broadcast_to(self.embed_ids(params, self.empty_ids),
+                                     (batch, cfg.dit.text_length, cfg.dit.text_dim))
+        made = sampling.sample(cfg.clip, cfg.scheduler, self.denoise, params, draw(-1), draw,
+                               self.embed_ids(params, ids), null_text, control)
+        return to_uint8(vae.decode(cfg.vae, params['vae'], made / cfg.vae.scaling_factor))
 
     def condition(self, params, ids, frames, symbols) -> swin.Cond:
         """What a stream starts from.
