@@ -62,7 +62,7 @@ def open_run(run):
 
 def start(run):
     """A training run's world and start parameters: what `weights` holds, the rest fresh."""
-    from matrix_jax import checkpoint
+    from matrix_jax import checkpoint, config
     world = build(run.world)
     if run.weights is None:
         world.with_tokenizers(None)
@@ -70,9 +70,13 @@ def start(run):
     folder = checkpoint.resolve(run.weights)
     found = describe(run.world, folder)
     world = found.grown(run.world).with_tokenizers(folder)
+    borrowed = world.borrowed(folder)
+    if borrowed and getattr(run.stage, 'train_encoders', False):
+        raise config.UsageError(f'stage.train_encoders: got True, expected False, as {folder} '
+                                'leaves its control encoder to another place')
     have = tuple(part.folder for part in world.parts if world.has(folder, part.folder))
     lacking = tuple(part.folder for part in world.parts
-                    if part.folder not in (*have, *world.borrowed(folder)))
+                    if part.folder not in (*have, *borrowed))
     params = _adapt(run, found, lambda: (found.init(run.train.seed, only=lacking)
                                          | found.load(folder, only=have)))
     return world, world.widen(params, found, run.train.seed)

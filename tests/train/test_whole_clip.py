@@ -111,6 +111,13 @@ def test_what_is_exported_in_float32_comes_back_bit_for_bit(runs, tmp_path):
                              for folder in (weights, tmp_path / run.name)), strict=True))
 
 
+def test_a_borrowed_encoder_does_not_train(runs):
+    run = runs['the_matrix:TINY_CONTROL'][0]
+    run = dataclasses.replace(run, stage=ControlSFT(train_encoders=True))
+    with pytest.raises(config.UsageError, match='stage.train_encoders: got True'):
+        worlds.start(run)
+
+
 class Stub:
     """A world whose network sees nothing: it predicts v = 0 and notes what it was given."""
 
