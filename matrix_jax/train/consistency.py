@@ -22,7 +22,7 @@ import numpy as np
 
 from matrix_jax.diffusion import sampling, schedules, solvers
 from matrix_jax.stream import swin
-from matrix_jax.train.stage import Stage
+from matrix_jax.train.denoise import Denoising
 
 
 class Tables(NamedTuple):
@@ -57,7 +57,7 @@ def tables(stream: swin.Config, scheduler: schedules.SchedulerConfig, points: in
 
 
 @dataclasses.dataclass(frozen=True)
-class StreamConsistency(Stage):
+class StreamConsistency(Denoising):
     """Distils the stream that `weights` hold into one of `groups` steps.
 
     Attributes:
@@ -79,8 +79,7 @@ class StreamConsistency(Stage):
     start_share: float = 0.4
     rollout: int = 0
     rollout_share: float = 0.5
-
-    components = ('transformer', 'text_encoder', 'control_encoder', 'vae')
+    control_dropout: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -96,27 +95,31 @@ class StreamConsistency(Stage):
         if self.rollout and self.objective == 'window':
             raise ValueError(f"stage.rollout: got {self.rollout}, expected 0 with objective "
                              "'window' (its points lie on paths of recorded clips)")
-
-    def trainable(self, path):
-        return path.startswith('transformer/')
+        for name in ('train_encoders', 'clip_frames'):
+            if getattr(self, name):
+                raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected none: the '
+                                 'student reads what its teacher reads')
 
     def start(self, world, params, seed):
         params = super().start(world, params, seed)
         return {**params, 'teacher': params['transformer']}
 
+    def lengths(self, world):
+        stream = world.cfg.stream
+        return (stream.frames + self.rollout * stream.group_frames,)
+
     def loader(self, world, params, data, batch, seed, cache):
-        from matrix_jax.data import latents
         stream = world.cfg.stream
         if (stream.solver, stream.steps) != ('lcm', stream.groups):
             raise ValueError(f"stream: got solver {stream.solver!r} with {stream.steps} steps, "
                              f"expected 'lcm' with groups = {stream.groups} steps")
-        store = latents.encode(data, world, params, cache)
-        frames = stream.frames + self.rollout * stream.group_frames
-        return latents.Windows(store, frames, batch, seed, world.tokenize(store.texts))
+        return super().loader(world, params, data, batch, seed, cache)
 
     def loss(self, world, params, batch, key):
-        stream, keys = world.cfg.stream, jax.random.split(key, 4)
+        stream, keys = world.cfg.stream, jax.random.split(key, 6)
         table = tables(stream, world.cfg.scheduler, self.points, self.balance)
+        controls = self.heard(batch['controls'], keys[4])
+        batch = {**batch, 'controls': controls, 'ids': self.read(world, batch['ids'], keys[5])}
         text = world.embed_ids(params, batch['ids'])
         null_text = world.embed_ids(params, world.empty_ids)
 

@@ -12,6 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from matrix_jax.controls import NULL
 from matrix_jax.diffusion import schedules
 from matrix_jax.train.stage import Stage
 
@@ -94,14 +95,20 @@ class Denoising(Stage):
         Returns:
           (text [B L D], control [B T A], or None for a network without control blocks).
         """
-        empty = jax.random.uniform(keys[0], (len(ids), 1)) < self.text_dropout
-        text = world.embed_ids(params, jnp.where(empty, world.empty_ids, ids))
+        text = world.embed_ids(params, self.read(world, ids, keys[0]))
         if world.cfg.dit.control is None:
             return text, None
-        table = world.embed_controls(params)
-        nothing = table.shape[0] - 1     # last row: null control
-        dropped = jax.random.uniform(keys[1], (len(controls), 1)) < self.control_dropout
-        return text, table[jnp.where(dropped, nothing, controls)]
+        return text, world.embed_controls(params)[self.heard(controls, keys[1])]
+
+    def read(self, world, ids, key):
+        """Prompt ids [B L] with the share of empty prompts."""
+        empty = jax.random.uniform(key, (len(ids), 1)) < self.text_dropout
+        return jnp.where(empty, world.empty_ids, ids)
+
+    def heard(self, controls, key):
+        """Symbols [B T] with the share of samples under the null control."""
+        dropped = jax.random.uniform(key, (len(controls), 1)) < self.control_dropout
+        return jnp.where(dropped, NULL, controls)
 
 
 def denoise_loss(schedule, denoise, latents, noise, levels, counted, seen=None):
