@@ -8,11 +8,11 @@ through plain products. Temporaries are therefore an upper bound.
 
 from __future__ import annotations
 
+import math
 import os
 import time
 
 import jax
-import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from matrix_jax import convert, sharding, worlds
@@ -49,10 +49,7 @@ def report(run) -> str:
     memory = lowered.compile().memory_analysis()
     compiling = time.time() - began
     work = flops(made.update, state, batch)
-    rows = [('parameters', _size(state.student, made.places.student)),
-            ('average of them', _size(state.ema, made.places.ema)),
-            ('optimizer', _size(state.opt, made.places.opt)),
-            ('frozen weights', _size(state.frozen, made.places.frozen)),
+    rows = [*sizes(state, made.places).items(),
             ('activations, gradients and work space', memory.temp_size_in_bytes),
             ('in all', memory.argument_size_in_bytes + memory.output_size_in_bytes
              + memory.temp_size_in_bytes - memory.alias_size_in_bytes)]
@@ -82,15 +79,23 @@ def _placed(tree, places):
                                                                  sharding=place), tree, places)
 
 
-def _size(tree, places) -> int:
-    """Bytes of a tree on one device."""
-    sizes = jax.tree.map(lambda leaf, place: int(np.prod(place.shard_shape(leaf.shape)))
-                         * leaf.dtype.itemsize, tree, places)
-    return sum(jax.tree.leaves(sizes))
+def sizes(state, places) -> dict[str, int]:
+    """Bytes of the parts of a state on one device.
+
+    Args:
+      state: `state.TrainState` of ShapeDtypeStructs.
+      places: their shardings.
+    """
+    def one(role):
+        return sum(jax.tree.leaves(jax.tree.map(
+            lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+            getattr(state, role), getattr(places, role))))
+    return {'parameters': one('student'), 'average of them': one('ema'), 'optimizer': one('opt'),
+            'frozen weights': one('frozen')}
 
 
 def _count(tree) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
 # --- FLOPs -----------------------------------------------------------------------------------

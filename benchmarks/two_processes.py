@@ -1,0 +1,146 @@
+"""Two processes train as one: the same losses and weights, each reading half of every batch.
+
+    python benchmarks/two_processes.py
+
+Runs tools/train.py on the_matrix:TINY_SWIN for ten steps on the CPU, once alone and once as two
+processes that meet over gloo; then one process goes on from what the two had saved half-way. Every
+loss and every exported weight is compared. Exit code 0 only if all agree.
+"""
+
+import argparse
+import glob
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+STEPS = 10
+TOLERANCE = 1e-5     # relative: sums over two devices have another order
+
+
+def record(folder):
+    """Three clips of a moving square."""
+    from matrix_jax.data import records
+
+    def clip(index):
+        frames = np.full((17, 32, 48, 3), 40 * index + 60, np.uint8)
+        for moment, frame in enumerate(frames):
+            frame[8:20, moment:moment + 10] = 200
+        return records.Clip(frames=frames, controls=np.full(17, index, np.int8),
+                            caption='A car on a road.', theme='meadow', seed=index, fps=16,
+                            telemetry=np.zeros((17, len(records.TELEMETRY)), np.float32))
+
+    folder.mkdir()
+    records.write_shard(folder / f'train-0{records.SUFFIX}', (clip(index) for index in range(3)))
+
+
+def train(data, out, steps, mesh, processes=1, timeout=600):
+    """Runs the tool on a mesh of imitated devices, as so many processes.
+
+    Args:
+      mesh: sizes by axis.
+
+    Returns:
+      (seconds that it took, what process 0 said on its standard error).
+    """
+    with socket.socket() as probe:
+        probe.bind(('localhost', 0))
+        port = probe.getsockname()[1]
+    devices = math.prod(mesh.values()) // processes
+    environment = os.environ | {
+        'JAX_PLATFORMS': 'cpu', 'JAX_DEFAULT_MATMUL_PRECISION': 'highest', 'PYTHONPATH': str(ROOT),
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
+                     '--xla_backend_optimization_level=0'}
+    command = [sys.executable, ROOT / 'tools/train.py', 'the_matrix:TINY_SWIN', '--data', data,
+               '--out', out, '--train.batch', 8, '--train.steps', steps, '--train.save_every', 5,
+               '--stage.optimizer.learning_rate', 3e-3, '--stage.export', 'float32']
+    for axis, size in mesh.items():
+        command += [f'--mesh.{axis}', size]
+    if processes > 1:
+        command += ['--coordinator', f'localhost:{port}', '--processes', processes]
+    began = time.time()
+    started = [subprocess.Popen(
+        list(map(str, command + ['--process', index] * (processes > 1))), env=environment,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for index in range(processes)]
+    said = []
+    try:
+        for index, one in enumerate(started):
+            printed, errors = one.communicate(timeout=timeout)
+            said.append(errors)
+            if one.returncode:
+                sys.exit(f'process {index} of {processes}: exit code {one.returncode}\n{errors}')
+            if (f'step {steps} loss' in printed) != (index == 0):
+                sys.exit(f'process {index} of {processes} printed {printed!r}')
+    finally:
+        for one in started:
+            one.kill()
+    return time.time() - began, said[0]
+
+
+def losses(out):
+    """Step -> loss, of the event files of a run."""
+    from tensorboardX.proto.event_pb2 import Event
+    found = {}
+    for path in sorted(glob.glob(f'{out}/events*')):
+        content = Path(path).read_bytes()
+        while content:       # length, its checksum, event, its checksum
+            size = int.from_bytes(content[:8], 'little')
+            event = Event.FromString(content[12:12 + size])
+            found.update((event.step, value.simple_value) for value in event.summary.value
+                         if value.tag == 'loss')
+            content = content[16 + size:]
+    return found
+
+
+def weights(out):
+    from matrix_jax.checkpoint import read_component
+    return dict(read_component(Path(out) / 'weights', 'transformer')[1])
+
+
+def compare(name, one, two):
+    """Prints how far two runs are apart; whether that is within the tolerance."""
+    first, second = losses(one), losses(two)
+    if first.keys() != second.keys():
+        sys.exit(f'{name}: steps {sorted(first)} and {sorted(second)}')
+    loss = max(abs(second[step] / first[step] - 1) for step in first)
+    mine, other = weights(one), weights(two)
+    scale = max(np.abs(leaf).max() for leaf in mine.values())
+    weight = max(np.abs(other[key] - leaf).max() for key, leaf in mine.items()) / scale
+    print(f'{name:32}{first[max(first)]:12.7f}{second[max(second)]:12.7f}{loss:12.1e}{weight:12.1e}',
+          flush=True)
+    return loss <= TOLERANCE and weight <= 10 * TOLERANCE
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--timeout', type=float, default=600, help='seconds of a run')
+    timeout = parser.parse_args().timeout
+    with tempfile.TemporaryDirectory() as folder:
+        data, one, two, moved = (Path(folder) / name for name in ('data', 'one', 'two', 'moved'))
+        record(data)
+        alone, _ = train(data, one, STEPS, {'fsdp': 1}, 1, timeout)
+        together, _ = train(data, two, STEPS, {'fsdp': 2}, 2, timeout)
+        shutil.copytree(two, moved)
+        shutil.rmtree(moved / 'state' / str(STEPS))
+        _, said = train(data, moved, STEPS, {'fsdp': 1}, 1, timeout)
+        if 'goes on from step 5' not in said:
+            sys.exit(f'the third run did not go on from step 5:\n{said}')
+        print(f'{"":32}{"one":>12}{"two":>12}{"losses":>12}{"weights":>12}')
+        good = all([compare(f'{STEPS} steps', one, two),
+                    compare('5 steps as two, then 5 as one', one, moved)])
+        print(f'one process {alone:.0f} s, two processes {together:.0f} s; '
+              f'{"equal" if good else "NOT equal"} within {TOLERANCE:g}')
+    return 0 if good else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
