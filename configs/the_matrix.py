@@ -41,6 +41,15 @@ STAGE4 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4
 LIVE = Run(world=Config(vae=VAE, decode_chunk=1,
                         stream=Swin(groups=4, group_frames=1, steps=4, solver='lcm',
                                     original_steps=40, entry='head')))
+# About 100 million parameters, for comparisons on a machine without a GPU: random weights.
+MEDIUM = Run(world=Config(
+    dit=dit.Config(heads=10, layers=12, time_dim=256, text_dim=64, text_length=64,
+                   spatial_scale=1.0, sample=(20, 12, 33),
+                   control=dit.Control(dim=64, start=6, end=12)),
+    vae=vae.Config(block_out_channels=(32, 64, 64, 128), layers_per_block=2, norm_groups=8,
+                   sample_height=96, sample_width=160),
+    text=t5.PRESETS['carracing'], control=clip.PRESETS['carracing'], height=96, width=160,
+    stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
 # Every part at test size: random weights, seconds to compile.
 TINY = Run(world=Config(
     dit=dataclasses.replace(dit.PRESETS['tiny'], text_dim=16, text_length=12,
