@@ -47,13 +47,13 @@ def _plain(q, k, v, scale):
     if fused:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation='cudnn')
     batch, tokens, heads, _ = q.shape
-    blocks = -(-batch * heads * tokens * k.shape[1] // LOGITS)
-    if blocks <= 1:
+    size = max(LOGITS // (batch * heads * k.shape[1]), 1)
+    if size >= tokens:
         return _dense(q, k, v, None, scale)
-    q = jnp.pad(q, ((0, 0), (0, -tokens % blocks), (0, 0), (0, 0)))
+    q = jnp.pad(q, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)))
     # Neither pass holds the logits of more than one block.
     one = jax.checkpoint(lambda block: _dense(block, k, v, None, scale), prevent_cse=False)
-    y = jax.lax.map(one, rearrange(q, 'b (c n) k e -> c b n k e', c=blocks))
+    y = jax.lax.map(one, rearrange(q, 'b (c n) k e -> c b n k e', n=size))
     return rearrange(y, 'c b n k e -> b (c n) k e')[:, :tokens]
 
 

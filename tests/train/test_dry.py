@@ -47,7 +47,7 @@ def test_rematerialisation_costs_what_it_recomputes():
 
 
 def test_the_report_says_what_a_device_holds(monkeypatch):
-    run = config.load('the_matrix:TINY_SWIN', ['--train.batch', '8', '--mesh.fsdp', '8'])
+    run = config.load('the_matrix:TINY_CONTROL', ['--train.batch', '8', '--mesh.fsdp', '8'])
     net = dataclasses.replace(run.world.dit, layers=2, control=Control(dim=16, start=0, end=2))
     run = dataclasses.replace(run, world=dataclasses.replace(run.world, dit=net))
     monkeypatch.setattr(dry, 'MIB', 1)
@@ -57,13 +57,14 @@ def test_the_report_says_what_a_device_holds(monkeypatch):
     world = worlds.build(run.world)
     letters = convert.flatten(convert.axes(world.tables['transformer']))
     mine = 4 * sum(math.prod(leaf.shape) // (8 if 'd' in letters[path] else 1)
-                   for path, leaf in convert.flatten(world.shapes()['transformer']).items())
+                   for path, leaf in convert.flatten(world.shapes()['transformer']).items()
+                   if 'control' in path)
     assert found['parameters'] == found['average of them'] == mine
     assert found['optimizer'] == 2 * mine + 8       # two moments, two counters
     assert found['frozen weights'] > 0 and found['activations, gradients and work space'] > 0
     *parts, whole = found.values()
     assert whole == pytest.approx(sum(parts), rel=0.2)      # the batch, and what is not aligned
-    assert lines[0].startswith('the_matrix:TINY_SWIN: SwinDPM on fsdp=8, 8 examples per update')
+    assert lines[0].startswith('the_matrix:TINY_CONTROL: ControlSFT on fsdp=8, 8 examples')
     assert 'FLOPs per update: ' in lines[-2]
 
 
