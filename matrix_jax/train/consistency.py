@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matrix_jax import convert
 from matrix_jax.diffusion import sampling, schedules, solvers
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import Denoising
@@ -103,6 +104,10 @@ class StreamConsistency(Denoising):
     def start(self, world, params, seed):
         params = super().start(world, params, seed)
         return {**params, 'teacher': params['transformer']}
+
+    def axes(self, world):
+        student = convert.axes(world.tables['transformer'])
+        return super().axes(world) | convert.flatten({'teacher': student})
 
     def lengths(self, world):
         stream = world.cfg.stream

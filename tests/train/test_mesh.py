@@ -105,6 +105,15 @@ def test_every_role_lies_alike_and_state_moves_between_meshes(alone, world, para
         np.testing.assert_array_equal(old, new)
 
 
+def test_a_teacher_lies_like_its_student():
+    run = config.load('the_matrix:TINY_CONSISTENCY', ['--mesh.fsdp', '2'])
+    world = worlds.build(run.world)
+    made = program.build(run, world, run.stage.start(world, world.shapes(), 0))
+    path = 'steered/block/mlp/up/kernel'
+    assert tuple(made.places.student[f'transformer/{path}'].spec)[1] == 'fsdp'
+    assert made.places.frozen[f'teacher/{path}'] == made.places.student[f'transformer/{path}']
+
+
 def test_a_batch_that_does_not_split_is_refused(world, params):
     with pytest.raises(ValueError, match='train.batch: got 8, expected a multiple of mesh.data x '
                                          'mesh.fsdp = 3 x 2 = 6'):
