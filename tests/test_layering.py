@@ -27,6 +27,7 @@ ALLOWED = {
 }
 ALLOWED |= dict.fromkeys(('train', 'serve', 'evals'), set(ALLOWED))
 ALLOWED |= dict.fromkeys(('generate', 'parity', 'released'), set(ALLOWED))
+ALLOWED |= {'benchmark': set(ALLOWED)}
 HEAVY = {'transformers', 'imageio', 'gymnasium', 'vizdoom', 'orbax', 'huggingface_hub',
          'tensorboardX', 'starlette', 'uvicorn'}
 

@@ -1,0 +1,145 @@
+"""What `tools/benchmark.py` does: one benchmark, one with a peer, one per mesh, or a count."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import multiprocessing
+import os
+
+from matrix_jax.benchmark import compiled, peer, report
+from matrix_jax.benchmark import subject as subjects
+from matrix_jax.benchmark.measure import Settings
+from matrix_jax.config import UsageError
+from matrix_jax.train import dry
+
+SWEEP = (1, 2, 4, 8)
+
+
+def benchmark(run, settings: Settings, random: bool = False, layers: int | None = None,
+              mode: str = '') -> str:
+    """Measures, writes to `run.out` and returns the page to print.
+
+    Args:
+      run: the run.
+      settings: how much is measured.
+      random: whether weights are drawn.
+      layers: of a random network.
+      mode: '', 'vs' (with the peer), 'sweep' or 'count' (FLOPs only, nothing is written).
+
+    Raises:
+      UsageError: what cannot be measured; nothing is computed.
+    """
+    cfg = subjects.shape(run, random, layers)
+    out = run.out or f'outputs/benchmark-{run.name.replace(":", "-").lower()}'
+    if os.path.lexists(out) and not os.path.isdir(out):
+        raise UsageError(f'--out: {out} is a file, expected a folder')
+    if mode == 'count':
+        return _count_page(run.name, cfg, random)
+    if mode == 'vs':
+        peer.check()
+    if mode == 'sweep':
+        results, text = sweep(run, settings, random, layers)
+    else:
+        results = one(run, settings, random, layers, mode == 'vs')
+        text = report.markdown(results)
+        text += peer.markdown(results) if mode == 'vs' else ''
+    report.write(out, results, text)
+    return f'{text}\n{out}/benchmark.json, {out}/benchmark.md'
+
+
+def one(run, settings: Settings, random: bool, layers: int | None, compare: bool = False) -> dict:
+    """One benchmark in this process -> what `benchmark.json` holds."""
+    import jax
+    subject = subjects.open_subject(run, random, layers, settings.seed)
+    # Where attention is a kernel of its own, XLA cannot see what it costs.
+    work = (compiled.flops(subject.world) if jax.default_backend() == 'cpu'
+            else apart(compiled.flops_of, subject.world.cfg))
+    results = report.run(subject, settings, work)
+    if compare:
+        results['torch'] = peer.run(subject, settings)
+    return results
+
+
+def apart(function, *arguments, devices: int = 1, imitate: bool = True):
+    """`function(*arguments)` in a process of its own.
+
+    Args:
+      function, arguments: what can be pickled.
+      devices: that the CPU is to look like.
+      imitate: whether it runs on the CPU; else where jax finds itself.
+    """
+    context = multiprocessing.get_context('spawn')
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(_begin, devices, imitate, function, arguments).result()
+
+
+def _begin(devices, imitate, function, arguments):
+    import jax
+    if imitate:
+        flags = [flag for flag in os.environ.get('XLA_FLAGS', '').split() if dry.FLAG not in flag]
+        os.environ['XLA_FLAGS'] = ' '.join([*flags, f'{dry.FLAG}={devices}'])
+        jax.config.update('jax_platforms', 'cpu')
+    return function(*arguments)
+
+
+# --- one per mesh ----------------------------------------------------------------------------
+
+
+def sweep(run, settings: Settings, random: bool, layers: int | None) -> tuple[dict, str]:
+    """(results, page) of the same benchmark on 1, 2, 4 and 8 devices that share the tokens."""
+    on_cpu = apart(_backend, imitate=False) == 'cpu'
+    settings = dataclasses.replace(settings, entries=())
+    runs, refused = {}, {}
+    for devices in SWEEP:
+        mesh = dataclasses.replace(run.mesh, seq=devices)
+        count = mesh.data * mesh.fsdp * mesh.tensor * mesh.seq
+        try:
+            runs[devices] = apart(one, dataclasses.replace(run, mesh=mesh), settings, random,
+                                  layers, devices=count, imitate=on_cpu)
+        except ValueError as error:         # such as more devices than there are
+            refused[devices] = str(error)
+    if not runs:
+        raise UsageError('; '.join(refused.values()))
+    first = next(iter(runs.values()))
+    base = first['parts']['end_to_end']['fps'] / first['devices']
+    rows = []
+    for seq, found in runs.items():
+        parts, fps = found['parts'], found['parts']['end_to_end']['fps']
+        rows.append([seq, found['devices'], f'{fps:.2f}', f'{parts["dit"]["fps"]:.2f}',
+                     f'{parts["vae"]["fps"]:.2f}', f'{fps / base / first["devices"]:.2f}',
+                     f'{fps / base / found["devices"]:.1%}',
+                     f'{found["mesh_bytes"] / report.MIB:.2f}',
+                     f'{found["program_bytes"] / report.GIB:.2f}'])
+    machine = first['machine']
+    lines = [f'# {run.name}: scaling over mesh.seq', '',
+             f'{machine["device"]}, {machine["processor"]}, {machine["cores"]} cores.', '']
+    if on_cpu:
+        lines += [f'Note: the devices are imitated and share {machine["cores"]} cores: bytes and '
+                  'memory scale, clocks do not.', '']
+    if random:
+        lines += [f'Note: {report.RANDOM}.', '']
+    if any(found['machine']['busy'] for found in runs.values()):
+        lines += ['Note: the machine was busy before a start; its clocks are too slow.', '']
+    lines += report.table(['seq', 'devices', 'fps', 'DiT fps', 'VAE fps', 'speed-up', 'efficiency',
+                           'MiB sent per device', 'GiB per device'], rows)
+    lines += ['', *(f'- seq {seq}: not run ({why})' for seq, why in refused.items())]
+    return ({'sweep': {str(seq): found for seq, found in runs.items()}, 'refused': refused},
+            '\n'.join(lines) + '\n')
+
+
+def _backend() -> str:
+    import jax
+    return jax.default_backend()
+
+
+# --- a count ---------------------------------------------------------------------------------
+
+
+def _count_page(name: str, cfg, random: bool) -> str:
+    work = apart(compiled.flops_of, cfg)
+    frames = cfg.stream.group_frames * cfg.frames_per_control
+    rows = [[part, f'{flops / report.TERA:.4g}', f'{flops / frames / report.TERA:.4g}']
+            for part, flops in (work | {'both': sum(work.values())}).items()]
+    return '\n'.join([f"# {name}: FLOPs by XLA's count, {frames} frames per shift", '',
+                      *report.table(['part', 'TFLOP per shift', 'TFLOP per frame'], rows)])

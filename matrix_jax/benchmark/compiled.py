@@ -1,0 +1,159 @@
+"""What a program costs, read from it and not from a clock: FLOPs, memory, bytes over the mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+
+from matrix_jax import worlds
+from matrix_jax.benchmark import subject
+from matrix_jax.train import dry
+
+BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
+         'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
+# Bytes that each device sends per byte of the result, among n devices.
+SENT = {'all-gather': lambda n: (n - 1) / n, 'all-reduce': lambda n: 2 * (n - 1) / n,
+        'reduce-scatter': lambda n: n - 1, 'all-to-all': lambda n: (n - 1) / n,
+        'ragged-all-to-all': lambda n: (n - 1) / n, 'collective-broadcast': lambda n: 1,
+        'collective-permute': lambda n: 1}
+
+
+# --- FLOPs -----------------------------------------------------------------------------------
+
+
+def flops(world) -> dict[str, float]:
+    """FLOPs of one shift by XLA's cost analysis of the program before it is optimised: {'dit',
+    'vae'}. Nothing is computed or allocated; only right where attention is not a kernel of its own
+    (on the CPU)."""
+    cfg = world.cfg
+    stream, decoder = world.stream(), world.decoder()
+    params = subject.parts(world)
+    cond = jax.eval_shape(lambda: subject.imagine(world))
+    carry = jax.eval_shape(stream.init, params, cond, jax.eval_shape(lambda: jax.random.key(0)))
+    control = jax.ShapeDtypeStruct((1, cfg.stream.group_frames), jnp.int32)
+    latents = carry[0].window
+    latents = jax.ShapeDtypeStruct((1, cfg.stream.group_frames, *latents.shape[2:]), latents.dtype)
+    both = dry.flops(stream.step, params, carry, control)
+    alone = dry.flops(decoder.step, params, carry[1], latents)
+    return {'dit': both - alone, 'vae': alone}
+
+
+def flops_of(cfg) -> dict[str, float]:
+    """`flops` of a world's config."""
+    return flops(worlds.build(cfg))
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+def memory(compiled) -> int:
+    """Bytes that a compiled program holds on a device while it runs, by XLA's account."""
+    sizes = compiled.memory_analysis()
+    return (sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
+            - sizes.alias_size_in_bytes)
+
+
+# --- the mesh --------------------------------------------------------------------------------
+
+
+def collectives(text: str, devices: int) -> dict[str, dict[str, float]]:
+    """Kind -> {'count', 'bytes'} of the collectives that one run of a program makes.
+
+    A loop counts as often as XLA knows that it turns. Bytes are those that each device sends, by
+    the usual ring algorithms.
+
+    Args:
+      text: HLO of a compiled program (`compiled.as_text()`).
+      devices: of the mesh, for collectives that name no groups.
+    """
+    bodies, entry = _computations(text)
+    found: dict[str, dict[str, float]] = {}
+
+    def visit(name, times):
+        for line in bodies.get(name, ()):
+            kind, size = _collective(line, devices)
+            if kind:
+                one = found.setdefault(kind, {'count': 0, 'bytes': 0.0})
+                one['count'] += times
+                one['bytes'] += times * size
+            turns = re.search(r'known_trip_count\D+(\d+)', line)
+            for called in re.findall(r'(?:body|calls|to_apply|true_computation|'
+                                     r'false_computation)=%?([\w.-]+)', line):
+                visit(called, times * (int(turns[1]) if turns else 1))
+
+    visit(entry, 1)
+    return found
+
+
+def _computations(text: str) -> tuple[dict[str, list[str]], str]:
+    bodies, entry, lines = {}, '', []
+    for line in text.splitlines():
+        head = re.match(r'(ENTRY )?%?([\w.-]+) \(.*\) -> .*\{$', line)
+        if head:
+            lines = bodies[head[2]] = []
+            entry = head[2] if head[1] else entry
+        elif '=' in line:
+            lines.append(line)
+    return bodies, entry
+
+
+def _collective(line: str, devices: int) -> tuple[str, float]:
+    """(kind, bytes that a device sends) of a line of HLO, ('', 0) if it is no collective."""
+    match = re.match(r'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z-]+?)(-start)?\(', line)
+    if not match or match[2] not in SENT:
+        return '', 0.0
+    sizes = [BYTES.get(kind, 1) * math.prod(map(int, filter(None, dims.split(','))))
+             for kind, dims in re.findall(r'(\w+)\[([\d,]*)\]', match[1])]
+    if match[3] and match[2] in ('all-gather', 'collective-permute') and len(sizes) > 1:
+        # A start gives its operands, its results and, at times, handles.
+        operands = line[match.end():].split(')')[0].count('%')
+        sizes = sizes[operands:2 * operands]
+    return match[2], sum(sizes) * SENT[match[2]](_group(line, devices))
+
+
+def _group(line: str, devices: int) -> int:
+    """How many devices take part in each group of a collective."""
+    listed = re.search(r'replica_groups=\{\{([\d,]+)\}', line)
+    if listed:
+        return listed[1].count(',') + 1
+    iota = re.search(r'replica_groups=\[\d+,(\d+)\]', line)
+    return int(iota[1]) if iota else devices
+
+
+# --- compiling -------------------------------------------------------------------------------
+
+
+def compile_seconds(build) -> tuple[dict[str, float], object]:
+    """({'cold', 'cached'}, what `build()` gives): seconds with an empty and with a filled cache.
+
+    The cache is the one on disk, in a folder of its own; both times include tracing anew.
+    """
+    from jax.experimental.compilation_cache import compilation_cache
+    wanted = {'jax_enable_compilation_cache': True,
+              'jax_persistent_cache_min_compile_time_secs': 0,
+              'jax_persistent_cache_min_entry_size_bytes': 0}
+    names = ('jax_compilation_cache_dir', *wanted)
+    before = {name: getattr(jax.config, name) for name in names}
+    seconds, built = {}, None
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        def restore():
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+        stack.callback(restore)
+        for name, value in (wanted | {names[0]: folder}).items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        for name in ('cold', 'cached'):
+            jax.clear_caches()
+            began = time.perf_counter()
+            built = build()
+            seconds[name] = time.perf_counter() - began
+    return seconds, built

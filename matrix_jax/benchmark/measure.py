@@ -1,0 +1,199 @@
+"""Clocks: frames per second whole and by part, evenness, and how long a key takes to be seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax.benchmark import subject as subjects
+from matrix_jax.config import at_least
+from matrix_jax.stream.swin import ENTRIES
+
+VISIBLE = 1.0       # mean difference, in grey levels of 255, that counts as seen
+SETTLE = 2          # shifts before a key changes
+KIB = 2**10
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much is measured.
+
+    Attributes:
+      steps: timed shifts.
+      warmup: shifts before them.
+      entries: where keys bind in the measurements of latency.
+      seed: of the stream's noise, and of random weights.
+      peak_tflops: of one device, for the share that is reached; None = not stated.
+    """
+    steps: int = 30
+    warmup: int = 3
+    entries: tuple[str, ...] = ENTRIES
+    seed: int = 0
+    peak_tflops: float | None = None
+
+    def __post_init__(self):
+        at_least('--steps', self.steps, 1)
+        at_least('--warmup', self.warmup, 1)
+        at_least('--seed', self.seed, 0)
+        unknown = [entry for entry in self.entries if entry not in ENTRIES]
+        if unknown:
+            raise ValueError(f'--entries: got {unknown[0]!r}, expected some of '
+                             f'{", ".join(ENTRIES)}, or none')
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < float('inf'):
+            raise ValueError(f'--peak-tflops: got {self.peak_tflops}, expected more than 0')
+
+
+class Program:
+    """One compiled function `(params, carry, ...) -> (carry, output)` that is run again and again.
+
+    Args:
+      subject: what is measured.
+      function: the function; its carry is donated.
+      carry: the start of a run; it is kept.
+      given: the further arguments of every call.
+    """
+
+    def __init__(self, subject, function, carry, *given):
+        self.params, self.given, self._start = subject.params, given, carry
+        with subject.within():
+            step = jax.jit(function, donate_argnums=1)
+            if subject.mesh.size > 1:
+                # A carry has to lie at the end of a step as it did at the start.
+                self._start = step(self.params, self.start(), *given)[0]
+                places = jax.tree.map(lambda leaf: leaf.sharding, self._start)
+                step = jax.jit(function, donate_argnums=1, out_shardings=(places, None))
+            self.compiled = step.lower(self.params, self._start, *given).compile()
+
+    def start(self):
+        """A carry to begin a run with."""
+        return jax.tree.map(jnp.copy, self._start)
+
+    def __call__(self, carry, *given):
+        return self.compiled(self.params, carry, *(given or self.given))
+
+
+def whole(subject, entry: str | None = None, seed: int = 0) -> Program:
+    """Keys in, frames out: the network, the decoder and the conversion to uint8."""
+    stream = subject.world.stream(entry)
+    return Program(subject, stream.step, subject.carry(stream, seed), subject.keys())
+
+
+def network(subject, seed: int = 0) -> Program:
+    """The same without the decoder, whose cache is handed in and left alone."""
+    stream = subject.world.stream()
+    carry, cache = subject.carry(stream, seed)
+
+    def step(params, carry, cache, control):
+        carry = stream.step(params, (carry, cache), control)[0][0]
+        return carry, carry.shift + 0       # small, and there when the whole program is done
+
+    return Program(subject, step, carry, cache, subject.keys())
+
+
+def decoder(subject, seed: int = 0) -> Program:
+    """The decoder and the conversion to uint8 alone."""
+    carry, cache = subject.carry(subject.world.stream(), seed)
+    latents = carry.window[:, :subject.world.cfg.stream.group_frames]
+    return Program(subject, subject.world.decoder().step, cache, latents)
+
+
+def intervals(program: Program, settings: Settings) -> np.ndarray:
+    """Seconds from one output on the host to the next [steps]; one step runs while the output of
+    the one before is copied, as in a player."""
+    carry, waiting, stamps = program.start(), None, []
+    for _ in range(settings.warmup + settings.steps + 1):
+        carry, output = program(carry)
+        if waiting is not None:
+            np.asarray(waiting)
+            stamps.append(time.perf_counter())
+        waiting = output
+    jax.block_until_ready(carry)
+    return np.diff(stamps)[-settings.steps:]
+
+
+def spread(seconds: np.ndarray) -> dict[str, float]:
+    """Milliseconds: median, 95th percentile, mean, and jitter, the mean change from one step to the
+    next."""
+    jitter = np.abs(np.diff(seconds)).mean() if len(seconds) > 1 else 0.0
+    return {name: float(1e3 * value) for name, value in (
+        ('p50_ms', np.median(seconds)), ('p95_ms', np.quantile(seconds, 0.95)),
+        ('mean_ms', seconds.mean()), ('jitter_ms', jitter))}
+
+
+# --- from a key to a frame -------------------------------------------------------------------
+
+
+def latency(subject, program: Program) -> dict:
+    """How long a key takes to be seen: two equal runs, and one whose key changes.
+
+    Args:
+      subject: what is measured.
+      program: `whole` with the entry in question.
+
+    Returns:
+      'noise' (largest difference of the equal runs, of 255) and, for 'changed' (the first frame
+      that differs by more) and 'visible' (the first that differs by one grey level in the mean),
+      None if there is none, or: 'shifts' (1 = the very shift that took the key), 'frame' (from 0,
+      in that shift) and 'ms' (from handing in the key to having that shift on the host).
+    """
+    horizon = SETTLE + subject.world.cfg.stream.groups + 3
+    held = [subject.keys()] * horizon
+    pressed = held[:SETTLE] + [subject.keys(subjects.OTHER)] * (horizon - SETTLE)
+    (base, _), (again, _), (other, times) = (_play(program, keys) for keys in (held, held, pressed))
+    noise = int(np.abs(base - again).max())
+    difference = np.abs(other - base)[SETTLE:]                      # [shifts B F H W 3]
+    axes = (1, 3, 4, 5)
+    seen = {'changed': difference.max(axes) > noise, 'visible': difference.mean(axes) >= VISIBLE}
+    return {'noise': noise} | {name: _first(found, times) for name, found in seen.items()}
+
+
+def _play(program: Program, keys):
+    """(frames int16 [shifts B F H W 3], [(key handed in, frames on the host)] of each shift)."""
+    carry, frames, times = program.start(), [], []
+    for symbols in keys:
+        began = time.perf_counter()
+        carry, made = program(carry, symbols)
+        frames.append(np.asarray(made).astype(np.int16))
+        times.append((began, time.perf_counter()))
+    return np.stack(frames), times
+
+
+def _first(found, times):
+    """The first of found [shifts F] with its time, None if there is none."""
+    if not found.any():
+        return None
+    shift, frame = np.unravel_index(np.argmax(found), found.shape)
+    began, ended = times[SETTLE][0], times[SETTLE + shift][1]
+    return {'shifts': int(shift) + 1, 'frame': int(frame), 'ms': 1e3 * (ended - began)}
+
+
+# --- the machine -----------------------------------------------------------------------------
+
+
+def peak_memory() -> dict[str, float]:
+    """Bytes at most so far: of the process, and of the fullest device where it keeps account."""
+    used = {'process': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    device = max((one.get('peak_bytes_in_use', 0) for one in stats), default=0)
+    return used | ({'device': device} if device else {})
+
+
+def ceiling(dtype: str, seconds: float = 1.0) -> float:
+    """FLOP/s of one large matrix product on one device: what no network can exceed."""
+    size = 1024 if jax.default_backend() == 'cpu' else 8192
+    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(jnp.matmul).lower(a, a).compile()
+    best, until = float('inf'), time.perf_counter() + seconds
+    jax.block_until_ready(product(a, a))
+    while time.perf_counter() < until:
+        began, made = time.perf_counter(), a
+        for _ in range(8):
+            made = product(a, a)
+        jax.block_until_ready(made)
+        best = min(best, (time.perf_counter() - began) / 8)
+    return 2 * size**3 / best

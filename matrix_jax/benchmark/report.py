@@ -1,0 +1,172 @@
+"""One benchmark: measures everything about a subject; a table, and the same as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from matrix_jax.benchmark import compiled, measure
+
+RANDOM = 'random weights: what is shown is speed, the frames mean nothing'
+BUSY = 0.25         # load per core before the start above which figures are marked
+TERA, GIB, MIB = 1e12, 2**30, 2**20
+
+
+def run(subject, settings: measure.Settings, work: dict[str, float], say=print) -> dict:
+    """Everything but the comparison.
+
+    Args:
+      subject: `subject.Subject`.
+      settings: how much is measured.
+      work: FLOPs of a shift by part (`compiled.flops`).
+      say: prints a line of progress.
+
+    Returns:
+      What `benchmark.json` holds.
+    """
+    world, devices = subject.world, subject.mesh.size
+    frames = world.cfg.stream.group_frames * world.cfg.frames_per_control
+    results = {'recipe': subject.name, 'random_weights': subject.random, 'machine': machine(),
+               'settings': dataclasses.asdict(settings), 'devices': devices,
+               'shape': shape(world, subject.params), 'frames_per_shift': frames, 'flops': work}
+    say(f'compiling {subject.name} on {devices} device(s), cold and cached')
+    seconds, program = compiled.compile_seconds(lambda: measure.whole(subject, None, settings.seed))
+    found = compiled.collectives(program.compiled.as_text(), devices)
+    results |= {'compile_seconds': seconds, 'collectives': found,
+                'mesh_bytes': sum(one['bytes'] for one in found.values()),
+                'program_bytes': compiled.memory(program.compiled)}
+    results['parts'] = {}
+    for name, build in (('end_to_end', lambda: program),
+                        ('dit', lambda: measure.network(subject, settings.seed)),
+                        ('vae', lambda: measure.decoder(subject, settings.seed))):
+        say(f'timing {name}: {settings.warmup} + {settings.steps} shifts')
+        times = measure.intervals(build(), settings)
+        flops = sum(work.values()) if name == 'end_to_end' else work[name]
+        results['parts'][name] = speed(times, frames, flops, devices, settings)
+        if name == 'end_to_end':
+            results['memory'] = measure.peak_memory()
+    results['latency'] = {}
+    for entry in settings.entries:
+        say(f'latency of keys that bind at the {entry}')
+        same = entry == world.cfg.stream.entry
+        bound = program if same else measure.whole(subject, entry, settings.seed)
+        results['latency'][entry] = measure.latency(subject, bound)
+    results['matmul_tflops'] = measure.ceiling(world.cfg.dit.dtype) / TERA
+    return results
+
+
+def speed(seconds: np.ndarray, frames: int, flops: float, devices: int,
+          settings: measure.Settings) -> dict:
+    """Figures of one part from the seconds of its steps."""
+    tflops = flops / seconds.mean() / TERA
+    found = {'fps': frames / seconds.mean(), **measure.spread(seconds), 'tflops': tflops}
+    if settings.peak_tflops:
+        found['peak_share'] = tflops / (settings.peak_tflops * devices)
+    return found
+
+
+def machine() -> dict:
+    """Where this runs, and how busy it was before."""
+    device = jax.devices()[0]
+    cores = len(os.sched_getaffinity(0))
+    return {'backend': device.platform, 'device': device.device_kind, 'cores': cores,
+            'processor': _processor(), 'jax': jax.__version__, 'load': os.getloadavg()[0],
+            'busy': os.getloadavg()[0] > BUSY * cores,
+            'xla_flags': os.environ.get('XLA_FLAGS', '')}
+
+
+def _processor() -> str:
+    try:
+        lines = Path('/proc/cpuinfo').read_text().splitlines()
+        return next(line.split(':')[1].strip() for line in lines if line.startswith('model name'))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def shape(world, params) -> dict:
+    """Sizes that decide what a step costs."""
+    cfg = world.cfg
+    stream, scale = cfg.stream, cfg.vae.spatial_compression * cfg.dit.patch
+    per = (cfg.height // scale) * (cfg.width // scale)
+    return {'height': cfg.height, 'width': cfg.width, 'layers': cfg.dit.layers,
+            'dit_parameters': sum(leaf.size for leaf in jax.tree.leaves(params['transformer'])),
+            'tokens': per * stream.frames + cfg.dit.text_length,
+            'window': stream.frames, 'group_frames': stream.group_frames,
+            'calls_per_shift': stream.steps // stream.groups * (1 + (stream.guidance > 1)),
+            'dit_dtype': cfg.dit.dtype, 'vae_dtype': cfg.vae.dtype}
+
+
+# --- on paper --------------------------------------------------------------------------------
+
+
+def table(header, rows) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f'| {" | ".join(map(str, row))} |' for row in (header, ['---'] * len(header), *rows)]
+
+
+def markdown(results: dict) -> str:
+    """The results as a short page."""
+    shape, machine = results['shape'], results['machine']
+    lines = [f'# {results["recipe"]}', '',
+             f'{shape["height"]}x{shape["width"]}, {shape["dit_parameters"] / 1e6:,.1f} M '
+             f'parameters in {shape["layers"]} layers ({shape["dit_dtype"]}, VAE '
+             f'{shape["vae_dtype"]}), {shape["tokens"]} tokens, {shape["calls_per_shift"]} network '
+             f'call(s) and {results["frames_per_shift"]} frames per shift; {results["devices"]} x '
+             f'{machine["device"]} ({machine["processor"]}, {machine["cores"]} cores), jax '
+             f'{machine["jax"]}; {results["settings"]["steps"]} shifts timed.', '']
+    if results['random_weights']:
+        lines += [f'Note: {RANDOM}.', '']
+    if machine['busy']:
+        lines += [f'Note: the machine was busy before the start (load {machine["load"]:.1f} on '
+                  f'{machine["cores"]} cores); the clocks below are too slow.', '']
+    peak = results['settings']['peak_tflops']
+    header = ['part', 'fps', 'p50 ms', 'p95 ms', 'jitter ms', 'TFLOP per frame', 'TFLOP/s',
+              *([f'of {peak:g} TFLOP/s'] if peak else []), 'of matmul']
+    rows = []
+    for name, label in (('end_to_end', 'DiT + VAE + uint8 + host copy'), ('dit', 'DiT'),
+                        ('vae', 'VAE + uint8 + host copy')):
+        one, work = results['parts'][name], results['flops']
+        work = sum(work.values()) if name == 'end_to_end' else work[name]
+        share = [f'{one["peak_share"]:.1%}'] if peak else []
+        ours = one['tflops'] / (results['matmul_tflops'] * results['devices'])
+        rows.append([label, f'{one["fps"]:.2f}', *(f'{one[key]:.1f}' for key in (
+            'p50_ms', 'p95_ms', 'jitter_ms')), f'{work / results["frames_per_shift"] / TERA:.4g}',
+            f'{one["tflops"]:.4g}', *share, f'{ours:.1%}'])
+    lines += table(header, rows)
+    lines += ['', *table(['key binds at', 'first changed frame', 'visible frame', 'noise'], [
+        [entry, _when(one['changed']), _when(one['visible']), one['noise']]
+        for entry, one in results['latency'].items()])] if results['latency'] else []
+    seconds, memory = results['compile_seconds'], results['memory']
+    held = f'{memory["process"] / GIB:.2f} GiB of the process'
+    if 'device' in memory:
+        held = f'{memory["device"] / GIB:.2f} GiB of the fullest device, {held}'
+    lines += ['', f'- compile: {seconds["cold"]:.1f} s cold, {seconds["cached"]:.1f} s with a '
+              f'filled cache on disk', f'- memory: at most {held}; the step holds '
+              f'{results["program_bytes"] / GIB:.2f} GiB by the compiler',
+              f'- matrix product ({shape["dit_dtype"]}, one device, same run): '
+              f'{results["matmul_tflops"]:.4g} TFLOP/s']
+    sent = ', '.join(f'{one["count"]:g} {name} ({one["bytes"] / MIB:.2f} MiB)'
+                     for name, one in sorted(results['collectives'].items()))
+    lines += [f'- over the mesh per step: {results["mesh_bytes"] / MIB:.2f} MiB sent by each '
+              f'device{": " + sent if sent else ""}']
+    return '\n'.join(lines) + '\n'
+
+
+def _when(found) -> str:
+    if found is None:
+        return 'none in this run'
+    return f'shift {found["shifts"]}, frame {found["frame"]}, {found["ms"]:.0f} ms'
+
+
+def write(folder, results: dict, text: str):
+    """`benchmark.json` and `benchmark.md`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / 'benchmark.json').write_text(json.dumps(results, indent=1) + '\n')
+    (folder / 'benchmark.md').write_text(text)

@@ -1,0 +1,167 @@
+"""What is measured: a streaming world, its parameters on a mesh, and a start.
+
+Weights are those of a folder, or random ones drawn on the devices: speed does not depend on values.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax import checkpoint, convert, generate, released, sharding, worlds
+from matrix_jax.config import UsageError
+from matrix_jax.controls import SYMBOLS
+from matrix_jax.stream import swin
+
+KEY = SYMBOLS.index('D')         # what is held
+OTHER = SYMBOLS.index('DL')      # what it changes to
+RUNS = {'transformer': 'dit', 'vae': 'vae'}     # parts of a step, and their configs
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A world that is ready to stream.
+
+    Attributes:
+      name: of the recipe.
+      world: the world.
+      params: on the mesh; random ones are of the parts that a step runs only.
+      mesh: the devices.
+      cond: what the stream starts from, on the mesh.
+      random: whether the weights are.
+    """
+    name: str
+    world: Any
+    params: dict
+    mesh: jax.sharding.Mesh
+    cond: swin.Cond
+    random: bool
+
+    def within(self):
+        """The mesh as a context, in which programs are traced."""
+        return jax.set_mesh(self.mesh) if self.mesh.size > 1 else contextlib.nullcontext()
+
+    def keys(self, symbol: int = KEY) -> np.ndarray:
+        """Controls of one shift, int32 [1 group_frames]."""
+        return np.full([1, self.world.cfg.stream.group_frames], symbol, np.int32)
+
+    def carry(self, stream, seed: int = 0):
+        """The start of a stream, whole on every device of the mesh."""
+        with self.within():
+            carry = jax.jit(stream.init)(self.params, self.cond, jax.random.key(seed))
+        return jax.device_put(carry, sharding.replicated(self.mesh))
+
+
+def shape(run, random: bool = False, layers: int | None = None):
+    """The config of the world that a run measures.
+
+    Raises:
+      UsageError: it does not stream, or options do not go together.
+    """
+    if layers is not None and not random:
+        raise UsageError(f'--layers: got {layers} without --random; weights have their own layers')
+    if random and run.lora:
+        raise UsageError('--lora: got an adapter with --random, expected real weights')
+    if not random and not run.weights:
+        raise UsageError(f'{run.name}: needs --weights FOLDER, or --random')
+    cfg = released.shorten(run.world, layers)
+    if cfg.clip is not None or cfg.dit.control is None:
+        raise UsageError(f'{run.name}: does not stream, expected a recipe that takes keys '
+                         '(such as the_matrix:STAGE4)')
+    return cfg
+
+
+def open_subject(run, random: bool = False, layers: int | None = None, seed: int = 0) -> Subject:
+    """Opens a run's world for measuring.
+
+    Args:
+      run: the run.
+      random: whether weights are drawn in place of read.
+      layers: of a random network, if fewer than the recipe.
+      seed: of random weights and starts.
+
+    Raises:
+      UsageError: see `shape`; CheckpointError, ConversionError: the weights cannot be used.
+    """
+    cfg = shape(run, random, layers)
+    mesh = sharding.make_mesh(run.mesh)
+    if random:
+        world = worlds.build(cfg)
+        params, cond = draw(world, mesh, seed), imagine(world, seed)
+    else:
+        world, params = worlds.open_run(run)
+        cond = start(world, params, mesh, checkpoint.resolve(run.weights))
+    return Subject(run.name, world, params, mesh,
+                   jax.device_put(cond, sharding.replicated(mesh)), random)
+
+
+def start(world, params, mesh, folder) -> swin.Cond:
+    """The condition of a world's start clip; of a grey one if it brings none."""
+    cfg = world.cfg
+    try:
+        frames = generate.start_clip(world, folder, cfg.prompt, None, False)
+    except UsageError:
+        count = 1 + (cfg.stream.frames - 1) * cfg.frames_per_control
+        frames = np.full([count, cfg.height, cfg.width, 3], 128, np.uint8)
+    held = np.full([1, cfg.stream.remembered], KEY, np.int32)
+    given = (params, world.tokenize([cfg.prompt]), frames[None], held)
+    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+        return jax.jit(world.condition)(*given)
+
+
+def imagine(world, seed: int = 0) -> swin.Cond:
+    """A condition of noise, of the shapes of a real one."""
+    cfg, chance = world.cfg, np.random.default_rng(seed)
+    scale = cfg.vae.spatial_compression
+
+    def noise(*shape):
+        return jnp.asarray(chance.standard_normal(shape, np.float32))
+
+    text = noise(1, cfg.dit.text_length, cfg.dit.text_dim)
+    return swin.Cond(
+        latents=noise(1, cfg.stream.frames, cfg.height // scale, cfg.width // scale,
+                      cfg.vae.latent_channels),
+        text=text, null_text=text, control_table=noise(len(SYMBOLS) + 1, cfg.dit.control.dim),
+        controls=jnp.full([1, cfg.stream.remembered], KEY, jnp.int32))
+
+
+def parts(world) -> dict:
+    """ShapeDtypeStructs of what a step runs: the network and the decoder, as they are stored."""
+    shapes = world.shapes()
+    kept = {name: shapes[name] for name in RUNS}
+    kept['vae'] = {'decoder': kept['vae']['decoder']}
+    kinds = {name: getattr(world.cfg, field).dtype for name, field in RUNS.items()}
+    return {name: jax.tree.map(lambda leaf, kind=kinds[name]: jax.ShapeDtypeStruct(
+        leaf.shape, kind), tree) for name, tree in kept.items()}
+
+
+def draw(world, mesh, seed: int = 0) -> dict:
+    """Random parameters of `parts(world)`, drawn where they lie; kernels keep variances."""
+    shapes = parts(world)
+    letters = {name: convert.axes(world.tables[name]) for name in shapes}
+    letters['vae'] = {'decoder': letters['vae']['decoder']}
+    places = convert.flatten(sharding.shardings(letters, shapes, mesh))
+    stacked = convert.flatten(letters)
+    key, drawn = jax.random.key(seed, impl='rbg'), {}
+    for index, (path, leaf) in enumerate(convert.flatten(shapes).items()):
+        kind = path.rsplit('/', 1)[-1]
+        inner = leaf.shape[stacked[path][0] == 'layers':-1]
+        drawn[path] = _draw(jax.random.fold_in(key, index), kind, leaf.shape, leaf.dtype,
+                            math.prod(inner), places[path])
+    return convert.unflatten(drawn)
+
+
+@partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
+def _draw(key, kind, shape, dtype, inputs, place):
+    if kind in ('scale', 'bias'):
+        made = jnp.full(shape, float(kind == 'scale'), dtype)
+    else:
+        made = jax.random.uniform(key, shape, dtype, -1, 1) * (3 / inputs) ** 0.5
+    return jax.lax.with_sharding_constraint(made.astype(dtype), place)
