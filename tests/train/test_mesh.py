@@ -114,6 +114,15 @@ def test_a_teacher_lies_like_its_student():
     assert made.places.frozen[f'teacher/{path}'] == made.places.student[f'transformer/{path}']
 
 
+def test_what_trains_is_float32_whatever_the_network_computes_in():
+    run = config.load('the_matrix:TINY_SWIN', ['--world.dit.dtype', 'bfloat16'])
+    world = worlds.build(run.world)
+    half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, 'bfloat16'), world.shapes())
+    state = jax.eval_shape(program.build(run, world, half).start, half)
+    for role, dtype in (('student', 'float32'), ('ema', 'float32'), ('frozen', 'bfloat16')):
+        assert {str(leaf.dtype) for leaf in getattr(state, role).values()} == {dtype}
+
+
 def test_a_batch_that_does_not_split_is_refused(world, params):
     with pytest.raises(ValueError, match='train.batch: got 8, expected a multiple of mesh.data x '
                                          'mesh.fsdp = 3 x 2 = 6'):
