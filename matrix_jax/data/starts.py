@@ -59,14 +59,31 @@ def choose(folder: str, prompt: str, height: int, width: int) -> np.ndarray | No
 
     Words that only one theme uses decide; a tie goes to the first in the list.
     """
-    listing = Path(folder) / 'starts' / 'starts.json'
-    if not listing.is_file():
+    theme = match(folder, prompt)
+    if theme is None:
         return None
-    starts = json.loads(listing.read_text())
+    return video.read_image(listing(folder)[theme]).reshape(-1, height, width, 3)
+
+
+def match(folder: str, prompt: str) -> str | None:
+    """The theme of `choose`."""
+    file = Path(folder) / 'starts' / 'starts.json'
+    if not file.is_file():
+        return None
+    starts = json.loads(file.read_text())
     said = _words(prompt)
     uses = {word: sum(word in start['words'] for start in starts) for word in said}
     best = max(starts, key=lambda start: sum(1 / uses[word] for word in said & set(start['words'])))
-    return video.read_image(listing.parent / best['file']).reshape(-1, height, width, 3)
+    return best['theme']
+
+
+def listing(folder: str) -> dict[str, Path]:
+    """Pictures of the start clips of a weights folder by theme."""
+    file = Path(folder) / 'starts' / 'starts.json'
+    if not file.is_file():
+        return {}
+    return {start['theme']: file.parent / start['file']
+            for start in json.loads(file.read_text(encoding='utf-8'))}
 
 
 def _words(text: str) -> set[str]:

@@ -1,0 +1,243 @@
+"""Who plays: admission to a fixed number of slots, and all that a player may change in a world."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import json
+import logging
+import secrets
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from matrix_jax.serve import replay, worldfile
+from matrix_jax.serve.engine import Engine, Seat
+from matrix_jax.serve.session import Session
+
+log = logging.getLogger(__name__)
+GRACE_SECONDS = 30.0       # a lost player may come back
+
+
+class Refused(Exception):
+    """What a player asked for cannot be had; the message may be shown."""
+
+
+class House:
+    """Sessions by token; lives in the event loop of the server.
+
+    Args:
+      engine: started.
+      folder: weights folder, which may bring start clips.
+      recipe: name of what is played.
+      meters: counters.
+    """
+
+    def __init__(self, engine: Engine, folder, recipe: str, meters, grace: float = GRACE_SECONDS):
+        self.engine, self.folder, self.recipe, self.meters = engine, folder, recipe, meters
+        self.grace, self.slots = grace, engine.slots
+        self.cfg = self.slots.world.cfg
+        self.themes = list(replay.themes(self.slots.world, folder)) or ['']
+        self.fingerprint = self.slots.fingerprint()
+        self.sessions: dict[str, Session] = {}
+        self._free = list(range(self.slots.count))
+        self._conditions: collections.OrderedDict = collections.OrderedDict()
+        # Start clips and prompts are encoded beside the engine, one at a time.
+        self._worker = ThreadPoolExecutor(1, 'prepare')
+        meters.slots.set(self.slots.count)
+
+    # --- coming and going ------------------------------------------------------------------------
+
+    async def join(self, wanted: dict) -> tuple[Session, bool]:
+        """The session of a 'join' message, and whether it goes on.
+
+        Raises:
+          Refused: no slot is free, or the start is unknown.
+        """
+        session = self.sessions.get(wanted['session'] or '')
+        if session:
+            return session, True
+        if not self._free:
+            self.meters.refused.inc()
+            raise Refused(f'the house is full: all {self.slots.count} places are taken; '
+                          'try again in a minute')
+        index = self._free.pop(0)
+        session = Session(asyncio.get_running_loop(), self.cfg.fps, self.meters)
+        try:
+            timeline, carry, note = await self._prepare(self._log(wanted))
+            session.seat = Seat(index, timeline, session.deliver, session.broken)
+            await ask(self.engine.seat(session.seat, carry))
+        except BaseException:              # a player who left meanwhile as well
+            if session.seat:
+                self.engine.leave(session.seat)
+            self._free.append(index)
+            raise
+        self.sessions[session.token] = session
+        self.meters.sessions.set(len(self.sessions))
+        if note:
+            session.note('note', {'message': note})
+        return session, False
+
+    def detach(self, session: Session, socket):
+        """The socket of a session is gone; its slot rests and waits a while for it."""
+        if session.socket is not socket:
+            return
+        session.socket = None
+        self.engine.pause(session.seat, True)
+        session.lost = session.loop.call_later(self.grace, self.end, session, 'lost')
+
+    async def attach(self, session: Session, socket):
+        """A socket plays this session from now on -> the one that did so far, or None."""
+        before, _ = session.socket, session.attach(socket)
+        await ask(self.engine.pause(session.seat, session.paused))
+        return before
+
+    def end(self, session: Session, reason: str):
+        """Ends a session for good."""
+        if self.sessions.pop(session.token, None) is None:
+            return
+        if session.lost:
+            session.lost.cancel()
+        shifts = len(session.seat.log.symbols)
+        self.engine.leave(session.seat)
+        self._free.append(session.seat.index)
+        session.socket, session.recording, session.recorded = None, None, []
+        session.pictures.clear()
+        self.meters.sessions.set(len(self.sessions))
+        log.info(json.dumps({
+            'event': 'session_end', 'session': session.token[:6], 'reason': reason,
+            'seconds': round(time.monotonic() - session.began, 1), 'shifts': shifts,
+            'frames': session.sent, 'dropped': session.dropped}))
+
+    def close(self):
+        """Ends all sessions and the helpers."""
+        for session in list(self.sessions.values()):
+            self.end(session, 'stopped')
+        self._worker.shutdown(cancel_futures=True)
+
+    def describe(self, session: Session, resumed: bool) -> dict:
+        """The welcome of a player."""
+        seat, cfg = session.seat, self.cfg
+        return {'session': session.token, 'resumed': resumed, 'world': self.recipe,
+                'width': cfg.width, 'height': cfg.height, 'fps': cfg.fps, 'starts': self.themes,
+                'start': seat.log.start, 'seed': seat.log.seed, 'prompt': seat.log.last_prompt,
+                'paused': session.paused, 'kept': seat.kept is not None,
+                'players': self.slots.count, 'grace': self.grace,
+                'shift_frames': self.slots.frames}
+
+    # --- what a player changes -------------------------------------------------------------------
+
+    async def handle(self, session: Session, message: dict):
+        """Does what a message asks for, except 'join', 'keys', 'seen' and 'leave'.
+
+        Raises:
+          Refused: it cannot be done.
+        """
+        kind, seat, engine = message['type'], session.seat, self.engine
+        async with session.busy:
+            if kind == 'prompt':
+                text, cut = await self._work(self.slots.embed, message['text'])
+                await ask(engine.retext(seat, message['text'], text))
+                session.state(**({'cut': cut} if cut else {}))
+            elif kind == 'pause':
+                session.paused = message['on']
+                await ask(engine.pause(seat, message['on']))
+                session.state()
+            elif kind == 'rewind':
+                seconds = await ask(engine.rewind(seat, message['seconds']))
+                session.state(rewound=round(seconds, 2))
+            elif kind == 'keep':
+                await ask(engine.keep(seat))
+                session.state()
+            elif kind == 'recall':
+                if not await ask(engine.recall(seat)):
+                    raise Refused('nothing was saved yet')
+                session.state(recalled=True)
+            elif kind == 'record':
+                session.record(message['on'])
+            elif kind == 'restart':
+                await self._restart(session, self._log(message))
+
+    async def picture(self, session: Session, data: bytes):
+        """Starts a session again from a picture that the player sent."""
+        pixels = await self._work(replay.decode_picture, data, self.cfg.height, self.cfg.width)
+        wanted = {'start': None, 'prompt': session.seat.log.last_prompt, 'seed': None}
+        timeline = self._log(wanted, replay.encode_picture(pixels))
+        async with session.busy:
+            await self._restart(session, timeline)
+
+    async def save(self, session: Session) -> bytes:
+        """The session's moment as the bytes of a `.world` file."""
+        async with session.busy:
+            timeline, carry = await ask(self.engine.moment(session.seat))
+        return await self._work(worldfile.dump, carry, timeline)
+
+    async def load(self, session: Session, data: bytes):
+        """Goes on from the bytes of a `.world` file."""
+        carry, timeline = await self._work(_off(worldfile.parse, self.slots.like,
+                                                self.fingerprint), data)
+        async with session.busy:
+            await ask(self.engine.restart(session.seat, timeline, carry))
+        session.state(loaded=True)
+
+    def replay(self, session: Session) -> dict:
+        """The log of a session as JSON."""
+        return session.seat.log.copy().to_json()
+
+    async def _restart(self, session: Session, timeline: replay.Log):
+        timeline, carry, note = await self._prepare(timeline)
+        await ask(self.engine.restart(session.seat, timeline, carry))
+        session.state(restarted=True, **({'message': note} if note else {}))
+
+    def _log(self, wanted: dict, picture: str | None = None) -> replay.Log:
+        prompt, start, seed = wanted['prompt'], wanted['start'], wanted['seed']
+        if start is not None and start not in self.themes:
+            raise Refused(f'start: got {start!r}, expected one of {", ".join(self.themes)}')
+        prompt = self.cfg.prompt if prompt is None else prompt
+        if picture is None and start is None:
+            start = replay.choose(self.slots.world, self.folder, prompt)
+        return replay.Log(
+            recipe=self.recipe, fingerprint=self.fingerprint, slots=self.slots.count,
+            together=self.slots.together, entry=self.slots.entry, prompt=prompt, picture=picture,
+            seed=secrets.randbelow(replay.MAX_SEED) if seed is None else seed, start=start)
+
+    async def _prepare(self, timeline: replay.Log):
+        """(log, carry, what the player should know) of a new timeline."""
+        carry, cut = await self._work(self._begin, timeline)
+        note = f'the model does not read the end of the prompt: {cut!r}' if cut else ''
+        return timeline, carry, note
+
+    def _begin(self, timeline: replay.Log):
+        """In the worker; what a start clip and a prompt give is kept for the next player."""
+        name = timeline.start, timeline.prompt
+        found = None if timeline.picture else self._conditions.get(name)
+        if found is None:
+            found = self.slots.condition(timeline.prompt, replay.start_frames(
+                self.slots, self.folder, timeline.start, timeline.picture))
+            if timeline.picture is None:
+                self._conditions[name] = found
+                if len(self._conditions) > 16:
+                    self._conditions.popitem(last=False)
+        return self.slots.begin(found[0], timeline.seed), found[1]
+
+    async def _work(self, function, *given):
+        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *given)
+
+
+async def ask(future: Future):
+    """The result of an engine's future.
+
+    Raises:
+      Refused: the engine stopped before it was done, or the player has left.
+    """
+    try:
+        return await asyncio.wrap_future(future)
+    except RuntimeError as error:
+        raise Refused(str(error)) from error
+    except asyncio.CancelledError:
+        if not future.cancelled() or asyncio.current_task().cancelling():
+            raise
+        raise Refused('the engine has stopped') from None
+
+
+def _off(function, *last):
+    return lambda first: function(first, *last)

@@ -1,0 +1,219 @@
+"""What a player did, shift by shift: enough to make the identical video again.
+
+A log always reaches back to the seed and the start clip: rewinding cuts it, and a saved world
+brings its own along.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import io
+import itertools
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax import checkpoint, controls, video
+from matrix_jax.config import UsageError
+from matrix_jax.data import starts
+
+VERSION = 1
+MAX_SHIFTS = 4_000_000
+MAX_PROMPT = 500
+MAX_SEED = 2**31 - 1
+
+
+class ReplayError(UsageError):
+    """A log that cannot be replayed."""
+
+
+@dataclasses.dataclass
+class Log:
+    """One player's timeline.
+
+    Attributes:
+      recipe, fingerprint: the world, and its weights (`Slots.fingerprint`).
+      slots, together, entry: of the program that ran; another one may round otherwise.
+      seed: of all noise.
+      prompt: at the start.
+      start: name of a start clip, '' for a plain one, or None if `picture` says it.
+      picture: the start picture as PNG, base64.
+      symbols: index of the control symbol of every shift.
+      prompts: [shift, prompt] of every change.
+    """
+    recipe: str
+    fingerprint: str
+    slots: int
+    together: int
+    entry: str
+    seed: int
+    prompt: str
+    start: str | None = ''
+    picture: str | None = None
+    symbols: bytearray = dataclasses.field(default_factory=bytearray)
+    prompts: list = dataclasses.field(default_factory=list)
+
+    @property
+    def last_prompt(self) -> str:
+        return self.prompts[-1][1] if self.prompts else self.prompt
+
+    def copy(self) -> Log:
+        return dataclasses.replace(self, symbols=bytearray(self.symbols),
+                                   prompts=list(self.prompts))
+
+    def to_json(self) -> dict:
+        keys = ','.join(f'{controls.SYMBOLS[index]}*{len(list(same))}'
+                        for index, same in itertools.groupby(self.symbols))
+        return {'matrix_jax_session': VERSION, **dataclasses.asdict(self), 'symbols': keys}
+
+
+def from_json(found) -> Log:
+    """A Log from what `to_json` gave.
+
+    Raises:
+      ReplayError: it is something else.
+    """
+    if not isinstance(found, dict) or found.get('matrix_jax_session') != VERSION:
+        raise ReplayError(f'replay: expected a JSON object with matrix_jax_session: {VERSION}')
+    names = {field.name for field in dataclasses.fields(Log)}
+    given = {name: value for name, value in found.items() if name != 'matrix_jax_session'}
+    if set(given) != names:
+        raise ReplayError(f'replay: got the fields {", ".join(sorted(given))}; expected '
+                          f'{", ".join(sorted(names))}')
+    whole = {'seed': MAX_SEED, 'slots': 1024, 'together': 1024}
+    for name, most in whole.items():
+        if type(given[name]) is not int or not 0 <= given[name] <= most:
+            raise ReplayError(f'replay.{name}: got {given[name]!r}, expected 0 to {most}')
+    for name in ('recipe', 'fingerprint', 'entry', 'prompt', 'symbols'):
+        if not isinstance(given[name], str):
+            raise ReplayError(f'replay.{name}: got {type(given[name]).__name__}, expected a string')
+    for name in ('start', 'picture'):
+        if not isinstance(given[name], str | None):
+            raise ReplayError(f'replay.{name}: expected a string or null')
+    if (given['start'] is None) == (given['picture'] is None):
+        raise ReplayError('replay: expected one of start and picture')
+    symbols = bytearray()
+    for run in filter(None, given['symbols'].split(',')):
+        match = re.fullmatch(r'([A-Z]{1,2})\*([1-9]\d{0,6})', run)
+        if not match or match[1] not in controls.SYMBOLS:
+            raise ReplayError(f'replay.symbols: got {run[:20]!r}, expected such as D*12')
+        symbols += bytes([controls.SYMBOLS.index(match[1])]) * int(match[2])
+        if len(symbols) > MAX_SHIFTS:
+            raise ReplayError(f'replay.symbols: expected at most {MAX_SHIFTS} shifts')
+    prompts = given['prompts']
+    if not isinstance(prompts, list) or not all(
+            isinstance(change, list) and len(change) == 2 and type(change[0]) is int
+            and isinstance(change[1], str) and len(change[1]) <= MAX_PROMPT
+            and 0 <= change[0] <= len(symbols) for change in prompts):
+        raise ReplayError('replay.prompts: expected pairs of a shift and a prompt')
+    return Log(**given | {'symbols': symbols, 'prompts': prompts})
+
+
+def read(path: str) -> Log:
+    """The Log in a file."""
+    try:
+        return from_json(json.loads(Path(path).expanduser().read_text(encoding='utf-8')))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = str(error) if isinstance(error, ReplayError) else f'not readable ({error})'
+        raise ReplayError(f'{path}: {reason}') from error
+
+
+# --- start clips -------------------------------------------------------------------------------
+
+
+def _places(world, folder):
+    return Path(folder), checkpoint.ASSETS / world.cfg.name.lower()    # fresh weights have none
+
+
+def themes(world, folder) -> dict[str, Path]:
+    """Start clips that a world can begin with, by name."""
+    return next(filter(None, map(starts.listing, _places(world, folder))), {})
+
+
+def choose(world, folder, prompt: str) -> str:
+    """Name of the start clip that fits a prompt; '' if the world brings none."""
+    return next(filter(None, (starts.match(place, prompt) for place in _places(world, folder))), '')
+
+
+def start_frames(slots, folder, start: str | None, picture: str | None) -> np.ndarray:
+    """Start clip uint8 [F H W 3] of a log's `start` or `picture`."""
+    cfg, count = slots.world.cfg, slots.start_frames
+    if picture is not None:
+        try:
+            data = base64.b64decode(picture, validate=True)
+        except ValueError as error:
+            raise ReplayError('replay.picture: not base64') from error
+        still = decode_picture(data, cfg.height, cfg.width)
+    elif start == '':
+        still = np.full((cfg.height, cfg.width, 3), 128, np.uint8)
+    else:
+        found = themes(slots.world, folder)
+        if start not in found:
+            raise ReplayError(f'start: got {start!r}, expected one of '
+                              f'{", ".join(found) or "none: this world brings no start clips"}')
+        return video.read_image(found[start]).reshape(-1, cfg.height, cfg.width, 3)[:count]
+    return np.repeat(still[None], count, 0)
+
+
+def decode_picture(data: bytes, height: int, width: int, max_pixels: int = 40_000_000):
+    """A picture that someone sent, uint8 [height width 3]; its size is judged before it is read.
+
+    Raises:
+      VideoError: what is wrong with it.
+    """
+    from PIL import Image, ImageOps
+    try:
+        with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
+            if image.width * image.height > max_pixels:
+                raise video.VideoError(f'picture: got {image.width}x{image.height} pixels, '
+                                       f'expected at most {max_pixels // 10**6} million')
+            image.draft('RGB', (4 * width, 4 * height))
+            pixels = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        if isinstance(error, video.VideoError):
+            raise
+        raise video.VideoError('picture: not readable as PNG, JPEG or WebP') from error
+    return video.fit(pixels[None], height, width)[0]
+
+
+def encode_picture(pixels: np.ndarray) -> str:
+    """uint8 [H W 3] -> PNG, base64."""
+    from PIL import Image
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, 'PNG')
+    return base64.b64encode(file.getvalue()).decode()
+
+
+# --- again ---------------------------------------------------------------------------------------
+
+
+def compile_for(world, params, log: Log):
+    """The very program of a log's house.
+
+    Raises:
+      ReplayError: the log is of another world or of other weights, or it is empty.
+    """
+    from matrix_jax.serve.slots import Slots
+    if not log.symbols:
+        raise ReplayError('replay: nothing was played in this session')
+    slots = Slots(world, params, log.slots, entry=log.entry, together=log.together)
+    if slots.fingerprint() != log.fingerprint:
+        raise ReplayError(f'replay: the session was played in another world, or with other weights '
+                          f'(of {log.recipe})')
+    return slots.compile()
+
+
+def frames(slots, folder, log: Log):
+    """Yields the frames uint8 [H W 3] that the player saw."""
+    condition, _ = slots.condition(log.prompt, start_frames(slots, folder, log.start, log.picture))
+    slots.write(0, slots.begin(condition, log.seed))
+    changes = dict(log.prompts)
+    active = np.arange(slots.count) == 0
+    for shift, symbol in enumerate(log.symbols):
+        if shift in changes:
+            slots.retext(0, slots.embed(changes[shift])[0])
+        made, _ = slots.step(np.full((slots.count, slots.group), symbol, np.int32), active)
+        yield from np.asarray(made)[0]

@@ -1,0 +1,108 @@
+"""From a recipe to a server that listens: what `tools/play.py` does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import ipaddress
+import logging
+import socket
+import sys
+import time
+
+from matrix_jax.config import UsageError, at_least
+
+MESSAGE_BYTES = 64 * 2**10
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Where to listen, and for how many.
+
+    Attributes:
+      players: slots.
+      together: slots that are computed side by side; 1 suits a CPU, where an idle slot then costs
+        nothing.
+      entry: 'head', where keys are soon seen, or 'tail', as published.
+      host, port: address; port 0 takes a free one.
+      token: that a browser must bring; needed for any address but loopback.
+      grace: seconds that the place of a lost player is kept.
+    """
+    players: int = 4
+    together: int = 1
+    entry: str = 'head'
+    host: str = '127.0.0.1'
+    port: int = 8000
+    token: str | None = None
+    grace: float = 30.0
+
+    def __post_init__(self):
+        at_least('--players', self.players, 1)
+        if not 0 <= self.port < 2**16:
+            raise UsageError(f'--port: got {self.port}, expected 0 to 65535')
+        if self.token is not None and not (8 <= len(self.token) <= 128 and self.token.isascii()
+                                           and self.token.isalnum()):
+            raise UsageError('--token: expected 8 to 128 letters and digits')
+        if self.token is None and not loopback(self.host):
+            raise UsageError(f'--host {self.host}: others can reach this address; '
+                             'give a --token that they must know')
+
+    def url(self, port: int) -> str:
+        """What to open in a browser."""
+        host = f'[{self.host}]' if ':' in self.host else self.host
+        return f'http://{host}:{port}/' + (f'?token={self.token}' if self.token else '')
+
+
+def loopback(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == 'localhost'
+
+
+def listen(cfg: Config) -> socket.socket:
+    """The listening socket.
+
+    Raises:
+      UsageError: the address cannot be had.
+    """
+    family = socket.AF_INET6 if ':' in cfg.host else socket.AF_INET
+    try:
+        return socket.create_server((cfg.host, cfg.port), family=family, backlog=128)
+    except OSError as error:
+        raise UsageError(f'cannot listen on {cfg.host}:{cfg.port}: {error.strerror}; '
+                         '--port chooses another one') from error
+
+
+def open_slots(run, cfg: Config):
+    """The compiled slots of a recipe, and its weights folder."""
+    from matrix_jax import checkpoint, worlds
+    from matrix_jax.serve.slots import Slots
+    world, params = worlds.open_run(run)
+    slots = Slots(world, params, cfg.players, cfg.entry, cfg.together).compile()
+    return slots, checkpoint.resolve(run.weights)
+
+
+def uvicorn_server(app, players: int):
+    """The web server, with limits on what one client can take."""
+    import uvicorn
+    return uvicorn.Server(uvicorn.Config(
+        app, log_level='warning', access_log=False, ws='websockets-sansio',
+        ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False, ws_ping_interval=10,
+        ws_ping_timeout=20, limit_concurrency=8 * players + 64, timeout_graceful_shutdown=3))
+
+
+def serve(run, cfg: Config):
+    """Compiles the recipe's world and plays it until it is interrupted."""
+    from matrix_jax.serve.app import Server
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
+                        format='%(asctime)s %(name)s %(levelname)s %(message)s')
+    for name in ('jax', 'absl', 'orbax', 'httpx'):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with listen(cfg) as sock:
+        began = time.perf_counter()
+        slots, folder = open_slots(run, cfg)
+        server = Server(slots, folder, run.name, cfg.token, cfg.grace)
+        print(f'{run.name} is ready after {time.perf_counter() - began:.0f} s, for {cfg.players} '
+              f'players: open {cfg.url(sock.getsockname()[1])}', flush=True)
+        uvicorn_server(server.app(), cfg.players).run(sockets=[sock])

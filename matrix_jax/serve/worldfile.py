@@ -1,0 +1,74 @@
+"""A moment of a world as bytes: `.world` = safetensors of the carry, and JSON of how it came about.
+
+Anyone who loads the bytes goes on from that moment: a save-game, or a fork of someone's world.
+"""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+
+from matrix_jax.config import UsageError
+from matrix_jax.serve import replay
+
+FORMAT = 'matrix_jax.world.1'
+
+
+class WorldFileError(UsageError):
+    """Bytes that are no saved world, or one that does not fit this world."""
+
+
+def names(tree) -> list[str]:
+    """One name per leaf."""
+    return [jax.tree_util.keystr(path, simple=True, separator='.')
+            for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+
+
+def dump(carry, log: replay.Log) -> bytes:
+    """Bytes of a carry on the host and its log."""
+    from safetensors.numpy import save
+    tensors = dict(zip(names(carry), map(np.ascontiguousarray, jax.tree.leaves(carry))))
+    return save(tensors, {'format': FORMAT, 'log': json.dumps(log.to_json())})
+
+
+def parse(data: bytes, like, fingerprint: str):
+    """(carry, log) of bytes from anyone.
+
+    Args:
+      data: the bytes.
+      like: tree of ShapeDtypeStructs that the carry must have.
+      fingerprint: of this world.
+
+    Raises:
+      WorldFileError: what does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+    try:
+        size = int.from_bytes(data[:8], 'little')
+        header = json.loads(data[8:8 + size])
+        meta = header['__metadata__']
+        tensors = load(data)
+        log = replay.from_json(json.loads(meta['log']))
+    except replay.ReplayError as error:
+        raise WorldFileError(f'world file: {error}') from error
+    except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise WorldFileError('world file: not a saved world, or damaged') from error
+    if meta.get('format') != FORMAT:
+        raise WorldFileError(f'world file: got format {str(meta.get("format"))[:40]!r}, '
+                             f'expected {FORMAT!r}')
+    if log.fingerprint != fingerprint:
+        raise WorldFileError(f'world file: saved from another world ({log.recipe[:40]}) or other '
+                             'weights; it does not fit this one')
+    leaves, tree = jax.tree.flatten(like)
+    wanted = dict(zip(names(like), leaves))
+    wrong = sorted(set(wanted) ^ set(tensors)) or [
+        name for name, leaf in wanted.items()
+        if tensors[name].shape != leaf.shape or tensors[name].dtype != leaf.dtype]
+    if wrong:
+        raise WorldFileError(f'world file: does not fit this world in {", ".join(wrong[:4])}')
+    if not all(np.isfinite(tensors[name].astype(np.float32)).all() for name in wanted):
+        raise WorldFileError('world file: holds numbers that are not finite')
+    return jax.tree.unflatten(tree, [tensors[name] for name in wanted]), log

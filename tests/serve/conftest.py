@@ -1,0 +1,140 @@
+"""One compiled house of TINY for all tests here, and servers and players on this machine."""
+
+import contextlib
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import pytest
+from websockets.sync.client import connect
+
+from matrix_jax import config, worlds
+from matrix_jax.serve import app, run
+from matrix_jax.serve.session import HEADER
+from matrix_jax.serve.slots import Slots
+
+JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 7}
+
+
+@pytest.fixture(scope='session')
+def opened(tiny):
+    """(world, params) of TINY, 100 frames per second so that tests need not wait."""
+    import dataclasses
+    recipe = config.load('the_matrix:TINY')
+    recipe = dataclasses.replace(recipe, weights=str(tiny),
+                                 world=dataclasses.replace(recipe.world, fps=100))
+    return worlds.open_run(recipe)
+
+
+@pytest.fixture(scope='session')
+def slots(opened):
+    """Three places, compiled."""
+    return Slots(*opened, count=3).compile()
+
+
+class Player:
+    """A well-behaved client."""
+
+    def __init__(self, server, **join):
+        self.server = server
+        self.socket = server.connect()
+        self.socket.send(json.dumps(JOIN | join))
+        self.frames, self.keys, self.notes = {}, {}, []
+        self.welcome = self.wait('welcome', 'closed')
+
+    def read(self, timeout=20.0):
+        """One message: a note, or None for a frame."""
+        message = self.socket.recv(timeout=timeout)
+        if isinstance(message, str):
+            self.notes.append(json.loads(message))
+            return self.notes[-1]
+        index, key = HEADER.unpack(message[:HEADER.size])
+        self.frames[index] = message[HEADER.size:]
+        if key:
+            self.keys[key] = index
+        self.send(type='seen', frame=index)
+        return None
+
+    def wait(self, *kinds, seconds=30.0):
+        """Reads on to a note of one of these types."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            note = self.read()
+            if note and note['type'] in kinds:
+                return note
+        raise AssertionError(f'none of {kinds} within {seconds} s')
+
+    def watch(self, count):
+        """Reads `count` more frames."""
+        goal = len(self.frames) + count
+        while len(self.frames) < goal:
+            self.read()
+
+    def send(self, **message):
+        self.socket.send(json.dumps(message))
+
+    def ask(self, path, data=None):
+        """(status, body) of an upload or download of this session."""
+        return self.server.http(f'/session/{self.welcome["session"]}/{path}', data)
+
+    def close(self):
+        self.socket.close()
+
+
+class Running:
+    """A server on a free port."""
+
+    def __init__(self, slots, folder, **more):
+        self.cfg = run.Config(players=slots.count, port=0, **more)
+        self.server = app.Server(slots.blank(), folder, 'the_matrix:TINY', self.cfg.token,
+                                 self.cfg.grace)
+        self.opened = contextlib.ExitStack()
+        self.listening = run.listen(self.cfg)
+        self.port = self.listening.getsockname()[1]
+        self.web = run.uvicorn_server(self.server.app(), slots.count)
+        self.thread = threading.Thread(target=self.web.run, args=([self.listening],))
+
+    def connect(self, query=''):
+        """A bare socket; closed at the end."""
+        url = f'ws://127.0.0.1:{self.port}/play{query}'
+        return self.opened.enter_context(connect(url, max_size=2**24))
+
+    def join(self, **wanted):
+        """A player who asks for this."""
+        return Player(self, **wanted)
+
+    def http(self, path, data=None, headers=None):
+        request = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', data,
+                                         headers or {})
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def players(self):
+        return json.loads(self.http('/healthz')[1])['players']
+
+    def until(self, condition, seconds=10.0):
+        """Waits for something to become true."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, 'it did not happen'
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def serving(slots, tiny):
+    """`serving(**config)` starts a server and gives it; all are stopped at the end."""
+    with contextlib.ExitStack() as stack:
+        def start(**more):
+            running = Running(slots, tiny, **more)
+            running.thread.start()
+            stack.callback(running.thread.join)
+            stack.callback(setattr, running.web, 'should_exit', True)
+            stack.callback(running.opened.close)
+            running.until(lambda: running.web.started)
+            return running
+        yield start

@@ -1,0 +1,247 @@
+"""Players on a real server: who gets in, what they see, and that nobody disturbs another."""
+
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+
+from matrix_jax.serve import replay
+from matrix_jax.serve.app import to_jpeg
+
+
+@pytest.fixture
+def server(serving):
+    return serving()
+
+
+def picture(frame):
+    return np.asarray(Image.open(io.BytesIO(frame)))
+
+
+def test_a_player_sees_frames_and_its_key_comes_back(server, slots):
+    player = server.join()
+    assert player.welcome['type'] == 'welcome' and not player.welcome['resumed']
+    assert (player.welcome['width'], player.welcome['height']) == (48, 32)
+    player.send(type='keys', id=5, symbol='DL')
+    while 5 not in player.keys:
+        player.read()
+    assert player.keys[5] % slots.frames == 0
+    assert picture(player.frames[0]).shape == (32, 48, 3)
+    player.send(type='leave')
+    assert player.wait('closed')['code'] == 1000
+    assert server.players() == 0
+
+
+def test_a_stream_is_the_same_alone_and_in_company(server, slots, tiny):
+    def drive(seed):
+        player = server.join(seed=seed)
+        player.watch(40)
+        log = json.loads(player.ask('replay')[1])
+        return player, log
+
+    alone, log = drive(7)
+    seen = dict(alone.frames)
+    alone.send(type='leave')
+    alone.wait('closed')
+    company = [server.join(seed=1), server.join(seed=2)]
+    again, _ = drive(7)
+    assert again.welcome['session'] != alone.welcome['session']
+    shared = sorted(set(seen) & set(again.frames))
+    assert len(shared) >= 30
+    assert all(seen[index] == again.frames[index] for index in shared)
+    other = company[0]
+    other.watch(8)
+    assert any(other.frames[index] != seen[index] for index in set(other.frames) & set(seen))
+    # and the log makes the very frames again
+    made = list(replay.frames(slots.blank(), tiny, replay.from_json(log)))
+    assert len(made) >= 40
+    assert all(to_jpeg(made[index], 92) == seen[index] for index in seen if index < len(made))
+
+
+def test_a_full_house_says_so_at_once(server):
+    inside = [server.join(seed=seed) for seed in range(3)]
+    began = time.monotonic()
+    outside = server.join()
+    assert time.monotonic() - began < 0.5
+    assert outside.welcome['code'] == 1013
+    assert 'all 3 places are taken' in outside.welcome['message']
+    inside[0].send(type='leave')
+    inside[0].wait('closed')
+    assert server.join().welcome['type'] == 'welcome'
+
+
+def test_a_lost_player_comes_back_to_its_world(serving):
+    server = serving(grace=1.0)
+    player = server.join()
+    player.watch(16)
+    player.socket.close()
+    token = player.welcome['session']
+    back = server.join(session=token)
+    assert back.welcome['resumed'] and back.welcome['session'] == token
+    back.watch(9)
+    assert max(back.frames) > max(player.frames)
+    back.close()
+    assert server.players() == 1                  # its place is kept for a while
+    server.until(lambda: server.players() == 0)
+    assert not server.join(session=token).welcome['resumed']
+
+
+def test_another_window_takes_over(server):
+    first = server.join()
+    second = server.join(session=first.welcome['session'])
+    assert second.welcome['resumed']
+    assert first.wait('closed')['code'] == 4001
+    second.watch(8)
+    assert server.players() == 1
+
+
+def test_pause_rests_and_goes_on(server):
+    player = server.join()
+    player.watch(8)
+    player.send(type='pause', on=True)
+    assert player.wait('state')['paused']
+    shifts = server.server.engine.shifts
+    time.sleep(0.4)
+    assert server.server.engine.shifts <= shifts + 1
+    player.send(type='pause', on=False)
+    assert not player.wait('state')['paused']
+    player.watch(24)
+
+
+def test_worlds_are_kept_rewound_saved_and_forked(server):
+    player = server.join()
+    player.watch(24)
+    player.send(type='prompt', text='snow')
+    assert player.wait('state')['prompt'] == 'snow'
+    player.send(type='pause', on=True)
+    player.wait('state')
+    player.send(type='keep')
+    assert player.wait('state')['kept']
+    status, data = player.ask('world')
+    assert status == 200
+    kept = json.loads(player.ask('replay')[1])
+    assert kept['prompts'][-1][1] == 'snow'
+    player.send(type='rewind', seconds=60)
+    state = player.wait('state')
+    assert state['rewound'] > 0 and state['prompt'] != 'snow'
+    player.send(type='recall')
+    assert player.wait('state')['recalled']
+    assert json.loads(player.ask('replay')[1]) == kept
+    # someone else goes on from there
+    fork = server.join(seed=99)
+    assert fork.ask('world', data)[0] == 200
+    fork.send(type='pause', on=True)
+    while not fork.wait('state')['paused']:
+        pass
+    log = json.loads(fork.ask('replay')[1])
+    assert log['seed'] == 7 and len(log['symbols']) >= len(kept['symbols'])
+    status, said = fork.ask('world', data[:-5] + b'xxxxx')
+    assert status in (200, 422)                   # five other bytes of a float may be a float
+    assert fork.ask('world', b'nonsense') == (
+        422, b'{"error":"world file: not a saved world, or damaged"}')
+
+
+def test_a_picture_starts_a_world(server, start_image):
+    player = server.join()
+    assert player.ask('picture', start_image.read_bytes())[0] == 200
+    assert player.wait('state')['restarted']
+    assert json.loads(player.ask('replay')[1])['picture']
+    assert player.ask('picture', b'GIF89a')[0] == 422
+    assert player.ask('picture', bytes(9 * 2**20))[0] == 413
+    assert server.http('/session/unknown/world')[0] == 404
+
+
+def test_a_recording_is_a_video(server, tmp_path):
+    from matrix_jax import video
+    player = server.join()
+    assert player.ask('video')[0] == 409
+    player.send(type='record', on=True)
+    player.watch(16)
+    player.send(type='record', on=False)
+    while not player.wait('state').get('recorded'):
+        pass
+    status, data = player.ask('video')
+    (tmp_path / 'drive.mp4').write_bytes(data)
+    assert status == 200 and len(video.read_video(tmp_path / 'drive.mp4', 100)) >= 8
+
+
+def test_a_slow_reader_loses_frames_and_delays_nobody(server):
+    slow = server.connect()
+    slow.send(json.dumps({'type': 'join', 'session': None, 'start': None, 'prompt': None,
+                          'seed': 1}))                      # and never says what it has seen
+    quick = server.join()
+    quick.watch(500)
+    dropped = [note['dropped'] for note in quick.notes if note['type'] == 'stats']
+    text = server.http('/metrics')[1].decode()
+    lost = float(text.split('matrix_jax_frames_dropped_total ')[1].split()[0])
+    assert lost > 100 and dropped[-1] <= 0.2 * lost
+    slow.close()
+
+
+def test_a_broken_world_is_reset_and_says_so(server):
+    import jax
+    import jax.numpy as jnp
+    player, other = server.join(), server.join(seed=2)
+    engine = server.server.engine
+    seat = engine.seats[0]
+
+    def poison():
+        carry = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf,
+                             engine.slots.read(0))
+        engine.slots.write(0, carry)
+
+    engine.do(poison).result()
+    assert 'broke at shift' in player.wait('error')['message']
+    player.watch(16)
+    assert len(seat.log.symbols) < 20 or seat.log.symbols
+    assert not [note for note in other.notes if note['type'] == 'error']
+    other.watch(8)
+
+
+@pytest.mark.parametrize('headers, said', [
+    ({'Host': 'evil.example'}, b'this machine only'),
+    ({'Origin': 'http://evil.example'}, b'another origin'),
+])
+def test_pages_elsewhere_are_refused(server, headers, said):
+    status, body = server.http('/', headers=headers)
+    assert status == 403 and said in body
+
+
+def test_the_token_opens(serving):
+    server = serving(token='secret1234')
+    assert server.http('/')[0] == 403
+    assert server.http('/?token=secret1234')[0] == 200
+    assert server.http('/metrics', headers={'Authorization': 'Bearer secret1234'})[0] == 200
+    with pytest.raises(InvalidStatus):
+        server.connect('?token=wrong1234')
+
+
+@pytest.mark.parametrize('message, code', [
+    ('x' * 100_000, 1009), ('[' * 4000, 1008), ('{"type":"leave"}', 1008),
+])
+def test_a_first_message_that_makes_no_sense_closes(server, message, code):
+    socket = server.connect()
+    socket.send(message)
+    with pytest.raises(ConnectionClosed) as closed:
+        while True:
+            socket.recv(timeout=5)
+    assert closed.value.rcvd.code == code
+    assert server.players() == 0
+
+
+def test_nonsense_is_answered_then_closed(server):
+    player = server.join()
+    player.send(type='rewind', seconds=True)
+    assert player.wait('error')['message'] == 'rewind.seconds: expected 1 to 60'
+    for _ in range(30):
+        player.send(type='nonsense')
+    assert player.wait('closed')['code'] == 1008
+    flood = server.join(seed=3)
+    for index in range(300):
+        flood.send(type='seen', frame=index)
+    assert 'too many messages' in flood.wait('closed')['message']
+    assert server.server.engine.alive

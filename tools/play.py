@@ -1,0 +1,33 @@
+"""Play a world in the browser: hold a key and the next frames obey.
+
+    tools/play.py                                  the bundled world, for this machine
+    tools/play.py --host 0.0.0.0 --token SECRET12  for others, who must know the token
+"""
+
+from matrix_jax import config
+
+
+def main(argv):
+    """Exit codes: 0 stopped, 2 bad input."""
+    from matrix_jax.serve import run as server
+    parser = config.Parser(__doc__)
+    add, usual = parser.add_argument, server.Config()
+    add('--players', type=int, default=usual.players,
+        help=f'places, fixed at the start (default {usual.players})')
+    add('--host', default=usual.host, help='address to listen on (default: this machine only)')
+    add('--port', type=int, default=usual.port, help=f'default {usual.port}; 0 takes a free one')
+    add('--token', help='what players must know; needed for any other address')
+    add('--entry', choices=('head', 'tail'), default=usual.entry,
+        help='where keys bind: head is seen soonest, tail is as published (default head)')
+    add('--together', type=int, default=usual.together,
+        help='players computed side by side, for accelerators (default 1)')
+    options, run = parser.run(argv)
+    with config.door():
+        cfg = server.Config(players=options.players, together=options.together,
+                            entry=options.entry, host=options.host, port=options.port,
+                            token=options.token)
+        server.serve(run, cfg)
+
+
+if __name__ == '__main__':
+    config.main_guard(main)
