@@ -225,6 +225,32 @@ def cut_note(world, cut: str) -> list[str]:
     return [f'prompt: the model reads {length} tokens; cut off: {cut!r}'] if cut else []
 
 
+def replayed(run, options):
+    """What a player did and saw, again -> (iterator of frames, Clip).
+
+    The frames are those of `tools/play.py` to the last bit, on a device of the same kind.
+    """
+    from matrix_jax import worlds
+    from matrix_jax.serve import replay
+    log = replay.read(options.replay)
+    given = [f'--{name}' for name in ('prompt', 'control', 'image', 'video', 'pad')
+             if getattr(options, name) is not None]
+    if given:
+        raise UsageError(f'--replay: got {", ".join(given)} as well, which the session decides')
+    began = time.perf_counter()
+    slots = replay.compile_for(*worlds.open_run(run), log)
+    clip = Clip([symbol for symbol in controls.decode(list(log.symbols))
+                 for _ in range(slots.group)], [], compile_seconds=time.perf_counter() - began)
+
+    def frames():
+        began = time.perf_counter()
+        for frame in replay.frames(slots, checkpoint.resolve(run.weights), log):
+            clip.run_seconds = time.perf_counter() - began
+            yield frame
+
+    return frames(), clip
+
+
 def summary(run) -> str:
     """Parameters, and memory per device of the run's mesh, which may be more than there are."""
     from matrix_jax import worlds
@@ -238,14 +264,18 @@ def to_file(run, options):
     from matrix_jax import worlds
     name = run.name.replace(':', '-').lower()
     path = video.check_path(run.out or f'outputs/{name}-{options.seed}.mp4')
-    plan(worlds.build(run.world), options.length, options.control, options.control_seed,
-         options.pad)
-    world, params = worlds.open_run(run)
-    frames, clip = generate(
-        world, params, checkpoint.resolve(run.weights), prompt=options.prompt,
-        control=options.control, length=options.length, seed=options.seed,
-        control_seed=options.control_seed, pad=options.pad, image=options.image,
-        video_path=options.video)
+    if options.replay:
+        frames, clip = replayed(run, options)
+        world = worlds.build(run.world)
+    else:
+        plan(worlds.build(run.world), options.length, options.control, options.control_seed,
+             options.pad)
+        world, params = worlds.open_run(run)
+        frames, clip = generate(
+            world, params, checkpoint.resolve(run.weights), prompt=options.prompt,
+            control=options.control, length=options.length, seed=options.seed,
+            control_seed=options.control_seed, pad=options.pad, image=options.image,
+            video_path=options.video)
     for note in clip.notes:
         print(f'note: {note}')
     per = world.cfg.frames_per_control

@@ -18,6 +18,7 @@ def main(argv):
     add('--seed', type=int, default=42, help='seed of all noise (default 42)')
     add('--image', help='picture to start from')
     add('--video', help='clip to start from')
+    add('--replay', help='session.json of tools/play.py: makes that very video again')
     add('--no-overlay', action='store_true', help='do not draw the keys on the frames')
     add('--summary', action='store_true', help='print the sizes of the recipe and stop')
     options, run = parser.run(argv)

@@ -60,30 +60,30 @@ def choose(folder: str, prompt: str, height: int, width: int) -> np.ndarray | No
     Words that only one theme uses decide; a tie goes to the first in the list.
     """
     theme = match(folder, prompt)
-    if theme is None:
-        return None
-    return video.read_image(listing(folder)[theme]).reshape(-1, height, width, 3)
+    return None if theme is None else read(folder, theme, height, width)
 
 
 def match(folder: str, prompt: str) -> str | None:
     """The theme of `choose`."""
-    file = Path(folder) / 'starts' / 'starts.json'
-    if not file.is_file():
-        return None
-    starts = json.loads(file.read_text())
+    starts = listing(folder)
     said = _words(prompt)
-    uses = {word: sum(word in start['words'] for start in starts) for word in said}
-    best = max(starts, key=lambda start: sum(1 / uses[word] for word in said & set(start['words'])))
-    return best['theme']
+    uses = {word: sum(word in start['words'] for start in starts.values()) for word in said}
+    return max(starts, default=None, key=lambda theme: sum(
+        1 / uses[word] for word in said & set(starts[theme]['words'])))
 
 
-def listing(folder: str) -> dict[str, Path]:
-    """Pictures of the start clips of a weights folder by theme."""
+def listing(folder: str) -> dict[str, dict]:
+    """Theme -> {'file': its picture's name, 'theme', 'caption', 'words'} of a weights folder."""
     file = Path(folder) / 'starts' / 'starts.json'
     if not file.is_file():
         return {}
-    return {start['theme']: file.parent / start['file']
-            for start in json.loads(file.read_text(encoding='utf-8'))}
+    return {start['theme']: start for start in json.loads(file.read_text(encoding='utf-8'))}
+
+
+def read(folder: str, theme: str, height: int, width: int) -> np.ndarray:
+    """The start clip of a theme of `listing`: uint8 [F H W 3]."""
+    file = Path(folder) / 'starts' / listing(folder)[theme]['file']
+    return video.read_image(file).reshape(-1, height, width, 3)
 
 
 def _words(text: str) -> set[str]:

@@ -251,9 +251,15 @@ class Server:
         """Once a second: what the page's meter shows."""
         while True:
             await asyncio.sleep(1)
+            if not self.engine.alive:
+                raise EngineStopped
             session.note('stats', {'step_ms': round(self.engine.seconds * 1e3, 1),
                                    'dropped': session.dropped,
                                    'players': len(self.house.sessions)})
+
+
+class EngineStopped(Exception):
+    """No world is computed any more."""
 
 
 class Guard:

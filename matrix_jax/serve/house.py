@@ -10,6 +10,7 @@ import secrets
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from matrix_jax.data import starts
 from matrix_jax.serve import replay, worldfile
 from matrix_jax.serve.engine import Engine, Seat
 from matrix_jax.serve.session import Session
@@ -36,7 +37,9 @@ class House:
         self.engine, self.folder, self.recipe, self.meters = engine, folder, recipe, meters
         self.grace, self.slots = grace, engine.slots
         self.cfg = self.slots.world.cfg
-        self.themes = list(replay.themes(self.slots.world, folder)) or ['']
+        self._starts = replay.starts_folder(self.slots.world, folder)
+        self.captions = {theme: start['caption']
+                         for theme, start in starts.listing(self._starts).items()}
         self.fingerprint = self.slots.fingerprint()
         self.sessions: dict[str, Session] = {}
         self._free = list(range(self.slots.count))
@@ -73,8 +76,7 @@ class House:
             raise
         self.sessions[session.token] = session
         self.meters.sessions.set(len(self.sessions))
-        if note:
-            session.note('note', {'message': note})
+        session.greeting = note
         return session, False
 
     def detach(self, session: Session, socket):
@@ -118,10 +120,11 @@ class House:
         """The welcome of a player."""
         seat, cfg = session.seat, self.cfg
         return {'session': session.token, 'resumed': resumed, 'world': self.recipe,
-                'width': cfg.width, 'height': cfg.height, 'fps': cfg.fps, 'starts': self.themes,
-                'start': seat.log.start, 'seed': seat.log.seed, 'prompt': seat.log.last_prompt,
+                'width': cfg.width, 'height': cfg.height, 'fps': cfg.fps,
+                'starts': list(self.captions.items()), 'start': seat.log.start,
+                'seed': seat.log.seed, 'prompt': seat.log.last_prompt,
                 'paused': session.paused, 'kept': seat.kept is not None,
-                'players': self.slots.count, 'grace': self.grace,
+                'players': self.slots.count, 'grace': self.grace, 'message': session.greeting,
                 'shift_frames': self.slots.frames}
 
     # --- what a player changes -------------------------------------------------------------------
@@ -135,6 +138,9 @@ class House:
         kind, seat, engine = message['type'], session.seat, self.engine
         async with session.busy:
             if kind == 'prompt':
+                if len(seat.log.prompts) >= replay.MAX_PROMPTS:
+                    raise Refused(f'prompt: changed {replay.MAX_PROMPTS} times, which is all that '
+                                  'a drive holds; start a new one')
                 text, cut = await self._work(self.slots.embed, message['text'])
                 await ask(engine.retext(seat, message['text'], text))
                 session.state(**({'cut': cut} if cut else {}))
@@ -173,8 +179,8 @@ class House:
 
     async def load(self, session: Session, data: bytes):
         """Goes on from the bytes of a `.world` file."""
-        carry, timeline = await self._work(_off(worldfile.parse, self.slots.like,
-                                                self.fingerprint), data)
+        carry, timeline = await self._work(worldfile.parse, data, self.slots.like,
+                                           self.fingerprint)
         async with session.busy:
             await ask(self.engine.restart(session.seat, timeline, carry))
         session.state(loaded=True)
@@ -190,11 +196,11 @@ class House:
 
     def _log(self, wanted: dict, picture: str | None = None) -> replay.Log:
         prompt, start, seed = wanted['prompt'], wanted['start'], wanted['seed']
-        if start is not None and start not in self.themes:
-            raise Refused(f'start: got {start!r}, expected one of {", ".join(self.themes)}')
-        prompt = self.cfg.prompt if prompt is None else prompt
+        if start not in (None, '') and start not in self.captions:
+            raise Refused(f'start: got {start!r}, expected one of {", ".join(self.captions)}')
+        prompt = self.captions.get(start, self.cfg.prompt) if prompt is None else prompt
         if picture is None and start is None:
-            start = replay.choose(self.slots.world, self.folder, prompt)
+            start = starts.match(self._starts, prompt) or ''
         return replay.Log(
             recipe=self.recipe, fingerprint=self.fingerprint, slots=self.slots.count,
             together=self.slots.together, entry=self.slots.entry, prompt=prompt, picture=picture,
@@ -237,7 +243,3 @@ async def ask(future: Future):
         if not future.cancelled() or asyncio.current_task().cancelling():
             raise
         raise Refused('the engine has stopped') from None
-
-
-def _off(function, *last):
-    return lambda first: function(first, *last)

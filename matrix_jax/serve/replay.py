@@ -22,7 +22,8 @@ from matrix_jax.data import starts
 
 VERSION = 1
 MAX_SHIFTS = 4_000_000
-MAX_PROMPT = 500
+MAX_PROMPT = 500        # characters
+MAX_PROMPTS = 1000      # changes
 MAX_SEED = 2**31 - 1
 
 
@@ -104,7 +105,7 @@ def from_json(found) -> Log:
         if len(symbols) > MAX_SHIFTS:
             raise ReplayError(f'replay.symbols: expected at most {MAX_SHIFTS} shifts')
     prompts = given['prompts']
-    if not isinstance(prompts, list) or not all(
+    if not isinstance(prompts, list) or len(prompts) > MAX_PROMPTS or not all(
             isinstance(change, list) and len(change) == 2 and type(change[0]) is int
             and isinstance(change[1], str) and len(change[1]) <= MAX_PROMPT
             and 0 <= change[0] <= len(symbols) for change in prompts):
@@ -124,18 +125,10 @@ def read(path: str) -> Log:
 # --- start clips -------------------------------------------------------------------------------
 
 
-def _places(world, folder):
-    return Path(folder), checkpoint.ASSETS / world.cfg.name.lower()    # fresh weights have none
-
-
-def themes(world, folder) -> dict[str, Path]:
-    """Start clips that a world can begin with, by name."""
-    return next(filter(None, map(starts.listing, _places(world, folder))), {})
-
-
-def choose(world, folder, prompt: str) -> str:
-    """Name of the start clip that fits a prompt; '' if the world brings none."""
-    return next(filter(None, (starts.match(place, prompt) for place in _places(world, folder))), '')
+def starts_folder(world, folder) -> Path:
+    """Where a world's start clips are; fresh weights have none but those of their bundled kin."""
+    places = Path(folder), checkpoint.ASSETS / world.cfg.name.lower()
+    return next(filter(starts.listing, places), places[0])
 
 
 def start_frames(slots, folder, start: str | None, picture: str | None) -> np.ndarray:
@@ -150,11 +143,12 @@ def start_frames(slots, folder, start: str | None, picture: str | None) -> np.nd
     elif start == '':
         still = np.full((cfg.height, cfg.width, 3), 128, np.uint8)
     else:
-        found = themes(slots.world, folder)
+        place = starts_folder(slots.world, folder)
+        found = starts.listing(place)
         if start not in found:
             raise ReplayError(f'start: got {start!r}, expected one of '
                               f'{", ".join(found) or "none: this world brings no start clips"}')
-        return video.read_image(found[start]).reshape(-1, cfg.height, cfg.width, 3)[:count]
+        return starts.read(place, start, cfg.height, cfg.width)[:count]
     return np.repeat(still[None], count, 0)
 
 

@@ -40,7 +40,7 @@ class Session:
         self.token, self.began = secrets.token_urlsafe(16), time.monotonic()
         self.seat: Seat | None = None
         self.socket = self.lost = None
-        self.paused = False
+        self.paused, self.greeting = False, ''
         self.pictures: collections.deque[Picture] = collections.deque()
         self.notes: collections.deque[str] = collections.deque(maxlen=64)
         self.room = max(2, round(QUEUE_SECONDS * fps))

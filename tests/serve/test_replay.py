@@ -1,0 +1,83 @@
+"""Logs and world files: what they hold, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from matrix_jax.serve import replay, worldfile
+from matrix_jax.serve.replay import Log, ReplayError
+from matrix_jax.serve.worldfile import WorldFileError
+
+
+@pytest.fixture
+def log(slots):
+    return Log('the_matrix:TINY', slots.fingerprint(), slots=3, together=1, entry='head', seed=7,
+               prompt='A car.', symbols=bytearray([0, 0, 1]), prompts=[[1, 'snow']])
+
+
+def test_a_log_survives_json(log):
+    written = json.dumps(log.to_json())
+    assert '"D*2,DL*1"' in written
+    assert replay.from_json(json.loads(written)) == log
+
+
+@pytest.mark.parametrize('change, said', [
+    ({'matrix_jax_session': 9}, 'matrix_jax_session'), ({'more': 1}, 'got the fields'),
+    ({'seed': -1}, 'replay.seed'), ({'seed': 1.0}, 'replay.seed'), ({'symbols': 'X*1'}, 'X'),
+    ({'symbols': 'D*9999999'}, 'at most'), ({'symbols': 'D*0'}, 'expected such as'),
+    ({'prompts': [[9, 'late']]}, 'replay.prompts'), ({'start': None}, 'one of start and picture'),
+    ({'prompt': 3}, 'replay.prompt'),
+])
+def test_a_wrong_log_is_refused(log, change, said):
+    with pytest.raises(ReplayError, match=said):
+        replay.from_json(log.to_json() | change)
+
+
+def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
+    made = np.stack(list(replay.frames(slots.blank(), tiny, log)))
+    assert len(made) == 3 * slots.frames
+    other = dataclasses.replace(log, prompts=[])
+    without = np.stack(list(replay.frames(slots.blank(), tiny, other)))
+    np.testing.assert_array_equal(made[:slots.frames], without[:slots.frames])
+    assert (made != without).any()
+    # the same in the last slot, with company, saved in between
+    house = slots.blank()
+    condition, _ = house.condition(log.prompt, replay.start_frames(house, tiny, '', None))
+    for index in range(3):
+        house.write(index, house.begin(condition, 7 if index == 2 else index))
+    for shift, symbol in enumerate(log.symbols):
+        symbols = np.full((3, house.group), symbol, np.int32)
+        symbols[:2] = 5
+        frames, finite = house.step(symbols, np.array([True, shift != 1, True]))
+        assert np.asarray(finite).all()
+        np.testing.assert_array_equal(np.asarray(frames)[2],
+                                      without[shift * slots.frames:][:slots.frames])
+        data = worldfile.dump(house.read(2), log)
+        house.write(2, worldfile.parse(data, house.like, log.fingerprint)[0])
+        assert (np.asarray(frames)[1] == 0).all() == (shift == 1)
+
+
+def test_a_world_file_that_does_not_fit_is_refused(slots, log):
+    carry = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slots.like)
+    data = worldfile.dump(carry, log)
+    found, known = worldfile.parse(data, slots.like, log.fingerprint)
+    assert known == log and jax.tree.structure(found) == jax.tree.structure(slots.like)
+    wrong = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2), leaf.dtype), slots.like)
+    broken = jax.tree.map(lambda leaf: leaf + np.nan if leaf.dtype.kind == 'f' else leaf, carry)
+    for bad, fingerprint, said in (
+            (data, 'other', 'does not fit'), (data[:-9], log.fingerprint, 'damaged'),
+            (b'', log.fingerprint, 'damaged'), (b'\xff' * 100, log.fingerprint, 'damaged'),
+            (worldfile.dump(wrong, log), log.fingerprint, 'does not fit this world in'),
+            (worldfile.dump(broken, log), log.fingerprint, 'not finite')):
+        with pytest.raises(WorldFileError, match=said):
+            worldfile.parse(bad, slots.like, fingerprint)
+
+
+def test_a_session_of_another_world_is_not_replayed(opened, log):
+    with pytest.raises(ReplayError, match='another world, or with other weights'):
+        replay.compile_for(*opened, dataclasses.replace(log, fingerprint='0'))
+    with pytest.raises(ReplayError, match='nothing was played'):
+        replay.compile_for(*opened, dataclasses.replace(log, symbols=bytearray()))
