@@ -119,8 +119,8 @@ def sweep(run, settings: Settings, random: bool, layers: int | None) -> tuple[di
                   'memory scale, clocks do not.', '']
     if random:
         lines += [f'Note: {report.RANDOM}.', '']
-    if any(found['machine']['busy'] for found in runs.values()):
-        lines += ['Note: the machine was busy before a start; its clocks are too slow.', '']
+    if any(found['machine']['busy'] > report.BUSY for found in runs.values()):
+        lines += ['Note: the machine was busy before a start; the clocks are too slow.', '']
     lines += report.table(['seq', 'devices', 'fps', 'DiT fps', 'VAE fps', 'speed-up', 'efficiency',
                            'MiB sent per device', 'GiB per device'], rows)
     lines += ['', *(f'- seq {seq}: not run ({why})' for seq, why in refused.items())]

@@ -56,6 +56,8 @@ class Program:
       function: the function; its carry is donated.
       carry: the start of a run; it is kept.
       given: the further arguments of every call.
+
+    `seconds` is what tracing and compiling took.
     """
 
     def __init__(self, subject, function, carry, *given):
@@ -67,7 +69,9 @@ class Program:
                 self._start = step(self.params, self.start(), *given)[0]
                 places = jax.tree.map(lambda leaf: leaf.sharding, self._start)
                 step = jax.jit(function, donate_argnums=1, out_shardings=(places, None))
+            began = time.perf_counter()
             self.compiled = step.lower(self.params, self._start, *given).compile()
+            self.seconds = time.perf_counter() - began
 
     def start(self):
         """A carry to begin a run with."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import time
 from pathlib import Path
 
 import jax
@@ -14,7 +15,8 @@ import numpy as np
 from matrix_jax.benchmark import compiled, measure
 
 RANDOM = 'random weights: what is shown is speed, the frames mean nothing'
-BUSY = 0.25         # load per core before the start above which figures are marked
+BUSY = 0.1          # share of the cores at work for others above which figures are marked
+LOOK = 0.5          # seconds to look at that
 TERA, GIB, MIB = 1e12, 2**30, 2**20
 
 
@@ -76,9 +78,24 @@ def machine() -> dict:
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0))
     return {'backend': device.platform, 'device': device.device_kind, 'cores': cores,
-            'processor': _processor(), 'jax': jax.__version__, 'load': os.getloadavg()[0],
-            'busy': os.getloadavg()[0] > BUSY * cores,
+            'processor': _processor(), 'jax': jax.__version__, 'busy': _busy(),
             'xla_flags': os.environ.get('XLA_FLAGS', '')}
+
+
+def _busy() -> float:
+    """Share of the machine's cores at work while this process waits."""
+    def ticks():
+        try:
+            row = Path('/proc/stat').read_text().split('\n')[0].split()[1:]
+        except OSError:
+            return np.zeros(2)
+        counts = np.asarray(row[:8], float)
+        return np.array([counts.sum(), counts[3] + counts[4]])      # all, idle
+
+    before = ticks()
+    time.sleep(LOOK)
+    total, idle = ticks() - before
+    return float(1 - idle / total) if total else 0.0
 
 
 def _processor() -> str:
@@ -122,9 +139,9 @@ def markdown(results: dict) -> str:
              f'{machine["jax"]}; {results["settings"]["steps"]} shifts timed.', '']
     if results['random_weights']:
         lines += [f'Note: {RANDOM}.', '']
-    if machine['busy']:
-        lines += [f'Note: the machine was busy before the start (load {machine["load"]:.1f} on '
-                  f'{machine["cores"]} cores); the clocks below are too slow.', '']
+    if machine['busy'] > BUSY:
+        lines += [f'Note: others kept {machine["busy"]:.0%} of the machine busy before the start; '
+                  'the clocks below are too slow.', '']
     peak = results['settings']['peak_tflops']
     header = ['part', 'fps', 'p50 ms', 'p95 ms', 'jitter ms', 'TFLOP per frame', 'TFLOP/s',
               *([f'of {peak:g} TFLOP/s'] if peak else []), 'of matmul']

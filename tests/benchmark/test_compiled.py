@@ -1,0 +1,110 @@
+"""What is read from a program: collectives of its HLO, FLOPs, and compiling twice."""
+
+import os
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from matrix_jax import config, worlds
+from matrix_jax.benchmark import compiled, subject
+from matrix_jax.train import dry
+
+
+def split_program(turns):
+    """HLO of a loop that sums over 4 devices 'turns' times, on float32 [8 16]."""
+    mesh = Mesh(np.array(jax.devices()[:4]), 'a')
+
+    def one(x, _):
+        total = jax.shard_map(lambda part: jax.lax.psum(part, 'a'), mesh=mesh,
+                              in_specs=PartitionSpec('a'), out_specs=PartitionSpec())(x)
+        return jax.lax.with_sharding_constraint(
+            x + jnp.tile(jnp.sin(total), (4, 1)), NamedSharding(mesh, PartitionSpec('a'))), None
+
+    x = jax.ShapeDtypeStruct((8, 16), 'float32', sharding=NamedSharding(mesh, PartitionSpec('a')))
+    loop = jax.jit(lambda x: jax.lax.scan(one, x, length=turns)[0])
+    return loop.lower(x).compile().as_text()
+
+
+@pytest.mark.parametrize('turns', [1, 5])
+def test_a_collective_in_a_loop_counts_as_often_as_it_turns(turns):
+    found = compiled.collectives(split_program(turns), 4)
+    assert set(found) == {'all-reduce'}
+    assert found['all-reduce']['count'] == turns
+    assert found['all-reduce']['bytes'] == turns * 2 * 16 * 4 * 2 * 3 / 4
+
+
+@pytest.mark.parametrize('line, kind, sent', [
+    ('%a = f32[8,16]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}', 'all-gather', 512 / 2),
+    ('%a = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4]',
+     'all-gather', 32 * 3 / 4),
+    ('%a = (f32[4]{0}, f32[4]{0}) all-to-all(%x, %y), replica_groups={{0,1}}', 'all-to-all', 16),
+    ('ROOT %a = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), '
+     'source_target_pairs={{0,1}}', 'collective-permute', 16),
+    ('%a = bf16[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]', 'reduce-scatter', 24),
+    ('%a = f32[4]{0} all-gather-done(%x)', '', 0),
+    ('%all-reduce.1 = f32[4]{0} add(%x, %y)', '', 0)])
+def test_bytes_that_a_device_sends(line, kind, sent):
+    text = f'ENTRY %main (x: f32[4]) -> f32[4] {{\n  {line}\n}}\n'
+    found = compiled.collectives(text, 8)
+    assert found == ({kind: {'count': 1, 'bytes': sent}} if kind else {})
+
+
+def test_a_count_follows_the_sizes():
+    """Twice the height is twice the decoder; a network of few tokens grows about as much."""
+    run = config.load('the_matrix:TINY')
+    low = compiled.flops_of(run.world)
+    high = compiled.flops_of(config.load('the_matrix:TINY', ['--world.height', '64']).world)
+    assert high['vae'] == pytest.approx(2 * low['vae'], rel=0.02)
+    assert 1.7 < high['dit'] / low['dit'] < 2.6
+    net = worlds.build(run.world).shapes()['transformer']['steered']['block']['mlp']
+    tokens = 9 * 6 + run.world.dit.text_length
+    products = 4 * 2 * tokens * np.prod(net['up']['kernel'].shape[1:]) * 2
+    assert low['dit'] > products
+
+
+def test_a_loop_within_a_loop_of_one_turn_counts():
+    def inner(x, w):
+        return x @ w, None
+
+    def outer(x, _):
+        return jax.lax.scan(inner, x, jnp.ones((5, 8, 8)))[0], None
+
+    for turns in (1, 3):
+        work = dry.flops(lambda x, n=turns: jax.lax.scan(outer, x, length=n)[0], np.ones((8, 8)))
+        assert work == pytest.approx(turns * 5 * 2 * 8**3, rel=0.05)
+
+
+def test_the_second_compilation_reads_the_first():
+    before = jax.config.jax_compilation_cache_dir
+    traced = []
+
+    def build():
+        def function(x):
+            traced.append(os.listdir(jax.config.jax_compilation_cache_dir))
+            return jnp.tanh(x @ x).sum()
+
+        made = jax.jit(function).lower(jnp.ones((8, 8))).compile()
+        return types.SimpleNamespace(call=made, seconds=float(len(traced)))
+
+    seconds, built = compiled.compile_seconds(build)
+    assert seconds == {'cold': 1, 'cached': 2}
+    assert not [name for name in traced[0] if 'function' in name]
+    assert [name for name in traced[1] if 'function' in name]
+    assert built.call(jnp.ones((8, 8))) == pytest.approx(64 * np.tanh(8))
+    assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_random_parameters_keep_variances_and_lie_where_they_belong():
+    world = worlds.build(config.load('the_matrix:TINY').world)
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1, 1), ('data', 'fsdp', 'tensor', 'seq'))
+    params = subject.draw(world, mesh)
+    kernel = params['transformer']['steered']['block']['mlp']['up']['kernel']
+    assert kernel.std() * kernel.shape[1] ** 0.5 == pytest.approx(1, abs=0.05)
+    assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
+    assert set(params['vae']) == {'decoder'}
+    np.testing.assert_array_equal(subject.draw(world, mesh)['transformer']['out']['kernel'],
+                                  params['transformer']['out']['kernel'])
