@@ -108,9 +108,16 @@ def flops(function, *arguments) -> float:
 
 
 def _flops(program: ClosedJaxpr) -> float:
-    analysis = jax.jit(jaxpr_as_fun(program)).lower(*program.in_avals).cost_analysis()
-    return analysis['flops'] + sum((scan.params['length'] - 1) * _flops(scan.params['jaxpr'])
-                                   for scan in _scans(program.jaxpr))
+    total = _once(program)
+    for scan in _scans(program.jaxpr):
+        body = scan.params['jaxpr']
+        total += scan.params['length'] * _flops(body) - _once(body)
+    return total
+
+
+def _once(program: ClosedJaxpr) -> float:
+    """FLOPs with one turn of every loop, of those within loops as well."""
+    return jax.jit(jaxpr_as_fun(program)).lower(*program.in_avals).cost_analysis()['flops']
 
 
 def _scans(program: Jaxpr):
