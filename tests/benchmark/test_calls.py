@@ -1,0 +1,125 @@
+"""The tool as a whole on the smallest world, its doors, and what the peer is given."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from matrix_jax import checkpoint, config, convert
+from matrix_jax.benchmark import calls, measure, peer, report, subject
+from matrix_jax.dit import cogvideox as dit
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(*argv):
+    """Exit code of the tool, in this process."""
+    spec = importlib.util.spec_from_file_location('tools_benchmark', ROOT / 'tools/benchmark.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(SystemExit) as stop:
+        config.main_guard(module.main, list(map(str, argv)))
+    return stop.value.code
+
+
+def test_a_benchmark_of_random_weights(tmp_path, capsys):
+    assert run('the_matrix:TINY', '--random', '--layers', 2, '--steps', 3, '--warmup', 1,
+               '--entries', 'head', '--peak-tflops', 1, '--mesh.seq', 2, '--out', tmp_path) == 0
+    found = json.loads((tmp_path / 'benchmark.json').read_text())
+    parts = found['parts']
+    assert all(one['fps'] > 0 and one['p95_ms'] >= one['p50_ms'] for one in parts.values())
+    assert parts['end_to_end']['fps'] < min(parts['dit']['fps'], parts['vae']['fps']) * 1.5
+    assert found['shape']['layers'] == 2 and found['devices'] == 2
+    assert found['latency']['head']['noise'] == 0
+    assert found['latency']['head']['changed']['shifts'] >= 1
+    assert found['mesh_bytes'] > 0 and found['program_bytes'] > 0
+    assert found['compile_seconds']['cached'] < found['compile_seconds']['cold']
+    assert found['memory']['process'] > 1e8
+    page = (tmp_path / 'benchmark.md').read_text()
+    assert report.RANDOM in page and page.strip() in capsys.readouterr().out
+    rows = [line for line in page.splitlines() if line.startswith('|')]
+    assert len({line.count('|') for line in rows[:5]}) == 1
+
+
+@pytest.mark.parametrize('argv, said', [
+    (['the_matrix:TINY'], 'needs --weights FOLDER, or --random'),
+    (['carracing', '--layers', '2'], '--layers: got 2 without --random'),
+    (['the_matrix:TINY', '--random', '--layers', '0'], '--layers: got 0'),
+    (['the_matrix:TINY', '--random', '--lora', 'x'], '--lora: got an adapter'),
+    (['the_matrix:STAGE2', '--random'], 'the_matrix:STAGE2: does not stream'),
+    (['the_matrix:TINY_LORA', '--random'], 'does not stream'),
+    (['carracing', '--steps', '0'], '--steps: got 0'),
+    (['carracing', '--entries', 'tail,side'], "--entries: got 'side'"),
+    (['carracing', '--entries', ''], "--entries: got ''"),
+    (['carracing', '--peak-tflops', '-1'], '--peak-tflops: got -1'),
+    (['carracing', '--vs', 'jax'], "invalid choice: 'jax'"),
+    (['carracing', '--vs', 'torch'], '--vs torch: needs torch and diffusers: pip install'),
+    (['carracing', '--vs', 'torch', '--sweep', 'mesh'], 'got --vs and --sweep'),
+    (['the_matrix:TINY', '--random', '--mesh.seq', '16'], 'expected at most 8'),
+    (['carracing', '--out', 'FILE'], 'is a file, expected a folder'),
+], ids=lambda value: value[-1] if isinstance(value, list) else '')
+def test_the_tool_refuses(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path('FILE').write_text('')
+    lookup = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: (
+        None if name in ('torch', 'diffusers') else lookup(name, *rest)))
+    assert run(*argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: ') and error.count('\n') == 1 and said in error
+    assert [path.name for path in tmp_path.iterdir()] == ['FILE']
+
+
+def test_a_process_of_its_own_sees_the_devices_it_is_given():
+    assert calls.apart(jax.device_count, devices=3) == 3
+
+
+def results(devices, fps):
+    part = {'fps': fps}
+    return {'devices': devices, 'mesh_bytes': 2**20 * (devices - 1), 'program_bytes': 2**30,
+            'parts': dict.fromkeys(('end_to_end', 'dit', 'vae'), part),
+            'machine': {'device': 'cpu', 'processor': 'x', 'cores': 2, 'busy': 0.0}}
+
+
+def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
+    def apart(function, *arguments, devices=1, imitate=True):
+        if function is not calls.one:
+            return 'gpu'
+        if devices == 8:
+            raise config.UsageError('mesh: expected at most 4')
+        assert arguments[0].mesh.seq == devices and not arguments[1].entries
+        return results(devices, 10 * devices ** 0.5)
+
+    monkeypatch.setattr(calls, 'apart', apart)
+    given = config.load('the_matrix:TINY')
+    found, page = calls.sweep(given, measure.Settings(), True, None)
+    rows = [[cell.strip() for cell in line.strip('|').split('|')]
+            for line in page.splitlines() if line.startswith('|')][2:]
+    assert [row[0] for row in rows] == ['1', '2', '4'] and list(found['sweep']) == ['1', '2', '4']
+    assert rows[2][5:8] == ['2.00', '50.0%', '3.00']
+    assert '- seq 8: not run (mesh: expected at most 4)' in page
+
+
+def test_the_peer_gets_our_weights_without_control(tmp_path):
+    given = subject.open_subject(config.load('the_matrix:TINY'), random=True)
+    cfg, plain = peer.export(given, tmp_path)
+    _, tensors = checkpoint.read_component(tmp_path, 'transformer')
+    assert not [name for name in tensors if 'control' in name]
+    back = convert.to_jax(dit.weights(cfg), tensors, dit.shapes(cfg))
+    jax.tree.map(np.testing.assert_array_equal, back, plain)
+    ours = np.asarray(given.params['transformer']['steered']['block']['mlp']['up']['kernel'])
+    np.testing.assert_array_equal(plain['before']['mlp']['up']['kernel'][1:3], ours)
+    _, decoder = checkpoint.read_component(tmp_path, 'vae')
+    assert all(name.startswith('decoder.') for name in decoder)
+
+
+@pytest.mark.skipif(None in map(importlib.util.find_spec, ('torch', 'diffusers')),
+                    reason='needs torch and diffusers')
+def test_the_peer_computes_what_ours_does():
+    given = subject.open_subject(config.load('the_matrix:TINY'), random=True)
+    found = peer.run(given, measure.Settings(steps=2, warmup=1))
+    assert max(found['difference'].values()) < 1e-4
+    assert found['end_to_end']['fps'] > 0
