@@ -124,7 +124,7 @@ class Session:
         if self.lost:
             self.lost.cancel()
         self.socket, self.lost = socket, None
-        self.seat.key = self.seat.echoed = 0
+        self.seat.key, self.seat.echoed, self.seat.echoes = 0, 0, {}
         self.pictures.clear()
         self.notes.clear()
         self.pressed.clear()

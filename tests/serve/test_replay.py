@@ -1,5 +1,6 @@
 """Logs and world files: what they hold, and what is refused."""
 
+import argparse
 import dataclasses
 import json
 
@@ -7,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from matrix_jax import config, generate, video
 from matrix_jax.serve import replay, worldfile
 from matrix_jax.serve.replay import Log, ReplayError
 from matrix_jax.serve.worldfile import WorldFileError
@@ -81,3 +83,21 @@ def test_a_session_of_another_world_is_not_replayed(opened, log):
         replay.compile_for(*opened, dataclasses.replace(log, fingerprint='0'))
     with pytest.raises(ReplayError, match='nothing was played'):
         replay.compile_for(*opened, dataclasses.replace(log, symbols=bytearray()))
+
+
+def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, monkeypatch):
+    written = tmp_path / 'session.json'
+    written.write_text(json.dumps(log.to_json()))
+    monkeypatch.setattr(replay, 'compile_for', lambda *_: slots.blank())
+    options = dict(replay=str(written), prompt=None, control=None, image=None, video=None,
+                   pad=None, seed=42, no_overlay=False)
+    recipe = dataclasses.replace(config.load('the_matrix:TINY'), weights=str(tiny),
+                                 out=str(tmp_path / 'again.mp4'))
+    path, clip, count = generate.to_file(recipe, argparse.Namespace(**options))
+    assert clip.symbols == ['D'] * 4 + ['DL'] * 2 and clip.run_seconds > 0
+    assert count == len(video.read_video(path)) == 3 * slots.frames
+    with pytest.raises(config.UsageError, match='--replay: got --prompt as well'):
+        generate.to_file(recipe, argparse.Namespace(**options | {'prompt': 'A car.'}))
+    written.write_text('nonsense')
+    with pytest.raises(ReplayError, match='session.json: not readable'):
+        generate.to_file(recipe, argparse.Namespace(**options))
