@@ -134,7 +134,8 @@ def show(found: list[dict]):
 
 def load(recipe, options):
     """A full house, and one player too many."""
-    with server(recipe, players=options.players, entry=options.entry) as (port, one):
+    with server(recipe, players=options.players, entry=options.entry,
+                together=options.together) as (port, one):
         measured(port, 1, 3)
         show(measured(port, 1, options.seconds))
         show(measured(port, options.players + 1, options.seconds))
@@ -144,7 +145,8 @@ def load(recipe, options):
 
 def faults(recipe, options):
     """Two good players beside a storm, a slow reader, and messages that make no sense."""
-    with server(recipe, players=options.players, entry=options.entry) as (port, one):
+    with server(recipe, players=options.players, entry=options.entry,
+                together=options.together) as (port, one):
         measured(port, 2, 3)
         show(measured(port, 2, options.seconds))
         show(measured(port, 2, options.seconds, wild=True))
@@ -199,6 +201,7 @@ def main():
     parser.add_argument('--seconds', type=float, default=30)
     parser.add_argument('--shifts', type=int, default=20_000)
     parser.add_argument('--entry', default='head')
+    parser.add_argument('--together', type=int, default=1)
     parser.add_argument('--port', type=int)
     parser.add_argument('--wild', action='store_true')
     options = parser.parse_args()

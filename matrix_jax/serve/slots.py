@@ -62,7 +62,7 @@ class Slots:
         ids = one((1, cfg.dit.text_length), jnp.int32)
         frames = one((1, self.start_frames, cfg.height, cfg.width, 3), jnp.uint8)
         symbols = one((1, self.stream_cfg.remembered), jnp.int32)
-        key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 1))
+        key = _key(0)           # this compiles as well, once
         cond = jax.eval_shape(self.world.condition, self.params, ids, frames, symbols)
         self.like = jax.eval_shape(self._stream.init, self.params, cond, key)
         rows = jax.tree.map(lambda leaf: one((self.count, *leaf.shape), leaf.dtype), self.like)
@@ -123,7 +123,7 @@ class Slots:
 
     def begin(self, condition, seed: int):
         """The carry of a new stream, batch 1."""
-        return self._begin(self.params, condition, jax.random.split(jax.random.key(seed), 1))
+        return self._begin(self.params, condition, _key(seed))
 
     def embed(self, prompt: str):
         """A prompt for `retext` -> (text [1 L D], the text that did not fit)."""
@@ -164,6 +164,10 @@ class Slots:
             sample = np.asarray(leaf.ravel()[:64].astype(jnp.float32))
             found.update(f'{jax.tree_util.keystr(path)} {leaf.shape}'.encode() + sample.tobytes())
         return found.hexdigest()[:16]
+
+
+def _key(seed: int):
+    return jax.random.split(jax.random.key(seed), 1)
 
 
 def _read(rows, index):
