@@ -48,7 +48,9 @@ def report(run) -> str:
     lowering, began = time.time() - began, time.time()
     memory = lowered.compile().memory_analysis()
     compiling = time.time() - began
-    work = flops(made.update, state, batch)
+    # Of the examples that one device has: a larger batch would be cut into smaller blocks.
+    ways = run.mesh.data * run.mesh.fsdp
+    work = ways * flops(made.update, state, run.stage.example(world, made.examples // ways))
     rows = [*sizes(state, made.places).items(),
             ('activations, gradients and work space', memory.temp_size_in_bytes),
             ('in all', memory.argument_size_in_bytes + memory.output_size_in_bytes
