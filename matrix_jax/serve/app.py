@@ -33,6 +33,7 @@ LOCAL = ('localhost', '127.0.0.1', '[::1]')
 RATE, BURST, FAULTS = 60, 120, 20          # messages a second, at once, and bad ones in all
 JOIN_SECONDS = 10
 PICTURE_BYTES = 8 * 2**20
+DRAIN_BYTES = 64 * 2**20
 HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff',
            'Referrer-Policy': 'no-referrer', 'X-Frame-Options': 'DENY',
            'Content-Security-Policy': "default-src 'none'; script-src 'unsafe-inline'; style-src "
@@ -149,10 +150,16 @@ class Server:
             return _trouble('this session is over', 404)
         data = bytearray()
         try:
+            size = 0
             async for chunk in request.stream():
-                data += chunk
-                if len(data) > limit:
-                    return _trouble(f'the file is too large: expected at most {limit} bytes', 413)
+                size += len(chunk)
+                # A little more is read and dropped: who still sends does not hear an answer.
+                if size <= limit:
+                    data += chunk
+                elif size > limit + DRAIN_BYTES:
+                    break
+            if size > limit:
+                return _trouble(f'the file is too large: expected at most {limit} bytes', 413)
             await use(session, bytes(data))
         except ClientDisconnect:
             return _trouble('the upload was cut off', 400)

@@ -34,6 +34,8 @@ def test_a_player_sees_frames_and_its_key_comes_back(server, slots):
     player.send(type='leave')
     assert player.wait('closed')['code'] == 1000
     assert server.players() == 0
+    text = server.http('/metrics')[1].decode()
+    assert '\nmatrix_jax_recompilations_total 0.0' in text     # all was compiled at the start
 
 
 def test_a_stream_is_the_same_alone_and_in_company(server, slots, tiny):
