@@ -35,6 +35,19 @@ def log_counts(tokens: int, controls: int) -> np.ndarray:
         return np.log(np.clip(seen, 0, repeats)).astype(np.float32)
 
 
+def visibility(tokens: int, controls: int, recency: float | None = None) -> np.ndarray:
+    """Bias [N T] of the attention of video tokens to controls.
+
+    The counts of the reference; with `recency`, minus that much per frame that a control is older
+    than the token, the same for all tokens of a frame.
+    """
+    counts = log_counts(tokens, controls)
+    if recency is None:
+        return counts
+    age = np.arange(tokens)[:, None] // (tokens // controls) - np.arange(controls)
+    return np.where(age < 0, -np.inf, -recency * age).astype(np.float32)
+
+
 class ControlEmbedding(nn.Module):
     """Three linear layers with SiLU between; embeds the control of each latent frame."""
     features: int

@@ -22,11 +22,11 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax.convert import Row
-from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, log_counts
+from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, visibility
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
-from matrix_jax.nn.rope import scaled_positions, sincos, sincos_3d
+from matrix_jax.nn.rope import scaled_positions, sincos_3d
 from matrix_jax.sharding import constrain
 
 
@@ -34,14 +34,14 @@ from matrix_jax.sharding import constrain
 class Control:
     """Control blocks: width A of a control vector, and the layers [start, end) they follow.
 
-    `positions` adds a code of its frame to each embedded control. The released networks have none:
-    there a frame tells its own control from earlier ones by their counts alone, which is hard for
-    a small network.
+    `recency` is None in the released networks: there a frame tells its own control from earlier
+    ones by their counts alone, which is hard for a small network. A number replaces the counts: a
+    control of t frames ago has logits lower by t * recency.
     """
     dim: int = 768
     start: int = 15
     end: int = 30
-    positions: bool = False
+    recency: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +144,6 @@ class Config:
         if self.control:
             released |= {theirs: getattr(self.control, ours) for theirs, ours in CONTROL.items()}
             released['control_zero_init'] = True
-            if not self.control.positions:      # a key of ours, absent from released files
-                del released['control_positions']
         return {key: value for key, value in released.items() if value is not None}
 
 
@@ -158,7 +156,7 @@ FIELDS = {'num_attention_heads': 'heads', 'attention_head_dim': 'head_dim',
           'temporal_interpolation_scale': 'temporal_scale', 'norm_eps': 'eps',
           'cond_proj_dim': 'guidance_dim'}
 CONTROL = {'control_dim': 'dim', 'control_start_layer': 'start', 'control_end_layer': 'end',
-           'control_positions': 'positions'}
+           'control_recency': 'recency'}
 SAMPLE = ('sample_width', 'sample_height', 'sample_frames')
 FIXED = {'flip_sin_to_cos': True, 'freq_shift': 0, 'dropout': 0.0, 'attention_bias': True,
          'activation_fn': 'gelu-approximate', 'timestep_activation_fn': 'silu',
@@ -174,7 +172,7 @@ PRESETS = {
     'carracing': Config(heads=4, head_dim=44, channels=8, layers=6, time_dim=48, text_dim=64,
                         text_length=64, patch=2, spatial_scale=1.0, sample=(12, 8, 33),
                         scan_unroll=4,
-                        control=Control(64, 2, 6, positions=True)),
+                        control=Control(64, 2, 6, recency=2.0)),
 }
 
 
@@ -212,9 +210,8 @@ class DiT(nn.Module):
         steering = None
         if cfg.control:
             embedded = ControlEmbedding(cfg.width, dtype, name='control_embedding')(control)
-            if cfg.control.positions:
-                embedded = embedded + sincos(np.arange(control.shape[1]), cfg.width).astype(dtype)
-            steering = (embedded, log_counts(frames * rows * columns, control.shape[1]))
+            steering = (embedded, visibility(frames * rows * columns, control.shape[1],
+                                             cfg.control.recency))
 
         tokens = (video, text)
         for name, (start, stop) in cfg.segments.items():

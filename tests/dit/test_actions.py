@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, log_counts
+from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, log_counts, visibility
 from matrix_jax.nn.attention import MultiHead
 
 
@@ -30,6 +30,13 @@ def test_log_counts_are_the_visible_repeats():
     counts = np.exp(log_counts(6, 3))
     np.testing.assert_allclose(counts, [[1, 0, 0], [2, 0, 0], [2, 1, 0], [2, 2, 0], [2, 2, 1],
                                         [2, 2, 2]], atol=1e-6)
+
+
+def test_recency_prefers_the_newest_control_in_all_tokens_of_a_frame():
+    bias = visibility(6, 3, recency=2.0)
+    np.testing.assert_array_equal(bias[:2], [[0, -np.inf, -np.inf]] * 2)
+    np.testing.assert_array_equal(bias[4:], [[-4, -2, 0]] * 2)
+    np.testing.assert_array_equal(visibility(6, 3), log_counts(6, 3))
 
 
 def test_refuses_control_that_does_not_fit_the_frames():

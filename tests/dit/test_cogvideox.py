@@ -191,11 +191,10 @@ def test_config_refuses_other_maths(changes, message):
         cogvideox.Config.from_released(released)
 
 
-def test_only_networks_with_control_positions_say_so():
-    with_codes = dataclasses.replace(
-        TINY, control=dataclasses.replace(TINY.control, positions=True))
-    assert cogvideox.Config.from_released(with_codes.to_released()).control.positions
-    assert 'control_positions' not in TINY.to_released()
+def test_only_networks_with_recency_say_so():
+    recent = dataclasses.replace(TINY, control=dataclasses.replace(TINY.control, recency=2.0))
+    assert cogvideox.Config.from_released(recent.to_released()) == recent
+    assert 'control_recency' not in TINY.to_released()
 
 
 def test_config_reads_what_a_stage_one_release_leaves_out():
