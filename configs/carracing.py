@@ -1,15 +1,21 @@
 """CarRacing, the bundled world: 64x96 at 16 fps, drivable on a laptop CPU.
 
     tools/collect.py CarRacing-v3 --out data/carracing --hours 1 --themes all
-    tools/train.py carracing:VAE  --out runs/vae
-    tools/train.py carracing:SWIN --out runs/swin --weights runs/vae/weights
-    tools/generate.py carracing   --weights runs/swin/weights
+    tools/train.py carracing:VAE      --out runs/vae
+    tools/train.py carracing:VAE_LONG --out runs/long --weights runs/vae/weights
+    tools/train.py carracing:SWIN     --out runs/swin --weights runs/long/weights
+    tools/generate.py carracing:SWIN  --weights runs/swin/weights
+    tools/train.py carracing:STREAM   --out runs/stream --weights runs/swin/weights
+    tools/generate.py carracing:STREAM --weights runs/stream/weights
 """
+
+import dataclasses
 
 from matrix_jax.config import Run, Train
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.stream.swin import Config as Swin
+from matrix_jax.train.consistency import StreamConsistency
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.swin_dpm import SwinDPM
 from matrix_jax.train.vae import Autoencode
@@ -26,15 +32,24 @@ WORLD = Config(
     stream=Swin(groups=4, group_frames=1, context=3, steps=20, solver='ddim', entry='head',
                 head_group=2))
 
+MUON = Optimizer(kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
+                 weight_decay=0.0)
+
 PLAY = Run(world=WORLD, weights='carracing')
-VAE = Run(world=WORLD, data='data/carracing',
-          stage=Autoencode(ema=0.99, optimizer=Optimizer(
-              kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
-              weight_decay=0.0)),
-          train=Train(steps=1400, batch=2, log_every=20, save_every=200))
-SWIN = Run(world=WORLD, data='data/carracing',
-           stage=SwinDPM(ema=0.995, text_dropout=0.05, condition_noise=100, train_encoders=True,
-                          optimizer=Optimizer(
-                             kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine',
-                             warmup=100, weight_decay=0.0)),
-           train=Train(steps=6000, batch=8, log_every=20, save_every=500))
+# Short clips first, because they are cheap; then clips of three encoder chunks, because all chunks
+# but the first are coded with the frames before them.
+VAE = Run(world=WORLD, data='data/carracing', stage=Autoencode(ema=0.99, optimizer=MUON),
+          train=Train(steps=5200, batch=2, save_every=200))
+VAE_LONG = Run(world=WORLD, data='data/carracing', stage=Autoencode(
+    frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)),
+    train=Train(steps=1400, batch=1, save_every=200))
+SWIN = Run(world=WORLD, data='data/carracing', stage=SwinDPM(
+    ema=0.995, text_dropout=0.05, condition_noise=100, late_binding=0.5, train_encoders=True,
+    optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=4800, batch=8))
+# One network call per shift, learned from the stream of SWIN.
+STREAM = Run(
+    world=dataclasses.replace(WORLD, stream=dataclasses.replace(
+        WORLD.stream, steps=4, solver='lcm')),
+    data='data/carracing', stage=StreamConsistency(
+        ema=0.99, rollout=8, optimizer=dataclasses.replace(
+            MUON, learning_rate=5e-4, adam_rate=1e-4)), train=Train(steps=1500, batch=8))
