@@ -23,6 +23,7 @@ from einops import rearrange
 
 from matrix_jax.convert import Row
 from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, visibility
+from matrix_jax.dit.rows import adaln_rows, attention_rows, linear_rows, norm_rows
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
@@ -366,12 +367,12 @@ def weights(cfg: Config) -> tuple[Row, ...]:
     patch = dict(p=cfg.patch, q=cfg.patch)
     rows = [Row('patch_embed.proj.weight', 'patch/kernel', 'd c p q -> (p q c) d', sizes=patch),
             Row('patch_embed.proj.bias', 'patch/bias', 'd -> d'),
-            *_linear('patch_embed.text_proj', 'text', 'i', 'd'),
-            *_linear('time_embedding.linear_1', 'time_embedding/linear_1', 'd', 'p'),
-            *_linear('time_embedding.linear_2', 'time_embedding/linear_2', 'i', 'p'),
-            *_norm('norm_final', 'norm_final', 'd'),
-            *_norm('norm_out.norm', 'norm_out', 'd'),
-            *_linear('norm_out.linear', 'modulation_out', 'p', 'd'),
+            *linear_rows('patch_embed.text_proj', 'text', 'i', 'd'),
+            *linear_rows('time_embedding.linear_1', 'time_embedding/linear_1', 'd', 'p'),
+            *linear_rows('time_embedding.linear_2', 'time_embedding/linear_2', 'i', 'p'),
+            *norm_rows('norm_final', 'norm_final', 'd'),
+            *norm_rows('norm_out.norm', 'norm_out', 'd'),
+            *linear_rows('norm_out.linear', 'modulation_out', 'p', 'd'),
             Row('proj_out.weight', 'out/kernel', '(c p q) d -> d (p q c)', sizes=patch),
             Row('proj_out.bias', 'out/bias', '(c p q) -> (p q c)', sizes=patch)]
     if cfg.guidance_dim is not None:
@@ -380,39 +381,14 @@ def weights(cfg: Config) -> tuple[Row, ...]:
     for name, layers in cfg.segments.items():
         path = 'steered/block' if name == 'steered' else name
         torch = 'transformer_blocks.{i}'
-        rows += _attention(torch, path, layers)
-        rows += _adaln(f'{torch}.norm2', f'{path}/norm2', layers)
-        rows += _linear(f'{torch}.ff.net.0.proj', f'{path}/mlp/up', 'd', 'm', layers)
-        rows += _linear(f'{torch}.ff.net.2', f'{path}/mlp/down', 'm', 'd', layers)
+        rows += attention_rows(torch, path, layers)
+        rows += adaln_rows(f'{torch}.norm2', f'{path}/norm2', layers)
+        rows += linear_rows(f'{torch}.ff.net.0.proj', f'{path}/mlp/up', 'd', 'm', layers)
+        rows += linear_rows(f'{torch}.ff.net.2', f'{path}/mlp/down', 'm', 'd', layers)
     if cfg.control:
-        rows += _linear('control_embedding.0', 'control_embedding/linear_1', 'i', 'o')
-        rows += _linear('control_embedding.2', 'control_embedding/linear_2', 'i', 'd')
-        rows += _linear('control_embedding.4', 'control_embedding/linear_3', 'd', 'o')
-        rows += _attention('control_blocks.{i}', 'steered/control',
+        rows += linear_rows('control_embedding.0', 'control_embedding/linear_1', 'i', 'o')
+        rows += linear_rows('control_embedding.2', 'control_embedding/linear_2', 'i', 'd')
+        rows += linear_rows('control_embedding.4', 'control_embedding/linear_3', 'd', 'o')
+        rows += attention_rows('control_blocks.{i}', 'steered/control',
                            (0, cfg.control.end - cfg.control.start))
     return tuple(rows)
-
-
-def _attention(torch, path, layers):
-    rows = _adaln(f'{torch}.norm1', f'{path}/norm1', layers)
-    for theirs, ours in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value')):
-        rows += _linear(f'{torch}.attn1.{theirs}', f'{path}/attention/{ours}', 'd', 'k', layers)
-    rows += _linear(f'{torch}.attn1.to_out.0', f'{path}/attention/out', 'k', 'd', layers)
-    rows += _norm(f'{torch}.attn1.norm_q', f'{path}/attention/query_norm', 'e', layers)
-    rows += _norm(f'{torch}.attn1.norm_k', f'{path}/attention/key_norm', 'e', layers)
-    return rows
-
-
-def _adaln(torch, path, layers):
-    return (_linear(f'{torch}.linear', f'{path}/linear', 'p', 'd', layers)
-            + _norm(f'{torch}.norm', f'{path}/norm', 'd', layers))
-
-
-def _linear(torch, path, inner, outer, layers=None):
-    return [Row(f'{torch}.weight', f'{path}/kernel', f'{outer} {inner} -> {inner} {outer}', layers),
-            Row(f'{torch}.bias', f'{path}/bias', f'{outer} -> {outer}', layers)]
-
-
-def _norm(torch, path, letter, layers=None):
-    return [Row(f'{torch}.weight', f'{path}/scale', f'{letter} -> {letter}', layers),
-            Row(f'{torch}.bias', f'{path}/bias', f'{letter} -> {letter}', layers)]
