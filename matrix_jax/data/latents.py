@@ -75,7 +75,8 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
     for one in records.folders(data):
         opened = [records.Shard(shard) for shard in records.shards(Path(one), split)]
         source = {'shards': [shard.digest() for shard in opened], 'mirror': world.cfg.mirror,
-                  'scale': world.cfg.vae.scaling_factor, 'encoder': encoder}
+                  'scale': world.cfg.vae.scaling_factor,
+                  'means': world.cfg.vae.latent_means, 'encoder': encoder}
         digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()
         final = Path(folder) / digest[:16] / split
         clips = [(shard, index) for shard in opened for index in range(len(shard))]

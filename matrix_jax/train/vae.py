@@ -67,7 +67,7 @@ class Autoencode(Stage):
         return loss, {'psnr': psnr, 'kl': kl, 'latent_std': jnp.std(mean)}
 
     def finish(self, world, params, loader):
-        """Gives every latent channel a standard deviation of 1, as the noise schedule expects."""
+        """Gives each latent channel mean 0 and deviation 1, as the noise schedule expects."""
         cfg = world.cfg.vae
         if not self.train_encoder:
             return world, params
@@ -76,8 +76,10 @@ class Autoencode(Stage):
         for _ in range(8):
             frames = next(loader)['frames'].astype(np.float32) / 127.5 - 1
             means.append(np.asarray(encode(params['vae'], frames)))
-        std = np.concatenate(means).std(axis=(0, 1, 2, 3))
-        vae = dataclasses.replace(cfg, scaling_factor=1.0)
+        means = np.concatenate(means)
+        mean, std = means.mean(axis=(0, 1, 2, 3)), means.std(axis=(0, 1, 2, 3))
+        vae = dataclasses.replace(cfg, scaling_factor=1.0, latent_means=[
+            round(float(one), 4) for one in mean / std])
         return world.replace(vae=vae), {**params, 'vae': rescaled(params['vae'], std)}
 
 

@@ -16,6 +16,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 from jax import lax
 
@@ -44,7 +45,8 @@ class Config:
       norm_groups: groups of the norms.
       norm_eps: epsilon of the norms.
       temporal_compression: frames of a latent frame, a power of two.
-      scaling_factor: what latents are multiplied with before diffusion; not applied here.
+      scaling_factor: what latents are multiplied with before diffusion, by `scaled`.
+      latent_means: what each channel is reduced by before that; the released network has none.
       sample_height: native frame height; tiles are half of it.
       sample_width: native frame width; tiles are half of it.
       patch_size: pixels of a frame that are one pixel of the first level, in height and in width,
@@ -65,11 +67,16 @@ class Config:
     sample_height: int = 480
     sample_width: int = 720
     patch_size: int = 1
+    latent_means: tuple[float, ...] = ()
     single_latent_frames: int = 4
     dtype: str = 'float32'
 
     def __post_init__(self):
         object.__setattr__(self, 'block_out_channels', tuple(self.block_out_channels))
+        object.__setattr__(self, 'latent_means', tuple(self.latent_means))
+        if len(self.latent_means) not in (0, self.latent_channels):
+            raise ValueError(f'vae.latent_means: got {len(self.latent_means)} numbers, expected '
+                             f'none, or one for each of the {self.latent_channels} channels')
         for width in self.block_out_channels:
             if width % self.norm_groups:
                 raise ValueError(f'vae.block_out_channels: got {self.block_out_channels}, expected '
@@ -127,12 +134,13 @@ def _plain(value):
 
 
 # Keys of the released config.json: ours, those with one value we implement, those without effect.
-# The released file has no single_latent_frames and patch_size; ours says how a folder streams.
+# The last three but the sample sizes are ours, absent from released files.
 FIELDS = {'in_channels': 'in_channels', 'out_channels': 'out_channels',
           'latent_channels': 'latent_channels', 'block_out_channels': 'block_out_channels',
           'layers_per_block': 'layers_per_block', 'norm_num_groups': 'norm_groups',
           'norm_eps': 'norm_eps', 'temporal_compression_ratio': 'temporal_compression',
           'scaling_factor': 'scaling_factor', 'patch_size': 'patch_size',
+          'latent_means': 'latent_means',
           'sample_height': 'sample_height', 'sample_width': 'sample_width',
           'single_latent_frames': 'single_latent_frames'}
 FIXED = {'act_fn': 'silu', 'use_quant_conv': False, 'use_post_quant_conv': False}
@@ -189,6 +197,16 @@ def encode_step(cfg: Config, params, cache, frames):
     cache, moments = chunked(run, cache, frames.astype(cfg.dtype), ENCODE_CHUNK)
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return cache, mean, jnp.clip(logvar, -30, 20)
+
+
+def scaled(cfg: Config, latents):
+    """Latents [B T h w C] of this network -> those of a diffusion model."""
+    return (latents - np.asarray(cfg.latent_means or 0, np.float32)) * cfg.scaling_factor
+
+
+def unscaled(cfg: Config, latents):
+    """The inverse of `scaled`."""
+    return latents / cfg.scaling_factor + np.asarray(cfg.latent_means or 0, np.float32)
 
 
 def sample(mean, logvar, noise):

@@ -113,7 +113,7 @@ class TheMatrix:
             stream = swin.make(settings, cfg.scheduler, world.denoise)
             cond = world.condition(params, ids, frames, first)
             _, made = streams.rollout(stream, params, stream.init(params, cond, key), steps)
-            made = streams.join(made) / cfg.vae.scaling_factor
+            made = vae.unscaled(cfg.vae, streams.join(made))
             return to_uint8(vae.decode_sliced(cfg.vae, params['vae'], made))
 
         made = make(params, world.tokenize([prompt]), frames[None], first, steps,

@@ -188,25 +188,25 @@ class World(Parts):
         """Frames uint8 [B F H W 3], F = 1 + 4k -> latents [B T H W C], scaled, posterior mean."""
         pixels = jnp.asarray(frames, jnp.float32) / 127.5 - 1
         mean, _ = vae.encode(self.cfg.vae, params['vae'], pixels)
-        return mean * self.cfg.vae.scaling_factor
+        return vae.scaled(self.cfg.vae, mean)
 
     def encode_step(self, params, cache, frames):
         """One chunk of a long clip: frames uint8 [B F H W 3] -> (cache, latents [B T H W C])."""
         pixels = jnp.asarray(frames, jnp.float32) / 127.5 - 1
         cache, mean, _ = vae.encode_step(self.cfg.vae, params['vae'], cache, pixels)
-        return cache, mean * self.cfg.vae.scaling_factor
+        return cache, vae.scaled(self.cfg.vae, mean)
 
     def decoder(self) -> streams.Decoder:
         """Streaming decoder: latents of one shift -> uint8 frames."""
         cfg = self.cfg.vae
 
         def prefill(params, latents):
-            cache, frames = vae.prefill(cfg, params['vae'], latents / cfg.scaling_factor)
+            cache, frames = vae.prefill(cfg, params['vae'], vae.unscaled(cfg, latents))
             return cache, to_uint8(frames)
 
         def step(params, cache, latents):
             chunk = self.cfg.decode_chunk
-            parts = jnp.split(latents / cfg.scaling_factor, latents.shape[1] // chunk, axis=1)
+            parts = jnp.split(vae.unscaled(cfg, latents), latents.shape[1] // chunk, axis=1)
             frames = []
             for part in parts:
                 cache, made = vae.step(cfg, params['vae'], cache, part)
@@ -257,7 +257,7 @@ class World(Parts):
                                      (batch, cfg.dit.text_length, cfg.dit.text_dim))
         made = sampling.sample(cfg.clip, cfg.scheduler, self.denoise, params, draw(-1), draw,
                                self.embed_ids(params, ids), null_text, control)
-        return to_uint8(vae.decode(cfg.vae, params['vae'], made / cfg.vae.scaling_factor))
+        return to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
 
     def condition(self, params, ids, frames, symbols) -> swin.Cond:
         """What a stream starts from.

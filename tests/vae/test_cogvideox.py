@@ -150,6 +150,17 @@ def test_patched_frames_are_stacked_pixels():
     assert vae.Config.from_released(patched.to_released()) == patched
 
 
+def test_scaled_latents_have_the_means_taken_off():
+    cfg = dataclasses.replace(SMALL, latent_means=(1, 2, 3, 4), scaling_factor=0.5)
+    latents = normal(1, 2, 2, 2, 4)
+    np.testing.assert_allclose(vae.scaled(cfg, latents), (latents - [1, 2, 3, 4]) / 2, rtol=1e-5)
+    np.testing.assert_allclose(vae.unscaled(cfg, vae.scaled(cfg, latents)), latents, rtol=1e-5)
+    np.testing.assert_array_equal(vae.scaled(SMALL, latents), latents * SMALL.scaling_factor)
+    assert vae.Config.from_released(cfg.to_released()) == cfg
+    with pytest.raises(ValueError, match='latent_means: got 1 numbers'):
+        dataclasses.replace(SMALL, latent_means=(1.0,))
+
+
 def test_clips_of_a_batch_do_not_meet():
     params = params_of(SMALL)
     for function, clips in ((vae.encode, normal(2, 5, 4, 4, 3)),
