@@ -37,12 +37,15 @@ class Control:
 
     `recency` is None in the released networks: there a frame tells its own control from earlier
     ones by their counts alone, which is hard for a small network. A number replaces the counts: a
-    control of t frames ago has logits lower by t * recency.
+    control of t frames ago has logits lower by t * recency. `modulate` also adds the control of a
+    frame to its embedded noise level: a product of control and place, which tells left from right,
+    is then one layer deep.
     """
     dim: int = 768
     start: int = 15
     end: int = 30
     recency: float | None = None
+    modulate: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +148,8 @@ class Config:
         if self.control:
             released |= {theirs: getattr(self.control, ours) for theirs, ours in CONTROL.items()}
             released['control_zero_init'] = True
+            if not self.control.modulate:      # a key of ours, absent from released files
+                del released['control_modulate']
         return {key: value for key, value in released.items() if value is not None}
 
 
@@ -157,7 +162,7 @@ FIELDS = {'num_attention_heads': 'heads', 'attention_head_dim': 'head_dim',
           'temporal_interpolation_scale': 'temporal_scale', 'norm_eps': 'eps',
           'cond_proj_dim': 'guidance_dim'}
 CONTROL = {'control_dim': 'dim', 'control_start_layer': 'start', 'control_end_layer': 'end',
-           'control_recency': 'recency'}
+           'control_recency': 'recency', 'control_modulate': 'modulate'}
 SAMPLE = ('sample_width', 'sample_height', 'sample_frames')
 FIXED = {'flip_sin_to_cos': True, 'freq_shift': 0, 'dropout': 0.0, 'attention_bias': True,
          'activation_fn': 'gelu-approximate', 'timestep_activation_fn': 'silu',
@@ -173,7 +178,7 @@ PRESETS = {
     'carracing': Config(heads=4, head_dim=44, channels=8, layers=6, time_dim=48, text_dim=64,
                         text_length=64, patch=2, spatial_scale=1.0, sample=(12, 8, 33),
                         scan_unroll=4,
-                        control=Control(64, 2, 6, recency=2.0)),
+                        control=Control(64, 2, 6, recency=2.0, modulate=True)),
 }
 
 
@@ -211,6 +216,8 @@ class DiT(nn.Module):
         steering = None
         if cfg.control:
             embedded = ControlEmbedding(cfg.width, dtype, name='control_embedding')(control)
+            if cfg.control.modulate:
+                time = time + Linear(cfg.time_dim, dtype=dtype, name='control_time')(embedded)
             steering = (embedded, visibility(frames * rows * columns, control.shape[1],
                                              cfg.control.recency))
 
@@ -389,6 +396,8 @@ def weights(cfg: Config) -> tuple[Row, ...]:
         rows += linear_rows('control_embedding.0', 'control_embedding/linear_1', 'i', 'o')
         rows += linear_rows('control_embedding.2', 'control_embedding/linear_2', 'i', 'd')
         rows += linear_rows('control_embedding.4', 'control_embedding/linear_3', 'd', 'o')
+        if cfg.control.modulate:
+            rows += linear_rows('control_time', 'control_time', 'd', 'p')
         rows += attention_rows('control_blocks.{i}', 'steered/control',
                            (0, cfg.control.end - cfg.control.start))
     return tuple(rows)

@@ -31,6 +31,9 @@ class SwinDPM(Denoising):
     """Grouped-level denoising on pre-encoded latents.
 
     Attributes:
+      uniform: share of samples with one level, 0 to 999, in all frames but the condition. There no
+        cleaner frame gives the motion away: it must be read off the controls. 0 switches it off
+        (reference).
       condition_noise: highest level of the noise on condition frames, told to the network;
         half of the samples get level 0. 0 switches it off (reference).
       recycle: scale of one-step prediction errors that are put back on the condition frames of
@@ -38,13 +41,14 @@ class SwinDPM(Denoising):
       late_binding: share of samples whose noisiest slots hold the control of the stream's entry
         slot, as in play, where later controls are not known yet. 0 switches it off (reference).
     """
+    uniform: float = 0.0
     condition_noise: int = 0
     recycle: float = 0.0
     late_binding: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_shares('late_binding')
+        self.check_shares('late_binding', 'uniform')
         if not 0 <= self.condition_noise < 250:
             raise ValueError(f'stage.condition_noise: got {self.condition_noise}, '
                              'expected 0 to 249')
@@ -61,7 +65,7 @@ class SwinDPM(Denoising):
         return made
 
     def loss(self, world, params, batch, key):
-        keys, schedule = jax.random.split(key, 8), world.schedule
+        keys, schedule = jax.random.split(key, 9), world.schedule
         clean = batch['latents'].astype(jnp.float32)
         stream = world.cfg.stream       # with groups as wide as this batch has them
         width = (clean.shape[1] - stream.context) // stream.groups
@@ -75,6 +79,11 @@ class SwinDPM(Denoising):
         told = jnp.where(jax.random.uniform(keys[4], (size, 1)) < 0.5, 0, told)
         told = jnp.broadcast_to(told, (size, context))
         levels = grouped_levels(u, stream.groups, stream.group_frames, told)
+        if self.uniform:
+            draws = jax.random.split(keys[8])
+            one = jax.random.uniform(draws[0], (size, 1)) < self.uniform
+            level = jax.random.randint(draws[1], (size, 1), 0, 1000)
+            levels = levels.at[:, context:].set(jnp.where(one, level, levels[:, context:]))
         counted = (jnp.arange(stream.frames) >= context).astype(jnp.float32)
         noise = jax.random.normal(keys[5], clean.shape)
 

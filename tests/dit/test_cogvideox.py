@@ -191,10 +191,23 @@ def test_config_refuses_other_maths(changes, message):
         cogvideox.Config.from_released(released)
 
 
-def test_only_networks_with_recency_say_so():
-    recent = dataclasses.replace(TINY, control=dataclasses.replace(TINY.control, recency=2.0))
-    assert cogvideox.Config.from_released(recent.to_released()) == recent
-    assert 'control_recency' not in TINY.to_released()
+def test_only_networks_of_ours_have_our_keys():
+    ours = dataclasses.replace(
+        TINY, control=dataclasses.replace(TINY.control, recency=2.0, modulate=True))
+    assert cogvideox.Config.from_released(ours.to_released()) == ours
+    assert not {'control_recency', 'control_modulate'} & set(TINY.to_released())
+
+
+def test_a_control_that_modulates_is_seen_before_the_control_blocks_are():
+    cfg = dataclasses.replace(TINY, control=dataclasses.replace(TINY.control, modulate=True))
+    latents, text, level, control = inputs(cfg)
+    params = cogvideox.init(cfg, jax.random.key(0))     # control blocks start as the identity
+    made = [cogvideox.DiT(cfg).apply({'params': params}, latents, text, level, factor * control)
+            for factor in (1, 2)]
+    assert float(jnp.abs(made[0] - made[1]).max()) > 1e-4
+    table = cogvideox.weights(cfg)
+    again = to_jax(table, to_torch(table, params), cogvideox.shapes(cfg))
+    assert jax.tree.structure(again) == jax.tree.structure(params)
 
 
 def test_config_reads_what_a_stage_one_release_leaves_out():
