@@ -44,7 +44,8 @@ VAE_LONG = Run(world=WORLD, data='data/carracing', stage=Autoencode(
     frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)),
     train=Train(steps=1400, batch=1, save_every=200))
 SWIN = Run(world=WORLD, data='data/carracing', stage=SwinDPM(
-    ema=0.995, text_dropout=0.05, condition_noise=100, late_binding=0.5, train_encoders=True,
+    ema=0.995, text_dropout=0.05, condition_noise=100, late_binding=0.5, uniform=0.35,
+    train_encoders=True,
     optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=4800, batch=8))
 # One network call per shift, learned from the stream of SWIN.
 STREAM = Run(
