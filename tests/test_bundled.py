@@ -36,7 +36,7 @@ def test_same_seed_same_frames_and_keys_matter(opened):
     assert clip.symbols == ['DL'] * 8
     np.testing.assert_array_equal(left, drive('DL', 1)[0])
     right = drive('DR', 1)[0]
-    assert np.abs(left.astype(int) - right).mean() > 0
+    assert np.abs(left.astype(int) - right).mean() > 2      # grey levels: the road turns away
     assert np.abs(left.astype(int) - drive('DL', 2)[0]).mean() > 0
 
 
