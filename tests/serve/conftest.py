@@ -45,7 +45,7 @@ class Player:
         self.frames, self.keys, self.notes = {}, {}, []
         self.welcome = self.wait('welcome', 'closed')
 
-    def read(self, timeout=20.0):
+    def read(self, timeout=60.0):
         """One message: a note, or None for a frame."""
         message = self.socket.recv(timeout=timeout)
         if isinstance(message, str):
@@ -59,7 +59,7 @@ class Player:
             self.send(type='seen', frame=index)
         return None
 
-    def wait(self, *kinds, seconds=30.0):
+    def wait(self, *kinds, seconds=60.0):
         """Reads on to a note of one of these types."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -120,7 +120,7 @@ class Running:
     def players(self):
         return json.loads(self.http('/healthz')[1])['players']
 
-    def until(self, condition, seconds=10.0):
+    def until(self, condition, seconds=60.0):
         """Waits for something to become true."""
         end = time.monotonic() + seconds
         while not condition():
