@@ -3,7 +3,8 @@
     tools/collect.py CarRacing-v3 --out data/carracing --hours 1 --themes all
     tools/train.py carracing:VAE      --out runs/vae
     tools/train.py carracing:VAE_LONG --out runs/long --weights runs/vae/weights
-    tools/train.py carracing:SWIN     --out runs/swin --weights runs/long/weights
+    tools/train.py carracing:BASE     --out runs/base --weights runs/long/weights
+    tools/train.py carracing:SWIN     --out runs/swin --weights runs/base/weights
     tools/generate.py carracing:SWIN  --weights runs/swin/weights
     tools/train.py carracing:STREAM   --out runs/stream --weights runs/swin/weights
     tools/generate.py carracing:STREAM --weights runs/stream/weights
@@ -12,6 +13,7 @@
 import dataclasses
 
 from matrix_jax.config import Run, Train
+from matrix_jax.diffusion.sampling import Config as Clip
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.stream.swin import Config as Swin
@@ -19,6 +21,7 @@ from matrix_jax.train.consistency import StreamConsistency
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.swin_dpm import SwinDPM
 from matrix_jax.train.vae import Autoencode
+from matrix_jax.train.whole_clip import WholeClip
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds.the_matrix import Config
 
@@ -43,6 +46,12 @@ VAE = Run(world=WORLD, data='data/carracing', stage=Autoencode(ema=0.99, optimiz
 VAE_LONG = Run(world=WORLD, data='data/carracing', stage=Autoencode(
     frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)),
     train=Train(steps=1400, batch=1, save_every=200))
+# Stage 2: whole clips of two seconds from nothing but text and keys.
+BASE = Run(
+    world=dataclasses.replace(WORLD, clip=Clip(steps=20, guidance=1.0, solver='ddim')),
+    data='data/carracing', stage=WholeClip(
+        clip_frames=(33,), ema=0.995, text_dropout=0.05, train_encoders=True,
+        optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=900, batch=8))
 SWIN = Run(world=WORLD, data='data/carracing', stage=SwinDPM(
     ema=0.995, text_dropout=0.05, condition_noise=100, late_binding=0.5, uniform=0.35,
     train_encoders=True,
