@@ -5,7 +5,8 @@
 | B      | batch (players)      | batch        | data, fsdp           |
 | F      | pixel frames         |              |                      |
 | T      | latent frames        |              |                      |
-| H W    | latent height, width |              |                      |
+| H      | latent height        | rows         | seq                  |
+| W      | latent width         |              |                      |
 | C      | latent channels      |              |                      |
 | N      | video tokens         | tokens       | seq                  |
 | L      | text tokens          |              |                      |
@@ -29,8 +30,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('data', 'fsdp', 'tensor', 'seq')
-RULES = {'batch': ('data', 'fsdp'), 'tokens': 'seq', 'heads': 'tensor', 'mlp': 'tensor',
-         'embed': 'fsdp'}
+RULES = {'batch': ('data', 'fsdp'), 'rows': 'seq', 'tokens': 'seq', 'heads': 'tensor',
+         'mlp': 'tensor', 'embed': 'fsdp'}
 LETTERS = {'b': 'batch', 'n': 'tokens', 'd': 'embed', 'k': 'heads', 'm': 'mlp'}
 
 
@@ -98,7 +99,7 @@ def constrain(x, *names):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, _fitting(names, x.shape, mesh, uneven='tokens'))
+    return jax.lax.with_sharding_constraint(x, fitting(names, x.shape, mesh, uneven='tokens'))
 
 
 def spread(function, arguments, result):
@@ -116,15 +117,15 @@ def spread(function, arguments, result):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return function(*arrays)
-        specs = tuple(_fitting(names, array.shape, mesh)
+        specs = tuple(fitting(names, array.shape, mesh)
                       for names, array in zip(arguments, arrays, strict=True))
         return jax.shard_map(function, in_specs=specs, out_specs=specs[result],
                              check_vma=False)(*arrays)
     return call
 
 
-def _fitting(names, shape, mesh, uneven: str = '') -> PartitionSpec:
-    """`spec` of the axes that divide evenly, or may do without."""
+def fitting(names, shape, mesh, uneven: str = '') -> PartitionSpec:
+    """`spec` of the axes of an array that divide evenly over a mesh, or may do without."""
     def ways(name):
         rule = RULES.get(name) or ()
         return math.prod(mesh.shape[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
