@@ -1,6 +1,7 @@
 """Measure a world: obedience to keys, the closed loop, reconstruction, drift; tables and pictures.
 
     tools/evaluate.py carracing:SWIN --weights runs/swin/weights --data data/carracing --out eval
+    tools/evaluate.py --compare eval/teacher eval/student
 """
 
 import dataclasses
@@ -14,10 +15,17 @@ def main(argv):
     add = parser.add_argument
     add('--seconds', type=int, help='length of streams under scripted keys (default 30)')
     add('--drive-seconds', type=int, help='length of driven streams (default 60)')
-    add('--streams', type=int, help='streams per row of the tables (default 5, one per theme)')
+    add('--long-seconds', type=int, help='length of one more driven stream (default 0, none)')
+    add('--streams', type=int, help='streams per row of the tables (default 6)')
     add('--eval-seed', type=int, help='seed of starts, scripts and noise (default 0)')
     add('--quick', action='store_true', help='a rough look in a few minutes')
+    add('--compare', nargs='+', metavar='DIR', help='print finished results side by side')
     options, run = parser.run(argv, recipe='carracing:SWIN')
+    if options.compare:
+        with config.door():
+            from matrix_jax.evals import tables
+            print(tables.compare(options.compare))
+        return
     if run.data is None:
         raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
     with config.door():
@@ -25,10 +33,11 @@ def main(argv):
         from matrix_jax.evals import report
         cfg = report.quick(report.Config()) if options.quick else report.Config()
         given = {'seconds': options.seconds, 'drive_seconds': options.drive_seconds,
-                 'streams': options.streams, 'seed': options.eval_seed}
+                 'streams': options.streams, 'seed': options.eval_seed,
+                 'long_seconds': options.long_seconds}
         given = {name: value for name, value in given.items() if value is not None}
         for name in given:
-            config.at_least(f'--{name}', given[name], 0 if name == 'seed' else 1)
+            config.at_least(f'--{name}', given[name], 0 if name in ('seed', 'long_seconds') else 1)
         cfg = dataclasses.replace(cfg, **given)
         world, params = worlds.open_run(run)
         out = run.out or f'outputs/eval-{run.name.replace(":", "-").lower()}'

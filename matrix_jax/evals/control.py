@@ -60,16 +60,17 @@ class Probe(nn.Module):
         self.out = nn.Dense(2)
 
     def __call__(self, x):
-        both = self.features(jnp.concatenate([x, x[:, :, ::-1]]))
+        both = self.out(self.features(jnp.concatenate([x, x[:, :, ::-1]])))
         plain, mirrored = jnp.split(both, 2)
         return (plain + mirrored * jnp.array([-1, 1])) / 2
 
     def features(self, x):
+        """Windows [B H W F] -> what the two numbers are read from, [B hidden]."""
         x = x - x.mean((1, 2, 3), keepdims=True)
         x = x / (x.std((1, 2, 3), keepdims=True) + 0.02)
         for conv in self.convs:
             x = nn.gelu(conv(x))
-        return self.out(nn.gelu(self.hidden(x.reshape(len(x), -1))))
+        return nn.gelu(self.hidden(x.reshape(len(x), -1)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,17 +169,31 @@ def train(cfg: Config, data: Examples, progress: Callable = lambda steps: steps)
 
 def read(cfg: Config, params, data: Examples, batch: int = 256) -> np.ndarray:
     """What the probe sees: float32 [M 2], turn rate (left positive) and speed."""
+    return _each(_see, cfg, params, data, batch) * np.array(cfg.scale, np.float32)
+
+
+def features(cfg: Config, params, data: Examples, batch: int = 256) -> np.ndarray:
+    """What the probe reads its numbers from: float32 [M hidden]."""
+    return _each(_feel, cfg, params, data, batch)
+
+
+def _each(look: Callable, cfg: Config, params, data: Examples, batch: int) -> np.ndarray:
     count, found = len(data.ends), []
     for start in range(0, count, batch):
         # One shape, one compilation: the last batch is filled with what is there.
         index = np.minimum(np.arange(start, start + batch), count - 1)
-        found.append(np.asarray(_see(cfg, params, windows(cfg, data, index))))
-    return np.concatenate(found)[:count] * np.array(cfg.scale, np.float32)
+        found.append(np.asarray(look(cfg, params, windows(cfg, data, index))))
+    return np.concatenate(found)[:count]
 
 
 @partial(jax.jit, static_argnums=0)
 def _see(cfg: Config, params, x):
     return Probe(cfg).apply({'params': params}, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _feel(cfg: Config, params, x):
+    return Probe(cfg).apply({'params': params}, x, method='features')
 
 
 def threshold(turn, controls) -> float:

@@ -1,4 +1,4 @@
-"""What a world is worth: obedience, the closed loop, reconstruction, drift and pictures.
+"""What a world is worth: obedience, the closed loop, reconstruction, drift, speed and pictures.
 
 Each section gives plain numbers next to a ceiling (the real game under the same keys) and a floor.
 `results.json` is written after each section, `report.md` and the sheets at the end.
@@ -19,11 +19,11 @@ from matrix_jax.config import UsageError
 from matrix_jax.controls import FRAMES_PER_CONTROL, SYMBOLS
 from matrix_jax.data.carracing import THEMES
 from matrix_jax.data.loader import Clips
-from matrix_jax.evals import control, driver
+from matrix_jax.evals import control, driver, tables
+from matrix_jax.evals import drift as drifts
+from matrix_jax.evals import scripted as scripts
+from matrix_jax.evals.scripted import Scripted
 from matrix_jax.evals.video import Streams, by_second, indices, psnr, reconstruct, sheet
-
-SCRIPTS = ('left', 'right', 'straight', 'mixed')
-HELD = {'left': 'DL', 'right': 'DR', 'straight': 'D'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,8 @@ class Config:
     Attributes:
       seconds: length of streams under scripted keys.
       drive_seconds: length of driven streams.
-      streams: streams per script, and driven ones; themes in turn.
+      long_seconds: length of one more driven stream; 0 = none.
+      streams: streams per script, and driven ones; themes in turn, every other one mirrored.
       clips, clip_frames: held-out clips for the reconstruction, and frames of each, 1 + 8k.
       windows: most windows of real clips that the probe is tested on.
       settle: latent frames at the start that are not judged: the window knows the real ones.
@@ -44,7 +45,8 @@ class Config:
     """
     seconds: int = 30
     drive_seconds: int = 60
-    streams: int = 5
+    long_seconds: int = 0
+    streams: int = 6
     clips: int = 15
     clip_frames: int = 97
     windows: int = 3000
@@ -88,14 +90,21 @@ def evaluate(world, params, data: str, out, cfg: Config, log=print) -> dict:
     done('probe', real)
     game = driver.carracing.Game()
     starts = driver.starts(game, cfg.streams, 8 + stream.frames, cfg.seed)
-    scripted = scripts(world, params, game, starts, cfg)
+    done('speed', speed(world, params, game, starts[0], cfg))
+    scripted = scripts.run(world, params, game, starts, cfg.seconds, cfg.seed, _bar)
     done('obedience', obedience(cfg, probe, scripted, stream.context))
     done('drift', drift(scripted, starts, world.cfg.fps))
+    done('fidelity', fidelity(cfg, probe, scripted, held_out, stream.context))
     draw_scripts(scripted, cfg, world.cfg.fps, out)
     loop, drives = closed_loop(world, params, game, starts, cfg)
     done('closed_loop', loop)
+    done('drive_drift', {name: drifts.seconds(
+        [frames for frames, _ in drives[name]], [frames for frames, _ in drives['game']],
+        [start.theme for start in starts], world.cfg.fps) for name in ('world', 'game')})
     draw_drives(drives, cfg, world.cfg.fps, out)
-    (out / 'report.md').write_text(markdown(results, cfg))
+    if cfg.long_seconds:
+        done('long', long_drive(world, params, game, starts[:1], cfg, out))
+    (out / 'report.md').write_text(tables.report(results))
     return results
 
 
@@ -156,63 +165,6 @@ def _rebuilt_examples(clips, rebuilt, context: int, cfg: Config):
 # --- scripted keys ---------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Scripted:
-    """Streams of one script, and the real game under the same keys from the same place.
-
-    Attributes:
-      keys: per stream, a symbol per latent frame, those of the context first.
-      real, made: uint8 [B F H W 3], F = 1 + 4 (T-1), the real context first in both.
-      telemetry: of the real game [B F 6].
-      context: frames that both share.
-    """
-    keys: list[list[str]]
-    real: np.ndarray
-    made: np.ndarray
-    telemetry: np.ndarray
-    context: int
-
-
-def script(name: str, count: int, seed: int) -> list[str]:
-    """`count` symbols: one key held, or all nine in turn for one to two seconds each."""
-    if name in HELD:
-        return [HELD[name]] * count
-    rng, keys = np.random.default_rng(seed), []
-    while len(keys) < count:
-        # Gas moves the car: with each symbol once, it would stand still most of the time.
-        for symbol in rng.permutation([*SYMBOLS, 'D', 'DL', 'DR']):
-            keys += [str(symbol)] * int(rng.integers(4, 9))
-    return keys[:count]
-
-
-def scripts(world, params, game, starts, cfg: Config) -> dict[str, Scripted]:
-    """All scripts in the game and in the world."""
-    stream, per = world.cfg.stream, FRAMES_PER_CONTROL
-    streams = Streams(world, params, 'tail')
-    count = cfg.seconds * world.cfg.fps // per
-    found = {}
-    for name in SCRIPTS:
-        real, states, keys = [], [], []
-        for index, start in enumerate(starts):
-            new = script(name, max(count, stream.frames), cfg.seed + index)
-            frames, before, telemetry = driver.begin(game, start, stream.context)
-            shown, after = driver.play(game, new)
-            real.append(np.concatenate([frames, shown]))
-            states.append(np.concatenate([telemetry, after]))
-            keys.append(before + new)
-        real = np.stack(real)
-        prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
-        made = streams.script(prompts, real[:, :1 + per * (stream.frames - 1)],
-                              np.stack([indices(one) for one in keys]), count, cfg.seed,
-                              _bar(name))
-        context, length = real.shape[1] - per * len(new), per * count
-        real = real[:, :context + length]
-        made = np.concatenate([real[:, :context], made], axis=1)
-        found[name] = Scripted([one[:stream.context + count] for one in keys], real, made,
-                               np.stack(states)[:, :context + length], context)
-    return found
-
-
 def obedience(cfg: Config, probe, scripted: dict[str, Scripted], context: int) -> dict:
     """Scores of each script and of all together, in the world and in the game."""
     params, limit = probe
@@ -240,19 +192,60 @@ def _obeyed(made, real, controls, limit) -> dict:
 
 
 def drift(scripted: dict[str, Scripted], starts, fps: int) -> dict:
-    """Per script and second: road area, car and palette of generated and real frames."""
-    measures = {'road': lambda frames, theme: driver.road_area(frames, theme),
-                'car': lambda frames, theme: driver.car_seen(frames),
-                'palette': lambda frames, theme: driver.palette_match(frames, theme)}
+    """Per script, for the world and the game: `drift.seconds` of what comes after the context."""
+    themes = [start.theme for start in starts]
     result = {}
     for name, one in scripted.items():
-        result[name] = {}
-        for kind, videos in (('generated', one.made), ('real', one.real)):
-            for label, measure in measures.items():
-                values = [measure(frames[one.context:], start.theme)
-                          for frames, start in zip(videos, starts, strict=True)]
-                result[name][f'{label}_{kind}'] = by_second(values, fps).mean(0).round(3).tolist()
+        made, real = one.made[:, one.context:], one.real[:, one.context:]
+        result[name] = {'generated': drifts.seconds(made, real, themes, fps),
+                        'real': drifts.seconds(real, real, themes, fps)}
     return result
+
+
+def fidelity(cfg: Config, probe, scripted: dict[str, Scripted], held_out: Clips,
+             context: int) -> dict:
+    """RFD, the Frechet distance on the probe's own features, and seams; each with its ceiling.
+
+    The ceiling of the RFD is that of held-out clips to the game under the same keys.
+    """
+    params, _ = probe
+
+    def features(clips, skip):
+        data = control.examples(cfg.probe, clips, skip)
+        return control.features(cfg.probe, params, control.sample(data, cfg.windows, cfg.seed))
+
+    found = {}
+    for kind in ('made', 'real'):
+        found[kind] = features([(frames, indices(keys), None) for one in scripted.values()
+                                for frames, keys in zip(getattr(one, kind), one.keys, strict=True)],
+                               context + cfg.settle)
+    clips = features(map(_example, _each(held_out)), 0)
+    shift = FRAMES_PER_CONTROL
+    return {'rfd': drifts.frechet(found['made'], found['real']),
+            'rfd_real': drifts.frechet(clips, found['real']),
+            **{name: drifts.seams(getattr(scripted['mixed'], kind)[:, scripted['mixed'].context:],
+                                  shift)
+               for name, kind in (('seams', 'made'), ('seams_real', 'real'))}}
+
+
+def speed(world, params, game, start, cfg: Config, shifts: int = 40) -> dict:
+    """Frames per second of one stream on this machine, after compilation, decoder included."""
+    streams = Streams(world, params, 'head')
+    frames, keys, _ = driver.begin(game, start, world.cfg.stream.frames)
+    carry = streams.start([driver.THEMES[start.theme].captions[0]], frames[None],
+                          indices(keys[:streams.cfg.remembered])[None], cfg.seed)
+    straight = np.full((1, 1), SYMBOLS.index('D'))
+    took = []
+
+    def key(shift, newest):
+        took.append(time.perf_counter())
+        return straight
+
+    shown = streams.run(carry, key, 5 + shifts)
+    steps = np.diff(took)[4:]
+    return {'fps': float(shown.shape[1] / (5 + shifts) / np.median(steps)),
+            'calls_per_shift': world.cfg.stream.steps // world.cfg.stream.groups,
+            'shift_ms': float(1000 * np.median(steps))}
 
 
 # --- the closed loop -------------------------------------------------------------------------
@@ -316,6 +309,23 @@ def drive_world(streams: Streams, starts, begun, cfg: driver.Config, holds: int,
     return [(frames, keys[:holds]) for frames, keys in zip(shown, pressed, strict=True)]
 
 
+def long_drive(world, params, game, starts, cfg: Config, out: Path) -> dict:
+    """One stream that is driven from its frames for long: what each minute shows."""
+    fps, stream = world.cfg.fps, world.cfg.stream
+    streams = Streams(world, params, 'head')
+    lagged = driver.Config(cruise=cfg.cruise, lag=streams.lag)
+    holds = cfg.long_seconds * fps // FRAMES_PER_CONTROL
+    begun = [driver.begin(game, start, stream.frames) for start in starts]
+    (frames, _), = drive_world(streams, starts, begun, lagged, holds, None, cfg.seed)
+    found = drifts.seconds([frames], [begun[0][0]], [starts[0].theme], fps)
+    found['on_road'] = by_second(driver.on_road(frames, starts[0].theme), fps).tolist()
+    times = np.linspace(2, cfg.long_seconds, 16)
+    video.write_image(out / 'long.png', sheet([frames], times, fps, width=160))
+    return {'seconds': cfg.long_seconds, **{
+        name: [round(float(np.mean(values[at:at + 60])), 3)
+               for at in range(0, cfg.long_seconds, 60)] for name, values in found.items()}}
+
+
 def _bar(name: str):
     """What wraps a range of steps in a progress bar that vanishes at its end."""
     from tqdm import tqdm
@@ -327,7 +337,7 @@ def _mean(scores: list[dict]) -> dict:
     return mean | {'each': [round(score['seconds_on_road'], 1) for score in scores]}
 
 
-# --- pictures and tables ---------------------------------------------------------------------
+# --- pictures --------------------------------------------------------------------------------
 
 
 def draw_scripts(scripted: dict[str, Scripted], cfg: Config, fps: int, out: Path):
@@ -350,43 +360,3 @@ def draw_drives(drives, cfg: Config, fps: int, out: Path):
     drawn = [np.repeat(keys, FRAMES_PER_CONTROL).tolist() for _, keys in drives['world']]
     video.write_image(out / 'drive.png', sheet(rows, times, fps, drawn, width=160))
     video.write_video(out / 'drive.mp4', rows[0], fps, drawn[0])
-
-
-def markdown(results: dict, cfg: Config) -> str:
-    """The report as Markdown tables."""
-    probe, obeyed, loop = results['probe'], results['obedience'], results['closed_loop']
-    both = obeyed['all']
-    road = {name: f'{value["seconds_on_road"]:.1f}' for name, value in loop.items()
-            if isinstance(value, dict)}
-    steer = [f'{both["generated"]["balanced"]:.2f}',
-             f'{both["real"]["balanced"]:.2f} (held-out clips {probe["real"]["balanced"]:.2f}, '
-             f'through the VAE {probe["reconstructed"]["balanced"]:.2f})',
-             f'{both["generated"]["shuffled"]:.2f} (keys shuffled)']
-    drive = [road['world'], f'{road["game"]} ({road["game, late keys"]} with keys as late)',
-             f'{road["world, D held"]} (D held; in the game {road["game, D held"]})']
-    drift = [[name, second, *(f'{results["drift"][name][f"{label}_{kind}"][second - 1]:.2f}'
-                              for label in ('road', 'car', 'palette')
-                              for kind in ('generated', 'real'))]
-             for name in SCRIPTS
-             for second in sorted({min(int(at), cfg.seconds) for at in cfg.times})]
-    each = [[name, *(f'{obeyed[name][kind]["accuracy"]:.2f}' for kind in ('generated', 'real')),
-             *(f'{obeyed[name][key]:.2f}' if key in obeyed[name] else ''
-               for key in ('gain', 'bias'))] for name in SCRIPTS]
-    return '\n'.join([
-        *_table(['measure', 'generated', 'real game (ceiling)', 'floor'], [
-            ['steering that the probe sees, balanced accuracy', *steer],
-            ['turn of a held key / that in the game', f'{both["gain"]:.2f}', '1', '0'],
-            [f'seconds on the road of {loop["seconds"]}, driven from frames', *drive],
-            ['VAE on held-out frames', f'{results["reconstruction"]["psnr"]:.1f} dB', '', '']]),
-        *_table(['script', 'steering as commanded', 'in the game', 'turn / game',
-                 'turn without a key, less the game, rad/s'], each),
-        *_table(['script', 'second', 'road area', 'game', 'car seen', 'game', 'palette', 'game'],
-                drift),
-        f'{cfg.streams} streams per row, {cfg.seconds} s under scripted keys; seed {cfg.seed}; '
-        f'probe threshold {probe["threshold"]:.2f} rad/s. The judge of the road agrees with the '
-        f'telemetry on {100 * loop["judge_agrees"]:.1f}% of real frames.', ''])
-
-
-def _table(head, rows) -> list[str]:
-    lines = [head, ['---'] * len(head), *rows]
-    return ['| ' + ' | '.join(map(str, line)) + ' |' for line in lines] + ['']

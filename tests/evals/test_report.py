@@ -12,11 +12,12 @@ import pytest
 from matrix_jax.config import UsageError
 from matrix_jax.data.carracing import Game, record
 from matrix_jax.data.records import SUFFIX, write_shard
-from matrix_jax.evals import control, report
+from matrix_jax.evals import control, report, tables
+from matrix_jax.evals.scripted import SCRIPTS
 from tests.evals.test_video import World
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'evaluate.py'
-CFG = report.Config(seconds=2, drive_seconds=1, streams=1, clips=1, clip_frames=33,
+CFG = report.Config(seconds=2, drive_seconds=1, long_seconds=2, streams=2, clips=1, clip_frames=33,
                     times=(1.0, 2.0),
                     probe=control.Config(widths=(4, 8), hidden=8, steps=2, batch=4))
 
@@ -50,21 +51,29 @@ def test_a_blank_world_fails_where_the_game_passes(recorded, tmp_path):
     assert loop['game']['seconds_on_road'] == loop['game, late keys']['seconds_on_road'] == 1
     assert loop['world']['seconds_on_road'] == 0 and loop['judge_agrees'] > 0.9
     drift = results['drift']['straight']
-    assert drift['road_generated'] == [0, 0] and min(drift['road_real']) > 0.05
-    assert drift['car_generated'] == [0, 0] and drift['car_real'] == [1, 1]
-    assert set(results['obedience']) == {'all', *report.SCRIPTS}
+    made, real = drift['generated'], drift['real']
+    assert made['road'] == [0, 0] and min(real['road']) > 0.05
+    assert made['car'] == [0, 0] and real['car'] == [1, 1]
+    assert made['sharpness'] == [0, 0] and min(made['color']) > 10 > max(real['color'])
+    assert set(results['obedience']) == {'all', *SCRIPTS}
+    assert results['fidelity']['rfd'] > results['fidelity']['rfd_real'] > 0
+    assert results['long']['on_road'] == [0] and results['speed']['calls_per_shift'] == 5
     text = (tmp_path / 'report.md').read_text()
     assert '| straight | 2 | 0.00 |' in text and 'seconds on the road of 1' in text
     made = {path.name for path in tmp_path.iterdir()}
-    assert {'scripts-0.png', 'scripts-0-real.png', 'drive.png', 'drive.mp4',
+    assert {'scripts-0.png', 'scripts-1-real.png', 'drive.png', 'drive.mp4', 'long.png',
             'probe.msgpack'} <= made
+    table = tables.compare([str(tmp_path)]).splitlines()
+    assert table[2].startswith(f'| {tmp_path.name} | 0.') and '| 0.0 of 1 |' in table[2]
+    assert table[3].startswith('| real game |') and '| 1.0 of 1 |' in table[3]
 
 
-def test_scripts_are_of_their_length_and_mixed_ones_hold_every_symbol():
-    assert report.script('left', 5, 0) == ['DL'] * 5
-    mixed = report.script('mixed', 240, 1)
-    assert len(mixed) == 240 and set(mixed) == set(report.SYMBOLS)
-    assert mixed == report.script('mixed', 240, 1) != report.script('mixed', 240, 2)
+def test_results_that_are_not_there_are_named(tmp_path):
+    with pytest.raises(UsageError, match='results.json'):
+        tables.compare([str(tmp_path)])
+    (tmp_path / 'results.json').write_text('{"obedience": {}}')
+    with pytest.raises(UsageError, match="has no 'all'"):
+        tables.compare([str(tmp_path)])
 
 
 def test_a_stream_of_larger_groups_is_refused(recorded, tmp_path):

@@ -1,0 +1,108 @@
+"""Does it last? What any video tells per second, and how far two sets of videos lie apart.
+
+All of it is shown next to the real game: a palette that holds proves nothing without a road.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from matrix_jax.evals import driver
+from matrix_jax.evals.video import by_second
+
+# Of linear sRGB (D65) to XYZ, over the white point: CIE 1976 L*a*b*.
+XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+                [0.0193339, 0.1191920, 0.9503041]]) / np.array([[0.95047], [1.0], [1.08883]])
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def lab(colors) -> np.ndarray:
+    """sRGB [... 3] in 0 .. 255 -> CIE L*a*b* [... 3]; the Euclidean distance of two is Delta E."""
+    light = np.asarray(colors, np.float64) / 255
+    light = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
+    x, y, z = np.moveaxis(light @ XYZ.T, -1, 0)
+    x, y, z = (np.where(part > 216 / 24389, np.cbrt(part), (24389 / 27 * part + 16) / 116)
+               for part in (x, y, z))
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def sharpness(frames) -> np.ndarray:
+    """Frames uint8 [F H W 3] -> mean step of the luma between neighbouring pixels [F], 0 .. 255."""
+    found = []
+    for frame in frames:
+        luma = frame.astype(np.float32) @ LUMA
+        found.append(np.abs(np.diff(luma, axis=0)).mean() + np.abs(np.diff(luma, axis=1)).mean())
+    return np.array(found) / 2
+
+
+def mean_color(frames) -> np.ndarray:
+    """Frames uint8 [F H W 3] -> their mean colours [F 3]."""
+    return frames.reshape(len(frames), -1, 3).mean(axis=1)
+
+
+def seconds(videos: Sequence[np.ndarray], reference: Sequence[np.ndarray], themes: Sequence[str],
+            fps: int) -> dict[str, list[float]]:
+    """Means over videos, by second.
+
+    Args:
+      videos: uint8 [F H W 3] each.
+      reference: videos of the real game, whose mean colour is what the colour is held against.
+      themes: of each video.
+
+    Returns:
+      road (share of the picture), car (share of frames that show it), palette (share of pixels near
+      the theme's colours), sharpness, and color: Delta E of the second's mean colour from that of
+      the whole reference.
+    """
+    found = {'road': [], 'car': [], 'palette': [], 'sharpness': [], 'color': []}
+    for frames, real, theme in zip(videos, reference, themes, strict=True):
+        shown = by_second(mean_color(frames).T, fps).T
+        apart = lab(shown) - lab(mean_color(real).mean(axis=0))
+        for name, values in (('road', driver.road_area(frames, theme)),
+                             ('car', driver.car_seen(frames)),
+                             ('palette', driver.palette_match(frames, theme)),
+                             ('sharpness', sharpness(frames))):
+            found[name].append(by_second(values, fps))
+        found['color'].append(np.linalg.norm(apart, axis=-1))
+    return {name: np.mean(values, axis=0).round(3).tolist() for name, values in found.items()}
+
+
+def seams(videos, shift_frames: int) -> float:
+    """How much more a picture changes from shift to shift than inside one; 1 = no seam, or still.
+
+    Args:
+      videos: uint8 [B F H W 3] whose first frame starts a shift.
+      shift_frames: frames of a shift.
+    """
+    inside, across = [], []
+    for frames in videos:
+        step = np.array([np.abs(np.subtract(after, before, dtype=np.float32)).mean()
+                         for before, after in zip(frames, frames[1:], strict=False)])
+        border = np.arange(1, len(step) + 1) % shift_frames == 0
+        across.append(step[border])
+        inside.append(step[~border])
+    across, inside = np.concatenate(across).mean(), np.concatenate(inside).mean()
+    return float(across / inside) if inside else 1.0
+
+
+def frechet(first, second) -> float:
+    """Frechet distance of two Gaussians that are fitted to features [N D] and [M D].
+
+    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), as in the Frechet inception distance
+    (arXiv 1706.08500). Its value depends on the features: name them next to it.
+
+    Raises:
+      ValueError: fewer than two samples.
+    """
+    if min(len(first), len(second)) < 2:
+        raise ValueError(f'frechet: got {len(first)} and {len(second)} samples, expected two each')
+    first, second = np.asarray(first, np.float64), np.asarray(second, np.float64)
+    apart = first.mean(axis=0) - second.mean(axis=0)
+    one, two = np.cov(first, rowvar=False), np.cov(second, rowvar=False)
+    # The eigenvalues of S1 S2 are those of the symmetric S1^(1/2) S2 S1^(1/2).
+    values, vectors = np.linalg.eigh(one)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    mixed = np.sqrt(np.linalg.eigvalsh(root @ two @ root).clip(0)).sum()
+    return float(max(apart @ apart + np.trace(one) + np.trace(two) - 2 * mixed, 0.0))
