@@ -52,6 +52,10 @@ class Autoencode(Stage):
         from matrix_jax.data.loader import Loader
         return Loader(data, self.frames, batch, seed, mirror=0.5 if world.cfg.mirror else 0.0)
 
+    def example(self, world, batch):
+        shape = batch, self.frames, world.cfg.height, world.cfg.width, 3
+        return {'frames': jax.ShapeDtypeStruct(shape, jnp.uint8)}
+
     def loss(self, world, params, batch, key):
         cfg = world.cfg.vae
         frames = batch['frames'].astype(jnp.float32) / 127.5 - 1

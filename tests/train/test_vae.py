@@ -1,6 +1,7 @@
 import jax
 import numpy as np
 
+from matrix_jax import config, worlds
 from matrix_jax.train.vae import rescaled
 from matrix_jax.vae import cogvideox as vae
 
@@ -21,3 +22,14 @@ def test_rescaled_latents_make_the_same_frames():
     np.testing.assert_allclose(small_logvar + 2 * np.log(std), logvar, atol=1e-5)
     decode = jax.jit(lambda p, z: vae.decode(TINY, p, z))
     np.testing.assert_allclose(decode(scaled, small), decode(params, mean), atol=1e-4)
+
+
+def test_the_loss_takes_the_example_of_a_dry_run():
+    run = config.load('the_matrix:TINY_VAE', ['--stage.frames', '17'])
+    world = worlds.build(run.world)
+    example = run.stage.example(world, 3)
+    assert example['frames'].shape == (3, 17, 32, 48, 3)
+    params = run.stage.start(world, world.shapes(), 0)
+    loss, metrics = jax.eval_shape(lambda p, b, k: run.stage.loss(world, p, b, k), params, example,
+                                   jax.random.key(0))
+    assert loss.shape == () and {one.shape for one in metrics.values()} == {()}
