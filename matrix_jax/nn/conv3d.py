@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
+from matrix_jax.nn import rows
+
 # Uniform: drawing normal numbers takes the compiler longer than all the rest.
 fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
 
@@ -92,7 +94,8 @@ def conv3d(x, kernel):
     kt, kh, kw = kernel.shape[:3]
     if (kt, kh, kw) == (1, 1, 1):
         return x @ kernel[0, 0, 0]
-    pad = ((kh // 2, kh // 2), (kw // 2, kw // 2))
+    x, height = rows.bordered(x, kh // 2, kh // 2)
+    pad = (height, (kw // 2, kw // 2))
     if jax.default_backend() == 'gpu':
         return lax.conv_general_dilated(x, kernel, (1, 1, 1), ((0, 0), *pad),
                                         dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
@@ -103,6 +106,8 @@ def conv3d(x, kernel):
 
 def conv2d(x, kernel, pad, stride=1):
     """Frame by frame: [B T H W in], [kh kw in out] -> [B T H' W' out]."""
+    x, height = rows.bordered(x, *pad[0])
     y = lax.conv_general_dilated(rearrange(x, 'b t h w c -> (b t) h w c'), kernel,
-                                 (stride, stride), pad, dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+                                 (stride, stride), (height, pad[1]),
+                                 dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
     return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])

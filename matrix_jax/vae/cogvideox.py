@@ -8,6 +8,9 @@ latent frames, with the remainder in the first chunk).
     decode    latents -> frames          chunks of 2 latent frames
     prefill   latents -> cache, frames   the same, to be continued
     step      cache, latents -> cache, frames
+
+On a mesh the rows of the picture are split (`nn/rows.py`), equal to one device; a cache then lies
+where it was made.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ from jax import lax
 
 from matrix_jax import convert
 from matrix_jax.convert import Row
-from matrix_jax.nn import fresh
+from matrix_jax.nn import fresh, rows
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
 from matrix_jax.vae.tiling import Tiles, covers, tiled, windowed
 
@@ -191,10 +194,12 @@ def encode_step(cfg: Config, params, cache, frames):
     net, p = Encoder(cfg), cfg.patch_size
     frames = rearrange(frames, 'b f (h p) (w q) c -> b f h w (p q c)', p=p, q=p)
 
-    def run(cache, chunk):
-        return net.apply({'params': params['encoder']}, chunk, cache)
+    def run(params, cache, frames):
+        return chunked(lambda cache, chunk: net.apply({'params': params}, chunk, cache), cache,
+                       frames, ENCODE_CHUNK)
 
-    cache, moments = chunked(run, cache, frames.astype(cfg.dtype), ENCODE_CHUNK)
+    cache, moments = rows.split(run, params['encoder'], cache, frames.astype(cfg.dtype),
+                                unit=cfg.spatial_compression // p)
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return cache, mean, jnp.clip(logvar, -30, 20)
 
@@ -255,10 +260,11 @@ def step(cfg: Config, params, cache, latents):
                          f'{cfg.latent_channels}] with T > 0')
     net = Decoder(cfg)
 
-    def run(cache, chunk):
-        return net.apply({'params': params['decoder']}, chunk, cache)
+    def run(params, cache, latents):
+        return chunked(lambda cache, chunk: net.apply({'params': params}, chunk, cache), cache,
+                       latents, DECODE_CHUNK)
 
-    cache, frames = chunked(run, cache, latents.astype(cfg.dtype), DECODE_CHUNK)
+    cache, frames = rows.split(run, params['decoder'], cache, latents.astype(cfg.dtype))
     p = cfg.patch_size
     frames = rearrange(frames, 'b f h w (p q c) -> b f (h p) (w q) c', p=p, q=p)
     return cache, frames.astype(jnp.float32)

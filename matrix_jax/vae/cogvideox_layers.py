@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
+from matrix_jax.nn import rows
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
 
 
@@ -116,12 +117,13 @@ class GroupNorm(nn.Module):
 
         def group_mean(y):
             # Whole rows first, groups after: the reduction keeps the channels of a row together.
-            means = rearrange(y.mean((1, 2, 3)), 'b (g c) -> b g c', g=self.cfg.norm_groups)
+            means = rearrange(rows.mean(y), 'b (g c) -> b g c', g=self.cfg.norm_groups)
             means = repeat(means.mean(2), 'b g -> b (g c)', c=means.shape[2])
             return rearrange(means, 'b c -> b 1 1 1 c')
 
-        wide = wide - group_mean(wide)
-        wide = wide * (lax.rsqrt(group_mean(jnp.square(wide)) + self.cfg.norm_eps) * scale) + bias
+        mean = group_mean(wide)
+        mean, variance = rows.pool(mean, group_mean(jnp.square(wide - mean)))
+        wide = (wide - mean) * (lax.rsqrt(variance + self.cfg.norm_eps) * scale) + bias
         return wide.astype(x.dtype)
 
 
