@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.once import once
 from matrix_jax.nn.rope import timestep_code
 
 
@@ -82,7 +83,7 @@ class PairedAdaLN(nn.Module):
           video [B T N/T D], side [B L D], gate [B T 1 D], side gate [B 1 D]; all float32.
         """
         width = video.shape[-1]
-        parts = Linear(6 * width, name='linear')(jax.nn.silu(time))
+        parts = once(self, 'parts', lambda: Linear(6 * width, name='linear')(jax.nn.silu(time)))
         shift, scale, gate = rearrange(parts[..., :3 * width], 'b t (c d) -> c b t 1 d', c=3)
         # PARITY: tokens without a frame follow the last frame, which is the noisiest one.
         side_shift, side_scale, side_gate = rearrange(parts[:, -1, 3 * width:],

@@ -3,7 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.nn.linear import Linear
+from matrix_jax.nn import linear
+from matrix_jax.nn.linear import Int8, Linear
 
 
 @pytest.mark.parametrize('stored', ['float32', 'bfloat16'])
@@ -25,3 +26,60 @@ def test_computes_in_its_dtype_whatever_the_weights_are_stored_in(stored, dtype)
 def test_without_bias_has_no_bias():
     params = Linear(4, use_bias=False).init(jax.random.key(0), jnp.ones((1, 3)))['params']
     assert set(params) == {'kernel'}
+
+
+# --- 8 bits ----------------------------------------------------------------------------------
+
+
+def kernel_of(*shape):
+    """A kernel whose channels differ in size by orders of magnitude."""
+    draw = np.random.default_rng(3)
+    return (draw.normal(size=shape) * 10.0 ** draw.integers(-3, 3, shape[-1])).astype('float32')
+
+
+def test_a_kernel_survives_8_bits_up_to_half_a_step():
+    kernel = kernel_of(2, 64, 6)
+    kernel[..., 2] = 0
+    made = linear.to_int8(kernel)
+    assert made.values.dtype == jnp.int8 and made.scale.shape == (2, 6)
+    step = np.abs(kernel).max(1, keepdims=True) / 127
+    assert (np.abs(made.kernel() - kernel) <= 0.501 * step).all()
+    assert (np.abs(made.values).max(1)[:, [0, 1, 3, 4, 5]] == 127).all()
+    again = linear.to_int8(made.kernel())
+    np.testing.assert_array_equal(again.values, made.values)
+
+
+def test_the_error_of_a_layer_stays_within_its_bound():
+    x, kernel = kernel_of(3, 7, 64), kernel_of(64, 5)
+    x[0, 0] = 0
+    made = linear.to_int8(kernel)
+    params = {'kernel': made, 'bias': np.arange(5, dtype='float32')}
+    y = np.asarray(Linear(5).apply({'params': params}, x), np.float64)
+    wide = x.astype(np.float64)
+    size = np.abs(wide)
+    # Activations are cut by less than one step, weights rounded by half of one.
+    bound = (size.max(-1, keepdims=True) / 127 * np.abs(np.asarray(made.kernel(), float)).sum(0)
+             + size.sum(-1, keepdims=True) * np.asarray(made.scale) / 2)
+    error = np.abs(y - (wide @ kernel + params['bias']))
+    assert (error <= bound + 1e-4 * np.abs(y)).all()
+    assert error.max() > 0 and (y[0, 0] == params['bias']).all()
+
+
+def test_activations_are_cut_towards_zero_by_the_scale_of_their_token():
+    values, scale = linear.rows_to_int8(jnp.array([[127.0, 1.99, -1.99], [0.5, 0.25, -0.5]]))
+    np.testing.assert_array_equal(values, [[127, 1, -1], [127, 63, -127]])
+    np.testing.assert_allclose(scale, [[1], [0.5 / 127]], rtol=1e-6)
+
+
+def test_quantize_changes_the_layers_that_it_is_told():
+    params = {'a': {'attention': {'query': {'kernel': kernel_of(2, 4, 3), 'bias': np.ones(3)}},
+                    'mlp': {'up': {'kernel': kernel_of(2, 4, 3)}}}}
+    made = linear.quantize(params, ['*/attention/*'])
+    assert isinstance(made['a']['attention']['query']['kernel'], Int8)
+    assert made['a']['attention']['query']['bias'] is params['a']['attention']['query']['bias']
+    assert made['a']['mlp'] == params['a']['mlp']
+    assert isinstance(params['a']['attention']['query']['kernel'], np.ndarray)
+    again = linear.quantize(made, ['*/attention/*'])
+    assert again['a']['attention']['query']['kernel'] is made['a']['attention']['query']['kernel']
+    with pytest.raises(ValueError, match=r"int8: got '\*/ff/\*', which fits no linear layer"):
+        linear.quantize(params, ['*/ff/*'])

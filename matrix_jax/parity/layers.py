@@ -1,0 +1,42 @@
+"""Replays of recordings of single layers, which several systems share."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax.nn import linear
+from matrix_jax.parity.record import Record
+
+
+def int8_linear(record: Record) -> dict[str, np.ndarray]:
+    """A linear layer in 8 bits, in float32 and in the reference's bfloat16; and as it would be if
+    activations were rounded or the weight scales bfloat16."""
+    x, bias = (jnp.asarray(part) for part in (record.inputs['x'], record.weights['bias']))
+    weight = jnp.asarray(record.weights['weight'])
+    kernel = linear.to_int8(weight.T)
+    values, scale = linear.rows_to_int8(x)
+
+    def sums(values):
+        return jnp.matmul(values, kernel.values, preferred_element_type=jnp.int32)
+
+    def layer(params, dtype, use_bias=True):
+        net = linear.Linear(len(weight), use_bias, dtype)
+        return net.apply({'params': params}, x).astype(jnp.float32)
+
+    half = linear.Int8(kernel.values, kernel.scale.astype(jnp.bfloat16).astype(jnp.float32))
+    rounded = jnp.sign(x) * jnp.floor(jnp.abs(x) / scale + 0.5)
+    made = {
+        'weight_int8': kernel.values.T, 'weight_scales': kernel.scale,
+        'x_int8': values, 'x_scales': scale[:, 0], 'acc_int32': sums(values),
+        'out_f32_nobias': layer({'kernel': kernel}, jnp.float32, False),
+        'out_f32_nobias_bf16_scales': layer({'kernel': half}, jnp.float32, False),
+        'out_bf16_path': layer({'kernel': kernel, 'bias': bias}, jnp.bfloat16),
+        'fallback_dequant_f32': layer({'kernel': kernel.kernel(), 'bias': bias}, jnp.float32),
+        'float_reference': layer({'kernel': weight.T, 'bias': bias}, jnp.float32),
+        'x_int8_rounded_alt': rounded,
+        'out_f32_nobias_rounded_alt': sums(rounded.astype(jnp.int8)) * scale * kernel.scale}
+    return {name: np.asarray(value, np.float32) for name, value in made.items()}
+
+
+REPLAYS = {'int8_linear': int8_linear}
