@@ -5,6 +5,7 @@ The same `step` runs under `scan` (offline), `jit` (a player) and `grad` (traini
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -80,3 +81,28 @@ def chain(stream: Stream, decoder: Decoder, first: int = 1, warm: Callable | Non
         return (carry, cache), frames
 
     return Stream(init, step, step) if warm else Stream(stream.init, prefill, step)
+
+
+# --- randomness of players -----------------------------------------------------------------------
+
+
+def player_keys(key, batch: int):
+    """One typed key per player, from one key (typed or raw) or from [B]."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    keys = jax.random.split(key, batch) if key.ndim == 0 else key
+    if keys.shape != (batch,):
+        raise ValueError(f'key: got {keys.shape} keys, expected one or [{batch}]')
+    return keys
+
+
+def fold(keys, numbers):
+    """Keys [B] with one number [B] folded into each."""
+    return jax.vmap(jax.random.fold_in)(keys, numbers)
+
+
+def normal(keys, shape):
+    """Noise [B *shape], each player's from its own key."""
+    # Drawn flat: with many axes the counters of the generator take XLA seconds to fold.
+    flat = jax.vmap(lambda key: jax.random.normal(key, [math.prod(shape)], jnp.float32))(keys)
+    return flat.reshape(-1, *shape)

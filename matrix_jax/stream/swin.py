@@ -9,7 +9,6 @@ Nothing but the window is carried from shift to shift, so the carry is a small p
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import jax
@@ -19,7 +18,7 @@ from einops import rearrange
 from flax import struct
 
 from matrix_jax.diffusion import sampling, schedules, solvers
-from matrix_jax.stream.base import Stream
+from matrix_jax.stream.base import Stream, fold, normal, player_keys
 
 SOLVERS = ('dpm', 'ddim', 'lcm')
 ENTRIES = ('tail', 'head')
@@ -178,9 +177,9 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
 
     def init(params, cond: Cond, key) -> Carry:
         check(cfg, cond)
-        keys = _player_keys(key, cond.latents.shape[0])
+        keys = player_keys(key, cond.latents.shape[0])
         first = jnp.zeros(keys.shape, jnp.int32)
-        noise = _normal(_fold(keys, first), (cfg.frames, *cond.latents.shape[2:]))
+        noise = normal(fold(keys, first), (cfg.frames, *cond.latents.shape[2:]))
         return start(cfg, table, schedule, cond, keys, noise)
 
     def step(params, carry: Carry, control):
@@ -190,7 +189,7 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
                              f'{(batch, cfg.group_frames)}')
         size, graded = cfg.group_frames, cfg.frames - cfg.context
         inner = len(table.levels) if table.plan.noisy else 0
-        noise = _normal(_fold(jax.random.wrap_key_data(carry.key), carry.shift + 1),
+        noise = normal(fold(jax.random.wrap_key_data(carry.key), carry.shift + 1),
                         (size * (1 + cfg.renoise_condition) + inner * graded, *frame))
         append, renoise, noises = jnp.split(noise, [size, noise.shape[1] - inner * graded], axis=1)
         noises = rearrange(noises, 'b (i t) h w c -> i b t h w c', i=inner) if inner else None
@@ -317,23 +316,3 @@ def check(cfg: Config, cond: Cond):
             given[1:] != cond.text.shape[1:] or given[:1] not in ((1,), (batch,))):
         raise ValueError(f'cond.null_text: got {given or None}, expected {cond.text.shape} '
                          f'(guidance is {cfg.guidance})')
-
-
-def _player_keys(key, batch):
-    """One typed key per player, from one key (typed or raw) or from [B]."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    keys = jax.random.split(key, batch) if key.ndim == 0 else key
-    if keys.shape != (batch,):
-        raise ValueError(f'key: got {keys.shape} keys, expected one or [{batch}]')
-    return keys
-
-
-def _fold(keys, numbers):
-    return jax.vmap(jax.random.fold_in)(keys, numbers)
-
-
-def _normal(keys, shape):
-    # Drawn flat: with many axes the counters of the generator take XLA seconds to fold.
-    flat = jax.vmap(lambda key: jax.random.normal(key, [math.prod(shape)], jnp.float32))(keys)
-    return flat.reshape(-1, *shape)

@@ -1,0 +1,225 @@
+"""Laws of block autoregression on a toy network; tests/test_parity.py replays the reference."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from matrix_jax.diffusion import flow
+from matrix_jax.stream import base, causal
+
+BATCH, H, W, C, A = 2, 2, 3, 4, 3
+SLOTS = 4
+PARAMS = {'mix': np.float32(0.6), 'past': np.float32(0.3)}
+CFG = causal.Config(frames=2, steps=(1000, 500), window=2, ratio=2, condition=5)
+SCHEDULE = flow.Config()
+
+
+def denoise(params, caches, x, level, cond, actions):
+    """A network in miniature: all that goes in comes out; it keeps the mean of each block."""
+    memory, start = caches
+    told = cond[..., :1] + actions.mean(axis=(1, 2))[:, None, None, None, None]
+    v = jnp.tanh(params['mix'] * x + params['past'] * memory.mean(axis=1)[:, None] + told
+                 + level[..., None, None, None] / 1000)
+    return v, (memory.at[:, start % SLOTS].set(x.mean(axis=1)), start)
+
+
+def read(params, cond):
+    image = cond.image.mean(axis=(1, 2))[:, None, None, None, None]
+    return jnp.zeros([len(cond.latents), SLOTS, H, W, C]) + image, jnp.int32(0)
+
+
+NET = causal.Network(denoise, read, lambda caches, frames: (caches[0], caches[1] + 1), C, A)
+
+
+def condition(batch=BATCH, seed=0):
+    random = np.random.default_rng(seed)
+    return causal.Cond(latents=random.normal(size=(batch, 5, H, W, 2)).astype(np.float32),
+                       image=random.normal(size=(batch, 4, 3)).astype(np.float32))
+
+
+def keys(batch=BATCH, seed=0):
+    return jax.random.split(jax.random.key(seed), batch)
+
+
+def controls(blocks, batch=BATCH, seed=1):
+    return np.random.default_rng(seed).normal(
+        size=(blocks, batch, CFG.block_actions, A)).astype(np.float32)
+
+
+@functools.cache
+def compiled():
+    return base.Stream(*map(jax.jit, causal.make(CFG, SCHEDULE, NET)))
+
+
+def play(blocks=6, cond=None, key=None, carry=None, given=None):
+    """Repeated jit(step) -> (carry, latents of all blocks)."""
+    if carry is None:
+        carry = compiled().init(PARAMS, cond or condition(), keys() if key is None else key)
+    parts = []
+    for control in controls(blocks) if given is None else given:
+        carry, part = compiled().step(PARAMS, carry, control)
+        assert part.shape == (len(control), CFG.frames, H, W, C) and part.dtype == jnp.float32
+        parts.append(part)
+    return carry, np.concatenate(parts, axis=1)
+
+
+def assert_trees_close(got, want, atol=1e-5):
+    for ours, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
+
+
+def test_scan_of_step_is_repeated_step():
+    carry, latents = play()
+    again = compiled().init(PARAMS, condition(), keys())
+    again, scanned = jax.jit(functools.partial(
+        base.rollout, causal.make(CFG, SCHEDULE, NET)))(PARAMS, again, controls(6))
+    np.testing.assert_allclose(latents, base.join(scanned), atol=1e-5)
+    assert_trees_close(carry, again)
+    assert np.isfinite(latents).all() and np.all(carry.block == 6)
+
+
+def test_the_same_key_is_the_same_video_and_no_noise_is_used_twice():
+    def record(params, caches, x, level, cond, actions):
+        return 0 * x, caches            # the clean estimate is the noise itself
+
+    latents = play()[1]
+    assert np.array_equal(play()[1], latents)
+    assert np.abs(play(key=keys(seed=1))[1] - latents).max() > 0.1
+    one = dataclasses.replace(CFG, steps=(1000,))
+    stream = causal.make(one, SCHEDULE, NET._replace(denoise=record))
+    carry = stream.init(PARAMS, condition(), keys())
+    _, noise = jax.jit(functools.partial(base.rollout, stream))(PARAMS, carry, controls(4))
+    noise = np.asarray(base.join(noise)).reshape(BATCH * 8, -1)
+    alike = np.abs(noise[:, None] - noise[None]).max(axis=-1) < 1e-3
+    assert np.array_equal(alike, np.eye(len(noise), dtype=bool))
+
+
+@pytest.mark.parametrize('cut', [1, 4])
+def test_a_saved_carry_goes_on_as_if_never_stopped(cut, tmp_path):
+    given = controls(6)
+    carry, latents = play()
+    middle, before = play(given=given[:cut])
+    leaves, structure = jax.tree.flatten(middle)
+    np.savez(tmp_path / 'carry.npz', *leaves)
+    with np.load(tmp_path / 'carry.npz') as saved:
+        middle = jax.tree.unflatten(structure, [saved[name] for name in saved])
+    end, after = play(carry=middle, given=given[cut:])
+    np.testing.assert_allclose(np.concatenate([before, after], axis=1), latents, atol=1e-5)
+    assert_trees_close(end, carry)
+
+
+def test_four_players_are_four_single_players():
+    cond, key, given = condition(4), keys(4), controls(5, 4)
+    _, together = play(cond=cond, key=key, given=given)
+    for player in range(4):
+        one = slice(player, player + 1)
+        _, alone = play(cond=jax.tree.map(lambda leaf: leaf[one], cond),  # noqa: B023
+                        key=key[one], given=given[:, one])
+        np.testing.assert_allclose(together[one], alone, atol=1e-5)
+
+
+def test_two_hundred_blocks_compile_once_and_hold_no_more_memory():
+    traces = []
+
+    def traced(*given):
+        traces.append(None)
+        return denoise(*given)
+
+    stream = causal.make(CFG, SCHEDULE, NET._replace(denoise=traced))
+    step = jax.jit(stream.step, donate_argnums=1)
+    carry = compiled().init(PARAMS, condition(), keys())
+    held = []
+    for index, control in enumerate(controls(200)):
+        carry, latents = step(PARAMS, carry, control)
+        if index % 50 == 9:
+            held.append(sum(array.nbytes for array in jax.live_arrays()))
+    assert len(traces) == 1 and step._cache_size() == 1
+    assert len(set(held)) == 1
+    assert np.isfinite(latents).all()
+
+
+# --- what a block is told ------------------------------------------------------------------------
+
+
+def told(blocks, control=None, first=None):
+    """What the network was given in each call: levels, x, conditions, actions."""
+    seen = []
+
+    def record(params, caches, x, level, cond, actions):
+        jax.debug.callback(lambda *given: seen.append([np.asarray(one) for one in given]),
+                           level, x, cond, actions, ordered=True)
+        return denoise(params, caches, x, level, cond, actions)
+
+    stream = causal.make(CFG, SCHEDULE, NET._replace(denoise=record))
+    carry = stream.init(PARAMS, condition(), keys())
+    if first is not None:
+        carry, latents = stream.prefill(PARAMS, carry, first)
+    step = jax.jit(stream.step)
+    for one in controls(blocks) if control is None else control:
+        carry, latents = step(PARAMS, carry, one)
+    jax.effects_barrier()
+    return seen, latents
+
+
+def test_the_last_call_of_a_block_reads_it_clean():
+    seen, latents = told(2)
+    levels = [call[0][0, 0].item() for call in seen]
+    np.testing.assert_allclose(levels, [1000, 833.3333, 0] * 2, rtol=1e-6)
+    np.testing.assert_array_equal(seen[-1][1], latents)
+
+
+def test_frames_get_their_condition_and_the_last_one_stays():
+    seen, _ = told(4)
+    want = np.asarray(condition().latents)
+    for index in range(4):
+        frames = np.minimum([2 * index, 2 * index + 1], 4)
+        np.testing.assert_array_equal(seen[3 * index][2], want[:, frames])
+
+
+def test_before_the_first_frame_everything_was_as_at_it():
+    first, rest = controls(1)[0][:, :CFG.first_actions], controls(2, seed=5)
+    seen, _ = told(0, rest, first)
+    actions = np.concatenate([first, *rest], axis=1)             # pixel frames 0 ..
+    for index in range(3):
+        last = 2 * (2 * index + 1)
+        frames = np.maximum(np.arange(last - 7, last + 1), 0)
+        np.testing.assert_array_equal(seen[3 * index][3], actions[:, frames])
+
+
+def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
+    stream, table = causal.make(CFG, SCHEDULE, NET), causal.rows(CFG, SCHEDULE)
+    given = controls(1)[0]
+    carry = stream.init(PARAMS, condition(), keys())
+    made, latents = stream.step(PARAMS, carry, given)
+    fed = causal.feed(CFG, table, NET, PARAMS, carry, given, latents)
+    assert_trees_close(fed, made)
+
+
+# --- errors at the door --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('fields', [
+    {'frames': 0}, {'window': 0}, {'ratio': 0}, {'condition': 0}, {'steps': ()},
+    {'steps': (500, 1000)}, {'steps': (1000, 0)}, {'context_level': -1.0}])
+def test_bad_configs_are_refused(fields):
+    with pytest.raises(ValueError, match=f'stream.{list(fields)[0]}: got .* expected'):
+        causal.Config(**fields)
+
+
+def test_wrong_controls_are_refused():
+    stream = causal.make(CFG, SCHEDULE, NET)
+    carry = compiled().init(PARAMS, condition(), keys())
+    with pytest.raises(ValueError, match=r'control: got .* = \(2, 4, 3\)'):
+        stream.step(PARAMS, carry, np.zeros([2, 3, 3], np.float32))
+    with pytest.raises(ValueError, match=r'control: got .* = \(2, 3, 3\)'):
+        stream.prefill(PARAMS, carry, np.zeros([2, 4, 3], np.float32))
+
+
+def test_the_released_blocks_have_9_frames_and_then_12():
+    cfg = causal.Config()
+    assert (cfg.first_actions, cfg.block_actions, cfg.remembered) == (9, 12, 12)
