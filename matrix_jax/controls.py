@@ -6,9 +6,11 @@ A control signal is a comma-separated string, one symbol per latent frame (a qua
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from matrix_jax.video import Held, arrows
 
 PROMPTS = {
     'D': 'The car is moving straight ahead.',
@@ -68,21 +70,27 @@ def fit(symbols: Sequence[str], needed: int, pad: str | None = None,
     Raises:
       ControlError: too few symbols and no padding.
     """
+    return fill(symbols, needed, pad,
+                lambda more: parse(generate_random_control_signal(more, seed)))
+
+
+def fill(given: Sequence[str], needed: int, pad: str | None, random: Callable[[int], list[str]],
+         what: str = 'control', noun: str = 'symbols') -> tuple[list[str], str | None]:
+    """`fit` of any vocabulary: `random(n)` makes n more."""
     if pad is not None and pad not in PADS:
         raise ControlError(f'pad: got {pad!r}, expected one of {", ".join(PADS)}')
-    symbols, got = list(symbols), len(symbols)
+    given, got = list(given), len(given)
     if got >= needed:
-        note = f'control: {got} symbols, {needed} needed; the last {got - needed} are not used'
-        return symbols[:needed], note if got > needed else None
+        note = f'{what}: {got} {noun}, {needed} needed; the last {got - needed} are not used'
+        return given[:needed], note if got > needed else None
     missing = needed - got
     if pad is None:
-        raise ControlError(f'control: got {got} symbols, expected {needed}; positions {got + 1} to '
+        raise ControlError(f'{what}: got {got} {noun}, expected {needed}; positions {got + 1} to '
                            f'{needed} are missing (pad with {" or ".join(PADS)} if that is meant)')
-    if pad == 'hold' and not symbols:
-        raise ControlError("control: got no symbols, 'hold' needs at least one")
-    more = symbols[-1:] * missing if pad == 'hold' else parse(
-        generate_random_control_signal(missing, seed))
-    return symbols + more, f'control: {got} symbols, {needed} needed; {missing} added by pad={pad}'
+    if pad == 'hold' and not given:
+        raise ControlError(f"{what}: got no {noun}, 'hold' needs at least one")
+    more = given[-1:] * missing if pad == 'hold' else random(missing)
+    return given + more, f'{what}: {got} {noun}, {needed} needed; {missing} added by pad={pad}'
 
 
 def encode(symbols: Sequence[str]) -> np.ndarray:
@@ -168,3 +176,73 @@ def _padded(signal, needed, seed):
         return signal
     more = generate_random_control_signal(needed - got, seed)
     return f'{signal},{more}' if signal else more
+
+
+# --- as a vocabulary -----------------------------------------------------------------------------
+
+
+class Symbols:
+    """The vocabulary of the nine controls. All vocabularies have what this one has, so that whoever
+    generates and serves a world need not know which it is; a control is a text.
+
+    Attributes:
+      option: of the command line that gives controls.
+      frames: pixel frames that one control steers.
+      rest: the control of a player who holds nothing.
+    """
+
+    option = '--control'
+    frames = FRAMES_PER_CONTROL
+    rest = 'N'
+
+    def canonical(self, text: str) -> str:
+        """The one spelling of a control.
+
+        Raises:
+          ControlError: it is none.
+        """
+        if text not in PROMPTS:
+            raise ControlError(f'control: unknown symbol {text[:40]!r}; expected '
+                               f'{", ".join(SYMBOLS)}')
+        return text
+
+    def read(self, text: str | None, needed: int, pad: str | None = None, seed: int = 42):
+        """(controls, notes for the user): exactly `needed` of what the user gave; None = random.
+
+        Raises:
+          ControlError: what is wrong with it.
+        """
+        if text is None:
+            return self.random(needed, seed), []
+        symbols, note = fit(parse(text), needed, pad, seed)
+        return symbols, [note] if note else []
+
+    def random(self, needed: int, seed: int) -> list[str]:
+        """`needed` random controls."""
+        return generate_random_control_signal(needed, seed).split(',')
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """What the stream takes of each control, stacked."""
+        return encode(texts)
+
+    def held(self, text: str) -> Held:
+        """What the overlay shows."""
+        return arrows(text)
+
+    def page(self) -> dict:
+        """What a player's page offers.
+
+        `buttons` of name, label, what they do, place and key codes; `axes` of which each adds the
+        word of its only held button, or its 'none'; how to `join` the words, and what to say if
+        there are none; `mouse`: speed and limit, or None.
+        """
+        sides = (('up', '\u25b2', 'Ahead', 0, 1, 'KeyW', 'ArrowUp'),
+                 ('left', '\u25c0', 'Left', 1, 0, 'KeyA', 'ArrowLeft'),
+                 ('down', '\u25bc', 'Back', 1, 1, 'KeyS', 'ArrowDown'),
+                 ('right', '\u25b6', 'Right', 1, 2, 'KeyD', 'ArrowRight'))
+        return {'buttons': [{'name': name, 'label': label, 'about': about, 'row': row,
+                             'column': column, 'codes': codes}
+                            for name, label, about, row, column, *codes in sides],
+                'axes': [{'none': 'N', 'keys': {'up': 'D', 'down': 'B'}},
+                         {'none': '', 'keys': {'left': 'L', 'right': 'R'}}],
+                'join': '', 'idle': 'N', 'hint': 'Hold W A S D or the arrows.', 'mouse': None}

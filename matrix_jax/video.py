@@ -16,6 +16,7 @@ import subprocess
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -24,12 +25,25 @@ from matrix_jax.config import UsageError
 FPS = 16
 MIN_WIDTH = 384  # narrower videos are enlarged: 96x64 is a stamp on today's screens
 SUFFIXES = ('.mp4', '.gif')
-KEYS = {  # cell (row, column) of the pad, the points of its arrow, the letter that presses it
-    'D': ((0, 1), ((.5, .26), (.78, .7), (.22, .7))),
-    'L': ((1, 0), ((.26, .5), (.7, .22), (.7, .78))),
-    'B': ((1, 1), ((.5, .74), (.78, .3), (.22, .3))),
-    'R': ((1, 2), ((.74, .5), (.3, .22), (.3, .78))),
-}
+SIDES = {  # of a control symbol: the name of its key, and where that is (row, column)
+    'D': ('\u25b2', 0, 1), 'L': ('\u25c0', 1, 0), 'B': ('\u25bc', 1, 1), 'R': ('\u25b6', 1, 2)}
+SHAPES = {  # names of keys that are drawn by their points
+    '\u25b2': ((.5, .26), (.78, .7), (.22, .7)), '\u25c0': ((.26, .5), (.7, .22), (.7, .78)),
+    '\u25bc': ((.5, .74), (.78, .3), (.22, .3)), '\u25b6': ((.74, .5), (.3, .22), (.3, .78))}
+LIT, DARK, EDGE = (255, 214, 10, 245), (20, 20, 20, 130), (255, 255, 255, 200)
+
+
+class Held(NamedTuple):
+    """What the overlay shows.
+
+    Attributes:
+      pad: (name, row, column) of each key.
+      lit: names of the keys that are pressed.
+      stick: (up, right) of the mouse, small numbers, or None for no mouse.
+    """
+    pad: tuple[tuple[str, int, int], ...]
+    lit: frozenset[str]
+    stick: tuple[float, float] | None = None
 
 
 class VideoError(UsageError):
@@ -55,12 +69,13 @@ def check_path(path: str | Path) -> Path:
 
 
 def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = FPS,
-                keys: Iterable[str] | None = None, min_width: int = MIN_WIDTH) -> int:
+                keys: Iterable[Held | str] | None = None, min_width: int = MIN_WIDTH) -> int:
     """Writes frames; returns how many. Folders on the way are made.
 
     Args:
       frames: uint8 [H W 3] each, all of one size; a stream of any length.
-      keys: control symbol per frame ('D', 'BL', 'N', ...) to draw; None draws nothing.
+      keys: what to draw on each frame, `Held` or a control symbol ('D', 'BL', 'N', ...); None
+        draws nothing.
       min_width: narrower frames are enlarged by the least whole factor that reaches it.
     """
     path = check_path(path)
@@ -122,7 +137,7 @@ def _write_gif(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
 
 def _pictures(frames, keys, min_width: int) -> Iterator[np.ndarray]:
     """Frames enlarged, of even size, with keys drawn."""
-    symbols = itertools.repeat(None) if keys is None else iter(keys)
+    keys = itertools.repeat(None) if keys is None else iter(keys)
     size = None
     for index, frame in enumerate(frames):
         frame = np.asarray(frame)
@@ -132,11 +147,11 @@ def _pictures(frames, keys, min_width: int) -> Iterator[np.ndarray]:
         if frame.shape != (size := size or frame.shape):
             raise VideoError(f'frame {index}: got {list(frame.shape)}, expected {list(size)} '
                              'like the first')
-        symbol = next(symbols, '')
-        if symbol == '':
+        held = next(keys, '')
+        if held == '':
             raise VideoError(f'keys: got {index}, expected one per frame')
         picture = enlarge(frame, min_width)
-        yield picture if symbol is None else draw_keys(picture, symbol)
+        yield picture if held is None else draw_keys(picture, held)
 
 
 def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
@@ -147,13 +162,18 @@ def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
     return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode='edge')
 
 
-def draw_keys(picture: np.ndarray, symbol: str) -> np.ndarray:
-    """A copy of uint8 [H W 3] with an arrow pad in the lower left, the keys of `symbol` lit.
+def arrows(symbol: str) -> Held:
+    """The arrow pad under a control symbol: D lights up, B down, L left, R right; N nothing."""
+    return Held(tuple(SIDES.values()),
+                frozenset(SIDES[letter][0] for letter in symbol if letter in SIDES))
 
-    D lights up, B down, L left, R right; N lights nothing.
-    """
+
+def draw_keys(picture: np.ndarray, held: Held | str) -> np.ndarray:
+    """A copy of uint8 [H W 3] with the keys in the lower left, those that are pressed lit, and the
+    mouse beside them."""
+    held = arrows(held) if isinstance(held, str) else held
     height, width = picture.shape[:2]
-    pad = _pad(frozenset(symbol) & set(KEYS), max(8, min(height // 9, width // 12)))
+    pad = _pad(held, max(8, min(height // 9, width // 12)))
     rows, columns = pad.shape[:2]
     edge = max(2, height // 40)
     picture = picture.copy()
@@ -164,23 +184,34 @@ def draw_keys(picture: np.ndarray, symbol: str) -> np.ndarray:
     return picture
 
 
-@functools.cache
-def _pad(lit: frozenset[str], cell: int) -> np.ndarray:
-    """RGBA uint8 [2*cell 3*cell 4] of the arrow pad; drawn at 4 times the size for soft edges."""
-    from PIL import Image, ImageDraw
+@functools.lru_cache(1024)
+def _pad(held: Held, cell: int) -> np.ndarray:
+    """RGBA uint8 [2*cell W 4] of the pad; drawn at 4 times the size for soft edges."""
+    from PIL import Image, ImageDraw, ImageFont
 
-    big = 4 * cell
-    image = Image.new('RGBA', (3 * big, 2 * big))
+    big, columns = 4 * cell, 3 if held.stick is None else 5
+    image = Image.new('RGBA', (columns * big, 2 * big))
     draw = ImageDraw.Draw(image)
-    for key, ((row, column), arrow) in KEYS.items():
+    for key, row, column in held.pad:
         box = [column * big + big * .06, row * big + big * .06,
                (column + 1) * big - big * .06, (row + 1) * big - big * .06]
-        face, ink = (((255, 214, 10, 245), (20, 20, 20, 255)) if key in lit
-                     else ((20, 20, 20, 130), (255, 255, 255, 170)))
+        face, ink = (LIT, (20, 20, 20, 255)) if key in held.lit else (DARK, (255, 255, 255, 170))
         draw.rounded_rectangle(box, radius=big * .18, fill=face,
-                               outline=(255, 255, 255, 200), width=max(1, big // 24))
-        draw.polygon([((column + x) * big, (row + y) * big) for x, y in arrow], fill=ink)
-    return np.asarray(image.resize((3 * cell, 2 * cell), Image.Resampling.LANCZOS))
+                               outline=EDGE, width=max(1, big // 24))
+        if key in SHAPES:
+            draw.polygon([((column + x) * big, (row + y) * big) for x, y in SHAPES[key]], fill=ink)
+        else:
+            draw.text(((column + .5) * big, (row + .5) * big), key, fill=ink, anchor='mm',
+                      font=ImageFont.load_default(big * .55))
+    if held.stick is not None:
+        # A knob that leans where the picture turns; a small movement already shows.
+        up, right = (math.tanh(6 * one) for one in held.stick)
+        x, y = (4.05 + .55 * right) * big, (1 - .55 * up) * big
+        draw.ellipse([3.15 * big, .1 * big, 4.95 * big, 1.9 * big], fill=DARK, outline=EDGE,
+                     width=max(1, big // 24))
+        draw.ellipse([x - .28 * big, y - .28 * big, x + .28 * big, y + .28 * big],
+                     fill=LIT if up or right else (255, 255, 255, 170))
+    return np.asarray(image.resize((columns * cell, 2 * cell), Image.Resampling.LANCZOS))
 
 
 # --- reading ---------------------------------------------------------------------------------

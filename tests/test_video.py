@@ -129,6 +129,16 @@ def test_each_control_draws_its_own_keys():
         assert (picture[:150] == 90).all() and (picture[:, 200:] == 90).all()
 
 
+def test_a_keyboard_and_a_mouse_are_drawn():
+    frame = np.full((96, 160, 3), 90, np.uint8)
+    pad = (('W', 0, 1), ('A', 1, 0))
+    drawn = [video.draw_keys(frame, video.Held(pad, frozenset(lit), stick)) for lit, stick in (
+        ('W', None), ('A', None), ('', (0.0, 0.0)), ('', (0.1, 0.0)), ('', (0.0, -0.02)))]
+    for index, one in enumerate(drawn):
+        assert one.shape == frame.shape and np.array_equal(one[:70], frame[:70])
+        assert not any(np.array_equal(one, other) for other in drawn[:index])
+
+
 def test_keys_fit_on_a_tiny_frame():
     assert video.draw_keys(np.zeros((12, 16, 3), np.uint8), 'D').shape == (12, 16, 3)
 
