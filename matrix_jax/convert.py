@@ -1,8 +1,8 @@
 """Released PyTorch tensors <-> our parameter trees, by table and strictly.
 
-A table is a tuple of `Row` and `Drop` that stands at the end of the file that defines the network.
-Each torch key hits exactly one row, each of our leaves is written exactly once, and every fault is
-reported in one go, with the nearest names. Numpy only: no device is touched.
+A table is a tuple of `Row`, `Drop` and `Prefix` that stands at the end of the file that defines the
+network. Each torch key hits exactly one row, each of our leaves is written exactly once, and every
+fault is reported in one go, with the nearest names. Numpy only: no device is touched.
 """
 
 from __future__ import annotations
@@ -78,7 +78,19 @@ class Drop:
         return fnmatch.fnmatchcase(key, self.torch.replace('{i}', '*'))
 
 
-Table = Sequence[Row | Drop]
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """What all torch keys of a file may begin with: the name of a wrapper around the network. It is
+    taken off in reading, and not written."""
+    text: str
+
+    def names(self, keys) -> dict[str, str]:
+        """Plain key -> key of the file."""
+        worn = bool(keys) and all(key.startswith(self.text) for key in keys)
+        return {key.removeprefix(self.text) if worn else key: key for key in keys}
+
+
+Table = Sequence[Row | Drop | Prefix]
 
 
 def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict:
@@ -97,6 +109,8 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict
     """
     rows = [entry for entry in table if isinstance(entry, Row)]
     drops = [entry for entry in table if isinstance(entry, Drop)]
+    for prefix in (entry for entry in table if isinstance(entry, Prefix)):
+        tensors = _Renamed(tensors, prefix.names(list(tensors)))
     wanted = {key for row in rows for key in row.keys()}
     faults = []
     for key in tensors:
@@ -136,6 +150,22 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict
         more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
         raise ConversionError(f'{len(faults)} weight fault(s): ' + '; '.join(faults[:SHOWN]) + more)
     return unflatten(leaves)
+
+
+class _Renamed(Mapping):
+    """A mapping by other names; values are read on access."""
+
+    def __init__(self, content, names):
+        self._content, self._names = content, names
+
+    def __getitem__(self, name):
+        return self._content[self._names[name]]
+
+    def __iter__(self):
+        return iter(self._names)
+
+    def __len__(self):
+        return len(self._names)
 
 
 def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
-"""Sin-cos codes from explicit positions.
+"""Sin-cos codes and rotations from explicit positions.
 
-Tables over a grid are numpy, made at trace time in float64; codes of traced values are float32.
+Tables over a grid are numpy, made at trace time in float64; codes of traced values are float32, and
+rotations of traced positions are exact to float32 for any int32 position.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import math
 
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 PERIOD = 10000.0
 
@@ -62,6 +64,70 @@ def guidance_code(scale, width: int):
     angles = jnp.asarray(scale, jnp.float32)[..., None] * 1000.0 * frequencies
     code = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, width % 2)])
+
+
+def rates(pairs: int, period: float = PERIOD) -> np.ndarray:
+    """Angles per position [P] of P rotated pairs, float64."""
+    return period ** (-np.arange(pairs, dtype=np.float64) / pairs)
+
+
+def turns(positions, speeds: np.ndarray):
+    """Cosines and sines [N P] float32 of integer positions [N] times angles per position [P].
+
+    Angles of traced positions add up from tables of their digits, so that none is ever large: a
+    product in float32 would lose the phase after some thousands of positions.
+    """
+    if isinstance(positions, np.ndarray):
+        angles = positions[:, None] * speeds
+        return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
+    cos, sin = (make((*positions.shape, len(speeds))) for make in (jnp.ones, jnp.zeros))
+    for power in range(4):
+        angles = np.arange(256)[:, None] * (256.0 ** power * speeds)
+        digit = (jnp.abs(positions) >> (8 * power)) & 255
+        more_cos = jnp.asarray(np.cos(angles), jnp.float32)[digit]
+        more_sin = jnp.asarray(np.sin(angles), jnp.float32)[digit]
+        cos, sin = cos * more_cos - sin * more_sin, sin * more_cos + cos * more_sin
+    return cos, sin * jnp.sign(positions)[..., None]
+
+
+def turns_3d(frames, rows: int, columns: int, width: int):
+    """Cosines and sines [T H*W width/2] of a grid: a third of the pairs each for row and column.
+
+    Frames [T] are integer positions; rows and columns count from 0.
+    """
+    third = width // 6
+    grid = (len(frames), rows, columns)
+    parts = zip((frames, np.arange(rows), np.arange(columns)),
+                (width // 2 - 2 * third, third, third),
+                ('t p -> t 1 1 p', 'h p -> 1 h 1 p', 'w p -> 1 1 w p'), strict=True)
+    axes = [[rearrange(part, layout) for part in turns(positions, rates(pairs))]
+            for positions, pairs, layout in parts]
+    return tuple(rearrange(
+        jnp.concatenate([jnp.broadcast_to(part, grid + part.shape[-1:]) for part in parts], -1),
+        't h w p -> t (h w) p') for parts in zip(*axes, strict=True))
+
+
+def rotate(x, turn):
+    """Heads [... K E] with neighbours of the first 2P elements turned by (cos, sin) [... P]."""
+    cos, sin = (part[..., None, :] for part in turn)
+    size = 2 * cos.shape[-1]
+    a, b = rearrange(x[..., :size].astype(jnp.float32), '... (p c) -> c ... p', c=2)
+    turned = rearrange([a * cos - b * sin, b * cos + a * sin], 'c ... p -> ... (p c)')
+    return jnp.concatenate([turned.astype(x.dtype), x[..., size:]], axis=-1)
+
+
+def level_code(level, width: int):
+    """Noise levels [...] (0 .. 1000, any fraction) -> [... width] float32, cosines first.
+
+    What `timestep_code` gives in float64: whole levels by table, fractions are small.
+    """
+    speeds = rates(width // 2)
+    level = jnp.asarray(level, jnp.float32)
+    whole = jnp.floor(level)
+    cos, sin = turns(whole.astype(jnp.int32), speeds)
+    rest = (level - whole)[..., None] * speeds.astype(np.float32)
+    return jnp.concatenate([cos * jnp.cos(rest) - sin * jnp.sin(rest),
+                            sin * jnp.cos(rest) + cos * jnp.sin(rest)], axis=-1)
 
 
 def _exp(exponents):

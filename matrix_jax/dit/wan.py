@@ -1,0 +1,417 @@
+"""Wan DiT with image context, keyboard and mouse: all frames at once, or block by block on caches.
+
+Wan 2.1 (arXiv 2503.20314) without its text branch; Matrix-Game 2.0 (arXiv 2508.13009) adds action
+modules to the layers [start, end), and trains the same weights block-causally:
+
+    x <- x + m2 * attend(norm(x) * (1 + m1) + m0)      m_i of the layer + the frame's noise level
+    x <- x + attend_image(norm3(x))
+    x <- x + mouse(x);  x <- x + keyboard(x)           layers with actions
+    x <- x + m5 * mlp(norm(x) * (1 + m4) + m3)
+
+`__call__` sees a whole clip: in both directions (the foundation), or in blocks of n frames that see
+themselves and earlier frames (training of the streaming networks). `cached` takes the next block:
+
+    caches = net.apply(params, image, init_caches(cfg, batch, height, width), method='read_image')
+    v, caches = net.apply(params, caches, latents, level, cond, mouse, keyboard, method='cached')
+    caches = advance(caches, n)
+
+Calls for one block overwrite their slots, so that the last one, of clean latents, is remembered.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import struct
+
+from matrix_jax.convert import Prefix, Row
+from matrix_jax.dit.rows import linear_rows, norm_rows
+from matrix_jax.dit.wan_actions import ActionBlock, action_rows, windows
+from matrix_jax.dit.wan_config import PRESETS, Config, check
+from matrix_jax.nn import fresh
+from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring, attend_all
+from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.modulation import LayerNorm, modulate
+from matrix_jax.nn.rope import level_code, rotate, turns_3d
+from matrix_jax.sharding import constrain
+
+__all__ = ['PRESETS', 'STILL', 'Caches', 'Config', 'DiT', 'advance', 'count', 'init_caches', 'laws',
+           'shapes', 'weights', 'windows']
+
+
+@struct.dataclass
+class Past:
+    """Caches of a run of layers, stacked in front.
+
+    Attributes:
+      video: S frames of all sites.
+      mouse: S frames of all sites, None for layers or networks without.
+      keyboard: S frames of one site, likewise.
+      image: the image's tokens, as one frame of L sites.
+    """
+    video: KVCache
+    mouse: KVCache | None
+    keyboard: KVCache | None
+    image: KVCache | None
+
+
+@struct.dataclass
+class Caches:
+    """All that a stream remembers; every leaf keeps its shape.
+
+    Attributes:
+      runs: `Past` of each run of equal layers.
+      start: first latent frame of the block that is being made, int32 [].
+    """
+    runs: dict[str, Past]
+    start: Any
+
+
+@struct.dataclass
+class Scene:
+    """What all layers are given: modulation [B T 6 D], image [B L D] or None where it is cached,
+    windows of actions, who sees whom, and rotations of queries and keys."""
+    time: Any
+    image: Any
+    mouse: Any
+    keyboard: Any
+    sight: Blocks | Ring
+    action_sight: Blocks | Ring
+    turns: Any
+
+
+class DiT(nn.Module):
+    """The whole network: latents, levels, conditions and actions -> velocity."""
+    cfg: Config
+
+    def setup(self):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        self.patch = Linear(cfg.width, dtype=dtype)
+        self.time_embedding = LevelEmbedding(cfg)
+        self.time_projection = Linear(6 * cfg.width, dtype=dtype)
+        self.image_embedding = ImageEmbedding(cfg)
+        for name, (start, stop) in cfg.segments.items():
+            setattr(self, name, stack(cfg, stop - start)(cfg, name == 'acting'))
+        normal = nn.initializers.normal(cfg.width ** -0.5)
+        self.modulation_out = self.param('modulation_out', normal, (2, cfg.width))
+        self.out = Linear(cfg.patch ** 2 * cfg.channels, dtype=dtype)
+
+    def __call__(self, latents, level, cond, image, mouse=None, keyboard=None, block=None):
+        """Predicts the velocity of a whole clip.
+
+        Args:
+          latents: noisy latents [B T H W C].
+          level: noise levels 0 .. 1000, [B T] or [B]; the batch may be 1.
+          cond: conditions [B T H W Cc] (mask and image latents).
+          image: features of the first image [B L Di].
+          mouse: actions [B F 2] of pixel frames 0 .. R(T-1), None without a mouse.
+          keyboard: actions [B F A] of the same frames, None without actions.
+          block: latent frames that are made together, each of which sees its own block and earlier
+            frames within `cfg.local` of the block's end; None = every frame sees all.
+
+        Returns:
+          v [B T H W C], float32.
+        """
+        cfg, frames = self.cfg, latents.shape[1]
+        check(cfg, latents, level, cond, image, mouse, keyboard)
+        sight = Blocks(frames, block, cfg.local) if block else Blocks(frames, frames)
+        if cfg.actions:
+            size = cfg.actions
+            mouse, keyboard = (actions if actions is None else windows(
+                actions, 0, frames, size.ratio, size.span) for actions in (mouse, keyboard))
+        v, _ = self._run(latents, level, cond, mouse, keyboard, sight, sight,
+                         image=self.image_embedding(image))
+        return v
+
+    def cached(self, caches, latents, level, cond, mouse=None, keyboard=None):
+        """Predicts the velocity of the block at `caches.start`.
+
+        Args:
+          caches: from `init_caches` and `read_image`.
+          latents, level, cond: as in a call, of the block's frames.
+          mouse, keyboard: windows of actions [B R(W+T) A] (`windows`).
+
+        Returns:
+          (v [B T H W C] float32, caches with the block's keys and values).
+        """
+        cfg, frames = self.cfg, latents.shape[1]
+        check(cfg, latents, level, cond, None, mouse, keyboard, window=True)
+        ring, action_ring = (Ring(caches.start, frames, cfg.local, sink) for sink in (cfg.sink, 0))
+        v, made = self._run(latents, level, cond, mouse, keyboard, ring, action_ring,
+                            caches=caches)
+
+        def write(past, new):
+            return split(past.replace(
+                video=past.video.put(new[0], ring.slots),
+                mouse=past.mouse and past.mouse.put(new[1][0], action_ring.slots),
+                keyboard=past.keyboard and past.keyboard.put(new[1][1], action_ring.slots)))
+
+        return v, caches.replace(runs={name: write(past, made[name])
+                                       for name, past in caches.runs.items()})
+
+    def read_image(self, image, caches):
+        """Caches that hold the keys and values of an image [B L Di], for `cached`."""
+        tokens = self.image_embedding(image)
+        return caches.replace(runs={
+            name: split(past.replace(image=getattr(self, name).read_image(None, tokens)[1]))
+            for name, past in caches.runs.items()})
+
+    def _run(self, latents, level, cond, mouse, keyboard, sight, action_sight, image=None,
+             caches=None):
+        """(v, keys and values by run of layers)."""
+        cfg = self.cfg
+        grid = dict(p=cfg.patch, q=cfg.patch)
+        rows, columns = (size // cfg.patch for size in latents.shape[2:4])
+        level = jnp.asarray(level)
+        time = self.time_embedding(level[:, None] if level.ndim == 1 else level)
+        modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
+        scene = Scene(
+            rearrange(modulation, 'b t (c d) -> b t c d', c=6), image, mouse, keyboard, sight,
+            action_sight, [turns_3d(places, rows, columns, cfg.head_dim)
+                           for places in sight.places()])
+
+        x = jnp.concatenate([latents, cond], axis=-1)
+        x = self.patch(rearrange(x, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid))
+        made = {}
+        for name in cfg.segments:
+            x = constrain(x, 'batch', None, 'tokens', None)
+            x, made[name] = getattr(self, name)(x, caches and caches.runs[name], scene)
+
+        shift, scale = rearrange(self.modulation_out + time[:, :, None], 'b t c d -> c b t 1 d')
+        x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
+        v = rearrange(x, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, **grid)
+        return v.astype(jnp.float32), made
+
+
+def stack(cfg: Config, length: int):
+    """A scan of `length` equal layers."""
+    layer = Block
+    if cfg.remat != 'none':
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        layer = nn.remat(layer, prevent_cse=False, policy=kept if cfg.remat == 'dots' else None)
+    lifted = dict(variable_axes={'params': 0, 'intermediates': 0}, split_rngs={'params': True},
+                  length=length, unroll=min(cfg.scan_unroll, length))
+    return nn.scan(layer, methods={
+        '__call__': dict(in_axes=(0, nn.broadcast), **lifted),
+        'read_image': dict(in_axes=nn.broadcast, **lifted)})
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, modulated by the noise level; image and actions between."""
+    cfg: Config
+    acting: bool
+
+    def setup(self):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        self.modulation = self.param('modulation', nn.initializers.normal(cfg.width ** -0.5),
+                                     (6, cfg.width))
+        self.attention = Projections(cfg)
+        self.image_norm = LayerNorm(cfg.eps)
+        self.image_attention = Projections(cfg)
+        if self.acting:
+            self.actions = ActionBlock(cfg.actions, dtype)
+        self.up, self.down = Linear(cfg.mlp, dtype=dtype), Linear(cfg.width, dtype=dtype)
+
+    def __call__(self, x, past, scene):
+        """Tokens [B T N/T D], `Past` or None -> (tokens, new keys and values)."""
+        dtype, eps = jnp.dtype(self.cfg.dtype), self.cfg.eps
+        m = rearrange(self.modulation + scene.time, 'b t c d -> c b t 1 d')
+
+        y = modulate(standardize(x, eps), m[0], m[1]).astype(dtype)
+        q, new = self.attention.queries(y), self.attention.keys(y)
+        held = scene.sight.recall(past and past.video, new)
+        q, k = (rotate(heads, turn) for heads, turn in zip((q, held.k), scene.turns, strict=True))
+        x = (x + m[2] * self.attention.output(scene.sight.attend(q, k, held.v))).astype(dtype)
+
+        q = self.image_attention.queries(self.image_norm(x).astype(dtype))
+        image = past.image if past else self.image_attention.keys(scene.image[:, None])
+        x = x + self.image_attention.output(attend_all(q, image.k, image.v))
+
+        acted = None
+        if self.acting:
+            x, acted = self.actions(x, scene.mouse, scene.keyboard, scene.action_sight,
+                                    (past.mouse, past.keyboard) if past else (None, None))
+
+        y = self.up(modulate(standardize(x, eps), m[3], m[4]).astype(dtype))
+        x = (x + m[5] * self.down(jax.nn.gelu(y, approximate=True))).astype(dtype)
+        return x, (new, acted)
+
+    def read_image(self, carry, image):
+        """Keys and values of image tokens [B L D], as the y of a scan."""
+        return carry, self.image_attention.keys(image[:, None])
+
+class Projections(nn.Module):
+    """Around an attention: queries and keys with an RMS norm over all heads together, output."""
+    cfg: Config
+
+    def setup(self):
+        width, eps, dtype = self.cfg.width, self.cfg.eps, jnp.dtype(self.cfg.dtype)
+        self.query, self.key, self.value, self.out = (Linear(width, dtype=dtype) for _ in range(4))
+        self.query_norm = nn.RMSNorm(eps, dtype=jnp.float32)
+        self.key_norm = nn.RMSNorm(eps, dtype=jnp.float32)
+
+    def queries(self, x):
+        """[B T n D] -> [B T n K E]."""
+        return self._heads(self.query_norm(self.query(x)))
+
+    def keys(self, x):
+        """[B T n D] -> `KVCache` [B T n K E]."""
+        return KVCache(self._heads(self.key_norm(self.key(x))), self._heads(self.value(x)))
+
+    def output(self, y):
+        """[B T n K E] -> [B T n D]."""
+        return self.out(rearrange(y, 'b t n k e -> b t n (k e)'))
+
+    def _heads(self, x):
+        return rearrange(x.astype(self.cfg.dtype), 'b t n (k e) -> b t n k e', k=self.cfg.heads)
+
+
+class LevelEmbedding(nn.Module):
+    """Noise levels [B T] -> embeddings [B T D] float32."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, level):
+        width, dtype = self.cfg.width, jnp.dtype(self.cfg.dtype)
+        code = level_code(level, self.cfg.time_dim)
+        hidden = jax.nn.silu(Linear(width, dtype=dtype, name='linear_1')(code))
+        return Linear(width, dtype=dtype, name='linear_2')(hidden).astype(jnp.float32)
+
+
+class ImageEmbedding(nn.Module):
+    """Image features [B L Di] -> context [B L D]."""
+    cfg: Config
+
+    @nn.compact
+    def __call__(self, image):
+        dtype = jnp.dtype(self.cfg.dtype)
+        x = LayerNorm(1e-5, name='norm_in')(image)
+        x = jax.nn.gelu(Linear(x.shape[-1], dtype=dtype, name='linear_1')(x), approximate=False)
+        x = LayerNorm(1e-5, name='norm_out')(Linear(self.cfg.width, dtype=dtype,
+                                                    name='linear_2')(x))
+        return x.astype(dtype)
+
+
+def standardize(x, eps):
+    """LayerNorm without parameters, float32."""
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
+
+
+# --- caches ----------------------------------------------------------------------------------
+
+
+def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
+    """Empty caches for `batch` streams of latents of this height and width.
+
+    Raises:
+      ValueError: the network has no window (`local`).
+    """
+    if cfg.local is None:
+        raise ValueError('local: got None, expected a number of latent frames (a network without '
+                         'a window cannot stream)')
+    sites = (height // cfg.patch) * (width // cfg.patch)
+
+    def empty(layers, slots, sites, heads, elements):
+        shape = (layers, batch, slots, sites, heads, elements)
+        return KVCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+
+    def past(name, layers):
+        own, mouse, keyboard = (cfg.heads, cfg.head_dim), None, None
+        if name == 'acting':
+            size = cfg.actions
+            theirs = (size.heads, sum(size.axes))
+            mouse = empty(layers, cfg.local, sites, *theirs) if size.mouse else None
+            keyboard = empty(layers, cfg.local, 1, *theirs)
+        return split(Past(empty(layers, cfg.local, sites, *own), mouse, keyboard,
+                          empty(layers, 1, cfg.image_length, *own)))
+
+    return Caches({name: past(name, stop - start) for name, (start, stop) in cfg.segments.items()},
+                  jnp.zeros((), jnp.int32))
+
+
+def advance(caches: Caches, count: int) -> Caches:
+    """The block of `count` latent frames is done: the next call makes those after it."""
+    return caches.replace(start=caches.start + count)
+
+
+def split(past: Past) -> Past:
+    """Caches over the mesh: batch and heads, and the sites of a frame as its tokens."""
+    def one(cache, sites):
+        names = (None, 'batch', None, sites, 'heads', None)
+        return jax.tree.map(lambda leaf: constrain(leaf, *names), cache)
+    return Past(one(past.video, 'rows'), one(past.mouse, 'rows'), one(past.keyboard, None),
+                one(past.image, None))
+
+
+# --- parameters ------------------------------------------------------------------------------
+
+
+def shapes(cfg: Config) -> dict:
+    """Parameter tree of ShapeDtypeStructs; nothing is computed."""
+    size, frame = cfg.actions, (1, 1, cfg.patch, cfg.patch)
+    given = [jnp.zeros((*frame, cfg.channels)), jnp.zeros((1, 1)),
+             jnp.zeros((*frame, cfg.cond_channels)), jnp.zeros((1, 1, cfg.image_dim))]
+    if size:
+        given += [jnp.zeros((1, 1, size.mouse)) if size.mouse else None,
+                  jnp.zeros((1, 1, size.keyboard))]
+    return jax.eval_shape(lambda key: DiT(cfg).init(key, *given)['params'], jax.random.key(0))
+
+
+def count(cfg: Config) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(cfg)))
+
+
+def laws(cfg: Config) -> fresh.Laws:
+    """How fresh parameters are drawn, where it is not by the defaults."""
+    return (('*modulation*', fresh.normal(cfg.width ** -0.5)),
+            ('time_embedding/*/kernel', fresh.normal(0.02)))
+
+
+# Output layers that start at zero, for training from nothing.
+STILL = (('out/kernel', fresh.zeros), ('*/actions/*/out/kernel', fresh.zeros))
+
+
+def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
+    """Weight table: released state dict <-> our tree."""
+    patch = dict(t=1, p=cfg.patch, q=cfg.patch)
+    rows = [Prefix('model.'),
+            Row('patch_embedding.weight', 'patch/kernel', 'd c t p q -> (t p q c) d', sizes=patch),
+            Row('patch_embedding.bias', 'patch/bias', 'd -> d'),
+            *linear_rows('time_embedding.0', 'time_embedding/linear_1', 'i', 'o'),
+            *linear_rows('time_embedding.2', 'time_embedding/linear_2', 'd', 'o'),
+            *linear_rows('time_projection.1', 'time_projection', 'd', 'o'),
+            *norm_rows('img_emb.proj.0', 'image_embedding/norm_in', 'i'),
+            *linear_rows('img_emb.proj.1', 'image_embedding/linear_1', 'i', 'o'),
+            *linear_rows('img_emb.proj.3', 'image_embedding/linear_2', 'i', 'd'),
+            *norm_rows('img_emb.proj.4', 'image_embedding/norm_out', 'd'),
+            Row('head.modulation', 'modulation_out', '1 c d -> c d'),
+            *linear_rows('head.head', 'out', 'd', 'o')]
+    for path, layers in cfg.segments.items():
+        torch = 'blocks.{i}'
+        rows += [Row(f'{torch}.modulation', f'{path}/modulation', '1 c d -> c d', layers)]
+        rows += _attention_rows(f'{torch}.self_attn', f'{path}/attention', layers)
+        rows += norm_rows(f'{torch}.norm3', f'{path}/image_norm', 'd', layers)
+        rows += _attention_rows(f'{torch}.cross_attn', f'{path}/image_attention', layers)
+        rows += linear_rows(f'{torch}.ffn.0', f'{path}/up', 'd', 'm', layers)
+        rows += linear_rows(f'{torch}.ffn.2', f'{path}/down', 'm', 'd', layers)
+        if path == 'acting':
+            rows += action_rows(cfg.actions, f'{torch}.action_model', f'{path}/actions', layers)
+    return tuple(rows)
+
+
+def _attention_rows(torch, path, layers):
+    """Projections with norms over all heads together."""
+    rows = []
+    for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
+        rows += linear_rows(f'{torch}.{theirs}', f'{path}/{ours}', 'd', 'k', layers)
+    rows += linear_rows(f'{torch}.o', f'{path}/out', 'k', 'd', layers)
+    return rows + [Row(f'{torch}.norm_{theirs}.weight', f'{path}/{ours}_norm/scale', 'k -> k',
+                       layers) for theirs, ours in (('q', 'query'), ('k', 'key'))]

@@ -1,0 +1,216 @@
+"""Keyboard and mouse of Matrix-Game: each latent frame attends to the actions that led up to it.
+
+    y = mlp([x, mouse window]);  x <- x + out(attend(q(y), k(y), v(y)))
+    y = embed(keyboard window);  x <- x + out(attend(q(x), k(y), v(y)))
+
+One latent frame decodes to R = 4 pixel frames and looks at a window of W*R = 12 actions. Sites of a
+frame do not see one another here: attention runs over latent frames alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from matrix_jax.convert import Row
+from matrix_jax.dit.rows import linear_rows, norm_rows
+from matrix_jax.nn.kv_cache import KVCache, attend_per_site
+from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.modulation import LayerNorm
+from matrix_jax.nn.rope import rates, rotate, turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Actions:
+    """Action modules: what they read, and the layers [start, end) that have one.
+
+    Attributes:
+      start, end: the layers.
+      keyboard: keys, the width A of a keyboard vector.
+      mouse: width of a mouse vector, or None for a network without.
+      embed: width of an embedded keyboard vector.
+      keyboard_width, mouse_width: widths of the two attentions.
+      heads: heads K of both.
+      ratio: pixel frames R of a latent frame.
+      span: latent frames W whose actions a latent frame looks at.
+      axes: elements of a head for frame, row and column; sites are alone, so that the last two
+        never turn.
+      period: period of the frame's rotation.
+    """
+    start: int = 0
+    end: int = 15
+    keyboard: int = 4
+    mouse: int | None = 2
+    embed: int = 128
+    keyboard_width: int = 1024
+    mouse_width: int = 1024
+    heads: int = 16
+    ratio: int = 4
+    span: int = 3
+    axes: tuple[int, int, int] = (8, 28, 28)
+    period: float = 256.0
+
+    def __post_init__(self):
+        for name in ('keyboard_width', 'mouse_width'):
+            width = getattr(self, name)
+            if (name != 'mouse_width' or self.mouse) and width != self.heads * sum(self.axes):
+                raise ValueError(f'actions.{name}: got {width}, expected {self.heads} heads of '
+                                 f'{" + ".join(map(str, self.axes))} elements')
+
+    def steps(self, frames: int) -> int:
+        """Action frames in the window of this many latent frames."""
+        return self.ratio * (self.span + frames)
+
+
+def windows(actions, start, count: int, ratio: int = 4, span: int = 3):
+    """The last actions up to the end of a block: all that its latent frames look at.
+
+    Latent frame i shows pixel frames R(i-1)+1 .. Ri, frame 0 pixel frame 0 alone; before the first
+    action was the first action.
+
+    Args:
+      actions: [B F A] of pixel frames 0 .. R(start + count - 1) at least.
+      start: first latent frame of the block.
+      count: latent frames T of the block.
+      ratio: pixel frames R of a latent frame.
+      span: latent frames W of the past.
+
+    Returns:
+      [B R(W+T) A]: the actions up to pixel frame R(start + count - 1), that one included. What the
+      next block needs drops the first R*count of them and ends in as many new ones.
+    """
+    steps = ratio * (span + count)
+    last = ratio * (start + count - 1)
+    return jnp.take(actions, jnp.maximum(last - steps + 1 + jnp.arange(steps), 0), axis=1)
+
+
+def grouped(cfg: Actions, window):
+    """A window [B R(W+T) A] -> what each latent frame sees [B T R*W*A], oldest action first."""
+    frames = window.shape[1] // cfg.ratio - cfg.span
+    # PARITY: the last pixel frame of a latent frame is not in its own window, but in the next one.
+    first = cfg.ratio - 1 + cfg.ratio * np.arange(frames)
+    seen = window[:, first[:, None] + np.arange(cfg.ratio * cfg.span)]
+    return rearrange(seen, 'b t f a -> b t (f a)')
+
+
+class ActionBlock(nn.Module):
+    """Mouse, then keyboard; each adds to the tokens.
+
+    Attributes:
+      cfg: sizes.
+      dtype: type of the multiplies and of the residual stream.
+    """
+    cfg: Actions
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, mouse, keyboard, sight, past=(None, None)):
+        """Tokens and the keys and values that were made of them.
+
+        Args:
+          x: tokens [B T N/T D].
+          mouse: window of mouse actions [B R(W+T) 2], or None without a mouse.
+          keyboard: window of keyboard actions [B R(W+T) A].
+          sight: `Blocks` or `Ring` of T frames.
+          past: caches of mouse and keyboard, for a ring.
+
+        Returns:
+          (tokens [B T N/T D], (mouse, keyboard) `KVCache`s of T frames).
+        """
+        moved = None
+        if self.cfg.mouse:
+            x, moved = MouseAttention(self.cfg, self.dtype, name='mouse')(x, mouse, sight, past[0])
+        x, pressed = KeyboardAttention(self.cfg, self.dtype, name='keyboard')(
+            x, keyboard, sight, past[1])
+        return x, (moved, pressed)
+
+
+class MouseAttention(nn.Module):
+    """Frames of a site look at one another, with the mouse mixed into all of them."""
+    cfg: Actions
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, window, sight, past):
+        """Tokens [B T n D], window [B R(W+T) 2] -> (tokens, `KVCache` of T frames)."""
+        cfg, dtype = self.cfg, self.dtype
+        moves = grouped(cfg, window)[:, :, None].astype(dtype)
+        y = jnp.concatenate([x, jnp.broadcast_to(moves, (*x.shape[:3], moves.shape[-1]))], axis=-1)
+        y = jax.nn.gelu(Linear(cfg.mouse_width, dtype=dtype, name='linear_1')(y), approximate=True)
+        y = LayerNorm(1e-5, name='norm')(Linear(cfg.mouse_width, dtype=dtype, name='linear_2')(y))
+        q, k, v = rearrange(
+            Linear(3 * cfg.mouse_width, use_bias=False, dtype=dtype, name='qkv')(y),
+            'b t n (c k e) -> c b t n k e', c=3, k=cfg.heads)
+        q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
+        y, new = look(cfg, q, KVCache(k.astype(dtype), v), sight, past)
+        return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
+
+
+class KeyboardAttention(nn.Module):
+    """Tokens look at what was pressed in their own frame's window and in earlier ones."""
+    cfg: Actions
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, window, sight, past):
+        """Tokens [B T n D], window [B R(W+T) A] -> (tokens, `KVCache` of T frames, one site)."""
+        cfg, dtype = self.cfg, self.dtype
+        keys = jax.nn.silu(Linear(cfg.embed, dtype=dtype, name='linear_1')(window))
+        keys = grouped(cfg, Linear(cfg.embed, dtype=dtype, name='linear_2')(keys))
+        q = Linear(cfg.keyboard_width, use_bias=False, dtype=dtype, name='query')(x)
+        q = rearrange(q, 'b t n (k e) -> b t n k e', k=cfg.heads)
+        k, v = rearrange(
+            Linear(2 * cfg.keyboard_width, use_bias=False, dtype=dtype, name='key_value')(keys),
+            'b t (c k e) -> c b t 1 k e', c=2, k=cfg.heads)
+        q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
+        y, new = look(cfg, q, KVCache(k.astype(dtype), v), sight, past)
+        return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
+
+
+class HeadNorm(nn.Module):
+    """RMS norm over a head, without a weight."""
+
+    @nn.compact
+    def __call__(self, x):
+        """[... E] -> [... E] float32."""
+        # PARITY: the released networks have a weight here, which nothing reads. We carry it along.
+        self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
+        x = x.astype(jnp.float32)
+        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+
+def look(cfg: Actions, q, new: KVCache, sight, past):
+    """Queries [B T n K E] look at keys of their own site -> ([B T n K*E], `new`)."""
+    held = sight.recall(past, new)
+    speeds = rates(cfg.axes[0] // 2, cfg.period)
+    own, theirs = (tuple(part[:, None] for part in turns(places, speeds))
+                   for places in sight.places())
+    y = attend_per_site(rotate(q, own).astype(new.k.dtype), rotate(held.k, theirs), held.v,
+                        sight.visible())
+    return rearrange(y, 'b t n k e -> b t n (k e)'), new
+
+
+def action_rows(cfg: Actions, torch, path, layers):
+    """Rows of a weight table: released action modules <-> `ActionBlock`s."""
+    rows = []
+    if cfg.mouse:
+        rows += linear_rows(f'{torch}.mouse_mlp.0', f'{path}/mouse/linear_1', 'i', 'o', layers)
+        rows += linear_rows(f'{torch}.mouse_mlp.2', f'{path}/mouse/linear_2', 'i', 'o', layers)
+        rows += norm_rows(f'{torch}.mouse_mlp.3', f'{path}/mouse/norm', 'o', layers)
+    named = [('mouse', {'t_qkv': 'qkv', 'proj_mouse': 'out'}, 'img_attn')] if cfg.mouse else []
+    named += [('keyboard', {'mouse_attn_q': 'query', 'keyboard_attn_kv': 'key_value',
+                            'proj_keyboard': 'out'}, 'key_attn')]
+    for branch, kernels, norms in named:
+        rows += [Row(f'{torch}.{theirs}.weight', f'{path}/{branch}/{ours}/kernel', 'o i -> i o',
+                     layers) for theirs, ours in kernels.items()]
+        rows += [Row(f'{torch}.{norms}_{theirs}_norm.weight', f'{path}/{branch}/{ours}_norm/scale',
+                     'e -> e', layers) for theirs, ours in (('q', 'query'), ('k', 'key'))]
+    rows += linear_rows(f'{torch}.keyboard_embed.0', f'{path}/keyboard/linear_1', 'i', 'o', layers)
+    rows += linear_rows(f'{torch}.keyboard_embed.2', f'{path}/keyboard/linear_2', 'i', 'o', layers)
+    return rows

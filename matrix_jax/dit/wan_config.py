@@ -1,0 +1,207 @@
+"""Sizes of the Wan DiT, its released configs, and the shapes that it takes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from matrix_jax.dit.wan_actions import Actions
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the network; the defaults are Wan 2.1 of 1.3B with image conditions.
+
+    Attributes:
+      heads: attention heads K.
+      head_dim: width E of a head; the model width is D = K*E.
+      channels: latent channels C, in and out.
+      cond_channels: channels Cc of the conditions that are joined to the latents.
+      layers: transformer blocks.
+      mlp: hidden width M.
+      time_dim: width of the code of a noise level.
+      image_dim: width Di of the image's features.
+      image_length: image tokens L that caches are made for; a call takes any number.
+      patch: side of a square patch.
+      eps: epsilon of the norms of blocks, queries and keys.
+      local: latent frames that a block sees, its own included, and slots S of the caches; None =
+        all, for networks that do not stream.
+      sink: first latent frames of a stream that stay in sight, of these slots.
+      actions: keyboard and mouse, or None.
+      dtype: type of the multiplies and of the residual stream, as a numpy name.
+      remat: what the backward pass recomputes: 'none', each 'block', or of a block all but the
+        'dots' (its matrix products are kept).
+      scan_unroll: layers per scan iteration.
+    """
+    heads: int = 12
+    head_dim: int = 128
+    channels: int = 16
+    cond_channels: int = 20
+    layers: int = 30
+    mlp: int = 8960
+    time_dim: int = 256
+    image_dim: int = 1280
+    image_length: int = 257
+    patch: int = 2
+    eps: float = 1e-6
+    local: int | None = None
+    sink: int = 0
+    actions: Actions | None = None
+    dtype: str = 'float32'
+    remat: Literal['none', 'block', 'dots'] = 'none'
+    scan_unroll: int = 1
+
+    def __post_init__(self):
+        if self.head_dim % 2 or self.head_dim < 6:
+            raise ValueError(f'head_dim: got {self.head_dim}, expected an even number from 6 on '
+                             '(pairs for frame, row and column)')
+        if self.time_dim % 2:
+            raise ValueError(f'time_dim: got {self.time_dim}, expected an even number')
+        if self.local is not None and not 0 <= self.sink < self.local:
+            raise ValueError(f'sink: got {self.sink} latent frames, expected fewer than the '
+                             f'{self.local} of local')
+        span = self.actions
+        if span and not 0 <= span.start < span.end <= self.layers:
+            raise ValueError(f'actions: got layers [{span.start}, {span.end}), expected a range '
+                             f'within the {self.layers} layers')
+
+    @property
+    def width(self) -> int:
+        """Model width D."""
+        return self.heads * self.head_dim
+
+    @property
+    def segments(self) -> dict[str, tuple[int, int]]:
+        """Name -> (start, stop) of each run of equal layers; empty runs are absent."""
+        start, end = (self.actions.start, self.actions.end) if self.actions else (self.layers,) * 2
+        runs = {'before': (0, start), 'acting': (start, end), 'after': (end, self.layers)}
+        return {name: run for name, run in runs.items() if run[0] < run[1]}
+
+    @classmethod
+    def from_released(cls, released: dict) -> Config:
+        """Reads a released config.json.
+
+        Raises:
+          ValueError: a key asks for maths that this network does not have.
+        """
+        released = {key: value for key, value in released.items()
+                    if not key.startswith('_') and value is not None}
+        told = released.get('action_config') or {}
+        faults = _faults(released, '', FIELDS, FIXED, ('action_config', *IGNORED))
+        faults += _faults(told, 'action_config.', ACTIONS, FIXED_ACTIONS,
+                          ('blocks', 'enable_mouse', 'img_hidden_size', 'rope_dim_list'))
+        fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
+        base = cls()
+        width, heads = fields.pop('width', base.width), fields.get('heads', base.heads)
+        out, joined = fields.get('channels', base.channels), fields.pop('joined', None)
+        if width % heads:
+            faults.append(f'dim = {width} (expected a multiple of num_heads = {heads})')
+        if joined is not None:
+            fields['cond_channels'] = joined - out
+        if fields.get('local') == -1:
+            fields['local'] = None
+        patch = list(released.get('patch_size', (1, base.patch, base.patch)))
+        if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
+            faults.append(f'patch_size = {patch} (expected [1, p, p])')
+        if told and told.get('img_hidden_size', width) != width:
+            faults.append(f"action_config.img_hidden_size = {told['img_hidden_size']} (expected "
+                          f'dim = {width})')
+        blocks = list(told.get('blocks', ()))
+        if blocks != list(range(*(blocks[0], blocks[-1] + 1) if blocks else (0,))):
+            faults.append(f'action_config.blocks = {blocks} (expected consecutive layers)')
+        if faults:
+            raise ValueError('transformer config: ' + '; '.join(faults))
+        if blocks:
+            sizes = {ours: told[theirs] for theirs, ours in ACTIONS.items() if theirs in told}
+            if not told.get('enable_mouse', True):
+                sizes |= {'mouse': None}
+            if 'axes' in sizes:
+                sizes['axes'] = tuple(sizes['axes'])
+            fields['actions'] = Actions(blocks[0], blocks[-1] + 1, **sizes)
+        return cls(**fields | {'head_dim': width // heads, 'patch': patch[-1]})
+
+    def to_released(self) -> dict:
+        """The config.json of this network."""
+        ours = {'width': self.width, 'joined': self.channels + self.cond_channels} | {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        ours['local'] = -1 if self.local is None else self.local
+        released = {'_class_name': 'CausalWanModel'} | FIXED | {
+            theirs: ours[name] for theirs, name in FIELDS.items()}
+        released['patch_size'] = [1, self.patch, self.patch]
+        for key in [key for key, (name, usual) in OURS.items() if ours[name] == usual]:
+            del released[key]
+        if self.actions:
+            size = self.actions
+            told = FIXED_ACTIONS | {theirs: getattr(size, name) for theirs, name in ACTIONS.items()}
+            told |= {'blocks': list(range(size.start, size.end)), 'enable_mouse': bool(size.mouse),
+                     'img_hidden_size': self.width, 'rope_dim_list': list(size.axes),
+                     'mouse_qk_dim_list': list(size.axes),
+                     'patch_size': [1, self.patch, self.patch]}
+            if not size.mouse:
+                del told['mouse_dim_in'], told['mouse_hidden_dim']
+            released['action_config'] = told
+        return released
+
+
+def _faults(released, where, fields, fixed, ignored) -> list[str]:
+    """What a part of a released config asks for that we do not do."""
+    wrong = [f'{where}{key} = {released[key]!r} (expected {want!r})' for key, want in fixed.items()
+             if released.get(key, want) != want]
+    known = {*fields, *fixed, *ignored, 'patch_size'}
+    return wrong + [f'{where}{key} = {value!r} (unknown key)' for key, value in released.items()
+                    if key not in known]
+
+
+# Keys of the released config.json: our fields, those with one value that we implement, and those
+# without effect. `width` and `joined` are sums of ours.
+OURS = {'image_dim': ('image_dim', 1280), 'image_length': ('image_length', 257)}   # not released
+FIELDS = {'dim': 'width', 'num_heads': 'heads', 'in_dim': 'joined', 'out_dim': 'channels',
+          'num_layers': 'layers', 'ffn_dim': 'mlp', 'freq_dim': 'time_dim', 'eps': 'eps',
+          'local_attn_size': 'local', 'sink_size': 'sink', **{key: key for key in OURS}}
+FIXED = {'model_type': 'i2v', 'qk_norm': True, 'cross_attn_norm': True}
+IGNORED = ('text_len', 'text_dim', 'inject_sample_info', 'window_size')
+ACTIONS = {'keyboard_dim_in': 'keyboard', 'mouse_dim_in': 'mouse', 'hidden_size': 'embed',
+           'keyboard_hidden_dim': 'keyboard_width', 'mouse_hidden_dim': 'mouse_width',
+           'heads_num': 'heads', 'vae_time_compression_ratio': 'ratio', 'windows_size': 'span',
+           'mouse_qk_dim_list': 'axes', 'rope_theta': 'period'}
+FIXED_ACTIONS = {'enable_keyboard': True, 'qk_norm': True, 'qkv_bias': False}
+
+_RELEASED = dict(dtype='bfloat16', remat='block')
+PRESETS = {
+    'tiny': Config(heads=2, head_dim=12, channels=4, cond_channels=8, layers=3, mlp=32, time_dim=16,
+                   image_dim=10, image_length=5, local=4,
+                   actions=Actions(0, 2, embed=6, keyboard_width=32, mouse_width=32, heads=2,
+                                   axes=(8, 4, 4))),
+    'universal': Config(local=6, actions=Actions(), **_RELEASED),
+    'gta_drive': Config(local=4, actions=Actions(keyboard=2), **_RELEASED),
+    'templerun': Config(local=6, actions=Actions(keyboard=7, mouse=None), **_RELEASED),
+    'foundation': Config(actions=Actions(end=30), **_RELEASED),
+}
+
+
+def check(cfg: Config, latents, level, cond, image, mouse, keyboard, window: bool = False):
+    """Raises ValueError where shapes do not fit the network; `image` None is not looked at."""
+    batch, frames, height, width, channels = latents.shape
+    if height % cfg.patch or width % cfg.patch or channels != cfg.channels:
+        raise ValueError(f'latents: got {latents.shape}, expected [B T H W {cfg.channels}] with '
+                         f'H and W multiples of {cfg.patch}')
+    want = (*latents.shape[:-1], cfg.cond_channels)
+    if cond.shape != want:
+        raise ValueError(f'cond: got {cond.shape}, expected {want}')
+    if level.shape[0] not in (1, batch) or level.shape[1:] not in ((), (1,), (frames,)):
+        raise ValueError(f'level: got {level.shape}, expected ({batch}, {frames}) or ({batch},)')
+    if image is not None and (image.shape[0] != batch or image.shape[2:] != (cfg.image_dim,)):
+        raise ValueError(f'image: got {image.shape}, expected ({batch}, L, {cfg.image_dim})')
+    size = cfg.actions
+    widths = {'mouse': size and size.mouse, 'keyboard': size and size.keyboard}
+    for name, given in (('mouse', mouse), ('keyboard', keyboard)):
+        if (given is None) != (widths[name] is None):
+            raise ValueError(f'{name}: got {None if given is None else given.shape}, but the '
+                             f'network has {"no" if given is not None else "its"} {name}')
+        if given is None:
+            continue
+        steps = size.steps(frames) if window else size.ratio * (frames - 1) + 1
+        if given.shape[0] != batch or given.shape[2:] != (widths[name],) or (
+                given.shape[1] != steps):
+            raise ValueError(f'{name}: got {given.shape}, expected ({batch}, {steps}, '
+                             f'{widths[name]}) for {frames} latent frames')
