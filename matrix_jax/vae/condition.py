@@ -1,0 +1,68 @@
+"""What tells a video model its first frame: the picture, latents of it and a mask.
+
+    picture -> pixels            cropped to the shape of the video, resized, in [-1, 1]
+    pixels -> mask + latents     of a clip that shows the picture once and is grey ever after
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax.vae import wan
+
+
+def fit(picture, height: int, width: int) -> np.ndarray:
+    """A picture uint8 [H W 3] -> uint8 [height width 3]: its middle, bilinear.
+
+    Raises:
+      ValueError: it is no picture, or has no pixels.
+    """
+    from PIL import Image
+    picture = np.asarray(picture)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+        raise ValueError(f'picture: got {picture.dtype} {picture.shape}, expected uint8 [H W 3]')
+    top, left, bottom, right = crop(*picture.shape[:2], height, width)
+    image = Image.fromarray(picture).crop((left, top, right, bottom))
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+
+
+def crop(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Top, left, bottom, right of the middle of a picture that has the shape height : width.
+
+    PARITY: the borders are rounded one by one, halves to even.
+    """
+    tall, wide = rows, columns
+    if rows / columns > height / width:
+        tall = int(columns * height / width)
+    else:
+        wide = int(rows * width / height)
+    top, left = round((rows - tall) / 2), round((columns - wide) / 2)
+    bottom, right = round((rows + tall) / 2), round((columns + wide) / 2)
+    return top, left, max(bottom, top + 1), max(right, left + 1)
+
+
+def pixels(picture):
+    """uint8 [... 3] -> float32 in [-1, 1], as the networks take it."""
+    return (jnp.asarray(picture, jnp.float32) / 255 - 0.5) / 0.5
+
+
+def condition(cfg: wan.Config, params, image, frames: int):
+    """What goes next to the noise of a clip: [B T h w 4+C], a mask and scaled latents.
+
+    The latents are those of the image and a grey clip behind it. They are all alike once the
+    network has forgotten the image, so a long clip costs no more than a short one.
+
+    Args:
+      cfg: the autoencoder.
+      params: its weights.
+      image: [B H W 3] in [-1, 1].
+      frames: latent frames T.
+    """
+    time, coded = cfg.temporal_compression, min(frames, cfg.settled + 1)
+    clip = jnp.pad(image[:, None], ((0, 0), (0, (coded - 1) * time), (0, 0), (0, 0), (0, 0)))
+    latents = wan.scaled(cfg, wan.encode(cfg, params, clip)[0])
+    last = jnp.repeat(latents[:, -1:], frames - coded, axis=1)
+    latents = jnp.concatenate([latents, last], axis=1)
+    mask = jnp.zeros((*latents.shape[:-1], time), latents.dtype).at[:, 0].set(1)
+    return jnp.concatenate([mask, latents], axis=-1)

@@ -1,0 +1,343 @@
+"""Causal video autoencoder of Wan 2.1 (arXiv 2503.20314): 4x in time, 8x in height and width.
+
+The first frame is coded alone; each latent frame behind it stands for the next four. Every layer
+sees the present and past frames only and keeps the last ones in a cache, so that chunks of any
+length give the same frames as the whole clip.
+
+    encode    frames -> mean, logvar
+    decode    latents -> frames
+    prefill   latents -> cache, frames   the same, to be continued
+    step      cache, latents -> cache, frames
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+
+from matrix_jax import convert
+from matrix_jax.convert import Row
+from matrix_jax.nn import fresh
+from matrix_jax.vae.cogvideox import chunked
+from matrix_jax.vae.wan_layers import Decoder, Encoder
+
+# Of the latents of the released network, as measured by its authors.
+MEANS = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+STDS = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of the network; the defaults are the released ones.
+
+    Attributes:
+      channels: of a frame.
+      latent_channels: channels C of a latent frame.
+      dim: width of the first level.
+      multiples: of `dim`, one for each level from full to smallest frames; every level but the last
+        halves the frame.
+      layers: residual blocks of an encoder level; a decoder level has one more.
+      halves_time: whether a level that halves the frame also halves time.
+      patch_size: pixels of a frame that are one pixel of the first level, in height and in width,
+        their values stacked as channels; 1 in the released network.
+      norm_eps: under the root of the norms; the released one only keeps zeros from dividing zeros.
+      latent_means: what `scaled` takes off each latent channel; none by default of other sizes.
+      latent_stds: what it then divides each by.
+      chunk: latent frames that are coded at once: memory against loops, the result is the same.
+      dtype: type of the convolutions and of the cache, as a numpy name.
+    """
+    channels: int = 3
+    latent_channels: int = 16
+    dim: int = 96
+    multiples: tuple[int, ...] = (1, 2, 4, 4)
+    layers: int = 2
+    halves_time: tuple[bool, ...] = (False, True, True)
+    patch_size: int = 1
+    norm_eps: float = 1e-24
+    latent_means: tuple[float, ...] = MEANS
+    latent_stds: tuple[float, ...] = STDS
+    chunk: int = 3
+    dtype: str = 'float32'
+
+    def __post_init__(self):
+        for name in ('multiples', 'halves_time', 'latent_means', 'latent_stds'):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.halves_time) != self.levels - 1:
+            raise ValueError(f'vae.halves_time: got {len(self.halves_time)} values, expected '
+                             f'{self.levels - 1}, one for each level that halves the frame')
+        for name in ('latent_means', 'latent_stds'):
+            if len(getattr(self, name)) not in (0, self.latent_channels):
+                raise ValueError(f'vae.{name}: got {len(getattr(self, name))} numbers, expected '
+                                 f'none, or one for each of the {self.latent_channels} channels')
+        if min(self.latent_stds, default=1) <= 0:
+            raise ValueError(f'vae.latent_stds: got {min(self.latent_stds)}, expected more than 0')
+        odd = [width for width in self.decoder_widths[:-1] if width % 2]
+        if odd:
+            raise ValueError(f'vae.dim: got a decoder level of {odd[0]} channels, expected an even '
+                             'number, as it is halved with the next level')
+        for name in ('dim', 'layers', 'patch_size', 'chunk'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'vae.{name}: got {getattr(self, name)}, expected at least 1')
+
+    @property
+    def levels(self) -> int:
+        """Frame sizes."""
+        return len(self.multiples)
+
+    @property
+    def encoder_widths(self) -> tuple[int, ...]:
+        """Channels of each level of the encoder."""
+        return tuple(self.dim * multiple for multiple in self.multiples)
+
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Channels of each level of the decoder, from the smallest frames on."""
+        return self.encoder_widths[::-1]
+
+    @property
+    def doubles_time(self) -> tuple[bool, ...]:
+        """`halves_time` as the decoder meets it."""
+        return self.halves_time[::-1]
+
+    @property
+    def spatial_compression(self) -> int:
+        """Pixels per latent pixel, in height and in width."""
+        return self.patch_size * 2 ** (self.levels - 1)
+
+    @property
+    def temporal_compression(self) -> int:
+        """Frames per latent frame, but for the first."""
+        return 2 ** sum(self.halves_time)
+
+    @property
+    def settled(self) -> int:
+        """Number of the first latent frame that knows nothing of the first frame of the clip: where
+        all others are alike, so are the latent frames from there on."""
+        reach, step = 2, 1        # frames that are looked back on; frames of a step at this level
+        for halves in (*self.halves_time, False):
+            reach += 4 * self.layers * step
+            if halves:
+                reach += 2 * step
+                step *= 2
+        return (reach + 10 * step) // step + 1      # two residual blocks and the last convolution
+
+    @classmethod
+    def from_released(cls, released: dict) -> Config:
+        """Reads the `config.json` of a component folder.
+
+        Raises:
+          ValueError: a key asks for maths that this network does not have.
+        """
+        released = {key: value for key, value in released.items() if not key.startswith('_')}
+        faults = [f'{key} = {released[key]!r} (expected {want!r})' for key, want in FIXED.items()
+                  if key in released and released[key] != want]
+        faults += [f'{key} = {value!r} (unknown key)' for key, value in released.items()
+                   if key not in FIELDS and key not in FIXED]
+        if faults:
+            raise ValueError('vae config: ' + '; '.join(faults))
+        return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
+                      if theirs in released})
+
+    def to_released(self) -> dict:
+        """The `config.json` of this network; the published file of weights comes without one."""
+        values = {theirs: getattr(self, ours) for theirs, ours in FIELDS.items()}
+        return {'_class_name': 'WanVAE', **FIXED,
+                **{key: list(value) if isinstance(value, tuple) else value
+                   for key, value in values.items()}}
+
+
+# Arguments of the published network under their names, then ours.
+FIELDS = {'dim': 'dim', 'z_dim': 'latent_channels', 'dim_mult': 'multiples',
+          'num_res_blocks': 'layers', 'temperal_downsample': 'halves_time',
+          'latents_mean': 'latent_means', 'latents_std': 'latent_stds', 'in_channels': 'channels',
+          'patch_size': 'patch_size', 'norm_eps': 'norm_eps'}
+FIXED = {'attn_scales': [], 'dropout': 0.0}
+
+PRESETS = {
+    'wan_2_1': Config(),
+    # For tests: a frame of 8x12 is enough.
+    'tiny': Config(latent_channels=4, dim=4, multiples=(1, 2), layers=1, halves_time=(True,),
+                   latent_means=(), latent_stds=()),
+}
+
+
+def encode(cfg: Config, params, frames):
+    """Frames [B F H W in] in [-1, 1] -> mean, logvar of the posterior, float32 [B T h w C] each.
+
+    F = 1 + 4(T-1).
+
+    Raises:
+      ValueError: the frames do not fit the network.
+    """
+    return encode_step(cfg, params, None, frames)[1:]
+
+
+def encode_step(cfg: Config, params, cache, frames):
+    """`encode` that can be continued: -> (cache, mean, logvar).
+
+    Args:
+      cache: of the call before; None starts anew.
+      frames: [B F H W in]; F = 1 + 4(T-1) in the first call, F = 4T in the others.
+
+    Raises:
+      ValueError: the frames do not fit the network.
+    """
+    scale, time = cfg.spatial_compression, cfg.temporal_compression
+    alone = 1 if cache is None else 0
+    if (frames.ndim != 5 or frames.shape[-1] != cfg.channels or frames.shape[1] < alone or (
+            frames.shape[1] - alone) % time or frames.shape[2] % scale or frames.shape[3] % scale):
+        raise ValueError(f'vae.encode: got frames {frames.shape}, expected [B F H W '
+                         f'{cfg.channels}] with F = {alone} + {time}k and H, W multiples of '
+                         f'{scale}')
+    frames = patched(frames, cfg.patch_size).astype(cfg.dtype)
+    cache, moments = _code(Encoder(cfg), params['encoder'], cache, frames, cfg.chunk * time)
+    mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
+    return cache, mean, jnp.clip(logvar, -30, 20)
+
+
+def scaled(cfg: Config, latents):
+    """Latents [B T h w C] of this network -> those of a diffusion model."""
+    return (latents - np.asarray(cfg.latent_means or 0, np.float32)) / np.asarray(
+        cfg.latent_stds or 1, np.float32)
+
+
+def unscaled(cfg: Config, latents):
+    """The inverse of `scaled`."""
+    return latents * np.asarray(cfg.latent_stds or 1, np.float32) + np.asarray(
+        cfg.latent_means or 0, np.float32)
+
+
+def decode(cfg: Config, params, latents):
+    """Latents [B T h w C] -> frames [B F H W out], float32, F = 1 + 4(T-1).
+
+    Raises:
+      ValueError: the latents do not fit the network.
+    """
+    return prefill(cfg, params, latents)[1]
+
+
+def prefill(cfg: Config, params, latents):
+    """`decode` that can be continued: returns (cache, frames [B F H W out]).
+
+    The cache has the same structure and shapes as the one of `step`, whatever T.
+    """
+    return step(cfg, params, None, latents)
+
+
+def step(cfg: Config, params, cache, latents):
+    """Decodes what follows: latents [B T h w C] -> (cache, frames [B 4T H W out]).
+
+    Args:
+      cfg: sizes.
+      params: weights.
+      cache: of `prefill` or of the step before; None starts anew.
+      latents: [B T h w C], unscaled.
+
+    Raises:
+      ValueError: the latents do not fit the network.
+    """
+    if latents.ndim != 5 or latents.shape[-1] != cfg.latent_channels or not latents.shape[1]:
+        raise ValueError(f'vae.decode: got latents {latents.shape}, expected [B T h w '
+                         f'{cfg.latent_channels}] with T > 0')
+    cache, frames = _code(Decoder(cfg), params['decoder'], cache, latents.astype(cfg.dtype),
+                          cfg.chunk)
+    return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
+
+
+def patched(frames, p: int):
+    """Frames [B F h*p w*p C] with p x p pixels as one: [B F h w C*p*p], columns outermost."""
+    return rearrange(frames, 'b f (h q) (w r) c -> b f h w (c r q)', q=p, r=p)
+
+
+def unpatched(frames, p: int):
+    """The inverse of `patched`."""
+    return rearrange(frames, 'b f h w (c r q) -> b f (h q) (w r) c', q=p, r=p)
+
+
+def _code(net, params, cache, x, size: int):
+    """x [B F ...] through a network: the first of a clip alone, the others `size` at a time."""
+    def run(cache, chunk):
+        return net.apply({'params': params}, chunk, cache)
+
+    if cache is not None:
+        return chunked(run, cache, x, size)
+    cache, head = run(None, x[:, :1])
+    if x.shape[1] == 1:
+        return cache, head
+    cache, tail = chunked(run, cache, x[:, 1:], size)
+    return cache, jnp.concatenate([head, tail], axis=1)
+
+
+LAWS = ()       # how parameters start, beyond the common laws of `nn.fresh`
+
+
+def init(cfg: Config, seed: int) -> dict:
+    """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
+    return convert.unflatten({path: fresh.draw(LAWS, path, leaf.shape, (seed,))
+                              for path, leaf in convert.flatten(shapes(cfg)).items()})
+
+
+def shapes(cfg: Config) -> dict:
+    """Parameter tree of ShapeDtypeStructs; nothing is computed."""
+    size = 2 ** (cfg.levels - 1)
+    frames = jnp.zeros((1, 1, size, size, cfg.channels * cfg.patch_size**2), cfg.dtype)
+    latents = jnp.zeros((1, 1, 1, 1, cfg.latent_channels), cfg.dtype)
+    key = jax.random.key(0)
+    return {'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
+            'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params']}
+
+
+def weights(cfg: Config) -> tuple[Row, ...]:
+    """Names of the published `.pth`."""
+    def rows(torch, path, kernel):
+        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
+                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+
+    def conv(torch, path):
+        return rows(torch, path, 'o i t h w -> t h w i o')
+
+    def norm(torch, path, axes='c 1 1 1'):
+        return [Row(f'{torch}.gamma', f'{path}/scale', f'{axes} -> c')]
+
+    def resnet(torch, path, changes=False):
+        return [*norm(f'{torch}.residual.0', f'{path}/norm1'),
+                *conv(f'{torch}.residual.2', f'{path}/conv1'),
+                *norm(f'{torch}.residual.3', f'{path}/norm2'),
+                *conv(f'{torch}.residual.6', f'{path}/conv2'),
+                *(rows(f'{torch}.shortcut', f'{path}/shortcut', 'o i 1 1 1 -> i o')
+                  if changes else ())]
+
+    def network(net, ours, theirs, layers, widths, times, entering):
+        made = [*conv(f'{net}.conv1', f'{net}/conv_in'),
+                *resnet(f'{net}.middle.0', f'{net}/mid/resnet_0'),
+                *norm(f'{net}.middle.1.norm', f'{net}/mid/attention/norm', 'c 1 1'),
+                *rows(f'{net}.middle.1.to_qkv', f'{net}/mid/attention/qkv', 'o i 1 1 -> i o'),
+                *rows(f'{net}.middle.1.proj', f'{net}/mid/attention/proj', 'o i 1 1 -> i o'),
+                *resnet(f'{net}.middle.2', f'{net}/mid/resnet_1'),
+                *norm(f'{net}.head.0', f'{net}/norm_out'),
+                *conv(f'{net}.head.2', f'{net}/conv_out')]
+        for level, width in enumerate(widths):
+            path, first = f'{net}/{ours}_{level}', level * (layers + 1)
+            for layer in range(layers):
+                made += resnet(f'{net}.{theirs}.{first + layer}', f'{path}/resnet_{layer}',
+                               not layer and width != entering[level])
+            if level < cfg.levels - 1:
+                torch = f'{net}.{theirs}.{first + layers}'
+                made += rows(f'{torch}.resample.1', f'{path}/resample', 'o i h w -> h w i o')
+                if times[level]:
+                    made += rows(f'{torch}.time_conv', f'{path}/time', 'o i t 1 1 -> t i o')
+        return made
+
+    down, up = cfg.encoder_widths, cfg.decoder_widths
+    return (*network('encoder', 'down', 'downsamples', cfg.layers, down, cfg.halves_time,
+                     (down[0], *down)),
+            *rows('conv1', 'encoder/moments', 'o i 1 1 1 -> i o'),
+            *rows('conv2', 'decoder/latents', 'o i 1 1 1 -> i o'),
+            *network('decoder', 'up', 'upsamples', cfg.layers + 1, up, cfg.doubles_time,
+                     (up[0], *(width // 2 for width in up))))

@@ -1,0 +1,216 @@
+"""Networks of the Wan autoencoders: a chunk of a clip, with what came before it as a cache.
+
+`cfg` is `matrix_jax.vae.wan.Config`. A cache has, in the tree of the modules, the last inputs of
+every layer that looks back; it is None for the first frame, which is a chunk of its own. No layer
+sees more than the frames that it convolves, so the other chunks may have any length.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+from matrix_jax.nn.attention import attention
+from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
+from matrix_jax.nn.linear import Linear
+
+
+class Encoder(nn.Module):
+    """A chunk of frames -> moments of its latent frames."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        """The first frame [B 1 H W in], or [B 4T H W in] behind it -> cache, [B T h w 2C]."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        x, new['conv_in'] = conv(cfg, cfg.encoder_widths[0], 'conv_in')(x, old.get('conv_in'))
+        for level in range(cfg.levels):
+            name = f'down_{level}'
+            x, new[name] = Down(cfg, level, name=name)(x, old.get(name))
+        x, new['mid'] = Middle(cfg, name='mid')(x, old.get('mid'))
+        x = nn.silu(RMSNorm(cfg.norm_eps, name='norm_out')(x))
+        x, new['conv_out'] = conv(cfg, 2 * cfg.latent_channels, 'conv_out')(x, old.get('conv_out'))
+        return new, Linear(2 * cfg.latent_channels, dtype=cfg.dtype, name='moments')(x)
+
+
+class Decoder(nn.Module):
+    """A chunk of latent frames -> its frames."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, z, cache=None):
+        """The first latent frame [B 1 h w C] -> cache, [B 1 H W out]; [B T h w C] behind it ->
+        cache, [B 4T H W out]."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        x = Linear(cfg.latent_channels, dtype=cfg.dtype, name='latents')(z)
+        x, new['conv_in'] = conv(cfg, cfg.decoder_widths[0], 'conv_in')(x, old.get('conv_in'))
+        x, new['mid'] = Middle(cfg, name='mid')(x, old.get('mid'))
+        for level in range(cfg.levels):
+            name = f'up_{level}'
+            x, new[name] = Up(cfg, level, name=name)(x, old.get(name))
+        x = nn.silu(RMSNorm(cfg.norm_eps, name='norm_out')(x))
+        width = cfg.channels * cfg.patch_size**2
+        x, new['conv_out'] = conv(cfg, width, 'conv_out')(x, old.get('conv_out'))
+        return new, x
+
+
+class Down(nn.Module):
+    """One frame size of the encoder; all but the last end in halves."""
+    cfg: Any
+    level: int
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        """[B T H W in], cache -> [B T' H' W' out], cache."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        for layer in range(cfg.layers):
+            name = f'resnet_{layer}'
+            x, new[name] = Resnet(cfg, cfg.encoder_widths[self.level], name=name)(
+                x, old.get(name))
+        if self.level < cfg.levels - 1:
+            x = Downsample2d(x.shape[-1], dtype=cfg.dtype, name='resample')(x)
+            if cfg.halves_time[self.level]:
+                x, new['time'] = HalveTime(dtype=cfg.dtype, name='time')(x, old.get('time'))
+        return x, new
+
+
+class Up(nn.Module):
+    """One frame size of the decoder; all but the last end in doubles."""
+    cfg: Any
+    level: int
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        """[B T H W in], cache -> [B T' H' W' out], cache."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        for layer in range(cfg.layers + 1):
+            name = f'resnet_{layer}'
+            x, new[name] = Resnet(cfg, cfg.decoder_widths[self.level], name=name)(
+                x, old.get(name))
+        if self.level < cfg.levels - 1:
+            if cfg.doubles_time[self.level]:
+                x, new['time'] = DoubleTime(dtype=cfg.dtype, name='time')(x, old.get('time'))
+            x = Upsample2d(x.shape[-1] // 2, dtype=cfg.dtype, name='resample')(x)
+        return x, new
+
+
+class Middle(nn.Module):
+    """Residual block, attention, residual block at the smallest frame size."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        """[B T H W C], cache -> the same."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        x, new['resnet_0'] = Resnet(cfg, x.shape[-1], name='resnet_0')(x, old.get('resnet_0'))
+        x = Attention(cfg, name='attention')(x)
+        x, new['resnet_1'] = Resnet(cfg, x.shape[-1], name='resnet_1')(x, old.get('resnet_1'))
+        return x, new
+
+
+class Resnet(nn.Module):
+    """shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))."""
+    cfg: Any
+    features: int
+
+    @nn.compact
+    def __call__(self, x, cache=None):
+        """[B T H W in], cache -> [B T H W out], cache."""
+        cfg, old, new = self.cfg, cache or {}, {}
+        h = x
+        for part in ('1', '2'):
+            h = nn.silu(RMSNorm(cfg.norm_eps, name=f'norm{part}')(h))
+            h, new[f'conv{part}'] = conv(cfg, self.features, f'conv{part}')(
+                h, old.get(f'conv{part}'))
+        if x.shape[-1] != self.features:
+            x = Linear(self.features, dtype=cfg.dtype, name='shortcut')(x)
+        return x + h, new
+
+
+class Attention(nn.Module):
+    """x + attention(norm(x)) within each frame, one head."""
+    cfg: Any
+
+    @nn.compact
+    def __call__(self, x):
+        """[B T H W C] -> the same."""
+        cfg, width = self.cfg, x.shape[-1]
+        h = Linear(3 * width, dtype=cfg.dtype, name='qkv')(RMSNorm(cfg.norm_eps, name='norm')(x))
+        q, k, v = rearrange(h, 'b t h w (q c) -> q (b t) (h w) 1 c', q=3)
+        h = rearrange(attention(q, k, v), '(b t) (h w) 1 c -> b t h w c', t=x.shape[1],
+                      h=x.shape[2])
+        return x + Linear(width, dtype=cfg.dtype, name='proj')(h)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * scale over the channels, in float32."""
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        """[... C] -> the same."""
+        scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
+        wide = x.astype(jnp.float32)
+        inverse = lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
+        return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+class HalveTime(nn.Module):
+    """Two frames to one, by a convolution over time; the first frame of a clip stays alone."""
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, past=None):
+        """[B 2T H W C] and the frame before [B 1 H W C], or [B 1 H W C] and None -> [B T H W C],
+        the frame before the next."""
+        width = x.shape[-1]
+        run = taps(self, width, width, self.dtype)
+        y = x if past is None else run(jnp.concatenate([past, x], axis=1), 2)
+        return y, x[:, -1:]
+
+
+class DoubleTime(nn.Module):
+    """One frame to two, by a convolution over time; the first frame of a clip stays alone."""
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x, past=None):
+        """[B T H W C] and the two frames before [B 2 H W C] -> [B 2T H W C], the two before the
+        next. Without a past T is 1, and stays it."""
+        width = x.shape[-1]
+        run = taps(self, width, 2 * width, self.dtype)
+        if past is None:
+            # PARITY: the frames behind the first see zeros in its place.
+            return x, jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+        x = jnp.concatenate([past, x], axis=1)
+        return rearrange(run(x, 1), 'b t h w (p c) -> b (t p) h w c', p=2), x[:, -2:]
+
+
+def taps(layer, width: int, features: int, dtype):
+    """The parameters of a layer's convolution over three frames, and what it does with them."""
+    kernel = layer.param('kernel', fan_in, (3, width, features)).astype(dtype)
+    bias = layer.param('bias', nn.initializers.zeros_init(), (features,)).astype(dtype)
+
+    def run(x, stride):
+        """[B T' H W in], unpadded -> [B T H W out]."""
+        stop = x.shape[1] - 2
+        x = jnp.concatenate([x[:, tap:stop + tap:stride] for tap in range(3)], axis=-1)
+        return x @ rearrange(kernel, 't i o -> (t i) o') + bias
+
+    return run
+
+
+def conv(cfg: Any, features: int, name: str):
+    """A 3x3x3 causal convolution of this network: `(x, context or None) -> (y, context)`."""
+    layer = CausalConv3d(features, dtype=cfg.dtype, name=name)
+
+    def run(x, context):
+        if context is None:      # zeros are before the first frame
+            context = jnp.zeros((x.shape[0], 2, *x.shape[2:]), cfg.dtype)
+        return layer(x, context)
+
+    return run
