@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from matrix_jax.mesh import Mesh
+
 DEFAULT_WORLD = 'carracing'
 
 
@@ -34,19 +36,6 @@ def at_least(field: str, value, lowest):
 
 
 # --- what a run is ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Mesh:
-    """Devices per mesh axis; their product is the number of devices used."""
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    seq: int = 1
-
-    def __post_init__(self):
-        for name, size in dataclasses.asdict(self).items():
-            at_least(f'mesh.{name}', size, 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +62,7 @@ class Run:
     Attributes:
       world: the config dataclass of a world; nothing here looks inside.
       stage: the config dataclass of a training stage, or None.
-      mesh: devices per mesh axis.
+      mesh: devices per mesh axis, or of each part of a stream.
       train: the training loop.
       weights: folder in the released layout, bundled name or hub repository; None = fresh.
       lora: file of an adapter in peft's names, or a folder with one, merged into the weights.

@@ -18,6 +18,7 @@ import numpy as np
 from matrix_jax import checkpoint, controls, sharding, video
 from matrix_jax.config import UsageError
 from matrix_jax.data import starts
+from matrix_jax.stream.pipeline import Pipeline
 
 
 @dataclasses.dataclass
@@ -101,11 +102,17 @@ class Player:
     """
 
     def __init__(self, world, params, entry: str | None = None):
+        params, decoder = world.apart(params)
         self.world, self.params = world, params
-        stream = world.stream(entry)
-        self._init = jax.jit(stream.init)
-        self._step = jax.jit(stream.step, donate_argnums=1)
         self._condition = jax.jit(world.condition)
+        self._pipeline = None
+        if decoder is None:
+            stream = world.stream(entry)
+            self._init = jax.jit(stream.init)
+            self._step = jax.jit(stream.step, donate_argnums=1)
+        else:
+            self._pipeline = Pipeline(**world.halves(entry), params=(params, decoder))
+            self._init, self._step = self._pipeline.init, self._pipeline.step
 
     def start(self, prompt: str, frames: np.ndarray, symbols: list[str], seed: int):
         """Begins a stream.
@@ -128,7 +135,10 @@ class Player:
     def compile(self, carry):
         """Compiles the step for this carry."""
         symbols = jax.ShapeDtypeStruct((1, self.world.cfg.stream.group_frames), jnp.int32)
-        self._step = self._step.lower(self.params, carry, symbols).compile()
+        if self._pipeline:
+            self._pipeline.compile(self.params, carry, symbols)
+        else:
+            self._step = self._step.lower(self.params, carry, symbols).compile()
 
     def step(self, carry, symbols: list[str]):
         """One shift under the newest symbols -> (carry, frames uint8 [B F H W 3] on device)."""

@@ -23,13 +23,15 @@ Layers and tables speak letters and logical names; only `RULES` names mesh axes.
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-AXES = ('data', 'fsdp', 'tensor', 'seq')
+from matrix_jax.mesh import AXES
+
 RULES = {'batch': ('data', 'fsdp'), 'rows': 'seq', 'tokens': 'seq', 'heads': 'tensor',
          'mlp': 'tensor', 'embed': 'fsdp'}
 LETTERS = {'b': 'batch', 'n': 'tokens', 'd': 'embed', 'k': 'heads', 'm': 'mlp'}
@@ -43,8 +45,11 @@ def make_mesh(shape, devices=None) -> Mesh:
       devices: devices to use; all local ones by default, as many as the shape asks for.
 
     Raises:
-      ValueError: the shape asks for more devices than there are.
+      ValueError: the shape asks for more devices than there are, or for a pipeline.
     """
+    if shape.pipeline != '1':
+        raise ValueError(f'mesh.pipeline: got {shape.pipeline}, expected 1: only streams that are '
+                         'generated or played run in two parts')
     sizes = tuple(getattr(shape, axis) for axis in AXES)
     devices = jax.devices() if devices is None else devices
     count = int(np.prod(sizes))
@@ -52,6 +57,22 @@ def make_mesh(shape, devices=None) -> Mesh:
         asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
         raise ValueError(f'mesh: got {asked} = {count} devices, expected at most {len(devices)}')
     return Mesh(np.asarray(devices[:count]).reshape(sizes), AXES)
+
+
+def make_meshes(shape, devices=None) -> tuple[Mesh, Mesh]:
+    """Meshes of a stream's network and of its decoder: the same one, or the two of a pipeline.
+
+    Raises:
+      ValueError: the shape asks for more devices than there are.
+    """
+    if not shape.parts:
+        return (make_mesh(shape, devices),) * 2
+    devices = jax.devices() if devices is None else devices
+    if shape.devices > len(devices):
+        raise ValueError(f'mesh.pipeline: got {shape.pipeline} = {shape.devices} devices, '
+                         f'expected at most {len(devices)}')
+    network, decoder = shape.parts
+    return make_mesh(network, devices), make_mesh(decoder, devices[network.devices:])
 
 
 def abstract_mesh(shape) -> AbstractMesh:
@@ -85,6 +106,11 @@ def put(tree, places):
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
     return jax.tree.map(one, tree, places)
+
+
+def within(mesh: Mesh | None):
+    """The context in which programs for a mesh are traced; None = for one device."""
+    return jax.set_mesh(mesh) if mesh is not None and mesh.size > 1 else contextlib.nullcontext()
 
 
 # --- inside a program ------------------------------------------------------------------------

@@ -10,7 +10,6 @@ JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID), on one file system:
 """
 
 import dataclasses
-import math
 import sys
 
 from matrix_jax import config
@@ -34,7 +33,7 @@ def main(argv):
     if options.dry_run:
         with config.door():
             from matrix_jax.train import dry
-            dry.imitate(math.prod(dataclasses.astuple(run.mesh)))
+            dry.imitate(run.mesh.devices)
             print(dry.report(run))
         return 0
     if run.data is None:

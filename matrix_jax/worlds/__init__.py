@@ -57,7 +57,7 @@ def open_run(run):
     params = _adapt(run, world, lambda: world.load(folder))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    return world, world.device_put(params, sharding.make_mesh(run.mesh))
+    return world, world.device_put(params, *sharding.make_meshes(run.mesh))
 
 
 def start(run):

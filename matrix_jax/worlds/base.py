@@ -170,10 +170,31 @@ class Parts:
         """Writes one of `extras` from scratch."""
         raise NotImplementedError
 
-    def device_put(self, params, mesh):
-        """Parameters on the mesh: sharded by the letters of their tables."""
+    def device_put(self, params, mesh, decoder=None):
+        """Parameters on the mesh: sharded by the letters of their tables.
+
+        Args:
+          params: parameters.
+          mesh: the mesh.
+          decoder: the mesh of what turns latents into frames, if it has one of its own.
+        """
         axes = {name: convert.axes(self.tables[name]) for name in params}
-        return jax.device_put(params, sharding.shardings(axes, params, mesh))
+        places = sharding.shardings(axes, params, mesh)
+        if decoder not in (None, mesh):
+            places['vae']['decoder'] = sharding.shardings(
+                axes['vae']['decoder'], params['vae']['decoder'], decoder)
+        return jax.device_put(params, places)
+
+    def apart(self, params):
+        """(parameters of the network, those of the decoder); the second are None where both lie on
+        the same devices, and the first are then all."""
+        vae = params['vae']
+        places = [getattr(jax.tree.leaves(tree)[0], 'sharding', None)
+                  for tree in (params, vae['decoder'])]
+        if None in places or places[0].device_set == places[1].device_set:
+            return params, None
+        rest = {name: tree for name, tree in vae.items() if name != 'decoder'}
+        return params | {'vae': rest}, {'vae': {'decoder': vae['decoder']}}
 
     def summary(self, mesh) -> str:
         """One line per part: parameters, and memory per device at bfloat16. Nothing is allocated.

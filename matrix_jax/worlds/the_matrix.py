@@ -230,10 +230,14 @@ class World(Parts):
         Args:
           entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
         """
+        return streams.chain(**self.halves(entry))
+
+    def halves(self, entry: str | None = None) -> dict:
+        """What `stream` is made of: `stream` of latents, `decoder`, and `warm`, condition ->
+        latents that the decoder starts on."""
         cfg = dataclasses.replace(self.cfg.stream, entry=entry or self.cfg.stream.entry)
-        latents = swin.make(cfg, self.cfg.scheduler, self.denoise)
-        return streams.chain(latents, self.decoder(),
-                             warm=lambda cond: cond.latents[:, :cfg.context])
+        return {'stream': swin.make(cfg, self.cfg.scheduler, self.denoise),
+                'decoder': self.decoder(), 'warm': lambda cond: cond.latents[:, :cfg.context]}
 
     def sample_clip(self, params, ids, symbols, key):
         """A whole clip from nothing: -> frames uint8 [B F H W 3].

@@ -1,0 +1,122 @@
+"""Two parts on two meshes make the frames of one device."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from matrix_jax import config, controls, generate, sharding, worlds
+from matrix_jax.config import Mesh
+from matrix_jax.dit.cogvideox import Control
+from matrix_jax.stream import base, pipeline
+from matrix_jax.stream.pipeline import Pipeline
+
+SHIFTS = 4
+
+
+def parts():
+    """A stream whose latents count its steps, and a decoder that adds what it decoded before."""
+    def init(params, cond, key):
+        return jnp.full([1, 6], cond, jnp.float32)
+
+    def step(params, carry, control):
+        carry = carry + params['speed'] * control.sum()
+        return carry, sharding.constrain(carry, 'batch', 'rows')
+
+    def decode(params, past, latents):
+        return past + latents, (past * params['scale'] + latents).astype(jnp.uint8)
+
+    decoder = base.Decoder(lambda params, latents: decode(params, 0 * latents, latents), decode)
+    return {'stream': base.Stream(init, step, step), 'decoder': decoder,
+            'warm': lambda cond: jnp.full([1, 6], cond, jnp.float32)}
+
+
+def run(step, params, carry):
+    frames = []
+    for shift in range(SHIFTS):
+        carry, made = step(params, carry, np.int32([shift, 1]))
+        frames.append(made)
+    return frames
+
+
+@pytest.fixture
+def placed():
+    """Parameters of both parts on the two meshes of a preset."""
+    meshes = sharding.make_meshes(Mesh(pipeline='6dit_2vae'))
+    return tuple(jax.device_put(tree, sharding.replicated(mesh)) for tree, mesh in
+                 zip([{'speed': 2.0}, {'scale': 3.0}], meshes))
+
+
+def test_latents_alone_cross_and_nothing_compiles_after_the_start(placed, monkeypatch):
+    chained, params = base.chain(**parts()), {'speed': 2.0, 'scale': 3.0}
+    wanted = run(jax.jit(chained.step), params, chained.init(params, 5.0, None))
+    crossed, compiled, put = [], [], jax.device_put
+
+    def seen(x, place):
+        crossed.append((x.shape, x.sharding.is_fully_replicated, len(place.device_set)))
+        return put(x, place)
+
+    made = Pipeline(**parts(), params=placed)
+    monkeypatch.setattr(jax, 'device_put', seen)
+    carry = made.init(placed[0], 5.0, None)
+    made.compile(placed[0], carry, np.int32([0, 1]))
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None)
+    frames = run(made.step, placed[0], carry)
+    jax.monitoring.clear_event_listeners()
+    assert not compiled
+    assert crossed == [((1, 6), True, 2)] * (1 + SHIFTS)
+    for one, other in zip(frames, wanted, strict=True):
+        assert one.sharding.device_set == set(jax.devices()[6:])
+        np.testing.assert_array_equal(one, other)
+
+
+def test_no_more_shifts_are_under_way_than_allowed(placed, monkeypatch):
+    made, events = Pipeline(**parts(), params=placed, ahead=2), []
+    wait = jax.block_until_ready
+    monkeypatch.setattr(pipeline.jax, 'block_until_ready',
+                        lambda frames: events.append(('waited', frames)) or wait(frames))
+    carry = made.init(placed[0], 5.0, None)
+    for shift in range(SHIFTS):
+        carry, frames = made.step(placed[0], carry, np.int32([shift, 1]))
+        events.append(('sent', frames))
+    assert [name for name, _ in events] == ['sent', 'sent', 'waited', 'sent', 'waited', 'sent']
+    assert events[2][1] is events[0][1] and events[4][1] is events[1][1]
+
+
+@pytest.fixture(scope='module')
+def world():
+    """Small in every way; ten rows of latents do not divide by the decoder's devices."""
+    cfg = config.load('the_matrix:TINY').world
+    net = dataclasses.replace(cfg.dit, layers=1, control=Control(dim=16, start=0, end=1))
+    vae = dataclasses.replace(cfg.vae, block_out_channels=(4, 8), layers_per_block=0,
+                              temporal_compression=2, single_latent_frames=2)
+    cfg = dataclasses.replace(cfg, dit=net, vae=vae, height=20, width=8)
+    return worlds.build(cfg).with_tokenizers(None)
+
+
+def play(world, params):
+    """Frames of a few shifts [F H W 3]."""
+    cfg, symbols = world.cfg.stream, list(controls.SYMBOLS)
+    count = 1 + (cfg.frames - 1) * world.cfg.frames_per_control
+    start = np.random.default_rng(1).integers(0, 255, (count, world.cfg.height, world.cfg.width, 3))
+    player = generate.Player(world, params)
+    carry, _ = player.start('a road', start.astype(np.uint8), symbols[:1] * cfg.remembered, seed=3)
+    player.compile(carry)
+    keys = symbols[:2 * cfg.group_frames]
+    return np.stack(list(generate.stream_frames(player, carry, keys, generate.Clip(keys, []))))
+
+
+def test_frames_of_a_pipeline_are_those_of_one_device(world):
+    drawn = world.init(0, still=False)
+    shape = Mesh(pipeline='5dit_3vae')
+    placed = world.device_put(drawn, *sharding.make_meshes(shape))
+    assert len(jax.tree.leaves(placed['vae']['encoder'])[0].devices()) == 5
+    assert len(jax.tree.leaves(placed['vae']['decoder'])[0].devices()) == 3
+    made, wanted = (play(world, params) for params in (placed, drawn))
+    assert made.dtype == np.uint8 and np.std(wanted) > 10
+    # Rounding to whole grey levels is where the last bit of a float may show.
+    assert np.abs(made.astype(int) - wanted).max() <= 1
+    assert (made != wanted).mean() < 0.01
