@@ -1,4 +1,4 @@
-"""Clips encoded once: latents, controls and captions of whole episodes, memory-mapped.
+"""Clips encoded once: latents, controls, actions and captions of whole episodes, memory-mapped.
 
 Episodes go through the encoder whole, so that a window cut from the middle has the temporal context
 that streamed latents have. One store per folder and split; where the world allows it, every episode
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from einops import rearrange
 
 from matrix_jax import checkpoint
 from matrix_jax.data import records
@@ -29,6 +30,8 @@ class Store:
 
     Attributes:
       controls: int8 [N], one control per latent frame of all episodes in a row.
+      actions: name -> [N 4 ...], keys, mouse and pose of the four frames of each latent frame, the
+        last one its own; empty where no part has them.
       starts: first latent of each episode, and the end of the last one.
       captions: caption index of each episode.
       texts: the distinct captions.
@@ -42,6 +45,11 @@ class Store:
         self._latents = [np.load(folder / 'latents.npy', mmap_mode='r') for folder, _ in parts]
         self._ends = np.cumsum([len(part) for part in self._latents])
         self.controls = np.concatenate([np.load(folder / 'controls.npy') for folder, _ in parts])
+        self.actions = {}
+        if any((folder / 'pose.npy').exists() for folder, _ in parts):
+            self.actions = {name: np.concatenate([_load_actions(folder, name)
+                                                  for folder, _ in parts])
+                            for name in records.ACTIONS}
         self.texts = sorted({text for meta in metas for text in meta['texts']})
         self.starts, self.captions, self.recordings, self.names = [0], [], [], []
         for meta, (_, names) in zip(metas, parts):
@@ -60,6 +68,15 @@ class Store:
         return np.asarray(self._latents[part][first:first + frames])
 
 
+def _load_actions(folder, name):
+    """Actions [N 4 ...] of one part; unknown ones where it has none."""
+    path = folder / f'{name}.npy'
+    if path.exists():
+        return np.load(path)
+    frames = records.FRAMES_PER_LATENT * len(np.load(folder / 'controls.npy'))
+    return rearrange(records.unknown(frames)[name], '(t f) a -> t f a', f=records.FRAMES_PER_LATENT)
+
+
 def encode(data, world, params, folder: str | os.PathLike, split: str = 'train') -> Store:
     """Encodes all clips of `data` with the world's VAE, each folder unless that was done.
 
@@ -75,8 +92,7 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
     for one in records.folders(data):
         opened = [records.Shard(shard) for shard in records.shards(Path(one), split)]
         source = {'shards': [shard.digest() for shard in opened], 'mirror': world.cfg.mirror,
-                  'scale': world.cfg.vae.scaling_factor,
-                  'means': world.cfg.vae.latent_means, 'encoder': encoder}
+                  **world.cfg.vae.normalisation, 'encoder': encoder}
         digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()
         final = Path(folder) / digest[:16] / split
         clips = [(shard, index) for shard in opened for index in range(len(shard))]
@@ -97,7 +113,8 @@ def _write(final, source, clips, world, params):
     """Makes one store. Clips are read when they are needed: a folder may be larger than memory."""
     places = [(*clip, flip) for flip in ((False, True) if source['mirror'] else (False,))
               for clip in clips]
-    captions, controls = [], []
+    captions, controls, actions = [], [], {name: [] for name in records.ACTIONS}
+    known, per = False, records.FRAMES_PER_LATENT
     for shard, index, flip in places:
         clip = _read(shard, index, flip)
         size = world.cfg.height, world.cfg.width
@@ -107,8 +124,13 @@ def _write(final, source, clips, world, params):
                                       "world's size")
         captions.append(clip.caption)
         # The encoder is causal, but its norms see a chunk: one that padding enters is cut.
-        kept = 1 + (len(clip.frames) - 1) // CHUNK * (CHUNK // records.FRAMES_PER_LATENT)
-        controls.append(clip.controls[::records.FRAMES_PER_LATENT][:kept])
+        kept = 1 + (len(clip.frames) - 1) // CHUNK * (CHUNK // per)
+        controls.append(clip.controls[::per][:kept])
+        known |= any(map(clip.knows, records.ACTIONS))
+        for name, made in actions.items():
+            value = getattr(clip, name)[:1 + per * (kept - 1)]
+            value = np.concatenate([value[:1].repeat(per - 1, axis=0), value])
+            made.append(rearrange(value, '(t f) a -> t f a', f=per))
     texts = sorted(set(captions))
     starts = np.cumsum([0] + [len(one) for one in controls]).tolist()
 
@@ -121,6 +143,8 @@ def _write(final, source, clips, world, params):
             filled[start:end] = one[:end - start]
         filled.flush()
         np.save(part / 'controls.npy', np.concatenate(controls).astype(np.int8))
+        for name, made in actions.items() if known else ():
+            np.save(part / f'{name}.npy', np.concatenate(made))
         (part / 'store.json').write_text(json.dumps(
             {'source': source, 'starts': starts, 'texts': texts,
              'captions': [texts.index(caption) for caption in captions]}))
@@ -157,8 +181,9 @@ class Windows:
     """Endless shuffled batches of windows; `state()` and `restore(state)` as in `loader.Loader`.
 
     A batch: latents float16 [B T H W C], controls int32 [B T], ids int32 [B L], clip int32 [B], the
-    episodes by number in `names`. Whatever the number of processes, all of them draw the same
-    batches, and each reads its own rows.
+    episodes by number in `names`; where the store has actions, also keyboard, mouse and pose
+    [B F ...] of the F = 1 + 4 (T-1) frames, as `loader.Loader` gives them. Whatever the number of
+    processes, all of them draw the same batches, and each reads its own rows.
 
     Args:
       store: encoded episodes.
@@ -217,7 +242,15 @@ class Windows:
                 'controls': np.stack([self.controls[start:start + self.frames]
                                       for start in starts]).astype(np.int32),
                 'ids': self.ids[[self.store.captions[episode] for episode in episodes]],
-                'clip': episodes.astype(np.int32)}
+                'clip': episodes.astype(np.int32),
+                **{name: np.stack([self._frames(value, start) for start in starts])
+                   for name, value in self.store.actions.items()}}
+
+    def _frames(self, value, start):
+        """Actions [F ...] of the frames of a window: one of its first latent frame, four of each
+        other."""
+        window = rearrange(value[start:start + self.frames], 't f a -> (t f) a')
+        return window[records.FRAMES_PER_LATENT - 1:]
 
     def share(self, index: int, count: int):
         """From the first batch on, reads part `index` of `count` equal parts of each batch."""

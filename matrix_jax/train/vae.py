@@ -1,24 +1,19 @@
 """Stage 0: the video autoencoder of a bundled world, trained from scratch.
 
-Clips go through encoder and *streaming* decoder exactly as they will be used: causal 8-frame chunks
-in, one latent frame per chunk out, so that the chunk statistics of the norms are the trained ones.
+Clips go through encoder and *streaming* decoder exactly as they will be used, so that where norms
+see a chunk, their statistics are the trained ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import convert
+from matrix_jax import vae
 from matrix_jax.train.stage import Stage
-from matrix_jax.vae import cogvideox
-
-# Kernels that read latents: of the first convolution and of the modulated norms.
-LATENT_INPUT = re.compile(r'^decoder/conv_in/kernel$|/conv_[yb]/kernel$')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +53,12 @@ class Autoencode(Stage):
 
     def loss(self, world, params, batch, key):
         cfg = world.cfg.vae
+        net = vae.network(cfg)
         frames = batch['frames'].astype(jnp.float32) / 127.5 - 1
-        mean, logvar = cogvideox.encode(cfg, params['vae'], frames)
-        latents = cogvideox.sample(mean, logvar, jax.random.normal(key, mean.shape))
-        made = decode_streamed(cfg, params['vae'], latents[:, 1:])
-        error = made - frames[:, 1:]
+        mean, logvar = net.encode(cfg, params['vae'], frames)
+        noise = jax.random.normal(key, mean.shape)
+        made = net.decode_streamed(cfg, params['vae'], mean + jnp.exp(0.5 * logvar) * noise)
+        error = made - frames[:, -made.shape[1]:]
         edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (2, 3))
         square = jnp.square(error).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
@@ -72,39 +68,16 @@ class Autoencode(Stage):
 
     def finish(self, world, params, loader):
         """Gives each latent channel mean 0 and deviation 1, as the noise schedule expects."""
-        cfg = world.cfg.vae
         if not self.train_encoder:
             return world, params
-        encode = jax.jit(lambda p, x: cogvideox.encode(cfg, p, x)[0])
+        cfg = world.cfg.vae
+        net = vae.network(cfg)
+        encode = jax.jit(lambda p, x: net.encode(cfg, p, x)[0])
         means = []
         for _ in range(8):
             frames = next(loader)['frames'].astype(np.float32) / 127.5 - 1
             means.append(np.asarray(encode(params['vae'], frames)))
         means = np.concatenate(means)
-        mean, std = means.mean(axis=(0, 1, 2, 3)), means.std(axis=(0, 1, 2, 3))
-        vae = dataclasses.replace(cfg, scaling_factor=1.0, latent_means=[
-            round(float(one), 4) for one in mean / std])
-        return world.replace(vae=vae), {**params, 'vae': rescaled(params['vae'], std)}
-
-
-def rescaled(params, std):
-    """The same autoencoder with latents divided by `std` [C]: the factor goes into the weights."""
-    flat, channels = convert.flatten(params), len(std)
-    for path, leaf in flat.items():
-        if path == 'encoder/conv_out/kernel':
-            flat[path] = leaf / np.append(std, np.ones(channels, std.dtype))
-        elif path == 'encoder/conv_out/bias':
-            flat[path] = np.append(leaf[:channels] / std, leaf[channels:] - 2 * np.log(std))
-        elif path.startswith('decoder/') and LATENT_INPUT.search(path):
-            flat[path] = leaf * std[:, None]
-    return convert.unflatten(flat)
-
-
-def decode_streamed(cfg, params, latents):
-    """Latents [B T H W C] -> frames [B 4T H W 3], one latent frame per chunk, cache from empty."""
-    cache, frames = cogvideox.prefill(cfg, params, latents[:, :1])
-    parts = [frames]
-    for index in range(1, latents.shape[1]):      # not a scan: convolutions are slow in a CPU loop
-        cache, frames = cogvideox.step(cfg, params, cache, latents[:, index:index + 1])
-        parts.append(frames)
-    return jnp.concatenate(parts, axis=1)
+        cfg, made = net.standardised(cfg, params['vae'], means.mean(axis=(0, 1, 2, 3)),
+                                     means.std(axis=(0, 1, 2, 3)))
+        return world.replace(vae=cfg), {**params, 'vae': made}

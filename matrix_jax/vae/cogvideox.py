@@ -16,22 +16,22 @@ where it was made.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax import lax
 
 from matrix_jax import convert
-from matrix_jax.convert import Row
 from matrix_jax.nn import fresh, rows
+from matrix_jax.vae.chunks import chunked
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
+from matrix_jax.vae.cogvideox_layers import weights as weights  # the table, for whoever loads
 from matrix_jax.vae.tiling import Tiles, covers, tiled, windowed
 
 ENCODE_CHUNK = 8  # frames
 DECODE_CHUNK = 2  # latent frames
-UNROLLED = 4      # chunks of a clip that are not worth a loop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,11 @@ class Config:
     def spatial_compression(self) -> int:
         """Pixels per latent pixel, in height and in width."""
         return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def normalisation(self) -> dict:
+        """All that `scaled` depends on."""
+        return {'scale': self.scaling_factor, 'means': self.latent_means}
 
     def halves_time(self, level: int) -> bool:
         """Whether the resampling behind a level also halves (or doubles) time."""
@@ -270,6 +275,17 @@ def step(cfg: Config, params, cache, latents):
     return cache, frames.astype(jnp.float32)
 
 
+def decode_streamed(cfg: Config, params, latents):
+    """Latents [B T h w C] of a clip -> its last frames [B 4(T-1) H W out], as a stream shows them:
+    one latent frame per chunk, from an empty cache behind the first."""
+    cache, frames = prefill(cfg, params, latents[:, 1:2])
+    parts = [frames]
+    for index in range(2, latents.shape[1]):      # not a scan: convolutions are slow in a CPU loop
+        cache, frames = step(cfg, params, cache, latents[:, index:index + 1])
+        parts.append(frames)
+    return jnp.concatenate(parts, axis=1)
+
+
 def encode_tiled(cfg: Config, params, frames, tiles: Tiles | None = None):
     """`encode` with the memory of one tile; the plain one if a tile (half a native frame) does.
 
@@ -311,21 +327,28 @@ def decode_sliced(cfg: Config, params, latents, window: int = 128, overlap: int 
                     cfg.temporal_compression * overlap)
 
 
-def chunked(run, cache, x, size: int):
-    """Feeds x [B F ...] through `run(cache, chunk) -> (cache, y)`: remainder first, then by `size`.
+def standardised(cfg: Config, params, means, stds):
+    """The same autoencoder, (cfg, params), whose `scaled` latents have means 0 and deviations 1.
 
-    The chunks behind the first are one scan, so that a long clip compiles like a short one; a few
-    are unrolled, because XLA's CPU convolutions are many times slower inside a loop.
+    Args:
+      cfg, params: the autoencoder.
+      means, stds: of its latent channels [C]. The deviations go into the weights.
     """
-    count = max(x.shape[1] // size, 1)
-    first = x.shape[1] - size * (count - 1)
-    cache, head = run(cache, x[:, :first])
-    if count == 1:
-        return cache, head
-    rest = rearrange(x[:, first:], 'b (n f) h w c -> n b f h w c', f=size)
-    cache, tail = lax.scan(run, cache, rest, unroll=count - 1 if count <= UNROLLED else 1)
-    return cache, jnp.concatenate([head, rearrange(tail, 'n b f h w c -> b (n f) h w c')], axis=1)
+    flat, channels = convert.flatten(params), len(stds)
+    for path, leaf in flat.items():
+        if path == 'encoder/conv_out/kernel':
+            flat[path] = leaf / np.append(stds, np.ones(channels, stds.dtype))
+        elif path == 'encoder/conv_out/bias':
+            flat[path] = np.append(leaf[:channels] / stds, leaf[channels:] - 2 * np.log(stds))
+        elif LATENT_INPUT.search(path):
+            flat[path] = leaf * stds[:, None]
+    means = [round(float(one), 4) for one in means / stds]
+    return (dataclasses.replace(cfg, scaling_factor=1.0, latent_means=means),
+            convert.unflatten(flat))
 
+
+# Kernels that read latents: of the first convolution and of the modulated norms.
+LATENT_INPUT = re.compile(r'^decoder/conv_in/kernel$|^decoder/.*/conv_[yb]/kernel$')
 
 # How parameters start: the modulation by the latents is mild, around the identity.
 LAWS = (('*/conv_y/bias', fresh.ones), ('*/conv_[by]/kernel', fresh.uniform(0.1)))
@@ -346,47 +369,3 @@ def shapes(cfg: Config) -> dict:
     key = jax.random.key(0)
     return {'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
             'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params']}
-
-
-def weights(cfg: Config) -> tuple[Row, ...]:
-    """Torch names of `AutoencoderKLCogVideoX`."""
-    def conv_rows(torch, path, kernel='o i t h w -> t h w i o'):
-        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
-                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
-
-    def norm_rows(torch, path):
-        if torch.startswith('encoder'):
-            return [Row(f'{torch}.weight', f'{path}/scale', 'o -> o'),
-                    Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
-        return [Row(f'{torch}.norm_layer.weight', f'{path}/norm/scale', 'o -> o'),
-                Row(f'{torch}.norm_layer.bias', f'{path}/norm/bias', 'o -> o'),
-                *conv_rows(f'{torch}.conv_y.conv', f'{path}/conv_y'),
-                *conv_rows(f'{torch}.conv_b.conv', f'{path}/conv_b')]
-
-    def level_rows(torch, path, layers, changes):
-        rows = []
-        for layer in range(layers):
-            ours, theirs = f'{path}/resnet_{layer}', f'{torch}.resnets.{layer}'
-            for part in '12':
-                rows += norm_rows(f'{theirs}.norm{part}', f'{ours}/norm{part}')
-                rows += conv_rows(f'{theirs}.conv{part}.conv', f'{ours}/conv{part}')
-            if changes and not layer:
-                rows += conv_rows(f'{theirs}.conv_shortcut', f'{ours}/shortcut')
-        return rows
-
-    rows, widths = [], cfg.block_out_channels
-    for net, block, sampler, levels, layers in (
-            ('encoder', 'down', 'downsample', widths, cfg.layers_per_block),
-            ('decoder', 'up', 'upsample', widths[::-1], cfg.layers_per_block + 1)):
-        rows += conv_rows(f'{net}.conv_in.conv', f'{net}/conv_in')
-        rows += level_rows(f'{net}.mid_block', f'{net}/mid', 2, False)
-        for level, width in enumerate(levels):
-            torch = f'{net}.{block}_blocks.{level}'
-            rows += level_rows(torch, f'{net}/{block}_{level}', layers,
-                               width != levels[max(level - 1, 0)])
-            if level < len(levels) - 1:
-                rows += conv_rows(f'{torch}.{sampler}rs.0.conv',
-                                  f'{net}/{sampler}_{level}', 'o i h w -> h w i o')
-        rows += norm_rows(f'{net}.norm_out', f'{net}/norm_out')
-        rows += conv_rows(f'{net}.conv_out.conv', f'{net}/conv_out')
-    return tuple(rows)

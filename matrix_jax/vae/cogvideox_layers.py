@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
+from matrix_jax.convert import Row
 from matrix_jax.nn import rows
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
 
@@ -173,3 +174,47 @@ def double_time(cfg: Any, x):
         return x if cfg.single_latent_frames == 1 else jnp.repeat(x, 2, axis=1)
     odd = x.shape[1] % 2
     return jnp.concatenate([x[:, :odd], jnp.repeat(x[:, odd:], 2, axis=1)], axis=1)
+
+
+def weights(cfg: Any) -> tuple[Row, ...]:
+    """Torch names of `AutoencoderKLCogVideoX`."""
+    def conv_rows(torch, path, kernel='o i t h w -> t h w i o'):
+        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
+                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+
+    def norm_rows(torch, path):
+        if torch.startswith('encoder'):
+            return [Row(f'{torch}.weight', f'{path}/scale', 'o -> o'),
+                    Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+        return [Row(f'{torch}.norm_layer.weight', f'{path}/norm/scale', 'o -> o'),
+                Row(f'{torch}.norm_layer.bias', f'{path}/norm/bias', 'o -> o'),
+                *conv_rows(f'{torch}.conv_y.conv', f'{path}/conv_y'),
+                *conv_rows(f'{torch}.conv_b.conv', f'{path}/conv_b')]
+
+    def level_rows(torch, path, layers, changes):
+        rows = []
+        for layer in range(layers):
+            ours, theirs = f'{path}/resnet_{layer}', f'{torch}.resnets.{layer}'
+            for part in '12':
+                rows += norm_rows(f'{theirs}.norm{part}', f'{ours}/norm{part}')
+                rows += conv_rows(f'{theirs}.conv{part}.conv', f'{ours}/conv{part}')
+            if changes and not layer:
+                rows += conv_rows(f'{theirs}.conv_shortcut', f'{ours}/shortcut')
+        return rows
+
+    made, widths = [], cfg.block_out_channels
+    for net, block, sampler, levels, layers in (
+            ('encoder', 'down', 'downsample', widths, cfg.layers_per_block),
+            ('decoder', 'up', 'upsample', widths[::-1], cfg.layers_per_block + 1)):
+        made += conv_rows(f'{net}.conv_in.conv', f'{net}/conv_in')
+        made += level_rows(f'{net}.mid_block', f'{net}/mid', 2, False)
+        for level, width in enumerate(levels):
+            torch = f'{net}.{block}_blocks.{level}'
+            made += level_rows(torch, f'{net}/{block}_{level}', layers,
+                               width != levels[max(level - 1, 0)])
+            if level < len(levels) - 1:
+                made += conv_rows(f'{torch}.{sampler}rs.0.conv',
+                                  f'{net}/{sampler}_{level}', 'o i h w -> h w i o')
+        made += norm_rows(f'{net}.norm_out', f'{net}/norm_out')
+        made += conv_rows(f'{net}.conv_out.conv', f'{net}/conv_out')
+    return tuple(made)

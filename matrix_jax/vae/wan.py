@@ -20,10 +20,10 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax import convert
-from matrix_jax.convert import Row
 from matrix_jax.nn import fresh
-from matrix_jax.vae.cogvideox import chunked
+from matrix_jax.vae.chunks import chunked
 from matrix_jax.vae.wan_layers import Decoder, Encoder
+from matrix_jax.vae.wan_layers import weights as weights  # the table, for whoever loads
 
 # Of the latents of the released network, as measured by its authors.
 MEANS = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
@@ -114,6 +114,11 @@ class Config:
     def temporal_compression(self) -> int:
         """Frames per latent frame, but for the first."""
         return 2 ** sum(self.halves_time)
+
+    @property
+    def normalisation(self) -> dict:
+        """All that `scaled` depends on."""
+        return {'means': self.latent_means, 'stds': self.latent_stds}
 
     @property
     def settled(self) -> int:
@@ -222,6 +227,9 @@ def decode(cfg: Config, params, latents):
     return prefill(cfg, params, latents)[1]
 
 
+decode_streamed = decode      # what a stream shows of a clip: the same, whatever its chunks
+
+
 def prefill(cfg: Config, params, latents):
     """`decode` that can be continued: returns (cache, frames [B F H W out]).
 
@@ -274,6 +282,17 @@ def _code(net, params, cache, x, size: int):
     return cache, jnp.concatenate([head, tail], axis=1)
 
 
+def standardised(cfg: Config, params, means, stds):
+    """The same autoencoder, (cfg, params), whose `scaled` latents have means 0 and deviations 1.
+
+    Args:
+      cfg, params: the autoencoder.
+      means, stds: of its latent channels [C].
+    """
+    means, stds = ([round(float(one), 4) for one in values] for values in (means, stds))
+    return dataclasses.replace(cfg, latent_means=means, latent_stds=stds), params
+
+
 LAWS = ()       # how parameters start, beyond the common laws of `nn.fresh`
 
 
@@ -291,53 +310,3 @@ def shapes(cfg: Config) -> dict:
     key = jax.random.key(0)
     return {'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
             'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params']}
-
-
-def weights(cfg: Config) -> tuple[Row, ...]:
-    """Names of the published `.pth`."""
-    def rows(torch, path, kernel):
-        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
-                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
-
-    def conv(torch, path):
-        return rows(torch, path, 'o i t h w -> t h w i o')
-
-    def norm(torch, path, axes='c 1 1 1'):
-        return [Row(f'{torch}.gamma', f'{path}/scale', f'{axes} -> c')]
-
-    def resnet(torch, path, changes=False):
-        return [*norm(f'{torch}.residual.0', f'{path}/norm1'),
-                *conv(f'{torch}.residual.2', f'{path}/conv1'),
-                *norm(f'{torch}.residual.3', f'{path}/norm2'),
-                *conv(f'{torch}.residual.6', f'{path}/conv2'),
-                *(rows(f'{torch}.shortcut', f'{path}/shortcut', 'o i 1 1 1 -> i o')
-                  if changes else ())]
-
-    def network(net, ours, theirs, layers, widths, times, entering):
-        made = [*conv(f'{net}.conv1', f'{net}/conv_in'),
-                *resnet(f'{net}.middle.0', f'{net}/mid/resnet_0'),
-                *norm(f'{net}.middle.1.norm', f'{net}/mid/attention/norm', 'c 1 1'),
-                *rows(f'{net}.middle.1.to_qkv', f'{net}/mid/attention/qkv', 'o i 1 1 -> i o'),
-                *rows(f'{net}.middle.1.proj', f'{net}/mid/attention/proj', 'o i 1 1 -> i o'),
-                *resnet(f'{net}.middle.2', f'{net}/mid/resnet_1'),
-                *norm(f'{net}.head.0', f'{net}/norm_out'),
-                *conv(f'{net}.head.2', f'{net}/conv_out')]
-        for level, width in enumerate(widths):
-            path, first = f'{net}/{ours}_{level}', level * (layers + 1)
-            for layer in range(layers):
-                made += resnet(f'{net}.{theirs}.{first + layer}', f'{path}/resnet_{layer}',
-                               not layer and width != entering[level])
-            if level < cfg.levels - 1:
-                torch = f'{net}.{theirs}.{first + layers}'
-                made += rows(f'{torch}.resample.1', f'{path}/resample', 'o i h w -> h w i o')
-                if times[level]:
-                    made += rows(f'{torch}.time_conv', f'{path}/time', 'o i t 1 1 -> t i o')
-        return made
-
-    down, up = cfg.encoder_widths, cfg.decoder_widths
-    return (*network('encoder', 'down', 'downsamples', cfg.layers, down, cfg.halves_time,
-                     (down[0], *down)),
-            *rows('conv1', 'encoder/moments', 'o i 1 1 1 -> i o'),
-            *rows('conv2', 'decoder/latents', 'o i 1 1 1 -> i o'),
-            *network('decoder', 'up', 'upsamples', cfg.layers + 1, up, cfg.doubles_time,
-                     (up[0], *(width // 2 for width in up))))

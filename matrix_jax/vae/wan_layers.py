@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
+from matrix_jax.convert import Row
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
 from matrix_jax.nn.linear import Linear
@@ -214,3 +215,53 @@ def conv(cfg: Any, features: int, name: str):
         return layer(x, context)
 
     return run
+
+
+def weights(cfg: Any) -> tuple[Row, ...]:
+    """Names of the published `.pth`."""
+    def rows(torch, path, kernel):
+        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
+                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+
+    def conv(torch, path):
+        return rows(torch, path, 'o i t h w -> t h w i o')
+
+    def norm(torch, path, axes='c 1 1 1'):
+        return [Row(f'{torch}.gamma', f'{path}/scale', f'{axes} -> c')]
+
+    def resnet(torch, path, changes=False):
+        return [*norm(f'{torch}.residual.0', f'{path}/norm1'),
+                *conv(f'{torch}.residual.2', f'{path}/conv1'),
+                *norm(f'{torch}.residual.3', f'{path}/norm2'),
+                *conv(f'{torch}.residual.6', f'{path}/conv2'),
+                *(rows(f'{torch}.shortcut', f'{path}/shortcut', 'o i 1 1 1 -> i o')
+                  if changes else ())]
+
+    def network(net, ours, theirs, layers, widths, times, entering):
+        made = [*conv(f'{net}.conv1', f'{net}/conv_in'),
+                *resnet(f'{net}.middle.0', f'{net}/mid/resnet_0'),
+                *norm(f'{net}.middle.1.norm', f'{net}/mid/attention/norm', 'c 1 1'),
+                *rows(f'{net}.middle.1.to_qkv', f'{net}/mid/attention/qkv', 'o i 1 1 -> i o'),
+                *rows(f'{net}.middle.1.proj', f'{net}/mid/attention/proj', 'o i 1 1 -> i o'),
+                *resnet(f'{net}.middle.2', f'{net}/mid/resnet_1'),
+                *norm(f'{net}.head.0', f'{net}/norm_out'),
+                *conv(f'{net}.head.2', f'{net}/conv_out')]
+        for level, width in enumerate(widths):
+            path, first = f'{net}/{ours}_{level}', level * (layers + 1)
+            for layer in range(layers):
+                made += resnet(f'{net}.{theirs}.{first + layer}', f'{path}/resnet_{layer}',
+                               not layer and width != entering[level])
+            if level < cfg.levels - 1:
+                torch = f'{net}.{theirs}.{first + layers}'
+                made += rows(f'{torch}.resample.1', f'{path}/resample', 'o i h w -> h w i o')
+                if times[level]:
+                    made += rows(f'{torch}.time_conv', f'{path}/time', 'o i t 1 1 -> t i o')
+        return made
+
+    down, up = cfg.encoder_widths, cfg.decoder_widths
+    return (*network('encoder', 'down', 'downsamples', cfg.layers, down, cfg.halves_time,
+                     (down[0], *down)),
+            *rows('conv1', 'encoder/moments', 'o i 1 1 1 -> i o'),
+            *rows('conv2', 'decoder/latents', 'o i 1 1 1 -> i o'),
+            *network('decoder', 'up', 'upsamples', cfg.layers + 1, up, cfg.doubles_time,
+                     (up[0], *(width // 2 for width in up))))

@@ -15,7 +15,7 @@ class World:
     """Stands in for a world: a latent frame is the mean colour of its last frame."""
 
     cfg = types.SimpleNamespace(mirror=True, height=8, width=8,
-                                vae=types.SimpleNamespace(scaling_factor=1.0, latent_means=()))
+                                vae=types.SimpleNamespace(normalisation={}))
     calls = 0
 
     def encode_step(self, params, cache, frames):

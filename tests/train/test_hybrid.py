@@ -20,7 +20,7 @@ class World:
 
     cfg = types.SimpleNamespace(
         mirror=False, height=8, width=8, frames_per_control=4,
-        vae=types.SimpleNamespace(scaling_factor=1.0, latent_means=()),
+        vae=types.SimpleNamespace(normalisation={}),
         dit=types.SimpleNamespace(control=True),
         stream=types.SimpleNamespace(frames=5))
 

@@ -1,35 +1,49 @@
+import types
+
 import jax
 import numpy as np
 
-from matrix_jax import config, worlds
-from matrix_jax.train.vae import rescaled
-from matrix_jax.vae import cogvideox as vae
+from matrix_jax import convert
+from matrix_jax.train.vae import Autoencode
+from matrix_jax.vae import wan
 
-TINY = vae.Config(latent_channels=4, block_out_channels=(4, 8), layers_per_block=1, norm_groups=2,
-                  temporal_compression=2, single_latent_frames=2, sample_height=16,
-                  sample_width=24)
+TINY = wan.PRESETS['tiny']
 
 
-def test_rescaled_latents_make_the_same_frames():
+class World:
+    """Stands in for a world that has an autoencoder."""
+
+    def __init__(self, vae=TINY):
+        self.cfg = types.SimpleNamespace(vae=vae)
+
+    replace = staticmethod(lambda vae: World(vae))
+
+
+def clips():
     draws = np.random.default_rng(0)
-    params = vae.init(TINY, seed=0)
-    frames = draws.normal(size=(1, 4, 8, 12, 3)).astype(np.float32)
-    std = np.array([0.5, 1, 2, 8], np.float32)
-    scaled = rescaled(params, std)
-    mean, logvar = jax.jit(lambda p: vae.encode(TINY, p, frames))(params)
-    small, small_logvar = jax.jit(lambda p: vae.encode(TINY, p, frames))(scaled)
-    np.testing.assert_allclose(small * std, mean, atol=1e-5)
-    np.testing.assert_allclose(small_logvar + 2 * np.log(std), logvar, atol=1e-5)
-    decode = jax.jit(lambda p, z: vae.decode(TINY, p, z))
-    np.testing.assert_allclose(decode(scaled, small), decode(params, mean), atol=1e-4)
+    while True:
+        yield {'frames': draws.integers(0, 255, (2, 3, 4, 4, 3), np.uint8)}
 
 
-def test_the_loss_takes_the_example_of_a_dry_run():
-    run = config.load('the_matrix:TINY_VAE', ['--stage.frames', '17'])
-    world = worlds.build(run.world)
-    example = run.stage.example(world, 3)
-    assert example['frames'].shape == (3, 17, 32, 48, 3)
-    params = run.stage.start(world, world.shapes(), 0)
-    loss, metrics = jax.eval_shape(lambda p, b, k: run.stage.loss(world, p, b, k), params, example,
-                                   jax.random.key(0))
-    assert loss.shape == () and {one.shape for one in metrics.values()} == {()}
+def test_every_weight_learns_from_the_loss():
+    params = {'vae': wan.init(TINY, 0)}
+    (loss, metrics), grads = jax.jit(jax.value_and_grad(
+        lambda params, key: Autoencode().loss(World(), params, next(clips()), key),
+        has_aux=True), compiler_options={'xla_backend_optimization_level': 0})(
+            params, jax.random.key(0))
+    assert np.isfinite(loss) and set(metrics) == {'psnr', 'kl', 'latent_std'}
+    grads = convert.flatten(grads)
+    assert all(np.isfinite(leaf).all() for leaf in grads.values())
+    assert not [path for path, leaf in grads.items() if not leaf.any()]
+
+
+def test_latents_are_standard_in_the_end():
+    params, loader = {'vae': wan.init(TINY, 0)}, clips()
+    world, made = Autoencode().finish(World(), params, loader)
+    assert made['vae'] is params['vae']
+    frames = np.concatenate([next(loader)['frames'] for _ in range(8)]) / 127.5 - 1
+    latents = wan.scaled(world.cfg.vae, wan.encode(TINY, params['vae'], frames)[0])
+    np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.3)
+    np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.3)
+    same, kept = Autoencode(train_encoder=False).finish(world, params, None)
+    assert same is world and kept is params

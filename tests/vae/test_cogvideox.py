@@ -89,22 +89,6 @@ def test_step_compiles_once_and_never_looks_ahead():
     assert not np.allclose(frames[-1], alone, atol=1e-3)
 
 
-@pytest.mark.parametrize('unrolled', [0, 4])
-@pytest.mark.parametrize(('length', 'sizes'), [(1, [1]), (3, [3]), (4, [2, 2]), (7, [3, 2, 2])])
-def test_chunks_have_the_remainder_first(monkeypatch, unrolled, length, sizes):
-    monkeypatch.setattr(vae, 'UNROLLED', unrolled)
-    x = np.arange(length, dtype=np.float32).reshape(1, length, 1, 1, 1) + 1
-
-    def run(total, chunk):     # tells chunks apart by their running sum, in every frame
-        total = total + chunk.sum()
-        return total, jnp.full_like(chunk, total)
-
-    total, y = vae.chunked(run, jnp.zeros(()), x, 2)
-    ends = np.cumsum(sizes)
-    np.testing.assert_array_equal(y.ravel(), np.repeat(ends * (ends + 1) / 2, sizes))
-    assert total == x.sum()
-
-
 def test_encoder_continues_where_it_stopped():
     params, frames = params_of(SMALL), normal(1, 17, 4, 4, 3)
     want = compiled(vae.encode, SMALL)(params, frames)[0]
@@ -159,6 +143,17 @@ def test_scaled_latents_have_the_means_taken_off():
     assert vae.Config.from_released(cfg.to_released()) == cfg
     with pytest.raises(ValueError, match='latent_means: got 1 numbers'):
         dataclasses.replace(SMALL, latent_means=(1.0,))
+
+
+def test_standardised_latents_make_the_same_frames():
+    params, frames, std = params_of(SMALL), normal(1, 4, 4, 6, 3), np.array([0.5, 1, 2, 8], 'f4')
+    cfg, made = vae.standardised(SMALL, params, 2 * std, std)
+    assert (cfg.scaling_factor, cfg.latent_means) == (1, (2, 2, 2, 2))
+    encode, decode = compiled(vae.encode, SMALL), compiled(vae.decode, SMALL)
+    (mean, logvar), (small, small_logvar) = encode(params, frames), encode(made, frames)
+    np.testing.assert_allclose(small * std, mean, atol=1e-5)
+    np.testing.assert_allclose(small_logvar + 2 * np.log(std), logvar, atol=1e-5)
+    np.testing.assert_allclose(decode(made, small), decode(params, mean), atol=1e-4)
 
 
 def test_clips_of_a_batch_do_not_meet():
