@@ -13,7 +13,9 @@ from matrix_jax import parity
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / 'tests' / 'goldens' / 'the_matrix'
-FILES = sorted(path for path in GOLDENS.iterdir() if path.suffix in ('.safetensors', '.json'))
+FILES = sorted(path for system in ('the_matrix', 'matrix_game_2', 'matrix_game_3')
+               for path in (GOLDENS.parent / system).iterdir()
+               if path.suffix in ('.safetensors', '.json'))
 SMALL = GOLDENS / 'j_clip_text.safetensors'
 
 

@@ -15,10 +15,12 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax.parity import the_matrix
+from matrix_jax.parity import layers, the_matrix, wan
 from matrix_jax.parity.record import BadInput, Record, read
 
-REPLAYS = {('the_matrix', kind): function for kind, function in the_matrix.REPLAYS.items()}
+SYSTEMS = (('the_matrix', the_matrix), ('matrix_game_2', wan), ('matrix_game_3', layers))
+REPLAYS = {(system, kind): function for system, replays in SYSTEMS
+           for kind, function in replays.REPLAYS.items()}
 
 INFORMATIONAL = 'inter'           # activations inside the reference, to bisect with
 HEADER = f'{"file":<34} {"output":<44} {"max abs":>9} {"max rel":>9} {"tolerance":>12}  ok'
