@@ -130,11 +130,11 @@ def dit_cached(record: Record) -> dict:
     for name in record.outputs:
         if '_layer' in name:
             kind, layer = name.split('_layer')
-            got[name] = _layer(cfg, last, count, grid, int(layer))[kind]
+            got[name] = layer_caches(cfg, last, count, grid, int(layer))[kind]
     return got
 
 
-def _layer(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: int) -> dict:
+def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: int) -> dict:
     """Caches of a layer as the reference has them."""
     name, start = next((name, start) for name, (start, stop) in cfg.segments.items()
                        if start <= layer < stop)
