@@ -103,6 +103,7 @@ class Player:
 
     def __init__(self, world, params, entry: str | None = None):
         params, decoder = world.apart(params)
+        params = world.ready(params)
         self.world, self.params = world, params
         self._condition = jax.jit(world.condition)
         self._pipeline = None

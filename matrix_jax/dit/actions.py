@@ -74,11 +74,16 @@ class ControlBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, video, control, time, counts):
-        """Video [B T N/T D], control [B T D], time [B T P], counts [N T] -> video."""
+    def __call__(self, video, control, time, counts, rows=None):
+        """Video [B T N/T D], control [B T D], time [B T P], counts [N T] -> video.
+
+        With `rows` int32 [B T], control is a table [1 S D] of which each frame has one row.
+        """
         normed, keys, gate, _ = PairedAdaLN(self.eps, name='norm1')(video, control, time)
         queries = rearrange(normed, 'b t n d -> b (t n) d')
-        keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
-        y = MultiHead(self.heads, dtype=self.dtype, name='attention')(queries, keys, counts)
+        if rows is None:
+            keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
+        y = MultiHead(self.heads, dtype=self.dtype, name='attention')(queries, keys, counts,
+                                                                      rows=rows)
         y = rearrange(y, 'b (t n) d -> b t n d', t=video.shape[1])
         return (video + gate * y).astype(self.dtype)

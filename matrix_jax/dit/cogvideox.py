@@ -27,6 +27,7 @@ from matrix_jax.dit.rows import adaln_rows, attention_rows, linear_rows, norm_ro
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
+from matrix_jax.nn.once import COLLECTION, once
 from matrix_jax.nn.rope import scaled_positions, sincos_3d
 from matrix_jax.sharding import constrain
 
@@ -71,6 +72,7 @@ class Config:
       remat: what the backward pass recomputes: 'none', each 'block', or of a block all but the
         'dots' (its matrix products are kept).
       scan_unroll: layers per scan iteration.
+      int8: which linear layers of the blocks multiply in 8 bits, where the network only runs.
     """
     heads: int = 30
     head_dim: int = 64
@@ -89,6 +91,7 @@ class Config:
     dtype: str = 'float32'
     remat: Literal['none', 'block', 'dots'] = 'none'
     scan_unroll: int = 1
+    int8: Literal['none', 'attention', 'blocks'] = 'none'
 
     def __post_init__(self):
         if self.width % 16:
@@ -103,6 +106,12 @@ class Config:
     def width(self) -> int:
         """Model width D."""
         return self.heads * self.head_dim
+
+    @property
+    def int8_layers(self) -> tuple[str, ...]:
+        """Patterns of the layers for `nn.linear.quantize`."""
+        return {'none': (), 'attention': ('*/attention/*',),
+                'blocks': ('*/attention/*', '*/mlp/*')}[self.int8]
 
     @property
     def segments(self) -> dict[str, tuple[int, int]]:
@@ -183,19 +192,27 @@ PRESETS = {
 
 
 class DiT(nn.Module):
-    """The whole network: latents, text, noise levels and control -> v-prediction."""
+    """The whole network: latents, text, noise levels and control -> v-prediction.
+
+    Attributes:
+      cfg: sizes.
+      ready: whether text is given as tokens (`embed_text`) and controls as symbols alone, as the
+        rest of them is in the collection of `make_once`.
+    """
     cfg: Config
+    ready: bool = False
 
     @nn.compact
-    def __call__(self, latents, text, level, control=None, guidance=None):
+    def __call__(self, latents, text, level, control=None, guidance=None, symbols=None):
         """Predicts v.
 
         Args:
           latents: noisy latents [B T H W C].
-          text: encoded text [B L Dt].
+          text: encoded text [B L Dt]; tokens [B L D] if `ready`.
           level: noise levels 0 .. 999, [B T] or [B]; the batch may be 1.
           control: control vectors [B T A], None without control blocks; the batch may be 1.
           guidance: guidance codes [B T P] or None; T may be 1.
+          symbols: int32 [B T] or None: control is then a table [1 S A] of which these are rows.
 
         Returns:
           v [B T H W C], float32.
@@ -203,23 +220,28 @@ class DiT(nn.Module):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
         level = jnp.asarray(level)
         level = level[:, None] if level.ndim == 1 else level
-        check(cfg, latents, text, level, control)
+        if not self.ready:
+            check(cfg, latents, text, level, control)
         grid = dict(p=cfg.patch, q=cfg.patch)
         frames, rows, columns = latents.shape[1], *(n // cfg.patch for n in latents.shape[2:4])
 
-        time = TimeEmbedding(cfg.width, cfg.time_dim, cfg.guidance_dim, dtype,
-                             name='time_embedding')(level, guidance)
+        time = once(self, 'time', lambda: TimeEmbedding(
+            cfg.width, cfg.time_dim, cfg.guidance_dim, dtype, name='time_embedding')(
+                level, guidance))
         patches = rearrange(latents, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
         video = Linear(cfg.width, dtype=dtype, name='patch')(patches)
         video = video + positions(cfg, frames, rows, columns).astype(dtype)
-        text = Linear(cfg.width, dtype=dtype, name='text')(text)
+        text = (text.astype(dtype) if self.ready else
+                Linear(cfg.width, dtype=dtype, name='text')(text))
         steering = None
         if cfg.control:
-            embedded = ControlEmbedding(cfg.width, dtype, name='control_embedding')(control)
+            embedded = once(self, 'control', lambda: ControlEmbedding(
+                cfg.width, dtype, name='control_embedding')(control))
             if cfg.control.modulate:
                 time = time + Linear(cfg.time_dim, dtype=dtype, name='control_time')(embedded)
-            steering = (embedded, visibility(frames * rows * columns, control.shape[1],
-                                             cfg.control.recency))
+            count = (embedded if symbols is None else symbols).shape[1]
+            seen = visibility(frames * rows * columns, count, cfg.control.recency)
+            steering = (embedded, seen, symbols)
 
         tokens = (video, text)
         for name, (start, stop) in cfg.segments.items():
@@ -228,7 +250,8 @@ class DiT(nn.Module):
             tokens, _ = stack(layer, cfg, stop - start, len(given))(cfg, name=name)(tokens, *given)
 
         video = LayerNorm(cfg.eps, name='norm_final')(tokens[0])
-        parts = Linear(2 * cfg.width, name='modulation_out')(jax.nn.silu(time))
+        parts = once(self, 'parts', lambda: Linear(2 * cfg.width, name='modulation_out')(
+            jax.nn.silu(time)))
         shift, scale = rearrange(parts, 'b t (c d) -> c b t 1 d', c=2)
         video = modulate(LayerNorm(cfg.eps, name='norm_out')(video), shift, scale)
         patches = Linear(cfg.patch ** 2 * cfg.channels, dtype=dtype, name='out')(video)
@@ -241,8 +264,9 @@ def stack(layer, cfg: Config, length: int, given: int):
     if cfg.remat != 'none':
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         layer = nn.remat(layer, prevent_cse=False, policy=kept if cfg.remat == 'dots' else None)
-    return nn.scan(layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=length,
-                   in_axes=(nn.broadcast,) * given, unroll=min(cfg.scan_unroll, length))
+    return nn.scan(layer, variable_axes={'params': 0, COLLECTION: 0}, split_rngs={'params': True},
+                   length=length, in_axes=(nn.broadcast,) * given,
+                   unroll=min(cfg.scan_unroll, length))
 
 
 class SteeredLayer(nn.Module):
@@ -251,10 +275,10 @@ class SteeredLayer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, time, steering):
-        """Tokens (video [B T N/T D], text [B L D]), time [B T P], (control, counts) -> tokens."""
+        """Tokens (video [B T N/T D], text [B L D]), time [B T P], what steers -> tokens."""
         (video, text), _ = Block(self.cfg, name='block')(tokens, time)
         video = ControlBlock(self.cfg.heads, self.cfg.eps, jnp.dtype(self.cfg.dtype),
-                             name='control')(video, steering[0], time, steering[1])
+                             name='control')(video, steering[0], time, *steering[1:])
         return (video, text), None
 
 
@@ -328,6 +352,37 @@ def check(cfg: Config, latents, text, level, control):
                                 or control.shape[0] not in (1, batch)):
         raise ValueError(f'control: got {control.shape}, expected '
                          f'({batch}, {frames}, {cfg.control.dim})')
+
+
+def embed_text(cfg: Config, params, text):
+    """Encoded text [B L Dt] -> tokens [B L D], float32; once per prompt."""
+    net = Linear(cfg.width, dtype=jnp.dtype(cfg.dtype))
+    return net.apply({'params': params['text']}, text).astype(jnp.float32)
+
+
+def make_once(cfg: Config, params, level, table) -> dict:
+    """What no call at these levels changes: the embedded levels and all that they modulate with,
+    and the keys and values of every control.
+
+    Args:
+      cfg: sizes.
+      params: of the network.
+      level: noise levels [T].
+      table: control vectors of all symbols [S A].
+
+    Returns:
+      The collection that `DiT(cfg, ready=True)` reads.
+
+    Raises:
+      ValueError: a frame's control modulates as well.
+    """
+    if cfg.control is None or cfg.control.modulate:
+        raise ValueError('control.modulate: expected False, where levels alone modulate')
+    latents, text, _, _ = _inputs(cfg)
+    latents = jnp.repeat(latents, len(level), axis=1)
+    symbols = jnp.zeros([1, len(level)], jnp.int32)
+    given = (latents, text, level[None], table[None], None, symbols)
+    return DiT(cfg).apply({'params': params}, *given, mutable=[COLLECTION])[1][COLLECTION]
 
 
 def init(cfg: Config, key, zero_init: bool = False) -> dict:

@@ -25,7 +25,7 @@ class Streams:
     """
 
     def __init__(self, world, params, entry: str):
-        self.world, self.params = world, params
+        self.world, self.params = world, world.ready(params)
         self.cfg = dataclasses.replace(world.cfg.stream, entry=entry)
         stream = world.stream(entry)
         self._condition = jax.jit(world.condition)

@@ -13,6 +13,7 @@ from einops import rearrange
 from matrix_jax import sharding
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
+from matrix_jax.nn.once import once
 
 LOGITS = 2**28     # logits of one block of queries, where a device has to hold them
 
@@ -78,16 +79,33 @@ class MultiHead(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, context, bias=None):
-        """Tokens [B N D] look at context [B S D] (`bias` [B K N S] or None) -> [B N D]."""
+    def __call__(self, x, context, bias=None, rows=None):
+        """Tokens look at a context.
+
+        Args:
+          x: [B N D].
+          context: [B S D].
+          bias: [B K N S] or None.
+          rows: int32 [B S] or None: context is then a table [1 R D] that never changes, of which
+            each example sees these rows; its keys and values are made once (`nn.once`).
+
+        Returns:
+          [B N D].
+        """
         width = x.shape[-1]
 
         def heads(tokens, name):
             y = Linear(width, dtype=self.dtype, name=name)(tokens)
             return rearrange(y, 'b n (k e) -> b n k e', k=self.heads)
 
-        q = LayerNorm(self.eps, name='query_norm')(heads(x, 'query'))
-        k = LayerNorm(self.eps, name='key_norm')(heads(context, 'key'))
-        v = heads(context, 'value')
-        y = attention(q.astype(self.dtype), k.astype(self.dtype), v, bias)
+        def keys_and_values():
+            k = LayerNorm(self.eps, name='key_norm')(heads(context, 'key'))
+            return k.astype(self.dtype), heads(context, 'value')
+
+        q = LayerNorm(self.eps, name='query_norm')(heads(x, 'query')).astype(self.dtype)
+        if rows is None:
+            k, v = keys_and_values()
+        else:
+            k, v = (table[0][rows] for table in once(self, 'rows', keys_and_values))
+        y = attention(q, k, v, bias)
         return Linear(width, dtype=self.dtype, name='out')(rearrange(y, 'b n k e -> b n (k e)'))

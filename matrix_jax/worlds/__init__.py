@@ -57,7 +57,8 @@ def open_run(run):
     params = _adapt(run, world, lambda: world.load(folder))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    return world, world.device_put(params, *sharding.make_meshes(run.mesh))
+    params = world.device_put(params, *sharding.make_meshes(run.mesh))
+    return world, world.quantize(params)
 
 
 def start(run):

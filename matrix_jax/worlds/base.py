@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from matrix_jax import checkpoint, convert, sharding
-from matrix_jax.nn import fresh
+from matrix_jax.nn import fresh, linear
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +195,17 @@ class Parts:
             return params, None
         rest = {name: tree for name, tree in vae.items() if name != 'decoder'}
         return params | {'vae': rest}, {'vae': {'decoder': vae['decoder']}}
+
+    def quantize(self, params):
+        """Parameters with the layers that the configs of the parts name in 8 bits."""
+        chosen = {part.folder: getattr(getattr(self.cfg, part.field), 'int8_layers', ())
+                  for part in self.parts}
+        return {name: linear.quantize(tree, chosen[name]) if chosen.get(name) else tree
+                for name, tree in params.items()}
+
+    def ready(self, params):
+        """Parameters for streaming, with what no step of the stream changes."""
+        return params
 
     def summary(self, mesh) -> str:
         """One line per part: parameters, and memory per device at bfloat16. Nothing is allocated.

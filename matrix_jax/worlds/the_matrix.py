@@ -22,7 +22,7 @@ from matrix_jax import checkpoint, controls, convert
 from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
-from matrix_jax.nn import fresh
+from matrix_jax.nn import fresh, once
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
@@ -174,8 +174,15 @@ class World(Parts):
         return tokenizers.encode(self.control_tokenizer, prompts, None)[0]
 
     def embed_ids(self, params, ids):
-        """Ids [B L] -> text [B L D]."""
-        return t5.T5Encoder(self.cfg.text).apply({'params': params['text_encoder']}, ids)
+        """Ids [B L] -> text [B L D]; as the network's tokens where `params` are `ready`."""
+        text = t5.T5Encoder(self.cfg.text).apply({'params': params['text_encoder']}, ids)
+        return self.as_tokens(params, text)
+
+    def as_tokens(self, params, text):
+        """Encoded text [B L D] as `denoise` takes it with these parameters."""
+        if once.COLLECTION not in params:
+            return text
+        return dit.embed_text(self.cfg.dit, params['transformer'], text)
 
     def embed_controls(self, params):
         """Control table [10 A]: the nine controls in vocabulary order, then null."""
@@ -218,8 +225,47 @@ class World(Parts):
     # --- the stream --------------------------------------------------------------------------
 
     def denoise(self, params, x, level, text, control):
-        """v-prediction [B T H W C] of noisy latents at levels [B T]."""
-        return self.net.apply({'params': params['transformer']}, x, text, level, control)
+        """v-prediction [B T H W C] of noisy latents at levels [B T].
+
+        Where `params` are `ready`, levels are those of the stream, and controls are symbols.
+        """
+        net = {'params': params['transformer']}
+        if once.COLLECTION not in params:
+            return self.net.apply(net, x, text, level, control)
+        step = jnp.argmax((self.levels == level[:1]).all(axis=1))
+        net[once.COLLECTION] = jax.tree.map(lambda leaf: leaf[step], params[once.COLLECTION])
+        return dit.DiT(self.cfg.dit, ready=True).apply(net, x, text, level, symbols=control)
+
+    @property
+    def levels(self) -> np.ndarray:
+        """Noise levels of the calls of a shift, int32 [calls T]."""
+        return swin.tables(self.cfg.stream, self.cfg.scheduler).levels
+
+    def ready(self, params, table=None):
+        """Parameters for streaming, with a part for what no step changes, made once.
+
+        The part holds all that the levels of the stream modulate with, and the keys and values of
+        the controls; and `embed_ids` then gives text as the network's tokens. Networks whose
+        controls modulate, and those that do not stream, stay as they are.
+
+        Args:
+          params: parameters.
+          table: control vectors [symbols+1 A]; encoded anew by default.
+        """
+        control = self.cfg.dit.control
+        if self.cfg.clip is not None or control is None or control.modulate:
+            return params
+
+        @jax.jit
+        def make(params, table):
+            table = self.embed_controls(params) if table is None else table
+            net = params['transformer']
+            return jax.lax.map(lambda level: dit.make_once(self.cfg.dit, net, level, table),
+                               jnp.asarray(self.levels))
+
+        needed = {name: params[name] for name in ('transformer', 'control_encoder')
+                  if name in params}
+        return params | {once.COLLECTION: make(needed, table)}
 
     def stream(self, entry: str | None = None) -> streams.Stream:
         """Keys in, uint8 frames out: one Swin-DPM shift and its decoding, one program.
@@ -275,7 +321,14 @@ class World(Parts):
         return swin.Cond(
             latents=self.encode_frames(params, frames), text=self.embed_ids(params, ids),
             null_text=self.embed_ids(params, self.empty_ids),
-            control_table=self.embed_controls(params), controls=jnp.asarray(symbols, jnp.int32))
+            control_table=self.control_table(params), controls=jnp.asarray(symbols, jnp.int32))
+
+    def control_table(self, params):
+        """What a stream looks symbols up in: their vectors, or where `params` are `ready`, which
+        know those, the symbols themselves."""
+        if once.COLLECTION in params:
+            return jnp.arange(len(controls.SYMBOLS) + 1)
+        return self.embed_controls(params)
 
     # --- folders -----------------------------------------------------------------------------
 
@@ -303,7 +356,8 @@ def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
     place = World(cfg).place
     fields = {part.field: read_config(kinds[part.field], *place(folder, part.folder))
               for part in World.parts if whole or (Path(folder) / part.folder).is_dir()}
-    kept = {'dit': ('dtype', 'remat', 'scan_unroll'), 'vae': ('dtype', 'single_latent_frames')}
+    kept = {'dit': ('dtype', 'remat', 'scan_unroll', 'int8'),
+            'vae': ('dtype', 'single_latent_frames')}
     for name, names in kept.items():
         if name in fields:
             fields[name] = dataclasses.replace(

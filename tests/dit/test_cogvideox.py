@@ -3,6 +3,7 @@ import functools
 import json
 import operator
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,10 @@ import pytest
 from einops import rearrange
 from safetensors import safe_open
 
-from matrix_jax.convert import ConversionError, to_jax, to_torch
+from matrix_jax.convert import ConversionError, flatten, to_jax, to_torch, unflatten
 from matrix_jax.dit import cogvideox
 from matrix_jax.dit.actions import ControlEmbedding, log_counts
-from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.linear import Linear, quantize
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
@@ -142,6 +143,54 @@ def test_level_and_control_of_batch_one_serve_the_batch():
     every = forward(TINY, params, latents, text, np.repeat(level[:1], 2, axis=0),
                     np.repeat(control[:1], 2, axis=0))
     np.testing.assert_allclose(one, every, atol=2e-5)
+
+
+def without(params, *patterns):
+    """Parameters without the layers that a pattern names."""
+    flat = flatten(params)
+    return unflatten({path: leaf for path, leaf in flat.items()
+                      if not any(re.search(pattern, path) for pattern in patterns)})
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_what_is_made_once_changes_nothing(dtype):
+    cfg = dataclasses.replace(TINY, dtype=dtype)
+    params, (latents, text, level, _) = noisy(cfg), inputs(cfg)
+    table = np.random.default_rng(2).normal(size=(6, 10)).astype('float32')
+    symbols = np.array([[3, 0, 5], [1, 1, 2]], np.int32)
+    want = forward(cfg, params, latents, text, level[:1], table[symbols])
+    kept = jax.jit(cogvideox.make_once, static_argnums=0)(cfg, params, level[0], table)
+    tokens = cogvideox.embed_text(cfg, params, text)
+    rest = without(params, '^text/', '^time_embedding/', '^control_embedding/', '^modulation_out/',
+                   'norm[12]/linear/', 'control/attention/(key|key_norm|value)/')
+    assert len(flatten(rest)) < len(flatten(params)) - 12
+    net = cogvideox.DiT(cfg, ready=True)
+    got = jax.jit(net.apply)({'params': rest, 'once': kept}, latents, tokens, level[:1],
+                             symbols=symbols)
+    if dtype == 'float32':
+        np.testing.assert_allclose(got, want, atol=1e-6)
+    assert float(jnp.abs(got - want).mean()) < 0.005 < 0.1 < np.std(want)
+
+
+def test_levels_alone_are_made_once():
+    cfg = dataclasses.replace(TINY, control=dataclasses.replace(TINY.control, modulate=True))
+    with pytest.raises(ValueError, match='control.modulate: expected False'):
+        cogvideox.make_once(cfg, {}, np.zeros(3, np.int32), np.zeros((6, 10), np.float32))
+
+
+def test_8_bits_stay_near_float32():
+    params, given = noisy(TINY), inputs(TINY)
+    want = forward(TINY, params, *given)
+    scale = float(jnp.abs(want).mean())
+    errors = {}
+    for kind in ('attention', 'blocks'):
+        cfg = dataclasses.replace(TINY, int8=kind)
+        made = quantize(params, cfg.int8_layers)
+        assert len(jax.tree.leaves(made)) - len(jax.tree.leaves(params)) == 16 + 6 * (
+            kind == 'blocks')
+        errors[kind] = float(jnp.abs(forward(cfg, made, *given) - want).mean()) / scale
+    assert 0 < errors['attention'] < errors['blocks'] < 0.1
+    assert TINY.int8 == 'none' and not TINY.int8_layers
 
 
 def test_gradients_are_finite_and_reach_every_parameter():

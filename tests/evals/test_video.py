@@ -18,6 +18,9 @@ class World:
     def __init__(self, **stream):
         self.cfg = SimpleNamespace(fps=16, stream=swin.Config(**stream))
 
+    def ready(self, params):
+        return params
+
     def tokenize(self, prompts):
         return np.zeros([len(prompts), 1], np.int32)
 

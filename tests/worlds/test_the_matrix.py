@@ -1,14 +1,49 @@
 import dataclasses
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import config, convert, worlds
 from matrix_jax.checkpoint import CheckpointError
 from matrix_jax.controls import SYMBOLS
+from matrix_jax.nn import linear
+from matrix_jax.stream import swin
+from matrix_jax.stream.base import rollout
 
 RUN = config.load('the_matrix:TINY')
+
+
+@pytest.mark.parametrize('fields, int8', [
+    ({'steps': 8, 'guidance': 3.0}, 'none'), ({'solver': 'lcm'}, 'attention')])
+def test_a_ready_stream_is_the_same_stream(tiny, fields, int8):
+    cfg = dataclasses.replace(RUN.world.stream, **fields)
+    run = dataclasses.replace(RUN, weights=str(tiny), world=dataclasses.replace(
+        RUN.world, stream=cfg, dit=dataclasses.replace(RUN.world.dit, int8=int8)))
+    world, params = worlds.open_run(run)
+    assert isinstance(convert.flatten(params)['transformer/before/attention/query/kernel'],
+                      linear.Int8) == (int8 != 'none')
+    stream = swin.make(cfg, world.cfg.scheduler, world.denoise)
+    latents = np.random.default_rng(0).normal(size=(1, cfg.frames, 4, 6, 4)).astype('float32')
+
+    @jax.jit
+    def play(params):
+        cond = swin.Cond(latents, world.embed_ids(params, world.tokenize(['A road.'])),
+                         world.control_table(params), np.full([1, cfg.remembered], 3),
+                         world.embed_ids(params, world.empty_ids))
+        carry = stream.init(params, cond, jax.random.key(0))
+        return rollout(stream, params, carry, np.array([[[0, 1]], [[2, 8]]]))[1]
+
+    made = play(params), play(world.ready(params))
+    np.testing.assert_allclose(*made, atol=1e-5)
+    assert np.std(made[0]) > 0.1
+
+
+def test_controls_that_modulate_leave_nothing_to_make_once():
+    world = worlds.build(config.load('carracing').world)
+    params = {'transformer': {}}
+    assert world.ready(params) is params
 
 
 def test_the_folder_decides_the_sizes(tiny):
