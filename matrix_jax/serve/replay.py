@@ -131,6 +131,24 @@ def starts_folder(world, folder) -> Path:
     return next(filter(starts.listing, places), places[0])
 
 
+def _known(world, folder, start: str | None) -> tuple[Path, dict]:
+    """(folder, listing) of the start clips, of which `start` is one, or none is named."""
+    place = starts_folder(world, folder)
+    found = starts.listing(place)
+    if start not in (None, '', *found):
+        raise ReplayError(f'start: got {start!r}, expected one of '
+                          f'{", ".join(found) or "none: this world brings no start clips"}')
+    return place, found
+
+
+def choose(world, folder, prompt: str | None, start: str | None) -> tuple[str, str]:
+    """(prompt, name of a start clip) in full: who says only one of them leaves the other to it."""
+    place, found = _known(world, folder, start)
+    if prompt is None:
+        prompt = found[start]['caption'] if start else world.cfg.prompt
+    return prompt, (starts.match(place, prompt) or '') if start is None else start
+
+
 def start_frames(slots, folder, start: str | None, picture: str | None) -> np.ndarray:
     """Start clip uint8 [F H W 3] of a log's `start` or `picture`."""
     cfg, count = slots.world.cfg, slots.start_frames
@@ -143,11 +161,7 @@ def start_frames(slots, folder, start: str | None, picture: str | None) -> np.nd
     elif start == '':
         still = np.full((cfg.height, cfg.width, 3), 128, np.uint8)
     else:
-        place = starts_folder(slots.world, folder)
-        found = starts.listing(place)
-        if start not in found:
-            raise ReplayError(f'start: got {start!r}, expected one of '
-                              f'{", ".join(found) or "none: this world brings no start clips"}')
+        place, _ = _known(slots.world, folder, start)
         return starts.read(place, start, cfg.height, cfg.width)[:count]
     return np.repeat(still[None], count, 0)
 
