@@ -29,7 +29,7 @@ ALLOWED |= dict.fromkeys(('train', 'serve', 'evals'), set(ALLOWED))
 ALLOWED |= dict.fromkeys(('generate', 'parity', 'released'), set(ALLOWED))
 ALLOWED |= {'benchmark': set(ALLOWED)}
 HEAVY = {'transformers', 'imageio', 'gymnasium', 'vizdoom', 'orbax', 'huggingface_hub',
-         'tensorboardX', 'starlette', 'uvicorn'}
+         'tensorboardX', 'starlette', 'uvicorn', 'ray'}
 
 
 def part(module: str) -> str:

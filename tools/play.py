@@ -2,6 +2,7 @@
 
     tools/play.py                                  the bundled world, for this machine
     tools/play.py --host 0.0.0.0 --token SECRET12  for others, who must know the token
+    tools/play.py --ray --worlds 1-4               for many: worlds on a Ray cluster, as needed
 """
 
 from matrix_jax import config
@@ -9,9 +10,10 @@ from matrix_jax import config
 
 def main(argv):
     """Exit codes: 0 stopped, 2 bad input."""
+    from matrix_jax.serve import cluster
     from matrix_jax.serve import run as server
     parser = config.Parser(__doc__)
-    add, usual = parser.add_argument, server.Config()
+    add, usual, many = parser.add_argument, server.Config(), cluster.Config()
     add('--players', type=int, default=usual.players,
         help=f'places, fixed at the start (default {usual.players})')
     add('--host', default=usual.host, help='address to listen on (default: this machine only)')
@@ -21,12 +23,25 @@ def main(argv):
         help='where keys bind: head is seen soonest, tail is as published (default head)')
     add('--together', type=int, default=usual.together,
         help='players computed side by side, for accelerators (default 1)')
+    add('--ray', action='store_true',
+        help='joins the Ray cluster of RAY_ADDRESS or of this machine, or starts one')
+    add('--worlds', default=f'{many.fewest}-{many.most}', metavar='N-M',
+        help='with --ray: copies of the world, each with --players places; more start while '
+             f'players wait (default {many.fewest}-{many.most})')
+    add('--gpus', type=float, help='with --ray: of each world (default: as its mesh, if any)')
+    add('--drain', type=float, default=many.drain,
+        help=f'with --ray: seconds for players to finish (default {many.drain:.0f})')
     options, run = parser.run(argv)
     with config.door():
         cfg = server.Config(players=options.players, together=options.together,
                             entry=options.entry, host=options.host, port=options.port,
                             token=options.token)
-        server.serve(run, cfg)
+        if options.ray:
+            fewest, most = cluster.parse_worlds(options.worlds)
+            cluster.serve(run, cfg, cluster.Config(fewest, most, gpus=options.gpus,
+                                                   drain=options.drain))
+        else:
+            server.serve(run, cfg)
 
 
 if __name__ == '__main__':

@@ -48,13 +48,15 @@ class Server:
       folder, recipe: as of `House`.
       token: what every request must bring; None = none, and only local names of the host.
       grace: seconds that a lost player's slot waits.
+      door: as of `House`.
     """
 
-    def __init__(self, slots, folder, recipe: str, token: str | None = None, grace: float = 30.0):
+    def __init__(self, slots, folder, recipe: str, token: str | None = None, grace: float = 30.0,
+                 door: bool = True):
         self.token, self.meters = token, Meters()
         quality = 92 if slots.world.cfg.width <= 256 else 85
         self.engine = Engine(slots, lambda frame: to_jpeg(frame, quality), self._observe)
-        self._given = folder, recipe, grace
+        self._given = folder, recipe, self.meters, grace, door
         self.house: House | None = None
         # The answer's size is known: a carry, and a log with perhaps a picture.
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in _leaves(slots.like)]
@@ -78,8 +80,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _):
-        folder, recipe, grace = self._given
-        self.house = House(self.engine, folder, recipe, self.meters, grace)
+        self.house = House(self.engine, *self._given)
         self.engine.start()
         unwatch = self.meters.watch_compiler()
         try:

@@ -31,15 +31,17 @@ class House:
       folder: weights folder, which may bring start clips.
       recipe: name of what is played.
       meters: counters.
+      door: whether a player may come in by itself; else only those that `admit` has seated.
     """
 
-    def __init__(self, engine: Engine, folder, recipe: str, meters, grace: float = GRACE_SECONDS):
+    def __init__(self, engine: Engine, folder, recipe: str, meters, grace: float = GRACE_SECONDS,
+                 door: bool = True):
+        self.loop, self.door = asyncio.get_running_loop(), door
         self.engine, self.folder, self.recipe, self.meters = engine, folder, recipe, meters
         self.grace, self.slots = grace, engine.slots
         self.cfg = self.slots.world.cfg
-        self._starts = replay.starts_folder(self.slots.world, folder)
-        self.captions = {theme: start['caption']
-                         for theme, start in starts.listing(self._starts).items()}
+        self.captions = {theme: start['caption'] for theme, start in starts.listing(
+            replay.starts_folder(self.slots.world, folder)).items()}
         self.fingerprint = self.slots.fingerprint()
         self.sessions: dict[str, Session] = {}
         self._free = list(range(self.slots.count))
@@ -58,16 +60,43 @@ class House:
         """
         session = self.sessions.get(wanted['session'] or '')
         if session:
-            return session, True
+            return session, session.met
+        if not self.door:
+            raise Refused('this session is over')
+        return await self._seat(self._anew, wanted), False
+
+    async def admit(self, token: str, wanted: dict, data: bytes | None, paused: bool) -> Session:
+        """A session that waits for its player.
+
+        Args:
+          token: of the session.
+          wanted: a 'join' message.
+          data: bytes of a `.world` file to go on from, or None for a new drive.
+          paused: whether it rests.
+
+        Raises:
+          Refused, UsageError: as of `join`, or the data do not fit.
+        """
+        if token in self.sessions:
+            return self.sessions[token]
+        prepare, given = (self._parse, data) if data else (self._anew, wanted)
+        session = await self._seat(prepare, given, token, rests=True)
+        session.met, session.paused = data is not None, paused
+        self._leave_for_now(session)
+        return session
+
+    async def _seat(self, prepare, given, token: str | None = None, rests: bool = False):
+        """A session at a free slot; `prepare(given)` -> (log, carry, note)."""
         if not self._free:
             self.meters.refused.inc()
             raise Refused(f'the house is full: all {self.slots.count} places are taken; '
                           'try again in a minute')
         index = self._free.pop(0)
-        session = Session(asyncio.get_running_loop(), self.cfg.fps, self.meters)
+        session = Session(self.loop, self.cfg.fps, self.meters, token)
         try:
-            timeline, carry, note = await self._prepare(self._log(wanted))
+            timeline, carry, session.greeting = await prepare(given)
             session.seat = Seat(index, timeline, session.deliver, session.broken)
+            session.seat.paused = rests
             await ask(self.engine.seat(session.seat, carry))
         except BaseException:              # a player who left meanwhile as well
             if session.seat:
@@ -76,16 +105,19 @@ class House:
             raise
         self.sessions[session.token] = session
         self.meters.sessions.set(len(self.sessions))
-        session.greeting = note
-        return session, False
+        return session
 
     def detach(self, session: Session, socket):
         """The socket of a session is gone; its slot rests and waits a while for it."""
         if session.socket is not socket:
             return
         session.socket = None
+        self._leave_for_now(session)
+
+    def _leave_for_now(self, session: Session):
+        """Nobody sees this session; it rests, and ends after a while."""
         self.engine.pause(session.seat, True)
-        session.lost = session.loop.call_later(self.grace, self.end, session, 'lost')
+        session.lost = self.loop.call_later(self.grace, self.end, session, 'lost')
 
     async def attach(self, session: Session, socket):
         """A socket plays this session from now on -> the one that did so far, or None."""
@@ -104,6 +136,8 @@ class House:
         self._free.append(session.seat.index)
         session.socket, session.recording, session.recorded = None, None, []
         session.pictures.clear()
+        session.reason = reason
+        session.over.set()
         self.meters.sessions.set(len(self.sessions))
         log.info(json.dumps({
             'event': 'session_end', 'session': session.token[:6], 'reason': reason,
@@ -179,8 +213,7 @@ class House:
 
     async def load(self, session: Session, data: bytes):
         """Goes on from the bytes of a `.world` file."""
-        carry, timeline = await self._work(worldfile.parse, data, self.slots.like,
-                                           self.fingerprint)
+        timeline, carry, _ = await self._parse(data)
         async with session.busy:
             await ask(self.engine.restart(session.seat, timeline, carry))
         session.state(loaded=True)
@@ -195,16 +228,23 @@ class House:
         session.state(restarted=True, **({'message': note} if note else {}))
 
     def _log(self, wanted: dict, picture: str | None = None) -> replay.Log:
-        prompt, start, seed = wanted['prompt'], wanted['start'], wanted['seed']
-        if start not in (None, '') and start not in self.captions:
-            raise Refused(f'start: got {start!r}, expected one of {", ".join(self.captions)}')
-        prompt = self.captions.get(start, self.cfg.prompt) if prompt is None else prompt
-        if picture is None and start is None:
-            start = starts.match(self._starts, prompt) or ''
+        prompt, start = replay.choose(self.slots.world, self.folder, wanted['prompt'],
+                                      wanted['start'])
+        seed = wanted['seed']
         return replay.Log(
             recipe=self.recipe, fingerprint=self.fingerprint, slots=self.slots.count,
             together=self.slots.together, entry=self.slots.entry, prompt=prompt, picture=picture,
-            seed=secrets.randbelow(replay.MAX_SEED) if seed is None else seed, start=start)
+            seed=secrets.randbelow(replay.MAX_SEED) if seed is None else seed,
+            start=start if picture is None else None)
+
+    async def _anew(self, wanted: dict):
+        return await self._prepare(self._log(wanted))
+
+    async def _parse(self, data: bytes):
+        """As `_prepare`, from the bytes of a `.world` file."""
+        carry, timeline = await self._work(worldfile.parse, data, self.slots.like,
+                                           self.fingerprint)
+        return timeline, carry, ''
 
     async def _prepare(self, timeline: replay.Log):
         """(log, carry, what the player should know) of a new timeline."""

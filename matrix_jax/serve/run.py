@@ -78,7 +78,7 @@ def open_slots(run, cfg: Config):
     """The compiled slots of a recipe, and its weights folder."""
     from matrix_jax import checkpoint, worlds
     from matrix_jax.serve.slots import Slots
-    world, params = worlds.open_run(run)
+    world, params = worlds.open_run(run, apart=True)
     slots = Slots(world, params, cfg.players, cfg.entry, cfg.together).compile()
     return slots, checkpoint.resolve(run.weights)
 
@@ -92,13 +92,18 @@ def uvicorn_server(app, players: int):
         ws_ping_timeout=20, limit_concurrency=8 * players + 64, timeout_graceful_shutdown=3))
 
 
-def serve(run, cfg: Config):
-    """Compiles the recipe's world and plays it until it is interrupted."""
-    from matrix_jax.serve.app import Server
+def log_to_stderr():
+    """Our own events, and the troubles of others."""
     logging.basicConfig(level=logging.INFO, stream=sys.stderr,
                         format='%(asctime)s %(name)s %(levelname)s %(message)s')
     for name in ('jax', 'absl', 'orbax', 'httpx'):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def serve(run, cfg: Config):
+    """Compiles the recipe's world and plays it until it is interrupted."""
+    from matrix_jax.serve.app import Server
+    log_to_stderr()
     with listen(cfg) as sock:
         began = time.perf_counter()
         slots, folder = open_slots(run, cfg)

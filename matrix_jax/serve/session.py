@@ -33,14 +33,18 @@ class Session:
       token: proves on reconnecting that it is the same player; a name of nothing else.
       seat: its place in the engine; set when it has one.
       lost: what to call after a while without a socket.
+      met: whether a player was here before.
+      over, reason: set when it has ended, and why it has.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, fps: float, meters):
+    def __init__(self, loop: asyncio.AbstractEventLoop, fps: float, meters,
+                 token: str | None = None):
         self.loop, self.fps, self.meters = loop, fps, meters
-        self.token, self.began = secrets.token_urlsafe(16), time.monotonic()
+        self.token, self.began = token or secrets.token_urlsafe(16), time.monotonic()
         self.seat: Seat | None = None
         self.socket = self.lost = None
-        self.paused, self.greeting = False, ''
+        self.paused, self.greeting, self.met = False, '', False
+        self.over, self.reason = asyncio.Event(), ''
         self.pictures: collections.deque[Picture] = collections.deque()
         self.notes: collections.deque[str] = collections.deque(maxlen=64)
         self.room = max(2, round(QUEUE_SECONDS * fps))
@@ -123,7 +127,7 @@ class Session:
         """A socket takes over; key ids and counts of an earlier one are void."""
         if self.lost:
             self.lost.cancel()
-        self.socket, self.lost = socket, None
+        self.socket, self.lost, self.met = socket, None, True
         self.seat.key, self.seat.echoed, self.seat.echoes = 0, 0, {}
         self.pictures.clear()
         self.notes.clear()

@@ -87,12 +87,12 @@ class Player:
 
 
 class Running:
-    """A server on a free port."""
+    """A server on a free port: of a house, or what `front` is."""
 
-    def __init__(self, slots, folder, **more):
+    def __init__(self, slots, folder, front=None, **more):
         self.cfg = run.Config(players=slots.count, port=0, **more)
-        self.server = app.Server(slots.blank(), folder, 'the_matrix:TINY', self.cfg.token,
-                                 self.cfg.grace)
+        self.server = front or app.Server(slots.blank(), folder, 'the_matrix:TINY',
+                                          self.cfg.token, self.cfg.grace)
         self.opened = contextlib.ExitStack()
         self.listening = run.listen(self.cfg)
         self.port = self.listening.getsockname()[1]

@@ -1,0 +1,364 @@
+"""One address for many houses: ties a player's socket to the world that has its carry.
+
+The front computes nothing. It asks for a place (`lease`), pipes messages both ways, and when a
+world is lost it asks for another place, with the newest moment that the `Book` has of the player.
+Who makes the places, and where the book lives, is not known here (`cluster` says it with Ray).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import json
+import logging
+import math
+import secrets
+import time
+import urllib.error
+import urllib.request
+from functools import partial
+from typing import NamedTuple
+
+from matrix_jax.serve import messages
+from matrix_jax.serve.app import HEADERS, JOIN_SECONDS, PAGE, Guard, _close, _receive, _trouble
+from matrix_jax.serve.messages import MessageError
+from matrix_jax.serve.run import MESSAGE_BYTES
+
+log = logging.getLogger(__name__)
+WAIT_SECONDS = 300          # for a place
+FORGET_SECONDS = 60.0       # a session that no world and no front speaks of is over
+UPLOAD_BYTES = 2**28        # the world has narrower limits
+LOST = (1001, 1006, 1011, 1012)         # codes of a world that went away by itself
+
+
+class Moment(NamedTuple):
+    """What is known of a session.
+
+    Attributes:
+      address: of its world, or None while it has none.
+      data: bytes of a `.world` file, or None before the first one.
+      paused: whether it rests.
+      spoken: when it was last spoken of, in `time.monotonic` of the book.
+    """
+    address: str | None
+    data: bytes | None
+    paused: bool
+    spoken: float
+
+
+class Book:
+    """Sessions, where they play, and the newest moment of each; outlives every world.
+
+    Args:
+      places: in all worlds that there may be.
+    """
+
+    def __init__(self, places: int):
+        self.places, self._end = places, math.inf
+        self._known: dict[str, Moment] = {}
+
+    def enter(self, session: str) -> str:
+        """Promises a place, or says why not; '' is a promise. It is to be renewed."""
+        self._forget()
+        before = self._known.get(session)
+        if before is None and self._end < math.inf:
+            return 'the server is closing; come back later'
+        if before is None and len(self._known) >= self.places:
+            return f'the house is full: all {self.places} places are taken; try again in a minute'
+        self._known[session] = (before or Moment(None, None, False, 0))._replace(
+            spoken=time.monotonic())
+        return ''
+
+    def put(self, session: str, address: str, data: bytes | None, paused: bool):
+        """A world has this session; `data` is its newest moment, or None for the same as before."""
+        before = self._known.get(session)
+        data = before.data if before and data is None else data
+        self._known[session] = Moment(address, data, paused, time.monotonic())
+
+    def find(self, session: str) -> Moment | None:
+        """What is known of a session."""
+        self._forget()
+        return self._known.get(session)
+
+    def leave(self, session: str):
+        """A session is over."""
+        self._known.pop(session, None)
+
+    def close(self, seconds: float):
+        """No new sessions from now on, and none at all after so long."""
+        self._end = time.monotonic() + seconds
+
+    def state(self) -> dict:
+        """Counts, addresses of worlds that are played, and seconds to the end, or None."""
+        self._forget()
+        worlds = sorted({one.address for one in self._known.values() if one.address})
+        return {'players': len(self._known), 'places': self.places, 'worlds': worlds,
+                'waiting': sum(one.address is None for one in self._known.values()),
+                'closing': None if self._end == math.inf else self._end - time.monotonic()}
+
+    def _forget(self):
+        late = time.monotonic() - FORGET_SECONDS
+        self._known = {name: one for name, one in self._known.items() if one.spoken > late}
+
+
+class Away(Exception):
+    """No place can be had; the message may be shown."""
+
+
+class Front:
+    """ASGI application.
+
+    Args:
+      book: with the methods of `Book`, to be awaited.
+      lease: `(session, join message, data, paused)` -> async iterator whose first item is (address,
+        '') of a world that has the session, or (None, why not); it ends when the session does.
+      secret: token of the worlds.
+      token: as of `app.Server`.
+    """
+
+    def __init__(self, book, lease, secret: str, token: str | None = None):
+        self.book, self.lease, self.secret, self.token = book, lease, secret, token
+        self._leases: set[asyncio.Task] = set()
+        self._sockets: set = set()
+
+    def app(self):
+        """The ASGI application."""
+        from starlette.applications import Starlette
+        from starlette.routing import Route, WebSocketRoute
+        routes = [Route('/', self.page), Route('/healthz', self.health),
+                  Route('/metrics', self.metrics), WebSocketRoute('/play', self.play),
+                  Route('/session/{session}/{what}', self.forward, methods=['GET', 'POST'])]
+        return Guard(Starlette(routes=routes, lifespan=self._lifespan), self.token)
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, _):
+        watch = asyncio.create_task(self._watch())
+        try:
+            yield
+        finally:
+            for task in (watch, *self._leases):
+                task.cancel()
+
+    async def _watch(self):
+        """Tells all players that the house closes, and then closes."""
+        from starlette.websockets import WebSocketDisconnect
+        while (left := (await self.book.state())['closing']) is None:
+            await asyncio.sleep(1)
+        text = json.dumps({'type': 'error', 'message': f'The server closes in {max(0, left):.0f} s.'
+                           ' "Save world file" keeps your world.'})
+        for socket in list(self._sockets):
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+                await socket.send_text(text)
+        await asyncio.sleep(left)
+        for socket in list(self._sockets):
+            await _close(socket, 1013, 'the server has stopped')
+        for task in self._leases:
+            task.cancel()
+
+    # --- pages ---------------------------------------------------------------------------------
+
+    async def page(self, _):
+        from starlette.responses import HTMLResponse
+        return HTMLResponse(PAGE.read_text(encoding='utf-8'), headers=HEADERS)
+
+    async def health(self, _):
+        from starlette.responses import JSONResponse
+        state = await self.book.state()
+        return JSONResponse({'ok': True} | state | {'worlds': len(state['worlds'])})
+
+    async def metrics(self, _):
+        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+        from starlette.responses import Response
+        registry, state = CollectorRegistry(), await self.book.state()
+        for name, about in (('players', 'sessions, those that wait included'),
+                            ('waiting', 'players that wait for a place'),
+                            ('places', 'places in all worlds that there may be')):
+            Gauge(f'matrix_jax_front_{name}', about, registry=registry).set(state[name])
+        Gauge('matrix_jax_front_worlds', 'worlds that are played', registry=registry).set(
+            len(state['worlds']))
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def forward(self, request):
+        """A download or an upload of a session, done by its world."""
+        from starlette.responses import Response
+        session, what = request.path_params['session'], request.path_params['what']
+        known = await self.book.find(session)
+        if known is None or known.address is None or not what.isalpha():
+            return _trouble('this session is over', 404)
+        data = bytearray()
+        async for chunk in request.stream():
+            data += chunk
+            if len(data) > UPLOAD_BYTES:
+                return _trouble('the file is too large', 413)
+        asked = urllib.request.Request(
+            f'http://{known.address}/session/{session}/{what}',
+            bytes(data) if request.method == 'POST' else None,
+            {'Authorization': f'Bearer {self.secret}'})
+        status, kind, body, named = await asyncio.to_thread(_fetch, asked)
+        headers = {'Content-Disposition': named, 'Cache-Control': 'no-store'} if named else None
+        return Response(body, status, headers, kind)
+
+    # --- playing -------------------------------------------------------------------------------
+
+    async def play(self, socket):
+        """One player's socket."""
+        from starlette.websockets import WebSocketDisconnect
+        await socket.accept()
+        visit = Visit(self, socket)
+        self._sockets.add(socket)
+        try:
+            with contextlib.suppress(WebSocketDisconnect, RuntimeError):
+                await visit.run()
+        finally:
+            self._sockets.discard(socket)
+
+    async def place(self, session: str, wanted: dict, known: Moment | None, tell) -> str:
+        """The address of a world that has this session from now on.
+
+        Args:
+          tell: awaited once if there is none at once.
+
+        Raises:
+          Away: there is none.
+        """
+        refused = await self.book.enter(session)
+        if refused:
+            raise Away(refused)
+        first: asyncio.Future = asyncio.get_running_loop().create_future()
+        # In a context of its own: the lease outlives the socket whose request asks for it.
+        task = asyncio.create_task(self._hold(session, wanted, known, first),
+                                   context=contextvars.Context())
+        self._leases.add(task)
+        task.add_done_callback(self._leases.discard)
+        try:
+            for second in range(WAIT_SECONDS):
+                done, _ = await asyncio.wait({first}, timeout=1 if second else 0.5)
+                if done:
+                    return first.result()
+                if not second:
+                    await tell()
+                await self.book.enter(session)
+            raise Away('no place came free; try again later')
+        except BaseException:           # a player who left meanwhile as well
+            task.cancel()
+            raise
+
+    async def _hold(self, session: str, wanted: dict, known: Moment | None, first: asyncio.Future):
+        """Keeps a lease until the session ends."""
+        data, paused = (known.data, known.paused) if known else (None, False)
+        try:
+            async for address, why in self.lease(session, wanted, data, paused):
+                if address:
+                    first.set_result(address)
+                else:
+                    first.set_exception(Away(why))
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:      # the world is lost; the socket notices as well
+            log.warning('a lease broke: %s', error)
+            if not first.done():
+                first.set_exception(Away('the world could not be started; try again'))
+        if not first.done():
+            first.set_exception(Away('no world took the session; try again'))
+
+
+class Visit:
+    """One player's socket, and the world that it is tied to now."""
+
+    def __init__(self, front: Front, socket):
+        self.front, self.socket, self.world = front, socket, None
+
+    async def run(self):
+        """From the first message to the last.
+
+        Raises:
+          WebSocketDisconnect: the player is gone.
+        """
+        try:
+            text = await asyncio.wait_for(_receive(self.socket), JOIN_SECONDS)
+            wanted = messages.parse(text)
+            if wanted['type'] != 'join':
+                raise MessageError('expected join first')
+        except (MessageError, TimeoutError) as error:
+            await _close(self.socket, 1008, str(error) or f'expected join within {JOIN_SECONDS} s')
+            return
+        tasks = [asyncio.create_task(one) for one in (self._up(), self._down(wanted))]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            ends = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in ends:
+            if isinstance(error, Away):
+                await _close(self.socket, 1013, str(error))
+            elif isinstance(error, Exception):
+                raise error
+
+    async def _up(self):
+        """What the player says; while there is no world, nobody hears it."""
+        from websockets.exceptions import ConnectionClosed
+        while True:
+            text = await _receive(self.socket)
+            if len(text) > MESSAGE_BYTES:
+                await _close(self.socket, 1009, f'expected at most {MESSAGE_BYTES} bytes')
+                return
+            if self.world:
+                with contextlib.suppress(ConnectionClosed):
+                    await self.world.send(text)
+
+    async def _down(self, wanted: dict):
+        """What the worlds of this session say, one after the other."""
+        session = wanted['session']
+        known = await self.front.book.find(session) if session else None
+        session = session if known else secrets.token_urlsafe(16)
+        address, text = known and known.address, 'All places are taken. Waiting for a new one ...'
+        while True:
+            if address is None:
+                address = await self.front.place(session, wanted, known, partial(self._tell, text))
+            code, why = await self._tie(address, wanted | {'session': session})
+            if code not in LOST:
+                await _close(self.socket, code, why)
+                return
+            known, address = await self.front.book.find(session), None
+            text = 'The machine of your world was lost. It goes on elsewhere in a moment ...'
+            await self._tell(text)
+
+    async def _tie(self, address: str, join: dict) -> tuple[int, str]:
+        """Pipes until the world's end closes -> (code, reason)."""
+        import websockets
+        url = f'ws://{address}/play?token={self.front.secret}'
+        try:
+            async with websockets.connect(url, max_size=2**26, compression=None) as world:
+                await world.send(json.dumps(join))
+                self.world = world
+                async for message in world:
+                    if isinstance(message, bytes):
+                        await self.socket.send_bytes(message)
+                    else:
+                        await self.socket.send_text(message)
+                closed = world.close_code, world.close_reason or ''
+        except websockets.ConnectionClosed as error:
+            closed = (error.rcvd.code, error.rcvd.reason) if error.rcvd else (1006, '')
+        except (OSError, websockets.InvalidHandshake):
+            closed = 1006, ''
+        finally:
+            self.world = None
+        return closed
+
+    async def _tell(self, text: str):
+        await self.socket.send_text(json.dumps({'type': 'waiting', 'message': text}))
+
+
+def _fetch(request) -> tuple[int, str, bytes, str | None]:
+    """(status, content type, body, content disposition) of a request to a world."""
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return (answer.status, answer.headers.get_content_type(), answer.read(),
+                    answer.headers.get('Content-Disposition'))
+    except urllib.error.HTTPError as error:
+        return error.code, error.headers.get_content_type(), error.read(), None
+    except OSError:
+        body = json.dumps({'error': 'the world does not answer; try again'}).encode()
+        return 503, 'application/json', body, None
