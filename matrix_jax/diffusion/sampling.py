@@ -72,7 +72,7 @@ def sample(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable,
         index, level, scale, row = now
         level = jnp.broadcast_to(level, x.shape[:2])
         if guided:
-            v = guide(denoise, params, x, level, text, null_text, control, scale)
+            v = guide(denoise, params, x, level, [(null_text, control), (text, control)], [scale])
         else:
             v = denoise(params, x, level, text, control).astype(jnp.float32)
         return solvers.step(row, history, x, v, draw(index) if plan.noisy else None), None
@@ -83,10 +83,40 @@ def sample(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable,
     return x
 
 
-def guide(denoise, params, x, level, text, null_text, control, scale):
-    """Guided v in float32: one call on the batch [negative, positive], control in both halves."""
-    x, level, control = (None if part is None else jnp.concatenate([part, part])
-                         for part in (x, level, control))
-    v = denoise(params, x, level, jnp.concatenate([null_text, text]), control)
-    negative, positive = jnp.split(v.astype(jnp.float32), 2)
-    return negative + scale * (positive - negative)
+def conditions(text, null_text, control, null_control, guidance=1.0, control_guidance=1.0):
+    """What `guide` takes for guidance by text, by control or by both.
+
+    Args:
+      text, null_text: [B L D]; null_text may be None where `guidance` is 1 or less.
+      control, null_control: [B T A], or None for a network without control.
+      guidance: how far to go from the null text to the text.
+      control_guidance: how far to go from the null control to the control.
+
+    Returns:
+      (conditions, scales), from the least to the fully conditioned one.
+    """
+    chain, scales = [(text, control)], []
+    if control_guidance > 1:
+        chain, scales = [(text, null_control), *chain], [control_guidance]
+    if guidance > 1:
+        chain, scales = [(null_text, chain[0][1]), *chain], [guidance, *scales]
+    return chain, scales
+
+
+def guide(denoise, params, x, level, conditions, scales):
+    """v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) .. of conditions 0, 1, .., in float32 and one call.
+
+    Args:
+      conditions: (text [B L D], control [B T A] or None) each, every one adding to that before.
+      scales: s_1, s_2, ..
+    """
+    count = len(conditions)
+    text, control = zip(*conditions, strict=True)
+    x, level = (jnp.concatenate([part] * count) for part in (x, level))
+    control = None if control[0] is None else jnp.concatenate(control)
+    v = denoise(params, x, level, jnp.concatenate(text), control)
+    first, *others = jnp.split(v.astype(jnp.float32), count)
+    made, before = first, first
+    for scale, now in zip(scales, others, strict=True):
+        made, before = made + scale * (now - before), now
+    return made

@@ -34,7 +34,8 @@ class Config:
       context: condition frames in front.
       steps: solver steps from pure noise to clean; each shift makes steps / G of them.
       solver: 'dpm' (stage 3), 'ddim' or 'lcm' (stage 4).
-      guidance: classifier-free guidance; 1 or less switches it off.
+      guidance: classifier-free guidance by the prompt; 1 or less switches it off.
+      control_guidance: the same by the controls, against the null control.
       entry: where a new control binds. 'tail' (reference): at the group of pure noise, seen about G
         shifts later. 'head': at group `head_group` and all noisier ones.
       head_group: first group that a control binds at with entry 'head'.
@@ -50,6 +51,7 @@ class Config:
     steps: int = 20
     solver: str = 'dpm'
     guidance: float = 1.0
+    control_guidance: float = 1.0
     entry: str = 'tail'
     head_group: int = 2
     original_steps: int = 40
@@ -71,6 +73,9 @@ class Config:
         if self.entry == 'head' and not 0 <= self.head_group < self.groups:
             raise ValueError(f'stream.head_group: got {self.head_group}, '
                              f'expected 0 to {self.groups - 1}')
+        for name in ('guidance', 'control_guidance'):
+            if not 0 <= getattr(self, name) <= 100:
+                raise ValueError(f'stream.{name}: got {getattr(self, name)}, expected 0 to 100')
         if self.condition_level < 0:
             raise ValueError(f'stream.condition_level: got {self.condition_level}, expected >= 0')
 
@@ -78,6 +83,12 @@ class Config:
     def frames(self) -> int:
         """Latent frames T of the window."""
         return self.context + self.groups * self.group_frames
+
+    @property
+    def passes(self) -> int:
+        """Windows that go through the network in a shift, those of the guidance included."""
+        branches = 1 + (self.guidance > 1) + (self.control_guidance > 1)
+        return self.steps // self.groups * branches
 
     @property
     def remembered(self) -> int:
@@ -230,16 +241,16 @@ def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, c
     embedded = carry.control_table[slots]
     condition, graded = jnp.split(carry.window, [cfg.context], axis=1)
 
+    null_control = jnp.broadcast_to(carry.control_table[-1], embedded.shape)
+    conditions, scales = sampling.conditions(carry.text, carry.null_text, embedded, null_control,
+                                             cfg.guidance, cfg.control_guidance)
+
     def advance(state, now):
         history, graded = state
         level, row, noise = now
         x = jnp.concatenate([condition, graded], axis=1)
         level = jnp.broadcast_to(level, x.shape[:2])
-        if cfg.guidance > 1:
-            v = sampling.guide(denoise, params, x, level, carry.text, carry.null_text, embedded,
-                               cfg.guidance)
-        else:
-            v = denoise(params, x, level, carry.text, embedded).astype(jnp.float32)
+        v = sampling.guide(denoise, params, x, level, conditions, scales)
         return solvers.step(row, history, graded, v[:, cfg.context:], noise), None
 
     state = (solvers.init(graded), graded)
@@ -287,6 +298,18 @@ def split_controls(cfg: Config, symbols, shifts: int):
     starts = cfg.entry_slot + cfg.group_frames * np.arange(shifts)
     steps = symbols[:, starts[:, None] + np.arange(cfg.group_frames)]
     return symbols[:, :cfg.remembered], np.moveaxis(steps, 1, 0)
+
+
+def whole_video(cfg: Config, symbols: list[str]) -> tuple[list[str], list[list[str]]]:
+    """Symbols of a video that is known in advance -> (of the first window, of each step).
+
+    For entry 'tail': the window knows what is to come, so that every symbol steers the frames that
+    it stands for.
+    """
+    known = symbols[:1] * cfg.context + symbols + symbols[-1:] * (cfg.frames - cfg.context)
+    steps = known[cfg.remembered:][:len(symbols)]
+    return known[:cfg.remembered], [steps[at:at + cfg.group_frames]
+                                    for at in range(0, len(steps), cfg.group_frames)]
 
 
 def needed_controls(cfg: Config, shifts: int) -> int:

@@ -64,7 +64,9 @@ class StreamConsistency(Denoising):
     Attributes:
       objective: 'shift' or 'window', see above.
       points: teacher steps per shift.
-      guidance: classifier-free guidance of the teacher, baked into the student; 1 = none.
+      guidance: classifier-free guidance of the teacher by the prompt, baked into the student; 1 or
+        less switches it off.
+      control_guidance: the same by the controls, against the null control.
       balance: p of the group weights c_out^(-2p). At 0 the cleanest group has nearly all of the
         loss, at 1 all groups count alike in clean latents.
       start_share: 'window' only: share of samples at the first point, the only one that a stream
@@ -76,6 +78,7 @@ class StreamConsistency(Denoising):
     objective: Literal['shift', 'window'] = 'shift'
     points: int = 5
     guidance: float = 1.0
+    control_guidance: float = 1.0
     balance: float = 0.5
     start_share: float = 0.4
     rollout: int = 0
@@ -87,7 +90,8 @@ class StreamConsistency(Denoising):
         if self.objective not in ('shift', 'window'):
             raise ValueError(f"stage.objective: got {self.objective!r}, expected 'shift' or "
                              "'window'")
-        for name, low, high in (('points', 1, 250), ('guidance', 1, 100), ('balance', 0, 1),
+        for name, low, high in (('points', 1, 250), ('guidance', 0, 100),
+                                ('control_guidance', 0, 100), ('balance', 0, 1),
                                 ('start_share', 0, 1), ('rollout', 0, 1000),
                                 ('rollout_share', 0, 1)):
             value = getattr(self, name)
@@ -134,11 +138,11 @@ class StreamConsistency(Denoising):
         def teacher(x, level, control):
             level = jnp.broadcast_to(level, x.shape[:2])
             given = {**params, 'transformer': params['teacher']}
-            if self.guidance > 1:
-                return sampling.guide(world.denoise, given, x, level, text,
-                                      jnp.broadcast_to(null_text, text.shape), control,
-                                      self.guidance)
-            return world.denoise(given, x, level, text, control).astype(jnp.float32)
+            null_control = jnp.broadcast_to(carry.control_table[-1], control.shape)
+            conditions, scales = sampling.conditions(
+                text, jnp.broadcast_to(null_text, text.shape), control, null_control,
+                self.guidance, self.control_guidance)
+            return sampling.guide(world.denoise, given, x, level, conditions, scales)
 
         carry = self._start(world, params, batch, keys[0], text, table)
         carry, control = self._rolled(world, params, batch, keys[1], carry)

@@ -55,3 +55,28 @@ def test_bad_values_are_refused(fields):
 def test_guidance_needs_a_negative_text():
     with pytest.raises(ValueError, match='null_text: got None'):
         sampling.sample(sampling.Config(), SchedulerConfig(), denoise, 1.0, None, None, None)
+
+
+def test_guides_go_from_condition_to_condition():
+    """Against the formula, one call per condition."""
+    draws = np.random.default_rng(0)
+    x, level = draws.normal(size=(2, 3, 2, 2, 4)), np.full([2, 3], 500)
+    text, null_text = draws.normal(size=(2, 2, 5, 6))
+    control, null_control = draws.normal(size=(2, 2, 3, 4))
+
+    def v(text, control):
+        return denoise(0.5, x, level, text, control)
+
+    def guided(**scales):
+        told = sampling.conditions(text, null_text, control, null_control, **scales)
+        return sampling.guide(denoise, 0.5, x, level, *told)
+
+    np.testing.assert_allclose(guided(), v(text, control), atol=1e-6)
+    far = v(null_text, control) + 6 * (v(text, control) - v(null_text, control))
+    np.testing.assert_allclose(guided(guidance=6), far, atol=1e-5)
+    keys = v(text, null_control) + 3 * (v(text, control) - v(text, null_control))
+    np.testing.assert_allclose(guided(control_guidance=3), keys, atol=1e-5)
+    both = v(null_text, null_control) + 6 * (
+        v(text, null_control) - v(null_text, null_control)) + 3 * (
+        v(text, control) - v(text, null_control))
+    np.testing.assert_allclose(guided(guidance=6, control_guidance=3), both, atol=1e-5)

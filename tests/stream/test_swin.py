@@ -186,6 +186,28 @@ def test_guidance_mixes_the_two_texts():
     assert np.abs(video(6.0, text[:1]) - plain)[1].max() > 0.01      # one negative text for all
 
 
+def test_control_guidance_goes_beyond_the_key():
+    """A network that paints the control: guidance paints as much more of it, the null less."""
+    def paint(params, x, level, text, control):
+        return -jnp.broadcast_to(control[:, :, None, None, :1], x.shape)
+
+    def video(scale):
+        cfg = dataclasses.replace(DPM, solver='ddim', control_guidance=scale)
+        table = np.zeros([10, A], np.float32)
+        table[:9], table[9] = 2, 1
+        stream = swin.make(cfg, SchedulerConfig(), paint)
+        cond = dataclasses.replace(condition(cfg), control_table=table)
+        carry = stream.init(PARAMS, cond, keys())
+        return base.rollout(stream, PARAMS, carry, controls(cfg, 6))[1]
+
+    one, three, five = (np.asarray(video(scale))[-1] for scale in (1.0, 3.0, 5.0))
+    np.testing.assert_allclose(five - three, three - one, atol=1e-5)
+    assert (three - one).min() > 0.5
+    assert swin.Config().passes == 5 and swin.Config(guidance=6, control_guidance=2).passes == 15
+    with pytest.raises(ValueError, match='stream.control_guidance: got nan'):
+        swin.Config(control_guidance=float('nan'))
+
+
 # --- where a control enters ----------------------------------------------------------------------
 
 

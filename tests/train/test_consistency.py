@@ -93,8 +93,9 @@ def test_a_teacher_of_one_step_is_matched_from_the_start(tiny):
 
 @pytest.mark.parametrize('fields, said', [
     (dict(objective='x'), "stage.objective: got 'x'"), (dict(points=0), 'stage.points: got 0'),
-    (dict(guidance=0.5), 'stage.guidance: got 0.5'), (dict(balance=2), 'stage.balance: got 2'),
-    (dict(objective='window', rollout=1), 'stage.rollout: got 1')])
+    (dict(guidance=101), 'stage.guidance: got 101'), (dict(balance=2), 'stage.balance: got 2'),
+    (dict(objective='window', rollout=1), 'stage.rollout: got 1'),
+    (dict(control_guidance=-1), 'stage.control_guidance: got -1')])
 def test_wrong_settings_are_named(fields, said):
     with pytest.raises(ValueError, match=said):
         StreamConsistency(**fields)
