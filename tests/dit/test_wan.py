@@ -1,0 +1,269 @@
+"""The Wan DiT: blocks on caches are the training form, whatever the place in the stream."""
+
+import dataclasses
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from matrix_jax.convert import flatten, to_jax, to_torch
+from matrix_jax.dit import wan
+from matrix_jax.dit.wan_actions import Actions, grouped
+
+GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'matrix_game_2'
+# A window of 4 frames, which blocks of 3 do not divide. All layers are alike, as that compiles in
+# half the time; recordings and meshes have layers with and without actions.
+TINY = dataclasses.replace(wan.PRESETS['tiny'], layers=2)
+BLOCK, BLOCKS = 3, 3
+FRAMES = BLOCK * BLOCKS
+
+
+def noisy(cfg):
+    """Random parameters without zeros, so that every one of them matters."""
+    draw = np.random.default_rng(0).normal
+
+    def leaf(path, shape):
+        rows = shape.shape[-2] if path[-1].key == 'kernel' else 20
+        return (draw(size=shape.shape) / rows ** 0.5 + (path[-1].key == 'scale')).astype('float32')
+    return {'params': jax.tree_util.tree_map_with_path(leaf, wan.shapes(cfg))}
+
+
+@functools.cache
+def params():
+    return noisy(TINY)
+
+
+def inputs(cfg=TINY, batch=2, frames=FRAMES):
+    """(latents, level [B T], cond, image, mouse, keyboard)."""
+    rng = np.random.default_rng(5)
+    steps = 4 * (frames - 1) + 1
+    made = [rng.normal(size=(batch, *shape)).astype('float32') for shape in (
+        (frames, 4, 6, cfg.channels), (frames, 4, 6, cfg.cond_channels),
+        (cfg.image_length, cfg.image_dim), (steps, 2), (steps, cfg.actions.keyboard))]
+    return made[0], np.zeros((batch, frames), np.float32), *made[1:]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def forward(cfg, params, block, *args):
+    return wan.DiT(cfg).apply(params, *args, block=block)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached(cfg, params, caches, *args):
+    return wan.DiT(cfg).apply(params, caches, *args, method='cached')
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def empty(cfg, params, image):
+    caches = wan.init_caches(cfg, len(image), 4, 6)
+    return wan.DiT(cfg).apply(params, image, caches, method='read_image')
+
+
+def of_block(given, block, rows=slice(None)):
+    """What `cached` takes of the inputs of a clip."""
+    latents, level, cond, _, mouse, keyboard = given
+    span = slice(block * BLOCK, (block + 1) * BLOCK)
+    return (latents[rows, span], level[rows, span], cond[rows, span],
+            *(wan.windows(actions[rows], span.start, BLOCK) for actions in (mouse, keyboard)))
+
+
+def stream(cfg, params, given, rows=slice(None)):
+    """(v of all blocks, caches before the first, after each)."""
+    caches, made = [empty(cfg, params, given[3][rows])], []
+    for block in range(BLOCKS):
+        v, new = cached(cfg, params, caches[-1], *of_block(given, block, rows))
+        made.append(v)
+        caches.append(wan.advance(new, BLOCK))
+    return np.concatenate(made, axis=1), caches
+
+
+@functools.cache
+def streamed():
+    return stream(TINY, params(), inputs())
+
+
+def test_blocks_on_caches_equal_the_training_form_and_compile_once():
+    want = forward(TINY, params(), BLOCK, *inputs())
+    got, caches = streamed()
+    np.testing.assert_allclose(got, want, atol=3e-5)
+    assert np.std(want) > 0.1
+    assert cached._cache_size() == 1
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), one) for one in caches]
+    assert all(one == shapes[0] for one in shapes)
+
+
+def test_the_last_call_on_a_block_is_remembered():
+    given, (want, caches) = inputs(), streamed()
+    other = (given[0] + 1, given[1] + 500, *given[2:])
+    v, touched = cached(TINY, params(), caches[2], *of_block(other, 2))
+    assert not np.allclose(v, want[:, -BLOCK:], atol=1e-3)
+    v, touched = cached(TINY, params(), touched, *of_block(given, 2))
+    np.testing.assert_array_equal(v, want[:, -BLOCK:])
+    for got, leaf in zip(jax.tree.leaves(wan.advance(touched, BLOCK)), jax.tree.leaves(caches[3]),
+                         strict=True):
+        np.testing.assert_array_equal(got, leaf)
+
+
+@pytest.mark.parametrize('later', [99_996, 1_200_000_000])
+def test_a_stream_is_the_same_after_any_time(later):
+    want, caches = streamed()           # full caches; `later` is a multiple of their slots
+    moved = caches[2].replace(start=caches[2].start + later)
+    v, _ = cached(TINY, params(), moved, *of_block(inputs(), 2))
+    np.testing.assert_array_equal(v, want[:, -BLOCK:])
+
+
+def test_a_sink_stays_in_sight_at_its_true_distance():
+    cfg = dataclasses.replace(TINY, local=5, sink=1)
+    caches = stream(cfg, params(), inputs())[1]
+    first = caches[1].runs['acting'].video.k[:, :, 0]
+    np.testing.assert_array_equal(caches[3].runs['acting'].video.k[:, :, 0], first)
+    made = [cached(cfg, params(), caches[2].replace(start=jnp.int32(start)),
+                   *of_block(inputs(), 2))[0] for start in (6, 10, 100_006)]
+    assert all(np.isfinite(v).all() for v in made)
+    assert not np.allclose(made[0], made[1], atol=1e-5)      # the sink is further away
+
+
+def test_a_batch_equals_its_streams_one_by_one():
+    want = streamed()[0]
+    given = inputs()
+    for row in range(2):
+        got, _ = stream(TINY, params(), given, slice(row, row + 1))
+        np.testing.assert_allclose(got, want[row:row + 1], atol=2e-5)
+
+
+def test_gradients_are_finite_and_reach_every_parameter():
+    cfg, given = dataclasses.replace(TINY, remat='block'), inputs(frames=BLOCK)
+
+    def loss(params):
+        return jnp.sum(wan.DiT(cfg).apply(params, *given, block=BLOCK) ** 2)
+
+    grads = jax.jit(jax.grad(loss))(params())
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads):
+        names = [entry.key for entry in path]
+        assert bool(jnp.isfinite(grad).all()), path
+        # A softmax does not see what all keys share; weights of action norms are not used.
+        unused = 'actions' in names and names[-2] in ('query_norm', 'key_norm')
+        assert np.any(grad) != unused or names[-1] == 'bias', path
+
+
+def test_half_precision_stays_near_float32():
+    half = dataclasses.replace(TINY, dtype='bfloat16')
+    given, want = inputs(), streamed()[0]
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params())
+    got, caches = stream(half, low, given)
+    assert got.dtype == np.float32 and caches[0].runs['acting'].video.k.dtype == jnp.bfloat16
+    assert np.abs(got - want).mean() < 0.05 * np.abs(want).mean()
+
+
+@pytest.mark.parametrize('start', [0, 1, 5])
+def test_windows_hold_what_the_frames_of_a_block_may_see(start):
+    actions = np.arange(4 * 7 + 1, dtype=np.float32)[None, :, None]
+    window = wan.windows(actions, start, 3)
+    assert window.shape == (1, 24, 1) and window[0, -1, 0] == 4 * (start + 2)
+    seen = grouped(Actions(), window)[0]
+    for index, frame in enumerate(range(start, start + 3)):
+        want = np.maximum(np.arange(4 * frame - 12, 4 * frame), 0)
+        np.testing.assert_array_equal(seen[index], want)
+
+
+def test_released_sizes():
+    sizes = {'universal': (1_619_242_304, 1114), 'gta_drive': (1_619_238_464, 1114),
+             'templerun': (1_508_715_584, 964), 'foundation': (1_824_405_824, 1399)}
+    for name, (count, tensors) in sizes.items():
+        cfg = wan.PRESETS[name]
+        leaves = flatten(wan.shapes(cfg))
+        assert sum(leaf.size for leaf in leaves.values()) == count
+        rows = wan.weights(cfg)[1:]
+        assert sum(len(row.keys()) for row in rows) == tensors
+        assert {row.path for row in rows} == set(leaves)
+        released = cfg.to_released()
+        plain = dataclasses.replace(cfg, dtype='float32', remat='none')
+        assert wan.Config.from_released(json.loads(json.dumps(released))) == plain
+        assert 'image_dim' not in released
+
+
+def test_the_published_config_is_ours():
+    published = {
+        '_class_name': 'CausalWanModel', '_diffusers_version': '0.35.0.dev0',
+        'action_config': {
+            'blocks': list(range(15)), 'enable_keyboard': True, 'enable_mouse': False,
+            'heads_num': 16, 'hidden_size': 128, 'img_hidden_size': 1536, 'keyboard_dim_in': 7,
+            'keyboard_hidden_dim': 1024, 'mouse_dim_in': 2, 'mouse_hidden_dim': 1024,
+            'patch_size': [1, 2, 2], 'qk_norm': True, 'qkv_bias': False,
+            'rope_dim_list': [8, 28, 28], 'rope_theta': 256, 'vae_time_compression_ratio': 4,
+            'windows_size': 3},
+        'dim': 1536, 'eps': 1e-06, 'ffn_dim': 8960, 'freq_dim': 256, 'in_dim': 36,
+        'inject_sample_info': False, 'local_attn_size': 6, 'model_type': 'i2v', 'num_heads': 12,
+        'num_layers': 30, 'out_dim': 16, 'sink_size': 0, 'text_len': 512}
+    cfg = dataclasses.replace(wan.PRESETS['templerun'], dtype='float32', remat='none')
+    assert wan.Config.from_released(published) == cfg
+    written = cfg.to_released()
+    assert all(published.get(key, value) == value for key, value in written.items()
+               if key != 'action_config')
+    told = written['action_config']
+    assert all(told[key] == published['action_config'].get(key, value)
+               for key, value in told.items())
+
+
+def test_weights_survive_the_round_trip():
+    with safe_open(GOLDENS / 'b_dit_train_gta_drive.safetensors', 'numpy') as file:
+        tensors = {name.removeprefix('weights/'): file.get_tensor(name) for name in file.keys()
+                   if name.startswith('weights/')}
+        told = json.loads(file.metadata()['config'])
+    cfg = wan.Config.from_released(told['model'] | {'image_dim': told['clip_dim']})
+    assert wan.Config.from_released(cfg.to_released()) == cfg
+    table = wan.weights(cfg)
+    worn = {f'model.{name}': tensor for name, tensor in tensors.items()}    # as distilled files
+    back = to_torch(table, to_jax(table, worn, wan.shapes(cfg)))
+    assert back.keys() == tensors.keys()
+    assert all(np.array_equal(back[name], tensors[name]) for name in back)
+
+
+def test_actions_may_start_behind_other_layers():
+    cfg = dataclasses.replace(TINY, layers=3, actions=dataclasses.replace(TINY.actions, start=1))
+    assert set(cfg.segments) == {'before', 'acting', 'after'} <= set(wan.shapes(cfg))
+    assert wan.Config.from_released(cfg.to_released()) == cfg
+
+
+@pytest.mark.parametrize('changes, message', [
+    ({'model_type': 't2v'}, "model_type = 't2v' .expected 'i2v'"),
+    ({'qk_norm': False}, 'qk_norm = False'),
+    ({'guidance_embed': True}, 'guidance_embed = True .unknown key'),
+    ({'patch_size': [2, 2, 2]}, 'patch_size = .2, 2, 2.'),
+    ({'action_config': TINY.to_released()['action_config'] | {'blocks': [0, 2]}},
+     'blocks = .0, 2. .expected consecutive'),
+    ({'action_config': TINY.to_released()['action_config'] | {'qkv_bias': True}},
+     'action_config.qkv_bias = True'),
+    ({'action_config': TINY.to_released()['action_config'] | {'mouse_qk_dim_list': [8, 2, 2]}},
+     'actions.keyboard_width: got 32, expected 2 heads of 8'),
+    ({'sink_size': 4}, 'sink: got 4 latent frames, expected fewer than the 4')])
+def test_config_refuses_other_maths(changes, message):
+    with pytest.raises(ValueError, match=message):
+        wan.Config.from_released(TINY.to_released() | changes)
+
+
+@pytest.mark.parametrize('fault, message', [
+    (dict(latents=(2, 9, 5, 6, 4)), r'latents: got \(2, 9, 5, 6, 4\)'),
+    (dict(level=(2, 4)), r'level: got \(2, 4\), expected \(2, 9\)'),
+    (dict(cond=(2, 9, 4, 6, 4)), r'cond: got .*, expected \(2, 9, 4, 6, 8\)'),
+    (dict(image=(2, 5, 9)), r'image: got \(2, 5, 9\), expected \(2, L, 10\)'),
+    (dict(mouse=None), 'mouse: got None, but the network has its mouse'),
+    (dict(keyboard=(2, 36, 4)), r'keyboard: got \(2, 36, 4\), expected \(2, 33, 4\) for 9'),
+    (dict(block=2), 'block: got 2 frames, expected a divisor of the 9')])
+def test_refuses_shapes_that_do_not_fit(fault, message):
+    names = ('latents', 'level', 'cond', 'image', 'mouse', 'keyboard')
+    args = dict(zip(names, inputs(), strict=True)) | {
+        name: jnp.zeros(value) if isinstance(value, tuple) else value
+        for name, value in fault.items()}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda: wan.DiT(TINY).apply(params(), **args))
+
+
+def test_a_network_without_a_window_has_no_caches():
+    with pytest.raises(ValueError, match='local: got None'):
+        wan.init_caches(dataclasses.replace(TINY, local=None), 1, 4, 6)
