@@ -10,8 +10,10 @@ entry. Tables are computed on the host in float64 and rounded once.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -128,6 +130,32 @@ def v_from_x0(sigmas, x, x0):
 def euler(sigmas, following, x, v):
     """One step along v, from `sigmas` to `following`."""
     return x + _spread(following - sigmas, x) * v
+
+
+# --- whole clips -------------------------------------------------------------------------------
+
+
+def sample(cfg: Config, steps: int, denoise: Callable, params, noise, *given):
+    """A clip from noise [B T H W C] in even Euler steps, one level for all frames.
+
+    Args:
+      denoise: `denoise(params, x [B T H W C], level [B T], *given) -> v`.
+
+    Raises:
+      ValueError: fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f'steps: got {steps}, expected at least 1')
+    sigmas = np.float32(sigma(cfg, np.linspace(1, 0, steps + 1)))
+
+    def advance(x, now):
+        here, there = now
+        level = jnp.broadcast_to(1000 * here, x.shape[:2])
+        v = denoise(params, x, level, *given).astype(jnp.float32)
+        return euler(here, there, x, v), None
+
+    x = jnp.asarray(noise, jnp.float32)
+    return jax.lax.scan(advance, x, (sigmas[:-1], sigmas[1:]))[0]
 
 
 def _spread(sigmas, x):

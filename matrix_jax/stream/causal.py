@@ -34,17 +34,15 @@ class Config:
       context_level: noise level that the network is told when it reads a clean block.
       window: latent frames before a block whose actions the block is given.
       ratio: pixel frames of a latent frame.
-      condition: latent frames of the condition that are kept; the last stands for all after it.
     """
     frames: int = 3
     steps: tuple[int, ...] = (1000, 666, 333)
     context_level: float = 0.0
     window: int = 3
     ratio: int = 4
-    condition: int = 33
 
     def __post_init__(self):
-        for name in ('frames', 'window', 'ratio', 'condition'):
+        for name in ('frames', 'window', 'ratio'):
             if getattr(self, name) < 1:
                 raise ValueError(f'stream.{name}: got {getattr(self, name)}, expected at least 1')
         falling = all(a > b for a, b in zip(self.steps, self.steps[1:]))
@@ -52,6 +50,18 @@ class Config:
             raise ValueError(f'stream.steps: got {self.steps}, expected descending steps above 0')
         if self.context_level < 0:
             raise ValueError(f'stream.context_level: got {self.context_level}, expected >= 0')
+
+    context = 1     # latent frames of the start that a stream goes on from: the picture
+    lag = 0         # steps from the one that takes an action to the one that shows it
+
+    @property
+    def taken(self) -> int:
+        """Actions that a step takes."""
+        return self.block_actions
+
+    def entered(self, entry: str) -> Config:
+        """The same stream: actions bind at once, wherever those of a queue would."""
+        return self
 
     @property
     def first_actions(self) -> int:
@@ -74,8 +84,8 @@ class Cond:
     """What a stream starts from.
 
     Attributes:
-      latents: what each latent frame from 0 on is given beside its noise [B T H W C]; cut to
-        `cfg.condition` frames, and the last of them stands for all that follow.
+      latents: what each latent frame from 0 on is given beside its noise [B T H W C]; the last of
+        them stands for all that follow.
       image: features of the start picture [B L D], which the caches read once.
     """
     latents: jax.Array
@@ -174,8 +184,8 @@ def make(cfg: Config, schedule: flow.Config, net: Network) -> Stream:
 
 def start(cfg: Config, net: Network, params, cond: Cond, keys) -> Carry:
     """Carry of a new stream."""
-    batch, condition = len(cond.latents), jnp.asarray(cond.latents)[:, :cfg.condition]
-    return Carry(caches=net.read(params, cond), condition=condition,
+    batch = len(cond.latents)
+    return Carry(caches=net.read(params, cond), condition=jnp.asarray(cond.latents),
                  past=jnp.zeros([batch, cfg.remembered, net.actions], jnp.float32),
                  key=jax.random.key_data(keys), block=jnp.zeros([batch], jnp.int32))
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from matrix_jax.worlds import the_matrix
+from matrix_jax.worlds import matrix_game_2, the_matrix
 
-REGISTRY = {the_matrix.Config: the_matrix}
+REGISTRY = {module.Config: module for module in (the_matrix, matrix_game_2)}
 
 
 def build(cfg):

@@ -249,6 +249,27 @@ def read_config(part_config, folder: str, name: str):
     return cfg
 
 
+def read_parts(world: Parts, folder: str, whole: bool, kept: Mapping[str, tuple[str, ...]]) -> dict:
+    """Configs of a world's parts as a weights folder has them: field -> config.
+
+    The folder decides the sizes of the parts that it holds; how they run is the recipe's.
+
+    Args:
+      world: of the recipe.
+      folder: in the released layout.
+      whole: whether every part is to be loaded; else those that are not there are left out.
+      kept: field -> names that say how a part runs.
+    """
+    found = {}
+    for part in world.parts:
+        if whole or (Path(folder) / part.folder).is_dir():
+            mine = getattr(world.cfg, part.field)
+            read = read_config(type(mine), *world.place(folder, part.folder))
+            found[part.field] = dataclasses.replace(
+                read, **{name: getattr(mine, name) for name in kept.get(part.field, ())})
+    return found
+
+
 def _copy(source: Path, target: Path):
     if source.resolve() != target.resolve():
         checkpoint.replace_folder(

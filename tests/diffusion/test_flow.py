@@ -45,6 +45,22 @@ def test_the_path_can_be_walked_both_ways():
     np.testing.assert_array_equal(flow.add_noise(0.0, x0, noise), x0)
 
 
+def test_a_straight_path_is_sampled_exactly():
+    x0, noise = np.random.default_rng(0).normal(size=(2, 1, 3, 2, 2, 4)).astype(np.float32)
+    levels = []
+
+    def denoise(params, x, level, given):
+        levels.append(level.shape)
+        return given - params
+
+    for steps in (1, 7):
+        made = flow.sample(flow.Config(), steps, denoise, x0, noise, noise)
+        np.testing.assert_allclose(made, x0, atol=1e-5)
+    assert set(levels) == {(1, 3)}
+    with pytest.raises(ValueError, match='steps: got 0'):
+        flow.sample(flow.Config(), 0, denoise, x0, noise, noise)
+
+
 @pytest.mark.parametrize('fields', [{'shift': 0.0}, {'train_steps': 0}])
 def test_bad_configs_are_refused(fields):
     with pytest.raises(ValueError, match='flow.'):

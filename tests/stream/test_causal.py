@@ -14,7 +14,7 @@ from matrix_jax.stream import base, causal
 BATCH, H, W, C, A = 2, 2, 3, 4, 3
 SLOTS = 4
 PARAMS = {'mix': np.float32(0.6), 'past': np.float32(0.3)}
-CFG = causal.Config(frames=2, steps=(1000, 500), window=2, ratio=2, condition=5)
+CFG = causal.Config(frames=2, steps=(1000, 500), window=2, ratio=2)
 SCHEDULE = flow.Config()
 
 
@@ -204,7 +204,7 @@ def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
 
 
 @pytest.mark.parametrize('fields', [
-    {'frames': 0}, {'window': 0}, {'ratio': 0}, {'condition': 0}, {'steps': ()},
+    {'frames': 0}, {'window': 0}, {'ratio': 0}, {'steps': ()},
     {'steps': (500, 1000)}, {'steps': (1000, 0)}, {'context_level': -1.0}])
 def test_bad_configs_are_refused(fields):
     with pytest.raises(ValueError, match=f'stream.{list(fields)[0]}: got .* expected'):

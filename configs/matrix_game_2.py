@@ -1,0 +1,42 @@
+"""Matrix-Game 2.0 as released: 352x640 at 25 fps, Wan 2.1 of 1.3B. Weights come with --weights.
+
+    tools/generate.py matrix_game_2:UNIVERSAL --weights DIR --image a.png --actions "W*48,right*49"
+    tools/play.py matrix_game_2:UNIVERSAL --weights DIR
+
+The first block of a stream is 9 frames and every other one 12, so that a video has 9 + 12k frames.
+UNIVERSAL has four keys and a mouse; in GTA_DRIVE the mouse steers, as A and D; TEMPLERUN has no
+mouse. FOUNDATION, their teacher, makes whole clips in many steps.
+"""
+
+import dataclasses
+
+from matrix_jax.config import Run
+from matrix_jax.dit import wan as dit
+from matrix_jax.encoders import clip_image
+from matrix_jax.stream.causal import Config as Causal
+from matrix_jax.vae import wan as vae
+from matrix_jax.worlds.matrix_game_2 import Clip, Config
+
+DEFAULT = 'UNIVERSAL'
+VAE = dataclasses.replace(vae.PRESETS['wan_2_1'], dtype='bfloat16')
+IMAGE = dataclasses.replace(clip_image.PRESETS['vit_h_14'], dtype='bfloat16')
+
+UNIVERSAL = Run(world=Config(vae=VAE, image=IMAGE))
+GTA_DRIVE = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['gta_drive'], mode='gta_drive'))
+TEMPLERUN = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['templerun'], mode='templerun',
+                             stream=Causal(steps=(1000, 750, 500, 250))))
+FOUNDATION = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'], clip=Clip()))
+
+# Every part at test size: random weights, seconds to compile.
+_TINY_IMAGE = clip_image.PRESETS['tiny']
+_TINY_VAE = vae.Config(latent_channels=4, dim=4, multiples=(1, 2, 2), layers=1,
+                       halves_time=(True, True), latent_means=(), latent_stds=())
+_TINY_DIT = dataclasses.replace(dit.PRESETS['tiny'], image_dim=_TINY_IMAGE.dim,
+                                image_length=_TINY_IMAGE.tokens)
+TINY = Run(world=Config(dit=_TINY_DIT, vae=_TINY_VAE, image=_TINY_IMAGE, height=16, width=24,
+                        stream=Causal(steps=(1000, 500))))
+TINY_RUN = dataclasses.replace(TINY, world=dataclasses.replace(
+    TINY.world, mode='templerun', dit=dataclasses.replace(_TINY_DIT, actions=dataclasses.replace(
+        _TINY_DIT.actions, keyboard=7, mouse=None))))
+TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(
+    TINY.world, clip=Clip(steps=2), dit=dataclasses.replace(_TINY_DIT, local=None)))
