@@ -1,10 +1,12 @@
 """Makes training data: ArrayRecord shards of clips with frames, controls, a caption, telemetry.
 
     python tools/collect.py CarRacing-v3 --out data/carracing --hours 1
+    python tools/collect.py vizdoom --out data/doom --hours 1
     python tools/collect.py --videos FOLDER --out data/footage
     python tools/collect.py --index FILE.json --out data/labelled --world the_matrix
 
-A game is recorded with the keys that were pressed. Videos are cut into shots and resized, poor
+A game is recorded with the keys that were pressed; ViZDoom with mouse and camera pose as well.
+Tracks and maps of held-out shards are in no other. Videos are cut into shots and resized, poor
 clips are left out, and nothing is known of their controls; a .txt file beside a video holds its
 caption. An index lists videos with captions and one control per frame, as published. `--data A,B`
 of tools/train.py mixes folders.
@@ -23,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-ENVIRONMENTS = ('CarRacing-v3',)
+ENVIRONMENTS = ('CarRacing-v3', 'vizdoom')
 # What is meant when an option is not given; an option of another source is refused.
 GAME = {'hours': 1.0, 'themes': 'all', 'seed': 0}
 VIDEOS = {'world': 'carracing', 'caption': '', 'shortest': 2.0}
@@ -40,12 +42,12 @@ def parse(argv):
     add('--index', type=Path, metavar='FILE', help='index of labelled videos, JSON')
     add('--out', required=True, type=Path, help='folder of the shards; made if missing')
     add('--workers', type=int, default=1,
-        help='processes (default 1, about 450 frames/s each of a game)')
+        help='processes (default 1, some hundred frames/s each of a game)')
     add('--held-out', type=float, default=0.1, metavar='FRACTION',
         help='share of tracks or videos that only heldout-* shards hold (default 0.1)')
     game = parser.add_argument_group('of a game').add_argument
     game('--hours', type=float, help='of play at 16 frames/s, both splits (default 1)')
-    game('--themes', help="'all', or names with commas: meadow,snow,desert,...")
+    game('--themes', help="'all', or names with commas: meadow,snow,... or maze,...")
     game('--seed', type=int)
     files = parser.add_argument_group('of videos and indexes').add_argument
     files('--world', metavar='RECIPE', help='whose size and rate clips get (default carracing)')
@@ -85,18 +87,17 @@ def main(argv=None) -> int:
 def game(args) -> str:
     if args.env not in ENVIRONMENTS:
         raise ValueError(f'ENV: got {args.env!r}, expected one of {", ".join(ENVIRONMENTS)}')
-    missing = [
-        name for name in ('gymnasium', 'Box2D', 'pygame') if not importlib.util.find_spec(name)
-    ]
-    if missing:
-        raise ValueError(f"{args.env} needs {', '.join(missing)}: pip install -e '.[data]'")
     from matrix_jax.data import collect
 
+    needs = collect.GAMES[args.env].NEEDS
+    missing = [name for name in needs if not importlib.util.find_spec(name)]
+    if missing:
+        raise ValueError(f"{args.env} needs {', '.join(missing)}: pip install -e '.[data]'")
     if not math.isfinite(args.hours):
         raise ValueError(f'--hours: got {args.hours}, expected a number above 0')
     plan = collect.plan(args.env, args.hours, args.themes, args.seed, args.held_out)
     frames = collect.run(plan, args.out, args.workers)
-    return f'{args.out}: {frames} frames, {frames / collect.FPS / 3600:.2f} hours'
+    return f'{args.out}: {frames} frames, {frames / plan.fps / 3600:.2f} hours'
 
 
 def videos(args) -> str:

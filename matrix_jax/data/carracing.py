@@ -21,6 +21,8 @@ import numpy as np
 from matrix_jax.data.records import CONTROLS, FRAMES_PER_LATENT, Clip
 
 HEIGHT, WIDTH, FPS = 64, 96, 16
+NEEDS = ('gymnasium', 'Box2D', 'pygame')
+ABOUT = {}
 TOP_SPEED = 32.0  # units/s; the road is 13 units wide and the picture shows 62 x 41 units
 TURN_RATE = 1.6  # rad/s of a held steering key, once the car rolls
 PHYSICS_RATE = 50
@@ -119,6 +121,9 @@ class Game:
         # The environment draws every physics step; we draw kept frames only.
         self.env._render = lambda mode: None
         self.surface = pygame.Surface((WIDTH * SUPERSAMPLE, HEIGHT * SUPERSAMPLE))
+
+    def close(self):
+        self.env.close()
 
     def reset(self, seed: int, theme: str, start: float = 0.0, backwards: bool = False):
         """A new track from `seed`; the car stands at `start`, a share of the lap."""

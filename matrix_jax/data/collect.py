@@ -13,8 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from matrix_jax.data.carracing import FPS, HEIGHT, THEMES, WIDTH, Game, record
+from matrix_jax.data import carracing, doom
 from matrix_jax.data.records import SUFFIX, Shard, write_shard
+
+# A game is a module with FPS, HEIGHT, WIDTH, THEMES, NEEDS (modules to install), ABOUT (what else
+# its manifest says), `Game` with `close`, and `record(game, seed, theme, frames, rng) -> Clip`.
+# Odd seeds are held out: no track or map is in both splits.
+GAMES = {'CarRacing-v3': carracing, 'vizdoom': doom}
 
 EPISODE_FRAMES = 257  # 16 s
 SHORTEST_FRAMES = 65
@@ -29,9 +34,9 @@ class Plan:
     themes: tuple[str, ...]
     seed: int
     held_out: float
-    height: int = HEIGHT
-    width: int = WIDTH
-    fps: int = FPS
+    height: int
+    width: int
+    fps: int
 
     def shards(self) -> list[tuple[str, int, int]]:
         """(split, number, least frames) of every shard; both splits grow together."""
@@ -54,19 +59,22 @@ def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> Pla
         raise ValueError(f'--held-out: got {held_out:g}, expected 0 <= fraction < 1')
     if not 0 <= seed < 2**32:
         raise ValueError(f'--seed: got {seed}, expected 0 .. 2^32 - 1')
-    names = tuple(THEMES) if themes == 'all' else tuple(name.strip() for name in themes.split(','))
-    wrong = [name for name in names if name not in THEMES]
+    game = GAMES[env]
+    names = tuple(name.strip() for name in themes.split(','))
+    names = tuple(game.THEMES) if themes == 'all' else names
+    wrong = [name for name in names if name not in game.THEMES]
     if wrong or len(set(names)) != len(names):
         raise ValueError(
-            f"--themes: got {themes!r}, expected 'all' or different names of {', '.join(THEMES)}"
+            f"--themes: got {themes!r}, expected 'all' or different names of "
+            + ', '.join(game.THEMES)
         )
-    return Plan(env, float(hours), names, seed, float(held_out))
+    return Plan(env, float(hours), names, seed, float(held_out), game.HEIGHT, game.WIDTH, game.FPS)
 
 
 def run(settings: Plan, out: Path, workers: int) -> int:
     """Records what is not there yet, with a progress bar -> frames in the folder."""
     check_workers(workers)
-    claim(settings, out)
+    claim(settings, out, GAMES[settings.env].ABOUT)
     from tqdm import tqdm
 
     todo, frames = [], 0
@@ -147,21 +155,25 @@ def _shard(job) -> int:
     settings, split, number, least, path = job
     held = split == 'heldout'
     rng = np.random.default_rng([settings.seed, held, number])
-    game = Game()
+    module = GAMES[settings.env]
+    game = module.Game()
     frames = 0
 
     def episodes():
         nonlocal frames
         index = int(rng.integers(len(settings.themes)))
         while frames < least:
-            # Odd seeds are held out, so that no track is in both splits.
             track = int(rng.integers(2**30)) * 2 + held
             wanted = max(SHORTEST_FRAMES, min(EPISODE_FRAMES, least - frames + 3 & ~3 | 1))
-            clip = record(game, track, settings.themes[index % len(settings.themes)], wanted, rng)
+            theme = settings.themes[index % len(settings.themes)]
+            clip = module.record(game, track, theme, wanted, rng)
             if len(clip.frames) >= SHORTEST_FRAMES:
                 index += 1
                 frames += len(clip.frames)
                 yield clip
 
-    write_shard(path, episodes())
+    try:
+        write_shard(path, episodes())
+    finally:
+        game.close()
     return frames

@@ -13,9 +13,12 @@ from dataclasses import replace
 import numpy as np
 
 from matrix_jax.data.records import (
+    ACTIONS,
     FRAMES_PER_LATENT,
+    KEYS,
     MIRRORED,
     NULL,
+    POSE,
     TELEMETRY,
     Clip,
     RecordError,
@@ -29,13 +32,17 @@ EPOCHS = 2**32  # as good as endless; what grain calls endless overflows in batc
 MIRROR_SIGN = np.array(
     [-1 if name in ('yaw_rate', 'x', 'heading') else 1 for name in TELEMETRY], np.float32
 )
+MIRROR_KEYS = [KEYS.index({'A': 'D', 'D': 'A'}.get(key, key)) for key in KEYS]
+MIRROR_MOUSE = np.array([1, -1], np.float32)
+MIRROR_POSE = np.array([-1 if name in ('y', 'yaw', 'roll') else 1 for name in POSE], np.float32)
 
 
 class Clips:
     """The clips of a split, of one folder or several (`records.folders`): `len(clips)`, `clips[i]`;
     a grain random-access source.
 
-    `captions` is the sorted tuple of all captions. With `cache` the decoded frames stay in memory
+    `captions` is the sorted tuple of all captions; `actions` says whether some clip has keys, mouse
+    or pose. With `cache` the decoded frames stay in memory
     (about 1.1 GB an hour at 64 x 96), which makes a crop cost a copy; without, a clip is decoded at
     each access (5 ms).
     """
@@ -45,7 +52,7 @@ class Clips:
     ):
         names = folders(data)
         self.where, self.clips, captions = [], [], set()
-        size = None
+        size, self.actions = None, False
         for path in (path for folder in names for path in shards(folder, split)):
             shard = Shard(path)
             for index in range(len(shard)):
@@ -61,6 +68,7 @@ class Clips:
                 self.where.append((shard, index))
                 self.clips.append(clip if cache else None)
                 captions.add(clip.caption)
+                self.actions |= any(map(clip.knows, ACTIONS))
         if not self.where:
             raise RecordError(
                 f'{", ".join(names)}: no {split} clip of {least_frames} frames'
@@ -115,16 +123,20 @@ def crop(clip: Clip, start: int, frames: int) -> Clip:
         frames=clip.frames[window],
         controls=clip.controls[window],
         telemetry=clip.telemetry[window],
+        **{name: getattr(clip, name)[window] for name in ACTIONS},
     )
 
 
 def mirror(clip: Clip) -> Clip:
-    """The clip seen in a mirror: left and right change places in frames, controls and telemetry."""
+    """The clip seen in a mirror: left and right change places in all that it holds."""
     return replace(
         clip,
         frames=clip.frames[:, :, ::-1],
         controls=np.array((*MIRRORED, NULL), np.int8)[clip.controls],
         telemetry=clip.telemetry * MIRROR_SIGN,
+        keyboard=clip.keyboard[:, MIRROR_KEYS],
+        mouse=clip.mouse * MIRROR_MOUSE,
+        pose=clip.pose * MIRROR_POSE,
     )
 
 
@@ -144,7 +156,9 @@ class Loader:
 
     A batch: `frames` uint8 [B F H W 3], `controls` int32 [B T] (the control held while a latent
     frame's frames were made; latent 0: the one before), `caption` int32 [B] into `loader.captions`,
-    `telemetry` float32 [B F 6], `clip` int32 [B] into `loader.names`.
+    `telemetry` float32 [B F 6], `clip` int32 [B] into `loader.names`. Where some clip has keys,
+    mouse or pose, also `keyboard` int8 [B F 4], `mouse` float32 [B F 2] and `pose` float32
+    [B F 6], what was held while each frame was made; as in `records.Clip` where unknown.
 
     Args:
         frames: F = 1 + 4k of each crop; crops start at random multiples of four.
@@ -208,6 +222,7 @@ class Loader:
             'caption': np.int32(self.captions.index(clip.caption)),
             'clip': np.int32(number),
             'telemetry': clip_.telemetry,
+            **({name: getattr(clip_, name) for name in ACTIONS} if self.clips.actions else {}),
         }
 
     def __iter__(self):

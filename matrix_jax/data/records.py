@@ -5,6 +5,10 @@ frame 0, frames 4j+1 .. 4j+4 to latent frame j+1, and one control is held while 
 are made; the control of frame 0 is the one held before it. So `controls[::4]` is one control per
 latent frame, and any crop that starts at a multiple of four is again a clip. A clip without label
 holds `NULL` throughout.
+
+A first-person clip has keys, mouse and pose of every frame besides, those that were held while the
+frame was made; what is not known of a clip is UNPRESSED or NaN throughout, and takes no room on
+disk. Records of version 1 know none of the three.
 """
 
 from __future__ import annotations
@@ -24,6 +28,15 @@ from matrix_jax.controls import SYMBOLS as CONTROLS
 # The control seen in a mirror: left and right change places.
 MIRRORED = tuple(CONTROLS.index(c.translate(str.maketrans('LR', 'RL'))) for c in CONTROLS)
 TELEMETRY = ('on_road', 'yaw_rate', 'speed', 'x', 'y', 'heading')
+KEYS = ('W', 'S', 'A', 'D')
+UNPRESSED = -1  # in `keyboard`: nobody knows
+# The camera in units of its game: z up, yaw in radians to the left of +x, pitch upwards.
+POSE = ('x', 'y', 'z', 'yaw', 'pitch', 'roll')
+# Degrees a second that a mouse component of 1 turns the view; a turning key is 0.1. As published
+# for Matrix-Game 3: 15 degrees in a frame of a fortieth of a second.
+MOUSE_RATE = 600.0
+VERSION = 2  # of records with one of `ACTIONS`; without, they are of version 1
+ACTIONS = ('keyboard', 'mouse', 'pose')
 SUFFIX = '.array_record'
 ENDS = 2**18  # bytes at each end of a shard that its digest covers
 
@@ -42,9 +55,15 @@ class Clip:
     fps: int
     # float32 [F 6]: TELEMETRY, on_road = share of wheels, left is positive; NaN where unknown
     telemetry: np.ndarray
+    keyboard: np.ndarray | None = None  # int8 [F 4], KEYS 0 or 1, or UNPRESSED throughout
+    mouse: np.ndarray | None = None  # float32 [F 2], pitch (up) and yaw (right), or NaN throughout
+    pose: np.ndarray | None = None  # float32 [F 6], POSE, or NaN throughout
 
     def __post_init__(self):
         count = len(self.frames)
+        for name in ACTIONS:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, unknown(count)[name])
         if self.frames.ndim != 4 or self.frames.shape[-1] != 3 or self.frames.dtype != np.uint8:
             raise RecordError(
                 f'clip.frames: got {self.frames.dtype} {self.frames.shape}, '
@@ -62,17 +81,38 @@ class Clip:
             raise RecordError(
                 f'clip.telemetry: got {self.telemetry.shape}, expected [{count} {len(TELEMETRY)}]'
             )
+        for name, width in zip(ACTIONS, (len(KEYS), 2, len(POSE)), strict=True):
+            value = getattr(self, name)
+            dtype = np.int8 if name == 'keyboard' else np.float32
+            if value.shape != (count, width) or value.dtype != dtype:
+                raise RecordError(f'clip.{name}: got {value.dtype} {value.shape}, '
+                                  f'expected {np.dtype(dtype)} [{count} {width}]')
+            if not (_missing(value).all() or np.isfinite(value).all() and self.knows(name)):
+                raise RecordError(f'clip.{name}: expected values for all frames or for none')
+        if self.knows('keyboard') and not np.isin(self.keyboard, (0, 1)).all():
+            raise RecordError('clip.keyboard: expected 0 or 1 of every key')
 
     @property
     def labelled(self) -> bool:
         """Whether the controls are known."""
         return self.controls[0] != NULL
 
+    def knows(self, name: str) -> bool:
+        """Whether one of ACTIONS is known."""
+        return not _missing(getattr(self, name)).any()
+
 
 def unknown(frames: int) -> dict[str, np.ndarray]:
-    """The `controls` and `telemetry` of a clip of which only the picture is known."""
+    """What describes a clip of which only the picture is known."""
     return {'controls': np.full(frames, NULL, np.int8),
-            'telemetry': np.full((frames, len(TELEMETRY)), np.nan, np.float32)}
+            'telemetry': np.full((frames, len(TELEMETRY)), np.nan, np.float32),
+            'keyboard': np.full((frames, len(KEYS)), UNPRESSED, np.int8),
+            'mouse': np.full((frames, 2), np.nan, np.float32),
+            'pose': np.full((frames, len(POSE)), np.nan, np.float32)}
+
+
+def _missing(value) -> np.ndarray:
+    return np.isnan(value) | (value == UNPRESSED if value.dtype == np.int8 else False)
 
 
 def pack(clip: Clip) -> bytes:
@@ -84,8 +124,12 @@ def pack(clip: Clip) -> bytes:
         'controls': clip.controls.astype(np.int8),
         'telemetry': clip.telemetry.astype(np.float32),
     }
-    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     about = {'caption': clip.caption, 'theme': clip.theme, 'seed': clip.seed, 'fps': clip.fps}
+    known = [name for name in ACTIONS if clip.knows(name)]
+    if known:
+        tensors |= {name: getattr(clip, name) for name in known}
+        about['version'] = VERSION
+    tensors = {name: np.ascontiguousarray(value) for name, value in tensors.items()}
     return save(tensors, {'clip': json.dumps(about)})  # one key: safetensors does not order several
 
 
@@ -98,6 +142,8 @@ def unpack(data: bytes, where: str = 'record') -> Clip:
         tensors = load(data)
         size = int.from_bytes(data[:8], 'little')
         meta = json.loads(json.loads(data[8 : 8 + size])['__metadata__']['clip'])
+        if meta.get('version', 1) > VERSION:
+            raise ValueError(f'version {meta["version"]}, this program reads up to {VERSION}')
         return Clip(
             **tensors,
             caption=meta['caption'],

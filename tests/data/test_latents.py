@@ -1,5 +1,6 @@
 """data/latents.py: whole episodes encoded once, windows that resume exactly."""
 
+import dataclasses
 import types
 
 import jax.numpy as jnp
@@ -76,6 +77,31 @@ def test_a_store_is_made_once(recorded, tmp_path):
     other = {'vae': {'encoder': {'kernel': np.zeros(2)}}}
     latents.encode(recorded, world, other, tmp_path / 'cache')
     assert world.calls == 2 * calls
+
+
+def test_windows_hold_the_actions_of_their_frames(recorded, tmp_path):
+    assert not latents.encode(recorded, World(), PARAMS, tmp_path / 'cache').actions
+    folder, count = tmp_path / 'walks', 25
+    folder.mkdir()
+    walk = dataclasses.replace(
+        clip(9, count, labelled=False),
+        keyboard=np.tile(np.array([1, 0, 1, 0], np.int8), (count, 1)),
+        mouse=np.arange(2 * count, dtype=np.float32).reshape(count, 2),
+        pose=np.arange(count, dtype=np.float32)[:, None].repeat(6, 1))
+    records.write_shard(folder / f'train-0{records.SUFFIX}', [walk])
+    store = latents.encode([folder, recorded], World(), PARAMS, tmp_path / 'cache')
+    batch = next(latents.Windows(store, 4, 24, 0, np.zeros((3, 1), int)))
+    assert batch['keyboard'].shape == (24, 13, 4) and batch['pose'].shape == (24, 13, 6)
+    walked = batch['clip'] < 2      # the walk and its mirror image
+    assert walked.any() and np.isnan(batch['mouse'][~walked]).all()
+    pitch, yaw = batch['mouse'][walked, :, 0], batch['mouse'][walked, :, 1]
+    # A window from latent frame s on begins with pixel frame 4 s.
+    assert (pitch[:, 0] % 8 == 0).all() and set(pitch[:, 0]) <= {0, 8, 16, 24}
+    np.testing.assert_array_equal(np.diff(pitch), 2)
+    turned = batch['clip'][walked] == 1
+    np.testing.assert_array_equal(yaw, np.where(turned, -1, 1)[:, None] * (pitch + 1))
+    keys = batch['keyboard'][walked][:, 0]
+    np.testing.assert_array_equal(keys, np.where(turned[:, None], [1, 0, 0, 1], [1, 0, 1, 0]))
 
 
 def test_windows_resume_exactly_and_refuse_other_data(recorded, tmp_path):

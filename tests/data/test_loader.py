@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from matrix_jax.data.loader import Clips, Loader, crop, mirror
-from matrix_jax.data.records import CONTROLS, TELEMETRY, Clip, RecordError, unknown, write_shard
+from matrix_jax.data.records import (
+    CONTROLS,
+    NULL,
+    TELEMETRY,
+    Clip,
+    RecordError,
+    unknown,
+    write_shard,
+)
 
 FRAMES = 9
 
@@ -88,6 +96,44 @@ def test_folders_are_read_together(folder, tmp_path):
     clips = Clips(f'{folder},{tmp_path}')
     assert len(clips) == 8 and not clips[7].labelled and clips.captions[0] == ''
     assert [clips[index].labelled for index in range(7)] == [True] * 7
+
+
+def walk(number):
+    """A first-person clip: keys, mouse and pose of frame f are told by f."""
+    clip = make_clip(number)
+    count = np.arange(len(clip.frames))
+    return replace(clip, **unknown(len(count)) | {
+        'keyboard': (count[:, None] // [1, 2, 4, 8] % 2).astype(np.int8),
+        'mouse': (count[:, None] * [1, 10]).astype(np.float32),
+        'pose': (count[:, None] + np.arange(6) * 100).astype(np.float32)})
+
+
+def test_first_person_clips_give_keys_mouse_and_pose(folder, tmp_path):
+    assert not {'keyboard', 'mouse', 'pose'} & set(next(Loader(folder, FRAMES, batch=2)))
+    write_shard(tmp_path / 'train-00000.array_record', map(walk, range(3)))
+    loader, sides = Loader(tmp_path, FRAMES, batch=4, mirror=0.5), set()
+    for _ in range(4):
+        batch = next(loader)
+        assert (batch['controls'] == NULL).all()
+        for row in range(4):
+            start = int(batch['frames'][row, 0, 0, 0, 0])
+            turned = bool(batch['frames'][row, 0, 0, 0, 1])
+            window = slice(start, start + FRAMES)
+            keys, mouse, pose = (batch[name][row] for name in ('keyboard', 'mouse', 'pose'))
+            sides.add(turned)
+            w, s, a, d = (np.arange(40)[window] // 2 ** bit % 2 for bit in range(4))
+            np.testing.assert_array_equal(keys.T, (w, s, d, a) if turned else (w, s, a, d))
+            side = -1 if turned else 1
+            np.testing.assert_array_equal(mouse[:, 1], side * 10 * mouse[:, 0])
+            np.testing.assert_array_equal(pose[:, 0], np.arange(40)[window])
+            np.testing.assert_array_equal(pose[:, [1, 3]], side * (pose[:, :1] + [100, 300]))
+            np.testing.assert_array_equal(pose[:, [2, 4]], pose[:, :1] + [200, 400])
+    assert sides == {False, True}
+    both = Loader([tmp_path, folder], FRAMES, batch=10, mirror=0.0)
+    batch = next(both)
+    cars = batch['controls'][:, 0] != NULL
+    assert (batch['keyboard'][cars] == -1).all() and np.isnan(batch['pose'][cars]).all()
+    assert (batch['keyboard'][~cars] >= 0).all() and cars.any() and not cars.all()
 
 
 def test_no_mirror_keeps_every_crop(folder):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from matrix_jax.data.records import (
+    ACTIONS,
     CONTROLS,
     MIRRORED,
     Clip,
@@ -84,6 +85,47 @@ def test_damaged_record_is_named(tmp_path):
 def test_foreign_bytes_are_refused():
     with pytest.raises(RecordError, match='record 7: not a clip'):
         unpack(b'no safetensors', 'record 7')
+
+
+def walk(seed=0, frames=17):
+    """A first-person clip."""
+    rng, known = np.random.default_rng(seed), unknown(frames)
+    return replace(make_clip(seed, frames), controls=known['controls'],
+                   keyboard=rng.integers(0, 2, (frames, 4)).astype(np.int8),
+                   mouse=rng.normal(size=(frames, 2)).astype(np.float32),
+                   pose=rng.normal(size=(frames, 6)).astype(np.float32))
+
+
+def test_keys_mouse_and_pose_come_back():
+    clip = unpack(pack(walk()))
+    for name in ACTIONS:
+        np.testing.assert_array_equal(getattr(clip, name), getattr(walk(), name))
+        assert clip.knows(name) and not make_clip().knows(name)
+    footage = replace(walk(), **{name: unknown(17)[name] for name in ('keyboard', 'mouse')})
+    again = unpack(pack(footage))
+    assert [again.knows(name) for name in ACTIONS] == [False, False, True]
+
+
+def test_records_of_the_first_version_are_read_and_later_ones_refused():
+    old = pack(make_clip())
+    assert b'version' not in old and b'keyboard' not in old
+    assert unpack(old).keyboard.tolist() == [[-1] * 4] * 17 and np.isnan(unpack(old).pose).all()
+    later = pack(walk()).replace(b'version\\": 2', b'version\\": 3')
+    with pytest.raises(RecordError, match='record 1: not a clip .version 3, .* reads up to 2'):
+        unpack(later, 'record 1')
+
+
+@pytest.mark.parametrize('changes, where', [
+    ({'keyboard': np.zeros((17, 3), np.int8)}, r'clip.keyboard: got int8 \(17, 3\), expected int8'),
+    ({'keyboard': np.full((17, 4), 2, np.int8)}, 'clip.keyboard: expected 0 or 1'),
+    ({'keyboard': np.arange(68).reshape(17, 4).clip(-1, 1).astype(np.int8) - 1}, 'or for none'),
+    ({'mouse': np.zeros((17, 2))}, 'clip.mouse: got float64'),
+    ({'mouse': np.full((17, 2), np.inf, np.float32)}, 'clip.mouse: expected values for all'),
+    ({'pose': np.full((17, 6), [np.nan, 0, 0, 0, 0, 0], np.float32)}, 'clip.pose: expected'),
+])
+def test_malformed_actions_are_refused(changes, where):
+    with pytest.raises(RecordError, match=where):
+        replace(walk(), **changes)
 
 
 @pytest.mark.parametrize('changes, where', [
