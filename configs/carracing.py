@@ -54,12 +54,12 @@ BASE = Run(
         optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=900, batch=8))
 SWIN = Run(world=WORLD, data='data/carracing', stage=SwinDPM(
     ema=0.995, text_dropout=0.05, condition_noise=100, late_binding=0.5, uniform=0.35,
-    train_encoders=True,
+    recycle=1.0, train_encoders=True,
     optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=4800, batch=8))
-# One network call per shift, learned from the stream of SWIN.
+# One network call per shift, learned from the stream of SWIN under guidance by its keys.
 STREAM = Run(
     world=dataclasses.replace(WORLD, stream=dataclasses.replace(
         WORLD.stream, steps=4, solver='lcm')),
     data='data/carracing', stage=StreamConsistency(
-        ema=0.99, rollout=8, optimizer=dataclasses.replace(
+        ema=0.99, rollout=8, control_guidance=3.0, optimizer=dataclasses.replace(
             MUON, learning_rate=5e-4, adam_rate=1e-4)), train=Train(steps=1500, batch=8))
