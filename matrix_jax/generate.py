@@ -7,12 +7,10 @@ only copies the frames of the previous shift while the next one runs.
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import checkpoint, controls, sharding, video
@@ -26,7 +24,7 @@ class Clip:
     """A generated video: frames as they come, and what was measured.
 
     Attributes:
-      symbols: the control symbol of each latent frame that is shown.
+      symbols: the controls that are shown, each for as many frames as one steers.
       notes: lines that the user should see (cut prompt, unused controls).
       compile_seconds: time to compile everything and to encode the start clip.
       run_seconds: time of all steps so far, copies to the host included.
@@ -38,51 +36,35 @@ class Clip:
 
 
 def plan(world, length: int, control: str | None, control_seed: int, pad: str | None):
-    """Shifts of the stream and the symbols of its latent frames.
+    """The controls of a video.
 
     Args:
       world: the World.
       length: seconds, at least 1.
-      control: comma-separated symbols, one per shown latent frame; None = random.
-      control_seed: seed of random symbols.
-      pad: None, 'random' or 'hold', for a control string that is too short.
+      control: text of the world's vocabulary; None = random.
+      control_seed: seed of random controls.
+      pad: None, 'random' or 'hold', for controls that are too few.
 
     Returns:
-      (shifts, symbols, notes); `len(symbols)` is shifts * group_frames, or the latent frames of a
-      whole clip.
+      (controls, notes).
 
     Raises:
-      UsageError: length, an unknown symbol, or too few symbols.
+      UsageError, ControlError: length, an unknown control, or too few of them.
     """
     if not (isinstance(length, int) and 1 <= length <= 24 * 3600):
         raise UsageError(f'--length: got {length}, expected whole seconds from 1 to 86400')
-    cfg = world.cfg
-    if cfg.clip:
-        if length > controls.BASE_SECONDS:
-            raise UsageError(f'--length: got {length}, expected at most {controls.BASE_SECONDS}: '
-                             'this model denoises whole clips (stages 3 and 4 stream)')
-        shifts, need = 1, 1 + length * cfg.fps // cfg.frames_per_control
-    else:
-        latents = length * cfg.fps / cfg.frames_per_control
-        shifts = math.ceil(latents / cfg.stream.group_frames)
-        need = shifts * cfg.stream.group_frames
-    if control is None:
-        return shifts, controls.generate_random_control_signal(need, control_seed).split(','), []
-    symbols, note = controls.fit(controls.parse(control), need, pad=pad, seed=control_seed)
-    return shifts, symbols, [note] if note else []
+    return world.vocabulary.read(control, world.needed(length), pad=pad, seed=control_seed)
 
 
 def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bool) -> np.ndarray:
-    """Start frames uint8 [F H W 3] that fill the window: a file of the user, or a bundled clip.
+    """Start frames uint8 [F H W 3]: from a file of the user, or a bundled clip.
 
     A bundled clip is chosen by the words that its caption shares with the prompt.
     """
-    cfg = world.cfg
-    count = 1 + (cfg.stream.frames - 1) * cfg.frames_per_control
+    cfg, count = world.cfg, world.start_frames
     if source is not None:
-        frames = (video.read_image(source)[None] if is_image
-                  else video.read_video(source, cfg.fps, count))
-        frames = video.fit(frames, cfg.height, cfg.width)
+        frames = world.fit(video.read_image(source)[None] if is_image
+                           else video.read_video(source, cfg.fps, count))
         return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])
     for place in (folder, checkpoint.ASSETS / cfg.name.lower()):   # fresh weights have no clips
         frames = starts.choose(place, prompt, cfg.height, cfg.width)
@@ -94,7 +76,7 @@ def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bo
 
 
 class Player:
-    """One stream of one world: start it, step it with symbols, take frames.
+    """One stream of one world: start it, step it with controls, take frames.
 
     Args:
       world, params: from `worlds.load` or `worlds.open_run`.
@@ -106,60 +88,72 @@ class Player:
         params = world.ready(params)
         self.world, self.params = world, params
         self._condition = jax.jit(world.condition)
-        self._pipeline = None
+        self._pipeline = self._prefill = None
         if decoder is None:
             stream = world.stream(entry)
             self._init = jax.jit(stream.init)
             self._step = jax.jit(stream.step, donate_argnums=1)
+            if stream.prefill is not stream.step:
+                self._prefill = jax.jit(stream.prefill, donate_argnums=1)
         else:
             self._pipeline = Pipeline(**world.halves(entry), params=(params, decoder))
             self._init, self._step = self._pipeline.init, self._pipeline.step
 
-    def start(self, prompt: str, frames: np.ndarray, symbols: list[str], seed: int):
+    def start(self, prompt: str, frames: np.ndarray, known: list[str], seed: int):
         """Begins a stream.
 
         Args:
           prompt: text.
           frames: start clip uint8 [F H W 3].
-          symbols: controls of the window's frames but its newest group.
+          known: controls that the start takes, the first of `world.split`.
           seed: seed of all noise.
 
         Returns:
           (carry, the text that did not fit the model, '' if all did).
         """
-        ids, cut = self.world.tokenize_and_cut([prompt])
-        indices = np.asarray([[controls.SYMBOLS.index(symbol) for symbol in symbols]], np.int32)
-        condition = self._condition(self.params, ids, frames[None], indices)
+        given, cut = self.world.inputs(prompt, frames, known)
+        condition = self._condition(self.params, *given)
         carry = self._init(self.params, condition, jax.random.split(jax.random.key(seed), 1))
-        return carry, cut[0]
+        return carry, cut
 
-    def compile(self, carry):
-        """Compiles the step for this carry."""
-        symbols = jax.ShapeDtypeStruct((1, self.world.cfg.stream.group_frames), jnp.int32)
-        if self._pipeline:
-            self._pipeline.compile(self.params, carry, symbols)
-        else:
-            self._step = self._step.lower(self.params, carry, symbols).compile()
+    def compile(self, carry, steps: list[list[str]]):
+        """Compiles for this carry and the controls of steps to come.
 
-    def step(self, carry, symbols: list[str]):
-        """One shift under the newest symbols -> (carry, frames uint8 [B F H W 3] on device)."""
-        indices = np.asarray([[controls.SYMBOLS.index(symbol) for symbol in symbols]], np.int32)
-        return self._step(self.params, carry, indices)
+        Returns:
+          (carry, frames or None): where the first step differs from the others, it is made here.
+        """
+        frames = None
+        if self._prefill:
+            carry, frames = self._prefill(self.params, carry, self._encoded(steps[0]))
+            steps = steps[1:]
+        if steps and self._pipeline:
+            self._pipeline.compile(self.params, carry, self._encoded(steps[0]))
+        elif steps:
+            self._step = self._step.lower(self.params, carry, self._encoded(steps[0])).compile()
+        return carry, frames
+
+    def step(self, carry, given: list[str]):
+        """One step under the newest controls -> (carry, frames uint8 [B F H W 3] on device)."""
+        return self._step(self.params, carry, self._encoded(given))
+
+    def _encoded(self, given):
+        return self.world.vocabulary.encode(given)[None]
 
 
-def stream_frames(player: Player, carry, symbols: list[str], clip: Clip) -> Iterator[np.ndarray]:
-    """Yields frames uint8 [H W 3] one by one, copying one shift while the next is computed.
+def stream_frames(player: Player, carry, steps: list[list[str]], clip: Clip,
+                  first=None) -> Iterator[np.ndarray]:
+    """Yields frames uint8 [H W 3] one by one, copying one step while the next is computed.
 
     Args:
-      symbols: controls of the steps, `group_frames` each.
+      steps: controls of each step.
       clip: its `run_seconds` is kept up to date.
+      first: frames that `compile` has made.
     """
-    size = player.world.cfg.stream.group_frames
-    began, waiting = time.perf_counter(), None
-    for index in range(0, len(symbols) + size, size):
+    began, waiting = time.perf_counter(), first
+    for given in (*steps, None):
         frames = None
-        if index < len(symbols):
-            carry, frames = player.step(carry, symbols[index:index + size])
+        if given is not None:
+            carry, frames = player.step(carry, given)
         if waiting is not None:
             done = np.asarray(waiting)[0]
             clip.run_seconds = time.perf_counter() - began
@@ -190,33 +184,33 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
         raise UsageError('--image and --video: got both, expected one start')
     if not 0 <= seed < 2**63:
         raise UsageError(f'--seed: got {seed}, expected 0 to 2**63 - 1')
-    cfg = world.cfg
-    prompt = cfg.prompt if prompt is None else prompt
-    shifts, symbols, notes = plan(world, length, control, control_seed, pad)
-    if cfg.clip:
-        if image or video_path:
-            raise UsageError('--image, --video: this model makes clips from the prompt alone')
-        return whole_clip(world, params, prompt, symbols, notes, seed)
-    frames = start_clip(world, folder, prompt, image or video_path, bool(image))
-    # Every symbol steers the quarter second that it stands for: the window knows what is to come.
-    stream = cfg.stream
-    before = [symbols[0]] * stream.context
-    known = before + symbols + [symbols[-1]] * (stream.frames - stream.context)
+    if prompt is not None and not world.reads_text and (image or video_path):
+        raise UsageError('--prompt: this model reads no text, and its start is given')
+    prompt = world.cfg.prompt if prompt is None else prompt
+    symbols, notes = plan(world, length, control, control_seed, pad)
+    if not world.start_frames and (image or video_path):
+        raise UsageError('--image, --video: this model makes clips from the prompt alone')
+    frames = None
+    if world.start_frames:
+        frames = start_clip(world, folder, prompt, image or video_path, bool(image))
+    if world.cfg.clip:
+        return whole_clip(world, params, prompt, frames, symbols, notes, seed)
+    known, steps = world.split(symbols)
     player = Player(world, params, entry='tail')
     began = time.perf_counter()
-    carry, cut = player.start(prompt, frames, known[:stream.remembered], seed)
-    player.compile(carry)
+    carry, cut = player.start(prompt, frames, known, seed)
+    carry, first = player.compile(carry, steps)
     seconds = time.perf_counter() - began
     clip = Clip(symbols, notes + cut_note(world, cut), compile_seconds=seconds)
-    steps = known[stream.remembered:stream.remembered + shifts * stream.group_frames]
-    return stream_frames(player, carry, steps, clip), clip
+    steps = steps if first is None else steps[1:]
+    return stream_frames(player, carry, steps, clip, first), clip
 
 
-def whole_clip(world, params, prompt: str, symbols: list[str], notes: list[str], seed: int):
+def whole_clip(world, params, prompt: str, start, symbols: list[str], notes: list[str], seed: int):
     """The clip of a model that does not stream -> (iterator of its frames, Clip)."""
-    ids, cut = world.tokenize_and_cut([prompt])
-    notes = notes + cut_note(world, cut[0])
-    given = (params, ids, controls.encode(symbols)[None], jax.random.key(seed))
+    given, cut = world.inputs(prompt, start, symbols)
+    notes = notes + cut_note(world, cut)
+    given = (params, *given, jax.random.key(seed))
     began = time.perf_counter()
     make = jax.jit(world.sample_clip).lower(*given).compile()
     clip = Clip(symbols, notes, compile_seconds=time.perf_counter() - began)
@@ -232,8 +226,9 @@ def whole_clip(world, params, prompt: str, symbols: list[str], notes: list[str],
 
 def cut_note(world, cut: str) -> list[str]:
     """What to tell about the end of a prompt that the model does not read."""
-    length = world.cfg.dit.text_length
-    return [f'prompt: the model reads {length} tokens; cut off: {cut!r}'] if cut else []
+    if not cut:
+        return []
+    return [f'prompt: the model reads {world.cfg.dit.text_length} tokens; cut off: {cut!r}']
 
 
 def replayed(run, options):
@@ -289,9 +284,10 @@ def to_file(run, options):
             video_path=options.video)
     for note in clip.notes:
         print(f'note: {note}')
-    per = world.cfg.frames_per_control
+    vocabulary = world.vocabulary
+    per = vocabulary.frames
     # The first latent frame of a whole clip is a single frame.
-    keys = [symbol for symbol in clip.symbols for _ in range(per)]
+    keys = [vocabulary.held(symbol) for symbol in clip.symbols for _ in range(per)]
     keys = keys[per - 1:] if world.cfg.clip else keys
     total, keys = len(keys), None if options.no_overlay else keys
     bar = tqdm(frames, total=total, unit='frame', dynamic_ncols=True)

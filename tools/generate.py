@@ -1,6 +1,7 @@
 """Generate a video: no arguments give 8 seconds of the bundled world under random keys.
 
     tools/generate.py --control "D,D,DL,DL,DR" --pad hold --seed 3 --out drive.mp4
+    tools/generate.py doom --actions "W*24,W+right*48" --pad hold
 """
 
 from matrix_jax import config
@@ -11,9 +12,11 @@ def main(argv):
     parser = config.Parser(__doc__)
     add = parser.add_argument
     add('--prompt', help="what the world looks like (default: the world's own)")
-    add('--control', help='one symbol per quarter second: D B N, each alone or with L or R')
+    add('--control', '--actions', metavar='CONTROLS', help='The Matrix: one symbol per quarter '
+        'second, D B N, each alone or with L or R. Matrix-Game: actions such as W*24,W+right*12, '
+        'JSON, a file of either, or benchmark')
     add('--control-seed', type=int, default=42, help='seed of random controls (default 42)')
-    add('--pad', choices=('random', 'hold'), help='how to go on where --control ends')
+    add('--pad', choices=('random', 'hold'), help='how to go on where the controls end')
     add('--length', type=int, default=8, help='seconds (default 8)')
     add('--seed', type=int, default=42, help='seed of all noise (default 42)')
     add('--image', help='picture to start from')

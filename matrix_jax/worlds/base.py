@@ -3,6 +3,15 @@
 A part is one network: its config (read from the folder's config.json, so the folder decides the
 sizes), its weight table and its parameter shapes. A world lists its parts; reading, writing,
 counting and sharding them is the same for all worlds and stands here.
+
+Who generates or serves a world sees no more of it than this:
+
+    cfg.name, height, width, fps, prompt, clip     `clip`: it makes whole clips and does not stream
+    vocabulary                                     words for controls (`controls.Symbols`)
+    reads_text, start_frames, fit(frames)          what it starts from
+    needed(seconds), split(controls)               controls of a video, of its start and its steps
+    inputs(prompt, frames, controls)               what `condition` and `sample_clip` take
+    condition, stream, sample_clip                 pure functions of parameters
 """
 
 from __future__ import annotations
@@ -49,8 +58,14 @@ class Parts:
     parts: tuple[Part, ...] = ()
     extras: tuple[str, ...] = ()     # folders without weights: tokenizers, scheduler
 
+    reads_text = False
+
     def __init__(self, cfg):
         self.cfg = cfg
+
+    def with_tokenizers(self, folder: str | None):
+        """The world with the tokenizers of a weights folder, if it reads text."""
+        return self
 
     @property
     def tables(self) -> dict[str, convert.Table]:

@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, controls, convert
+from matrix_jax import checkpoint, controls, convert, video
+from matrix_jax.config import UsageError
 from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
@@ -26,7 +28,7 @@ from matrix_jax.nn import fresh, once
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
-from matrix_jax.worlds.base import Part, Parts, read_config
+from matrix_jax.worlds.base import Part, Parts, read_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +96,48 @@ class World(Parts):
                  ('token_embedding', fresh.normal(0.02)),
                  ('position_embedding', fresh.normal(0.01)))))
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')
+    vocabulary = controls.Symbols()
+    reads_text = True
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
         self.schedule = schedules.make(cfg.scheduler)
         self.net = dit.DiT(cfg.dit)
         self.tokenizer = self.control_tokenizer = None
+
+    # --- what a video needs ------------------------------------------------------------------
+
+    @property
+    def start_frames(self) -> int:
+        """Pixel frames of a start clip; 0 for networks that start from the prompt alone."""
+        cfg = self.cfg
+        return 0 if cfg.clip else 1 + (cfg.stream.frames - 1) * cfg.frames_per_control
+
+    def fit(self, frames) -> np.ndarray:
+        """uint8 [F H W 3] of any size -> the world's size."""
+        return video.fit(frames, self.cfg.height, self.cfg.width)
+
+    def needed(self, length: int) -> int:
+        """Symbols of a video of at least that many seconds."""
+        cfg = self.cfg
+        if cfg.clip is None:
+            groups = length * cfg.fps / (cfg.frames_per_control * cfg.stream.group_frames)
+            return math.ceil(groups) * cfg.stream.group_frames
+        if length > controls.BASE_SECONDS:
+            raise UsageError(f'--length: got {length}, expected at most {controls.BASE_SECONDS}: '
+                             'this model denoises whole clips (stages 3 and 4 stream)')
+        return 1 + length * cfg.fps // cfg.frames_per_control
+
+    def split(self, symbols: list[str]):
+        """Symbols of a whole video -> (those of the first window, those of each step)."""
+        return swin.whole_video(self.cfg.stream, symbols)
+
+    def inputs(self, prompt: str, frames, symbols: list[str]):
+        """What `condition`, or for whole clips `sample_clip`, takes of a prompt, a start clip uint8
+        [F H W 3] and the first symbols or all -> (inputs, the prompt's unread end)."""
+        ids, cut = self.tokenize_and_cut([prompt])
+        ids, indices = np.asarray(ids, np.int32), controls.encode(symbols)[None]
+        return (ids, indices) if self.cfg.clip else (ids, np.asarray(frames)[None], indices), cut[0]
 
     # --- text and control --------------------------------------------------------------------
 
@@ -342,26 +380,16 @@ class World(Parts):
 
 
 def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
-    """The world that a weights folder describes; what the folder does not say comes from `cfg`.
-
-    The folder decides the sizes of the parts that it holds; how they run (types, rematerialisation,
-    the meaning of a single latent frame) and how they stream is the recipe's.
+    """The world that a weights folder describes (`read_parts`); the rest comes from `cfg`.
 
     Args:
       cfg: the recipe's world.
       folder: in the released layout.
       whole: whether every part is to be loaded; else the parts that are not there are the recipe's.
     """
-    kinds = {'dit': dit.Config, 'vae': vae.Config, 'text': t5.Config, 'control': clip.Config}
-    place = World(cfg).place
-    fields = {part.field: read_config(kinds[part.field], *place(folder, part.folder))
-              for part in World.parts if whole or (Path(folder) / part.folder).is_dir()}
-    kept = {'dit': ('dtype', 'remat', 'scan_unroll', 'int8'),
-            'vae': ('dtype', 'single_latent_frames')}
-    for name, names in kept.items():
-        if name in fields:
-            fields[name] = dataclasses.replace(
-                fields[name], **{one: getattr(getattr(cfg, name), one) for one in names})
+    fields = read_parts(World(cfg), folder, whole, {
+        'dit': ('dtype', 'remat', 'scan_unroll', 'int8'),
+        'vae': ('dtype', 'single_latent_frames')})
     if whole or (Path(folder) / 'scheduler').is_dir():
         released = checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json')
         fields['scheduler'] = schedules.SchedulerConfig.from_released(released)

@@ -104,9 +104,9 @@ def play(world, params):
     start = np.random.default_rng(1).integers(0, 255, (count, world.cfg.height, world.cfg.width, 3))
     player = generate.Player(world, params)
     carry, _ = player.start('a road', start.astype(np.uint8), symbols[:1] * cfg.remembered, seed=3)
-    player.compile(carry)
-    keys = symbols[:2 * cfg.group_frames]
-    return np.stack(list(generate.stream_frames(player, carry, keys, generate.Clip(keys, []))))
+    steps = [symbols[at:at + cfg.group_frames] for at in (0, cfg.group_frames)]
+    carry, _ = player.compile(carry, steps)
+    return np.stack(list(generate.stream_frames(player, carry, steps, generate.Clip([], []))))
 
 
 def test_frames_of_a_pipeline_are_those_of_one_device(world):
