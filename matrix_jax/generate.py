@@ -244,7 +244,7 @@ def replayed(run, options):
     if given:
         raise UsageError(f'--replay: got {", ".join(given)} as well, which the session decides')
     began = time.perf_counter()
-    slots = replay.compile_for(*worlds.open_run(run), log)
+    slots = replay.compile_for(*worlds.open_run(run, apart=run.world.clip is None), log)
     clip = Clip([symbol for symbol in controls.decode(list(log.symbols))
                  for _ in range(slots.group)], [], compile_seconds=time.perf_counter() - began)
 
@@ -276,7 +276,7 @@ def to_file(run, options):
     else:
         plan(worlds.build(run.world), options.length, options.control, options.control_seed,
              options.pad)
-        world, params = worlds.open_run(run)
+        world, params = worlds.open_run(run, apart=run.world.clip is None)
         frames, clip = generate(
             world, params, checkpoint.resolve(run.weights), prompt=options.prompt,
             control=options.control, length=options.length, seed=options.seed,

@@ -113,6 +113,22 @@ def within(mesh: Mesh | None):
     return jax.set_mesh(mesh) if mesh is not None and mesh.size > 1 else contextlib.nullcontext()
 
 
+def mesh_of(tree) -> Mesh | None:
+    """The mesh of several devices that a tree of arrays lies on, if it does."""
+    for leaf in jax.tree.leaves(tree):
+        place = getattr(leaf, 'sharding', None)
+        if isinstance(place, NamedSharding):
+            return place.mesh if place.mesh.size > 1 else None
+    return None
+
+
+def made(compiled):
+    """Tree of ShapeDtypeStructs of what a compiled program gives, with where it will lie."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                                          sharding=leaf.sharding),
+                        compiled.out_info)
+
+
 # --- inside a program ------------------------------------------------------------------------
 
 

@@ -2,7 +2,8 @@
 
 Nobody else touches the slots. A player's keys are plain attributes of its `Seat`, the newest wins;
 everything else that is wanted of a slot is a function that the thread calls between two shifts. A
-shift starts as late as its frames still come in time, so that it takes the newest keys along.
+shift starts as late as its frames still come in time, so that it takes the newest keys along. Where
+the slots are a pipeline (`slots.ahead`), that may be before the shift before it has its frames.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ REST = controls.SYMBOLS.index('N')
 PAST_BYTES = 128 * 2**20            # of one player's past
 PAST_SECONDS = 12
 MARGIN = 0.02                       # seconds between the end of a shift and its first frame
+POLL = 0.001                        # seconds between two looks at a shift that is under way
 
 
 class Picture(NamedTuple):
@@ -45,8 +47,23 @@ class Picture(NamedTuple):
     data: bytes
 
 
+class Flight(NamedTuple):
+    """A shift whose frames are still to come.
+
+    Attributes:
+      began: when it was handed in, in `time.monotonic`.
+      rows: (seat, its log, id of the key that its frames show first, the moment behind it if that
+        is one to keep).
+      frames, finite: what the slots give.
+    """
+    began: float
+    rows: list
+    frames: object
+    finite: object
+
+
 class Moment(NamedTuple):
-    """A slot's carry on the host, after `shifts` shifts and with these prompts in its log."""
+    """A slot's carry after `shifts` shifts and with these prompts in its log."""
     shifts: int
     prompts: list
     carry: object
@@ -95,8 +112,11 @@ class Engine:
         self.slots, self.encode, self.observe = slots, encode, observe
         self.period = slots.frames / slots.world.cfg.fps
         self.seats: list[Seat | None] = [None] * slots.count
-        self.seconds = 0.0                 # of a shift, smoothed
+        self.seconds = 0.0                 # of a shift until its frames are there, smoothed
         self.shifts = 0
+        self._busy = 0.0                   # from one shift's frames to the next ones, smoothed
+        self._flying: collections.deque[Flight] = collections.deque()
+        self._landed = 0.0                 # when the last frames were there
         self.beat = time.monotonic()       # when the thread was last seen alive
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, 'encode')
@@ -119,6 +139,11 @@ class Engine:
     @property
     def alive(self) -> bool:
         return self._thread.is_alive()
+
+    @property
+    def spacing(self) -> float:
+        """Seconds from one shift's frames to the next ones, as the world or the device has it."""
+        return max(self.period, self._busy)
 
     def do(self, function: Callable, *given) -> Future:
         """Calls `function(*given)` between two shifts."""
@@ -172,12 +197,19 @@ class Engine:
             while not self._stopping:
                 self.beat = time.monotonic()
                 active = [seat for seat in self.seats if seat and not seat.paused]
-                lead = min(self.seconds * 1.15 + MARGIN, self.period)
+                lead = min(self.seconds * 1.15 + MARGIN, (1 + self.slots.ahead) * self.spacing)
+                lead -= len(self._flying) * self.spacing
                 wait = due - lead - self.beat if active else 1
-                if wait > 0 or not self._wanted.empty():
+                if wait <= 0 and self._wanted.empty():
+                    self._shift(active)
+                    if len(self._flying) > self.slots.ahead:
+                        due = self._land(due)
+                elif not self._flying:
                     self._answer(max(wait, 0))
+                elif not self._wanted.empty() or self._flying[0].frames.is_ready():
+                    due = self._land(due)      # nobody changes a slot while a shift is under way
                 else:
-                    due = self._shift(active, due)
+                    time.sleep(min(wait, POLL))
         except Exception:
             log.exception('the engine has stopped')
         self._stopping = True
@@ -197,9 +229,9 @@ class Engine:
             except Exception as error:       # belongs to who asked; the others play on
                 done.set_exception(error)
 
-    def _shift(self, active: list[Seat], due: float) -> float:
-        """One shift -> when the next one is due."""
-        began = time.monotonic()
+    def _shift(self, active: list[Seat]):
+        """Hands in one shift."""
+        began, keys = time.monotonic(), []
         symbols = np.full((self.slots.count, self.slots.group), REST, np.int32)
         mask = np.zeros(self.slots.count, bool)
         for seat in active:
@@ -208,32 +240,43 @@ class Engine:
             shift = len(seat.log.symbols)
             if key > seat.echoed:
                 seat.echoed = seat.echoes[shift + self.slots.lag] = key
-        frames, finite = self.slots.step(symbols, mask)
-        frames, finite = np.asarray(frames), np.asarray(finite)
+            seat.log.symbols.append(int(symbols[seat.index, 0]))
+            keys.append(seat.echoes.pop(shift, 0))
+        made = self.slots.step(symbols, mask)
+        rows = [(seat, seat.log, key, self._mark(seat)) for seat, key in zip(active, keys)]
+        self._flying.append(Flight(began, rows, *made))
+
+    def _land(self, due: float) -> float:
+        """Sends the frames of the oldest shift on their way -> when the next ones are due."""
+        flight = self._flying.popleft()
+        frames, finite = np.asarray(flight.frames), np.asarray(flight.finite)
         now = time.monotonic()
-        taken = now - began
-        self.seconds = taken if not self.shifts else 0.8 * self.seconds + 0.2 * taken
+        taken = now - flight.began
+        # Shifts that overlap come faster than each of them is made.
+        busy, self._landed = now - max(flight.began, self._landed), now
+        old = 0.8 if self.shifts else 0.0
+        self.seconds = old * self.seconds + (1 - old) * taken
+        self._busy = old * self._busy + (1 - old) * busy
         self.shifts += 1
         due = max(due, now)
-        pace = max(self.period, self.seconds) / self.slots.frames
-        rows = []
-        for seat in active:
-            if self.seats[seat.index] is not seat:
+        pace = self.spacing / self.slots.frames
+        rows, moments = [], []
+        for seat, timeline, key, moment in flight.rows:
+            if self.seats[seat.index] is not seat or seat.log is not timeline:
                 continue
             if not finite[seat.index]:
                 self._broken(seat)
                 continue
-            seat.log.symbols.append(int(symbols[seat.index, 0]))
-            rows.append((seat, seat.frames, seat.echoes.pop(len(seat.log.symbols) - 1, 0),
-                         frames[seat.index]))
+            moments.append((seat, moment))
+            rows.append((seat, seat.frames, key, frames[seat.index]))
             seat.frames += self.slots.frames
         # The encoder may be one shift behind, not more.
         if self._encoding:
             self._encoding.result()
         self._encoding = self._encoder.submit(self._send, rows, due, pace)
-        for seat in active:
-            self._remember(seat)
-        self.observe(taken, len(active))
+        for seat, moment in moments:
+            self._remember(seat, moment)
+        self.observe(taken, len(flight.rows))
         return due + pace * self.slots.frames
 
     def _send(self, rows, due: float, pace: float):
@@ -244,20 +287,31 @@ class Engine:
             except Exception:                # one player's trouble; the others play on
                 log.exception('a player could not be served')
 
-    def _remember(self, seat: Seat):
-        """Keeps a moment after each shift, or less often where moments are large."""
-        past, shifts = seat.past, len(seat.log.symbols)
+    def _strides(self, seat: Seat) -> tuple[int, int]:
+        """(how many moments of a slot are kept, shifts from one to the next)."""
         count = max(2, round(PAST_SECONDS / self.period))
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(past[0].carry))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(seat.past[0].carry))
         stride = max(1, -(-count * size // PAST_BYTES))
-        if shifts - past[-1].shifts >= stride:
-            past.append(Moment(shifts, list(seat.log.prompts), self.slots.read(seat.index)))
-            if len(past) > max(2, count // stride):
-                past.popleft()
+        return max(2, count // stride), stride
+
+    def _mark(self, seat: Seat) -> Moment | None:
+        """The moment behind the shift just handed in, still to come; not after every shift where
+        moments are large."""
+        shifts = len(seat.log.symbols)
+        if shifts - seat.past[-1].shifts < self._strides(seat)[1]:
+            return None
+        return Moment(shifts, list(seat.log.prompts), self.slots.peek(seat.index))
+
+    def _remember(self, seat: Seat, moment: Moment | None):
+        """Keeps a moment, on the host."""
+        if moment:
+            seat.past.append(moment._replace(carry=jax.tree.map(np.array, moment.carry)))
+            if len(seat.past) > self._strides(seat)[0]:
+                seat.past.popleft()
 
     def _broken(self, seat: Seat):
         """A world that is no longer made of numbers starts again; the others do not notice."""
-        shift, (origin, carry) = len(seat.log.symbols), seat.origin
+        shift, (origin, carry) = len(seat.log.symbols) - 1, seat.origin
         self._restart(seat, origin.copy(), carry)
         seat.broken(shift)
 

@@ -4,6 +4,9 @@ Every slot holds a stream of its own (batch 1). A step runs over all slots, one 
 (`lax.map`) or `together` at a time; with 1 together a slot that is not active costs nothing, so a
 house of eight with one player computes one player. Whatever the others do, a slot goes through the
 same instructions with its own numbers: no player can touch the world of another by a single bit.
+
+Where the parameters lie on a mesh, the programs are for that mesh; where those of the decoder lie
+on a mesh of their own, both halves of a step are a pipeline.
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ import hashlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from matrix_jax import controls
+from matrix_jax import controls, sharding
 from matrix_jax.config import UsageError
 from matrix_jax.stream import swin
+from matrix_jax.stream.base import Decoder, Stream
+from matrix_jax.stream.pipeline import Pipeline
 
 
 class Slots:
@@ -29,6 +35,9 @@ class Slots:
       count: slots.
       entry: where keys bind; 'head' by default, where a player soon sees them.
       together: slots that are computed side by side.
+
+    Attributes:
+      ahead: steps that it pays to hand in before the frames of an earlier one are there.
 
     Raises:
       UsageError: the world does not stream, or the counts make no sense.
@@ -44,7 +53,11 @@ class Slots:
             raise UsageError(f'--together: got {together}, expected 1 to the players, {count}')
         cfg = world.cfg
         self.entry = entry or 'head'
-        self.world, self.params, self.count, self.together = world, params, count, together
+        self._weights = params
+        params, decoder = world.apart(params)
+        params = world.ready(params)
+        self.world, self.params = world, params
+        self.count, self.together = count, together
         try:
             self.stream_cfg = dataclasses.replace(cfg.stream, entry=self.entry)
         except ValueError as error:
@@ -54,7 +67,12 @@ class Slots:
         # Shifts from the step that takes a key to the one whose frames were bound to it.
         self.lag = (self.stream_cfg.entry_slot - cfg.stream.context) // self.group
         self.start_frames = 1 + (cfg.stream.frames - 1) * self.per
-        self._stream = world.stream(self.entry)
+        self._frames = (self.frames, cfg.height, cfg.width, 3), jnp.uint8
+        self._pipeline, self.ahead = None, 0
+        if decoder is None:
+            self._stream = world.stream(self.entry)
+        else:
+            self._pipeline, self.ahead = self._in_parts((params, decoder)), 1
 
     def compile(self):
         """Compiles everything that a session can ask for; nothing compiles after this."""
@@ -63,49 +81,96 @@ class Slots:
         frames = one((1, self.start_frames, cfg.height, cfg.width, 3), jnp.uint8)
         symbols = one((1, self.stream_cfg.remembered), jnp.int32)
         key = _key(0)           # this compiles as well, once
-        cond = jax.eval_shape(self.world.condition, self.params, ids, frames, symbols)
-        self.like = jax.eval_shape(self._stream.init, self.params, cond, key)
-        rows = jax.tree.map(lambda leaf: one((self.count, *leaf.shape), leaf.dtype), self.like)
-        text, index = jax.eval_shape(self.world.embed_ids, self.params, ids), one((), jnp.int32)
+        index = one((), jnp.int32)
+        keys = one((self.count, self.group), jnp.int32), one((self.count,), jnp.bool_)
 
-        def ready(function, *given, donate=()):
-            return jax.jit(function, donate_argnums=donate).lower(*given).compile()
+        def ready(function, *given, donate=(), like=None):
+            """`like`: what is given back lies as it does."""
+            lies = jax.tree.map(lambda leaf: leaf.sharding, like) if like is not None else None
+            with sharding.within(sharding.mesh_of(given[0])):
+                return jax.jit(function, donate_argnums=donate,
+                               out_shardings=lies).lower(*given).compile()
 
         self._condition = ready(self.world.condition, self.params, ids, frames, symbols)
-        self._begin = ready(self._stream.init, self.params, cond, key)
         self._embed = ready(self.world.embed_ids, self.params, ids)
-        self._read = ready(_read, rows, index)
-        self._write = ready(_write, rows, index, self.like, donate=0)
-        self._retext = ready(_retext, rows, index, text, donate=0)
-        self._step = ready(self._run, self.params, rows, one((self.count, self.group), jnp.int32),
-                           one((self.count,), jnp.bool_), donate=1)
-        self._rows = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rows)
+        cond, text = sharding.made(self._condition), sharding.made(self._embed)
+        if self._pipeline:
+            self.like = self._pipeline.compile_init(self.params, cond, key)
+            self._begin, self._step = self._pipeline.init, self._pipeline.step
+        else:
+            self._begin = ready(self._stream.init, self.params, cond, key)
+            self.like = sharding.made(self._begin)
+        rows = jax.tree.map(self._many, self.like)
+        if self._pipeline:
+            self._pipeline.compile(self.params, rows, keys)
+        else:
+            self._step = ready(self._each(self._stream.step, *self._frames), self.params, rows,
+                               keys, donate=1, like=(rows, None))
+        # The carry of the network and that of the decoder may lie on devices of their own.
+        self._read = [ready(_read, part, index, like=like)
+                      for part, like in zip(rows, self.like, strict=True)]
+        self._write = [ready(_write, part, index, like, donate=0, like=part)
+                       for part, like in zip(rows, self.like, strict=True)]
+        self._retext = ready(_retext, rows[0], index, text, donate=0, like=rows[0])
+        self._rows = self._zeros(rows)
         return self
+
+    def _many(self, leaf):
+        """Shape of a leaf of a carry for all slots, and where it lies."""
+        place = leaf.sharding
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
+        return jax.ShapeDtypeStruct((self.count, *leaf.shape), leaf.dtype, sharding=place)
+
+    def _zeros(self, rows):
+        return jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype),
+                                                        leaf.sharding), rows)
 
     def blank(self):
         """The same programs with slots of their own."""
         other = copy.copy(self)
-        other._rows = jax.tree.map(jnp.zeros_like, self._rows)
+        other._rows = self._zeros(self._rows)
         return other
 
-    def _run(self, params, rows, symbols, active):
-        """One shift of the active slots -> (rows, frames uint8 [N F H W 3], finite [N])."""
-        cfg = self.world.cfg
-        still = jnp.zeros((self.frames, cfg.height, cfg.width, 3), jnp.uint8)
+    def _each(self, step, shape, dtype):
+        """A step of batch 1 for all active slots: `(params, rows, (given [N ...], active [N])) ->
+        (rows, (output [N *shape], finite [N]))`; a slot that rests gives zeros."""
+        def run(params, rows, given):
+            still = jnp.zeros(shape, dtype), jnp.array(True)
 
-        def shift(carry, symbols):
-            carry, frames = self._stream.step(params, carry, symbols[None])
-            finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry)
-                      if jnp.issubdtype(leaf.dtype, jnp.floating)]
-            return carry, frames[0], jnp.stack(finite).all()
+            def shift(carry, given):
+                carry, output = step(params, carry, given[None])
+                finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry)
+                          if jnp.issubdtype(leaf.dtype, jnp.floating)]
+                return carry, (output[0], jnp.stack(finite).all())
 
-        def slot(row):
-            carry, symbols, active = row
-            return jax.lax.cond(active, shift, lambda carry, _: (carry, still, jnp.array(True)),
-                                carry, symbols)
+            def slot(row):
+                carry, given, active = row
+                return jax.lax.cond(active, shift, lambda carry, _: (carry, still), carry, given)
 
-        size = self.together if self.together > 1 else None
-        return jax.lax.map(slot, (rows, symbols, active), batch_size=size)
+            size = self.together if self.together > 1 else None
+            return jax.lax.map(slot, (rows, *given), batch_size=size)
+        return run
+
+    def _in_parts(self, params) -> Pipeline:
+        """The slots with their network on one mesh and their decoder on another."""
+        halves, cfg = self.world.halves(self.entry), self.world.cfg
+        scale = cfg.vae.spatial_compression
+        latents = self.group, cfg.height // scale, cfg.width // scale, cfg.vae.latent_channels
+        make = self._each(halves['stream'].step, latents, jnp.float32)
+        decode = self._each(halves['decoder'].step, *self._frames)
+
+        def step(params, rows, given):
+            rows, (latents, finite) = make(params, rows, given)
+            return rows, (latents, finite, given[1])
+
+        def show(params, rows, given):
+            latents, fine, active = given
+            rows, (frames, finite) = decode(params, rows, (latents, active))
+            return rows, (frames, finite & fine)
+
+        return Pipeline(Stream(halves['stream'].init, step, step),
+                        Decoder(halves['decoder'].prefill, show), halves['warm'], params)
 
     # --- a player's stream, from any thread ----------------------------------------------------
 
@@ -142,25 +207,32 @@ class Slots:
         Returns:
           (frames uint8 [N F H W 3] on device, whether all numbers of a slot are finite [N]).
         """
-        self._rows, frames, finite = self._step(self.params, self._rows, symbols, active)
-        return frames, finite
+        self._rows, made = self._step(self.params, self._rows, (symbols, active))
+        return made
 
     def write(self, index: int, carry):
         """Puts a carry of batch 1, of host or device, into a slot."""
-        self._rows = self._write(self._rows, np.int32(index), carry)
+        self._rows = tuple(write(part, np.int32(index), new) for write, part, new in
+                           zip(self._write, self._rows, carry, strict=True))
+
+    def peek(self, index: int):
+        """A copy of a slot's carry, still to come."""
+        return tuple(read(part, np.int32(index)) for read, part in
+                     zip(self._read, self._rows, strict=True))
 
     def read(self, index: int):
         """A copy of a slot's carry on the host."""
-        return jax.tree.map(np.array, self._read(self._rows, np.int32(index)))
+        return jax.tree.map(np.array, self.peek(index))
 
     def retext(self, index: int, text):
         """Another prompt for a slot, from its next shift on."""
-        self._rows = self._retext(self._rows, np.int32(index), text)
+        carry, cache = self._rows
+        self._rows = self._retext(carry, np.int32(index), text), cache
 
     def fingerprint(self) -> str:
         """Of the world's sizes and a sample of every weight: what a saved world must fit."""
         found = hashlib.sha256(repr(self.world.cfg).encode())
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self._weights):
             sample = np.asarray(leaf.ravel()[:64].astype(jnp.float32))
             found.update(f'{jax.tree_util.keystr(path)} {leaf.shape}'.encode() + sample.tobytes())
         return found.hexdigest()[:16]
@@ -179,6 +251,5 @@ def _write(rows, index, carry):
 
 
 def _retext(rows, index, text):
-    carry, cache = rows
-    new = swin.with_text(jax.tree.map(lambda leaf: leaf[index], carry), text)
-    return carry.replace(text=carry.text.at[index].set(new.text)), cache
+    new = swin.with_text(jax.tree.map(lambda leaf: leaf[index], rows), text)
+    return rows.replace(text=rows.text.at[index].set(new.text))

@@ -52,6 +52,15 @@ class Pipeline:
         with sharding.within(self._meshes[1]):
             return carry, self._fill(self.params, self._cross(latents))
 
+    def compile_init(self, params, cond, key):
+        """Compiles `init` -> ShapeDtypeStructs of its carry."""
+        with sharding.within(self._meshes[0]):
+            self._start = self._start.lower(params, cond, key).compile()
+        carry, latents = sharding.made(self._start)
+        with sharding.within(self._meshes[1]):
+            self._fill = self._fill.lower(self.params, self._crossed(latents)).compile()
+        return carry, sharding.made(self._fill)
+
     def compile(self, params, carry, control):
         """Compiles both programs of a step, for a carry of `init`."""
         # A carry lies after a step as before it, or the next step would be another program.
@@ -60,8 +69,7 @@ class Pipeline:
             make = jax.jit(self.stream.step, donate_argnums=1,
                            out_shardings=(lies[0], self._whole[0]))
             self._make = make.lower(params, carry[0], control).compile()
-            latents = jax.eval_shape(self.stream.step, params, carry[0], control)[1]
-        latents = jax.ShapeDtypeStruct(latents.shape, latents.dtype, sharding=self._whole[1])
+        latents = self._crossed(sharding.made(self._make)[1])
         with sharding.within(self._meshes[1]):
             decode = jax.jit(self.decoder.step, donate_argnums=1, out_shardings=(lies[1], None))
             self._decode = decode.lower(self.params, carry[1], latents).compile()
@@ -77,6 +85,11 @@ class Pipeline:
         cache, frames = self._decode(self.params, cache, self._cross(latents))
         self._flying.append(frames)
         return (carry, cache), frames
+
+    def _crossed(self, latents):
+        """Shapes of `_cross`."""
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=self._whole[1]), latents)
 
     def _cross(self, latents):
         """Latents on the decoder's mesh; every device has all of them, so that none takes a detour

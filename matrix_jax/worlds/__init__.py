@@ -43,8 +43,14 @@ def load(name: str = 'carracing', weights: str | None = None, mesh=None):
     return open_run(dataclasses.replace(run, weights=weights or run.weights, mesh=mesh or run.mesh))
 
 
-def open_run(run):
-    """A run's world and its parameters, read strictly and placed on its mesh."""
+def open_run(run, apart: bool = False):
+    """A run's world and its parameters, read strictly and placed on its mesh.
+
+    Args:
+      run: the run.
+      apart: whether the caller streams, so that the run may have a pipeline: the parameters of the
+        decoder then lie on a mesh of their own.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -52,12 +58,14 @@ def open_run(run):
     if not run.weights:
         raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or '
                                 'a hub repository')
+    make = sharding.make_meshes if apart else sharding.make_mesh
+    mesh = make(run.mesh)
     folder = checkpoint.resolve(run.weights)
     world = describe(run.world, folder, whole=True).with_tokenizers(folder)
     params = _adapt(run, world, lambda: world.load(folder))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    params = world.device_put(params, *sharding.make_meshes(run.mesh))
+    params = world.device_put(params, *(mesh if apart else [mesh]))
     return world, world.quantize(params)
 
 

@@ -203,10 +203,9 @@ class Parts:
     def apart(self, params):
         """(parameters of the network, those of the decoder); the second are None where both lie on
         the same devices, and the first are then all."""
-        vae = params['vae']
-        places = [getattr(jax.tree.leaves(tree)[0], 'sharding', None)
-                  for tree in (params, vae['decoder'])]
-        if None in places or places[0].device_set == places[1].device_set:
+        vae = params.get('vae', {})
+        some = [*jax.tree.leaves(vae.get('decoder'))[:1], *jax.tree.leaves(params)[:1]]
+        if len({frozenset(leaf.devices()) for leaf in some if isinstance(leaf, jax.Array)}) < 2:
             return params, None
         rest = {name: tree for name, tree in vae.items() if name != 'decoder'}
         return params | {'vae': rest}, {'vae': {'decoder': vae['decoder']}}
