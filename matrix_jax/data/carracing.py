@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matrix_jax.data.records import CONTROLS, FRAMES_PER_LATENT, Clip
+from matrix_jax.data.records import CONTROLS, FRAMES_PER_LATENT, Clip, wrap
 
 HEIGHT, WIDTH, FPS = 64, 96, 16
 NEEDS = ('gymnasium', 'Box2D', 'pygame')
@@ -310,11 +310,6 @@ class Driver:
         """From the car to the centreline; past LOST_DISTANCE the road is out of the picture."""
         x, y = self.game.telemetry()[3:5]
         return float(np.hypot(self.game.track[:, 0] - x, self.game.track[:, 1] - y).min())
-
-
-def wrap(angle):
-    """Radians into [-pi, pi)."""
-    return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
 def record(game: Game, seed: int, theme: str, frames: int, rng: np.random.Generator) -> Clip:

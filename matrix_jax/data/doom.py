@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from matrix_jax.data.explorer import Explorer, Sight, wrap
-from matrix_jax.data.records import FRAMES_PER_LATENT, MOUSE_RATE, Clip, unknown
+from matrix_jax.data.explorer import Explorer, Sight
+from matrix_jax.data.records import FRAMES_PER_LATENT, MOUSE_RATE, Clip, unknown, wrap
 
 HEIGHT, WIDTH, FPS = 96, 160, 16
 NEEDS = ('vizdoom',)

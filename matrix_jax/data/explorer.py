@@ -39,11 +39,6 @@ class Sight(NamedTuple):
         return float(self.ahead[np.abs(self.bearing) < 0.15].min())
 
 
-def wrap(angle):
-    """Radians into [-pi, pi)."""
-    return (angle + np.pi) % (2 * np.pi) - np.pi
-
-
 class Explorer:
     """`choose(sight)` gives keys and mouse of the next latent frame, `moved(poses)` tells what came
     of it.

@@ -115,6 +115,11 @@ def _missing(value) -> np.ndarray:
     return np.isnan(value) | (value == UNPRESSED if value.dtype == np.int8 else False)
 
 
+def wrap(angle):
+    """Radians into [-pi, pi)."""
+    return (angle + np.pi) % (2 * np.pi) - np.pi
+
+
 def pack(clip: Clip) -> bytes:
     """A clip as safetensors bytes; the shard compresses them."""
     from safetensors.numpy import save

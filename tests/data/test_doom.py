@@ -1,11 +1,13 @@
 """ViZDoom: keys and mouse do what they say, and one seed is one recording."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 pytest.importorskip('vizdoom', reason="needs ViZDoom: pip install -e '.[data]'")
 
-from matrix_jax.data import collect, doom
+from matrix_jax.data import collect, curate, doom, records
 from matrix_jax.data.records import KEYS, MOUSE_RATE, Shard
 
 NONE = (0, 0, 0, 0)
@@ -96,26 +98,45 @@ def test_places_are_in_one_split():
     assert {doom.place('maze', 2 * n) for n in range(6)} == set(doom.THEMES['maze'].maps)
 
 
-def plan():
-    return collect.plan('vizdoom', 0.004, 'maze', 5, 0.5)
-
-
-def test_the_recording_follows_from_the_seed_whatever_the_workers(tmp_path):
+@pytest.fixture(scope='module')
+def recorded(tmp_path_factory):
+    """The same short recording by one worker and by two."""
+    folder = tmp_path_factory.mktemp('doom')
     for workers in (1, 2):
-        collect.run(plan(), tmp_path / str(workers), workers)
-    names = sorted(path.name for path in (tmp_path / '1').iterdir())
+        collect.run(collect.plan('vizdoom', 0.004, 'maze', 5, 0.5), folder / str(workers), workers)
+    return folder
+
+
+def test_the_recording_follows_from_the_seed_whatever_the_workers(recorded):
+    names = sorted(path.name for path in (recorded / '1').iterdir())
     assert names == ['heldout-00000.array_record', 'manifest.json', 'train-00000.array_record']
     for name in names:
-        assert (tmp_path / '1' / name).read_bytes() == (tmp_path / '2' / name).read_bytes()
-    clip = Shard(tmp_path / '1' / 'train-00000.array_record')[0]
+        assert (recorded / '1' / name).read_bytes() == (recorded / '2' / name).read_bytes()
+    about = (recorded / '1' / 'manifest.json').read_text()
+    assert '"tics": 2' in about and '"env": "vizdoom"' in about
+
+
+def test_clips_hold_keys_mouse_and_pose(recorded):
+    clip = Shard(recorded / '1' / 'train-00000.array_record')[0]
     assert clip.frames.shape == (len(clip.pose), 96, 160, 3) and not clip.labelled
     assert clip.fps == 16 and clip.seed % 2 == 0 and 0.1 < clip.frames.mean() / 255 < 0.7
     # Keys and mouse are held for a latent frame, and the yaw follows the mouse frame by frame.
     for value in (clip.keyboard, clip.mouse):
         blocks = value[1:].reshape(-1, 4, value.shape[1])
         assert (blocks == blocks[:, :1]).all()
-    yaw = doom.wrap(np.diff(clip.pose[:, 3]))
+    yaw = records.wrap(np.diff(clip.pose[:, 3]))
     np.testing.assert_allclose(yaw, -np.radians(MOUSE_RATE) / 16 * clip.mouse[1:, 1], atol=2e-3)
     assert (clip.pose[:, 5] == 0).all() and clip.keyboard.any()
-    about = (tmp_path / '1' / 'manifest.json').read_text()
-    assert '"tics": 2' in about and '"env": "vizdoom"' in about
+
+
+def test_keys_and_mouse_are_found_in_poses_alone(recorded):
+    for split in ('train', 'heldout'):
+        clip = Shard(recorded / '1' / f'{split}-00000.array_record')[0]
+        walker = curate.Walker(speed=267.0, drag=0.829)      # as `calibrate` finds in an hour
+        nothing = records.unknown(len(clip.frames))
+        bare = replace(clip, keyboard=nothing['keyboard'], mouse=nothing['mouse'])
+        found = curate.label(bare, walker)
+        free = ~curate.blocked(clip.pose, clip.fps, clip.keyboard, walker)
+        assert free.mean() > 0.4
+        assert curate.agreement(found.keyboard, clip.keyboard, free)['all']['accuracy'] > 0.93
+        np.testing.assert_allclose(found.mouse[1:], clip.mouse[1:], atol=4e-3)
