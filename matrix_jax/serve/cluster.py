@@ -19,14 +19,21 @@ import secrets
 import signal
 import threading
 import time
+import warnings
 
 from matrix_jax.config import UsageError
-from matrix_jax.serve import front, run
-from matrix_jax.serve.house import Refused
+from matrix_jax.serve import run
 
 log = logging.getLogger(__name__)
 NAME = 'matrix_jax'
 SAVE_SECONDS = 1.0          # between two moments of a session in the book
+# Of a cluster that is started here; one that is joined has its own.
+SETTINGS = {
+    'RAY_USAGE_STATS_ENABLED': '0',                     # it tells nobody
+    'RAY_worker_niceness': '0',                         # frames come before what else runs
+    'RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S': '60',      # a slow machine is no dead one
+    'RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S': '1',     # a waiting player counts soon
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +99,7 @@ class Place:
 
     async def lease(self, session: str, wanted: dict, data: bytes | None, paused: bool):
         """Seats a player -> yields (address, ''), or (None, why not), and ends with the session."""
+        from matrix_jax.serve.house import Refused
         try:
             seated = await self._there(self._admit(session, wanted, data, paused))
         except (Refused, UsageError) as error:
@@ -105,18 +113,10 @@ class Place:
         if not (self.server.engine.alive and self._thread.is_alive()):
             raise RuntimeError('the engine has stopped')
 
-    async def close(self):
-        """Ends all sessions; their players go on elsewhere, from this very moment."""
-        with contextlib.suppress(Exception):         # the book has an older one
-            await self._there(self._save())
+    def close(self):
+        """Ends all sessions; players who are still there go on elsewhere."""
         self._web.should_exit = True
-        await asyncio.to_thread(self._thread.join, 60)
-
-    async def _save(self):
-        house = self.server.house
-        for session in list(house.sessions.values()):
-            await self.book.put(session.token, self.address, await house.save(session),
-                                session.paused)
+        self._thread.join(60)
 
     async def _admit(self, token: str, wanted: dict, data: bytes | None, paused: bool):
         house = self.server.house
@@ -189,6 +189,8 @@ class Remote:
 def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
     """The Serve application: worlds behind a front."""
     from ray import serve
+
+    from matrix_jax.serve import front
     secret, token = secrets.token_hex(16), cfg.token
 
     def make_front():
@@ -209,19 +211,19 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
         def __init__(self, world):
             pass
 
+    quiet = {'log_level': 'WARNING', 'enable_access_log': False}
     world = serve.deployment(
         World, max_ongoing_requests=cfg.players, health_check_period_s=1, health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5, graceful_shutdown_timeout_s=worlds.drain,
-        max_constructor_retry_count=3,
+        max_constructor_retry_count=3, logging_config=quiet,
         ray_actor_options={'num_gpus': gpus, 'num_cpus': worlds.cpus},
         autoscaling_config={
             'min_replicas': worlds.fewest, 'max_replicas': worlds.most,
             'target_ongoing_requests': cfg.players, 'upscale_delay_s': 1, 'look_back_period_s': 11,
             'downscale_delay_s': worlds.idle})
-    hasty = {'env_vars': {'RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S': '1'}}
     door = serve.deployment(
         serve.ingress(make_front)(Door), name='Front', max_ongoing_requests=100_000,
-        graceful_shutdown_timeout_s=5, ray_actor_options={'num_cpus': 0, 'runtime_env': hasty})
+        graceful_shutdown_timeout_s=5, logging_config=quiet, ray_actor_options={'num_cpus': 0})
     return door.bind(world.bind(recipe, cfg, secret, Remote(book)))
 
 
@@ -232,32 +234,42 @@ def running(recipe, cfg: run.Config, worlds: Config):
     Gives the book as an actor handle. At the end nobody new comes in, players get `worlds.drain`
     seconds, and all of it ends; a cluster that was joined goes on.
     """
-    os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')       # it tells nobody
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray
         from ray import serve
     except ImportError:
         raise UsageError("--ray needs Ray: pip install 'matrix_jax[ray]'") from None
+    from matrix_jax.serve import front
+    logging.getLogger('ray.serve').setLevel(logging.WARNING)
     recipe = check(recipe, cfg)
-    ray.init(namespace=NAME, include_dashboard=False, logging_level=logging.WARNING)
-    gpus = worlds.gpus
-    if gpus is None:
-        gpus = recipe.mesh.devices if ray.cluster_resources().get('GPU') else 0
-    book = ray.remote(front.Book).options(
-        name='book', lifetime='detached', num_cpus=0, max_restarts=-1,
-        get_if_exists=True).remote(cfg.players * worlds.most)
+    with warnings.catch_warnings():       # JAX warns of forks; those of Ray start other programs
+        warnings.filterwarnings('ignore', r'os\.fork', RuntimeWarning)
+        ray.init(namespace=NAME, include_dashboard=False, logging_level=logging.WARNING)
     try:
         where = 'HeadOnly' if run.loopback(cfg.host) else 'EveryNode'
         serve.start(proxy_location=where, http_options={'host': cfg.host, 'port': cfg.port},
-                    logging_config={'log_level': 'WARNING', 'enable_access_log': False})
-        serve.run(build(recipe, cfg, worlds, book, gpus), name=NAME)
-        yield book
-        drain(ray, book, worlds.drain)
+                    logging_config={'log_level': 'WARNING'})
+        if NAME in serve.status().applications:
+            raise UsageError('--ray: this cluster plays already; stop that first')
+        with contextlib.suppress(ValueError):       # of one that was killed
+            ray.kill(ray.get_actor('book'))
+        book = ray.remote(front.Book).options(name='book', lifetime='detached', num_cpus=0,
+                                              max_restarts=-1).remote(cfg.players * worlds.most)
+        gpus = worlds.gpus
+        if gpus is None:
+            gpus = recipe.mesh.devices if ray.cluster_resources().get('GPU') else 0
+        try:
+            serve.run(build(recipe, cfg, worlds, book, gpus), name=NAME)
+            yield book
+            drain(ray, book, worlds.drain)
+        finally:
+            serve.delete(NAME)
+            ray.kill(book)
+            if not serve.status().applications:
+                serve.shutdown()
     finally:
-        serve.delete(NAME)
-        if not serve.status().applications:
-            serve.shutdown()
-        ray.kill(book)
         ray.shutdown()
 
 

@@ -256,7 +256,7 @@ class Front:
         except asyncio.CancelledError:
             raise
         except Exception as error:      # the world is lost; the socket notices as well
-            log.warning('a lease broke: %s', error)
+            log.warning('a lease broke: %s', type(error).__name__)
             if not first.done():
                 first.set_exception(Away('the world could not be started; try again'))
         if not first.done():

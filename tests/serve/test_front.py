@@ -6,7 +6,7 @@ import time
 import pytest
 
 from matrix_jax.config import UsageError
-from matrix_jax.serve import cluster, front, replay, run
+from matrix_jax.serve import cluster, front, replay, run, worldfile
 from matrix_jax.serve.app import to_jpeg
 
 SECRET = 'secret1234'
@@ -109,16 +109,20 @@ def test_a_lost_house_loses_no_player(town, slots, tiny):
                if at + index < len(made))
 
 
-def test_a_house_that_closes_hands_its_players_over(town):
-    import asyncio
+def test_a_house_that_closes_hands_its_players_over(town, slots):
     player = town.join(seed=5)
     player.watch(8)
     player.send(type='pause', on=True)
     while not player.wait('state')['paused']:
         pass
     place, before = town.places[0], json.loads(player.ask('replay')[1])
+
+    def saved():
+        data = town.book.find(player.welcome['session']).data
+        return data and worldfile.parse(data, slots.like, slots.fingerprint())[1].to_json()
+    town.until(lambda: saved() == before)
     town.places.reverse()              # the next lease goes to the other one
-    asyncio.run(place.close())
+    place.close()
     again = player.wait('welcome')
     assert again['resumed'] and again['paused']
     assert json.loads(player.ask('replay')[1]) == before
