@@ -8,9 +8,10 @@ no bias to one side that the world could be blamed for.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,6 +26,8 @@ from matrix_jax.data.records import TELEMETRY
 
 # Left is positive, as in the telemetry.
 STEER = np.array([('L' in symbol) - ('R' in symbol) for symbol in SYMBOLS])
+MOTION = tuple(TELEMETRY.index(name) for name in ('yaw_rate', 'speed'))
+SIDES = {1: 'left', 0: 'straight', -1: 'right'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +38,9 @@ class Config:
       frames: grey frames that it sees; the last `FRAMES_PER_CONTROL` are those it judges.
       shrink: pixels per side that are averaged into one.
       widths: channels of the convolutions, each of which halves the picture.
-      hidden: units before the two numbers.
-      scale: rad/s and units/s that count as one.
+      hidden: units before the numbers that it reads.
+      scale: what counts as one of each; here rad/s and units/s.
+      parity: what a mirror makes of each: 1 or -1.
       steps, batch, learning_rate, seed: of the training.
     """
     frames: int = 9
@@ -48,21 +52,23 @@ class Config:
     batch: int = 32
     learning_rate: float = 2e-3
     seed: int = 0
+    parity: ClassVar[tuple[int, ...]] = (-1, 1)
 
 
 class Probe(nn.Module):
-    """Grey windows [B H W F] in [0, 1] -> (turn rate, speed) [B 2], in units of `cfg.scale`."""
+    """Grey windows [B H W F] in [0, 1] -> (turn rate, speed) [B 2], or what else the config has a
+    scale for, in units of `cfg.scale`."""
     cfg: Config
 
     def setup(self):
         self.convs = [nn.Conv(width, (3, 3), (2, 2)) for width in self.cfg.widths]
         self.hidden = nn.Dense(self.cfg.hidden)
-        self.out = nn.Dense(2)
+        self.out = nn.Dense(len(self.cfg.scale))
 
     def __call__(self, x):
         both = self.out(self.features(jnp.concatenate([x, x[:, :, ::-1]])))
         plain, mirrored = jnp.split(both, 2)
-        return (plain + mirrored * jnp.array([-1, 1])) / 2
+        return (plain + mirrored * jnp.array(self.cfg.parity)) / 2
 
     def features(self, x):
         """Windows [B H W F] -> what the two numbers are read from, [B hidden]."""
@@ -80,8 +86,9 @@ class Examples:
     Attributes:
       grey: uint8 [N h w], the frames of all clips.
       ends: int [M], the last frame of each window in `grey`.
-      controls: int [M], the control of each window's last latent frame.
-      truth: float32 [M 2], mean turn rate and speed over that latent frame; nan if unknown.
+      controls: [M ...], the control of each window's last latent frame.
+      truth: float32 [M 2], mean turn rate and speed over that latent frame, or what the probe reads
+        in their place; nan if unknown.
     """
     grey: np.ndarray
     ends: np.ndarray
@@ -96,13 +103,15 @@ def shrink(frames, factor: int) -> np.ndarray:
     return np.round(grey).astype(np.uint8)
 
 
-def examples(cfg: Config, clips: Iterable, skip: int = 0) -> Examples:
+def examples(cfg: Config, clips: Iterable, skip: int = 0,
+             columns: Sequence[int] = MOTION) -> Examples:
     """Windows of all latent frames of clips that have `cfg.frames` frames up to their own end.
 
     Args:
-      clips: (frames uint8 [F H W 3], controls int [T] or [F], telemetry [F 6] or None) each,
+      clips: (frames uint8 [F H W 3], controls [T ...] or [F ...], telemetry [F 6] or None) each,
         F = 1 + 4 (T-1).
       skip: latent frames at the start of each clip that are not judged.
+      columns: of the telemetry, that the probe is to read.
     """
     per = FRAMES_PER_CONTROL
     grey, ends, keys, truth, start = [], [], [], [], 0
@@ -117,10 +126,9 @@ def examples(cfg: Config, clips: Iterable, skip: int = 0) -> Examples:
         ends.append(start + last)
         keys.append(controls[first:])
         if telemetry is None:
-            truth.append(np.full((len(last), 2), np.nan, np.float32))
+            truth.append(np.full((len(last), len(columns)), np.nan, np.float32))
         else:
-            columns = [TELEMETRY.index('yaw_rate'), TELEMETRY.index('speed')]
-            window = telemetry[last[:, None] - np.arange(per)][..., columns]
+            window = telemetry[last[:, None] - np.arange(per)][..., list(columns)]
             truth.append(window.mean(axis=1).astype(np.float32))
         start += len(frames)
     return Examples(*map(np.concatenate, (grey, ends, keys, truth)))
@@ -196,14 +204,14 @@ def _feel(cfg: Config, params, x):
     return Probe(cfg).apply({'params': params}, x, method='features')
 
 
-def threshold(turn, controls) -> float:
+def threshold(turn, side) -> float:
     """The turn rate that best tells held steering keys from none, by balanced accuracy.
 
     Args:
       turn: float [M], turn rates as the probe reads them.
-      controls: int [M].
+      side: int [M], 1, 0 or -1, what the controls ask for, such as `STEER[controls]`.
     """
-    return max(np.linspace(0.1, 1.2, 23), key=lambda t: balanced(steers(turn, t), controls))
+    return max(np.linspace(0.1, 1.2, 23), key=lambda t: balanced(steers(turn, t), side))
 
 
 def steers(turn, limit: float) -> np.ndarray:
@@ -211,43 +219,39 @@ def steers(turn, limit: float) -> np.ndarray:
     return np.where(np.abs(turn) < limit, 0, np.sign(turn)).astype(int)
 
 
-def accuracy(found, controls) -> float:
-    """Share of windows whose steering [M] is that of the control [M]."""
-    return float(np.mean(found == STEER[controls]))
-
-
-def balanced(found, controls) -> float:
+def balanced(found, side) -> float:
     """Mean over left, none and right of the share that was recognised."""
-    truth = STEER[controls]
-    return float(np.mean([np.mean(found[truth == side] == side) for side in np.unique(truth)]))
+    return float(np.mean([np.mean(found[side == one] == one) for one in np.unique(side)]))
 
 
-def shuffled(found, controls, seed: int = 0) -> float:
+def shuffled(found, side, seed: int = 0) -> float:
     """Balanced accuracy against controls in random order: what chance scores."""
     rng = np.random.default_rng(seed)
-    return float(np.mean([balanced(found, rng.permutation(controls)) for _ in range(20)]))
+    return float(np.mean([balanced(found, rng.permutation(side)) for _ in range(20)]))
 
 
-def score(turn, controls, limit: float) -> dict[str, float]:
-    """Obedience of turn rates [M] to controls [M], and the floor."""
-    found, truth = steers(turn, limit), STEER[controls]
-    names = {1: 'left', 0: 'straight', -1: 'right'}
-    sides = {names[side]: float(np.mean(found[truth == side] == side)) for side in np.unique(truth)}
-    return {'accuracy': accuracy(found, controls), 'balanced': balanced(found, controls),
-            'shuffled': shuffled(found, controls), **sides}
+def score(turn, side, limit: float, names: dict[int, str] = SIDES) -> dict[str, float]:
+    """Obedience of turn rates [M] to the sides [M] that controls ask for, and the floor.
+
+    Args:
+      names: of the sides in the result.
+    """
+    found = steers(turn, limit)
+    sides = {names[one]: float(np.mean(found[side == one] == one)) for one in np.unique(side)}
+    return {'accuracy': float(np.mean(found == side)), 'balanced': balanced(found, side),
+            'shuffled': shuffled(found, side), **sides}
 
 
-def gain(turn, reference, controls) -> dict[str, float]:
+def gain(turn, reference, side) -> dict[str, float]:
     """How far a held key turns, against a reference under the same controls.
 
     Args:
-      turn, reference: float [M], turn rates under `controls` [M].
+      turn, reference: float [M], turn rates under controls that ask for sides [M].
 
     Returns:
       gain: ratio of the mean turn to the side of the key; bias: mean turn without a steering key,
       less that of the reference (left positive, rad/s).
     """
-    side = STEER[controls]
     held, free = side != 0, side == 0
     result = {}
     if held.any():
@@ -257,11 +261,11 @@ def gain(turn, reference, controls) -> dict[str, float]:
     return result
 
 
-def save(path, cfg: Config, params, limit: float):
-    """Writes a trained probe to one file."""
+def save(path, cfg: Config, params, limit):
+    """Writes a trained probe to one file; `limit` is one threshold or a list of them."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {'config': repr(cfg), 'threshold': float(limit),
+    state = {'config': repr(cfg), 'threshold': np.asarray(limit, float).tolist(),
              'params': jax.tree.map(np.asarray, params)}
     part = path.with_suffix('.part')
     part.write_bytes(serialization.msgpack_serialize(state))
@@ -276,5 +280,5 @@ def load(path, cfg: Config):
     state = serialization.msgpack_restore(path.read_bytes())
     if state['config'] != repr(cfg):
         return None
-    return state['params'], float(state['threshold'])
+    return state['params'], state['threshold']
 

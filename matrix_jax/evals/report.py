@@ -127,7 +127,8 @@ def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: 
         train = control.examples(cfg.probe, map(_example, _each(recorded)))
         params = control.train(cfg.probe, train, _bar('probe'))
         some = control.sample(train, cfg.windows)
-        limit = control.threshold(control.read(cfg.probe, params, some)[:, 0], some.controls)
+        limit = control.threshold(control.read(cfg.probe, params, some)[:, 0],
+                                  control.STEER[some.controls])
         control.save(path, cfg.probe, params, limit)
         found = params, limit
     params, limit = found
@@ -139,7 +140,8 @@ def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: 
         seen = control.read(cfg.probe, params, test)
         error = seen - test.truth
         fit = float(np.sum(seen[:, 0] * test.truth[:, 0]) / np.sum(test.truth[:, 0] ** 2))
-        scores[name] = {**control.score(seen[:, 0], test.controls, limit), 'yaw_slope': fit,
+        side = control.STEER[test.controls]
+        scores[name] = {**control.score(seen[:, 0], side, limit), 'yaw_slope': fit,
                         'yaw_error': float(np.abs(error[:, 0]).mean()),
                         'speed_error': float(np.abs(error[:, 1]).mean())}
     return found, {'threshold': limit, **scores}
@@ -186,9 +188,10 @@ def _obeyed(made, real, controls, limit) -> dict:
     pedals = np.array([SYMBOLS[index][0] for index in controls])
     speeds = {pedal: [float(seen[pedals == pedal, 1].mean()) for seen in (made, real)]
               for pedal in np.unique(pedals)}
-    return {'generated': control.score(made[:, 0], controls, limit),
-            'real': control.score(real[:, 0], controls, limit),
-            **control.gain(made[:, 0], real[:, 0], controls), 'speed': speeds}
+    side = control.STEER[controls]
+    return {'generated': control.score(made[:, 0], side, limit),
+            'real': control.score(real[:, 0], side, limit),
+            **control.gain(made[:, 0], real[:, 0], side), 'speed': speeds}
 
 
 def drift(scripted: dict[str, Scripted], starts, fps: int) -> dict:

@@ -50,8 +50,9 @@ def test_it_learns_to_tell_left_from_right_on_new_pictures(data, tmp_path):
     params = control.train(CFG, data)
     new = control.examples(CFG, [clip(side, seed) for seed in (100, 101) for side in (-1, 0, 1)])
     seen = control.read(CFG, params, new, batch=4)
-    limit = control.threshold(control.read(CFG, params, data)[:, 0], data.controls)
-    score = control.score(seen[:, 0], new.controls, limit)
+    limit = control.threshold(control.read(CFG, params, data)[:, 0],
+                              control.STEER[data.controls])
+    score = control.score(seen[:, 0], control.STEER[new.controls], limit)
     assert score['balanced'] > 0.9 > 0.6 > score['shuffled']
     control.save(tmp_path / 'probe.msgpack', CFG, params, limit)
     again, same_limit = control.load(tmp_path / 'probe.msgpack', CFG)
@@ -74,7 +75,7 @@ def test_a_mirror_turns_the_turn_round_and_keeps_the_speed(data):
 
 
 def test_scores():
-    keys = np.array([LEFT, LEFT, NONE, NONE, RIGHT, RIGHT])
+    keys = control.STEER[[LEFT, LEFT, NONE, NONE, RIGHT, RIGHT]]
     turn = np.array([0.8, 0.1, 0.0, 0.2, -0.8, -0.4])
     score = control.score(turn, keys, limit=0.3)
     assert (score['left'], score['straight'], score['right']) == (0.5, 1, 1)
