@@ -69,6 +69,7 @@ class Run:
       lora_scale: factor of the adapter.
       data: folder of recorded clips, for training and evaluation; several with commas.
       out: folder or file to write; None = the tool's default.
+      keep_programs: whether compiled programs are kept in the user's cache folder.
       name: 'world:RECIPE', filled in by `load`.
     """
     world: Any
@@ -80,6 +81,7 @@ class Run:
     lora_scale: float = 1.0
     data: str | None = None
     out: str | None = None
+    keep_programs: bool = True
     name: str = ''
 
 

@@ -163,7 +163,7 @@ def stream_frames(player: Player, carry, steps: list[list[str]], clip: Clip,
 
 def generate(world, params, folder, *, prompt: str | None = None, control: str | None = None,
              length: int = 8, seed: int = 42, control_seed: int = 42, pad: str | None = None,
-             image: str | None = None, video_path: str | None = None):
+             image: str | None = None, video_path: str | None = None, say=lambda line: None):
     """Plans, compiles and starts a clip.
 
     Args:
@@ -173,6 +173,7 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
       control, length, control_seed, pad: see `plan`.
       seed: of all noise; one seed is one video.
       image, video_path: file to start from; a bundled clip that fits the prompt by default.
+      say: takes a line of progress.
 
     Returns:
       (iterator of frames uint8 [H W 3], Clip).
@@ -193,6 +194,7 @@ def generate(world, params, folder, *, prompt: str | None = None, control: str |
     frames = None
     if world.start_frames:
         frames = start_clip(world, folder, prompt, image or video_path, bool(image))
+    say(f'compiling {world.cfg.name}')
     if world.cfg.clip:
         return whole_clip(world, params, prompt, frames, symbols, notes, seed)
     known, steps = world.split(symbols)
@@ -281,7 +283,7 @@ def to_file(run, options):
             world, params, checkpoint.resolve(run.weights), prompt=options.prompt,
             control=options.control, length=options.length, seed=options.seed,
             control_seed=options.control_seed, pad=options.pad, image=options.image,
-            video_path=options.video)
+            video_path=options.video, say=print)
     for note in clip.notes:
         print(f'note: {note}')
     vocabulary = world.vocabulary

@@ -12,6 +12,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
 ) + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
 # The suite needs no network: a forgotten download fails at once in place of hanging.
 os.environ['HF_HUB_OFFLINE'] = '1'
+# Nor does it leave programs in the home of who runs it.
+os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 
 import numpy as np
 import pytest
@@ -59,7 +61,8 @@ def clips(tmp_path_factory):
 def compiled_once(tmp_path_factory):
     """The same program compiles once, though every call of a tool makes it anew."""
     import jax
-    settings = {'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
+    settings = {'jax_enable_compilation_cache': True,
+                'jax_compilation_cache_dir': str(tmp_path_factory.mktemp('compiled')),
                 'jax_persistent_cache_min_compile_time_secs': 0,
                 'jax_persistent_cache_min_entry_size_bytes': 0}
     for name, value in settings.items():

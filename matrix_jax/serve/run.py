@@ -105,6 +105,7 @@ def serve(run, cfg: Config):
     from matrix_jax.serve.app import Server
     log_to_stderr()
     with listen(cfg) as sock:
+        print(f'compiling {run.name} for {cfg.players} players', flush=True)
         began = time.perf_counter()
         slots, folder = open_slots(run, cfg)
         server = Server(slots, folder, run.name, cfg.token, cfg.grace)

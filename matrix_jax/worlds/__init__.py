@@ -54,10 +54,11 @@ def open_run(run, apart: bool = False):
     import jax
     import jax.numpy as jnp
 
-    from matrix_jax import checkpoint, config, sharding
+    from matrix_jax import checkpoint, config, programs, sharding
     if not run.weights:
         raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or '
                                 'a hub repository')
+    programs.keep(run.keep_programs)
     make = sharding.make_meshes if apart else sharding.make_mesh
     mesh = make(run.mesh)
     folder = checkpoint.resolve(run.weights)
@@ -71,7 +72,8 @@ def open_run(run, apart: bool = False):
 
 def start(run):
     """A training run's world and start parameters: what `weights` holds, the rest fresh."""
-    from matrix_jax import checkpoint, config
+    from matrix_jax import checkpoint, config, programs
+    programs.keep(run.keep_programs)
     world = build(run.world)
     if run.weights is None:
         world.with_tokenizers(None)
