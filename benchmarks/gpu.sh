@@ -3,10 +3,13 @@
 #
 #     benchmarks/gpu.sh [OUT]
 #
-# First the recorded cases of the reference in float32, then the_matrix:STAGE4 at 480x720 with random
-# weights: frames per second whole and by part, latency, compile times, memory, TFLOP/s. PEAK_TFLOPS
-# is the data sheet's dense bfloat16 (989: H100 and H200); PYTHON is the interpreter. Options of
-# tools/benchmark.py may follow OUT, such as --world.vae.dtype float32.
+# First the_matrix:STAGE4 at 480x720 with random weights: frames per second whole and by part,
+# latency, compile times, memory, TFLOP/s. Then, in the time that is left, the recorded cases of the
+# reference in float32 (parity.txt), how far bfloat16 and 8-bit layers are from float32 at full width
+# (OUT/errors), and the same benchmark with 8-bit layers (OUT/int8). What did not fit says so.
+#
+# PEAK_TFLOPS is the data sheet's dense bfloat16 (989: H100 and H200); PYTHON is the interpreter.
+# Options of tools/benchmark.py may follow OUT, such as --world.vae.dtype float32.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -16,9 +19,24 @@ out=${1:-outputs/gpu}
     exit 2
 }
 mkdir -p "$out"
-XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_DEFAULT_MATMUL_PRECISION=highest \
-    timeout 120 "$python" tools/parity.py tests/goldens/the_matrix/* > "$out/parity.txt" || {
-    echo "parity: ended with exit code $?, see $out/parity.txt" >&2
+
+code=0
+# part NAME LIMIT COMMAND...: within LIMIT seconds and what is left of the call
+part() {
+    local name=$1 limit=$2 left=$((585 - SECONDS))
+    shift 2
+    [ "$left" -ge 20 ] || { echo "$name: no time left" >&2; return 0; }
+    timeout "$((left < limit ? left : limit))" "$@" || { echo "$name: exit code $?" >&2; code=1; }
 }
-timeout 450 "$python" tools/benchmark.py the_matrix:STAGE4 --random --steps 40 \
-    --world.vae.dtype bfloat16 --peak-tflops "${PEAK_TFLOPS:-989}" --out "$out" "${@:2}"
+
+full=(tools/benchmark.py the_matrix:STAGE4 --random --world.vae.dtype bfloat16
+      --peak-tflops "${PEAK_TFLOPS:-989}")
+part benchmark 430 "$python" "${full[@]}" --steps 40 --out "$out" "${@:2}"
+export XLA_PYTHON_CLIENT_PREALLOCATE=false
+JAX_DEFAULT_MATMUL_PRECISION=highest part parity 120 \
+    "$python" tools/parity.py tests/goldens/the_matrix/* > "$out/parity.txt"
+tail -n 1 "$out/parity.txt"
+part errors 60 "$python" "${full[@]}" --layers 4 --int8 --out "$out/errors"
+part int8 150 "$python" "${full[@]}" --steps 30 --entries none --world.dit.int8 blocks \
+    --out "$out/int8" "${@:2}"
+exit "$code"

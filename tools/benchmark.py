@@ -4,6 +4,7 @@
     tools/benchmark.py the_matrix:MEDIUM --random --vs torch        the same network in PyTorch
     tools/benchmark.py the_matrix:STAGE4 --random --layers 2        at full width, random weights
     tools/benchmark.py the_matrix:STAGE4 --random --count           FLOPs only; runs nothing
+    tools/benchmark.py carracing --int8                             errors of 8-bit layers
     tools/benchmark.py carracing --sweep mesh                       on 1, 2, 4 and 8 devices
 
 Writes benchmark.json and benchmark.md to --out. Clocks need an idle machine.
@@ -25,9 +26,10 @@ def main(argv):
     add('--peak-tflops', type=float, help='of one device by its data sheet, for the share reached')
     add('--vs', choices=('torch',), help='the same network in diffusers, in the same run')
     add('--sweep', choices=('mesh',), help='on 1, 2, 4 and 8 devices of mesh.seq')
+    add('--int8', action='store_true', help='the errors of 8-bit layers; no clocks')
     add('--count', action='store_true', help='print the FLOPs of a shift and stop')
     options, run = parser.run(argv)
-    chosen = [name for name in ('vs', 'sweep', 'count') if getattr(options, name)]
+    chosen = [name for name in ('vs', 'sweep', 'int8', 'count') if getattr(options, name)]
     if len(chosen) > 1:
         raise config.UsageError(f'got --{" and --".join(chosen)}, expected one of them')
     with config.door():

@@ -7,7 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 
-from matrix_jax.benchmark import compiled, peer, report
+from matrix_jax.benchmark import compiled, floor, int8, peer, report
 from matrix_jax.benchmark import subject as subjects
 from matrix_jax.benchmark.measure import Settings
 from matrix_jax.config import UsageError
@@ -25,7 +25,8 @@ def benchmark(run, settings: Settings, random: bool = False, layers: int | None 
       settings: how much is measured.
       random: whether weights are drawn.
       layers: of a random network.
-      mode: '', 'vs' (with the peer), 'sweep' or 'count' (FLOPs only, nothing is written).
+      mode: '', 'vs' (with the peer), 'sweep', 'int8' (errors, no clocks) or 'count' (FLOPs only,
+        nothing is written).
 
     Raises:
       UsageError: what cannot be measured; nothing is computed.
@@ -35,11 +36,16 @@ def benchmark(run, settings: Settings, random: bool = False, layers: int | None 
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UsageError(f'--out: {out} is a file, expected a folder')
     if mode == 'count':
-        return _count_page(run.name, cfg, random)
+        return _count_page(run.name, cfg)
     if mode == 'vs':
         peer.check()
+        if cfg.dit.int8 != 'none':
+            raise UsageError(f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as the peer '
+                             'has no 8-bit layers')
     if mode == 'sweep':
         results, text = sweep(run, settings, random, layers)
+    elif mode == 'int8':
+        results, text = int8.run(run, random, layers, settings.seed)
     else:
         results = one(run, settings, random, layers, mode == 'vs')
         text = report.markdown(results)
@@ -136,10 +142,32 @@ def _backend() -> str:
 # --- a count ---------------------------------------------------------------------------------
 
 
-def _count_page(name: str, cfg, random: bool) -> str:
-    work = apart(compiled.flops_of, cfg)
+def _count_page(name: str, cfg) -> str:
+    (work, read), (anew, before) = apart(compiled.weigh, cfg)
+    least, spare = floor.flops(cfg), before['transformer'] - read['transformer']
     frames = cfg.stream.group_frames * cfg.frames_per_control
-    rows = [[part, f'{flops / report.TERA:.4g}', f'{flops / frames / report.TERA:.4g}']
-            for part, flops in (work | {'both': sum(work.values())}).items()]
-    return '\n'.join([f"# {name}: FLOPs by XLA's count, {frames} frames per shift", '',
-                      *report.table(['part', 'TFLOP per shift', 'TFLOP per frame'], rows)])
+    rows = []
+    for part in ('dit', 'vae', 'both'):
+        count, lowest = (one.get(part, sum(one.values())) / frames / report.TERA
+                         for one in (work, least))
+        rows.append([part, f'{count * frames:.4g}', f'{count:.4g}', f'{lowest:.4g}',
+                     f'{count / lowest:.3f}'])
+    spared = anew['dit'] - work['dit']
+    return '\n'.join([
+        f"# {name}: FLOPs by XLA's count, {frames} frames per shift", '',
+        *report.table(['part', 'TFLOP per shift', 'TFLOP per frame', 'floor', 'of the floor'],
+                      rows), '',
+        f'- made once, not in every shift: {spared / report.TERA:.3g} TFLOP '
+        f'({spared / anew["dit"]:.2%} of the DiT), and {spare / report.MIB:,.4g} MiB of weights '
+        f'not read, for {read.get("once", 0) / report.MIB:,.4g} MiB kept',
+        f'- weights read: DiT {read["transformer"] / report.MIB:,.4g} MiB, VAE '
+        f'{read["vae"] / report.MIB:,.4g} MiB', '',
+        *report.table(['mesh.seq', 'devices exchange', 'MiB that each sends per shift'],
+                      [exchange(cfg, parts) for parts in range(2, 9)])])
+
+
+def exchange(cfg, parts: int) -> list:
+    """A row of what the attention of the network sends over the mesh."""
+    size = (one // cfg.vae.spatial_compression for one in (cfg.height, cfg.width))
+    what, sent = floor.exchanged(cfg.dit, cfg.stream.frames, *size, parts)
+    return [parts, what, f'{cfg.stream.passes * sent / report.MIB:,.4g}']

@@ -16,6 +16,7 @@ from matrix_jax.train import dry
 
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
+STABLE = {'i1': 'pred', 'i8': 's8', 'ui8': 'u8', 'i32': 's32', 'ui32': 'u32', 'i64': 's64'}
 # Bytes that each device sends per byte of the result, among n devices.
 SENT = {'all-gather': lambda n: (n - 1) / n, 'all-reduce': lambda n: 2 * (n - 1) / n,
         'reduce-scatter': lambda n: n - 1, 'all-to-all': lambda n: (n - 1) / n,
@@ -26,26 +27,66 @@ SENT = {'all-gather': lambda n: (n - 1) / n, 'all-reduce': lambda n: 2 * (n - 1)
 # --- FLOPs -----------------------------------------------------------------------------------
 
 
-def flops(world) -> dict[str, float]:
+def begin(world, once: bool = True):
+    """(parameters, carry, control) of a shift, as ShapeDtypeStructs.
+
+    Args:
+      world: the world.
+      once: whether what no step changes is made before, as players do.
+    """
+    def given(params):
+        cond = subject.imagine(world)
+        return subject.ready(world, params, cond) if once else (params, cond)
+
+    params, cond = jax.eval_shape(given, subject.parts(world))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    carry = jax.eval_shape(world.stream().init, params, cond, key)
+    return params, carry, jax.ShapeDtypeStruct((1, world.cfg.stream.group_frames), jnp.int32)
+
+
+def flops(world, once: bool = True) -> dict[str, float]:
     """FLOPs of one shift by XLA's cost analysis of the program before it is optimised: {'dit',
     'vae'}. Nothing is computed or allocated; only right where attention is not a kernel of its own
     (on the CPU)."""
-    cfg = world.cfg
-    stream, decoder = world.stream(), world.decoder()
-    params = subject.parts(world)
-    cond = jax.eval_shape(lambda: subject.imagine(world))
-    carry = jax.eval_shape(stream.init, params, cond, jax.eval_shape(lambda: jax.random.key(0)))
-    control = jax.ShapeDtypeStruct((1, cfg.stream.group_frames), jnp.int32)
+    params, carry, control = begin(world, once)
     latents = carry[0].window
-    latents = jax.ShapeDtypeStruct((1, cfg.stream.group_frames, *latents.shape[2:]), latents.dtype)
-    both = dry.flops(stream.step, params, carry, control)
-    alone = dry.flops(decoder.step, params, carry[1], latents)
+    latents = jax.ShapeDtypeStruct((*control.shape, *latents.shape[2:]), latents.dtype)
+    both = dry.flops(world.stream().step, params, carry, control)
+    alone = dry.flops(world.decoder().step, params, carry[1], latents)
     return {'dit': both - alone, 'vae': alone}
 
 
-def flops_of(cfg) -> dict[str, float]:
+def flops_of(cfg, once: bool = True) -> dict[str, float]:
     """`flops` of a world's config."""
-    return flops(worlds.build(cfg))
+    return flops(worlds.build(cfg), once)
+
+
+def weigh(cfg):
+    """(`flops`, `weights`) of a world's config, as players run it and with everything anew."""
+    world = worlds.build(cfg)
+    return [(flops(world, once), weights(world, once)) for once in (True, False)]
+
+
+def weights(world, once: bool = True) -> dict[str, int]:
+    """Bytes of the parameters that a shift reads, by part of the tree."""
+    params, *given = begin(world, once)
+
+    def zeros(tree):
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
+
+    return {name: argument_bytes(lambda part, name=name: world.stream().step(
+        zeros(params) | {name: part}, *zeros(given)), params[name]) for name in params}
+
+
+def argument_bytes(function, *arguments) -> int:
+    """Bytes of the arguments that the program of a function has, which are those that it reads."""
+    module = jax.jit(function).lower(*arguments).compiler_ir('stablehlo')
+    main = next(one for one in module.body.operations if one.name.value == 'main')
+    total = 0
+    for argument in main.arguments:
+        *dims, kind = re.fullmatch(r'tensor<(.*)>', str(argument.type))[1].split('x')
+        total += math.prod(map(int, dims)) * BYTES[STABLE.get(kind, kind)]
+    return total
 
 
 # --- memory ----------------------------------------------------------------------------------

@@ -187,17 +187,31 @@ def peak_memory() -> dict[str, float]:
     return used | ({'device': device} if device else {})
 
 
-def ceiling(dtype: str, seconds: float = 1.0) -> float:
-    """FLOP/s of one large matrix product on one device: what no network can exceed."""
-    size, calls = (1024, 1) if jax.default_backend() == 'cpu' else (8192, 8)
-    a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(jnp.matmul).lower(a, a).compile()
+def ceilings(dit: str, vae: str, seconds: float = 1.0) -> dict[str, float]:
+    """FLOP/s of a large matrix product and of a large convolution on one device, in the types of
+    the network and of the decoder: what those cannot exceed."""
+    cpu = jax.default_backend() == 'cpu'
+    size, calls = (1024, 1) if cpu else (8192, 8)
+    a = jax.random.normal(jax.random.key(0), (size, size), dit)
+    frames, height, width, channels = (2, 32, 48, 64) if cpu else (4, 240, 360, 256)
+    x = jax.random.normal(jax.random.key(1), (1, frames, height, width, channels), vae)
+    kernel = jax.random.normal(jax.random.key(2), (3, 3, 3, channels, channels), vae)
+
+    def conv(x, kernel):
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), 'SAME',
+                                            dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
+
+    return {'matmul': 2 * size**3 / fastest(jnp.matmul, (a, a), calls, seconds),
+            'conv': 2 * x.size * 27 * channels / fastest(conv, (x, kernel), calls, seconds)}
+
+
+def fastest(function, given, calls: int, seconds: float) -> float:
+    """Seconds of a call at best; clocks look at `calls` of them at a time."""
+    call = jax.jit(function).lower(*given).compile()
+    jax.block_until_ready(call(*given))
     best, until = float('inf'), time.perf_counter() + seconds
-    jax.block_until_ready(product(a, a))
     while time.perf_counter() < until:
-        began, made = time.perf_counter(), a
-        for _ in range(calls):
-            made = product(a, a)
-        jax.block_until_ready(made)
+        began = time.perf_counter()
+        jax.block_until_ready([call(*given) for _ in range(calls)])
         best = min(best, (time.perf_counter() - began) / calls)
-    return 2 * size**3 / best
+    return best

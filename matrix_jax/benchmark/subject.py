@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, convert, generate, released, sharding, worlds
+from matrix_jax import checkpoint, convert, generate, programs, released, sharding, worlds
 from matrix_jax.config import UsageError
 from matrix_jax.controls import SYMBOLS
+from matrix_jax.nn import once
 from matrix_jax.stream import swin
 
 KEY = SYMBOLS.index('D')         # what is held
@@ -91,12 +92,14 @@ def open_subject(run, random: bool = False, layers: int | None = None, seed: int
       UsageError: see `shape`; CheckpointError, ConversionError: the weights cannot be used.
     """
     cfg = shape(run, random, layers)
+    programs.keep(run.keep_programs)
     mesh = sharding.make_mesh(run.mesh)
     if random:
         world = worlds.build(cfg)
-        params, cond = draw(world, mesh, seed), imagine(world, seed)
+        params, cond = ready(world, draw(world, mesh, seed), imagine(world, seed))
     else:
         world, params = worlds.open_run(run)
+        params = world.ready(params)
         cond = start(world, params, mesh, checkpoint.resolve(run.weights))
     return Subject(run.name, world, params, mesh,
                    jax.device_put(cond, sharding.replicated(mesh)), random)
@@ -130,6 +133,17 @@ def imagine(world, seed: int = 0) -> swin.Cond:
                       cfg.vae.latent_channels),
         text=text, null_text=text, control_table=noise(len(SYMBOLS) + 1, cfg.dit.control.dim),
         controls=jnp.full([1, cfg.stream.remembered], KEY, jnp.int32))
+
+
+def ready(world, params, cond: swin.Cond):
+    """Parameters and a condition as a player makes them: layers in 8 bits where the recipe says so,
+    and once what no step changes."""
+    params = world.ready(world.quantize(params), cond.control_table)
+    if once.COLLECTION in params:
+        text, null = (world.as_tokens(params, part) for part in (cond.text, cond.null_text))
+        cond = dataclasses.replace(cond, text=text, null_text=null,
+                                   control_table=world.control_table(params))
+    return params, cond
 
 
 def parts(world) -> dict:

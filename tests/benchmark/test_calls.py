@@ -38,6 +38,7 @@ def test_a_benchmark_of_random_weights(tmp_path, capsys):
     assert found['shape']['layers'] == 2 and found['devices'] == 1
     assert found['frames_per_shift'] == 2
     assert found['latency']['tail']['noise'] == 0
+    assert all(value > 0 for value in found['ceilings_tflops'].values())
     assert found['latency']['tail']['changed']['shifts'] >= 1
     assert found['mesh_bytes'] == 0 and found['program_bytes'] > 0
     assert min(found['compile_seconds'].values()) > 0
@@ -46,6 +47,25 @@ def test_a_benchmark_of_random_weights(tmp_path, capsys):
     assert report.RANDOM in page and page.strip() in capsys.readouterr().out
     rows = [line for line in page.splitlines() if line.startswith('|')]
     assert len({line.count('|') for line in rows[:5]}) == 1
+
+
+def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
+    assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--layers', 2, '--int8', '--out',
+               tmp_path) == 0
+    found = json.loads((tmp_path / 'benchmark.json').read_text())
+    exact, half, attention, blocks = found.values()
+    assert exact['prediction']['rms'] == 0 < half['prediction']['rms'] < 0.05
+    assert 0 < attention['prediction']['rms'] < blocks['prediction']['rms'] < 0.1
+    assert blocks['bytes'] < attention['bytes'] < exact['bytes']
+    page = (tmp_path / 'benchmark.md').read_text()
+    assert 'int8 (attention) and float32' in page and page.strip() in capsys.readouterr().out
+
+
+def test_a_count_prints_the_floor(capsys, monkeypatch):
+    monkeypatch.setattr(calls, 'apart', lambda function, *given: function(*given))
+    assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--count') == 0
+    printed = capsys.readouterr().out
+    assert '| both |' in printed and 'made once, not in every shift' in printed
 
 
 def test_a_mesh_is_measured_too():
@@ -71,6 +91,7 @@ def test_a_mesh_is_measured_too():
     (['carracing', '--vs', 'jax'], "invalid choice: 'jax'"),
     (['carracing', '--vs', 'torch'], '--vs torch: needs torch and diffusers: pip install'),
     (['carracing', '--vs', 'torch', '--sweep', 'mesh'], 'got --vs and --sweep'),
+    (['carracing', '--int8', '--count'], 'got --int8 and --count'),
     (['the_matrix:TINY', '--random', '--mesh.seq', '16'], 'expected at most 8'),
     (['carracing', '--out', 'FILE'], 'is a file, expected a folder'),
 ], ids=lambda value: value[-1] if isinstance(value, list) else '')

@@ -1,6 +1,7 @@
 """What is read from a program: collectives of its HLO, FLOPs, and compiling twice."""
 
 import os
+import re
 import types
 
 import jax
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from matrix_jax import config, worlds
-from matrix_jax.benchmark import compiled, subject
+from matrix_jax import config, convert, worlds
+from matrix_jax.benchmark import compiled, floor, int8, subject
 from matrix_jax.train import dry
 
 
@@ -64,6 +65,50 @@ def test_a_count_follows_the_sizes():
     tokens = 9 * 6 + run.world.dit.text_length
     products = 4 * 2 * tokens * np.prod(net['up']['kernel'].shape[1:]) * 2
     assert low['dit'] > products
+
+
+def test_the_floor_is_what_the_network_multiplies():
+    """The recipes of the released size, as derived by hand."""
+    cfg = config.load('the_matrix:STAGE4').world
+    frames = cfg.stream.group_frames * cfg.frames_per_control
+    found = {part: work / frames / 1e12 for part, work in floor.flops(cfg).items()}
+    tokens, video, d = 9 * 30 * 45 + 226, 9 * 30 * 45, 1920
+    blocks = 30 * (12 * tokens * d**2 + 2 * tokens**2 * d) + 15 * 2 * video * d**2
+    assert found['dit'] == pytest.approx(2 * blocks / frames / 1e12, rel=1e-3)
+    assert found == {'dit': pytest.approx(9.2, rel=0.1), 'vae': pytest.approx(6.4, rel=0.1)}
+    # As published, keys and values of control are made for every token, and masked.
+    literal = floor.dit(cfg.dit, 9, 60, 90, literal=True) / frames / 1e12
+    assert found['dit'] < 0.8 * literal
+
+
+def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
+    cfg = config.load('the_matrix:TINY', ['--world.height', '64', '--world.width', '96']).world
+    (work, read), (anew, before) = compiled.weigh(cfg)
+    for part, least in floor.flops(cfg).items():
+        assert 1 <= work[part] / least < 1.1, part
+    assert work['dit'] < anew['dit'] and work['vae'] == anew['vae']
+    shapes = convert.flatten(subject.parts(worlds.build(cfg))['transformer'])
+    made = [path for path in shapes if re.search(
+        '^text/|^time_embedding|^control_embedding|^modulation_out|norm[12]/linear|'
+        'control/attention/(key|key_norm|value)/', path)]
+    spared = sum(shapes[path].size * shapes[path].dtype.itemsize for path in made)
+    assert before['transformer'] - read['transformer'] == spared > 0
+    assert read['once'] > 0 and 'once' not in before and read['vae'] == before['vae'] > 0
+
+
+def test_what_devices_send_depends_on_whether_heads_divide():
+    net = config.load('the_matrix:STAGE4').world.dit
+    tokens, d = 9 * 1350, 1920
+    kind, sent = floor.exchanged(net, 9, 60, 90, 6)
+    assert kind == 'heads' and sent == 30 * 4 * (tokens / 6 + 38) * d * 2 * 5 / 6
+    kind, sent = floor.exchanged(net, 9, 60, 90, 8)
+    assert kind == 'keys' and sent == 30 * 2 * (9 * 169 + 29) * d * 2 * 7
+
+
+def test_errors_are_relative_and_zero_between_equals():
+    want = np.array([3.0, -4.0])
+    assert int8.compare(want, want) == {'rms': 0, 'largest': 0, 'cosine': pytest.approx(1)}
+    assert int8.compare(want / 2, want) == {'rms': 0.5, 'largest': 0.5, 'cosine': pytest.approx(1)}
 
 
 def test_a_loop_within_a_loop_of_one_turn_counts():

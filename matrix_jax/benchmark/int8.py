@@ -1,0 +1,86 @@
+"""What 8-bit layers change: a network's prediction and a stream's latents, against float32."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from matrix_jax import checkpoint, programs, sharding, worlds
+from matrix_jax.benchmark import report
+from matrix_jax.benchmark import subject as subjects
+from matrix_jax.stream.base import rollout
+
+SHIFTS = 8
+HEADER = ('blocks multiply in', 'MiB of the DiT', 'prediction: rms', 'largest', 'cosine',
+          f'latents of {SHIFTS} shifts: rms')
+
+
+def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> tuple[dict, str]:
+    """(results, page): errors of bfloat16 and of both choices of 8-bit layers.
+
+    Args:
+      run, random, layers, seed: as for `subject.open_subject`.
+    """
+    cfg = subjects.shape(run, random, layers)
+    programs.keep(run.keep_programs)
+    cfg = dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, int8='none'))
+    mesh = sharding.make_mesh(run.mesh)
+    if random:
+        world = worlds.build(cfg)
+        params, cond = subjects.draw(world, mesh, seed), subjects.imagine(world, seed)
+    else:
+        world, params = worlds.open_run(dataclasses.replace(run, world=cfg))
+        cond = subjects.start(world, params, mesh, checkpoint.resolve(run.weights))
+        cfg = world.cfg
+    kinds = [('float32', 'none'), ('bfloat16', 'none')]
+    kinds += [(cfg.dit.dtype, int8) for int8 in ('attention', 'blocks')]
+    results, wanted = {}, None
+    for dtype, int8 in kinds:
+        name = f'int8 ({int8}) and {dtype}' if int8 != 'none' else dtype
+        made, size = play(cfg, dtype, int8, params['transformer'], cond, seed)
+        wanted = wanted or made
+        results[name] = {'bytes': size} | {
+            what: compare(made[what], wanted[what]) for what in made}
+    rows = [[name, f'{one["bytes"] / report.MIB:,.1f}', f'{one["prediction"]["rms"]:.2e}',
+             f'{one["prediction"]["largest"]:.2e}', f'{one["prediction"]["cosine"]:.6f}',
+             f'{one["latents"]["rms"]:.2e}'] for name, one in results.items()]
+    note = [f'Note: {report.RANDOM}.', ''] if random else []
+    return results, '\n'.join([
+        f'# {run.name}: 8-bit layers against float32', '', 'Errors relative to float32: root mean '
+        'square over root mean square, and largest over largest.', '', *note,
+        *report.table(HEADER, rows)]) + '\n'
+
+
+def play(cfg, dtype: str, int8: str, net, cond, seed: int):
+    """({'prediction', 'latents'} of a stream of this arithmetic, bytes of its network)."""
+    world = worlds.build(dataclasses.replace(
+        cfg, dit=dataclasses.replace(cfg.dit, dtype=dtype, int8=int8)))
+    net = jax.tree.map(lambda leaf: leaf.astype(dtype), net)
+    params = world.quantize({'transformer': net})
+    stream, count = world.halves()['stream'], cfg.stream.group_frames
+
+    @jax.jit
+    def make(params, cond):
+        carry = stream.init(params, cond, jax.random.key(seed))
+        level = jnp.broadcast_to(world.levels[0], carry.window.shape[:2])
+        held = jnp.full([1, cfg.stream.frames], subjects.KEY)
+        v = world.denoise(params, carry.window, level, carry.text, carry.control_table[held])
+        keys = jnp.where(jnp.arange(SHIFTS) % 4 < 2, subjects.KEY, subjects.OTHER)
+        keys = jnp.broadcast_to(keys[:, None, None], (SHIFTS, 1, count))
+        return {'prediction': v, 'latents': rollout(stream, params, carry, keys)[1]}
+
+    made = {name: np.asarray(value, np.float64) for name, value in make(params, cond).items()}
+    return made, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def compare(got, want) -> dict[str, float]:
+    """How far apart two arrays are."""
+    def rms(x):
+        return float(np.sqrt(np.mean(np.square(x))))
+
+    return {'rms': rms(got - want) / rms(want),
+            'largest': float(np.abs(got - want).max() / np.abs(want).max()),
+            'cosine': float(np.sum(got * want) / np.sqrt(np.sum(got * got) * np.sum(want * want)))}
