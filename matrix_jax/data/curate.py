@@ -22,6 +22,7 @@ from matrix_jax.data.records import KEYS, MOUSE_RATE, POSE, Clip, RecordError, w
 X, Y, YAW, PITCH = (POSE.index(name) for name in ('x', 'y', 'yaw', 'pitch'))
 DIAGONAL = np.sin(np.pi / 8)  # eight directions of 45 degrees each
 WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1)])  # forward and left, of W S A D
+FITS = 0.35  # share of pushes that a walker has to explain; noise does 0.27, a game 0.5 to 0.9
 MOST = 1.9  # pushes of one key; two keys at right angles make 1.4
 
 
@@ -53,14 +54,16 @@ class Walker:
             raise ValueError(f'walker.smooth: got {self.smooth}, expected an odd number')
 
 
-def label(clip: Clip, walker: Walker) -> Clip:
-    """A clip with poses, with keys and mouse that fit them.
+def label(clip: Clip, walker: Walker | None) -> Clip:
+    """A clip with poses, with keys and mouse that fit them; without a walker the mouse alone.
 
     Raises:
       RecordError: the clip has no poses.
     """
     if not clip.knows('pose'):
         raise RecordError('clip.pose: is unknown, expected the camera of every frame')
+    if walker is None:
+        return replace(clip, mouse=mouse(clip.pose, clip.fps))
     return replace(clip, keyboard=keyboard(clip.pose, clip.fps, walker),
                    mouse=mouse(clip.pose, clip.fps, walker.still))
 
@@ -136,9 +139,9 @@ def calibrate(clips: Iterable[Clip], **fields) -> Walker:
     return Walker(speed=float(push) / (1 - drag), drag=drag, **fields)
 
 
-def estimate(paths: Iterable[np.ndarray], fps: float, **fields) -> Walker:
+def estimate(paths: Iterable[np.ndarray], fps: float, **fields) -> Walker | None:
     """The walker of footage without any label: the speed and drag for which most pushes are those
-    of one key or of two.
+    of one key or of two. None where no walker fits, as when nobody walks.
 
     Args:
       paths: poses [F 6] of each clip.
@@ -150,7 +153,7 @@ def estimate(paths: Iterable[np.ndarray], fps: float, **fields) -> Walker:
     speeds = np.hypot(*after.T)
     speeds = speeds[speeds > 0.2 * speeds.max(initial=1e-9)]
     if not len(speeds):
-        raise ValueError('estimate: nobody moves in these poses')
+        return None
     speeds = np.quantile(speeds, np.linspace(0.3, 1, 36))
     scores = {}
     for drag in np.arange(0, 0.96, 0.02):
@@ -160,7 +163,7 @@ def estimate(paths: Iterable[np.ndarray], fps: float, **fields) -> Walker:
             fits = np.minimum(np.abs(one - 1), np.abs(one - np.sqrt(2))) < 0.1
             scores[float(speed), float(drag)] = np.count_nonzero(fits) / max(pressed, 1)
     speed, drag = max(scores, key=scores.get)
-    return Walker(speed=speed, drag=drag, **fields)
+    return Walker(speed=speed, drag=drag, **fields) if scores[speed, drag] > FITS else None
 
 
 def blocked(poses, fps: float, keys, walker: Walker) -> np.ndarray:
