@@ -3,6 +3,12 @@
     tools/generate.py matrix_game_2:UNIVERSAL --weights DIR --image a.png --actions "W*48,right*49"
     tools/play.py matrix_game_2:UNIVERSAL --weights DIR
 
+DIR is the published folder, whose two pickles become parts once:
+
+    tools/convert.py DIR/Wan2.1_VAE.pth DIR/vae --recipe matrix_game_2:UNIVERSAL
+    tools/convert.py DIR/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth \\
+        DIR/image_encoder --recipe matrix_game_2:UNIVERSAL
+
 The first block of a stream is 9 frames and every other one 12, so that a video has 9 + 12k frames.
 UNIVERSAL has four keys and a mouse; in GTA_DRIVE the mouse steers, as A and D; TEMPLERUN has no
 mouse. FOUNDATION, their teacher, makes whole clips in many steps.
@@ -31,8 +37,9 @@ FOUNDATION = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'
 _TINY_IMAGE = clip_image.PRESETS['tiny']
 _TINY_VAE = vae.Config(latent_channels=4, dim=4, multiples=(1, 2, 2), layers=1,
                        halves_time=(True, True), latent_means=(), latent_stds=())
-_TINY_DIT = dataclasses.replace(dit.PRESETS['tiny'], image_dim=_TINY_IMAGE.dim,
-                                image_length=_TINY_IMAGE.tokens)
+_TINY_DIT = dataclasses.replace(
+    dit.PRESETS['tiny'], layers=1, image_dim=_TINY_IMAGE.dim, image_length=_TINY_IMAGE.tokens,
+    actions=dataclasses.replace(dit.PRESETS['tiny'].actions, end=1))
 TINY = Run(world=Config(dit=_TINY_DIT, vae=_TINY_VAE, image=_TINY_IMAGE, height=16, width=24,
                         stream=Causal(steps=(1000, 500))))
 TINY_RUN = dataclasses.replace(TINY, world=dataclasses.replace(

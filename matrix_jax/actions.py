@@ -79,7 +79,6 @@ MODES = {mode.name: mode for mode in (
 class Actions:
     """The vocabulary of a mode; see `controls.Symbols` for what all vocabularies have."""
 
-    option = '--actions'
     frames = 1                # pixel frames that one action steers
     rest = IDLE
 
@@ -89,6 +88,11 @@ class Actions:
         self.mode = MODES[mode]
         words = {word: word for word in self.mode.words} | dict(self.mode.letters)
         self._words = {spelled.lower(): word for spelled, word in words.items()}
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Actions for who can only choose among a few: nothing, and those of benchmarks."""
+        return tuple(dict.fromkeys([IDLE, *map(self.canonical, _choices(self.mode))]))
 
     # --- reading -------------------------------------------------------------------------------
 

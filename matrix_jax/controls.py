@@ -189,9 +189,10 @@ class Symbols:
       option: of the command line that gives controls.
       frames: pixel frames that one control steers.
       rest: the control of a player who holds nothing.
+      choices: controls for who can only choose among a few.
     """
 
-    option = '--control'
+    choices = SYMBOLS
     frames = FRAMES_PER_CONTROL
     rest = 'N'
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from matrix_jax import checkpoint, controls, sharding, video
+from matrix_jax import checkpoint, sharding, video
 from matrix_jax.config import UsageError
 from matrix_jax.data import starts
 from matrix_jax.stream.pipeline import Pipeline
@@ -247,8 +247,8 @@ def replayed(run, options):
         raise UsageError(f'--replay: got {", ".join(given)} as well, which the session decides')
     began = time.perf_counter()
     slots = replay.compile_for(*worlds.open_run(run, apart=run.world.clip is None), log)
-    clip = Clip([symbol for symbol in controls.decode(list(log.symbols))
-                 for _ in range(slots.group)], [], compile_seconds=time.perf_counter() - began)
+    clip = Clip([symbol for symbol in log.symbols for _ in range(slots.group)], [],
+                compile_seconds=time.perf_counter() - began)
 
     def frames():
         began = time.perf_counter()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matrix_jax import controls, video
+from matrix_jax import video
 from matrix_jax.config import UsageError
 from matrix_jax.serve import messages
 from matrix_jax.serve.engine import Engine
@@ -229,7 +229,7 @@ class Server:
                 if kind == 'join':
                     raise MessageError('join: this socket has a session')
                 if kind == 'keys':
-                    session.keys(message['id'], controls.SYMBOLS.index(message['symbol']))
+                    session.keys(message['id'], self.house.canonical(message['symbol']))
                 elif kind == 'seen':
                     session.seen(message['frame'])
                 elif kind == 'leave':

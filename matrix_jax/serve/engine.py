@@ -20,12 +20,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from matrix_jax import controls
 from matrix_jax.serve import replay
 from matrix_jax.serve.slots import Slots
 
 log = logging.getLogger(__name__)
-REST = controls.SYMBOLS.index('N')
 PAST_BYTES = 128 * 2**20            # of one player's past
 PAST_SECONDS = 12
 MARGIN = 0.02                       # seconds between the end of a shift and its first frame
@@ -73,7 +71,7 @@ class Seat:
     """A player at a slot, as the engine sees it.
 
     Attributes:
-      symbol, key: newest control symbol (an index) and the id that its sender gave it.
+      symbol, key: newest control, None for nothing held, and the id that its sender gave it.
       paused: whether the slot rests.
       log: the timeline so far.
       past: moments to go back to, oldest first.
@@ -82,7 +80,7 @@ class Seat:
 
     def __init__(self, index: int, log: replay.Log, deliver: Callable, broken: Callable):
         self.index, self.log, self.deliver, self.broken = index, log, deliver, broken
-        self.symbol, self.key, self.paused = REST, 0, False
+        self.symbol, self.key, self.paused = None, 0, False
         self.frames = self.echoed = 0
         self.echoes: dict[int, int] = {}       # shift -> id of the key that its frames show first
         self.kept: tuple[replay.Log, object] | None = None
@@ -232,15 +230,17 @@ class Engine:
     def _shift(self, active: list[Seat]):
         """Hands in one shift."""
         began, keys = time.monotonic(), []
-        symbols = np.full((self.slots.count, self.slots.group), REST, np.int32)
+        rest = self.slots.world.vocabulary.rest
+        symbols = np.repeat(self.slots.rest[None], self.slots.count, axis=0)
         mask = np.zeros(self.slots.count, bool)
         for seat in active:
-            key, symbols[seat.index] = seat.key, seat.symbol
+            key, symbol = seat.key, seat.symbol or rest
+            symbols[seat.index] = self.slots.encode(symbol)
             mask[seat.index] = True
             shift = len(seat.log.symbols)
             if key > seat.echoed:
                 seat.echoed = seat.echoes[shift + self.slots.lag] = key
-            seat.log.symbols.append(int(symbols[seat.index, 0]))
+            seat.log.symbols.append(symbol)
             keys.append(seat.echoes.pop(shift, 0))
         made = self.slots.step(symbols, mask)
         rows = [(seat, seat.log, key, self._mark(seat)) for seat, key in zip(active, keys)]

@@ -1,6 +1,6 @@
 """The world as a game to train agents in: `gymnasium` environments of one player or of many.
 
-An action is a control symbol (`controls.SYMBOLS`) and lasts one shift; the observation is the last
+An action is one of `vocabulary.choices` and lasts one shift; the observation is the last
 frame of the shift, or all of them. Keys bind where the stream takes them (`entry`), so an action
 shows `lag` shifts later, as for a person. Equal seeds and actions give equal observations.
 
@@ -14,7 +14,7 @@ import functools
 
 import numpy as np
 
-from matrix_jax import config, controls
+from matrix_jax import config
 from matrix_jax.serve import replay, run
 
 CHOICES = {'prompt', 'start'}
@@ -50,6 +50,7 @@ class Players:
         else:
             self.slots, self.folder = opened[0].blank(), opened[1]
         self.count, self.whole, self.lag = count, whole, self.slots.lag
+        self.choices = self.slots.world.vocabulary.choices
         self._choice = {'prompt': prompt, 'start': start}
         self._condition = functools.lru_cache(16)(self._make_condition)
         cfg = self.slots.world.cfg
@@ -67,8 +68,9 @@ class Players:
 
     def shift(self, actions, active) -> np.ndarray:
         """One shift of the active players [N] -> bool [N], whose world is no longer finite."""
-        symbols = np.zeros((self.slots.count, self.slots.group), np.int32)
-        symbols[:self.count] = np.asarray(actions, np.int32)[:, None]
+        symbols = np.repeat(self.slots.rest[None], self.slots.count, axis=0)
+        for index, action in enumerate(actions):
+            symbols[index] = self.slots.encode(self.choices[int(action)])
         mask = np.zeros(self.slots.count, bool)
         mask[:self.count] = active
         frames, finite = self.slots.step(symbols, mask)
@@ -83,7 +85,8 @@ class Players:
         cfg, frames = self.slots.world.cfg, self.slots.frames
         prompt, start = replay.choose(self.slots.world, self.folder, prompt, start)
         clip = replay.start_frames(self.slots, self.folder, start, None)
-        shown = 1 + (cfg.stream.context - 1) * cfg.frames_per_control   # the stream continues these
+        per = self.slots.world.vocabulary.frames
+        shown = 1 + (cfg.stream.context - 1) * per          # the stream continues these
         last = clip[np.maximum(np.arange(shown - frames, shown), 0)]
         return self.slots.condition(prompt, clip)[0], last
 
@@ -114,7 +117,7 @@ def _classes() -> dict:
             self.players = Players(recipe, 1, entry, 1, prompt, start, whole, opened)
             self.metadata, self.render_mode = self.players.metadata, render_mode
             self.reward = reward or (lambda before, action, after: 0.0)
-            self.action_space = gymnasium.spaces.Discrete(len(controls.SYMBOLS))
+            self.action_space = gymnasium.spaces.Discrete(len(self.players.choices))
             self.observation_space = gymnasium.spaces.Box(
                 0, 255, self.players.observe().shape[1:], np.uint8)
             self._seen = None
@@ -164,7 +167,7 @@ def _classes() -> dict:
                 'autoreset_mode': gymnasium.vector.AutoresetMode.NEXT_STEP}
             self.reward = reward or (lambda before, action, after: 0.0)
             batched = gymnasium.vector.utils.batch_space
-            self.single_action_space = gymnasium.spaces.Discrete(len(controls.SYMBOLS))
+            self.single_action_space = gymnasium.spaces.Discrete(len(self.players.choices))
             self.action_space = batched(self.single_action_space, num_envs)
             self.single_observation_space = gymnasium.spaces.Box(
                 0, 255, self.players.observe().shape[1:], np.uint8)

@@ -10,9 +10,11 @@ import secrets
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from matrix_jax.controls import ControlError
 from matrix_jax.data import starts
 from matrix_jax.serve import replay, worldfile
 from matrix_jax.serve.engine import Engine, Seat
+from matrix_jax.serve.messages import MessageError
 from matrix_jax.serve.session import Session
 
 log = logging.getLogger(__name__)
@@ -159,7 +161,19 @@ class House:
                 'seed': seat.log.seed, 'prompt': seat.log.last_prompt,
                 'paused': session.paused, 'kept': seat.kept is not None,
                 'players': self.slots.count, 'grace': self.grace, 'message': session.greeting,
-                'shift_frames': self.slots.frames}
+                'shift_frames': self.slots.frames, 'reads_text': self.slots.world.reads_text,
+                'controls': self.slots.world.vocabulary.page()}
+
+    def canonical(self, symbol: str) -> str:
+        """The one spelling of a control.
+
+        Raises:
+          MessageError: this world has none of that name.
+        """
+        try:
+            return self.slots.world.vocabulary.canonical(symbol)
+        except ControlError as error:
+            raise MessageError(f'keys.symbol: {error}') from error
 
     # --- what a player changes -------------------------------------------------------------------
 
@@ -172,6 +186,8 @@ class House:
         kind, seat, engine = message['type'], session.seat, self.engine
         async with session.busy:
             if kind == 'prompt':
+                if not self.slots.world.reads_text:
+                    raise Refused('prompt: this world reads no text')
                 if len(seat.log.prompts) >= replay.MAX_PROMPTS:
                     raise Refused(f'prompt: changed {replay.MAX_PROMPTS} times, which is all that '
                                   'a drive holds; start a new one')
@@ -199,7 +215,7 @@ class House:
 
     async def picture(self, session: Session, data: bytes):
         """Starts a session again from a picture that the player sent."""
-        pixels = await self._work(replay.decode_picture, data, self.cfg.height, self.cfg.width)
+        pixels = await self._work(replay.decode_picture, data, self.slots.world)
         wanted = {'start': None, 'prompt': session.seat.log.last_prompt, 'seed': None}
         timeline = self._log(wanted, replay.encode_picture(pixels))
         async with session.busy:
@@ -244,6 +260,7 @@ class House:
         """As `_prepare`, from the bytes of a `.world` file."""
         carry, timeline = await self._work(worldfile.parse, data, self.slots.like,
                                            self.fingerprint)
+        timeline.check(self.slots.world.vocabulary)
         return timeline, carry, ''
 
     async def _prepare(self, timeline: replay.Log):

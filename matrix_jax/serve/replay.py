@@ -42,7 +42,7 @@ class Log:
       prompt: at the start.
       start: name of a start clip, '' for a plain one, or None if `picture` says it.
       picture: the start picture as PNG, base64.
-      symbols: index of the control symbol of every shift.
+      symbols: the control of every shift, a text of the world's vocabulary.
       prompts: [shift, prompt] of every change.
     """
     recipe: str
@@ -54,7 +54,7 @@ class Log:
     prompt: str
     start: str | None = ''
     picture: str | None = None
-    symbols: bytearray = dataclasses.field(default_factory=bytearray)
+    symbols: list[str] = dataclasses.field(default_factory=list)
     prompts: list = dataclasses.field(default_factory=list)
 
     @property
@@ -62,13 +62,24 @@ class Log:
         return self.prompts[-1][1] if self.prompts else self.prompt
 
     def copy(self) -> Log:
-        return dataclasses.replace(self, symbols=bytearray(self.symbols),
-                                   prompts=list(self.prompts))
+        return dataclasses.replace(self, symbols=list(self.symbols), prompts=list(self.prompts))
 
     def to_json(self) -> dict:
-        keys = ','.join(f'{controls.SYMBOLS[index]}*{len(list(same))}'
-                        for index, same in itertools.groupby(self.symbols))
-        return {'matrix_jax_session': VERSION, **dataclasses.asdict(self), 'symbols': keys}
+        keys = ','.join(f'{symbol}*{len(list(same))}'
+                        for symbol, same in itertools.groupby(self.symbols))
+        others = dataclasses.asdict(dataclasses.replace(self, symbols=[]))
+        return {'matrix_jax_session': VERSION, **others, 'symbols': keys}
+
+    def check(self, vocabulary):
+        """Raises ReplayError if a control is none of the vocabulary."""
+        try:
+            wrong = [symbol for symbol in set(self.symbols)
+                     if vocabulary.canonical(symbol) != symbol]
+        except controls.ControlError as error:
+            raise ReplayError(f'replay.symbols: {error}') from error
+        if wrong:
+            raise ReplayError(f'replay.symbols: got {wrong[0]!r}, expected '
+                              f'{vocabulary.canonical(wrong[0])!r}')
 
 
 def from_json(found) -> Log:
@@ -96,12 +107,12 @@ def from_json(found) -> Log:
             raise ReplayError(f'replay.{name}: expected a string or null')
     if (given['start'] is None) == (given['picture'] is None):
         raise ReplayError('replay: expected one of start and picture')
-    symbols = bytearray()
+    symbols = []
     for run in filter(None, given['symbols'].split(',')):
-        match = re.fullmatch(r'([A-Z]{1,2})\*([1-9]\d{0,6})', run)
-        if not match or match[1] not in controls.SYMBOLS:
+        match = re.fullmatch(r'([A-Za-z0-9+:.-]{1,64})\*([1-9]\d{0,6})', run)
+        if not match:
             raise ReplayError(f'replay.symbols: got {run[:20]!r}, expected such as D*12')
-        symbols += bytes([controls.SYMBOLS.index(match[1])]) * int(match[2])
+        symbols += [match[1]] * int(match[2])
         if len(symbols) > MAX_SHIFTS:
             raise ReplayError(f'replay.symbols: expected at most {MAX_SHIFTS} shifts')
     prompts = given['prompts']
@@ -157,7 +168,7 @@ def start_frames(slots, folder, start: str | None, picture: str | None) -> np.nd
             data = base64.b64decode(picture, validate=True)
         except ValueError as error:
             raise ReplayError('replay.picture: not base64') from error
-        still = decode_picture(data, cfg.height, cfg.width)
+        still = decode_picture(data, slots.world)
     elif start == '':
         still = np.full((cfg.height, cfg.width, 3), 128, np.uint8)
     else:
@@ -166,8 +177,9 @@ def start_frames(slots, folder, start: str | None, picture: str | None) -> np.nd
     return np.repeat(still[None], count, 0)
 
 
-def decode_picture(data: bytes, height: int, width: int, max_pixels: int = 40_000_000):
-    """A picture that someone sent, uint8 [height width 3]; its size is judged before it is read.
+def decode_picture(data: bytes, world, max_pixels: int = 40_000_000):
+    """A picture that someone sent, as the world's first frame [H W 3]; its size is judged before it
+    is read.
 
     Raises:
       VideoError: what is wrong with it.
@@ -178,13 +190,13 @@ def decode_picture(data: bytes, height: int, width: int, max_pixels: int = 40_00
             if image.width * image.height > max_pixels:
                 raise video.VideoError(f'picture: got {image.width}x{image.height} pixels, '
                                        f'expected at most {max_pixels // 10**6} million')
-            image.draft('RGB', (4 * width, 4 * height))
+            image.draft('RGB', (4 * world.cfg.width, 4 * world.cfg.height))
             pixels = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, video.VideoError):
             raise
         raise video.VideoError('picture: not readable as PNG, JPEG or WebP') from error
-    return video.fit(pixels[None], height, width)[0]
+    return world.fit(pixels[None])[0]
 
 
 def encode_picture(pixels: np.ndarray) -> str:
@@ -207,6 +219,9 @@ def compile_for(world, params, log: Log):
     from matrix_jax.serve.slots import Slots
     if not log.symbols:
         raise ReplayError('replay: nothing was played in this session')
+    log.check(world.vocabulary)
+    if log.prompts and not world.reads_text:
+        raise ReplayError('replay.prompts: this world reads no text')
     slots = Slots(world, params, log.slots, entry=log.entry, together=log.together)
     if slots.fingerprint() != log.fingerprint:
         raise ReplayError(f'replay: the session was played in another world, or with other weights '
@@ -223,5 +238,5 @@ def frames(slots, folder, log: Log):
     for shift, symbol in enumerate(log.symbols):
         if shift in changes:
             slots.retext(0, slots.embed(changes[shift])[0])
-        made, _ = slots.step(np.full((slots.count, slots.group), symbol, np.int32), active)
+        made, _ = slots.step(np.repeat(slots.encode(symbol)[None], slots.count, axis=0), active)
         yield from np.asarray(made)[0]

@@ -89,7 +89,7 @@ class Session:
 
     # --- from the player -------------------------------------------------------------------------
 
-    def keys(self, identity: int, symbol: int):
+    def keys(self, identity: int, symbol: str):
         """The keys that are held now; the newest wins."""
         self.seat.symbol, self.seat.key = symbol, identity
         self.pressed[identity] = time.monotonic()

@@ -12,7 +12,6 @@ on a mesh of their own, both halves of a step are a pipeline.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import hashlib
 
 import jax
@@ -20,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from matrix_jax import controls, sharding
+from matrix_jax import sharding
 from matrix_jax.config import UsageError
 from matrix_jax.stream import swin
-from matrix_jax.stream.base import Decoder, Stream
+from matrix_jax.stream.base import Decoder, Stream, started
 from matrix_jax.stream.pipeline import Pipeline
 
 
@@ -59,30 +58,31 @@ class Slots:
         self.world, self.params = world, params
         self.count, self.together = count, together
         try:
-            self.stream_cfg = dataclasses.replace(cfg.stream, entry=self.entry)
+            stream = cfg.stream.entered(self.entry)
         except ValueError as error:
             raise UsageError(f'--entry {self.entry}: {error}') from error
-        self.group, self.per = cfg.stream.group_frames, cfg.frames_per_control
-        self.frames = self.group * self.per
-        # Shifts from the step that takes a key to the one whose frames were bound to it.
-        self.lag = (self.stream_cfg.entry_slot - cfg.stream.context) // self.group
-        self.start_frames = 1 + (cfg.stream.frames - 1) * self.per
+        self.group, self.lag = stream.taken, stream.lag
+        self.frames = self.group * world.vocabulary.frames
+        self.start_frames = world.start_frames
+        self.rest = self.encode(world.vocabulary.rest)
         self._frames = (self.frames, cfg.height, cfg.width, 3), jnp.uint8
         self._pipeline, self.ahead = None, 0
         if decoder is None:
-            self._stream = world.stream(self.entry)
+            first = [world.vocabulary.rest] * world.first_controls
+            self._stream = started(world.stream(self.entry),
+                                   world.vocabulary.encode(first)[None])
         else:
             self._pipeline, self.ahead = self._in_parts((params, decoder)), 1
 
     def compile(self):
         """Compiles everything that a session can ask for; nothing compiles after this."""
-        cfg, one = self.world.cfg, jax.ShapeDtypeStruct
-        ids = one((1, cfg.dit.text_length), jnp.int32)
-        frames = one((1, self.start_frames, cfg.height, cfg.width, 3), jnp.uint8)
-        symbols = one((1, self.stream_cfg.remembered), jnp.int32)
+        world, one = self.world, jax.ShapeDtypeStruct
+        frames = np.zeros((self.start_frames, world.cfg.height, world.cfg.width, 3), np.uint8)
+        inputs, _ = world.inputs('', frames)
         key = _key(0)           # this compiles as well, once
         index = one((), jnp.int32)
-        keys = one((self.count, self.group), jnp.int32), one((self.count,), jnp.bool_)
+        keys = (one((self.count, *self.rest.shape), self.rest.dtype),
+                one((self.count,), jnp.bool_))
 
         def ready(function, *given, donate=(), like=None):
             """`like`: what is given back lies as it does."""
@@ -91,9 +91,8 @@ class Slots:
                 return jax.jit(function, donate_argnums=donate,
                                out_shardings=lies).lower(*given).compile()
 
-        self._condition = ready(self.world.condition, self.params, ids, frames, symbols)
-        self._embed = ready(self.world.embed_ids, self.params, ids)
-        cond, text = sharding.made(self._condition), sharding.made(self._embed)
+        self._condition = ready(world.condition, self.params, *inputs)
+        cond = sharding.made(self._condition)
         if self._pipeline:
             self.like = self._pipeline.compile_init(self.params, cond, key)
             self._begin, self._step = self._pipeline.init, self._pipeline.step
@@ -111,7 +110,11 @@ class Slots:
                       for part, like in zip(rows, self.like, strict=True)]
         self._write = [ready(_write, part, index, like, donate=0, like=part)
                        for part, like in zip(rows, self.like, strict=True)]
-        self._retext = ready(_retext, rows[0], index, text, donate=0, like=rows[0])
+        if world.reads_text:
+            ids = one((1, world.cfg.dit.text_length), jnp.int32)
+            self._embed = ready(world.embed_ids, self.params, ids)
+            self._retext = ready(_retext, rows[0], index, sharding.made(self._embed), donate=0,
+                                 like=rows[0])
         self._rows = self._zeros(rows)
         return self
 
@@ -181,10 +184,8 @@ class Slots:
           prompt: text.
           frames: start clip uint8 [F H W 3], F = `start_frames`.
         """
-        ids, cut = self.world.tokenize_and_cut([prompt])
-        symbols = np.full((1, self.stream_cfg.remembered), controls.SYMBOLS.index('D'), np.int32)
-        ids = np.asarray(ids, np.int32)
-        return self._condition(self.params, ids, frames[None], symbols), cut[0]
+        inputs, cut = self.world.inputs(prompt, frames)
+        return self._condition(self.params, *inputs), cut
 
     def begin(self, condition, seed: int):
         """The carry of a new stream, batch 1."""
@@ -197,11 +198,15 @@ class Slots:
 
     # --- the slots, from one thread --------------------------------------------------------------
 
+    def encode(self, control: str) -> np.ndarray:
+        """What a slot's step takes of a control that is held throughout."""
+        return self.world.vocabulary.encode([control] * self.group)
+
     def step(self, symbols: np.ndarray, active: np.ndarray):
         """One shift of the active slots.
 
         Args:
-          symbols: int32 [N group_frames].
+          symbols: of each slot what `encode` gives [N ...].
           active: bool [N].
 
         Returns:

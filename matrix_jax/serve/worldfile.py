@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax.config import UsageError
@@ -29,7 +30,10 @@ def names(tree) -> list[str]:
 def dump(carry, log: replay.Log) -> bytes:
     """Bytes of a carry on the host and its log."""
     from safetensors.numpy import save
-    tensors = dict(zip(names(carry), map(np.ascontiguousarray, jax.tree.leaves(carry))))
+    leaves = (np.asarray(leaf, order='C') for leaf in jax.tree.leaves(carry))
+    # The format's reader for numpy does not know bfloat16.
+    tensors = {name: leaf.view(np.uint16) if leaf.dtype == jnp.bfloat16 else leaf
+               for name, leaf in zip(names(carry), leaves)}
     return save(tensors, {'format': FORMAT, 'log': json.dumps(log.to_json())})
 
 
@@ -64,6 +68,9 @@ def parse(data: bytes, like, fingerprint: str):
                              'weights; it does not fit this one')
     leaves, tree = jax.tree.flatten(like)
     wanted = dict(zip(names(like), leaves))
+    tensors = {name: tensor.view(jnp.bfloat16) if name in wanted and tensor.dtype == np.uint16
+               and wanted[name].dtype == jnp.bfloat16 else tensor
+               for name, tensor in tensors.items()}
     wrong = sorted(set(wanted) ^ set(tensors)) or [
         name for name, leaf in wanted.items()
         if tensors[name].shape != leaf.shape or tensors[name].dtype != leaf.dtype]

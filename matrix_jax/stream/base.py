@@ -83,6 +83,22 @@ def chain(stream: Stream, decoder: Decoder, first: int = 1, warm: Callable | Non
     return Stream(init, step, step) if warm else Stream(stream.init, prefill, step)
 
 
+def started(stream: Stream, control) -> Stream:
+    """The stream with its first output made by `init` and dropped, so that every step is alike.
+
+    Args:
+      stream: a stream; one whose `prefill` is `step` stays as it is.
+      control: of the first output, [1 T ...].
+    """
+    if stream.prefill is stream.step:
+        return stream
+
+    def init(params, cond, key):
+        return stream.prefill(params, stream.init(params, cond, key), control)[0]
+
+    return Stream(init, stream.step, stream.step)
+
+
 # --- randomness of players -----------------------------------------------------------------------
 
 

@@ -101,6 +101,20 @@ class Config:
         group = self.groups - 1 if self.entry == 'tail' else self.head_group
         return self.context + group * self.group_frames
 
+    @property
+    def taken(self) -> int:
+        """Controls that a step takes."""
+        return self.group_frames
+
+    @property
+    def lag(self) -> int:
+        """Steps from the one that takes a control to the one whose frames were bound to it."""
+        return (self.entry_slot - self.context) // self.group_frames
+
+    def entered(self, entry: str) -> Config:
+        """The same stream with controls that bind at 'tail' or 'head'."""
+        return dataclasses.replace(self, entry=entry)
+
 
 @struct.dataclass
 class Cond:

@@ -10,7 +10,9 @@ Who generates or serves a world sees no more of it than this:
     vocabulary                                     words for controls (`controls.Symbols`)
     reads_text, start_frames, fit(frames)          what it starts from
     needed(seconds), split(controls)               controls of a video, of its start and its steps
-    inputs(prompt, frames, controls)               what `condition` and `sample_clip` take
+    inputs(prompt, frames, controls=None)          what `condition` and `sample_clip` take
+    first_controls                                 controls that `stream.prefill` takes
+    cfg.stream.taken, lag, context, entered(...)   controls of a step; when they show
     condition, stream, sample_clip                 pure functions of parameters
 """
 
@@ -59,6 +61,11 @@ class Parts:
     extras: tuple[str, ...] = ()     # folders without weights: tokenizers, scheduler
 
     reads_text = False
+
+    @property
+    def first_controls(self) -> int:
+        """Controls that the first step of a stream takes; as any other by default."""
+        return self.cfg.stream.taken
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -146,9 +153,13 @@ class Parts:
         """
         return ()
 
+    def lies(self, folder: str, name: str) -> bool:
+        """Whether a weights folder holds a component."""
+        return (Path(folder) / name).is_dir()
+
     def has(self, folder: str, name: str) -> bool:
         """Whether training starts from a weights folder's component, or a borrowed one."""
-        return (Path(folder) / name).is_dir()
+        return self.lies(folder, name)
 
     def grown(self, cfg):
         """This world with what `cfg` adds to a network, for training to begin."""
@@ -276,7 +287,7 @@ def read_parts(world: Parts, folder: str, whole: bool, kept: Mapping[str, tuple[
     """
     found = {}
     for part in world.parts:
-        if whole or (Path(folder) / part.folder).is_dir():
+        if whole or world.lies(folder, part.folder):
             mine = getattr(world.cfg, part.field)
             read = read_config(type(mine), *world.place(folder, part.folder))
             found[part.field] = dataclasses.replace(

@@ -124,6 +124,9 @@ class World(Parts):
             name = published
         return super().place(folder, name)
 
+    def lies(self, folder, name):
+        return Path(*self.place(folder, name)).is_dir()
+
     # --- what a video needs ----------------------------------------------------------------------
 
     start_frames = 1        # it begins with a picture

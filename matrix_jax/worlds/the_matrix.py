@@ -132,9 +132,10 @@ class World(Parts):
         """Symbols of a whole video -> (those of the first window, those of each step)."""
         return swin.whole_video(self.cfg.stream, symbols)
 
-    def inputs(self, prompt: str, frames, symbols: list[str]):
+    def inputs(self, prompt: str, frames, symbols: list[str] | None = None):
         """What `condition`, or for whole clips `sample_clip`, takes of a prompt, a start clip uint8
         [F H W 3] and the first symbols or all -> (inputs, the prompt's unread end)."""
+        symbols = symbols or ['D'] * self.cfg.stream.remembered     # nobody has steered yet
         ids, cut = self.tokenize_and_cut([prompt])
         ids, indices = np.asarray(ids, np.int32), controls.encode(symbols)[None]
         return (ids, indices) if self.cfg.clip else (ids, np.asarray(frames)[None], indices), cut[0]
@@ -319,7 +320,7 @@ class World(Parts):
     def halves(self, entry: str | None = None) -> dict:
         """What `stream` is made of: `stream` of latents, `decoder`, and `warm`, condition ->
         latents that the decoder starts on."""
-        cfg = dataclasses.replace(self.cfg.stream, entry=entry or self.cfg.stream.entry)
+        cfg = self.cfg.stream.entered(entry or self.cfg.stream.entry)
         return {'stream': swin.make(cfg, self.cfg.scheduler, self.denoise),
                 'decoder': self.decoder(), 'warm': lambda cond: cond.latents[:, :cfg.context]}
 

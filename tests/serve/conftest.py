@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shutil
 import threading
 import time
 import urllib.error
@@ -126,6 +127,25 @@ class Running:
         while not condition():
             assert time.monotonic() < end, 'it did not happen'
             time.sleep(0.02)
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """A headless browser of a laptop's size; skips where there is none."""
+    webdriver = pytest.importorskip('selenium.webdriver')
+    from selenium.webdriver.chrome.service import Service
+    program, driver = shutil.which('chromium'), shutil.which('chromedriver')
+    if not (program and driver):
+        pytest.skip('needs chromium and its driver')
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    for flag in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
+                 '--window-size=1280,800', f'--user-data-dir={tmp_path}'):
+        options.add_argument(flag)
+    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
+    driver = webdriver.Chrome(options, Service(driver))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from matrix_jax.serve.worldfile import WorldFileError
 @pytest.fixture
 def log(slots):
     return Log('the_matrix:TINY', slots.fingerprint(), slots=3, together=1, entry='head', seed=7,
-               prompt='A car.', symbols=bytearray([0, 0, 1]), prompts=[[1, 'snow']])
+               prompt='A car.', symbols=['D', 'D', 'DL'], prompts=[[1, 'snow']])
 
 
 def test_a_log_survives_json(log):
@@ -28,7 +28,7 @@ def test_a_log_survives_json(log):
 
 @pytest.mark.parametrize('change, said', [
     ({'matrix_jax_session': 9}, 'matrix_jax_session'), ({'more': 1}, 'got the fields'),
-    ({'seed': -1}, 'replay.seed'), ({'seed': 1.0}, 'replay.seed'), ({'symbols': 'X*1'}, 'X'),
+    ({'seed': -1}, 'replay.seed'), ({'seed': 1.0}, 'replay.seed'), ({'symbols': 'X Y*1'}, 'X Y'),
     ({'symbols': 'D*9999999'}, 'at most'), ({'symbols': 'D*0'}, 'expected such as'),
     ({'prompts': [[9, 'late']]}, 'replay.prompts'), ({'start': None}, 'one of start and picture'),
     ({'prompt': 3}, 'replay.prompt'),
@@ -51,8 +51,7 @@ def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
     for index in range(3):
         house.write(index, house.begin(condition, 7 if index == 2 else index))
     for shift, symbol in enumerate(log.symbols):
-        symbols = np.full((3, house.group), symbol, np.int32)
-        symbols[:2] = 5
+        symbols = np.stack([house.encode(one) for one in ('BR', 'BR', symbol)])
         frames, finite = house.step(symbols, np.array([True, shift != 1, True]))
         assert np.asarray(finite).all()
         np.testing.assert_array_equal(np.asarray(frames)[2],
@@ -82,7 +81,7 @@ def test_a_session_of_another_world_is_not_replayed(opened, log):
     with pytest.raises(ReplayError, match='another world, or with other weights'):
         replay.compile_for(*opened, dataclasses.replace(log, fingerprint='0'))
     with pytest.raises(ReplayError, match='nothing was played'):
-        replay.compile_for(*opened, dataclasses.replace(log, symbols=bytearray()))
+        replay.compile_for(*opened, dataclasses.replace(log, symbols=[]))
 
 
 def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, monkeypatch):

@@ -1,0 +1,184 @@
+"""Matrix-Game 2.0 as a world; its networks and its sampler are held to the reference elsewhere."""
+
+import dataclasses
+import functools
+import importlib.util
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from matrix_jax import checkpoint, config, convert, released, sharding, video, worlds
+from matrix_jax.actions import Actions
+from matrix_jax.dit import wan as dit
+from matrix_jax.stream import base
+from matrix_jax.worlds import matrix_game_2
+
+ROOT = Path(__file__).parents[2]
+
+
+def build(name, **fields):
+    cfg = config.load(f'matrix_game_2:{name}').world
+    return worlds.build(dataclasses.replace(cfg, **fields))
+
+
+def picture(seed=0):
+    return np.random.default_rng(seed).integers(0, 255, (1, 30, 50, 3), np.uint8)
+
+
+@pytest.fixture(scope='module')
+def world():
+    return build('TINY')
+
+
+@pytest.fixture(scope='module')
+def params(world):
+    return world.init(0, still=False)
+
+
+@functools.cache
+def programs(world):
+    return jax.jit(world.condition), base.Stream(*map(jax.jit, world.stream()))
+
+
+def play(world, params, actions, seed=0):
+    """Frames of a stream [F H W 3] and how often its step compiled."""
+    condition, stream = programs(world)
+    known, steps = world.split(actions)
+    given, _ = world.inputs('', world.fit(picture()), known)
+    carry = stream.init(params, condition(params, *given), jax.random.key(seed))
+    carry, frames = stream.prefill(params, carry, world.vocabulary.encode(steps[0])[None])
+    shown = [frames[0]]
+    for step in steps[1:]:
+        carry, frames = stream.step(params, carry, world.vocabulary.encode(step)[None])
+        shown.append(frames[0])
+    return np.concatenate(shown), stream.step._cache_size()
+
+
+def test_a_stream_has_9_frames_and_then_12_a_block(world, params):
+    actions = ['W'] * 9 + ['W+right'] * 24
+    frames, compiled = play(world, params, actions)
+    assert frames.shape == (33, 16, 24, 3) and frames.dtype == np.uint8 and frames.std() > 5
+    assert compiled == 1
+    np.testing.assert_array_equal(frames, play(world, params, actions)[0])
+    other = play(world, params, ['W'] * 21 + ['left'] * 12)[0]
+    # Block 1 hears of it: its last frame is not in its own window.
+    np.testing.assert_array_equal(frames[:9], other[:9])
+    assert (frames[9:21] != other[9:21]).any() and (frames[21:] != other[21:]).any()
+    assert (frames != play(world, params, actions, seed=1)[0]).any()
+
+
+@pytest.mark.parametrize('seconds, frames', [(1, 33), (2, 57), (4, 105), (24, 609)])
+def test_frames_of_whole_blocks(world, seconds, frames):
+    assert world.needed(seconds) == frames and (frames - 9) % 12 == 0 and frames >= 25 * seconds
+    known, steps = world.split(['W'] * frames)
+    assert known == [] and list(map(len, steps)) == [9] + [12] * ((frames - 9) // 12)
+
+
+def test_a_player_comes_in_behind_the_first_block(world, params):
+    first = world.vocabulary.encode(['idle'] * 9)[None]
+    condition, stream = programs(world)
+    live = base.started(world.stream(), first)
+    assert live.prefill is live.step
+    given, _ = world.inputs('', world.fit(picture()))
+    cond, key = condition(params, *given), jax.random.key(3)
+    carry = jax.jit(live.init)(params, cond, key)
+    want = stream.prefill(params, stream.init(params, cond, key), first)[0]
+    for ours, theirs in zip(jax.tree.leaves(carry), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_the_foundation_makes_whole_clips(params):
+    world = build('TINY_CLIP')
+    assert world.needed(1) == 25 and build('TINY_CLIP', fps=12).needed(6) == 73
+    with pytest.raises(config.UsageError, match='--length: got 4, expected at most 3: this model'):
+        world.needed(4)
+    given, _ = world.inputs('', world.fit(picture()), ['W'] * 9)
+    frames = jax.jit(world.sample_clip)(params, *given, jax.random.key(0))
+    assert frames.shape == (1, 9, 16, 24, 3) and frames.dtype == np.uint8
+
+
+def test_bytes_are_cut_off_as_in_the_reference():
+    values = np.float32([-1.5, -1, -0.999, 0, 0.9999, 1, 3])
+    assert matrix_game_2.to_uint8(values).tolist() == [0, 0, 0, 127, 254, 255, 255]
+
+
+@pytest.mark.parametrize('name, count', [
+    ('UNIVERSAL', 1_619_242_304), ('GTA_DRIVE', 1_619_238_464), ('TEMPLERUN', 1_508_715_584),
+    ('FOUNDATION', 1_824_405_824)])
+def test_released_sizes(name, count):
+    world = build(name)
+    assert dit.count(world.cfg.dit) == count
+    one, many = (world.summary(sharding.abstract_mesh(mesh)).splitlines() for mesh in (
+        config.Mesh(), config.Mesh(fsdp=4, tensor=2)))
+    assert f'{count:,} parameters' in one[0] and '126,892,531 parameters' in one[1]
+    mine = [float(lines[-1].split()[3].replace(',', '')) for lines in (one, many)]
+    assert mine[1] < mine[0] / 3
+
+
+@pytest.mark.parametrize('fields, words', [
+    ({'mode': 'templerun'}, 'world.mode: got templerun, which has 7 keys and no mouse'),
+    ({'mode': 'flying'}, 'mode: got'), ({'height': 18}, 'expected positive multiples of'),
+    ({'fps': 0}, 'world.fps'), ({'clip': matrix_game_2.Clip()}, 'world.clip: got')])
+def test_bad_configs_are_refused(fields, words):
+    with pytest.raises(ValueError, match=words):
+        build('TINY', **fields)
+
+
+# --- folders and the command line ----------------------------------------------------------------
+
+
+@pytest.fixture(scope='module')
+def folder(world, tmp_path_factory):
+    """Random weights in the layout of all worlds."""
+    folder = tmp_path_factory.mktemp('weights') / 'tiny'
+    released.write_random(world.cfg, str(folder), seed=0)
+    return folder
+
+
+def test_the_published_transformer_is_read(world, folder, tmp_path):
+    want = convert.flatten(world.load(folder)['transformer'])
+    for name in ('vae', 'image_encoder'):
+        (tmp_path / name).symlink_to(folder / name)
+    _, tensors = checkpoint.read_component(folder, 'transformer')
+    checkpoint.write_component(tmp_path, 'base_distilled_model', world.cfg.dit.to_released(),
+                               {f'model.{name}': tensors[name] for name in tensors}, dtype=None)
+    found = worlds.describe(world.cfg, tmp_path, whole=True)
+    assert found.cfg == world.cfg
+    made = convert.flatten(found.load(tmp_path)['transformer'])
+    assert all(np.array_equal(made[path], want[path]) for path in want)
+    with pytest.raises(checkpoint.CheckpointError, match='no component transformer'):
+        worlds.describe(build('TINY_RUN').cfg, tmp_path, whole=True)
+
+
+def generate(folder, out, *options):
+    spec = importlib.util.spec_from_file_location('generate', ROOT / 'tools' / 'generate.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.main(['matrix_game_2:TINY', '--weights', str(folder), '--out', str(out), '--length', '1',
+               *options])
+
+
+def test_the_command_line_makes_a_video(folder, tmp_path, start_image, capsys):
+    out = tmp_path / 'walk.mp4'
+    generate(folder, out, '--actions', 'W*12,W+right*21', '--image', str(start_image))
+    assert '33 frames' in capsys.readouterr().out
+    frames = video.read_video(out, fps=25)
+    assert frames.shape[0] == 33 and frames.shape[2] >= 384
+    # The keys are drawn: a lit W among dark ones, and the knob of the mouse beside them.
+    held, blank = Actions('universal').held('W'), np.zeros(frames.shape[1:], np.uint8)
+    drawn = video.draw_keys(blank, held).max(axis=-1) > 240
+    assert drawn.sum() > 100 and (frames[0][drawn].astype(int)[:, :2] > 150).mean() > 0.9
+
+
+@pytest.mark.parametrize('options, words', [
+    (['--actions', 'hop*33'], "unknown action 'hop' of universal; expected W, S, A, D"),
+    (['--actions', 'W*12'], 'got 12 frames, expected 33; positions 13 to 33 are missing'),
+    (['--prompt', 'a wood', '--image', 'a.png'], '--prompt: this model reads no text'),
+    (['--image', 'none.png'], 'none.png: no such file'),
+    ([], 'this world brings no start clip: give --video or --image')])
+def test_bad_input_is_one_line(folder, tmp_path, options, words):
+    with pytest.raises(config.UsageError, match=words) as caught:
+        generate(folder, tmp_path / 'no.mp4', *options)
+    assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
