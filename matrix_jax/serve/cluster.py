@@ -123,7 +123,7 @@ class Place:
         new = token not in house.sessions
         session = await house.admit(token, wanted, data, paused)
         if new:
-            await self.book.put(session.token, self.address, None, paused)
+            await self.book.claim(session.token, self.address, paused)
             task = asyncio.create_task(keep(house, session, self.book, self.address))
             self._keepers.add(task)
             task.add_done_callback(self._keepers.discard)
@@ -164,7 +164,7 @@ async def keep(house, session, book, address: str):
             await asyncio.wait_for(session.over.wait(),
                                    max(0.1, SAVE_SECONDS - (time.monotonic() - began)))
     if session.reason != 'stopped':         # else it goes on elsewhere
-        await book.leave(session.token)
+        await book.leave(session.token, address)
 
 
 class Remote:

@@ -21,8 +21,18 @@ from functools import partial
 from typing import NamedTuple
 
 from matrix_jax.serve import messages
-from matrix_jax.serve.app import HEADERS, JOIN_SECONDS, PAGE, Guard, _close, _receive, _trouble
-from matrix_jax.serve.messages import MessageError
+from matrix_jax.serve.app import (
+    BURST,
+    HEADERS,
+    JOIN_SECONDS,
+    PAGE,
+    RATE,
+    Guard,
+    _close,
+    _receive,
+    _trouble,
+)
+from matrix_jax.serve.messages import Bucket, MessageError
 from matrix_jax.serve.run import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
@@ -70,20 +80,28 @@ class Book:
             spoken=time.monotonic())
         return ''
 
-    def put(self, session: str, address: str, data: bytes | None, paused: bool):
-        """A world has this session; `data` is its newest moment, or None for the same as before."""
+    def claim(self, session: str, address: str, paused: bool):
+        """A world has this session from now on; what others say of it does not count any more."""
         before = self._known.get(session)
-        data = before.data if before and data is None else data
-        self._known[session] = Moment(address, data, paused, time.monotonic())
+        self._known[session] = Moment(address, before and before.data, paused, time.monotonic())
+
+    def put(self, session: str, address: str, data: bytes | None, paused: bool):
+        """A world still has this session; `data` is its newest moment, or None if none is newer."""
+        before = self._known.get(session)
+        if before is None or before.address in (None, address):
+            self._known[session] = Moment(address, data or (before and before.data), paused,
+                                          time.monotonic())
 
     def find(self, session: str) -> Moment | None:
         """What is known of a session."""
         self._forget()
         return self._known.get(session)
 
-    def leave(self, session: str):
-        """A session is over."""
-        self._known.pop(session, None)
+    def leave(self, session: str, address: str | None = None):
+        """A session is over, says the world at this address."""
+        known = self._known.get(session)
+        if known and known.address in (None, address):
+            del self._known[session]
 
     def close(self, seconds: float):
         """No new sessions from now on, and none at all after so long."""
@@ -299,10 +317,15 @@ class Visit:
     async def _up(self):
         """What the player says; while there is no world, nobody hears it."""
         from websockets.exceptions import ConnectionClosed
+        bucket = Bucket(RATE, BURST)
         while True:
             text = await _receive(self.socket)
             if len(text) > MESSAGE_BYTES:
                 await _close(self.socket, 1009, f'expected at most {MESSAGE_BYTES} bytes')
+                return
+            if not bucket.take():
+                await _close(self.socket, 1008, 'too many messages: expected at most '
+                             f'{RATE} a second')
                 return
             if self.world:
                 with contextlib.suppress(ConnectionClosed):

@@ -64,7 +64,7 @@ class Player:
         """Reads on to a note of one of these types."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            note = self.read()
+            note = self.read(seconds)
             if note and note['type'] in kinds:
                 return note
         raise AssertionError(f'none of {kinds} within {seconds} s')

@@ -1,33 +1,19 @@
 """The page in a real browser; skipped where there is none (Debian: chromium, chromium-driver)."""
 
+import io
 import json
-import shutil
 
-import pytest
+import numpy as np
+from PIL import Image
 
-webdriver = pytest.importorskip('selenium.webdriver')
-BROWSER, DRIVER = shutil.which('chromium'), shutil.which('chromedriver')
-pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason='needs chromium and its driver')
-SUM = """const c = document.getElementById('canvas');
-         return c.getContext('2d').getImageData(0, 0, c.width, c.height).data.join('')"""
+from matrix_jax.serve import replay
+from matrix_jax.serve.app import to_jpeg
 
-
-@pytest.fixture
-def browser(tmp_path):
-    """A headless browser of a laptop's size."""
-    from selenium.webdriver.chrome.service import Service
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
-                 '--window-size=1280,800', f'--user-data-dir={tmp_path}'):
-        options.add_argument(flag)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    driver = webdriver.Chrome(options, Service(DRIVER))
-    yield driver
-    driver.quit()
+SIGHT = """const c = document.getElementById('canvas');
+           return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"""
 
 
-def test_a_person_plays(serving, browser):
+def test_a_person_plays(serving, browser, slots, tiny):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
@@ -41,7 +27,7 @@ def test_a_person_plays(serving, browser):
         browser.find_element(By.ID, name).click()
 
     def sight():
-        return browser.execute_script(SUM)
+        return browser.execute_script(SIGHT)
 
     def moves():
         before = sight()
@@ -59,6 +45,23 @@ def test_a_person_plays(serving, browser):
         keys.key_up(key).perform()
         server.until(lambda: text('symbol') == 'N')
 
+    def turn(key, symbol):
+        """Holds a key from the saved moment on -> frames of the drive, whose last one is shown."""
+        click('recall')
+        keys.key_down(key).perform()
+        click('pause')
+        server.until(lambda: len(replay.from_json(log()).symbols) > kept + slots.lag + 2)
+        click('pause')
+        server.until(lambda: text('cover') == 'Paused')
+        keys.key_up(key).perform()
+        drive = replay.from_json(log())
+        assert drive.symbols[-1] == symbol
+        made = np.stack(list(replay.frames(slots.blank(), tiny, drive)))
+        last = np.asarray(Image.open(io.BytesIO(to_jpeg(made[-1], 92)))).astype(int)
+        server.until(lambda: np.abs(
+            np.reshape(sight(), (*last.shape[:2], 4))[..., :3] - last).mean() < 1)
+        return made
+
     browser.get(f'http://127.0.0.1:{server.port}/')
     server.until(lambda: 'the_matrix:TINY' in text('status'))
     moves()
@@ -66,6 +69,18 @@ def test_a_person_plays(serving, browser):
     hold(Keys.ARROW_RIGHT, 'NR')
     hold('w', 'D')
     server.until(lambda: text('latency').endswith('ms') and text('step').endswith('ms'))
+
+    click('pause')
+    server.until(lambda: text('cover') == 'Paused')
+    click('keep')
+    server.until(lambda: browser.find_element(By.ID, 'recall').is_enabled())
+    kept = len(replay.from_json(log()).symbols)
+    left, right = turn('a', 'NL'), turn('d', 'NR')       # the same moment, the other key
+    bound, both = (kept + slots.lag) * slots.frames, min(len(left), len(right))
+    np.testing.assert_array_equal(left[:kept * slots.frames], right[:kept * slots.frames])
+    assert (left[bound:both] != right[bound:both]).any()
+    click('pause')
+    server.until(lambda: text('cover') == '')
 
     prompt = browser.find_element(By.ID, 'prompt')
     prompt.clear()

@@ -146,8 +146,11 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
     book = front.Book(places=1)
     assert book.enter('a') == '' and book.enter('a') == '' and 'full' in book.enter('b')
+    book.claim('a', 'host:1', False)
     book.put('a', 'host:1', b'moment', True)
     book.put('a', 'host:1', None, False)
+    book.put('a', 'host:0', b'late', True)             # of a world that had it before
+    book.leave('a', 'host:0')
     assert book.find('a')[:3] == ('host:1', b'moment', False)
     assert book.state() == {'players': 1, 'places': 1, 'worlds': ['host:1'], 'waiting': 0,
                             'closing': None}
