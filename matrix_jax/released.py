@@ -32,7 +32,8 @@ def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Pat
     Args:
       world_cfg: config of a world of that kind; the folder decides all sizes.
       source: folder in the released layout or ours, or one pickle of tensors.
-      target: what to write; must not exist.
+      target: what to write; must not exist. Of one pickle it is a `.safetensors` file with the same
+        names, or the folder of a part, such as 'DIR/vae', which is then checked.
       unpickle: `unpickle(pickle, safetensors)` for `.bin`, `.pth` and `.pt` files.
 
     Returns:
@@ -45,10 +46,7 @@ def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Pat
     if os.path.lexists(target):
         raise UsageError(f'{target}: is there already, expected a new name')
     if Path(source).suffix in PICKLES and Path(source).is_file():
-        if Path(target).suffix != '.safetensors':
-            raise UsageError(f'{target}: a single pickle becomes a .safetensors file')
-        unpickle(Path(source), Path(target))
-        return f'{target}: tensors of {source}'
+        return _from_pickle(world_cfg, Path(source), Path(target), unpickle)
     source = checkpoint.resolve(source)
     parts = worlds.build(world_cfg).parts
     ours = [part for part in parts if (source / part.folder / PARAMS).is_dir()]
@@ -143,6 +141,29 @@ class Drawn:
     def __array__(self, dtype=None, copy=None):
         drawn = rearrange(self._draw(self._layer), self._row.inverse(), **self._sizes)
         return np.asarray(drawn, dtype)
+
+
+def _from_pickle(world_cfg, source: Path, target: Path, unpickle) -> str:
+    """Translates one pickle: see `translate`."""
+    if target.suffix == '.safetensors':
+        unpickle(source, target)
+        return f'{target}: tensors of {source}'
+    world = worlds.build(world_cfg)
+    part = next((part for part in world.parts if part.folder == target.name), None)
+    if part is None:
+        raise UsageError(f'{target}: a single pickle becomes a .safetensors file, or a part of the '
+                         f'recipe ({", ".join(part.folder for part in world.parts)})')
+    cfg = getattr(world.cfg, part.field)
+    table = part.weights(cfg)
+    with tempfile.TemporaryDirectory() as copy:
+        unpickle(source, Path(copy) / 'model.safetensors')
+        try:
+            params = convert.to_jax(table, checkpoint.Tensors(Path(copy)), part.shapes(cfg))
+        except convert.ConversionError as error:
+            raise convert.ConversionError(f'{source}: {error}') from error
+        checkpoint.write_component(target.parent, target.name, cfg.to_released(),
+                                   convert.to_torch(table, params), dtype=None)
+    return f'{target}: {part.folder} of {source}'
 
 
 def _weight_files(folder: str, names: list[str]) -> list[str]:

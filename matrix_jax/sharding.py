@@ -147,8 +147,8 @@ def constrain(x, *names):
 def spread(function, arguments, result):
     """`function` of each device's part of its arguments, as a program of its own per device.
 
-    Within `jax.set_mesh`; without a mesh it is `function`. What it computes must not cross the
-    axes that split. An axis that does not divide stays whole.
+    Within `jax.set_mesh`; without a mesh, or in such a program, it is `function`. What it computes
+    must not cross the axes that split. An axis that does not divide stays whole.
 
     Args:
       function: arrays -> array.
@@ -157,7 +157,7 @@ def spread(function, arguments, result):
     """
     def call(*arrays):
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty or mesh.size == 1:
+        if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return function(*arrays)
         specs = tuple(fitting(names, array.shape, mesh)
                       for names, array in zip(arguments, arrays, strict=True))

@@ -1,6 +1,7 @@
 """Convert a folder of weights: released layout (safetensors, or pickles) <-> ours (orbax).
 
     tools/convert.py SRC DST                                   either way, by what SRC holds
+    tools/convert.py VAE.pth DIR/vae --recipe RECIPE           one pickle, to a part of the recipe
     tools/convert.py --random the_matrix:STAGE4 DST --layers 2  random weights, released layout
 """
 

@@ -7,6 +7,7 @@ whether there is more than one device.
 
     split       function of a picture -> the same over the devices of a mesh
     bordered    a device's rows -> with its neighbours' next to them
+    whole       a device's rows -> all rows
     mean, pool  statistics of a device's rows, and of all
 """
 
@@ -127,6 +128,15 @@ def bordered(x, above: int, below: int):
     if below:
         parts.append(lax.ppermute(x[:, :, :below], share.axis, [(i + 1, i) for i in steps]))
     return jnp.concatenate(parts, axis=2), (0, 0)
+
+
+def whole(x):
+    """All rows of the picture on every device: [B T H W C] of its own -> [B T H' W C]."""
+    share = _share.get()
+    if share is None:
+        return x
+    total = x.shape[2] * share.total // share.held
+    return lax.all_gather(x, share.axis, axis=2, tiled=True)[:, :, :total]
 
 
 def mean(x):

@@ -15,11 +15,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax.parity import layers, streaming, the_matrix, wan, wan_dit
+from matrix_jax.parity import layers, streaming, the_matrix, wan, wan22, wan_dit
 from matrix_jax.parity.record import BadInput, Record, read
 
 SYSTEMS = (('the_matrix', the_matrix), ('matrix_game_2', wan), ('matrix_game_2', wan_dit),
-           ('matrix_game_2', streaming), ('matrix_game_3', layers))
+           ('matrix_game_2', streaming), ('matrix_game_3', layers), ('matrix_game_3', wan22))
 REPLAYS = {(system, kind): function for system, replays in SYSTEMS
            for kind, function in replays.REPLAYS.items()}
 

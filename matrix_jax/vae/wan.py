@@ -1,4 +1,5 @@
-"""Causal video autoencoder of Wan 2.1 (arXiv 2503.20314): 4x in time, 8x in height and width.
+"""Causal video autoencoders of Wan (arXiv 2503.20314), 4x in time: 2.1 is 8x in height and width,
+2.2 is 16x, as it stacks pixels, and has shortcuts without weights around each level.
 
 The first frame is coded alone; each latent frame behind it stands for the next four. Every layer
 sees the present and past frames only and keeps the last ones in a cache, so that chunks of any
@@ -20,32 +21,49 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax import convert
-from matrix_jax.nn import fresh
+from matrix_jax.nn import fresh, rows
 from matrix_jax.vae.chunks import chunked
 from matrix_jax.vae.wan_layers import Decoder, Encoder
 from matrix_jax.vae.wan_layers import weights as weights  # the table, for whoever loads
 
-# Of the latents of the released network, as measured by its authors.
+# Of the latents of the released networks, as measured by their authors.
 MEANS = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
          0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
 STDS = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+MEANS_2_2 = (-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
+             -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
+             -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+             -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
+             -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
+             0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667)
+STDS_2_2 = (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
+            0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
+            0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+            0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
+            0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
+            0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the network; the defaults are the released ones.
+    """Sizes of the network; the defaults are those of 2.1 as released.
 
     Attributes:
       channels: of a frame.
       latent_channels: channels C of a latent frame.
       dim: width of the first level.
+      decoder_dim: width of the decoder's last level, if it is another.
       multiples: of `dim`, one for each level from full to smallest frames; every level but the last
         halves the frame.
       layers: residual blocks of an encoder level; a decoder level has one more.
       halves_time: whether a level that halves the frame also halves time.
       patch_size: pixels of a frame that are one pixel of the first level, in height and in width,
-        their values stacked as channels; 1 in the released network.
+        their values stacked as channels.
+      residual: whether means and copies pass by each level, as in 2.2; where not, the decoder's
+        levels hand on half their channels.
+      time_sees_first: whether what doubles time sees the first frame of a clip as well, as in
+        Matrix-Game 3.0.
       norm_eps: under the root of the norms; the released one only keeps zeros from dividing zeros.
       latent_means: what `scaled` takes off each latent channel; none by default of other sizes.
       latent_stds: what it then divides each by.
@@ -55,10 +73,13 @@ class Config:
     channels: int = 3
     latent_channels: int = 16
     dim: int = 96
+    decoder_dim: int | None = None
     multiples: tuple[int, ...] = (1, 2, 4, 4)
     layers: int = 2
     halves_time: tuple[bool, ...] = (False, True, True)
     patch_size: int = 1
+    residual: bool = False
+    time_sees_first: bool = False
     norm_eps: float = 1e-24
     latent_means: tuple[float, ...] = MEANS
     latent_stds: tuple[float, ...] = STDS
@@ -78,11 +99,11 @@ class Config:
         if min(self.latent_stds, default=1) <= 0:
             raise ValueError(f'vae.latent_stds: got {min(self.latent_stds)}, expected more than 0')
         odd = [width for width in self.decoder_widths[:-1] if width % 2]
-        if odd:
+        if odd and not self.residual:
             raise ValueError(f'vae.dim: got a decoder level of {odd[0]} channels, expected an even '
                              'number, as it is halved with the next level')
-        for name in ('dim', 'layers', 'patch_size', 'chunk'):
-            if getattr(self, name) < 1:
+        for name in ('dim', 'decoder_dim', 'layers', 'patch_size', 'chunk'):
+            if (getattr(self, name) or 1) < 1:
                 raise ValueError(f'vae.{name}: got {getattr(self, name)}, expected at least 1')
 
     @property
@@ -98,7 +119,8 @@ class Config:
     @property
     def decoder_widths(self) -> tuple[int, ...]:
         """Channels of each level of the decoder, from the smallest frames on."""
-        return self.encoder_widths[::-1]
+        dim = self.decoder_dim or self.dim
+        return tuple(dim * multiple for multiple in self.multiples[::-1])
 
     @property
     def doubles_time(self) -> tuple[bool, ...]:
@@ -158,14 +180,25 @@ class Config:
 
 
 # Arguments of the published network under their names, then ours.
-FIELDS = {'dim': 'dim', 'z_dim': 'latent_channels', 'dim_mult': 'multiples',
-          'num_res_blocks': 'layers', 'temperal_downsample': 'halves_time',
+FIELDS = {'dim': 'dim', 'dec_dim': 'decoder_dim', 'z_dim': 'latent_channels',
+          'dim_mult': 'multiples', 'num_res_blocks': 'layers', 'temperal_downsample': 'halves_time',
           'latents_mean': 'latent_means', 'latents_std': 'latent_stds', 'in_channels': 'channels',
-          'patch_size': 'patch_size', 'norm_eps': 'norm_eps'}
+          'patch_size': 'patch_size', 'norm_eps': 'norm_eps', 'residual': 'residual',
+          'time_sees_first': 'time_sees_first'}
 FIXED = {'attn_scales': [], 'dropout': 0.0}
 
+WAN_2_2 = Config(latent_channels=48, dim=160, decoder_dim=256, patch_size=2, residual=True,
+                 time_sees_first=True, norm_eps=1e-6, latent_means=MEANS_2_2,
+                 latent_stds=STDS_2_2)
 PRESETS = {
     'wan_2_1': Config(),
+    # 2.2 as Matrix-Game 3.0 runs it, and its two decoders of fewer channels.
+    'wan_2_2': WAN_2_2,
+    'light': dataclasses.replace(WAN_2_2, decoder_dim=128),
+    'light_v2': dataclasses.replace(WAN_2_2, decoder_dim=64),
+    # A 96x160 game on a laptop CPU, where long chunks cost no memory and loops cost time.
+    'doom': Config(dim=16, multiples=(1, 2, 4), layers=1, halves_time=(True, True), patch_size=2,
+                   norm_eps=1e-6, latent_means=(), latent_stds=(), chunk=8),
     # For tests: a frame of 8x12 is enough.
     'tiny': Config(latent_channels=4, dim=4, multiples=(1, 2), layers=1, halves_time=(True,),
                    latent_means=(), latent_stds=()),
@@ -201,7 +234,8 @@ def encode_step(cfg: Config, params, cache, frames):
                          f'{cfg.channels}] with F = {alone} + {time}k and H, W multiples of '
                          f'{scale}')
     frames = patched(frames, cfg.patch_size).astype(cfg.dtype)
-    cache, moments = _code(Encoder(cfg), params['encoder'], cache, frames, cfg.chunk * time)
+    cache, moments = rows.split(_coded(Encoder(cfg), cfg.chunk * time), params['encoder'], cache,
+                                frames, unit=scale // cfg.patch_size)
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return cache, mean, jnp.clip(logvar, -30, 20)
 
@@ -253,8 +287,8 @@ def step(cfg: Config, params, cache, latents):
     if latents.ndim != 5 or latents.shape[-1] != cfg.latent_channels or not latents.shape[1]:
         raise ValueError(f'vae.decode: got latents {latents.shape}, expected [B T h w '
                          f'{cfg.latent_channels}] with T > 0')
-    cache, frames = _code(Decoder(cfg), params['decoder'], cache, latents.astype(cfg.dtype),
-                          cfg.chunk)
+    cache, frames = rows.split(_coded(Decoder(cfg), cfg.chunk), params['decoder'], cache,
+                               latents.astype(cfg.dtype))
     return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
 
 
@@ -268,18 +302,22 @@ def unpatched(frames, p: int):
     return rearrange(frames, 'b f h w (c r q) -> b f (h q) (w r) c', q=p, r=p)
 
 
-def _code(net, params, cache, x, size: int):
-    """x [B F ...] through a network: the first of a clip alone, the others `size` at a time."""
-    def run(cache, chunk):
-        return net.apply({'params': params}, chunk, cache)
+def _coded(net, size: int):
+    """(params, cache, [B F ...]) through a network: the first of a clip alone, the others `size` at
+    a time."""
+    def code(params, cache, x):
+        def run(cache, chunk):
+            return net.apply({'params': params}, chunk, cache)
 
-    if cache is not None:
-        return chunked(run, cache, x, size)
-    cache, head = run(None, x[:, :1])
-    if x.shape[1] == 1:
-        return cache, head
-    cache, tail = chunked(run, cache, x[:, 1:], size)
-    return cache, jnp.concatenate([head, tail], axis=1)
+        if cache is not None:
+            return chunked(run, cache, x, size)
+        cache, head = run(None, x[:, :1])
+        if x.shape[1] == 1:
+            return cache, head
+        cache, tail = chunked(run, cache, x[:, 1:], size)
+        return cache, jnp.concatenate([head, tail], axis=1)
+
+    return code
 
 
 def standardised(cfg: Config, params, means, stds):

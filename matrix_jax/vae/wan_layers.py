@@ -11,10 +11,11 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange
+from einops import rearrange, reduce
 from jax import lax
 
 from matrix_jax.convert import Row
+from matrix_jax.nn import rows
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
 from matrix_jax.nn.linear import Linear
@@ -67,16 +68,19 @@ class Down(nn.Module):
     @nn.compact
     def __call__(self, x, cache=None):
         """[B T H W in], cache -> [B T' H' W' out], cache."""
-        cfg, old, new = self.cfg, cache or {}, {}
+        cfg, old, new, entry = self.cfg, cache or {}, {}, x
         for layer in range(cfg.layers):
             name = f'resnet_{layer}'
             x, new[name] = Resnet(cfg, cfg.encoder_widths[self.level], name=name)(
                 x, old.get(name))
+        space, time = 1, 1
         if self.level < cfg.levels - 1:
             x = Downsample2d(x.shape[-1], dtype=cfg.dtype, name='resample')(x)
+            space = 2
             if cfg.halves_time[self.level]:
                 x, new['time'] = HalveTime(dtype=cfg.dtype, name='time')(x, old.get('time'))
-        return x, new
+                time = 2
+        return x + folded(entry, x.shape[-1], time, space) if cfg.residual else x, new
 
 
 class Up(nn.Module):
@@ -87,15 +91,21 @@ class Up(nn.Module):
     @nn.compact
     def __call__(self, x, cache=None):
         """[B T H W in], cache -> [B T' H' W' out], cache."""
-        cfg, old, new = self.cfg, cache or {}, {}
+        cfg, old, new, entry = self.cfg, cache or {}, {}, x
         for layer in range(cfg.layers + 1):
             name = f'resnet_{layer}'
             x, new[name] = Resnet(cfg, cfg.decoder_widths[self.level], name=name)(
                 x, old.get(name))
-        if self.level < cfg.levels - 1:
-            if cfg.doubles_time[self.level]:
-                x, new['time'] = DoubleTime(dtype=cfg.dtype, name='time')(x, old.get('time'))
-            x = Upsample2d(x.shape[-1] // 2, dtype=cfg.dtype, name='resample')(x)
+        if self.level == cfg.levels - 1:
+            return x, new
+        time = 2 if cfg.doubles_time[self.level] else 1
+        if time == 2:
+            x, new['time'] = DoubleTime(cfg.time_sees_first, cfg.dtype, name='time')(
+                x, old.get('time'))
+        width = x.shape[-1] if cfg.residual else x.shape[-1] // 2
+        x = Upsample2d(width, dtype=cfg.dtype, name='resample')(x)
+        if cfg.residual:       # the copies that the first frame has too many are the first ones
+            x = x + unfolded(entry, width, time, 2)[:, -x.shape[1]:]
         return x, new
 
 
@@ -141,7 +151,9 @@ class Attention(nn.Module):
         """[B T H W C] -> the same."""
         cfg, width = self.cfg, x.shape[-1]
         h = Linear(3 * width, dtype=cfg.dtype, name='qkv')(RMSNorm(cfg.norm_eps, name='norm')(x))
-        q, k, v = rearrange(h, 'b t h w (q c) -> q (b t) (h w) 1 c', q=3)
+        q, seen = h[..., :width], rows.whole(h[..., width:])
+        q, k, v = (rearrange(part, 'b t h w c -> (b t) (h w) 1 c')
+                   for part in (q, seen[..., :width], seen[..., width:]))
         h = rearrange(attention(q, k, v), '(b t) (h w) 1 c -> b t h w c', t=x.shape[1],
                       h=x.shape[2])
         return x + Linear(width, dtype=cfg.dtype, name='proj')(h)
@@ -176,6 +188,7 @@ class HalveTime(nn.Module):
 
 class DoubleTime(nn.Module):
     """One frame to two, by a convolution over time; the first frame of a clip stays alone."""
+    sees_first: bool
     dtype: Any
 
     @nn.compact
@@ -184,11 +197,29 @@ class DoubleTime(nn.Module):
         next. Without a past T is 1, and stays it."""
         width = x.shape[-1]
         run = taps(self, width, 2 * width, self.dtype)
-        if past is None:
+        start = past is None
+        if start:
+            past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+        if start and not self.sees_first:
             # PARITY: the frames behind the first see zeros in its place.
-            return x, jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
+            return x, past
         x = jnp.concatenate([past, x], axis=1)
-        return rearrange(run(x, 1), 'b t h w (p c) -> b (t p) h w c', p=2), x[:, -2:]
+        y = rearrange(run(x, 1), 'b t h w (p c) -> b (t p) h w c', p=2)
+        return y[:, 1:] if start else y, x[:, -2:]
+
+
+def folded(x, features: int, time: int, space: int):
+    """Means of values that are next to each other: [B T H W C] -> [B T/time H/space W/space
+    features], where one frame alone counts as the second of two."""
+    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
+    x = rearrange(x, 'b (t u) (h p) (w q) c -> b t h w (c u p q)', u=time, p=space, q=space)
+    return reduce(x, 'b t h w (o g) -> b t h w o', 'mean', o=features)
+
+
+def unfolded(x, features: int, time: int, space: int):
+    """Copies of values next to each other: [B T H W C] -> [B T*time H*space W*space features]."""
+    x = jnp.repeat(x, features * time * space**2 // x.shape[-1], axis=-1)
+    return rearrange(x, 'b t h w (o u p q) -> b (t u) (h p) (w q) o', u=time, p=space, q=space)
 
 
 def taps(layer, width: int, features: int, dtype):
@@ -218,13 +249,13 @@ def conv(cfg: Any, features: int, name: str):
 
 
 def weights(cfg: Any) -> tuple[Row, ...]:
-    """Names of the published `.pth`."""
-    def rows(torch, path, kernel):
+    """Names of the published `.pth` of either version."""
+    def both(torch, path, kernel):
         return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
                 Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
 
     def conv(torch, path):
-        return rows(torch, path, 'o i t h w -> t h w i o')
+        return both(torch, path, 'o i t h w -> t h w i o')
 
     def norm(torch, path, axes='c 1 1 1'):
         return [Row(f'{torch}.gamma', f'{path}/scale', f'{axes} -> c')]
@@ -234,34 +265,36 @@ def weights(cfg: Any) -> tuple[Row, ...]:
                 *conv(f'{torch}.residual.2', f'{path}/conv1'),
                 *norm(f'{torch}.residual.3', f'{path}/norm2'),
                 *conv(f'{torch}.residual.6', f'{path}/conv2'),
-                *(rows(f'{torch}.shortcut', f'{path}/shortcut', 'o i 1 1 1 -> i o')
+                *(both(f'{torch}.shortcut', f'{path}/shortcut', 'o i 1 1 1 -> i o')
                   if changes else ())]
 
     def network(net, ours, theirs, layers, widths, times, entering):
         made = [*conv(f'{net}.conv1', f'{net}/conv_in'),
                 *resnet(f'{net}.middle.0', f'{net}/mid/resnet_0'),
                 *norm(f'{net}.middle.1.norm', f'{net}/mid/attention/norm', 'c 1 1'),
-                *rows(f'{net}.middle.1.to_qkv', f'{net}/mid/attention/qkv', 'o i 1 1 -> i o'),
-                *rows(f'{net}.middle.1.proj', f'{net}/mid/attention/proj', 'o i 1 1 -> i o'),
+                *both(f'{net}.middle.1.to_qkv', f'{net}/mid/attention/qkv', 'o i 1 1 -> i o'),
+                *both(f'{net}.middle.1.proj', f'{net}/mid/attention/proj', 'o i 1 1 -> i o'),
                 *resnet(f'{net}.middle.2', f'{net}/mid/resnet_1'),
                 *norm(f'{net}.head.0', f'{net}/norm_out'),
                 *conv(f'{net}.head.2', f'{net}/conv_out')]
         for level, width in enumerate(widths):
-            path, first = f'{net}/{ours}_{level}', level * (layers + 1)
+            path = f'{net}/{ours}_{level}'
+            names = [f'{net}.{theirs}.{level}.{theirs}.{part}' if cfg.residual else
+                     f'{net}.{theirs}.{level * (layers + 1) + part}' for part in range(layers + 1)]
             for layer in range(layers):
-                made += resnet(f'{net}.{theirs}.{first + layer}', f'{path}/resnet_{layer}',
+                made += resnet(names[layer], f'{path}/resnet_{layer}',
                                not layer and width != entering[level])
             if level < cfg.levels - 1:
-                torch = f'{net}.{theirs}.{first + layers}'
-                made += rows(f'{torch}.resample.1', f'{path}/resample', 'o i h w -> h w i o')
+                torch = names[layers]
+                made += both(f'{torch}.resample.1', f'{path}/resample', 'o i h w -> h w i o')
                 if times[level]:
-                    made += rows(f'{torch}.time_conv', f'{path}/time', 'o i t 1 1 -> t i o')
+                    made += both(f'{torch}.time_conv', f'{path}/time', 'o i t 1 1 -> t i o')
         return made
 
     down, up = cfg.encoder_widths, cfg.decoder_widths
     return (*network('encoder', 'down', 'downsamples', cfg.layers, down, cfg.halves_time,
                      (down[0], *down)),
-            *rows('conv1', 'encoder/moments', 'o i 1 1 1 -> i o'),
-            *rows('conv2', 'decoder/latents', 'o i 1 1 1 -> i o'),
+            *both('conv1', 'encoder/moments', 'o i 1 1 1 -> i o'),
+            *both('conv2', 'decoder/latents', 'o i 1 1 1 -> i o'),
             *network('decoder', 'up', 'upsamples', cfg.layers + 1, up, cfg.doubles_time,
-                     (up[0], *(width // 2 for width in up))))
+                     (up[0], *(width if cfg.residual else width // 2 for width in up))))

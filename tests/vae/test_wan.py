@@ -181,6 +181,29 @@ def test_released_sizes():
     assert (cfg.spatial_compression, cfg.temporal_compression, cfg.settled) == (8, 4, 29)
 
 
+@pytest.mark.parametrize(('preset', 'encoder', 'decoder'), [
+    ('wan_2_2', 149_627_776, 555_049_228), ('light', 149_627_776, 139_128_972),
+    ('light_v2', 149_627_776, 34_965_580)])
+def test_released_sizes_of_2_2(preset, encoder, decoder):
+    cfg = vae.PRESETS[preset]
+    shapes = vae.shapes(cfg)
+    # The published counts leave out the two that only mix the channels of latents.
+    counts = [sum(leaf.size for path, leaf in convert.flatten(shapes[part]).items()
+                  if not path.startswith(('moments', 'latents')))
+              for part in ('encoder', 'decoder')]
+    assert counts == [encoder, decoder]
+    assert (cfg.spatial_compression, cfg.temporal_compression) == (16, 4)
+    assert vae.Config.from_released(json.loads(json.dumps(cfg.to_released()))) == cfg
+    paths = {row.path for row in vae.weights(cfg)}
+    assert paths == set(convert.flatten(shapes))
+
+
+def test_a_game_fits_its_megabytes():
+    cfg = vae.PRESETS['doom']
+    assert 2 * sum(leaf.size for leaf in jax.tree.leaves(vae.shapes(cfg))) < 4e6
+    assert (cfg.spatial_compression, cfg.temporal_compression, cfg.settled) == (8, 4, 20)
+
+
 @pytest.mark.parametrize(('change', 'message'), [
     ({'dropout': 0.1}, r'dropout = 0.1 \(expected 0.0\)'),
     ({'new_maths': 2}, r'new_maths = 2 \(unknown key\)'),

@@ -1,0 +1,51 @@
+"""Single pickles become parts (the tools' own ways: tests/test_tools.py)."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from matrix_jax import config, convert, released, worlds
+
+
+@pytest.fixture(scope='module')
+def world():
+    return worlds.build(config.load('the_matrix:TINY').world)
+
+
+@pytest.fixture
+def source(world, tmp_path):
+    """A file of the tensors of the autoencoder, in the place of a pickle."""
+    params = world.init(0, only=('vae',))['vae']
+    save_file(convert.to_torch(world.tables['vae'], params), tmp_path / 'VAE.pth')
+    return tmp_path / 'VAE.pth'
+
+
+def test_a_pickle_becomes_the_part_that_it_is_called(world, source, tmp_path):
+    line = released.translate(world.cfg, source, tmp_path / 'new' / 'vae', shutil.copy)
+    assert line == f'{tmp_path}/new/vae: vae of {source}'
+    made = convert.flatten(world.load(tmp_path / 'new', only=('vae',))['vae'])
+    want = convert.flatten(world.init(0, only=('vae',))['vae'])
+    assert made.keys() == want.keys()
+    assert all(np.array_equal(made[path], want[path]) for path in want)
+    assert worlds.describe(world.cfg, tmp_path / 'new').cfg.vae == world.cfg.vae
+
+
+@pytest.mark.parametrize(('target', 'error', 'said'), [
+    ('new', config.UsageError, 'becomes a .safetensors file, or a part of the recipe (transformer'),
+    ('text_encoder', convert.ConversionError, 'VAE.pth: '),
+    ('vae', convert.ConversionError, 'VAE.pth: 1 weight fault(s): missing key decoder.conv_in'),
+])
+def test_what_does_not_fit_is_refused_and_nothing_written(world, source, tmp_path, target, error,
+                                                          said):
+    def unpickle(pickle: Path, tensors: Path):
+        from safetensors.numpy import load_file
+        save_file({name: tensor for name, tensor in load_file(pickle).items()
+                   if name != 'decoder.conv_in.conv.bias'}, tensors)
+
+    with pytest.raises(error) as caught:
+        released.translate(world.cfg, source, tmp_path / target, unpickle)
+    assert said in str(caught.value)
+    assert list(tmp_path.iterdir()) == [source]
