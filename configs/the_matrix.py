@@ -17,7 +17,7 @@ from matrix_jax.stream.swin import Config as Swin
 from matrix_jax.train.consistency import StreamConsistency
 from matrix_jax.train.swin_dpm import SwinDPM
 from matrix_jax.train.vae import Autoencode
-from matrix_jax.train.whole_clip import ControlSFT, LoRA
+from matrix_jax.train.whole_clip import ControlSFT, LoRA, WholeClip
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds.the_matrix import Config
 
@@ -64,6 +64,7 @@ TINY_LORA = dataclasses.replace(
     train=Train(steps=2, batch=2, log_every=1),
     world=dataclasses.replace(TINY.world, dit=dataclasses.replace(TINY.world.dit, control=None)))
 TINY_CONTROL = dataclasses.replace(TINY, stage=ControlSFT(clip_frames=(9,)), train=TINY_LORA.train)
+TINY_WHOLE = dataclasses.replace(TINY, stage=WholeClip(clip_frames=(9,)), train=TINY_LORA.train)
 TINY_SWIN = dataclasses.replace(
     TINY, stage=SwinDPM(), train=Train(steps=2, batch=2, log_every=1),
     world=dataclasses.replace(TINY.world, decode_chunk=1, stream=Swin(

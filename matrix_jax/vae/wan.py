@@ -103,8 +103,9 @@ class Config:
             raise ValueError(f'vae.dim: got a decoder level of {odd[0]} channels, expected an even '
                              'number, as it is halved with the next level')
         for name in ('dim', 'decoder_dim', 'layers', 'patch_size', 'chunk'):
-            if (getattr(self, name) or 1) < 1:
-                raise ValueError(f'vae.{name}: got {getattr(self, name)}, expected at least 1')
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f'vae.{name}: got {value}, expected at least 1')
 
     @property
     def levels(self) -> int:
