@@ -66,6 +66,7 @@ class Config:
       height, width: pixels of a frame.
       fps: frames per second; the reference writes its files at 12, trained on 25.
       prompt: which of the start pictures is the usual one; the networks read no text.
+      mirror: whether a mirrored clip with mirrored keys and mouse is a valid example.
     """
     dit: dit.Config = dit.PRESETS['universal']
     vae: vae.Config = vae.PRESETS['wan_2_1']
@@ -78,6 +79,7 @@ class Config:
     width: int = 640
     fps: int = 25
     prompt: str = ''
+    mirror: bool = True
     name: str = 'MatrixGame2'
 
     def __post_init__(self):

@@ -1,0 +1,37 @@
+"""Doom, the bundled world to walk in: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
+
+    tools/collect.py vizdoom --out data/doom --hours 1 --themes all
+    tools/train.py doom:VAE      --out runs/vae
+    tools/train.py doom:VAE_LONG --out runs/long --weights runs/vae/weights
+"""
+
+import dataclasses
+
+from matrix_jax.config import Run, Train
+from matrix_jax.dit.wan_actions import Actions
+from matrix_jax.dit.wan_config import Config as Dit
+from matrix_jax.encoders.clip_image import Config as Image
+from matrix_jax.stream.causal import Config as Causal
+from matrix_jax.train.optim import Optimizer
+from matrix_jax.train.vae import Autoencode
+from matrix_jax.vae import wan as vae
+from matrix_jax.worlds.matrix_game_2 import Config
+
+DEFAULT = 'VAE'
+IMAGE = Image(image=56, dim=64, heads=2, layers=3)
+# 60 tokens a latent frame; a block sees the six frames (1.5 seconds) before its own three.
+DIT = Dit(heads=4, head_dim=48, layers=6, mlp=768, time_dim=64, image_dim=IMAGE.dim,
+          image_length=IMAGE.tokens, local=9, actions=Actions(
+              end=4, embed=16, keyboard_width=128, mouse_width=128, heads=4, axes=(8, 12, 12)))
+WORLD = Config(name='Doom', dit=DIT, vae=vae.PRESETS['doom'], image=IMAGE, height=96, width=160,
+               fps=16, stream=Causal(steps=(1000, 750, 500, 250)))
+
+MUON = Optimizer(kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
+                 weight_decay=0.0)
+# Short clips first, because they are cheap; then longer ones, because all latent frames but the
+# first ones are coded with frames before them.
+VAE = Run(world=WORLD, data='data/doom', stage=Autoencode(ema=0.99, optimizer=MUON),
+          train=Train(steps=2400, batch=2, save_every=200))
+VAE_LONG = Run(world=WORLD, data='data/doom', stage=Autoencode(
+    frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)),
+    train=Train(steps=600, batch=1, save_every=100))
