@@ -2,7 +2,8 @@
 
 A safetensors file with `weights/*` (names of the reference's state dict), `inputs/*` and
 `outputs/*`; its metadata says what to run (`system`, `kind`), its sizes and options (`config`,
-JSON), and how close the outputs must be (`atol`, `rtol`). Control signals are recorded as JSON.
+JSON), and how close the outputs must be (`atol`, `rtol`). A file without weights may name another
+beside it that has them (`weights`). Control signals are recorded as JSON.
 """
 
 from __future__ import annotations
@@ -56,17 +57,12 @@ def read(path: str | Path) -> Record:
       BadInput: not a file, damaged, or without the metadata of a recording.
     """
     path = Path(path)
-    if not path.is_file():
-        raise BadInput(f'{path}: not a file')
     if path.suffix == '.json':
         return _read_signals(path)
-    from safetensors import SafetensorError, safe_open
-    try:
-        with safe_open(path, 'np') as file:
-            metadata = Fields(f'{path}: metadata', file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f'{path}: not a readable safetensors file ({error})') from None
+    metadata, tensors = _read_tensors(path)
+    if 'weights' in metadata:
+        lent = _read_tensors(path.parent / metadata['weights'])[1]
+        tensors |= {name: lent[name] for name in lent if name.startswith('weights/')}
     parts = [Fields(f'{path}: {prefix[:-1]}', {name.removeprefix(prefix): tensor
                                               for name, tensor in tensors.items()
                                               if name.startswith(prefix)}) for prefix in PREFIXES]
@@ -86,7 +82,25 @@ def read(path: str | Path) -> Record:
     return Record(path, metadata['system'], metadata['kind'], config, *parts, atol, rtol)
 
 
+def _read_tensors(path: Path) -> tuple[Fields, dict]:
+    """(metadata, tensors by name) of a safetensors file."""
+    _check_file(path)
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, 'np') as file:
+            metadata = Fields(f'{path}: metadata', file.metadata() or {})
+            return metadata, {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f'{path}: not a readable safetensors file ({error})') from None
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise BadInput(f'{path}: not a file')
+
+
 def _read_signals(path: Path) -> Record:
+    _check_file(path)
     try:
         content = json.loads(path.read_text(encoding='utf-8'))
     except ValueError as error:

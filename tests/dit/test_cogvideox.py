@@ -19,9 +19,6 @@ from matrix_jax.nn.linear import Linear, quantize
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
-CASES = ('a_stage1_transformer', 'a_stage2_transformer', 'a_stage2_transformer_offsize',
-         'b_stage3_transformer', 'b_stage3_transformer_uniform_t', 'b_stage4_transformer',
-         'b_stage4_transformer_nocond')
 TINY = cogvideox.PRESETS['tiny']
 
 
