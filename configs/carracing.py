@@ -5,9 +5,11 @@
     tools/train.py carracing:VAE_LONG --out runs/long --weights runs/vae/weights
     tools/train.py carracing:BASE     --out runs/base --weights runs/long/weights
     tools/train.py carracing:SWIN     --out runs/swin --weights runs/base/weights
-    tools/generate.py carracing:SWIN  --weights runs/swin/weights
     tools/train.py carracing:STREAM   --out runs/stream --weights runs/swin/weights
     tools/generate.py carracing:STREAM --weights runs/stream/weights
+
+The weights of the last three stages are bundled: PLAY is STREAM's, TEACHER is SWIN's, and CLIPS is
+BASE's, which makes clips of two seconds from noise.
 """
 
 import dataclasses
@@ -38,7 +40,6 @@ WORLD = Config(
 MUON = Optimizer(kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
                  weight_decay=0.0)
 
-PLAY = Run(world=WORLD, weights='carracing')
 # Short clips first, because they are cheap; then clips of three encoder chunks, because all chunks
 # but the first are coded with the frames before them.
 VAE = Run(world=WORLD, data='data/carracing', stage=Autoencode(ema=0.99, optimizer=MUON),
@@ -48,7 +49,7 @@ VAE_LONG = Run(world=WORLD, data='data/carracing', stage=Autoencode(
     train=Train(steps=1400, batch=1, save_every=200))
 # Stage 2: whole clips of two seconds from nothing but text and keys.
 BASE = Run(
-    world=dataclasses.replace(WORLD, clip=Clip(steps=20, guidance=1.0, solver='ddim')),
+    world=dataclasses.replace(WORLD, clip=Clip(steps=20, guidance=1.0, solver='ddim', longest=2)),
     data='data/carracing', stage=WholeClip(
         clip_frames=(33,), ema=0.995, text_dropout=0.05, train_encoders=True,
         optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=900, batch=8))
@@ -63,3 +64,9 @@ STREAM = Run(
     data='data/carracing', stage=StreamConsistency(
         ema=0.99, rollout=8, control_guidance=3.0, optimizer=dataclasses.replace(
             MUON, learning_rate=5e-4, adam_rate=1e-4)), train=Train(steps=1500, batch=8))
+
+PLAY = Run(world=STREAM.world, weights='carracing')
+# Twenty steps from noise to picture, each of them twice: with the keys, and without.
+TEACHER = Run(world=dataclasses.replace(WORLD, stream=dataclasses.replace(
+    WORLD.stream, control_guidance=3.0)), weights='carracing_swin')
+CLIPS = Run(world=BASE.world, weights='carracing_base')

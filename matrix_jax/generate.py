@@ -18,6 +18,8 @@ from matrix_jax.config import UsageError
 from matrix_jax.data import starts
 from matrix_jax.stream.pipeline import Pipeline
 
+DEFAULT_LENGTH = 8      # seconds
+
 
 @dataclasses.dataclass
 class Clip:
@@ -87,12 +89,12 @@ class Player:
         params, decoder = world.apart(params)
         params = world.ready(params)
         self.world, self.params = world, params
+        self._mesh = sharding.mesh_of(params)
         self._condition = jax.jit(world.condition)
         self._pipeline = self._prefill = None
         if decoder is None:
             stream = world.stream(entry)
-            self._init = jax.jit(stream.init)
-            self._step = jax.jit(stream.step, donate_argnums=1)
+            self._init, self._step = jax.jit(stream.init), stream.step
             if stream.prefill is not stream.step:
                 self._prefill = jax.jit(stream.prefill, donate_argnums=1)
         else:
@@ -112,9 +114,10 @@ class Player:
           (carry, the text that did not fit the model, '' if all did).
         """
         given, cut = self.world.inputs(prompt, frames, known)
-        condition = self._condition(self.params, *given)
-        carry = self._init(self.params, condition, jax.random.split(jax.random.key(seed), 1))
-        return carry, cut
+        key = jax.random.split(jax.random.key(seed), 1)
+        with sharding.within(self._mesh):
+            condition = self._condition(self.params, *given)
+            return self._init(self.params, condition, key), cut
 
     def compile(self, carry, steps: list[list[str]]):
         """Compiles for this carry and the controls of steps to come.
@@ -123,17 +126,21 @@ class Player:
           (carry, frames or None): where the first step differs from the others, it is made here.
         """
         frames = None
-        if self._prefill:
-            carry, frames = self._prefill(self.params, carry, self._encoded(steps[0]))
-            steps = steps[1:]
-        if steps and self._pipeline:
-            self._pipeline.compile(self.params, carry, self._encoded(steps[0]))
-        elif steps:
-            self._step = self._step.lower(self.params, carry, self._encoded(steps[0])).compile()
+        with sharding.within(self._mesh):
+            if self._prefill:
+                carry, frames = self._prefill(self.params, carry, self._encoded(steps[0]))
+                steps = steps[1:]
+            if steps and self._pipeline:
+                self._pipeline.compile(self.params, carry, self._encoded(steps[0]))
+            elif steps:
+                step = jax.jit(self._step, donate_argnums=1,
+                               out_shardings=(sharding.places(carry), None))
+                self._step = step.lower(self.params, carry, self._encoded(steps[0])).compile()
         return carry, frames
 
     def step(self, carry, given: list[str]):
-        """One step under the newest controls -> (carry, frames uint8 [B F H W 3] on device)."""
+        """One step under the newest controls -> (carry, frames uint8 [B F H W 3] on device); after
+        `compile`."""
         return self._step(self.params, carry, self._encoded(given))
 
     def _encoded(self, given):
@@ -162,8 +169,9 @@ def stream_frames(player: Player, carry, steps: list[list[str]], clip: Clip,
 
 
 def generate(world, params, folder, *, prompt: str | None = None, control: str | None = None,
-             length: int = 8, seed: int = 42, control_seed: int = 42, pad: str | None = None,
-             image: str | None = None, video_path: str | None = None, say=lambda line: None):
+             length: int = DEFAULT_LENGTH, seed: int = 42, control_seed: int = 42,
+             pad: str | None = None, image: str | None = None, video_path: str | None = None,
+             say=lambda line: None):
     """Plans, compiles and starts a clip.
 
     Args:
@@ -214,7 +222,8 @@ def whole_clip(world, params, prompt: str, start, symbols: list[str], notes: lis
     notes = notes + cut_note(world, cut)
     given = (params, *given, jax.random.key(seed))
     began = time.perf_counter()
-    make = jax.jit(world.sample_clip).lower(*given).compile()
+    with sharding.within(sharding.mesh_of(params)):
+        make = jax.jit(world.sample_clip).lower(*given).compile()
     clip = Clip(symbols, notes, compile_seconds=time.perf_counter() - began)
 
     def frames():
@@ -265,6 +274,11 @@ def summary(run) -> str:
     return worlds.build(run.world).summary(sharding.abstract_mesh(run.mesh))
 
 
+def _length(world, given: int | None) -> int:
+    """Seconds of a video: what was asked for, else 8 or the longest whole clip."""
+    return min(DEFAULT_LENGTH, world.longest or DEFAULT_LENGTH) if given is None else given
+
+
 def to_file(run, options):
     """What `tools/generate.py` does: checks all, then writes one video -> (path, Clip, frames)."""
     from tqdm import tqdm
@@ -276,12 +290,12 @@ def to_file(run, options):
         frames, clip = replayed(run, options)
         world = worlds.build(run.world)
     else:
-        plan(worlds.build(run.world), options.length, options.control, options.control_seed,
-             options.pad)
+        length = _length(worlds.build(run.world), options.length)
+        plan(worlds.build(run.world), length, options.control, options.control_seed, options.pad)
         world, params = worlds.open_run(run, apart=run.world.clip is None)
         frames, clip = generate(
             world, params, checkpoint.resolve(run.weights), prompt=options.prompt,
-            control=options.control, length=options.length, seed=options.seed,
+            control=options.control, length=length, seed=options.seed,
             control_seed=options.control_seed, pad=options.pad, image=options.image,
             video_path=options.video, say=print)
     for note in clip.notes:

@@ -17,7 +17,8 @@ def main(argv):
         'JSON, a file of either, or benchmark')
     add('--control-seed', type=int, default=42, help='seed of random controls (default 42)')
     add('--pad', choices=('random', 'hold'), help='how to go on where the controls end')
-    add('--length', type=int, default=8, help='seconds (default 8)')
+    add('--length', type=int, help='seconds (default 8, or the most that a recipe of whole clips '
+        'makes, if that is less)')
     add('--seed', type=int, default=42, help='seed of all noise (default 42)')
     add('--image', help='picture to start from')
     add('--video', help='clip to start from')

@@ -21,15 +21,18 @@ class Config:
       guidance: classifier-free guidance g; 1 or less switches it off.
       dynamic_guidance: whether the scale moves within [1, 1 + g] from step to step.
       solver: 'ddim', 'dpm', or None for the scheduler's own.
+      longest: seconds of the longest clip.
     """
     steps: int = 50
     guidance: float = 6.0
     dynamic_guidance: bool = True
     solver: str | None = None
+    longest: int = 4
 
     def __post_init__(self):
-        if self.steps < 1:
-            raise ValueError(f'steps: got {self.steps}, expected at least 1')
+        for name in ('steps', 'longest'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}: got {getattr(self, name)}, expected at least 1')
         if self.solver not in (None, 'ddim', 'dpm'):
             raise ValueError(f"solver: got {self.solver!r}, expected 'ddim', 'dpm' or None")
 

@@ -138,15 +138,20 @@ class World(Parts):
         cfg = self.cfg
         return np.stack([start.fit(frame, cfg.height, cfg.width) for frame in frames])
 
+    @property
+    def longest(self) -> int | None:
+        """Whole seconds of the longest video; None for a stream."""
+        cfg = self.cfg
+        return cfg.clip and (1 + cfg.stream.ratio * (cfg.clip.longest - 1)) // cfg.fps
+
     def needed(self, length: int) -> int:
         """Actions of a video of at least that many seconds: 9 + 12k frames, or 1 + 4k of a clip."""
         cfg, frames = self.cfg, length * self.cfg.fps
         if cfg.clip is None:
             first, block = cfg.stream.first_actions, cfg.stream.block_actions
             return first + block * max(0, -(-(frames - first) // block))
-        longest = 1 + cfg.stream.ratio * (cfg.clip.longest - 1)
-        if frames > longest:
-            raise UsageError(f'--length: got {length}, expected at most {longest // cfg.fps}: this '
+        if length > self.longest:
+            raise UsageError(f'--length: got {length}, expected at most {self.longest}: this '
                              'model makes whole clips (the distilled ones stream)')
         return 1 + cfg.stream.ratio * (-(-(frames - 1) // cfg.stream.ratio))
 
@@ -190,6 +195,11 @@ class World(Parts):
         """Frames uint8 [B F H W 3], F = 1 + 4k -> latents [B T H W C], scaled, posterior mean."""
         mean, _ = vae.encode(self.cfg.vae, params['vae'], start.pixels(frames))
         return vae.scaled(self.cfg.vae, mean)
+
+    def encode_step(self, params, cache, frames):
+        """One chunk of a long clip: frames uint8 [B F H W 3] -> (cache, latents [B T H W C])."""
+        cache, mean, _ = vae.encode_step(self.cfg.vae, params['vae'], cache, start.pixels(frames))
+        return cache, vae.scaled(self.cfg.vae, mean)
 
     def decoder(self) -> streams.Decoder:
         """Streaming decoder: latents of one block -> uint8 frames."""
@@ -272,7 +282,8 @@ def split_actions(cfg: dit.Config, actions):
 def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
     """The world that a weights folder describes; see `the_matrix.read_folder`."""
     return dataclasses.replace(cfg, **read_parts(World(cfg), folder, whole, {
-        'dit': ('dtype', 'remat', 'scan_unroll'), 'vae': ('dtype', 'chunk'), 'image': ('dtype',)}))
+        'dit': ('dtype', 'remat', 'scan_unroll', 'exchange'), 'vae': ('dtype', 'chunk'),
+        'image': ('dtype',)}))
 
 
 def to_uint8(frames):

@@ -117,14 +117,19 @@ class World(Parts):
         """uint8 [F H W 3] of any size -> the world's size."""
         return video.fit(frames, self.cfg.height, self.cfg.width)
 
+    @property
+    def longest(self) -> int | None:
+        """Seconds of the longest video; None for a stream."""
+        return self.cfg.clip and self.cfg.clip.longest
+
     def needed(self, length: int) -> int:
         """Symbols of a video of at least that many seconds."""
         cfg = self.cfg
         if cfg.clip is None:
             groups = length * cfg.fps / (cfg.frames_per_control * cfg.stream.group_frames)
             return math.ceil(groups) * cfg.stream.group_frames
-        if length > controls.BASE_SECONDS:
-            raise UsageError(f'--length: got {length}, expected at most {controls.BASE_SECONDS}: '
+        if length > self.longest:
+            raise UsageError(f'--length: got {length}, expected at most {self.longest}: '
                              'this model denoises whole clips (stages 3 and 4 stream)')
         return 1 + length * cfg.fps // cfg.frames_per_control
 
@@ -389,7 +394,7 @@ def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
       whole: whether every part is to be loaded; else the parts that are not there are the recipe's.
     """
     fields = read_parts(World(cfg), folder, whole, {
-        'dit': ('dtype', 'remat', 'scan_unroll', 'int8'),
+        'dit': ('dtype', 'remat', 'scan_unroll', 'int8', 'exchange'),
         'vae': ('dtype', 'single_latent_frames')})
     if whole or (Path(folder) / 'scheduler').is_dir():
         released = checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json')
