@@ -197,6 +197,23 @@ def axes(table: Table) -> dict:
     return unflatten({row.path: row.axes() for row in table if isinstance(row, Row) and row.keys()})
 
 
+def config_faults(released: Mapping, fixed: Mapping, known, where: str = '') -> list[str]:
+    """What a released config.json asks for that a network does not do, one text a fault.
+
+    Args:
+      released: keys and values; those of null, and keys that start with '_', ask for nothing.
+      fixed: keys with the one value that the network does.
+      known: the other keys.
+      where: goes before each key.
+    """
+    asked = {key: list(value) if isinstance(value, tuple) else value
+             for key, value in released.items() if not key.startswith('_') and value is not None}
+    faults = [f'{where}{key} = {asked[key]!r} (expected {want!r})' for key, want in fixed.items()
+              if asked.get(key, want) != want]
+    return faults + [f'{where}{key} = {value!r} (unknown key)' for key, value in asked.items()
+                     if key not in fixed and key not in known]
+
+
 def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:
     """Nested dict -> {'a/b/c': leaf}."""
     flat = {}

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matrix_jax import convert
+
 SPACINGS = ('trailing', 'leading', 'linspace')
 SOLVERS = {'ddim': 'CogVideoXDDIMScheduler', 'dpm': 'CogVideoXDPMScheduler'}
 FIXED = {'beta_schedule': 'scaled_linear', 'prediction_type': 'v_prediction', 'clip_sample': False,
@@ -67,11 +69,9 @@ class SchedulerConfig:
         name = released.get('_class_name', SOLVERS['ddim'])
         faults = [] if name.startswith('CogVideoX') else [
             f'_class_name = {name!r} (expected a CogVideoX scheduler)']
-        faults += [f'{key} = {released[key]!r} (expected {want!r})' for key, want in FIXED.items()
-                   if released.get(key, want) != want]
-        known = {*FIELDS, *FIXED, *IGNORED}
-        faults += [f'{key} = {value!r} (unknown key)' for key, value in released.items()
-                   if key not in known and not key.startswith('_') and value not in (None, False)]
+        known = {*FIELDS, *IGNORED}
+        off = {key for key, value in released.items() if value in (None, False)}
+        faults += convert.config_faults(released, FIXED, known | off)
         if faults:
             raise ValueError('scheduler config: ' + '; '.join(faults))
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}

@@ -84,13 +84,17 @@ ARGUMENTS = ('dim', 'z_dim', 'dim_mult', 'num_res_blocks', 'temperal_downsample'
 
 
 def _vae(record: Record):
-    """The autoencoder of a recording; one without the weights of its decoder gets the encoder."""
     cfg = wan.Config.from_released({name: record.config[name] for name in ARGUMENTS})
-    table, shapes = wan.weights(cfg), wan.shapes(cfg)
-    if not any(name.startswith('decoder.') for name in record.weights):
-        table = [row for row in table if row.path.startswith('encoder/')]
-        shapes = {'encoder': shapes['encoder']}
-    return cfg, convert.to_jax(table, record.weights, shapes)
+    return cfg, halves(cfg, record)
+
+
+def halves(cfg: wan.Config, record: Record) -> dict:
+    """Parameters of the encoder, of the decoder or of both, whichever a recording has."""
+    both = wan.shapes(cfg)
+    found = {half: both[half] for half in both
+             if any(name.startswith(half) for name in record.weights)}
+    table = [row for row in wan.weights(cfg) if row.path.split('/')[0] in found]
+    return convert.to_jax(table, record.weights, found)
 
 
 REPLAYS = {'vae': autoencoder, 'cond_concat': cond_concat, 'clip_visual': clip_visual}

@@ -10,7 +10,7 @@ import numpy as np
 
 from matrix_jax import convert
 from matrix_jax.parity.record import Record, clip, torch_clip
-from matrix_jax.parity.wan import compiled, slots
+from matrix_jax.parity.wan import compiled, halves, slots
 from matrix_jax.vae import wan
 
 ARGUMENTS = ('dim', 'dec_dim', 'z_dim', 'dim_mult', 'num_res_blocks', 'temperal_downsample',
@@ -48,7 +48,6 @@ def stream(record: Record) -> dict:
 
 
 def _vae(record: Record):
-    """The autoencoder of a recording; one without the weights of its encoder gets the decoder."""
     told = record.config['vae']
     sizes = {name: told[name] for name in ARGUMENTS}
     for name in ('dim', 'dec_dim'):       # a pruned network is declared with its full widths
@@ -57,11 +56,7 @@ def _vae(record: Record):
         'latents_mean': record.inputs['mean'].tolist(),
         'latents_std': record.inputs['std'].tolist(), 'patch_size': 2,
         'residual': True, 'time_sees_first': True, 'norm_eps': 1e-6})
-    table, shapes = wan.weights(cfg), wan.shapes(cfg)
-    if not any(name.startswith('encoder.') for name in record.weights):
-        table = [row for row in table if row.path.startswith('decoder/')]
-        shapes = {'decoder': shapes['decoder']}
-    return cfg, convert.to_jax(table, record.weights, shapes)
+    return cfg, halves(cfg, record)
 
 
 REPLAYS = {'vae': autoencoder, 'vae_stream': stream, 'lightvae_stream': stream}

@@ -25,7 +25,7 @@ from einops import rearrange
 
 from matrix_jax import convert
 from matrix_jax.nn import fresh, rows
-from matrix_jax.vae.chunks import chunked
+from matrix_jax.vae.chunks import check_latents, chunked
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
 from matrix_jax.vae.cogvideox_layers import weights as weights  # the table, for whoever loads
 from matrix_jax.vae.tiling import Tiles, covers, tiled, windowed
@@ -114,16 +114,10 @@ class Config:
         Raises:
           ValueError: a key asks for maths that this network does not have.
         """
-        released = {key: value for key, value in released.items() if not key.startswith('_')}
         levels = len(released.get('block_out_channels', cls.block_out_channels))
         fixed = FIXED | {'down_block_types': ['CogVideoXDownBlock3D'] * levels,
                          'up_block_types': ['CogVideoXUpBlock3D'] * levels}
-        faults = [f'{key} = {released[key]!r} (expected {want!r})' for key, want in fixed.items()
-                  if key in released and _plain(released[key]) != want]
-        known = set(FIELDS) | set(fixed) | set(IGNORED)
-        faults += [f'{key} = {value!r} (unknown key)' for key, value in released.items()
-                   if key not in known and value is not None]
-        if faults:
+        if faults := convert.config_faults(released, fixed, {*FIELDS, *IGNORED}):
             raise ValueError('vae config: ' + '; '.join(faults))
         return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
                       if theirs in released})
@@ -260,9 +254,7 @@ def step(cfg: Config, params, cache, latents):
     Raises:
       ValueError: the latents do not fit the network.
     """
-    if latents.ndim != 5 or latents.shape[-1] != cfg.latent_channels or not latents.shape[1]:
-        raise ValueError(f'vae.decode: got latents {latents.shape}, expected [B T h w '
-                         f'{cfg.latent_channels}] with T > 0')
+    check_latents(latents, cfg.latent_channels)
     net = Decoder(cfg)
 
     def run(params, cache, latents):

@@ -22,7 +22,7 @@ from einops import rearrange
 
 from matrix_jax import convert
 from matrix_jax.nn import fresh, rows
-from matrix_jax.vae.chunks import chunked
+from matrix_jax.vae.chunks import check_latents, chunked
 from matrix_jax.vae.wan_layers import Decoder, Encoder
 from matrix_jax.vae.wan_layers import weights as weights  # the table, for whoever loads
 
@@ -162,12 +162,7 @@ class Config:
         Raises:
           ValueError: a key asks for maths that this network does not have.
         """
-        released = {key: value for key, value in released.items() if not key.startswith('_')}
-        faults = [f'{key} = {released[key]!r} (expected {want!r})' for key, want in FIXED.items()
-                  if key in released and released[key] != want]
-        faults += [f'{key} = {value!r} (unknown key)' for key, value in released.items()
-                   if key not in FIELDS and key not in FIXED]
-        if faults:
+        if faults := convert.config_faults(released, FIXED, FIELDS):
             raise ValueError('vae config: ' + '; '.join(faults))
         return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
                       if theirs in released})
@@ -276,18 +271,12 @@ def prefill(cfg: Config, params, latents):
 def step(cfg: Config, params, cache, latents):
     """Decodes what follows: latents [B T h w C] -> (cache, frames [B 4T H W out]).
 
-    Args:
-      cfg: sizes.
-      params: weights.
-      cache: of `prefill` or of the step before; None starts anew.
-      latents: [B T h w C], unscaled.
+    The cache is that of `prefill` or of the step before; None starts anew.
 
     Raises:
       ValueError: the latents do not fit the network.
     """
-    if latents.ndim != 5 or latents.shape[-1] != cfg.latent_channels or not latents.shape[1]:
-        raise ValueError(f'vae.decode: got latents {latents.shape}, expected [B T h w '
-                         f'{cfg.latent_channels}] with T > 0')
+    check_latents(latents, cfg.latent_channels)
     cache, frames = rows.split(_coded(Decoder(cfg), cfg.chunk), params['decoder'], cache,
                                latents.astype(cfg.dtype))
     return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
