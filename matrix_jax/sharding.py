@@ -33,7 +33,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from matrix_jax.mesh import AXES
 
 RULES = {'batch': ('data', 'fsdp'), 'rows': 'seq', 'tokens': 'seq', 'heads': 'tensor',
-         'mlp': 'tensor', 'embed': 'fsdp'}
+         'mlp': 'tensor', 'embed': 'fsdp',
+         # Heads of a device that has traded its tokens for them.
+         'shared heads': ('tensor', 'seq')}
 LETTERS = {'b': 'batch', 'n': 'tokens', 'd': 'embed', 'k': 'heads', 'm': 'mlp'}
 
 
@@ -122,6 +124,17 @@ def mesh_of(tree) -> Mesh | None:
     return None
 
 
+def places(tree):
+    """The shardings of a tree of arrays on a mesh; None on one device, where there is no choice.
+
+    A carry has to lie at the end of a step as it did at the start, or the next step is compiled
+    anew.
+    """
+    if mesh_of(tree) is None:
+        return None
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
 def made(compiled):
     """Tree of ShapeDtypeStructs of what a compiled program gives, with where it will lie."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
@@ -130,6 +143,13 @@ def made(compiled):
 
 
 # --- inside a program ------------------------------------------------------------------------
+
+
+def ways(name: str) -> int:
+    """Parts that the mesh in force makes of an axis; 1 without one, or in the program of a device.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty or mesh.manual_axes else _ways(name, mesh)
 
 
 def constrain(x, *names):
@@ -148,7 +168,8 @@ def spread(function, arguments, result):
     """`function` of each device's part of its arguments, as a program of its own per device.
 
     Within `jax.set_mesh`; without a mesh, or in such a program, it is `function`. What it computes
-    must not cross the axes that split. An axis that does not divide stays whole.
+    must not cross the axes that split, but by `trade` and `gather`. An axis that does not divide
+    stays whole.
 
     Args:
       function: arrays -> array.
@@ -166,13 +187,27 @@ def spread(function, arguments, result):
     return call
 
 
+def trade(x, name: str, given: int, taken: int):
+    """Within `spread`: axis `taken`, of which devices hold parts by `name`, comes together, and
+    axis `given` is parted instead. One all-to-all."""
+    return jax.lax.all_to_all(x, RULES[name], given, taken, tiled=True)
+
+
+def gather(x, name: str, axis: int):
+    """Within `spread`: the parts by `name` of an axis side by side on every device. One
+    all-gather."""
+    return jax.lax.all_gather(x, RULES[name], axis=axis, tiled=True)
+
+
 def fitting(names, shape, mesh, uneven: str = '') -> PartitionSpec:
     """`spec` of the axes of an array that divide evenly over a mesh, or may do without."""
-    def ways(name):
-        rule = RULES.get(name) or ()
-        return math.prod(mesh.shape[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
-    return spec(name if name == uneven or size % ways(name) == 0 else None
+    return spec(name if name == uneven or size % _ways(name, mesh) == 0 else None
                 for name, size in zip(names, shape, strict=True))
+
+
+def _ways(name, mesh) -> int:
+    rule = RULES.get(name) or ()
+    return math.prod(mesh.shape[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
 
 
 # --- parameters ------------------------------------------------------------------------------

@@ -163,7 +163,15 @@ def _group(line: str, devices: int) -> int:
     if listed:
         return listed[1].count(',') + 1
     iota = re.search(r'replica_groups=\[\d+,(\d+)\]', line)
-    return int(iota[1]) if iota else devices
+    if iota:
+        return int(iota[1])
+    named = re.search(r'replica_groups=mesh\[(.*?)\] \{(.*?)\}', line)
+    if not named:
+        return devices
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    # An axis, or a part of one: 'axis_2':(1)4 is 4 devices of it.
+    return math.prod(int(part or sizes[axis]) for axis, part in
+                     re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
 
 
 # --- compiling -------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
 
+from matrix_jax.nn import sequence
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import PairedAdaLN
@@ -77,13 +77,13 @@ class ControlBlock(nn.Module):
     def __call__(self, video, control, time, counts, rows=None):
         """Video [B T N/T D], control [B T D], time [B T P], counts [N T] -> video.
 
-        With `rows` int32 [B T], control is a table [1 S D] of which each frame has one row.
+        Counts are in the order of `sequence.flatten`. With `rows` int32 [B T], control is a table
+        [1 S D] of which each frame has one row.
         """
         normed, keys, gate, _ = PairedAdaLN(self.eps, name='norm1')(video, control, time)
-        queries = rearrange(normed, 'b t n d -> b (t n) d')
+        queries = sequence.flatten(normed)
         if rows is None:
             keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
         y = MultiHead(self.heads, dtype=self.dtype, name='attention')(queries, keys, counts,
                                                                       rows=rows)
-        y = rearrange(y, 'b (t n) d -> b t n d', t=video.shape[1])
-        return (video + gate * y).astype(self.dtype)
+        return (video + gate * sequence.unflatten(y, video.shape[1])).astype(self.dtype)

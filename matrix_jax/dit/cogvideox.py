@@ -25,10 +25,12 @@ from matrix_jax.convert import Row
 from matrix_jax.dit.actions import ControlEmbedding, visibility
 from matrix_jax.dit.cogvideox_layers import Block, SteeredLayer, stack
 from matrix_jax.dit.rows import adaln_rows, attention_rows, linear_rows, norm_rows
+from matrix_jax.nn import sequence
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
 from matrix_jax.nn.once import COLLECTION, once
 from matrix_jax.nn.rope import scaled_positions, sincos_3d
+from matrix_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,8 @@ class Config:
         'dots' (its matrix products are kept).
       scan_unroll: layers per scan iteration.
       int8: which linear layers of the blocks multiply in 8 bits, where the network only runs.
+      exchange: what devices that share the tokens exchange in an attention: its 'heads', its
+        'keys', or 'auto' (`nn.attention.route`).
     """
     heads: int = 30
     head_dim: int = 64
@@ -91,6 +95,7 @@ class Config:
     remat: Literal['none', 'block', 'dots'] = 'none'
     scan_unroll: int = 1
     int8: Literal['none', 'attention', 'blocks'] = 'none'
+    exchange: Literal['auto', 'heads', 'keys'] = 'auto'
 
     def __post_init__(self):
         if self.width % 16:
@@ -228,8 +233,12 @@ class DiT(nn.Module):
             cfg.width, cfg.time_dim, cfg.guidance_dim, dtype, name='time_embedding')(
                 level, guidance))
         patches = rearrange(latents, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
+        # Every device has the small latents; how tokens are split says nothing about those.
+        patches = constrain(patches, 'batch', None, None, None)
+        patches = constrain(sequence.pad(patches, 2), 'batch', None, 'tokens', None)
         video = Linear(cfg.width, dtype=dtype, name='patch')(patches)
-        video = video + positions(cfg, frames, rows, columns).astype(dtype)
+        video = video + sequence.pad(positions(cfg, frames, rows, columns), 1).astype(dtype)
+        text = constrain(sequence.pad(text, 1), 'batch', 'tokens', None)
         text = (text.astype(dtype) if self.ready else
                 Linear(cfg.width, dtype=dtype, name='text')(text))
         steering = None
@@ -240,13 +249,14 @@ class DiT(nn.Module):
                 time = time + Linear(cfg.time_dim, dtype=dtype, name='control_time')(embedded)
             count = (embedded if symbols is None else symbols).shape[1]
             seen = visibility(frames * rows * columns, count, cfg.control.recency)
-            steering = (embedded, seen, symbols)
+            steering = (embedded, sequence.table(seen, frames), symbols)
 
         tokens = (video, text)
         for name, (start, stop) in cfg.segments.items():
             layer = {'steered': SteeredLayer}.get(name, Block)
             given = (time, steering) if name == 'steered' else (time,)
-            tokens, _ = stack(layer, cfg, stop - start, len(given))(cfg, name=name)(tokens, *given)
+            layers = stack(layer, cfg, stop - start, len(given))
+            tokens, _ = layers(cfg, rows * columns, name=name)(tokens, *given)
 
         video = LayerNorm(cfg.eps, name='norm_final')(tokens[0])
         parts = once(self, 'parts', lambda: Linear(2 * cfg.width, name='modulation_out')(
@@ -254,6 +264,8 @@ class DiT(nn.Module):
         shift, scale = rearrange(parts, 'b t (c d) -> c b t 1 d', c=2)
         video = modulate(LayerNorm(cfg.eps, name='norm_out')(video), shift, scale)
         patches = Linear(cfg.patch ** 2 * cfg.channels, dtype=dtype, name='out')(video)
+        # Padding goes, and every device has all of the small prediction, by one exchange.
+        patches = constrain(patches, 'batch', None, None, None)[:, :, :rows * columns]
         v = rearrange(patches, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, **grid)
         return v.astype(jnp.float32)
 

@@ -1,6 +1,7 @@
 """Layers of the CogVideoX DiT: joint attention and an MLP, with or without a control block behind.
 
-`cfg` is `matrix_jax.dit.cogvideox.Config`.
+`cfg` is `matrix_jax.dit.cogvideox.Config`. Frames and text may be padded for a mesh
+(`nn.sequence`); `places` is the tokens of a frame without padding.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 
 from matrix_jax.dit.actions import ControlBlock
+from matrix_jax.nn import sequence
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import PairedAdaLN
 from matrix_jax.nn.once import COLLECTION
-from matrix_jax.sharding import constrain
 
 
 def stack(layer, cfg: Any, length: int, given: int):
@@ -33,11 +33,12 @@ def stack(layer, cfg: Any, length: int, given: int):
 class SteeredLayer(nn.Module):
     """A block, then a control block."""
     cfg: Any
+    places: int
 
     @nn.compact
     def __call__(self, tokens, time, steering):
         """Tokens (video [B T N/T D], text [B L D]), time [B T P], what steers -> tokens."""
-        (video, text), _ = Block(self.cfg, name='block')(tokens, time)
+        (video, text), _ = Block(self.cfg, self.places, name='block')(tokens, time)
         video = ControlBlock(self.cfg.heads, self.cfg.eps, jnp.dtype(self.cfg.dtype),
                              name='control')(video, steering[0], time, *steering[1:])
         return (video, text), None
@@ -46,18 +47,20 @@ class SteeredLayer(nn.Module):
 class Block(nn.Module):
     """Joint self-attention over text and video, then a shared MLP; both gated by the level."""
     cfg: Any
+    places: int
 
     @nn.compact
     def __call__(self, tokens, time):
         """Tokens (video [B T N/T D], text [B L D]), time [B T P] -> tokens."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        attend = MultiHead(cfg.heads, dtype=dtype, name='attention')
+        real = sequence.real(tokens[0].shape[1], self.places, cfg.text_length)
+        attend = MultiHead(cfg.heads, dtype=dtype, exchange=cfg.exchange, name='attention')
         mlp = Mlp(4 * cfg.width, dtype, name='mlp')
-        for norm, branch in (('norm1', lambda x: attend(x, x)), ('norm2', mlp)):
+        for norm, branch in (('norm1', lambda x: attend(x, real=real)), ('norm2', mlp)):
             video, text = tokens
             *normed, gate, text_gate = PairedAdaLN(cfg.eps, name=norm)(video, text, time)
-            y = branch(join(*(x.astype(dtype) for x in normed)))
-            video_y, text_y = split(y, video.shape)
+            y = branch(sequence.join(*(x.astype(dtype) for x in normed)))
+            video_y, text_y = sequence.split(y, video.shape)
             tokens = ((video + gate * video_y).astype(dtype),
                       (text + text_gate * text_y).astype(dtype))
         return tokens, None
@@ -73,16 +76,3 @@ class Mlp(nn.Module):
         """[B N D] -> [B N D]."""
         y = Linear(self.hidden, dtype=self.dtype, name='up')(x)
         return Linear(x.shape[-1], dtype=self.dtype, name='down')(jax.nn.gelu(y, approximate=True))
-
-
-def join(video, text):
-    """Video [B T N/T D] and text [B L D] -> one sequence [B L+N D], text first."""
-    tokens = jnp.concatenate([text, rearrange(video, 'b t n d -> b (t n) d')], axis=1)
-    return constrain(tokens, 'batch', 'tokens', None)
-
-
-def split(tokens, shape):
-    """The inverse of `join`, for video of the given shape."""
-    text = tokens.shape[1] - shape[1] * shape[2]
-    video = rearrange(tokens[:, text:], 'b (t n) d -> b t n d', t=shape[1])
-    return constrain(video, 'batch', None, 'tokens', None), tokens[:, :text]

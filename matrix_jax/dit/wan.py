@@ -33,12 +33,12 @@ from matrix_jax.convert import Prefix, Row
 from matrix_jax.dit.rows import linear_rows, norm_rows
 from matrix_jax.dit.wan_actions import ActionBlock, action_rows, windows
 from matrix_jax.dit.wan_config import PRESETS, Config, check
-from matrix_jax.nn import fresh
+from matrix_jax.nn import fresh, sequence
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
 from matrix_jax.nn.rope import level_code, rotate, turns_3d
-from matrix_jax.sharding import constrain
+from matrix_jax.sharding import constrain, ways
 
 __all__ = ['PRESETS', 'STILL', 'Caches', 'Config', 'DiT', 'advance', 'count', 'init_caches', 'laws',
            'shapes', 'weights', 'windows']
@@ -119,7 +119,8 @@ class DiT(nn.Module):
         """
         cfg, frames = self.cfg, latents.shape[1]
         check(cfg, latents, level, cond, image, mouse, keyboard)
-        sight = Blocks(frames, block, cfg.local) if block else Blocks(frames, frames)
+        sight = Blocks(frames, block or frames, cfg.local if block else None,
+                       sites(cfg, *latents.shape[2:4]), cfg.exchange)
         if cfg.actions:
             size = cfg.actions
             mouse, keyboard = (actions if actions is None else windows(
@@ -141,7 +142,9 @@ class DiT(nn.Module):
         """
         cfg, frames = self.cfg, latents.shape[1]
         check(cfg, latents, level, cond, None, mouse, keyboard, window=True)
-        ring, action_ring = (Ring(caches.start, frames, cfg.local, sink) for sink in (cfg.sink, 0))
+        ring, action_ring = (Ring(caches.start, frames, cfg.local, sink,
+                                  sites(cfg, *latents.shape[2:4]), cfg.exchange)
+                             for sink in (cfg.sink, 0))
         v, made = self._run(latents, level, cond, mouse, keyboard, ring, action_ring,
                             caches=caches)
 
@@ -172,18 +175,21 @@ class DiT(nn.Module):
         modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
         scene = Scene(
             rearrange(modulation, 'b t (c d) -> b t c d', c=6), image, mouse, keyboard, sight,
-            action_sight, [turns_3d(places, rows, columns, cfg.head_dim)
-                           for places in sight.places()])
+            action_sight, [[sequence.pad(part, 1) for part in turns_3d(
+                places, rows, columns, cfg.head_dim)] for places in sight.places()])
 
         x = jnp.concatenate([latents, cond], axis=-1)
-        x = self.patch(rearrange(x, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid))
-        made = {}
+        x = rearrange(x, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
+        # Every device has the small latents; how tokens are split says nothing about those.
+        x = sequence.pad(constrain(x, 'batch', None, None, None), 2)
+        x, made = self.patch(constrain(x, 'batch', None, 'tokens', None)), {}
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
             x, made[name] = getattr(self, name)(x, caches and caches.runs[name], scene)
 
         shift, scale = rearrange(self.modulation_out + time[:, :, None], 'b t c d -> c b t 1 d')
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
+        x = constrain(x, 'batch', None, None, None)[:, :, :rows * columns]
         v = rearrange(x, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, **grid)
         return v.astype(jnp.float32), made
 
@@ -316,10 +322,11 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
     if cfg.local is None:
         raise ValueError('local: got None, expected a number of latent frames (a network without '
                          'a window cannot stream)')
-    sites = (height // cfg.patch) * (width // cfg.patch)
+    held = sites(cfg, height, width)
+    held += -held % ways('tokens')      # of padding, on a mesh
 
-    def empty(layers, slots, sites, heads, elements):
-        shape = (layers, batch, slots, sites, heads, elements)
+    def empty(layers, slots, places, heads, elements):
+        shape = (layers, batch, slots, places, heads, elements)
         return KVCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 
     def past(name, layers):
@@ -327,13 +334,18 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
         if name == 'acting':
             size = cfg.actions
             theirs = (size.heads, sum(size.axes))
-            mouse = empty(layers, cfg.local, sites, *theirs) if size.mouse else None
+            mouse = empty(layers, cfg.local, held, *theirs) if size.mouse else None
             keyboard = empty(layers, cfg.local, 1, *theirs)
-        return split(Past(empty(layers, cfg.local, sites, *own), mouse, keyboard,
+        return split(Past(empty(layers, cfg.local, held, *own), mouse, keyboard,
                           empty(layers, 1, cfg.image_length, *own)))
 
     return Caches({name: past(name, stop - start) for name, (start, stop) in cfg.segments.items()},
                   jnp.zeros((), jnp.int32))
+
+
+def sites(cfg: Config, height: int, width: int) -> int:
+    """Tokens of a frame of latents of this height and width."""
+    return (height // cfg.patch) * (width // cfg.patch)
 
 
 def advance(caches: Caches, count: int) -> Caches:

@@ -32,6 +32,8 @@ class Config:
       remat: what the backward pass recomputes: 'none', each 'block', or of a block all but the
         'dots' (its matrix products are kept).
       scan_unroll: layers per scan iteration.
+      exchange: what devices that share the tokens exchange in an attention: its 'heads', its
+        'keys', or 'auto' (`nn.attention.route`).
     """
     heads: int = 12
     head_dim: int = 128
@@ -50,6 +52,7 @@ class Config:
     dtype: str = 'float32'
     remat: Literal['none', 'block', 'dots'] = 'none'
     scan_unroll: int = 1
+    exchange: Literal['auto', 'heads', 'keys'] = 'auto'
 
     def __post_init__(self):
         if self.head_dim % 2 or self.head_dim < 6:

@@ -19,8 +19,10 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax.convert import Drop, Row
-from matrix_jax.nn.attention import attention
+from matrix_jax.nn import sequence
+from matrix_jax.nn.attention import self_attention
 from matrix_jax.nn.linear import Linear
+from matrix_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,21 +90,24 @@ class T5Encoder(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         # PARITY: The Matrix passes no attention mask, so padding is attended to like text.
-        cfg = self.cfg
+        cfg, length = self.cfg, ids.shape[1]
+        ids = sequence.pad(ids, 1)
         table = self.param('embedding', nn.initializers.normal(1.0), (cfg.vocab, cfg.dim))
         x = jnp.take(table, ids, axis=0).astype(cfg.dtype)
+        x = constrain(x, 'batch', 'tokens', None)
         bias = self.param('relative_bias', nn.initializers.normal(cfg.dim ** -0.5),
                           (cfg.buckets, cfg.heads))
         bias = rearrange(bias[relative_buckets(ids.shape[1], cfg)], 'n s k -> 1 k n s')
         layers = nn.scan(Layer, variable_axes={'params': 0}, split_rngs={'params': True},
                          in_axes=nn.broadcast, length=cfg.layers)
-        x, _ = layers(cfg, name='layers')(x, bias)
-        return rms_norm(cfg, 'final_norm')(x)
+        x, _ = layers(cfg, length, name='layers')(x, bias)
+        return constrain(rms_norm(cfg, 'final_norm')(x), 'batch', None, None)[:, :length]
 
 
 class Layer(nn.Module):
-    """Self-attention, then the gated feed-forward."""
+    """Self-attention, then the gated feed-forward; tokens from `length` on are padding."""
     cfg: Config
+    length: int
 
     @nn.compact
     def __call__(self, x: jax.Array, bias: jax.Array):
@@ -117,7 +122,9 @@ class Layer(nn.Module):
         inner = cfg.heads * cfg.head_dim
         h = rms_norm(cfg, 'norm_attention')(x)
         q, k, v = (heads(linear(inner, name)(h)) for name in 'qkv')
-        h = rearrange(attention(q, k, v, bias=bias, scale=1.0), 'b n k e -> b n (k e)')
+        real = np.arange(self.length) if self.length < x.shape[1] else None
+        h = self_attention(q, k, v, bias=bias, scale=1.0, real=real)
+        h = rearrange(h, 'b n k e -> b n (k e)')
         x = x + linear(cfg.dim, 'o')(h)
 
         h = rms_norm(cfg, 'norm_mlp')(x)

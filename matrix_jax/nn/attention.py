@@ -16,12 +16,13 @@ from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.nn.once import once
 
 LOGITS = 2**28     # logits of one block of queries, where a device has to hold them
+QUERIES = ('batch', 'tokens', 'heads', None)
 
 
 def attention(q, k, v, bias=None, scale=None):
     """softmax(scale * q k^T + bias) v, with a float32 softmax.
 
-    Without a bias, a mesh splits batch, heads and queries; each device then sees all keys.
+    A mesh splits batch, heads and queries; each device then sees all keys.
 
     Args:
       q: [B N K E].
@@ -33,12 +34,97 @@ def attention(q, k, v, bias=None, scale=None):
     Returns:
       [B N K E], in the type of v.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    if bias is not None:
-        return _dense(q, k, v, bias, scale)
-    names = ('batch', None, 'heads', None)
-    queries = ('batch', 'tokens', 'heads', None)
-    return sharding.spread(partial(_plain, scale=scale), (queries, names, names), 0)(q, k, v)
+    keys = ('batch', None, 'heads', None)
+    return _spread(partial(_local, scale=_scale(scale, q)), (QUERIES, keys, keys),
+                   ('batch', 'heads', 'tokens', None), q, k, v, bias)
+
+
+def self_attention(q, k, v, bias=None, scale=None, real=None, exchange='auto'):
+    """`attention` of tokens to each other, where a mesh splits the keys as it does the queries.
+
+    Tokens that do not split evenly stay whole; who pads them says which are `real`.
+
+    Args:
+      q, k, v, bias, scale: as for `attention`.
+      real: places of the keys that are no padding, int [R]; None = all. No query sees others.
+      exchange: see `route`.
+    """
+    scale, parts = _scale(scale, q), sharding.ways('tokens')
+    if parts == 1 or q.shape[1] % parts or k.shape[1] % parts:
+        k, v, bias = _keep(k, v, bias, real)
+        return attention(q, k, v, bias, scale)
+    if route(q.shape[2], parts, exchange, sharding.ways('heads')) == 'heads':
+        # Heads that tensor does not divide are whole on each of its devices.
+        split = 'shared heads' if q.shape[2] % sharding.ways('heads') == 0 else 'tokens'
+        function, biases = _by_heads, ('batch', split, None, None)
+    else:
+        function, biases = _by_keys, ('batch', 'heads', 'tokens', None)
+    return _spread(partial(function, scale=scale, real=real), (QUERIES,) * 3, biases,
+                   q, k, v, bias)
+
+
+def route(heads: int, parts: int, exchange: str = 'auto', tensor: int = 1) -> str:
+    """What devices exchange so that their tokens see each other: 'heads' or 'keys'.
+
+    With 'heads' a device trades its tokens of all heads for all tokens of its heads: two
+    all-to-alls. With 'keys' it gathers the keys and values of all: one all-gather, of parts / 2
+    times as many bytes.
+
+    Args:
+      heads: of the layer.
+      parts: devices that share the tokens.
+      exchange: 'heads', 'keys', or 'auto': heads where they divide.
+      tensor: devices that share the heads already.
+
+    Raises:
+      ValueError: the heads do not divide, or there is no such exchange.
+    """
+    if exchange not in ('auto', 'heads', 'keys'):
+        raise ValueError(f"exchange: got {exchange!r}, expected 'auto', 'heads' or 'keys'")
+    mine = heads // tensor if heads % tensor == 0 else heads
+    if exchange == 'heads' and mine % parts:
+        raise ValueError(f"exchange: got 'heads', expected 'keys' or 'auto', as {mine} heads do "
+                         f'not divide by mesh.seq = {parts}')
+    return 'keys' if exchange == 'keys' or mine % parts else 'heads'
+
+
+def _scale(scale, q):
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _spread(function, names, biases, q, k, v, bias):
+    """`function` on every device; `biases` names the axes of a whole bias."""
+    given = (q, k, v) if bias is None else (q, k, v, jnp.asarray(bias))
+    names = (*names, biases[len(biases) - given[-1].ndim:])[:len(given)]
+    return sharding.spread(function, names, 0)(*given)
+
+
+def _keep(k, v, bias, real):
+    """Keys, values and bias of the real keys."""
+    if real is None:
+        return k, v, bias
+    if bias is not None and bias.shape[-1] > 1:
+        bias = bias[..., real]
+    return k[:, real], v[:, real], bias
+
+
+def _by_heads(q, k, v, bias=None, *, scale, real):
+    if q.shape == k.shape:
+        q, k, v = sharding.trade(jnp.stack([q, k, v]), 'tokens', given=3, taken=2)
+    else:
+        q = sharding.trade(q, 'tokens', given=2, taken=1)
+        k, v = sharding.trade(jnp.stack([k, v]), 'tokens', given=3, taken=2)
+    y = _local(q, *_keep(k, v, bias, real), scale=scale)
+    return sharding.trade(y, 'tokens', given=1, taken=2)
+
+
+def _by_keys(q, k, v, bias=None, *, scale, real):
+    k, v = sharding.gather(jnp.stack([k, v]), 'tokens', axis=2)
+    return _local(q, *_keep(k, v, bias, real), scale=scale)
+
+
+def _local(q, k, v, bias=None, *, scale):
+    return _plain(q, k, v, scale) if bias is None else _dense(q, k, v, bias, scale)
 
 
 def _plain(q, k, v, scale):
@@ -73,19 +159,22 @@ class MultiHead(nn.Module):
       heads: number of heads K; the width of the inputs is K*E.
       eps: epsilon of the two head norms.
       dtype: type of the multiplies.
+      exchange: how tokens that a mesh splits see each other (`route`).
     """
     heads: int
     eps: float = 1e-6
     dtype: Any = jnp.float32
+    exchange: str = 'auto'
 
     @nn.compact
-    def __call__(self, x, context, bias=None, rows=None):
-        """Tokens look at a context.
+    def __call__(self, x, context=None, bias=None, real=None, rows=None):
+        """Tokens look at a context, or at each other.
 
         Args:
           x: [B N D].
-          context: [B S D].
+          context: [B S D], the same on all devices; None = x.
           bias: [B K N S] or None.
+          real: places of the tokens of x that are no padding, if x is the context; None = all.
           rows: int32 [B S] or None: context is then a table [1 R D] that never changes, of which
             each example sees these rows; its keys and values are made once (`nn.once`).
 
@@ -98,6 +187,10 @@ class MultiHead(nn.Module):
             y = Linear(width, dtype=self.dtype, name=name)(tokens)
             return rearrange(y, 'b n (k e) -> b n k e', k=self.heads)
 
+        look = attention
+        if context is None:
+            context, look = x, partial(self_attention, real=real, exchange=self.exchange)
+
         def keys_and_values():
             k = LayerNorm(self.eps, name='key_norm')(heads(context, 'key'))
             return k.astype(self.dtype), heads(context, 'value')
@@ -107,5 +200,5 @@ class MultiHead(nn.Module):
             k, v = keys_and_values()
         else:
             k, v = (table[0][rows] for table in once(self, 'rows', keys_and_values))
-        y = attention(q, k, v, bias)
+        y = look(q, k, v, bias)
         return Linear(width, dtype=self.dtype, name='out')(rearrange(y, 'b n k e -> b n (k e)'))

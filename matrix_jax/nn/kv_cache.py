@@ -10,6 +10,7 @@ at S - 1. Attention depends on relative places alone, so that a stream has no la
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +19,8 @@ import numpy as np
 from einops import rearrange
 from flax import struct
 
-from matrix_jax.nn.attention import attention
+from matrix_jax.nn import sequence
+from matrix_jax.nn.attention import attention, self_attention
 
 
 @struct.dataclass
@@ -41,10 +43,14 @@ class Blocks:
       frames: latent frames T.
       block: frames of a block.
       local: how far back a block sees, counted from its end; None = to the first frame.
+      sites: of a frame, without the padding of a mesh; None = all.
+      exchange: what devices that share the sites exchange (`nn.attention.route`).
     """
     frames: int = struct.field(pytree_node=False)
     block: int = struct.field(pytree_node=False)
     local: int | None = struct.field(pytree_node=False, default=None)
+    sites: int | None = struct.field(pytree_node=False, default=None)
+    exchange: str = struct.field(pytree_node=False, default='auto')
 
     def __post_init__(self):
         if self.block < 1 or self.frames % self.block:
@@ -77,7 +83,8 @@ class Blocks:
 
     def attend(self, q, k, v):
         """[B T N K E] and keys [B T N K E] -> [B T N K E], over all sites."""
-        return jnp.concatenate([attend_all(q[:, start:end], k[:, first:end], v[:, first:end])
+        see = partial(attend_each_other, sites=self.sites, exchange=self.exchange)
+        return jnp.concatenate([see(q[:, start:end], k[:, first:end], v[:, first:end])
                                 for first, start, end in self.spans()], axis=1)
 
 
@@ -90,11 +97,14 @@ class Ring:
       frames: latent frames T of the block.
       size: slots S.
       sink: first frames of the stream, which are never replaced.
+      sites, exchange: as for `Blocks`.
     """
     start: Any
     frames: int = struct.field(pytree_node=False)
     size: int = struct.field(pytree_node=False)
     sink: int = struct.field(pytree_node=False, default=0)
+    sites: int | None = struct.field(pytree_node=False, default=None)
+    exchange: str = struct.field(pytree_node=False, default='auto')
 
     def __post_init__(self):
         if self.frames > self.size - self.sink:
@@ -134,10 +144,12 @@ class Ring:
 
     def attend(self, q, k, v):
         """[B T N K E] and keys [B S N K E] -> [B T N K E], over all sites."""
+        see = partial(attend_each_other, sites=self.sites, exchange=self.exchange)
+
         def filling(q, k, v):
-            return attend_all(q, k, v, jnp.repeat(self.visible(), k.shape[2], axis=1))
+            return see(q, k, v, self.visible())
         # A stream spends its life with full caches, and there no bias bars the fast kernels.
-        return jax.lax.cond(self.end >= self.size, attend_all, filling, q, k, v)
+        return jax.lax.cond(self.end >= self.size, see, filling, q, k, v)
 
 
 def attend_per_site(q, k, v, visible):
@@ -160,14 +172,27 @@ def attend_per_site(q, k, v, visible):
     return jnp.einsum(f'bnkts,{keys}->btnke', weights.astype(v.dtype), v)
 
 
-def attend_all(q, k, v, visible=None):
-    """Queries [B T N K E] see all keys [B S N K E], or those of the slots [1 S*N] that are visible.
-
-    Sites come first in a sequence of queries, so that it splits over devices as sites do; frames
-    come first in that of keys, which every device needs whole.
-    """
+def attend_all(q, k, v):
+    """Queries [B T N K E] see all keys [B 1 L K E], which every device has whole."""
     sites = q.shape[2]
+    # Sites come first, so that the queries split over devices as sites do.
     q = rearrange(q, 'b t n k e -> b (n t) k e')
-    k, v = (rearrange(x, 'b s n k e -> b (s n) k e') for x in (k, v))
-    bias = None if visible is None else jnp.where(visible, 0.0, -jnp.inf)
-    return rearrange(attention(q, k, v, bias), 'b (n t) k e -> b t n k e', n=sites)
+    y = attention(q, *(rearrange(x, 'b s l k e -> b (s l) k e') for x in (k, v)))
+    return rearrange(y, 'b (n t) k e -> b t n k e', n=sites)
+
+
+def attend_each_other(q, k, v, visible=None, sites=None, exchange='auto'):
+    """Queries [B T N K E] see all keys [B S N K E], or those of the slots [1 S] that are visible.
+
+    Devices hold the keys of their sites, as of queries.
+
+    Args:
+      sites, exchange: as for `Blocks`.
+    """
+    frames, sites, bias = k.shape[1], sites or k.shape[2], None
+    if visible is not None:
+        shown = jnp.repeat(visible, sites, axis=1)
+        bias = jnp.where(sequence.table(shown.T, frames).T, 0.0, -jnp.inf)
+    real = sequence.real(frames, sites)
+    y = self_attention(*map(sequence.flatten, (q, k, v)), bias, real=real, exchange=exchange)
+    return sequence.unflatten(y, q.shape[1])

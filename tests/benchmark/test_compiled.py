@@ -45,6 +45,10 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_turns(turns):
     ('%a = (f32[4]{0}, f32[4]{0}) all-to-all(%x, %y), replica_groups={{0,1}}', 'all-to-all', 16),
     ('ROOT %a = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), '
      'source_target_pairs={{0,1}}', 'collective-permute', 16),
+    ("%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}", 'all-gather',
+     512 * 3 / 4),
+    ("%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}",
+     'all-gather', 512 * 3 / 4),
     ('%a = bf16[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]', 'reduce-scatter', 24),
     ('%a = f32[4]{0} all-gather-done(%x)', '', 0),
     ('%all-reduce.1 = f32[4]{0} add(%x, %y)', '', 0)])

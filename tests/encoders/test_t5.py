@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import convert
+from matrix_jax import convert, sharding
+from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.config import Mesh
 from matrix_jax.encoders import t5
 
 TINY = t5.PRESETS['tiny']
@@ -54,3 +56,28 @@ def test_half_precision_stays_close(params):
         {'params': params}, ids) for dtype in ('float32', 'bfloat16'))
     assert half.dtype == 'bfloat16'
     np.testing.assert_allclose(np.asarray(half, np.float32), full, atol=0.1)
+
+
+@pytest.mark.parametrize('mesh, exchange', [
+    (Mesh(), ''), (Mesh(seq=2), 'heads'), (Mesh(seq=3), 'heads'), (Mesh(seq=5), 'keys'),
+    (Mesh(seq=6), 'heads'), (Mesh(seq=8), 'keys'), (Mesh(data=2, seq=3), 'heads'),
+    (Mesh(data=2, seq=4), 'keys')], ids=str)
+def test_split_tokens_are_the_whole(mesh, exchange, split):
+    """Eleven tokens split evenly over no mesh; what differs is the order of sums."""
+    cfg, params, ids, wanted = split
+    with sharding.within(sharding.make_mesh(mesh)):
+        encode = jax.jit(t5.T5Encoder(cfg).apply).lower({'params': params}, ids).compile()
+    assert np.abs(encode({'params': params}, ids) - wanted).max() <= 2e-6 * np.abs(wanted).max()
+    found = {kind: one['count'] for kind, one in collectives(encode.as_text(), 8).items()}
+    # Tokens meet in the attention of a layer, by two exchanges or by one; the end gathers them.
+    assert found == {'heads': {'all-to-all': 2 * cfg.layers, 'all-gather': 1},
+                     'keys': {'all-gather': cfg.layers + 1}, '': {}}[exchange]
+
+
+@pytest.fixture(scope='module')
+def split():
+    """(config, parameters, ids, what one device makes of them)."""
+    cfg = dataclasses.replace(TINY, heads=6)
+    params = jax.jit(t5.init, static_argnums=0)(cfg, jax.random.key(1))
+    ids = np.random.default_rng(0).integers(3, cfg.vocab, (2, 11), np.int32)
+    return cfg, params, ids, np.asarray(jax.jit(t5.T5Encoder(cfg).apply)({'params': params}, ids))

@@ -3,7 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.nn.attention import MultiHead, attention
+from matrix_jax import sharding
+from matrix_jax.mesh import Mesh
+from matrix_jax.nn.attention import MultiHead, attention, route, self_attention
 
 
 def literal(q, k, v, bias, scale):
@@ -63,3 +65,51 @@ def test_multi_head_normalises_queries_and_keys_per_head():
                                atol=1e-4)
     scaled['params']['value']['kernel'] = 50 * params['params']['value']['kernel']
     assert not np.allclose(net.apply(scaled, x, context), net.apply(params, x, context), atol=1e-2)
+
+
+# --- on a mesh -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('heads, parts, tensor, exchange', [
+    (30, 2, 1, 'heads'), (30, 6, 1, 'heads'), (30, 8, 1, 'keys'), (30, 4, 1, 'keys'),
+    (12, 3, 2, 'heads'), (12, 4, 2, 'keys'), (2, 2, 3, 'heads')])
+def test_heads_are_traded_where_they_divide(heads, parts, tensor, exchange):
+    """What tensor has split already, or cannot split, is what has to divide."""
+    assert route(heads, parts, 'auto', tensor) == exchange
+    assert route(heads, parts, 'keys', tensor) == 'keys'
+
+
+@pytest.mark.parametrize('exchange, message', [
+    ('heads', "exchange: got 'heads', expected 'keys' or 'auto', as 30 heads do not divide"),
+    ('ring', "exchange: got 'ring', expected 'auto', 'heads' or 'keys'")])
+def test_an_exchange_that_cannot_be_had_is_refused(exchange, message):
+    with pytest.raises(ValueError, match=message):
+        route(30, 8, exchange)
+
+
+@pytest.mark.parametrize('mesh', [Mesh(data=2, tensor=2, seq=2), Mesh(seq=4)], ids=str)
+@pytest.mark.parametrize('queries', [8, 4])
+def test_values_and_gradients_of_split_tokens_are_those_of_the_whole(mesh, queries):
+    """Four heads: two devices of seq trade them, beside two of tensor; four trade all of them.
+    Two of the eight keys are padding, and a bias says how far the others are seen."""
+    draw = np.random.default_rng(0).normal
+    q, k, v = (jnp.float32(draw(size=(2, tokens, 4, 8))) for tokens in (queries, 8, 8))
+    bias, real = draw(size=(4, queries, 8)).astype(np.float32), np.array([0, 1, 2, 4, 5, 6])
+
+    def loss(function, *given):
+        return jnp.square(function(*given)).sum()
+
+    def split(q, k, v, bias):
+        return self_attention(q, k, v, bias, real=real)
+
+    def whole(q, k, v, bias):
+        return attention(q, k[:, real], v[:, real], bias[..., real])
+
+    def value(function):
+        return jax.jit(jax.value_and_grad(lambda *given: loss(function, *given), (0, 1, 2, 3)))
+
+    wanted = value(whole)(q, k, v, bias)
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        found = value(split)(q, k, v, bias)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)

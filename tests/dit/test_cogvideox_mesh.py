@@ -1,0 +1,91 @@
+"""The CogVideoX DiT with its tokens split over devices is that of one device.
+
+Held to 2e-6 of the largest value: the order of some sums differs, and nothing else.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from matrix_jax import sharding
+from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.config import Mesh
+from matrix_jax.dit import cogvideox
+
+BATCH, FRAMES, ROWS, COLUMNS = 2, 3, 6, 10      # of 3 x 5 tokens
+# Six heads are traded by 2, 3 and 6 devices; 5 and 8 gather keys, as 8 do for 30 heads. Seven
+# tokens of text divide by no mesh, the 15 of a frame by 3 and 5.
+CFG = cogvideox.Config(heads=6, head_dim=8, channels=4, layers=2, time_dim=24, text_dim=20,
+                       text_length=7, control=cogvideox.Control(dim=10, start=0, end=2))
+MESHES = {Mesh(seq=2): 'heads', Mesh(seq=3): 'heads', Mesh(seq=5): 'keys', Mesh(seq=6): 'heads',
+          Mesh(seq=8): 'keys', Mesh(data=2, seq=3): 'heads', Mesh(data=2, seq=4): 'keys',
+          Mesh(data=2, tensor=2, seq=2): 'keys'}
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.fixture(scope='module')
+def given():
+    """(parameters, latents, text, levels, control)."""
+    params = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size) / 4,
+                          cogvideox.shapes(CFG))
+    level = np.random.default_rng(0).integers(0, 1000, (BATCH, FRAMES))
+    return (params, normal(BATCH, FRAMES, ROWS, COLUMNS, CFG.channels),
+            normal(BATCH, CFG.text_length, CFG.text_dim, seed=1), level,
+            normal(BATCH, FRAMES, CFG.control.dim, seed=2))
+
+
+def forward(cfg, given):
+    """(v, its collectives: kind -> count)."""
+    function = jax.jit(lambda params, *args: cogvideox.DiT(cfg).apply({'params': params}, *args))
+    compiled = function.lower(*given).compile()
+    found = collectives(compiled.as_text(), 8)
+    return compiled(*given), {kind: one['count'] for kind, one in found.items()}
+
+
+@pytest.fixture(scope='module')
+def alone(given):
+    v, found = forward(CFG, given)
+    assert not found and np.std(v) > 0.1
+    return np.asarray(v)
+
+
+def expected(exchange):
+    """What goes over the mesh.
+
+    Tokens have to meet in the self-attention of a layer, and nowhere else: norms, gates, MLP and
+    control attention work on single tokens. To trade heads is two exchanges, one of queries, keys
+    and values together and one of the results, to gather keys and values together is one. The
+    last all-gather is of the prediction, once in a call.
+    """
+    if exchange == 'heads':
+        return {'all-to-all': 2 * CFG.layers, 'all-gather': 1}
+    return {'all-gather': CFG.layers + 1}
+
+
+def close(made, wanted):
+    assert np.abs(np.asarray(made) - wanted).max() <= 2e-6 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize('mesh', MESHES, ids=str)
+def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alone):
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        v, found = forward(CFG, given)
+    close(v, alone)
+    assert mesh.tensor > 1 or found == expected(MESHES[mesh])
+
+
+def test_a_recipe_chooses_what_is_exchanged(given, alone):
+    with jax.set_mesh(sharding.make_mesh(Mesh(seq=3))):
+        v, found = forward(dataclasses.replace(CFG, exchange='keys'), given)
+    close(v, alone)
+    assert found == expected('keys')
+    with jax.set_mesh(sharding.make_mesh(Mesh(seq=5))), \
+            pytest.raises(ValueError, match='6 heads do not divide by mesh.seq = 5'):
+        jax.eval_shape(functools.partial(forward, dataclasses.replace(CFG, exchange='heads')),
+                       given)

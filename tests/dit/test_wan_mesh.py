@@ -1,0 +1,86 @@
+"""The Wan DiT and its caches on a mesh are those of one device."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from matrix_jax import convert, sharding
+from matrix_jax.config import Mesh
+from matrix_jax.dit import wan
+
+# Layers with actions have all that layers without have; frames of 2 x 3 sites.
+CFG = dataclasses.replace(wan.PRESETS['tiny'], layers=2)
+BATCH, BLOCK, BLOCKS = 2, 3, 2
+
+
+@pytest.fixture(scope='module')
+def params():
+    draw = np.random.default_rng(0).normal
+    return jax.tree.map(lambda leaf: draw(size=leaf.shape).astype('float32') / 4, wan.shapes(CFG))
+
+
+@pytest.fixture(scope='module')
+def given():
+    """(latents, level, cond, image, mouse, keyboard) of a clip."""
+    frames, draw = BLOCK * BLOCKS, np.random.default_rng(1).normal
+    latents, cond, image, mouse, keyboard = (
+        draw(size=(BATCH, *shape)).astype('float32') for shape in (
+            (frames, 4, 6, CFG.channels), (frames, 4, 6, CFG.cond_channels),
+            (CFG.image_length, CFG.image_dim), (4 * frames - 3, 2), (4 * frames - 3, 4)))
+    return latents, np.full((BATCH, frames), 300, np.float32), cond, image, mouse, keyboard
+
+
+def place(params, mesh):
+    """Parameters as a world lays them out."""
+    axes = convert.axes(wan.weights(CFG))
+    return jax.device_put(params, sharding.shardings(axes, params, mesh))
+
+
+def stream(params, given):
+    """(v of all blocks, the last caches), one program per kind of call."""
+    latents, level, cond, image, mouse, keyboard = given
+    caches = jax.jit(lambda params, image: wan.DiT(CFG).apply(
+        {'params': params}, image, wan.init_caches(CFG, BATCH, 4, 6), method='read_image'))(
+            params, image)
+    call = jax.jit(lambda params, *args: wan.DiT(CFG).apply(
+        {'params': params}, *args, method='cached'))
+    made = []
+    for start in range(0, latents.shape[1], BLOCK):
+        span = slice(start, start + BLOCK)
+        v, caches = call(params, caches, latents[:, span], level[:, span], cond[:, span],
+                         *(wan.windows(actions, start, BLOCK) for actions in (mouse, keyboard)))
+        made.append(np.asarray(v))
+        caches = wan.advance(caches, BLOCK)
+    assert call._cache_size() == 1      # caches lie after a call as they did before it
+    return np.concatenate(made, axis=1), caches
+
+
+@pytest.fixture(scope='module')
+def alone(params, given):
+    return stream(params, given)
+
+
+def test_caches_split_over_all_axes_of_a_mesh(params, given, alone):
+    mesh = sharding.make_mesh(Mesh(data=2, tensor=2, seq=2))
+    with jax.set_mesh(mesh):
+        v, caches = stream(place(params, mesh), given)
+    np.testing.assert_allclose(v, alone[0], atol=2e-5)
+    past, one = caches.runs['acting'], alone[1].runs['acting']
+    for cache, split in ((past.video, 'seq'), (past.mouse, 'seq'), (past.keyboard, None)):
+        assert tuple(cache.k.sharding.spec)[1:5] in ((('data', 'fsdp'), None, split, 'tensor'),
+                                                     ('data', None, split, 'tensor'))
+    for leaf, want in zip(jax.tree.leaves(past), jax.tree.leaves(one), strict=True):
+        np.testing.assert_allclose(leaf, want, atol=2e-5)
+
+
+def test_a_whole_clip_of_sites_that_do_not_divide(params, given):
+    """Six sites on four devices, and parameters split over two."""
+    whole = jax.jit(functools.partial(wan.DiT(CFG).apply, block=BLOCK))
+    want = whole({'params': params}, *given)
+    mesh = sharding.make_mesh(Mesh(fsdp=2, seq=4))
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(whole({'params': place(params, mesh)}, *given), want, atol=2e-5)
+    assert np.std(want) > 0.1
