@@ -8,8 +8,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 
 from matrix_jax.diffusion import schedules, solvers
+from matrix_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,12 +115,19 @@ def guide(denoise, params, x, level, conditions, scales):
       conditions: (text [B L D], control [B T A] or None) each, every one adding to that before.
       scales: s_1, s_2, ..
     """
+    def together(parts):
+        # Those of an example are neighbours: examples that a mesh splits stay where they are, and
+        # where there is one alone it splits its conditions.
+        parts = jnp.stack(parts, axis=1)
+        parts = constrain(parts, 'batch', *[None] * (parts.ndim - 1))
+        return rearrange(parts, 'b c ... -> (b c) ...')
+
     count = len(conditions)
     text, control = zip(*conditions, strict=True)
-    x, level = (jnp.concatenate([part] * count) for part in (x, level))
-    control = None if control[0] is None else jnp.concatenate(control)
-    v = denoise(params, x, level, jnp.concatenate(text), control)
-    first, *others = jnp.split(v.astype(jnp.float32), count)
+    control = None if control[0] is None else together(control)
+    v = denoise(params, together([x] * count), together([level] * count), together(text), control)
+    v = rearrange(v.astype(jnp.float32), '(b c) ... -> b c ...', c=count)
+    first, *others = jnp.moveaxis(constrain(v, 'batch', *[None] * (v.ndim - 1)), 1, 0)
     made, before = first, first
     for scale, now in zip(scales, others, strict=True):
         made, before = made + scale * (now - before), now

@@ -92,7 +92,7 @@ def test_segments_equal_the_layers_one_by_one(span, unroll):
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def layer_of(kind, cfg, params, *args):
-    return kind(cfg).apply({'params': params}, *args)[0]
+    return kind(cfg, args[0][0].shape[2]).apply({'params': params}, *args)[0]
 
 
 def one_by_one(cfg, params, latents, text, level, control):

@@ -1,0 +1,77 @@
+"""The stream of a small world whose tokens are split over devices is that of one device.
+
+Held to 1e-5 of the largest value, after three shifts of two calls each under guidance.
+"""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from matrix_jax import config, sharding, worlds
+from matrix_jax.benchmark import subject
+from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.config import Mesh
+from matrix_jax.dit.cogvideox import Control
+
+SHIFTS = 3
+
+
+@pytest.fixture(scope='module')
+def world():
+    """Frames of 5 x 2 tokens and 12 of text; six heads, that 5 and 8 devices do not divide."""
+    cfg = config.load('the_matrix:TINY').world
+    return worlds.build(dataclasses.replace(
+        cfg, height=20, width=8, decode_chunk=1,
+        dit=dataclasses.replace(cfg.dit, heads=6, head_dim=8, layers=1, control=Control(16, 0, 1)),
+        vae=dataclasses.replace(cfg.vae, block_out_channels=(4, 8), layers_per_block=0,
+                                temporal_compression=2, single_latent_frames=2),
+        stream=dataclasses.replace(cfg.stream, groups=2, group_frames=1, steps=4, guidance=3.0)))
+
+
+@pytest.fixture(scope='module')
+def start(world):
+    """(parameters, what a stream starts from), as players have them."""
+    params = world.init(0, still=False, only=('transformer', 'vae'))
+    return subject.ready(world, params, subject.imagine(world))
+
+
+def play(stream, start, mesh=None):
+    """(outputs of all shifts, last carry, collectives: kind -> count) on a mesh, or on a device."""
+    place = sharding.replicated(mesh) if mesh else jax.devices()[0]
+    params, cond = jax.device_put(start, place)
+    with sharding.within(mesh):
+        carry = jax.jit(stream.init)(params, cond, jax.random.key(0))
+        step = jax.jit(stream.step, out_shardings=(sharding.places(carry), None))
+        made = []
+        for shift in range(SHIFTS):
+            given = carry, np.full((1, 1), shift, np.int32)
+            carry, output = step(params, *given)
+            made.append(np.asarray(output))
+        assert step._cache_size() == 1      # nothing compiles between shifts
+        found = collectives(step.lower(params, *given).compile().as_text(), 8) if mesh else {}
+    return np.stack(made), carry, {kind: one['count'] for kind, one in found.items()}
+
+
+@pytest.fixture(scope='module')
+def alone(world, start):
+    latents, carry, _ = play(world.halves()['stream'], start)
+    assert np.std(latents) > 0.1 and not np.allclose(latents[0], latents[1], atol=0.1)
+    return latents, np.asarray(carry.window)
+
+
+@pytest.mark.parametrize('mesh', [
+    Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8), Mesh(data=2, seq=3),
+    Mesh(data=2, seq=4)], ids=str)
+def test_latents_of_a_mesh_are_those_of_one_device(mesh, world, start, alone):
+    """With data=2 the two halves of the guidance are computed side by side."""
+    latents, carry, found = play(world.halves()['stream'], start, sharding.make_mesh(mesh))
+    for made, wanted in ((latents, alone[0]), (carry.window, alone[1])):
+        assert np.abs(made - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    calls = world.cfg.stream.steps // world.cfg.stream.groups
+    heads = world.cfg.dit.heads % mesh.seq == 0
+    assert found.pop('all-to-all', 0) == 2 * calls * world.cfg.dit.layers * heads
+    # The prediction of a call is gathered, over seq and where halves are split over data.
+    gathers = calls * ((not heads) + 1 + (mesh.data > 1))
+    assert found == {'all-gather': gathers}
