@@ -1,30 +1,44 @@
 """Doom, the bundled world to walk in: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
 
     tools/collect.py vizdoom --out data/doom --hours 1 --themes all
-    tools/train.py doom:VAE      --out runs/vae
-    tools/train.py doom:VAE_LONG --out runs/long --weights runs/vae/weights
+    tools/train.py doom:VAE        --out runs/vae
+    tools/train.py doom:VAE_LONG   --out runs/long --weights runs/vae/weights
+    tools/train.py doom:FOUNDATION --out runs/base --weights runs/long/weights
+    tools/train.py doom:CAUSAL     --out runs/causal --weights runs/base/weights
+    tools/generate.py doom:CAUSAL  --weights runs/causal/weights
+    tools/train.py doom:DMD        --out runs/dmd --weights runs/causal/weights \\
+        --stage.teacher runs/base/weights
+    tools/generate.py doom:DMD     --weights runs/dmd/weights
+
+CAUSAL learns to stream from recordings. ODE, from the paths of FOUNDATION, is the published way
+to begin; walking them takes longer.
 """
 
 import dataclasses
 
 from matrix_jax.config import Run, Train
+from matrix_jax.diffusion import flow
 from matrix_jax.dit.wan_actions import Actions
 from matrix_jax.dit.wan_config import Config as Dit
 from matrix_jax.encoders.clip_image import Config as Image
 from matrix_jax.stream.causal import Config as Causal
+from matrix_jax.train.dmd import SelfForcing
+from matrix_jax.train.flow_matching import CausalFlow, Foundation
+from matrix_jax.train.ode import ODEPairs
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.vae import Autoencode
 from matrix_jax.vae import wan as vae
-from matrix_jax.worlds.matrix_game_2 import Config
+from matrix_jax.worlds.matrix_game_2 import Clip, Config
 
-DEFAULT = 'VAE'
+DEFAULT = 'CAUSAL'
 IMAGE = Image(image=56, dim=64, heads=2, layers=3)
 # 60 tokens a latent frame; a block sees the six frames (1.5 seconds) before its own three.
-DIT = Dit(heads=4, head_dim=48, layers=6, mlp=768, time_dim=64, image_dim=IMAGE.dim,
+DIT = Dit(heads=4, head_dim=48, layers=6, mlp=576, time_dim=64, image_dim=IMAGE.dim,
           image_length=IMAGE.tokens, local=9, actions=Actions(
-              end=4, embed=16, keyboard_width=128, mouse_width=128, heads=4, axes=(8, 12, 12)))
+              end=3, embed=16, keyboard_width=128, mouse_width=128, heads=4, axes=(8, 12, 12)))
+# Small frames need less noise than large ones: the shift is 2, and not 5.
 WORLD = Config(name='Doom', dit=DIT, vae=vae.PRESETS['doom'], image=IMAGE, height=96, width=160,
-               fps=16, stream=Causal(steps=(1000, 750, 500, 250)))
+               fps=16, flow=flow.Config(shift=2.0), stream=Causal(steps=(1000, 750, 500, 250)))
 
 MUON = Optimizer(kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
                  weight_decay=0.0)
@@ -35,3 +49,24 @@ VAE = Run(world=WORLD, data='data/doom', stage=Autoencode(ema=0.99, optimizer=MU
 VAE_LONG = Run(world=WORLD, data='data/doom', stage=Autoencode(
     frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)),
     train=Train(steps=600, batch=1, save_every=100))
+FOUNDATION = Run(
+    world=dataclasses.replace(WORLD, clip=Clip(steps=20, longest=12), dit=dataclasses.replace(
+        DIT, local=None)),
+    data='data/doom', stage=Foundation(
+        ema=0.995, train_encoders=True, optimizer=dataclasses.replace(MUON, warmup=100)),
+    train=Train(steps=3000, batch=8, save_every=100))
+# Straight from recordings, for as many steps a block as time allows.
+CAUSAL = Run(
+    world=dataclasses.replace(WORLD, stream=Causal(steps=tuple(range(1000, 0, -125)))),
+    data='data/doom', stage=CausalFlow(
+        ema=0.995, train_encoders=True, history_noise=0.1,
+        optimizer=dataclasses.replace(MUON, warmup=100)),
+    train=Train(steps=3000, batch=8, save_every=100))
+SLOW = Optimizer(learning_rate=1e-4, schedule='cosine', warmup=20, weight_decay=0.0)
+ODE = Run(world=WORLD, data='data/doom', stage=ODEPairs(ema=0.99, points=5, paths=512,
+                                                        optimizer=SLOW),
+          train=Train(steps=1000, batch=8, save_every=100))
+DMD = Run(world=WORLD, data='data/doom', stage=SelfForcing(
+    optimizer=Optimizer(learning_rate=2e-5, b1=0.0, b2=0.999, weight_decay=0.0),
+    critic=Optimizer(learning_rate=2e-5, b1=0.0, b2=0.999, weight_decay=0.0)),
+    train=Train(steps=1500, batch=4, save_every=100))

@@ -11,15 +11,24 @@ DIR is the published folder, whose two pickles become parts once:
 
 The first block of a stream is 9 frames and every other one 12, so that a video has 9 + 12k frames.
 UNIVERSAL has four keys and a mouse; in GTA_DRIVE the mouse steers, as A and D; TEMPLERUN has no
-mouse. FOUNDATION, their teacher, makes whole clips in many steps.
+mouse. FOUNDATION, their teacher, makes whole clips in many steps. To train:
+
+    tools/train.py matrix_game_2:FOUNDATION --weights DIR --data ...        whole clips
+    tools/train.py matrix_game_2:CAUSAL --weights FOUNDATION_DIR --data ... blocks, by flow matching
+    tools/train.py matrix_game_2:ODE    --weights FOUNDATION_DIR --data ... or the teacher's paths
+    tools/train.py matrix_game_2:DMD    --weights ODE_DIR --stage.teacher FOUNDATION_DIR --data ...
 """
 
 import dataclasses
 
-from matrix_jax.config import Run
+from matrix_jax.config import Run, Train
 from matrix_jax.dit import wan as dit
 from matrix_jax.encoders import clip_image
 from matrix_jax.stream.causal import Config as Causal
+from matrix_jax.train.dmd import SelfForcing
+from matrix_jax.train.flow_matching import CausalFlow, Foundation
+from matrix_jax.train.ode import ODEPairs
+from matrix_jax.train.optim import Optimizer
 from matrix_jax.vae import wan as vae
 from matrix_jax.worlds.matrix_game_2 import Clip, Config
 
@@ -31,7 +40,17 @@ UNIVERSAL = Run(world=Config(vae=VAE, image=IMAGE))
 GTA_DRIVE = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['gta_drive'], mode='gta_drive'))
 TEMPLERUN = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['templerun'], mode='templerun',
                              stream=Causal(steps=(1000, 750, 500, 250))))
-FOUNDATION = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'], clip=Clip()))
+FOUNDATION = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'], clip=Clip()),
+                 stage=Foundation(clip_frames=81), train=Train(steps=120000, batch=64))
+# A student begins with the foundation's layers: all 30 have actions.
+_STUDENT = Config(vae=VAE, image=IMAGE, dit=dataclasses.replace(
+    dit.PRESETS['foundation'], local=6), stream=Causal(steps=(1000, 750, 500, 250)))
+_SLOW = Optimizer(learning_rate=2e-6, weight_decay=0.0)
+CAUSAL = Run(world=_STUDENT, stage=CausalFlow(clip_frames=81, optimizer=_SLOW),
+             train=Train(steps=6000, batch=64))
+ODE = Run(world=_STUDENT, stage=ODEPairs(clip_frames=81, optimizer=_SLOW),
+          train=Train(steps=3000, batch=64))
+DMD = Run(world=_STUDENT, stage=SelfForcing(clip_frames=81), train=Train(steps=3000, batch=64))
 
 # Every part at test size: random weights, seconds to compile.
 _TINY_IMAGE = clip_image.PRESETS['tiny']
@@ -47,3 +66,10 @@ TINY_RUN = dataclasses.replace(TINY, world=dataclasses.replace(
         _TINY_DIT.actions, keyboard=7, mouse=None))))
 TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(
     TINY.world, clip=Clip(steps=2), dit=dataclasses.replace(_TINY_DIT, local=None)))
+_ONE = Train(steps=2, batch=2, log_every=1)
+_TINY_FEW = dict(clip_frames=21)      # two blocks
+TINY_FOUNDATION = dataclasses.replace(TINY_CLIP, train=_ONE, stage=Foundation(
+    **_TINY_FEW, train_encoders=True))
+TINY_CAUSAL = dataclasses.replace(TINY, train=_ONE, stage=CausalFlow(**_TINY_FEW))
+TINY_ODE = dataclasses.replace(TINY, train=_ONE, stage=ODEPairs(**_TINY_FEW, points=2))
+TINY_DMD = dataclasses.replace(TINY, train=_ONE, stage=SelfForcing(**_TINY_FEW, ratio=2))

@@ -88,13 +88,13 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
         renamed, so a killed run leaves none.
       split: 'train' or 'heldout'.
     """
-    encoder, parts = _digest(params['vae']['encoder']), []
+    encoder, parts = digest(params['vae']['encoder']), []
     for one in records.folders(data):
         opened = [records.Shard(shard) for shard in records.shards(Path(one), split)]
         source = {'shards': [shard.digest() for shard in opened], 'mirror': world.cfg.mirror,
                   **world.cfg.vae.normalisation, 'encoder': encoder}
-        digest = hashlib.sha256(json.dumps(source).encode()).hexdigest()
-        final = Path(folder) / digest[:16] / split
+        name = hashlib.sha256(json.dumps(source).encode()).hexdigest()
+        final = Path(folder) / name[:16] / split
         clips = [(shard, index) for shard in opened for index in range(len(shard))]
         if not (final / 'store.json').exists():
             _write(final, source, clips, world, params)
@@ -102,7 +102,7 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
     return Store(parts)
 
 
-def _digest(params) -> str:
+def digest(params) -> str:
     """Names weights, so that latents of other ones are not taken for theirs."""
     import jax
     leaves = (np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
@@ -177,13 +177,60 @@ def _encode(places, world, params):
         yield from np.concatenate(made, axis=1).astype(np.float16)[:count]
 
 
-class Windows:
-    """Endless shuffled batches of windows; `state()` and `restore(state)` as in `loader.Loader`.
+class Batches:
+    """Base of endless shuffled batches; `state()` and `restore(state)` as in `loader.Loader`.
+
+    Whatever the number of processes, all of them draw the same batches, and each reads its own
+    `rows`. `about` names what the batches follow from, `missing` what older states leave out of it.
+    """
+    missing = {}
+
+    def __init__(self, batch: int, process: tuple[int, int], about: dict, draw, pools):
+        """Args: `pools`, [(numbers to draw, weight)]; `draw`, drawn numbers -> batch."""
+        import grain
+        self.batch, self.about = batch, about
+        self.share(*process)
+        mixed = [(grain.MapDataset.source(pool).seed(about['seed']).shuffle().repeat(EPOCHS),
+                  weight) for pool, weight in pools]
+        data = grain.MapDataset.mix(*zip(*mixed)) if len(mixed) > 1 else mixed[0][0]
+        data = data.batch(batch).map(draw)
+        self.iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1,
+                                                                    prefetch_buffer_size=4)))
+
+    def share(self, index: int, count: int):
+        """From the first batch on, reads part `index` of `count` equal parts of each batch."""
+        self.rows = rows(self.batch, index, count)
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        return next(self.iterator)
+
+    def state(self) -> bytes:
+        """The place in the data, as JSON bytes."""
+        return json.dumps({**self.about, 'grain': self.iterator.get_state()}).encode()
+
+    def restore(self, state: bytes):
+        """Goes on where `state` was taken.
+
+        Raises:
+          ValueError: the state is of other data.
+        """
+        saved = {**self.missing, **json.loads(state)}
+        for name, ours in self.about.items():
+            if saved[name] != ours:
+                raise ValueError(f'latents.restore: the state has {name} {saved[name]}, '
+                                 f'here it is {ours}: the batches would differ')
+        self.iterator.set_state(saved['grain'])
+
+
+class Windows(Batches):
+    """Batches of windows.
 
     A batch: latents float16 [B T H W C], controls int32 [B T], ids int32 [B L], clip int32 [B], the
     episodes by number in `names`; where the store has actions, also keyboard, mouse and pose
-    [B F ...] of the F = 1 + 4 (T-1) frames, as `loader.Loader` gives them. Whatever the number of
-    processes, all of them draw the same batches, and each reads its own rows.
+    [B F ...] of the F = 1 + 4 (T-1) frames, as `loader.Loader` gives them.
 
     Args:
       store: encoded episodes.
@@ -200,28 +247,22 @@ class Windows:
       RecordError: no episode is as long as a window, or one kind of windows is missing.
     """
 
+    missing = {'labelled': None, 'label_share': 1.0}
+
     def __init__(self, store: Store, frames: int, batch: int, seed: int, ids,
                  labelled: float | None = None, label_share: float = 1.0,
                  process: tuple[int, int] = (0, 1)):
-        import grain
         self.store, self.frames, self.names = store, frames, store.names
         self.ids = np.asarray(ids, np.int32)
         self.controls = _labels(store, label_share)
-        self.batch = batch
-        self.share(*process)
         places = np.array([(start + offset, episode) for episode, (start, end)
                            in enumerate(zip(store.starts, store.starts[1:]))
                            for offset in range(end - start - frames + 1)])
         if not len(places):
             raise records.RecordError(f'latents: no episode has {frames} latent frames')
-        self.about = {'places': len(places), 'seed': seed, 'labelled': labelled,
-                      'label_share': label_share}
-        pools = [(grain.MapDataset.source(pool).seed(seed).shuffle().repeat(EPOCHS), weight)
-                 for pool, weight in self._pools(places, labelled)]
-        data = grain.MapDataset.mix(*zip(*pools)) if len(pools) > 1 else pools[0][0]
-        data = data.batch(batch).map(self._windows)
-        self.iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1,
-                                                                    prefetch_buffer_size=4)))
+        super().__init__(batch, process, {'places': len(places), 'seed': seed, 'labelled': labelled,
+                                          'label_share': label_share},
+                         self._windows, self._pools(places, labelled))
 
     def _pools(self, places, labelled):
         """[(places, weight)] of the kinds of windows to draw from."""
@@ -251,33 +292,6 @@ class Windows:
         other."""
         window = rearrange(value[start:start + self.frames], 't f a -> (t f) a')
         return window[records.FRAMES_PER_LATENT - 1:]
-
-    def share(self, index: int, count: int):
-        """From the first batch on, reads part `index` of `count` equal parts of each batch."""
-        self.rows = rows(self.batch, index, count)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return next(self.iterator)
-
-    def state(self) -> bytes:
-        """The place in the data, as JSON bytes."""
-        return json.dumps({**self.about, 'grain': self.iterator.get_state()}).encode()
-
-    def restore(self, state: bytes):
-        """Goes on where `state` was taken.
-
-        Raises:
-          ValueError: the state is of other data.
-        """
-        saved = {'labelled': None, 'label_share': 1.0, **json.loads(state)}
-        for name, ours in self.about.items():
-            if saved[name] != ours:
-                raise ValueError(f'latents.restore: the state has {name} {saved[name]}, '
-                                 f'here it is {ours}: the batches would differ')
-        self.iterator.set_state(saved['grain'])
 
 
 def _labels(store: Store, share: float) -> np.ndarray:

@@ -150,15 +150,15 @@ class Network(NamedTuple):
     actions: int
 
 
-def make(cfg: Config, schedule: flow.Config, net: Network) -> Stream:
-    """The stream of a network.
+def make(cfg: Config, schedule: flow.Config, net: Network, table: Rows | None = None) -> Stream:
+    """The stream of a network, with the calls of `rows` or of another table of as many.
 
     `init(params, cond, key)`: `cond` is a `Cond`, `key` one key, or one per player [B].
     `prefill(params, carry, control)`: control float32 [B first_actions A]; makes block 0.
     `step(params, carry, control)`: control float32 [B block_actions A]; makes the next block.
     Both give latents [B frames H W C].
     """
-    table = rows(cfg, schedule)
+    table = rows(cfg, schedule) if table is None else table
 
     def init(params, cond: Cond, key) -> Carry:
         keys = player_keys(key, len(cond.latents))

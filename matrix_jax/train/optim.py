@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
@@ -79,6 +81,26 @@ def make(cfg: Optimizer, steps: int, axes: Mapping[str, tuple[str, ...]]):
                     adam_learning_rate=rate(cfg, cfg.adam_rate, steps), consistent_rms=0.2,
                     muon_weight_dimension_numbers=dimensions)
     return optax.chain(optax.clip_by_global_norm(cfg.clip), body)
+
+
+def by_turns(members: Mapping[str, optax.GradientTransformation], role):
+    """Several optimizers, each for the leaves of its role; one whose gradients are all zero has no
+    turn and rests, so that its schedule and its moments count its own updates.
+
+    Args:
+      members: role -> optimizer.
+      role: path -> role.
+    """
+    def resting(inner):
+        def update(updates, state, params=None):
+            turn = optax.global_norm(updates) != 0
+            made = inner.update(updates, state, params)
+            still = jax.tree.map(jnp.zeros_like, made[0]), state
+            return jax.tree.map(lambda new, old: jnp.where(turn, new, old), made, still)
+        return optax.GradientTransformation(inner.init, update)
+
+    return optax.multi_transform({name: resting(inner) for name, inner in members.items()},
+                                 lambda params: {path: role(path) for path in params})
 
 
 def _matrix(path: str, ndim: int, letters: tuple[str, ...]):

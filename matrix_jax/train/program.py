@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from matrix_jax import convert, sharding
-from matrix_jax.train import optim
 from matrix_jax.train import state as states
 
 
@@ -63,7 +62,7 @@ def build(run, world, params: Mapping) -> Program:
         raise ValueError(f'mesh: got {mesh.size} devices, expected all {jax.device_count()} of the '
                          f'{jax.process_count()} processes')
     axes = stage.axes(world)
-    tx = optim.make(stage.optimizer, train.steps, axes)
+    tx = stage.transform(axes, train.steps)
     start = partial(states.init, trainable=stage.trainable, tx=tx, seed=train.seed)
     places = states.shardings(jax.eval_shape(start, params), axes, mesh)
     update = states.make_step(partial(stage.loss, world), tx, stage.ema, train.accumulate)

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, Literal
 
 from matrix_jax import convert
+from matrix_jax.train import optim
 from matrix_jax.train.optim import Optimizer
 
 
@@ -41,6 +42,15 @@ class Stage:
         """Axis letters of the leaves of `start` by path (`convert.axes`)."""
         tables = {name: convert.axes(world.tables[name]) for name in self.components}
         return convert.flatten(tables)
+
+    def transform(self, axes, steps: int):
+        """The optax transformation of the trained leaves, a flat dict.
+
+        Args:
+          axes: of `axes`.
+          steps: updates of the run.
+        """
+        return optim.make(self.optimizer, steps, axes)
 
     def trainable(self, path: str) -> bool:
         """Whether the leaf 'component/path' trains."""

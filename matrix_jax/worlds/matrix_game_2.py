@@ -184,10 +184,16 @@ class World(Parts):
         return self._condition(params, frames, self.cfg.vae.settled + 1)
 
     def _condition(self, params, frames, count: int):
-        cfg, image = self.cfg, start.pixels(frames[:, 0])
-        return causal.Cond(
-            latents=start.condition(cfg.vae, params['vae'], image, count),
-            image=clip_image.encode(cfg.image, params['image_encoder'], image))
+        return causal.Cond(self.tell(params, frames, count), self.look(params, frames))
+
+    def tell(self, params, frames, count: int):
+        """What `count` latent frames are told of pictures uint8 [B 1 H W 3]: [B T H W Cc]."""
+        return start.condition(self.cfg.vae, params['vae'], start.pixels(frames[:, 0]), count)
+
+    def look(self, params, frames):
+        """Features of pictures uint8 [B 1 H W 3]: [B L D]."""
+        return clip_image.encode(self.cfg.image, params['image_encoder'],
+                                 start.pixels(frames[:, 0]))
 
     # --- pixels and latents ----------------------------------------------------------------------
 
@@ -215,7 +221,32 @@ class World(Parts):
 
         return streams.Decoder(prefill, step)
 
-    # --- the stream ------------------------------------------------------------------------------
+    # --- the network and its stream --------------------------------------------------------------
+
+    def denoise(self, params, x, level, cond: causal.Cond, actions, block: int | None = None):
+        """Velocity [B T H W C] of whole clips.
+
+        Args:
+          params: parameters.
+          x: noisy latents [B T H W C].
+          level: [B T].
+          cond: of T latent frames.
+          actions: float32 [B F A], F = 1 + 4(T-1).
+          block: latent frames that are made together; None = every frame sees all.
+        """
+        keyboard, mouse = split_actions(self.cfg.dit, actions)
+        return dit.DiT(self.cfg.dit).apply({'params': params['transformer']}, x, level,
+                                           cond.latents, cond.image, mouse, keyboard, block)
+
+    def latents(self, change=lambda net: net, table: causal.Rows | None = None) -> streams.Stream:
+        """The stream before its decoder: actions in, latents [B T H W C] out.
+
+        Args:
+          change: `Network -> Network`, what training changes about it.
+          table: the calls of a block, if they are others than `causal.rows`.
+        """
+        cfg = self.cfg
+        return causal.make(cfg.stream, cfg.flow, change(network(cfg.dit)), table)
 
     def stream(self, entry: str | None = None) -> streams.Stream:
         """Actions float32 [B F A] in, uint8 frames out: 9 in `prefill`, 12 in each `step`.
@@ -223,8 +254,7 @@ class World(Parts):
         Args:
           entry: where keys bind in worlds with a queue; here they bind at once.
         """
-        cfg = self.cfg
-        return streams.chain(causal.make(cfg.stream, cfg.flow, network(cfg.dit)), self.decoder())
+        return streams.chain(self.latents(), self.decoder())
 
     def halves(self, entry: str | None = None) -> dict:
         """What a pipeline of two meshes is made of.
@@ -243,15 +273,11 @@ class World(Parts):
           actions: float32 [B F A], F = 1 + 4(T-1).
           key: of all noise.
         """
-        cfg, (keyboard, mouse) = self.cfg, split_actions(self.cfg.dit, actions)
+        cfg = self.cfg
         cond = self._condition(params, frames, 1 + (actions.shape[1] - 1) // cfg.stream.ratio)
         noise = jax.random.normal(key, (*cond.latents.shape[:-1], cfg.dit.channels))
 
-        def denoise(params, x, level):
-            return dit.DiT(cfg.dit).apply({'params': params['transformer']}, x, level,
-                                          cond.latents, cond.image, mouse, keyboard)
-
-        made = flow.sample(cfg.flow, cfg.clip.steps, denoise, params, noise)
+        made = flow.sample(cfg.flow, cfg.clip.steps, self.denoise, params, noise, cond, actions)
         return to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
 
 
@@ -280,10 +306,16 @@ def split_actions(cfg: dit.Config, actions):
 
 
 def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
-    """The world that a weights folder describes; see `the_matrix.read_folder`."""
-    return dataclasses.replace(cfg, **read_parts(World(cfg), folder, whole, {
+    """The world that a weights folder describes; see `the_matrix.read_folder`.
+
+    Training may begin a stream with a network of whole clips, which only lacks the window.
+    """
+    found = read_parts(World(cfg), folder, whole, {
         'dit': ('dtype', 'remat', 'scan_unroll', 'exchange'), 'vae': ('dtype', 'chunk'),
-        'image': ('dtype',)}))
+        'image': ('dtype',)})
+    if not whole and cfg.dit.local and 'dit' in found and found['dit'].local is None:
+        found['dit'] = dataclasses.replace(found['dit'], local=cfg.dit.local, sink=cfg.dit.sink)
+    return dataclasses.replace(cfg, **found)
 
 
 def to_uint8(frames):

@@ -11,7 +11,7 @@ from matrix_jax import config, worlds
 from matrix_jax.convert import flatten
 from matrix_jax.train import state as states
 
-RECIPES = [name for name in config.list_recipes('the_matrix')
+RECIPES = [name for world in ('the_matrix', 'matrix_game_2') for name in config.list_recipes(world)
            if ':TINY' in name and config.load(name).stage]
 
 

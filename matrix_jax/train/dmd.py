@@ -1,0 +1,187 @@
+"""Self-forcing with distribution matching: a stream learns from clips that it makes itself.
+
+The student makes a clip on its own caches (Self-Forcing, arXiv 2506.08009), by the very `step` that
+a player runs. Two networks that see clips whole say how it should change: the teacher knows the
+distribution of recorded clips, the critic is trained on that of the student's. Both name the clean
+clip x0 behind the student's clip x with noise on it, and x moves by their difference (DMD2, arXiv
+2405.14867):
+
+    student    1/2 (x - stop(x - d))^2,  d = (x0_critic - x0_teacher) / mean |x - x0_teacher|
+    critic     flow matching on x
+
+Nothing is compared with the recorded clip, of which pictures and actions are used. Of the calls on
+a block, those up to a drawn one count, and the gradient goes through that one alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from matrix_jax import convert
+from matrix_jax.diffusion import flow
+from matrix_jax.stream import base as streams
+from matrix_jax.stream import causal
+from matrix_jax.train import optim
+from matrix_jax.train.flow_matching import FlowMatching, flow_loss
+from matrix_jax.train.optim import Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfForcing(FlowMatching):
+    """Distribution matching on the student's own clips.
+
+    Attributes:
+      critic: optimizer of the critic.
+      ratio: the student has one update in so many; all others are the critic's.
+      teacher: weights folder of a network that sees clips whole; None = the weights that training
+        starts from.
+      causal: whether teacher and critic see blocks and what came before them, as the student does.
+      random_exit: draw the call whose clean estimate is the block; else it is the last one.
+      lowest, highest: shares of noise at which teacher and critic are asked.
+    """
+    optimizer: Optimizer = Optimizer(learning_rate=2e-6, b1=0.0, b2=0.999, weight_decay=0.01)
+    critic: Optimizer = Optimizer(learning_rate=4e-7, b1=0.0, b2=0.999, weight_decay=0.01)
+    ema: float = 0.99
+    ratio: int = 5
+    teacher: str | None = None
+    causal: bool = False
+    random_exit: bool = True
+    lowest: float = 0.02
+    highest: float = 0.98
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.ratio < 1:
+            raise ValueError(f'stage.ratio: got {self.ratio}, expected at least 1')
+        if not 0 < self.lowest < self.highest <= 1:
+            raise ValueError(f'stage.lowest: got {self.lowest} to {self.highest}, expected a range '
+                             'within 0 to 1')
+        if self.train_encoders:
+            raise ValueError('stage.train_encoders: got True, expected False: the student reads '
+                             'what its teacher reads')
+
+    def start(self, world, params, seed):
+        params = super().start(world, params, seed)
+        teacher = params['transformer']
+        if self.teacher:
+            teacher = world.load(self.teacher, only=('transformer',))['transformer']
+        return {**params, 'teacher': teacher, 'critic': teacher}
+
+    def axes(self, world):
+        network = convert.axes(world.tables['transformer'])
+        return super().axes(world) | convert.flatten({'teacher': network, 'critic': network})
+
+    def trainable(self, path):
+        return _role(path) in ('student', 'critic')
+
+    def transform(self, axes, steps):
+        # Each role's schedule ends with the run.
+        turns = {'student': -(-steps // self.ratio), 'critic': steps}
+        return optim.by_turns({name: optim.make(settings, turns[name], axes) for name, settings in
+                               (('student', self.optimizer), ('critic', self.critic))}, _role)
+
+    def loss(self, world, params, batch, key):
+        keys = jax.random.split(key, 3)
+        turn = jax.random.uniform(keys[0]) * self.ratio < 1
+        given = self.given(world, params, batch)
+
+        def of_student():
+            clip = self.rollout(world, params, given, batch['actions'], keys[1])
+            return self.matching(world, params, clip, given, batch['actions'], keys[2])
+
+        def of_critic():
+            clip = self.rollout(world, jax.lax.stop_gradient(params), given, batch['actions'],
+                                keys[1])
+            return self.criticism(world, params, clip, given, batch['actions'], keys[2])
+
+        loss = jax.lax.cond(turn, of_student, of_critic)
+        return loss, {'student': turn.astype(jnp.float32)}
+
+    def rollout(self, world, params, given, actions, key):
+        """The student's clip [B T H W C] from pictures, under actions [B F A]."""
+        stream, keys = world.cfg.stream, jax.random.split(key)
+        table = causal.rows(stream, world.cfg.flow)
+        last = len(stream.steps) - 1
+        end = jax.random.randint(keys[0], (), 0, last + 1) if self.random_exit else last
+        made = world.latents(lambda net: truncated(net, jnp.asarray(table.level)[end]),
+                             ended(table, end))
+        carry = made.init(params, given, keys[1])
+        carry, head = made.prefill(params, carry, actions[:, :stream.first_actions])
+        size, count = stream.block_actions, self.blocks(world) - 1
+        controls = actions[:, stream.first_actions:].reshape(len(actions), count, size, -1)
+        _, tail = streams.rollout(made, params, carry, jnp.moveaxis(controls, 1, 0))
+        return jnp.concatenate([head, streams.join(tail)], axis=1)
+
+    def matching(self, world, params, clip, given, actions, key):
+        """The student's loss on its clip."""
+        keys = jax.random.split(key)
+        sigma = self._drawn(world, keys[0], clip)
+        noisy = flow.add_noise(sigma, clip, jax.random.normal(keys[1], clip.shape))
+
+        def clean(role):
+            v = world.denoise({**params, 'transformer': params[role]}, noisy, 1000 * sigma, given,
+                              actions, self._block(world))
+            return flow.x0_from_v(sigma, noisy, v)
+
+        real, fake = jax.lax.stop_gradient((clean('teacher'), clean('critic')))
+        apart = jnp.abs(clip - real).mean(axis=(1, 2, 3, 4), keepdims=True)
+        target = jax.lax.stop_gradient(clip - (fake - real) / jnp.maximum(apart, 1e-6))
+        return 0.5 * jnp.square(clip - target).mean()
+
+    def criticism(self, world, params, clip, given, actions, key):
+        """The critic's loss on the student's clip."""
+        keys = jax.random.split(key)
+        sigma = self._drawn(world, keys[0], clip)
+        entry = flow.nearest(flow.table(world.cfg.flow), 1000 * sigma)
+        return flow_loss(world, {**params, 'transformer': params['critic']}, clip, given, actions,
+                         entry, keys[1], self._block(world))
+
+    def finish(self, world, params, loader):
+        """Drops teacher and critic."""
+        return world, {name: part for name, part in params.items()
+                       if name not in ('teacher', 'critic')}
+
+    def _drawn(self, world, key, clip):
+        """Shares of noise [B T], one for a clip."""
+        u = jax.random.uniform(key, (len(clip), 1))
+        shift = world.cfg.flow.shift
+        sigma = jnp.clip(shift * u / (1 + (shift - 1) * u), self.lowest, self.highest)
+        return jnp.broadcast_to(sigma, clip.shape[:2])
+
+    def _block(self, world):
+        return world.cfg.stream.frames if self.causal else None
+
+
+def truncated(net: causal.Network, level) -> causal.Network:
+    """The same network, with a gradient through the call at one level, and of its answer alone:
+    not through what it is given, nor through what the caches keep."""
+    def denoise(params, caches, x, levels, cond, actions):
+        caches, x = jax.lax.stop_gradient((caches, x))
+
+        def call(params):
+            v, kept = net.denoise(params, caches, x, levels, cond, actions)
+            return v, jax.lax.stop_gradient(kept)
+
+        # Where the branch has no gradient, nothing is computed backwards.
+        return jax.lax.cond(levels.reshape(-1)[0] == level, call,
+                            lambda params: call(jax.lax.stop_gradient(params)), params)
+
+    return net._replace(denoise=denoise)
+
+
+def ended(table: causal.Rows, end) -> causal.Rows:
+    """The calls of a block whose clean estimate of call `end` is the block: all behind it read the
+    clean block, as the last one does, and change nothing."""
+    call = jnp.arange(len(table.level))
+    return causal.Rows(jnp.where(call <= end, table.level, table.level[-1]),
+                       jnp.where(call <= end, table.sigma, 0.0),
+                       jnp.where(call < end, table.following, 0.0))
+
+
+def _role(path: str) -> str:
+    """Who a leaf belongs to."""
+    component = path.split('/')[0]
+    return {'transformer': 'student', 'critic': 'critic'}.get(component, 'frozen')

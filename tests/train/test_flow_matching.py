@@ -1,0 +1,242 @@
+"""train/flow_matching.py, ode.py, dmd.py: what learns, from what, and by the stream's own calls."""
+
+import functools
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from matrix_jax import config, convert, worlds
+from matrix_jax.diffusion import flow
+from matrix_jax.stream import causal
+from matrix_jax.train import optim
+from matrix_jax.train.dmd import SelfForcing, ended, truncated
+from matrix_jax.train.flow_matching import CausalFlow, FlowMatching, flow_loss
+from matrix_jax.train.ode import ODEPairs, path
+
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+KEY = jax.random.key(1)
+
+
+class Toy:
+    """Stands in for a world: a network of two numbers, which keeps the mean of each block."""
+
+    def __init__(self, steps=(1000, 500)):
+        self.cfg = types.SimpleNamespace(flow=flow.Config(shift=2.0), stream=causal.Config(
+            frames=3, steps=steps, window=1))
+        self.tables = {name: () for name in FlowMatching.components}
+
+    def denoise(self, params, x, level, cond, actions, block=None):
+        p = params['transformer']
+        told = cond.latents[..., :1] + cond.image.mean() + actions.mean()
+        return jnp.tanh(p['mix'] * x + told + level[..., None, None, None] / 1000)
+
+    def look(self, params, pictures):
+        return pictures.astype(jnp.float32).mean(axis=(2, 3)) / 255
+
+    def latents(self, change=lambda net: net, table=None):
+        def denoise(params, caches, x, level, cond, actions):
+            p = params['transformer']
+            v = jnp.tanh(p['mix'] * x + p['past'] * caches[0] + cond[..., :1] + actions.mean()
+                         + level[..., None, None, None] / 1000)
+            return v, (caches[0], x.mean())
+
+        net = causal.Network(denoise, lambda params, cond: (jnp.zeros(()),) * 2,
+                             lambda caches, frames: (caches[1], caches[1]), 3, 6)
+        return causal.make(self.cfg.stream, self.cfg.flow, change(net), table)
+
+
+@pytest.fixture(scope='module')
+def toy():
+    draws = np.random.default_rng(0)
+    shapes = {'latents': (6, 2, 2, 3), 'told': (6, 2, 2, 4), 'actions': (21, 6)}
+    batch = {name: draws.normal(size=(2, *shape)).astype(np.float32)
+             for name, shape in shapes.items()}
+    batch['picture'] = draws.integers(0, 256, (2, 8, 12, 3), np.uint8)
+    params = {'transformer': {'mix': np.float32(0.6), 'past': np.float32(0.3)},
+              'image_encoder': {}, 'vae': {}}
+    return Toy(), params, batch
+
+
+def sizes(grads):
+    return {name: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(part))
+            for name, part in grads.items()}
+
+
+@pytest.mark.parametrize('name', ['FOUNDATION', 'CAUSAL', 'ODE', 'DMD'])
+def test_every_stage_fits_a_world(name):
+    run = config.load(f'matrix_game_2:TINY_{name}')
+    world = worlds.build(run.world)
+    params = run.stage.start(world, world.shapes(), 0)
+    loss, _ = jax.eval_shape(functools.partial(run.stage.loss, world), params,
+                             run.stage.example(world, 2), KEY)
+    assert loss.shape == () and loss.dtype == np.float32
+    paths = convert.flatten(params)
+    trained = {path.split('/')[0] for path in paths if run.stage.trainable(path)}
+    assert trained == {'transformer'} | {'FOUNDATION': {'image_encoder'}, 'DMD': {'critic'}}.get(
+        name, set())
+    assert set(run.stage.axes(world)) >= {path for path in paths if run.stage.trainable(path)}
+
+
+def test_history_is_clean_and_does_not_count(toy):
+    world, params, batch = toy
+    clean, given = batch['latents'], FlowMatching().given(world, params, batch)
+    entry, history = jnp.full((2, 6), 300), jnp.arange(6) < jnp.array([[3], [0]])
+    seen = []
+
+    def denoise(params, x, level, *given):
+        seen.append((x, level, given[2]))
+        return jnp.zeros_like(x)
+
+    watched = types.SimpleNamespace(cfg=world.cfg, denoise=denoise)
+    loss = flow_loss(watched, params, clean, given, batch['actions'], entry, KEY, 3, history)
+    x, level, block = seen[0]
+    table, noise = flow.table(world.cfg.flow), jax.random.normal(KEY, clean.shape)
+    np.testing.assert_array_equal(x[0, :3], clean[0, :3])
+    assert not np.any(level[0, :3]) and np.all(level[0, 3:] == table.levels[300]) and block == 3
+    error = np.square(noise - clean).mean(axis=(2, 3, 4))
+    want = table.weights[300] * (error[0, 3:].sum() + error[1].sum()) / 9
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    flow_loss(watched, params, clean, given, batch['actions'], entry, KEY, 3, history, 0.5)
+    np.testing.assert_allclose(seen[1][0][0, :3], (clean + noise)[0, :3] / 2, atol=1e-6)
+
+
+def test_blocks_have_levels_of_their_own(toy):
+    world, params, batch = toy
+    levels = []
+    watched = types.SimpleNamespace(
+        cfg=world.cfg, look=world.look,
+        denoise=lambda params, x, level, *given: levels.append(np.asarray(level)) or x)
+    for seed in range(8):
+        CausalFlow(clip_frames=21).loss(watched, params, batch, jax.random.key(seed))
+    drawn = np.concatenate(levels).reshape(-1, 2, 3)
+    assert np.all(drawn == drawn[..., :1]) and len(np.unique(drawn[:, 1, 0])) > 9
+    assert 0 < np.sum(drawn[:, 0, 0] == 0) < len(drawn) and np.all(drawn[:, 1] > 0)
+
+
+def test_a_clip_has_whole_blocks(toy):
+    with pytest.raises(ValueError, match='stage.clip_frames: got 25, which are 7 latent frames'):
+        CausalFlow(clip_frames=25).blocks(toy[0])
+    with pytest.raises(ValueError, match='stage.clip_frames: got 20, expected 1'):
+        FlowMatching(clip_frames=20)
+
+
+def test_a_path_ends_where_the_sampler_does():
+    cfg, noise = flow.Config(shift=2.0), jax.random.normal(KEY, (1, 2, 2, 2, 3))
+
+    def denoise(x, level):
+        return jnp.tanh(x) + level[..., None, None, None] / 1000
+
+    made = path(cfg, (1000, 750, 500, 250), 3, denoise, noise)
+    end = flow.sample(cfg, 12, lambda params, x, level: denoise(x, level), None, noise)
+    np.testing.assert_allclose(made[:, -1], end, atol=1e-5)
+    np.testing.assert_array_equal(made[:, 0], noise)
+    assert made.shape == (1, 5, 2, 2, 2, 3)
+
+
+def test_the_student_of_a_known_path_has_nothing_to_learn(toy):
+    _, params, batch = toy
+    world, stage = Toy(steps=(1000,)), ODEPairs(clip_frames=21, points=1)
+    noise = np.asarray(jax.random.normal(KEY, batch['latents'].shape))
+    v = world.denoise(params, noise, jnp.full((2, 6), 1000.0), stage.given(world, params, batch),
+                      batch['actions'])
+    path = np.stack([noise, noise - v], axis=1)
+
+    def loss(path):
+        return float(stage.loss(world, params, batch | {'path': path}, KEY)[0])
+
+    assert loss(path) < 1e-8 < 0.9 < loss(path + np.array([0, 1])[:, None, None, None, None])
+
+
+def test_a_rollout_is_what_the_stream_makes(toy):
+    world, params, batch = toy
+    stage = SelfForcing(clip_frames=21, random_exit=False)
+    given = stage.given(world, params, batch)
+    clip = jit(lambda p: stage.rollout(world, p, given, batch['actions'], KEY))(params)
+    stream, key = world.latents(), jax.random.split(KEY)[1]
+    carry, head = stream.prefill(params, stream.init(params, given, key), batch['actions'][:, :9])
+    _, tail = stream.step(params, carry, batch['actions'][:, 9:])
+    np.testing.assert_allclose(clip, np.concatenate([head, tail], axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize('end', [0, 1])
+def test_a_block_may_end_at_any_call(end):
+    """Of a network that says v = weight x: the clean estimate of call `end` remains, and the
+    gradient is that of this call alone."""
+    cfg, schedule = causal.Config(steps=(1000, 500)), flow.Config(shift=1.0)
+    table = causal.rows(cfg, schedule)
+    net = causal.Network(lambda p, caches, x, *_: (p * x, caches), None, None, 1, 1)
+    noises = jnp.ones((3, 1, 3, 1, 1, 1))
+
+    def made(weight):
+        told = truncated(net, jnp.asarray(table.level)[end])
+        return causal.walk(ended(table, end), told, weight, (), jnp.full((1, 3, 1, 1, 1), 2.0),
+                           noises, None, None)[1].mean()
+
+    first = 2 - 1.0 * 0.3 * 2
+    second = 0.5 * first + 0.5
+    value, slope = jax.jit(jax.value_and_grad(made))(0.3)
+    np.testing.assert_allclose(value, [first, second - 0.5 * 0.3 * second][end], rtol=1e-6)
+    np.testing.assert_allclose(slope, [-2.0, -0.5 * second][end], rtol=1e-6)
+
+
+def test_student_and_critic_take_turns(toy):
+    """In a turn one of them learns; the teacher never does."""
+    world, params, batch = toy
+    stage, seen = SelfForcing(clip_frames=21, ratio=2), set()
+    params = stage.start(world, params, 0)
+    params['critic'] = {'mix': np.float32(0.4), 'past': np.float32(0.3)}
+    gradient = jit(jax.grad(lambda params, key: stage.loss(world, params, batch, key),
+                            has_aux=True))
+    for seed in range(4):
+        grads, metrics = gradient(params, jax.random.key(seed))
+        found = {name for name, size in sizes(grads).items() if size > 0}
+        assert found == ({'transformer'} if metrics['student'] else {'critic'})
+        seen |= found
+    assert len(seen) == 2
+    roles = {name: stage.trainable(f'{name}/x') for name in params}
+    assert {name for name, trains in roles.items() if trains} == seen
+    assert set(stage.finish(world, params, None)[1]) == set(FlowMatching.components)
+
+
+def test_a_critic_that_agrees_with_the_teacher_moves_nobody(toy):
+    world, params, batch = toy
+    stage = SelfForcing(clip_frames=21)
+    params = stage.start(world, params, 0)
+    given = stage.given(world, params, batch)
+
+    def slope(params):
+        return jax.grad(lambda clip: stage.matching(world, params, clip, given, batch['actions'],
+                                                    KEY))(jnp.asarray(batch['latents']))
+
+    np.testing.assert_allclose(slope(params), 0, atol=1e-9)
+    params['critic'] = {'mix': np.float32(0.4), 'past': np.float32(0.3)}
+    assert np.abs(slope(params)).max() > 1e-4
+
+
+def test_a_role_without_a_gradient_rests():
+    tx = optim.by_turns({name: optim.make(optim.Optimizer(learning_rate=0.1), 10, {})
+                         for name in 'ab'}, lambda name: name[0])
+    leaves = {'a/x': jnp.ones(2), 'b/x': jnp.ones(2)}
+    state = tx.init(leaves)
+    updates, after = jax.jit(tx.update)({'a/x': jnp.ones(2), 'b/x': jnp.zeros(2)}, state, leaves)
+    assert np.all(updates['a/x'] < 0) and not np.any(updates['b/x'])
+    counts = {name: [int(leaf) for leaf in jax.tree.leaves(inner)
+                     if jnp.issubdtype(leaf.dtype, jnp.integer)]
+              for name, inner in after.inner_states.items()}
+    assert set(counts['a']) == {1} and set(counts['b']) == {0}
+    assert isinstance(optax.apply_updates(leaves, updates), dict)
+
+
+@pytest.mark.parametrize('make, said', [
+    (lambda: SelfForcing(ratio=0), 'stage.ratio: got 0'),
+    (lambda: SelfForcing(lowest=0.5, highest=0.4), 'stage.lowest: got 0.5 to 0.4'),
+    (lambda: SelfForcing(train_encoders=True), 'stage.train_encoders: got True'),
+    (lambda: CausalFlow(clean=2), 'stage.clean: got 2'),
+    (lambda: ODEPairs(points=0), 'stage.points: got 0')])
+def test_wrong_settings_are_named(make, said):
+    with pytest.raises(ValueError, match=said):
+        make()
