@@ -1,10 +1,11 @@
 """The Matrix as released: 480x720 at 16 fps, CogVideoX-2b sizes. Weights come with --weights.
 
-Its stages train one from the weights of the other, with the published settings:
+Its stages train one from the weights of the other, the first three with the published settings:
 
     tools/train.py the_matrix:STAGE1 --data DIR --out runs/1 --weights THUDM/CogVideoX-2b
     tools/train.py the_matrix:STAGE2 --data DIR --out runs/2 --weights runs/1/weights
     tools/train.py the_matrix:STAGE3 --data DIR --out runs/3 --weights runs/2/weights
+    tools/train.py the_matrix:STAGE4 --data DIR --out runs/4 --weights runs/3/weights
 """
 
 import dataclasses
@@ -36,7 +37,8 @@ STAGE3 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=4, steps=2
                                                guidance=6.0)),
              stage=SwinDPM(clip_frames=(33, 65)), train=PUBLISHED)
 STAGE4 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4, solver='lcm',
-                                               original_steps=40)))
+                                               original_steps=40)),
+             stage=StreamConsistency(guidance=6.0, rollout=8), train=PUBLISHED)
 # The published interactive setting: one latent frame per shift, decoded one by one.
 LIVE = Run(world=Config(vae=VAE, decode_chunk=1,
                         stream=Swin(groups=4, group_frames=1, steps=4, solver='lcm',

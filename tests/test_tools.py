@@ -247,7 +247,7 @@ def test_both_stages_train_one_after_the_other(clips, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('argv, said', [
-    (['the_matrix:STAGE4', '--data', '.'], 'has no training stage'),
+    (['the_matrix:LIVE', '--data', '.'], 'has no training stage'),
     (['the_matrix:TINY_VAE'], '--data: needs a folder'),
     (['the_matrix:TINY_VAE', '--data', '.'], 'no train-*'),
     (['the_matrix:TINY_VAE', '--data', '.', '--stage.ema', '2'], 'stage.ema: got 2'),
