@@ -77,12 +77,12 @@ class Peer:
     def shift(self, x, text):
         """One shift of the window -> (window, popped latents)."""
         context, size, level = (self.spec[n] for n in ('context', 'group_frames', 'level'))
+        windows = self.spec['windows']          # of each call, those of the guidance included
         for _ in range(self.spec['calls']):
-            if self.spec['guided']:
-                v, null = self.denoise(torch.cat([x, x]), torch.cat([text, text]), level).chunk(2)
-                v = null + 6 * (v - null)
-            else:
-                v = self.denoise(x, text, level)
+            v, *others = self.denoise(torch.cat([x] * windows), torch.cat([text] * windows),
+                                      level).chunk(windows)
+            for other in others:
+                v = v + 6 * (other - v)
             graded = 0.9 * x[:, context:] - 0.1 * v[:, context:]
             x = torch.cat([x[:, :context], graded], dim=1)
         popped, rest = graded[:, :size], graded[:, size:]

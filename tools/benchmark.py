@@ -5,7 +5,7 @@
     tools/benchmark.py the_matrix:STAGE4 --random --layers 2        at full width, random weights
     tools/benchmark.py the_matrix:STAGE4 --random --count           FLOPs only; runs nothing
     tools/benchmark.py carracing --int8                             errors of 8-bit layers
-    tools/benchmark.py carracing --sweep mesh                       on 1, 2, 4 and 8 devices
+    tools/benchmark.py carracing --sweep mesh                       on 1 to 8 devices
 
 Writes benchmark.json and benchmark.md to --out. Clocks need an idle machine.
 """
@@ -25,7 +25,7 @@ def main(argv):
     add('--entries', default='tail,head', help='where keys bind, for their latency; or none')
     add('--peak-tflops', type=float, help='of one device by its data sheet, for the share reached')
     add('--vs', choices=('torch',), help='the same network in diffusers, in the same run')
-    add('--sweep', choices=('mesh',), help='on 1, 2, 4 and 8 devices of mesh.seq')
+    add('--sweep', choices=('mesh',), help='1, 2, 4 and 8 devices of mesh.seq, and pipelines')
     add('--int8', action='store_true', help='the errors of 8-bit layers; no clocks')
     add('--count', action='store_true', help='print the FLOPs of a shift and stop')
     options, run = parser.run(argv)

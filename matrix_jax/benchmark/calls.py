@@ -10,10 +10,11 @@ import os
 from matrix_jax.benchmark import compiled, floor, int8, peer, report
 from matrix_jax.benchmark import subject as subjects
 from matrix_jax.benchmark.measure import Settings
-from matrix_jax.config import UsageError
+from matrix_jax.config import Mesh, UsageError
 from matrix_jax.train import dry
 
-SWEEP = (1, 2, 4, 8)
+SWEEP = {**{f'seq={size}': Mesh(seq=size) for size in (1, 2, 4, 8)},
+         **{name: Mesh(pipeline=name) for name in ('5dit_3vae', '6dit_2vae')}}
 
 
 def benchmark(run, settings: Settings, random: bool = False, layers: int | None = None,
@@ -93,32 +94,33 @@ def _begin(devices, imitate, function, arguments):
 
 
 def sweep(run, settings: Settings, random: bool, layers: int | None) -> tuple[dict, str]:
-    """(results, page) of the same benchmark on 1, 2, 4 and 8 devices that share the tokens."""
+    """(results, page) of the same benchmark on the meshes of `SWEEP`, whose devices share the
+    tokens of the network; other axes are the run's."""
     on_cpu = apart(_backend, imitate=False) == 'cpu'
     settings = dataclasses.replace(settings, entries=())
     runs, refused = {}, {}
-    for devices in SWEEP:
-        mesh = dataclasses.replace(run.mesh, seq=devices)
-        count = mesh.data * mesh.fsdp * mesh.tensor * mesh.seq
+    for name, mesh in SWEEP.items():
         try:
-            runs[devices] = apart(one, dataclasses.replace(run, mesh=mesh), settings, random,
-                                  layers, devices=count, imitate=on_cpu)
+            if not mesh.parts:
+                mesh = dataclasses.replace(run.mesh, seq=mesh.seq, pipeline='1')
+            runs[name] = apart(one, dataclasses.replace(run, mesh=mesh), settings, random, layers,
+                               devices=mesh.devices, imitate=on_cpu)
         except ValueError as error:         # such as more devices than there are
-            refused[devices] = str(error)
+            refused[name] = str(error)
     if not runs:
         raise UsageError('; '.join(refused.values()))
     first = next(iter(runs.values()))
     base = first['parts']['end_to_end']['fps'] / first['devices']
     rows = []
-    for seq, found in runs.items():
+    for name, found in runs.items():
         parts, fps = found['parts'], found['parts']['end_to_end']['fps']
-        rows.append([seq, found['devices'], f'{fps:.2f}', f'{parts["dit"]["fps"]:.2f}',
-                     f'{parts["vae"]["fps"]:.2f}', f'{fps / base / first["devices"]:.2f}',
-                     f'{fps / base / found["devices"]:.1%}',
+        rows.append([name, found['devices'], found['exchange'] or 'nothing', f'{fps:.2f}',
+                     f'{parts["dit"]["fps"]:.2f}', f'{parts["vae"]["fps"]:.2f}',
+                     f'{fps / base / first["devices"]:.2f}', f'{fps / base / found["devices"]:.1%}',
                      f'{found["mesh_bytes"] / report.MIB:.2f}',
                      f'{found["program_bytes"] / report.GIB:.2f}'])
     machine = first['machine']
-    lines = [f'# {run.name}: scaling over mesh.seq', '',
+    lines = [f'# {run.name}: scaling over meshes', '',
              f'{machine["device"]}, {machine["processor"]}, {machine["cores"]} cores.', '']
     if on_cpu:
         lines += [f'Note: the devices are imitated and share {machine["cores"]} cores: bytes and '
@@ -127,11 +129,10 @@ def sweep(run, settings: Settings, random: bool, layers: int | None) -> tuple[di
         lines += [f'Note: {report.RANDOM}.', '']
     if any(found['machine']['busy'] > report.BUSY for found in runs.values()):
         lines += ['Note: the machine was busy before a start; the clocks are too slow.', '']
-    lines += report.table(['seq', 'devices', 'fps', 'DiT fps', 'VAE fps', 'speed-up', 'efficiency',
-                           'MiB sent per device', 'GiB per device'], rows)
-    lines += ['', *(f'- seq {seq}: not run ({why})' for seq, why in refused.items())]
-    return ({'sweep': {str(seq): found for seq, found in runs.items()}, 'refused': refused},
-            '\n'.join(lines) + '\n')
+    lines += report.table(['mesh', 'devices', 'DiT exchanges', 'fps', 'DiT fps', 'VAE fps',
+                           'speed-up', 'efficiency', 'MiB sent per device', 'GiB per device'], rows)
+    lines += ['', *(f'- {name}: not run ({why})' for name, why in refused.items())]
+    return {'sweep': runs, 'refused': refused}, '\n'.join(lines) + '\n'
 
 
 def _backend() -> str:

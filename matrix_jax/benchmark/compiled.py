@@ -105,30 +105,42 @@ def memory(compiled) -> int:
 def collectives(text: str, devices: int) -> dict[str, dict[str, float]]:
     """Kind -> {'count', 'bytes'} of the collectives that one run of a program makes.
 
-    A loop counts as often as XLA knows that it turns. Bytes are those that each device sends, by
-    the usual ring algorithms.
+    A loop counts as often as XLA knows that it turns, and of the branches of a condition the one
+    that sends most. Bytes are those that each device sends, by the usual ring algorithms.
 
     Args:
       text: HLO of a compiled program (`compiled.as_text()`).
       devices: of the mesh, for collectives that name no groups.
     """
     bodies, entry = _computations(text)
-    found: dict[str, dict[str, float]] = {}
 
-    def visit(name, times):
+    def visit(name):
+        found: dict[str, dict[str, float]] = {}
+
+        def add(more, times=1):
+            for kind, one in more.items():
+                known = found.setdefault(kind, {'count': 0, 'bytes': 0.0})
+                for key, value in one.items():
+                    known[key] += times * value
+
         for line in bodies.get(name, ()):
             kind, size = _collective(line, devices)
-            if kind:
-                one = found.setdefault(kind, {'count': 0, 'bytes': 0.0})
-                one['count'] += times
-                one['bytes'] += times * size
+            add({kind: {'count': 1, 'bytes': size}} if kind else {})
             turns = re.search(r'known_trip_count\D+(\d+)', line)
-            for called in re.findall(r'(?:body|calls|to_apply|true_computation|'
-                                     r'false_computation)=%?([\w.-]+)', line):
-                visit(called, times * (int(turns[1]) if turns else 1))
+            for called in re.findall(r'(?:body|calls|to_apply)=%?([\w.-]+)', line):
+                add(visit(called), int(turns[1]) if turns else 1)
+            branches = re.findall(r'(?:true|false)_computation=%?([\w.-]+)', line)
+            listed = re.search(r'branch_computations=\{(.*?)\}', line)
+            branches += re.findall(r'[\w.-]+', listed[1]) if listed else []
+            add(max(map(visit, branches), key=sent, default={}))
+        return found
 
-    visit(entry, 1)
-    return found
+    return visit(entry)
+
+
+def sent(found: dict[str, dict[str, float]]) -> float:
+    """Bytes that each device sends in all, of `collectives`."""
+    return sum(one['bytes'] for one in found.values())
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

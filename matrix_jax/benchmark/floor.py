@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 
+from matrix_jax.nn.attention import route
+
 
 def flops(cfg) -> dict[str, float]:
     """FLOPs of one shift of a world's config: {'dit', 'vae'}."""
@@ -70,11 +72,11 @@ def exchanged(cfg, frames: int, height: int, width: int, parts: int) -> tuple[st
     """What devices that share the tokens of a call exchange, and the bytes that each one sends.
 
     Heads where they divide: queries, keys, values and the results, each once to the others. Else
-    keys and values, gathered by all.
+    keys and values, gathered by all. The prediction, gathered once, is too small to count.
     """
     places = (height // cfg.patch) * (width // cfg.patch)
     tokens = frames * math.ceil(places / parts) + math.ceil(cfg.text_length / parts)
     mine = tokens * cfg.width * (2 if cfg.dtype == 'bfloat16' else 4)
-    if cfg.heads % parts == 0:
-        return 'heads', cfg.layers * 4 * mine * (parts - 1) / parts
-    return 'keys', cfg.layers * 2 * mine * (parts - 1)
+    what = route(cfg.heads, parts, cfg.exchange)
+    times = 4 / parts if what == 'heads' else 2
+    return what, cfg.layers * times * mine * (parts - 1)

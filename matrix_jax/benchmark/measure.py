@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matrix_jax import sharding
 from matrix_jax.benchmark import subject as subjects
 from matrix_jax.config import at_least
+from matrix_jax.stream.pipeline import Pipeline
 from matrix_jax.stream.swin import ENTRIES
 
 VISIBLE = 1.0       # mean difference, in grey levels of 255, that counts as seen
@@ -57,7 +59,9 @@ class Program:
       carry: the start of a run; it is kept.
       given: the further arguments of every call.
 
-    `seconds` is what tracing and compiling took.
+    Attributes:
+      programs: what was compiled.
+      seconds: what tracing and compiling took.
     """
 
     def __init__(self, subject, function, carry, *given):
@@ -67,43 +71,73 @@ class Program:
             if subject.mesh.size > 1:
                 # A carry has to lie at the end of a step as it did at the start.
                 self._start = step(self.params, self.start(), *given)[0]
-                places = jax.tree.map(lambda leaf: leaf.sharding, self._start)
-                step = jax.jit(function, donate_argnums=1, out_shardings=(places, None))
+                step = jax.jit(function, donate_argnums=1,
+                               out_shardings=(sharding.places(self._start), None))
             began = time.perf_counter()
-            self.compiled = step.lower(self.params, self._start, *given).compile()
+            self._step = step.lower(self.params, self._start, *given).compile()
             self.seconds = time.perf_counter() - began
+        self.programs = (self._step,)
 
     def start(self):
         """A carry to begin a run with."""
         return jax.tree.map(jnp.copy, self._start)
 
     def __call__(self, carry, *given):
-        return self.compiled(self.params, carry, *(given or self.given))
+        return self._step(self.params, carry, *(given or self.given))
+
+
+class Overlapping(Program):
+    """A whole step in two programs at work at the same time, of the network and of the decoder on
+    their own devices (`stream.pipeline`)."""
+
+    def __init__(self, subject, entry: str | None, seed: int):
+        (self.params, decoder), self.given = subject.world.apart(subject.params), (subject.keys(),)
+        pipeline = Pipeline(**subject.world.halves(entry), params=(self.params, decoder))
+        self._start = pipeline.init(self.params, subject.cond, player(seed))
+        began = time.perf_counter()
+        pipeline.compile(self.params, self._start, *self.given)
+        self.seconds = time.perf_counter() - began
+        self._step, self.programs = pipeline.step, pipeline.programs
+
+
+def player(seed: int):
+    """The key of a single player."""
+    return jax.random.split(jax.random.key(seed), 1)
 
 
 def whole(subject, entry: str | None = None, seed: int = 0) -> Program:
     """Keys in, frames out: the network, the decoder and the conversion to uint8."""
+    if subject.decoder != subject.mesh:
+        return Overlapping(subject, entry, seed)
     stream = subject.world.stream(entry)
-    return Program(subject, stream.step, subject.carry(stream, seed), subject.keys())
+    carry = subject.run(stream.init, subject.params, subject.cond, player(seed))
+    return Program(subject, stream.step, carry, subject.keys())
 
 
 def network(subject, seed: int = 0) -> Program:
-    """The same without the decoder, whose cache is handed in and left alone."""
-    stream = subject.world.stream()
-    carry, cache = subject.carry(stream, seed)
+    """The same without the decoder."""
+    subject, _ = subject.halves
+    stream = subject.world.halves()['stream']
 
-    def step(params, carry, cache, control):
-        carry = stream.step(params, (carry, cache), control)[0][0]
+    def step(params, carry, control):
+        carry = stream.step(params, carry, control)[0]
         return carry, carry.shift + 0       # small, and there when the whole program is done
 
-    return Program(subject, step, carry, cache, subject.keys())
+    carry = subject.run(stream.init, subject.params, subject.cond, player(seed))
+    return Program(subject, step, carry, subject.keys())
 
 
-def decoder(subject, seed: int = 0) -> Program:
+def decoder(subject) -> Program:
     """The decoder and the conversion to uint8 alone."""
-    carry, cache = subject.carry(subject.world.stream(), seed)
-    latents = carry.window[:, :subject.world.cfg.stream.group_frames]
-    return Program(subject, subject.world.decoder().step, cache, latents)
+    _, subject = subject.halves
+    parts = subject.world.halves()
+
+    def start(params, cond):
+        return parts['decoder'].prefill(params, parts['warm'](cond))[0]
+
+    cache = subject.run(start, subject.params, subject.cond)
+    latents = subject.cond.latents[:, :subject.world.cfg.stream.group_frames]
+    return Program(subject, parts['decoder'].step, cache, latents)
 
 
 def intervals(program: Program, settings: Settings) -> np.ndarray:

@@ -107,8 +107,9 @@ def specify(subject, cfg, settings: measure.Settings) -> dict:
     """What the peer is to run."""
     world = subject.world
     stream, net = world.cfg.stream, world.cfg.vae
+    calls = stream.steps // stream.groups
     return {'steps': settings.steps, 'warmup': settings.warmup, 'level': LEVEL,
-            'calls': stream.steps // stream.groups, 'guided': stream.guidance > 1,
+            'calls': calls, 'windows': stream.passes // calls,
             'context': stream.context, 'group_frames': stream.group_frames,
             'frames_per_latent': world.cfg.frames_per_control, 'patch': net.patch_size,
             'dit_dtype': cfg.dtype, 'vae_dtype': net.dtype,

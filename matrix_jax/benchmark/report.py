@@ -13,11 +13,14 @@ import jax
 import numpy as np
 
 from matrix_jax.benchmark import compiled, measure
+from matrix_jax.nn.attention import route
 
 RANDOM = 'random weights: what is shown is speed, the frames mean nothing'
 BUSY = 0.1          # share of the cores at work for others above which figures are marked
 LOOK = 0.5          # seconds to look at that
 TERA, GIB, MIB = 1e12, 2**30, 2**20
+LABELS = {'end_to_end': 'DiT + VAE + uint8 + host copy', 'dit': 'DiT',
+          'vae': 'VAE + uint8 + host copy'}
 
 
 def run(subject, settings: measure.Settings, work: dict[str, float], say=print) -> dict:
@@ -32,25 +35,29 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print) 
     Returns:
       What `benchmark.json` holds.
     """
-    world, devices = subject.world, subject.mesh.size
+    world, devices = subject.world, subject.devices
     frames = world.cfg.stream.group_frames * world.cfg.frames_per_control
     results = {'recipe': subject.name, 'random_weights': subject.random, 'machine': machine(),
-               'settings': dataclasses.asdict(settings), 'devices': devices,
+               'settings': dataclasses.asdict(settings), 'devices': devices['end_to_end'],
+               'devices_of': devices, 'exchange': exchange(subject),
                'shape': shape(world, subject.params), 'frames_per_shift': frames, 'flops': work}
-    say(f'compiling {subject.name} on {devices} device(s), cold and cached')
+    say(f'compiling {subject.name} on {results["devices"]} device(s), cold and cached')
     seconds, program = compiled.compile_seconds(lambda: measure.whole(subject, None, settings.seed))
-    found = compiled.collectives(program.compiled.as_text(), devices)
+    names = ('dit', 'vae') if len(program.programs) > 1 else ('end_to_end',)
+    found = {name: compiled.collectives(one.as_text(), devices[name])
+             for name, one in zip(names, program.programs, strict=True)}
+    # Programs of a pipeline run on devices of their own.
     results |= {'compile_seconds': seconds, 'collectives': found,
-                'mesh_bytes': sum(one['bytes'] for one in found.values()),
-                'program_bytes': compiled.memory(program.compiled)}
+                'mesh_bytes': max(map(compiled.sent, found.values())),
+                'program_bytes': max(map(compiled.memory, program.programs))}
     results['parts'] = {}
     for name, build in (('end_to_end', lambda: program),
                         ('dit', lambda: measure.network(subject, settings.seed)),
-                        ('vae', lambda: measure.decoder(subject, settings.seed))):
+                        ('vae', lambda: measure.decoder(subject))):
         say(f'timing {name}: {settings.warmup} + {settings.steps} shifts')
         times = measure.intervals(build(), settings)
         flops = sum(work.values()) if name == 'end_to_end' else work[name]
-        results['parts'][name] = speed(times, frames, flops, devices, settings)
+        results['parts'][name] = speed(times, frames, flops, devices[name], settings)
         if name == 'end_to_end':
             results['memory'] = measure.peak_memory()
     results['latency'] = {}
@@ -72,6 +79,14 @@ def speed(seconds: np.ndarray, frames: int, flops: float, devices: int,
     if settings.peak_tflops:
         found['peak_share'] = tflops / (settings.peak_tflops * devices)
     return found
+
+
+def exchange(subject) -> str:
+    """What devices that share the tokens exchange: 'heads' or 'keys'; '' where none do."""
+    net, sizes = subject.world.cfg.dit, subject.mesh.shape
+    if sizes['seq'] == 1:
+        return ''
+    return route(net.heads, sizes['seq'], net.exchange, sizes['tensor'])
 
 
 def machine() -> dict:
@@ -147,8 +162,7 @@ def markdown(results: dict) -> str:
     header = ['part', 'fps', 'p50 ms', 'p95 ms', 'jitter ms', 'TFLOP per frame', 'TFLOP/s',
               *([f'of {peak:g} TFLOP/s'] if peak else []), 'of its ceiling']
     rows = []
-    for name, label in (('end_to_end', 'DiT + VAE + uint8 + host copy'), ('dit', 'DiT'),
-                        ('vae', 'VAE + uint8 + host copy')):
+    for name, label in LABELS.items():
         one, work = results['parts'][name], results['flops']
         work = sum(work.values()) if name == 'end_to_end' else work[name]
         share = [f'{one["peak_share"]:.1%}'] if peak else []
@@ -170,19 +184,23 @@ def markdown(results: dict) -> str:
               f'{results["program_bytes"] / GIB:.2f} GiB by the compiler',
               f'- ceilings (one device, same run): a matrix product {best["matmul"]:.4g} TFLOP/s '
               f'({shape["dit_dtype"]}), a convolution {best["conv"]:.4g} ({shape["vae_dtype"]})']
-    sent = ', '.join(f'{one["count"]:g} {name} ({one["bytes"] / MIB:.2f} MiB)'
-                     for name, one in sorted(results['collectives'].items()))
-    lines += [f'- over the mesh per step: {results["mesh_bytes"] / MIB:.2f} MiB sent by each '
-              f'device{": " + sent if sent else ""}']
+    for name, found in results['collectives'].items():
+        kinds = ', '.join(f'{one["count"]:g} {kind} ({one["bytes"] / MIB:.2f} MiB)'
+                          for kind, one in sorted(found.items()))
+        lines += [f'- over the mesh per step ({LABELS[name]}): {compiled.sent(found) / MIB:.2f} '
+                  f'MiB sent by each device{": " + kinds if kinds else ""}']
     return '\n'.join(lines) + '\n'
 
 
 def at_best(results: dict, part: str) -> float:
     """Seconds of a shift of a part if all of it ran as its ceiling does."""
     ceilings = {'dit': 'matmul', 'vae': 'conv'}
-    return sum(results['flops'][name] / (results['ceilings_tflops'][ceiling] * TERA)
-               for name, ceiling in ceilings.items()
-               if part in (name, 'end_to_end')) / results['devices']
+    seconds = {name: results['flops'][name] / results['devices_of'][name]
+               / (results['ceilings_tflops'][ceiling] * TERA)
+               for name, ceiling in ceilings.items()}
+    # Both programs of a pipeline run at the same time.
+    both = max if len(results['collectives']) > 1 else sum
+    return seconds.get(part) or both(seconds.values())
 
 
 def _when(found) -> str:

@@ -5,7 +5,6 @@ Weights are those of a folder, or random ones drawn on the devices: speed does n
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 from functools import partial
@@ -33,8 +32,9 @@ class Subject:
     Attributes:
       name: of the recipe.
       world: the world.
-      params: on the mesh; random ones are of the parts that a step runs only.
-      mesh: the devices.
+      params: on the meshes; random ones are of the parts that a step runs only.
+      mesh: the devices of the network, and of the decoder if it has none of its own.
+      decoder: the devices of the decoder.
       cond: what the stream starts from, on the mesh.
       random: whether the weights are.
     """
@@ -42,22 +42,40 @@ class Subject:
     world: Any
     params: dict
     mesh: jax.sharding.Mesh
+    decoder: jax.sharding.Mesh
     cond: swin.Cond
     random: bool
 
+    @property
+    def halves(self) -> tuple[Subject, Subject]:
+        """What makes latents and what decodes them, each with its devices and what lies there; this
+        subject twice, if there is one mesh."""
+        params, decoder = self.world.apart(self.params)
+        if decoder is None:
+            return self, self
+        cond = jax.device_put(self.cond, sharding.replicated(self.decoder))
+        return (dataclasses.replace(self, params=params, decoder=self.mesh),
+                dataclasses.replace(self, params=decoder, mesh=self.decoder, cond=cond))
+
+    @property
+    def devices(self) -> dict[str, int]:
+        """How many devices each part has: {'dit', 'vae', 'end_to_end'}."""
+        both = {*self.mesh.devices.flat, *self.decoder.devices.flat}
+        return {'dit': self.mesh.size, 'vae': self.decoder.size, 'end_to_end': len(both)}
+
     def within(self):
         """The mesh as a context, in which programs are traced."""
-        return jax.set_mesh(self.mesh) if self.mesh.size > 1 else contextlib.nullcontext()
+        return sharding.within(self.mesh)
 
     def keys(self, symbol: int = KEY) -> np.ndarray:
         """Controls of one shift, int32 [1 group_frames]."""
         return np.full([1, self.world.cfg.stream.group_frames], symbol, np.int32)
 
-    def carry(self, stream, seed: int = 0):
-        """The start of a stream, whole on every device of the mesh."""
+    def run(self, function, *given):
+        """What a function makes, whole on every device of the mesh."""
         with self.within():
-            carry = jax.jit(stream.init)(self.params, self.cond, jax.random.key(seed))
-        return jax.device_put(carry, sharding.replicated(self.mesh))
+            made = jax.jit(function)(*given)
+        return jax.device_put(made, sharding.replicated(self.mesh))
 
 
 def shape(run, random: bool = False, layers: int | None = None):
@@ -93,15 +111,15 @@ def open_subject(run, random: bool = False, layers: int | None = None, seed: int
     """
     cfg = shape(run, random, layers)
     programs.keep(run.keep_programs)
-    mesh = sharding.make_mesh(run.mesh)
+    mesh, decoder = sharding.make_meshes(run.mesh)
     if random:
         world = worlds.build(cfg)
-        params, cond = ready(world, draw(world, mesh, seed), imagine(world, seed))
+        params, cond = ready(world, draw(world, mesh, seed, decoder), imagine(world, seed))
     else:
-        world, params = worlds.open_run(run)
+        world, params = worlds.open_run(run, apart=True)
         params = world.ready(params)
-        cond = start(world, params, mesh, checkpoint.resolve(run.weights))
-    return Subject(run.name, world, params, mesh,
+        cond = start(world, world.apart(params)[0], mesh, checkpoint.resolve(run.weights))
+    return Subject(run.name, world, params, mesh, decoder,
                    jax.device_put(cond, sharding.replicated(mesh)), random)
 
 
@@ -115,7 +133,7 @@ def start(world, params, mesh, folder) -> swin.Cond:
         frames = np.full([count, cfg.height, cfg.width, 3], 128, np.uint8)
     held = np.full([1, cfg.stream.remembered], KEY, np.int32)
     given = (params, world.tokenize([cfg.prompt]), frames[None], held)
-    with jax.set_mesh(mesh) if mesh.size > 1 else contextlib.nullcontext():
+    with sharding.within(mesh):
         return jax.jit(world.condition)(*given)
 
 
@@ -156,12 +174,22 @@ def parts(world) -> dict:
         leaf.shape, kind), tree) for name, tree in kept.items()}
 
 
-def draw(world, mesh, seed: int = 0) -> dict:
-    """Random parameters of `parts(world)`, drawn where they lie; kernels keep variances."""
+def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
+    """Random parameters of `parts(world)`, drawn where they lie; kernels keep variances.
+
+    Args:
+      world: the world.
+      mesh: devices of the network.
+      seed: of the draw.
+      decoder: devices of the decoder, the same by default.
+    """
     shapes = parts(world)
     letters = {name: convert.axes(world.tables[name]) for name in shapes}
     letters['vae'] = {'decoder': letters['vae']['decoder']}
-    places = convert.flatten(sharding.shardings(letters, shapes, mesh))
+    places = {name: sharding.shardings(letters[name], shapes[name],
+                                       decoder if decoder and name == 'vae' else mesh)
+              for name in shapes}
+    places = convert.flatten(places)
     stacked = convert.flatten(letters)
     key, drawn = jax.random.key(seed, impl='rbg'), {}
     for index, (path, leaf) in enumerate(convert.flatten(shapes).items()):

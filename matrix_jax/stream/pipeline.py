@@ -74,6 +74,11 @@ class Pipeline:
             decode = jax.jit(self.decoder.step, donate_argnums=1, out_shardings=(lies[1], None))
             self._decode = decode.lower(self.params, carry[1], latents).compile()
 
+    @property
+    def programs(self) -> tuple:
+        """The compiled programs of a step, of the network and of the decoder."""
+        return self._make, self._decode
+
     def step(self, params, carry, control):
         """One shift -> (carry, frames), all of them still to come; the carry given is used up."""
         if self._make is None:

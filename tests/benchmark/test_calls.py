@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from matrix_jax import checkpoint, config, convert
-from matrix_jax.benchmark import calls, compiled, measure, peer, report, subject
+from matrix_jax.benchmark import calls, measure, peer, report, subject
 from matrix_jax.dit import cogvideox as dit
 
 ROOT = Path(__file__).parents[2]
@@ -68,13 +68,24 @@ def test_a_count_prints_the_floor(capsys, monkeypatch):
     assert '| both |' in printed and 'made once, not in every shift' in printed
 
 
-def test_a_mesh_is_measured_too():
+def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
+    monkeypatch.setattr(report.measure, 'ceilings', lambda *kinds: {'matmul': 1e9, 'conv': 1e9})
+    monkeypatch.setattr(report.compiled, 'compile_seconds',
+                        lambda build: ({'cold': 2.0, 'cached': 1.0}, build()))
     given = subject.open_subject(config.load(
-        'the_matrix:TINY_SWIN', [*SMALL, '--mesh.seq', '2']), random=True, layers=1)
-    program = measure.whole(given)
-    assert (measure.intervals(program, measure.Settings(steps=2, warmup=1)) > 0).all()
-    found = compiled.collectives(program.compiled.as_text(), 2)
-    assert sum(one['bytes'] for one in found.values()) > 0
+        'the_matrix:TINY_SWIN', [*SMALL, '--mesh.pipeline', '2dit_3vae']), random=True, layers=1)
+    found = report.run(given, measure.Settings(steps=2, warmup=1, entries=()),
+                       {'dit': 1e6, 'vae': 3e6}, say=lambda line: None)
+    assert found['devices_of'] == {'dit': 2, 'vae': 3, 'end_to_end': 5}
+    assert all(one['fps'] > 0 for one in found['parts'].values())
+    # Of the layer: heads for tokens and back.
+    assert set(found['collectives']) == {'dit', 'vae'} and found['exchange'] == 'heads'
+    calls_made = given.world.cfg.stream.passes
+    assert found['collectives']['dit']['all-to-all']['count'] == 2 * calls_made
+    assert found['mesh_bytes'] > 0
+    # Both parts at work at the same time: the longer one decides.
+    assert report.at_best(found, 'end_to_end') == report.at_best(found, 'vae') == 1e-3
+    assert 'per step (VAE + uint8' in report.markdown(found)
 
 
 @pytest.mark.parametrize('argv, said', [
@@ -113,7 +124,8 @@ def test_a_process_of_its_own_sees_the_devices_it_is_given():
 
 def results(devices, fps):
     part = {'fps': fps}
-    return {'devices': devices, 'mesh_bytes': 2**20 * (devices - 1), 'program_bytes': 2**30,
+    return {'devices': devices, 'exchange': 'keys' * (devices > 1),
+            'mesh_bytes': 2**20 * (devices - 1), 'program_bytes': 2**30,
             'parts': dict.fromkeys(('end_to_end', 'dit', 'vae'), part),
             'machine': {'device': 'cpu', 'processor': 'x', 'cores': 2, 'busy': 0.0}}
 
@@ -122,9 +134,9 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
     def apart(function, *arguments, devices=1, imitate=True):
         if function is not calls.one:
             return 'gpu'
-        if devices == 8:
+        if devices == 8 and not arguments[0].mesh.parts:
             raise config.UsageError('mesh: expected at most 4')
-        assert arguments[0].mesh.seq == devices and not arguments[1].entries
+        assert arguments[0].mesh.devices == devices and not arguments[1].entries
         return results(devices, 10 * devices ** 0.5)
 
     monkeypatch.setattr(calls, 'apart', apart)
@@ -132,9 +144,11 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
     found, page = calls.sweep(given, measure.Settings(), True, None)
     rows = [[cell.strip() for cell in line.strip('|').split('|')]
             for line in page.splitlines() if line.startswith('|')][2:]
-    assert [row[0] for row in rows] == ['1', '2', '4'] and list(found['sweep']) == ['1', '2', '4']
-    assert rows[2][5:8] == ['2.00', '50.0%', '3.00']
-    assert '- seq 8: not run (mesh: expected at most 4)' in page
+    names = ['seq=1', 'seq=2', 'seq=4', '5dit_3vae', '6dit_2vae']
+    assert [row[0] for row in rows] == names == list(found['sweep'])
+    assert [row[2] for row in rows[:2]] == ['nothing', 'keys']
+    assert rows[2][6:9] == ['2.00', '50.0%', '3.00']
+    assert '- seq=8: not run (mesh: expected at most 4)' in page
 
 
 def test_the_peer_gets_our_weights_without_control(tmp_path):

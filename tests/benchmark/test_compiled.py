@@ -58,6 +58,18 @@ def test_bytes_that_a_device_sends(line, kind, sent):
     assert found == ({kind: {'count': 1, 'bytes': sent}} if kind else {})
 
 
+@pytest.mark.parametrize('branches', [
+    'true_computation=%few, false_computation=%many', 'branch_computations={%few, %many}'])
+def test_of_two_branches_the_one_that_sends_more_counts(branches):
+    text = '\n'.join([
+        '%few (x: f32[4]) -> f32[4] {', '  %a = f32[4]{0} all-gather(%x), replica_groups={{0,1}}',
+        '}', '%many (x: f32[4]) -> f32[4] {',
+        '  %a = f32[8]{0} all-gather(%x), replica_groups={{0,1}}', '}',
+        'ENTRY %main (x: f32[4]) -> f32[4] {',
+        f'  %c = f32[4]{{0}} conditional(%p, %x, %x), {branches}', '}'])
+    assert compiled.collectives(text, 2) == {'all-gather': {'count': 1, 'bytes': 16}}
+
+
 def test_a_count_follows_the_sizes():
     """Twice the height is twice the decoder; a network of few tokens grows about as much."""
     run = config.load('the_matrix:TINY')

@@ -24,7 +24,10 @@ from matrix_jax.worlds.the_matrix import World
 class Cheap(World):
     """Everything but the queue of latents is a product or a sum."""
 
+    made_ready = 0
+
     def ready(self, params):
+        self.made_ready += 1
         return params
 
     def embed_ids(self, params, ids):
@@ -101,6 +104,7 @@ def test_places_on_any_devices_show_the_same(mesh, alone):
     again = drive(slots)
     jax.monitoring.clear_event_listeners()
     assert not compiled and slots.fingerprint() == alone[0]
+    assert slots.world.made_ready == 1      # not per player, nor per step
     for frames in (first, again):
         assert (np.abs(frames.astype(int) - alone[1]) <= 1).all()
         assert (frames != alone[1]).mean() < 0.01
