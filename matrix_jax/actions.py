@@ -205,6 +205,12 @@ class Actions:
         """float32 [N A]: keys, then mouse if there is one."""
         return np.stack([_vector(self, action) for action in actions])
 
+    def decode(self, vectors) -> list[str]:
+        """The inverse of `encode`: actions of [N A], amounts of the mouse to four digits."""
+        keys = len(self.mode.keys)
+        return [_spelled(self.mode, [word for word, down in zip(self.mode.keys, vector) if down],
+                         vector[keys:].tolist()) for vector in np.asarray(vectors, np.float32)]
+
     def held(self, action: str) -> Held:
         """What the overlay shows of an action."""
         names = {word: letter for letter, word in self.mode.letters}
@@ -267,11 +273,13 @@ def _canonical(vocabulary: Actions, text: str) -> str:
     keys = [word for word in mode.keys if word in found]
     if (mode.alone and len(keys) > 1) or (IDLE in found and len(found) > 1):
         raise ControlError(f'actions: got {text.strip()[:60]!r}, expected one of them alone')
-    parts = keys
-    if mode.mouse:
-        parts += _mouse_words([sum(MOUSE[word][axis] * found[word] for word in MOUSE
-                                   if word in found) for axis in (0, 1)])
-    return '+'.join(parts) or IDLE
+    return _spelled(mode, keys, [sum(MOUSE[word][axis] * found[word] for word in MOUSE
+                                     if word in found) for axis in (0, 1)])
+
+
+def _spelled(mode: Mode, keys: Sequence[str | None], mouse) -> str:
+    """The action of keys that are down and a movement of the mouse."""
+    return '+'.join([*filter(None, keys), *(_mouse_words(mouse) if mode.mouse else ())]) or IDLE
 
 
 def _amount(word: str, amount: str, mode: Mode) -> float:

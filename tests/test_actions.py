@@ -35,6 +35,12 @@ def test_what_the_network_gets():
         assert vocabulary.encode([action]).shape == (1, vocabulary.mode.width)
 
 
+def test_what_the_network_gets_is_spelled_again():
+    for vocabulary, texts in ((UNIVERSAL, ['W+D+up:0.05+left', 'idle', 'right:0.1234']),
+                              (DRIVE, ['S+right']), (RUN, ['idle', 'turnright'])):
+        assert vocabulary.decode(vocabulary.encode(texts)) == texts
+
+
 def test_a_file_is_read(tmp_path):
     (tmp_path / 'walk.txt').write_text('W*3\nright*2\n')
     (tmp_path / 'walk.json').write_text(json.dumps(['W*3', 'right*2']))

@@ -1,10 +1,9 @@
-"""Measure a world: obedience to keys, the closed loop, reconstruction, drift; tables and pictures.
+"""Measure a world: obedience to keys and mouse, reconstruction, drift, speed; tables and pictures.
 
     tools/evaluate.py carracing:SWIN --weights runs/swin/weights --data data/carracing --out eval
+    tools/evaluate.py doom --weights runs/stream/weights --data data/doom --out eval
     tools/evaluate.py --compare eval/teacher eval/student
 """
-
-import dataclasses
 
 from matrix_jax import config
 
@@ -14,9 +13,10 @@ def main(argv):
     parser = config.Parser(__doc__)
     add = parser.add_argument
     add('--seconds', type=int, help='length of streams under scripted keys (default 30)')
-    add('--drive-seconds', type=int, help='length of driven streams (default 60)')
-    add('--long-seconds', type=int, help='length of one more driven stream (default 0, none)')
-    add('--streams', type=int, help='streams per row of the tables (default 6)')
+    add('--drive-seconds', type=int,
+        help='length of driven streams, or under recorded keys (default 60)')
+    add('--long-seconds', type=int, help='length of one more of these (default 0, none)')
+    add('--streams', type=int, help='streams per row of the tables (default 6, walking 4)')
     add('--eval-seed', type=int, help='seed of starts, scripts and noise (default 0)')
     add('--quick', action='store_true', help='a rough look in a few minutes')
     add('--compare', nargs='+', metavar='DIR', help='print finished results side by side')
@@ -31,14 +31,13 @@ def main(argv):
     with config.door():
         from matrix_jax import worlds
         from matrix_jax.evals import report
-        cfg = report.quick(report.Config()) if options.quick else report.Config()
         given = {'seconds': options.seconds, 'drive_seconds': options.drive_seconds,
                  'streams': options.streams, 'seed': options.eval_seed,
                  'long_seconds': options.long_seconds}
         given = {name: value for name, value in given.items() if value is not None}
         for name in given:
             config.at_least(f'--{name}', given[name], 0 if name in ('seed', 'long_seconds') else 1)
-        cfg = dataclasses.replace(cfg, **given)
+        cfg = report.settings(worlds.build(run.world), options.quick, **given)
         world, params = worlds.open_run(run)
         out = run.out or f'outputs/eval-{run.name.replace(":", "-").lower()}'
         report.evaluate(world, params, run.data, out, cfg)

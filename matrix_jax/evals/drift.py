@@ -5,11 +5,10 @@ All of it is shown next to the real game: a palette that holds proves nothing wi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from matrix_jax.evals import driver
 from matrix_jax.evals.video import by_second
 
 # Of linear sRGB (D65) to XYZ, over the white point: CIE 1976 L*a*b*.
@@ -37,35 +36,40 @@ def sharpness(frames) -> np.ndarray:
     return np.array(found) / 2
 
 
+def change(frames) -> np.ndarray:
+    """Frames uint8 [F H W 3] -> how far each is from the one before [F], 0 .. 255; 0 of the first.
+    """
+    steps = [np.abs(np.subtract(after, before, dtype=np.float32)).mean()
+             for before, after in zip(frames, frames[1:], strict=False)]
+    return np.array([0, *steps], np.float32)
+
+
 def mean_color(frames) -> np.ndarray:
     """Frames uint8 [F H W 3] -> their mean colours [F 3]."""
     return frames.reshape(len(frames), -1, 3).mean(axis=1)
 
 
-def seconds(videos: Sequence[np.ndarray], reference: Sequence[np.ndarray], themes: Sequence[str],
-            fps: int) -> dict[str, list[float]]:
+def seconds(videos: Sequence[np.ndarray], reference: Sequence[np.ndarray],
+            own: Sequence[Mapping[str, Callable]], fps: int) -> dict[str, list[float]]:
     """Means over videos, by second.
 
     Args:
-      videos: uint8 [F H W 3] each.
-      reference: videos of the real game, whose mean colour is what the colour is held against.
-      themes: of each video.
+      videos: uint8 [F H W 3] each, all of one length.
+      reference: real videos, whose mean colour is what the colour is held against.
+      own: for each video, what else is measured: frames -> [F], by name.
 
     Returns:
-      road (share of the picture), car (share of frames that show it), palette (share of pixels near
-      the theme's colours), sharpness, and color: Delta E of the second's mean colour from that of
-      the whole reference.
+      what `own` names, sharpness, and color: Delta E of the second's mean colour from that of the
+      whole reference.
     """
-    found = {'road': [], 'car': [], 'palette': [], 'sharpness': [], 'color': []}
-    for frames, real, theme in zip(videos, reference, themes, strict=True):
+    found = {}
+    for frames, real, measures in zip(videos, reference, own, strict=True):
         shown = by_second(mean_color(frames).T, fps).T
         apart = lab(shown) - lab(mean_color(real).mean(axis=0))
-        for name, values in (('road', driver.road_area(frames, theme)),
-                             ('car', driver.car_seen(frames)),
-                             ('palette', driver.palette_match(frames, theme)),
-                             ('sharpness', sharpness(frames))):
-            found[name].append(by_second(values, fps))
-        found['color'].append(np.linalg.norm(apart, axis=-1))
+        values = {name: by_second(measure(frames), fps)
+                  for name, measure in (*measures.items(), ('sharpness', sharpness))}
+        for name, value in (*values.items(), ('color', np.linalg.norm(apart, axis=-1))):
+            found.setdefault(name, []).append(value)
     return {name: np.mean(values, axis=0).round(3).tolist() for name, values in found.items()}
 
 
@@ -78,8 +82,7 @@ def seams(videos, shift_frames: int) -> float:
     """
     inside, across = [], []
     for frames in videos:
-        step = np.array([np.abs(np.subtract(after, before, dtype=np.float32)).mean()
-                         for before, after in zip(frames, frames[1:], strict=False)])
+        step = change(frames)[1:]
         border = np.arange(1, len(step) + 1) % shift_frames == 0
         across.append(step[border])
         inside.append(step[~border])

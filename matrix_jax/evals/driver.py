@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
 import numpy as np
 
@@ -68,6 +69,13 @@ def car_seen(frames, least: float = 5) -> np.ndarray:
     red = frames.astype(np.int16)[..., CAR_BOX[0], CAR_BOX[1], :]
     red = (red[..., 0] > 90) & (red[..., 0] > 2 * red[..., 1]) & (red[..., 0] > 2 * red[..., 2])
     return red.sum(axis=(-2, -1)) >= least
+
+
+def measures(theme: str) -> dict:
+    """What `drift.seconds` measures besides: road (share of the picture), car (share of frames that
+    show it) and palette (share of pixels near the theme's colours)."""
+    return {'road': partial(road_area, theme=theme), 'car': car_seen,
+            'palette': partial(palette_match, theme=theme)}
 
 
 def palette_match(frames, theme: str, near: float = 40.0) -> np.ndarray:

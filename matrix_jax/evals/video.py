@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
+import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +22,19 @@ class Streams:
 
     Args:
       world, params: from `worlds.open_run`.
-      entry: where keys bind, 'tail' or 'head'.
+      entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
     """
 
-    def __init__(self, world, params, entry: str):
+    def __init__(self, world, params, entry: str | None = None):
         self.world, self.params = world, world.ready(params)
-        self.cfg = dataclasses.replace(world.cfg.stream, entry=entry)
+        self.cfg = world.cfg.stream.entered(entry) if entry else world.cfg.stream
         stream = world.stream(entry)
         self._condition = jax.jit(world.condition)
         self._init = jax.jit(stream.init)
         self._step = jax.jit(stream.step, donate_argnums=1)
+        self._first = self._step
+        if stream.prefill is not stream.step:
+            self._first = jax.jit(stream.prefill, donate_argnums=1)
 
     @property
     def lag(self) -> int:
@@ -46,10 +50,33 @@ class Streams:
           symbols: int [B R], controls of the window's slots but its newest group.
           seed: of all noise.
         """
-        condition = self._condition(self.params, self.world.tokenize(prompts), frames,
-                                    np.asarray(symbols, np.int32))
-        keys = jax.random.split(jax.random.key(seed), len(frames))
-        return self._init(self.params, condition, keys)
+        return self.enter((self.world.tokenize(prompts), frames, np.asarray(symbols, np.int32)),
+                          seed)
+
+    def enter(self, given: tuple, seed: int):
+        """Carry of B streams, from what the world's `condition` takes."""
+        keys = jax.random.split(jax.random.key(seed), len(given[0]))
+        return self._init(self.params, self._condition(self.params, *given), keys)
+
+    def follow(self, frames, texts: Sequence[Sequence[str]], seed: int,
+               progress: Callable = lambda steps: steps) -> np.ndarray:
+        """Frames uint8 [B F H W 3] of whole videos under known controls of any vocabulary.
+
+        Args:
+          frames: start clips [B F' H W 3] of the world's own size and length.
+          texts: the controls of each video, as many as `world.needed` asks for.
+          seed: of all noise.
+        """
+        known, steps = zip(*map(self.world.split, texts), strict=True)
+        given = [self.world.inputs(self.world.cfg.prompt, clip, one)[0]
+                 for clip, one in zip(frames, known, strict=True)]
+        carry = self.enter(tuple(map(np.concatenate, zip(*given, strict=True))), seed)
+        encode, shown = self.world.vocabulary.encode, []
+        for index in progress(range(len(steps[0]))):
+            step = self._step if index else self._first
+            carry, made = step(self.params, carry, np.stack([encode(one[index]) for one in steps]))
+            shown.append(np.asarray(made))
+        return np.concatenate(shown, axis=1)
 
     def run(self, carry, keys: Callable, shifts: int, progress: Callable = lambda steps: steps):
         """Frames uint8 [B F H W 3] of `shifts` shifts.
@@ -65,6 +92,21 @@ class Streams:
             newest = np.asarray(frames)
             shown.append(newest)
         return np.concatenate(shown, axis=1)
+
+    def pace(self, carry, first, control, steps: int) -> dict[str, float]:
+        """How fast frames come, by the median of `steps` steps under one control.
+
+        Args:
+          first: control of the first step, where it takes another.
+        """
+        took = [time.perf_counter()]
+        for index in range(5 + steps):
+            step, given = (self._step, control) if index else (self._first, first)
+            carry, frames = step(self.params, carry, given)
+            np.asarray(frames)
+            took.append(time.perf_counter())
+        median = float(np.median(np.diff(took)[5:]))
+        return {'fps': frames.shape[1] / median, 'shift_ms': 1000 * median}
 
     def script(self, prompts, frames, symbols, shifts: int, seed: int,
                progress: Callable = lambda steps: steps):
@@ -82,21 +124,47 @@ class Streams:
         return self.run(carry, lambda index, _: steps[index], shifts, progress)
 
 
+def bar(name: str) -> Callable:
+    """What wraps a range of steps in a progress bar that vanishes at its end."""
+    from tqdm import tqdm
+    return partial(tqdm, desc=name, leave=False, dynamic_ncols=True)
+
+
+def spread(clips, count: int) -> list[int]:
+    """At most `count` places of clips, evenly from the first to the last."""
+    return np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int).tolist()
+
+
+def rebuild(world, params, clips, count: int, frames: int, context: int, group: int):
+    """(reconstructed, original) frames uint8 [N F' H W 3] of clips, spread over all of them.
+
+    Args:
+      clips: a sequence of recorded clips.
+      count, frames: at most so many clips, and so many frames of each.
+      context, group: see `reconstruct`.
+    """
+    original = np.stack([clips[index].frames[:frames] for index in spread(clips, count)])
+    made = reconstruct(world, params, original, context, group)
+    return made, original[:, -made.shape[1]:]
+
+
 def indices(keys: Sequence[str]) -> np.ndarray:
     """Control symbols -> int [N]."""
     return np.array([vocabulary.SYMBOLS.index(key) for key in keys])
 
 
-def reconstruct(world, params, frames) -> np.ndarray:
+def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
     """Clips through the encoder and the streaming decoder, as a stream shows them.
 
     Args:
       frames: uint8 [B F H W 3], F = 1 + 8k.
+      context: latent frames that the decoder starts on.
+      group: latent frames that it decodes at once.
 
     Returns:
       uint8 [B F' H W 3], F' = 4 (T - context), the last frames: the decoder starts on the others.
     """
-    decoder, stream = world.decoder(), world.cfg.stream
+    decoder = world.decoder()
     encode, step = jax.jit(world.encode_step), jax.jit(decoder.step)
     # Compiled chunks called one by one: XLA's CPU convolutions are many times slower in a loop.
     cache, latents = encode(params, None, frames[:, :1 + CHUNK])
@@ -105,10 +173,10 @@ def reconstruct(world, params, frames) -> np.ndarray:
         cache, latents = encode(params, cache, frames[:, start:start + CHUNK])
         made.append(latents)
     latents = jnp.concatenate(made, axis=1)
-    cache, _ = jax.jit(decoder.prefill)(params, latents[:, :stream.context])
+    cache, _ = jax.jit(decoder.prefill)(params, latents[:, :context])
     shown = []
-    for start in range(stream.context, latents.shape[1], stream.group_frames):
-        cache, part = step(params, cache, latents[:, start:start + stream.group_frames])
+    for start in range(context, latents.shape[1], group):
+        cache, part = step(params, cache, latents[:, start:start + group])
         shown.append(np.asarray(part))
     return np.concatenate(shown, axis=1)
 
@@ -122,18 +190,18 @@ def psnr(pairs) -> float:
 
 
 def sheet(rows: Sequence[np.ndarray], times: Sequence[float], fps: int,
-          keys: Sequence[Sequence[str]] | None = None, width: int = 192) -> np.ndarray:
+          keys: Sequence[Sequence] | None = None, width: int = 192) -> np.ndarray:
     """Contact sheet uint8 [H W 3]: a row per video, a column per time.
 
     Args:
       rows: videos uint8 [F H W 3].
       times: seconds from the first frame; past the end is the last frame.
-      keys: symbols per frame of each video, drawn where given.
+      keys: what `video.draw_keys` takes, per frame of each video; drawn where given.
     """
     pictures = []
     for row, frames in enumerate(rows):
-        for time in times:
-            index = min(round(time * fps), len(frames) - 1)
+        for at in times:
+            index = min(round(at * fps), len(frames) - 1)
             picture = video.enlarge(frames[index], width)
             pictures.append(video.draw_keys(picture, keys[row][index]) if keys else picture)
     return video.contact_sheet(pictures, len(times))

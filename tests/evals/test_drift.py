@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from matrix_jax.data.carracing import THEMES
-from matrix_jax.evals import drift
+from matrix_jax.evals import drift, driver
 
 
 def test_lab_knows_white_black_and_red():
@@ -26,10 +26,18 @@ def test_seconds_see_when_the_colour_goes():
     real = np.full((64, 64, 96, 3), THEMES[theme].road, np.uint8)
     made = real.copy()
     made[48:] += 40
-    found = drift.seconds([made], [real], [theme], fps=16)
+    found = drift.seconds([made], [real], [driver.measures(theme)], fps=16)
     assert found['road'][:3] == [1, 1, 1] and found['color'][:3] == [0, 0, 0]
     assert found['color'][3] > 10 and found['palette'][3] < found['palette'][0]
     assert found['car'] == [0, 0, 0, 0] and found['sharpness'] == [0, 0, 0, 0]
+
+
+def test_a_picture_that_stands_still_does_not_change():
+    frames = np.zeros((5, 2, 2, 3), np.uint8)
+    frames[3:] = 7
+    assert drift.change(frames).tolist() == [0, 0, 0, 7, 0]
+    found = drift.seconds([frames], [frames], [{'change': drift.change}], fps=2)
+    assert found['change'] == [0, 3.5] and list(found) == ['change', 'sharpness', 'color']
 
 
 def test_a_seam_is_a_larger_step_between_shifts():

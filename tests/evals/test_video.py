@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from matrix_jax import controls
 from matrix_jax.evals import video
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import Decoder, Stream
@@ -15,8 +16,10 @@ from matrix_jax.stream.base import Decoder, Stream
 class World:
     """Latents are every fourth frame, and frames are latents shown four times."""
 
+    vocabulary = controls.Symbols()
+
     def __init__(self, **stream):
-        self.cfg = SimpleNamespace(fps=16, stream=swin.Config(**stream))
+        self.cfg = SimpleNamespace(fps=16, clip=None, stream=swin.Config(**stream))
 
     def ready(self, params):
         return params
@@ -73,7 +76,7 @@ def test_live_keys_are_seen_after_the_lag_and_see_the_frames_before():
 
 def test_reconstruction_gives_the_frames_after_the_context():
     frames = np.arange(25, dtype=np.uint8).reshape(1, 25, 1, 1, 1) * np.ones((2, 2, 3), np.uint8)
-    shown = video.reconstruct(World(groups=4, group_frames=1, context=3), None, frames)
+    shown = video.reconstruct(World(groups=4, group_frames=1, context=3), None, frames, 3, 1)
     assert np.asarray(shown)[0, :, 0, 0, 0].tolist() == [12] * 4 + [16] * 4 + [20] * 4 + [24] * 4
 
 
