@@ -19,13 +19,24 @@ import numpy as np
 import pytest
 
 
-@pytest.fixture(scope='session')
-def tiny(tmp_path_factory):
-    """A folder of random weights of the_matrix:TINY in the released layout."""
+def write_random(recipe, tmp_path_factory):
+    """A folder of random weights of a recipe in the released layout."""
     from matrix_jax import config, released
     folder = tmp_path_factory.mktemp('weights') / 'tiny'
-    released.write_random(config.load('the_matrix:TINY').world, str(folder), seed=0)
+    released.write_random(config.load(recipe).world, str(folder), seed=0)
     return folder
+
+
+@pytest.fixture(scope='session')
+def tiny(tmp_path_factory):
+    """Random weights of the_matrix:TINY."""
+    return write_random('the_matrix:TINY', tmp_path_factory)
+
+
+@pytest.fixture(scope='session')
+def tiny_walk(tmp_path_factory):
+    """Random weights of matrix_game_2:TINY, a world of keyboard and mouse."""
+    return write_random('matrix_game_2:TINY', tmp_path_factory)
 
 
 @pytest.fixture(scope='session')

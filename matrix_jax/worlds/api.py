@@ -18,7 +18,6 @@ from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds import open_run
-from matrix_jax.worlds.the_matrix import to_uint8
 
 
 class TheMatrix:
@@ -114,7 +113,7 @@ class TheMatrix:
             cond = world.condition(params, ids, frames, first)
             _, made = streams.rollout(stream, params, stream.init(params, cond, key), steps)
             made = vae.unscaled(cfg.vae, streams.join(made))
-            return to_uint8(vae.decode_sliced(cfg.vae, params['vae'], made))
+            return world.to_uint8(vae.decode_sliced(cfg.vae, params['vae'], made))
 
         made = make(params, world.tokenize([prompt]), frames[None], first, steps,
                     jax.random.key(seed))

@@ -28,10 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import checkpoint, convert, sharding
 from matrix_jax.nn import fresh, linear
+from matrix_jax.stream import base as streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Parts:
     extras: tuple[str, ...] = ()     # folders without weights: tokenizers, scheduler
 
     reads_text = False
+    autoencoder: Any = None                 # the module of the part 'vae'
+    decode_chunk: int | None = None         # latent frames decoded at once; None = those of a step
 
     @property
     def first_controls(self) -> int:
@@ -196,6 +200,50 @@ class Parts:
         """Writes one of `extras` from scratch."""
         raise NotImplementedError
 
+    # --- pixels and latents ----------------------------------------------------------------------
+
+    @staticmethod
+    def pixels(frames):
+        """Frames uint8 -> float32 in [-1, 1]."""
+        return jnp.asarray(frames, jnp.float32) / 127.5 - 1
+
+    @staticmethod
+    def to_uint8(frames):
+        """Frames in [-1, 1] -> uint8, rounded."""
+        return jnp.round(jnp.clip(frames / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+    def encode_frames(self, params, frames):
+        """Frames uint8 [B F H W 3], F = 1 + 4k -> latents [B T H W C], scaled, posterior mean."""
+        mean, _ = self.autoencoder.encode(self.cfg.vae, params['vae'], self.pixels(frames))
+        return self.autoencoder.scaled(self.cfg.vae, mean)
+
+    def encode_step(self, params, cache, frames):
+        """One chunk of a long clip: frames uint8 [B F H W 3] -> (cache, latents [B T H W C])."""
+        cfg = self.cfg.vae
+        cache, mean, _ = self.autoencoder.encode_step(cfg, params['vae'], cache,
+                                                      self.pixels(frames))
+        return cache, self.autoencoder.scaled(cfg, mean)
+
+    def decoder(self) -> streams.Decoder:
+        """Streaming decoder: latents of one step -> uint8 frames."""
+        vae, cfg = self.autoencoder, self.cfg.vae
+
+        def prefill(params, latents):
+            cache, frames = vae.prefill(cfg, params['vae'], vae.unscaled(cfg, latents))
+            return cache, self.to_uint8(frames)
+
+        def step(params, cache, latents):
+            count = latents.shape[1] // (self.decode_chunk or latents.shape[1])
+            frames = []
+            for part in jnp.split(vae.unscaled(cfg, latents), count, axis=1):
+                cache, made = vae.step(cfg, params['vae'], cache, part)
+                frames.append(made)
+            return cache, self.to_uint8(jnp.concatenate(frames, axis=1))
+
+        return streams.Decoder(prefill, step)
+
+    # --- devices ---------------------------------------------------------------------------------
+
     def device_put(self, params, mesh, decoder=None):
         """Parameters on the mesh: sharded by the letters of their tables.
 
@@ -252,6 +300,17 @@ class Parts:
             lines.append(line(name, count, mine))
             total, local = total + count, local + mine
         return '\n'.join([*lines, line('total', total, local)])
+
+
+def check_frames(cfg) -> None:
+    """ValueError if the networks of a world's config cannot make its frames."""
+    scale = cfg.vae.spatial_compression * cfg.dit.patch
+    if cfg.height <= 0 or cfg.width <= 0 or cfg.height % scale or cfg.width % scale:
+        raise ValueError(f'world: got {cfg.height}x{cfg.width} pixels, expected positive '
+                         f'multiples of {scale} (VAE {cfg.vae.spatial_compression}, patch '
+                         f'{cfg.dit.patch})')
+    if cfg.fps <= 0:
+        raise ValueError(f'world.fps: got {cfg.fps}, expected at least 1')
 
 
 @functools.cache

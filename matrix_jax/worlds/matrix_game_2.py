@@ -27,7 +27,7 @@ from matrix_jax.stream import base as streams
 from matrix_jax.stream import causal
 from matrix_jax.vae import condition as start
 from matrix_jax.vae import wan as vae
-from matrix_jax.worlds.base import Part, Parts, read_parts
+from matrix_jax.worlds.base import Part, Parts, check_frames, read_parts
 
 # Where the published folder has the transformer of each mode; ours is called 'transformer'.
 PUBLISHED = {'universal': 'base_distilled_model', 'gta_drive': 'gta_distilled_model',
@@ -88,13 +88,7 @@ class Config:
             raise ValueError(f'world.mode: got {self.mode}, which has {len(keys.keys)} keys and '
                              f'{"a" if keys.mouse else "no"} mouse; the network expects '
                              f'{told and (told.keyboard, told.mouse)}')
-        scale = self.vae.spatial_compression * self.dit.patch
-        if self.height <= 0 or self.width <= 0 or self.height % scale or self.width % scale:
-            raise ValueError(f'world: got {self.height}x{self.width} pixels, expected positive '
-                             f'multiples of {scale} (VAE {self.vae.spatial_compression}, patch '
-                             f'{self.dit.patch})')
-        if self.fps <= 0:
-            raise ValueError(f'world.fps: got {self.fps}, expected at least 1')
+        check_frames(self)
         if (self.dit.local is None) != (self.clip is not None):
             raise ValueError(f'world.clip: got {self.clip}, but the network has '
                              f'{"no" if self.dit.local is None else "a"} window (dit.local)')
@@ -108,6 +102,7 @@ class Config:
 class World(Parts):
     """Pure functions of parameters around `Config`; nothing here holds weights."""
 
+    autoencoder = vae
     parts = (Part('dit', 'transformer', dit.weights, dit.shapes, dit.laws, still=dit.STILL),
              Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
              Part('image', 'image_encoder', clip_image.weights, clip_image.shapes,
@@ -197,29 +192,12 @@ class World(Parts):
 
     # --- pixels and latents ----------------------------------------------------------------------
 
-    def encode_frames(self, params, frames):
-        """Frames uint8 [B F H W 3], F = 1 + 4k -> latents [B T H W C], scaled, posterior mean."""
-        mean, _ = vae.encode(self.cfg.vae, params['vae'], start.pixels(frames))
-        return vae.scaled(self.cfg.vae, mean)
+    pixels = staticmethod(start.pixels)
 
-    def encode_step(self, params, cache, frames):
-        """One chunk of a long clip: frames uint8 [B F H W 3] -> (cache, latents [B T H W C])."""
-        cache, mean, _ = vae.encode_step(self.cfg.vae, params['vae'], cache, start.pixels(frames))
-        return cache, vae.scaled(self.cfg.vae, mean)
-
-    def decoder(self) -> streams.Decoder:
-        """Streaming decoder: latents of one block -> uint8 frames."""
-        cfg = self.cfg.vae
-
-        def prefill(params, latents):
-            cache, frames = vae.prefill(cfg, params['vae'], vae.unscaled(cfg, latents))
-            return cache, to_uint8(frames)
-
-        def step(params, cache, latents):
-            cache, frames = vae.step(cfg, params['vae'], cache, vae.unscaled(cfg, latents))
-            return cache, to_uint8(frames)
-
-        return streams.Decoder(prefill, step)
+    @staticmethod
+    def to_uint8(frames):
+        """Frames in [-1, 1] -> uint8, cut off."""
+        return jnp.clip((frames + 1) * 127.5, 0, 255).astype(jnp.uint8)
 
     # --- the network and its stream --------------------------------------------------------------
 
@@ -276,9 +254,8 @@ class World(Parts):
         cfg = self.cfg
         cond = self._condition(params, frames, 1 + (actions.shape[1] - 1) // cfg.stream.ratio)
         noise = jax.random.normal(key, (*cond.latents.shape[:-1], cfg.dit.channels))
-
         made = flow.sample(cfg.flow, cfg.clip.steps, self.denoise, params, noise, cond, actions)
-        return to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
+        return self.to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
 
 
 def network(cfg: dit.Config) -> causal.Network:
@@ -316,8 +293,3 @@ def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
     if not whole and cfg.dit.local and 'dit' in found and found['dit'].local is None:
         found['dit'] = dataclasses.replace(found['dit'], local=cfg.dit.local, sink=cfg.dit.sink)
     return dataclasses.replace(cfg, **found)
-
-
-def to_uint8(frames):
-    """Frames in [-1, 1] -> uint8, cut off."""
-    return jnp.clip((frames + 1) * 127.5, 0, 255).astype(jnp.uint8)

@@ -28,7 +28,7 @@ from matrix_jax.nn import fresh, once
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
-from matrix_jax.worlds.base import Part, Parts, read_parts
+from matrix_jax.worlds.base import Part, Parts, check_frames, read_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +64,7 @@ class Config:
     name: str = 'TheMatrix'
 
     def __post_init__(self):
-        scale = self.vae.spatial_compression * self.dit.patch
-        if self.height <= 0 or self.width <= 0 or self.height % scale or self.width % scale:
-            raise ValueError(f'world: got {self.height}x{self.width} pixels, expected positive '
-                             f'multiples of {scale} (VAE {self.vae.spatial_compression}, patch '
-                             f'{self.dit.patch})')
-        if self.fps <= 0:
-            raise ValueError(f'world.fps: got {self.fps}, expected at least 1')
+        check_frames(self)
         if self.decode_chunk not in (1, 2) or self.stream.group_frames % self.decode_chunk:
             raise ValueError(f'world.decode_chunk: got {self.decode_chunk}, expected 1, or 2 with '
                              f'an even stream.group_frames (got {self.stream.group_frames})')
@@ -98,11 +92,13 @@ class World(Parts):
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')
     vocabulary = controls.Symbols()
     reads_text = True
+    autoencoder = vae
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
         self.schedule = schedules.make(cfg.scheduler)
         self.net = dit.DiT(cfg.dit)
+        self.decode_chunk = cfg.decode_chunk
         self.tokenizer = self.control_tokenizer = None
 
     # --- what a video needs ------------------------------------------------------------------
@@ -233,39 +229,6 @@ class World(Parts):
         return clip.TextTower(self.cfg.control).apply({'params': params['control_encoder']},
                                                       self.control_ids)
 
-    # --- pixels and latents ------------------------------------------------------------------
-
-    def encode_frames(self, params, frames):
-        """Frames uint8 [B F H W 3], F = 1 + 4k -> latents [B T H W C], scaled, posterior mean."""
-        pixels = jnp.asarray(frames, jnp.float32) / 127.5 - 1
-        mean, _ = vae.encode(self.cfg.vae, params['vae'], pixels)
-        return vae.scaled(self.cfg.vae, mean)
-
-    def encode_step(self, params, cache, frames):
-        """One chunk of a long clip: frames uint8 [B F H W 3] -> (cache, latents [B T H W C])."""
-        pixels = jnp.asarray(frames, jnp.float32) / 127.5 - 1
-        cache, mean, _ = vae.encode_step(self.cfg.vae, params['vae'], cache, pixels)
-        return cache, vae.scaled(self.cfg.vae, mean)
-
-    def decoder(self) -> streams.Decoder:
-        """Streaming decoder: latents of one shift -> uint8 frames."""
-        cfg = self.cfg.vae
-
-        def prefill(params, latents):
-            cache, frames = vae.prefill(cfg, params['vae'], vae.unscaled(cfg, latents))
-            return cache, to_uint8(frames)
-
-        def step(params, cache, latents):
-            chunk = self.cfg.decode_chunk
-            parts = jnp.split(vae.unscaled(cfg, latents), latents.shape[1] // chunk, axis=1)
-            frames = []
-            for part in parts:
-                cache, made = vae.step(cfg, params['vae'], cache, part)
-                frames.append(made)
-            return cache, to_uint8(jnp.concatenate(frames, axis=1))
-
-        return streams.Decoder(prefill, step)
-
     # --- the stream --------------------------------------------------------------------------
 
     def denoise(self, params, x, level, text, control):
@@ -351,7 +314,7 @@ class World(Parts):
                                      (batch, cfg.dit.text_length, cfg.dit.text_dim))
         made = sampling.sample(cfg.clip, cfg.scheduler, self.denoise, params, draw(-1), draw,
                                self.embed_ids(params, ids), null_text, control)
-        return to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
+        return self.to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
 
     def condition(self, params, ids, frames, symbols) -> swin.Cond:
         """What a stream starts from.
@@ -400,8 +363,3 @@ def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
         released = checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json')
         fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
     return dataclasses.replace(cfg, **fields)
-
-
-def to_uint8(frames):
-    """Frames in [-1, 1] -> uint8, rounded."""
-    return jnp.round(jnp.clip(frames / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)

@@ -8,17 +8,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matrix_jax import config, released, worlds
+from matrix_jax import config, worlds
 from matrix_jax.serve import replay
 from matrix_jax.serve.slots import Slots
 
 
 @pytest.fixture(scope='module')
-def tiny(tmp_path_factory):
+def tiny(tiny_walk):
     """In the place of the other world's weights."""
-    folder = tmp_path_factory.mktemp('weights') / 'tiny'
-    released.write_random(config.load('matrix_game_2:TINY').world, str(folder), seed=0)
-    return folder
+    return tiny_walk
 
 
 @pytest.fixture(scope='module')

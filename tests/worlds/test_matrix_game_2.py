@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import checkpoint, config, convert, released, sharding, video, worlds
+from matrix_jax import checkpoint, config, convert, sharding, video, worlds
 from matrix_jax.actions import Actions
 from matrix_jax.dit import wan as dit
 from matrix_jax.stream import base
@@ -79,12 +79,14 @@ def test_frames_of_whole_blocks(world, seconds, frames):
 def test_a_player_comes_in_behind_the_first_block(world, params):
     first = world.vocabulary.encode(['idle'] * 9)[None]
     condition, stream = programs(world)
-    live = base.started(world.stream(), first)
+    live = base.started(stream, first)
     assert live.prefill is live.step
     given, _ = world.inputs('', world.fit(picture()))
-    cond, key = condition(params, *given), jax.random.key(3)
-    carry = jax.jit(live.init)(params, cond, key)
-    want = stream.prefill(params, stream.init(params, cond, key), first)[0]
+
+    def begin(stream):
+        return stream.init(params, condition(params, *given), jax.random.key(3))
+
+    carry, want = begin(live), stream.prefill(params, begin(stream), first)[0]
     for ours, theirs in zip(jax.tree.leaves(carry), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
@@ -101,7 +103,7 @@ def test_the_foundation_makes_whole_clips(params):
 
 def test_bytes_are_cut_off_as_in_the_reference():
     values = np.float32([-1.5, -1, -0.999, 0, 0.9999, 1, 3])
-    assert matrix_game_2.to_uint8(values).tolist() == [0, 0, 0, 127, 254, 255, 255]
+    assert matrix_game_2.World.to_uint8(values).tolist() == [0, 0, 0, 127, 254, 255, 255]
 
 
 @pytest.mark.parametrize('name, count', [
@@ -129,19 +131,11 @@ def test_bad_configs_are_refused(fields, words):
 # --- folders and the command line ----------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def folder(world, tmp_path_factory):
-    """Random weights in the layout of all worlds."""
-    folder = tmp_path_factory.mktemp('weights') / 'tiny'
-    released.write_random(world.cfg, str(folder), seed=0)
-    return folder
-
-
-def test_the_published_transformer_is_read(world, folder, tmp_path):
-    want = convert.flatten(world.load(folder)['transformer'])
+def test_the_published_transformer_is_read(world, tiny_walk, tmp_path):
+    want = convert.flatten(world.load(tiny_walk)['transformer'])
     for name in ('vae', 'image_encoder'):
-        (tmp_path / name).symlink_to(folder / name)
-    _, tensors = checkpoint.read_component(folder, 'transformer')
+        (tmp_path / name).symlink_to(tiny_walk / name)
+    _, tensors = checkpoint.read_component(tiny_walk, 'transformer')
     checkpoint.write_component(tmp_path, 'base_distilled_model', world.cfg.dit.to_released(),
                                {f'model.{name}': tensors[name] for name in tensors}, dtype=None)
     found = worlds.describe(world.cfg, tmp_path, whole=True)
@@ -160,9 +154,9 @@ def generate(folder, out, *options):
                *options])
 
 
-def test_the_command_line_makes_a_video(folder, tmp_path, start_image, capsys):
+def test_the_command_line_makes_a_video(tiny_walk, tmp_path, start_image, capsys):
     out = tmp_path / 'walk.mp4'
-    generate(folder, out, '--actions', 'W*12,W+right*21', '--image', str(start_image))
+    generate(tiny_walk, out, '--actions', 'W*12,W+right*21', '--image', str(start_image))
     assert '33 frames' in capsys.readouterr().out
     frames = video.read_video(out, fps=25)
     assert frames.shape[0] == 33 and frames.shape[2] >= 384
@@ -178,7 +172,7 @@ def test_the_command_line_makes_a_video(folder, tmp_path, start_image, capsys):
     (['--prompt', 'a wood', '--image', 'a.png'], '--prompt: this model reads no text'),
     (['--image', 'none.png'], 'none.png: no such file'),
     ([], 'this world brings no start clip: give --video or --image')])
-def test_bad_input_is_one_line(folder, tmp_path, options, words):
+def test_bad_input_is_one_line(tiny_walk, tmp_path, options, words):
     with pytest.raises(config.UsageError, match=words) as caught:
-        generate(folder, tmp_path / 'no.mp4', *options)
+        generate(tiny_walk, tmp_path / 'no.mp4', *options)
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
