@@ -21,10 +21,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.convert import Row
+from matrix_jax.convert import Row, config_faults
 from matrix_jax.dit.actions import ControlEmbedding, visibility
 from matrix_jax.dit.cogvideox_layers import Block, SteeredLayer, stack
 from matrix_jax.dit.rows import adaln_rows, attention_rows, linear_rows, norm_rows
+from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.nn import sequence
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
@@ -101,10 +102,7 @@ class Config:
         if self.width % 16:
             raise ValueError(f'heads * head_dim: got {self.heads} * {self.head_dim}, expected a '
                              'product that is a multiple of 16 (position codes)')
-        span = self.control
-        if span and not 0 <= span.start < span.end <= self.layers:
-            raise ValueError(f'control: got layers [{span.start}, {span.end}), expected a range '
-                             f'within the {self.layers} layers')
+        check_span('control', self.control, self.layers)
 
     @property
     def width(self) -> int:
@@ -120,9 +118,7 @@ class Config:
     @property
     def segments(self) -> dict[str, tuple[int, int]]:
         """Name -> (start, stop) of each run of equal layers; empty runs are absent."""
-        start, end = (self.control.start, self.control.end) if self.control else (self.layers,) * 2
-        runs = {'before': (0, start), 'steered': (start, end), 'after': (end, self.layers)}
-        return {name: run for name, run in runs.items() if run[0] < run[1]}
+        return segments(self.layers, self.control, 'steered')
 
     @classmethod
     def from_released(cls, released: dict) -> Config:
@@ -132,11 +128,7 @@ class Config:
           ValueError: a key asks for maths that this network does not have.
         """
         released = {key: value for key, value in released.items() if not key.startswith('_')}
-        faults = [f'{key} = {released[key]!r} (expected {want!r})' for key, want in FIXED.items()
-                  if released.get(key, want) not in (want, None)]
-        known = set(FIELDS) | set(FIXED) | set(CONTROL) | set(SAMPLE) | set(IGNORED)
-        faults += [f'{key} = {value!r} (unknown key)' for key, value in released.items()
-                   if key not in known and value is not None]
+        faults = config_faults(released, FIXED, {*FIELDS, *CONTROL, *SAMPLE, *IGNORED})
         if released.get('out_channels', released.get('in_channels')) != released.get('in_channels'):
             faults.append(f"out_channels = {released['out_channels']!r} (expected in_channels)")
         if faults:

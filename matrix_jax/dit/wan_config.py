@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from matrix_jax.convert import config_faults
+from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import Actions
 
 
@@ -28,12 +30,7 @@ class Config:
         all, for networks that do not stream.
       sink: first latent frames of a stream that stay in sight, of these slots.
       actions: keyboard and mouse, or None.
-      dtype: type of the multiplies and of the residual stream, as a numpy name.
-      remat: what the backward pass recomputes: 'none', each 'block', or of a block all but the
-        'dots' (its matrix products are kept).
-      scan_unroll: layers per scan iteration.
-      exchange: what devices that share the tokens exchange in an attention: its 'heads', its
-        'keys', or 'auto' (`nn.attention.route`).
+      dtype, remat, scan_unroll, exchange: how it runs, as in `cogvideox.Config`.
     """
     heads: int = 12
     head_dim: int = 128
@@ -63,10 +60,7 @@ class Config:
         if self.local is not None and not 0 <= self.sink < self.local:
             raise ValueError(f'sink: got {self.sink} latent frames, expected fewer than the '
                              f'{self.local} of local')
-        span = self.actions
-        if span and not 0 <= span.start < span.end <= self.layers:
-            raise ValueError(f'actions: got layers [{span.start}, {span.end}), expected a range '
-                             f'within the {self.layers} layers')
+        check_span('actions', self.actions, self.layers)
 
     @property
     def width(self) -> int:
@@ -76,9 +70,7 @@ class Config:
     @property
     def segments(self) -> dict[str, tuple[int, int]]:
         """Name -> (start, stop) of each run of equal layers; empty runs are absent."""
-        start, end = (self.actions.start, self.actions.end) if self.actions else (self.layers,) * 2
-        runs = {'before': (0, start), 'acting': (start, end), 'after': (end, self.layers)}
-        return {name: run for name, run in runs.items() if run[0] < run[1]}
+        return segments(self.layers, self.actions, 'acting')
 
     @classmethod
     def from_released(cls, released: dict) -> Config:
@@ -90,9 +82,11 @@ class Config:
         released = {key: value for key, value in released.items()
                     if not key.startswith('_') and value is not None}
         told = released.get('action_config') or {}
-        faults = _faults(released, '', FIELDS, FIXED, ('action_config', *IGNORED))
-        faults += _faults(told, 'action_config.', ACTIONS, FIXED_ACTIONS,
-                          ('blocks', 'enable_mouse', 'img_hidden_size', 'rope_dim_list'))
+        known = ('patch_size', *FIELDS, 'action_config', *IGNORED)
+        faults = config_faults(released, FIXED, known)
+        known = ('patch_size', *ACTIONS, 'blocks', 'enable_mouse', 'img_hidden_size',
+                 'rope_dim_list')
+        faults += config_faults(told, FIXED_ACTIONS, known, 'action_config.')
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
         base = cls()
         width, heads = fields.pop('width', base.width), fields.get('heads', base.heads)
@@ -144,15 +138,6 @@ class Config:
                 del told['mouse_dim_in'], told['mouse_hidden_dim']
             released['action_config'] = told
         return released
-
-
-def _faults(released, where, fields, fixed, ignored) -> list[str]:
-    """What a part of a released config asks for that we do not do."""
-    wrong = [f'{where}{key} = {released[key]!r} (expected {want!r})' for key, want in fixed.items()
-             if released.get(key, want) != want]
-    known = {*fields, *fixed, *ignored, 'patch_size'}
-    return wrong + [f'{where}{key} = {value!r} (unknown key)' for key, value in released.items()
-                    if key not in known]
 
 
 # Keys of the released config.json: our fields, those with one value that we implement, and those
