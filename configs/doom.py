@@ -54,14 +54,14 @@ FOUNDATION = Run(
         DIT, local=None)),
     data='data/doom', stage=Foundation(
         ema=0.995, train_encoders=True, optimizer=dataclasses.replace(MUON, warmup=100)),
-    train=Train(steps=3000, batch=8, save_every=100))
+    train=Train(steps=3000, batch=4, save_every=100))
 # Straight from recordings, for as many steps a block as time allows.
 CAUSAL = Run(
     world=dataclasses.replace(WORLD, stream=Causal(steps=tuple(range(1000, 0, -125)))),
     data='data/doom', stage=CausalFlow(
         ema=0.995, train_encoders=True, history_noise=0.1,
         optimizer=dataclasses.replace(MUON, warmup=100)),
-    train=Train(steps=3000, batch=8, save_every=100))
+    train=Train(steps=3000, batch=4, save_every=100))
 SLOW = Optimizer(learning_rate=1e-4, schedule='cosine', warmup=20, weight_decay=0.0)
 ODE = Run(world=WORLD, data='data/doom', stage=ODEPairs(ema=0.99, points=5, paths=512,
                                                         optimizer=SLOW),

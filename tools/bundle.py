@@ -21,7 +21,7 @@ def main(argv):
         folder = checkpoint.resolve(run.weights)
         world, params = worlds.open_run(run)
         world.save(run.out, params, start=folder)
-        starts.write(run.data, run.out)
+        starts.write(run.data, run.out, picture=world.start_frames == 1)
     size = sum(path.stat().st_size for path in Path(run.out).rglob('*') if path.is_file())
     if size > LIMIT:
         raise config.UsageError(f'{run.out}: {size} bytes, expected at most {LIMIT}')

@@ -15,16 +15,17 @@ from matrix_jax import checkpoint, video
 from matrix_jax.data import records
 
 
-def write(data: str, folder: str, frames: int = 29):
+def write(data: str, folder: str, frames: int = 29, picture: bool = False):
     """Picks one clip per theme from the held-out tracks of `data` and writes them to `folder`.
 
     Of each theme it takes the cut in which the car stays on the road, at speed, and turns least, so
-    that every drive can start from it.
+    that every drive can start from it; of walks the one that gets farthest, as its way is free.
 
     Args:
       data: folder of recorded clips.
       folder: weights folder; gets `starts/`.
       frames: F = 1 + 4k.
+      picture: whether the first frame of the cut is enough.
     """
     best = {}
     for path in records.shards(Path(data), 'heldout'):
@@ -32,7 +33,7 @@ def write(data: str, folder: str, frames: int = 29):
         for index in range(len(shard)):
             clip = shard[index]
             for start in range(0, len(clip.frames) - frames + 1, records.FRAMES_PER_LATENT):
-                score = _score(clip.telemetry[start:start + frames])
+                score = _score(clip, slice(start, start + frames))
                 if score > best.get(clip.theme, (-np.inf,))[0]:
                     best[clip.theme] = score, clip, start
     captions = {}
@@ -44,7 +45,8 @@ def write(data: str, folder: str, frames: int = 29):
     def fill(part):
         listing = []
         for theme, (_, clip, start) in sorted(best.items()):
-            strip = clip.frames[start:start + frames].reshape(-1, *clip.frames.shape[2:])
+            strip = clip.frames[start:start + (1 if picture else frames)]
+            strip = strip.reshape(-1, *clip.frames.shape[2:])
             video.write_image(part / f'{theme}.png', strip)
             words = sorted(_words(' '.join(captions[theme])) | {theme})
             listing.append({'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption,
@@ -90,7 +92,10 @@ def _words(text: str) -> set[str]:
     return set(re.findall(r'\w+', text.lower()))
 
 
-def _score(telemetry) -> float:
-    columns = {name: telemetry[:, index] for index, name in enumerate(records.TELEMETRY)}
+def _score(clip, cut: slice) -> float:
+    if clip.knows('pose'):
+        place = clip.pose[cut][:, :2]
+        return float(np.linalg.norm(place[-1] - place[0]))
+    columns = {name: clip.telemetry[cut, index] for index, name in enumerate(records.TELEMETRY)}
     return (10 * columns['on_road'].min() - np.abs(columns['yaw_rate']).mean()
             + 0.1 * min(columns['speed'].min(), 20))

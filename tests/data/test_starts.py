@@ -22,3 +22,19 @@ def test_prompt_words_pick_the_theme(tmp_path):
     assert snow.shape == (9, 8, 16, 3) and (snow == 250).all()      # the clip that is on the road
     assert (starts.choose(tmp_path / 'out', 'a car at night', 8, 16) == 20).all()
     assert starts.choose(tmp_path, 'snow', 8, 16) is None
+
+
+def test_a_walk_starts_where_its_way_is_free(tmp_path):
+    def clip(colour, speed):
+        known = records.unknown(13)
+        known['pose'] = np.zeros((13, len(records.POSE)), np.float32)
+        known['pose'][:, 0] = speed * np.arange(13)
+        return records.Clip(frames=np.full((13, 8, 16, 3), colour, np.uint8), caption='A walk.',
+                            theme='maze', seed=1, fps=16, **known)
+
+    for split in ('train', 'heldout'):
+        records.write_shard(tmp_path / f'{split}-0{records.SUFFIX}',
+                            iter([clip(9, 0), clip(99, 5), clip(200, 1)]))
+    starts.write(tmp_path, tmp_path / 'out', frames=9, picture=True)
+    chosen = starts.choose(tmp_path / 'out', 'maze', 8, 16)
+    assert chosen.shape == (1, 8, 16, 3) and (chosen == 99).all()
