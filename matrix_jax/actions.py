@@ -246,7 +246,7 @@ class Actions:
                          'row': None, 'column': None, 'codes': [f'Arrow{side}']}
                         for side in ('Up', 'Down', 'Left', 'Right')]
         hint = 'Hold ' + ' '.join(letters) + (
-            '; the arrows look around, and so does the mouse after a click on the picture.'
+            '; the arrows look around, and so does the mouse: drag the picture, or click on it.'
             if look else ' or the arrows.')
         return {'buttons': buttons, 'axes': axes, 'join': '+', 'idle': IDLE, 'hint': hint,
                 'mouse': {'speed': SPEED, 'limit': 4 * SPEED} if look else None}
