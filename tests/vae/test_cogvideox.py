@@ -12,6 +12,8 @@ from safetensors import safe_open
 from matrix_jax import convert
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.vae.tiling import Tiles, tiled, windowed
+from tests.vae import drawn
+from tests.vae.drawn import compiled, normal
 
 GOLDENS = Path(__file__).parents[1] / 'goldens' / 'the_matrix'
 # Compiling is what takes time here: two levels are the same code as four. The recordings of
@@ -19,26 +21,10 @@ GOLDENS = Path(__file__).parents[1] / 'goldens' / 'the_matrix'
 SMALL = vae.Config(latent_channels=4, block_out_channels=(4, 8), layers_per_block=1, norm_groups=2,
                    temporal_compression=2, single_latent_frames=2, sample_height=16,
                    sample_width=24)
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
+params_of = functools.partial(drawn.params_of, vae)
 
 
 TINY = vae.PRESETS['tiny']
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@functools.cache
-def params_of(cfg):
-    draws = np.random.default_rng(7)
-    return jax.tree.map(lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.3,
-                        vae.shapes(cfg))
-
-
-@functools.cache
-def compiled(function, cfg):
-    return jit(functools.partial(function, cfg))
 
 
 def golden(case):
@@ -63,7 +49,7 @@ def test_prefill_and_scanned_steps_equal_the_whole_clip():
 
     whole = compiled(vae.decode, SMALL)(params, latents)
     assert whole.shape == (1, 2 * 7 - 1, 4, 6, 3)
-    np.testing.assert_allclose(jit(stream)(params, latents), whole, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(stream)(params, latents), whole, atol=2e-5)
     assert len(set(traces)) == 1
     assert np.std(whole) > 0.05
 
@@ -71,7 +57,7 @@ def test_prefill_and_scanned_steps_equal_the_whole_clip():
 def test_step_compiles_once_and_never_looks_ahead():
     count = []
 
-    @jit
+    @jax.jit
     def step(params, cache, latents):
         count.append(1)
         return vae.step(SMALL, params, cache, latents)
@@ -226,7 +212,7 @@ def test_fresh_weights_train_everywhere():
         made = vae.decode(SMALL, params, vae.sample(mean, logvar, normal(*mean.shape)))
         return jnp.square(made[:, :3] - frames).mean() + 1e-3 * jnp.square(logvar).mean()
 
-    grads = convert.flatten(jit(jax.grad(loss))(params))
+    grads = convert.flatten(jax.jit(jax.grad(loss))(params))
     assert all(np.isfinite(leaf).all() for leaf in grads.values())
     idle = [path for path, leaf in grads.items() if path.endswith('kernel') and not leaf.any()]
     assert not idle
@@ -235,7 +221,7 @@ def test_fresh_weights_train_everywhere():
 def test_half_precision_stays_close():
     half = dataclasses.replace(SMALL, dtype='bfloat16')
     params, latents = params_of(SMALL), normal(2, 3, 2, 2, 4)
-    cache, frames = jit(functools.partial(vae.prefill, half))(params, latents)
+    cache, frames = jax.jit(functools.partial(vae.prefill, half))(params, latents)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype('bfloat16')}
     want = compiled(vae.decode, SMALL)(params, latents)
     assert frames.dtype == jnp.float32

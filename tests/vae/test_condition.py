@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -7,13 +6,9 @@ import pytest
 from PIL import Image
 
 from matrix_jax.vae import condition, wan
+from tests.vae.drawn import normal
 
 TINY = dataclasses.replace(wan.PRESETS['tiny'], chunk=32)     # a loop would be slow
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize(('rows', 'columns', 'want'), [
@@ -49,8 +44,9 @@ def test_long_clips_repeat_the_latents_of_grey():
     params = jax.tree.map(lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.5,
                           wan.shapes(TINY))
     clip = np.pad(image[:, None], ((0, 0), (0, 2 * (frames - 1)), (0, 0), (0, 0), (0, 0)))
-    whole = np.asarray(jit(lambda p, x: wan.scaled(TINY, wan.encode(TINY, p, x)[0]))(params, clip))
-    made = np.asarray(jit(lambda p, x: condition.condition(TINY, p, x, frames))(params, image))
+    whole = np.asarray(jax.jit(lambda p, x: wan.scaled(TINY, wan.encode(TINY, p, x)[0]))(
+        params, clip))
+    made = np.asarray(jax.jit(lambda p, x: condition.condition(TINY, p, x, frames))(params, image))
     assert made.shape == (2, frames, 2, 2, 2 + 4)
     np.testing.assert_allclose(made[..., 2:], whole, atol=1e-5)
     np.testing.assert_array_equal(made[..., :2].min((0, 2, 3, 4)), np.arange(frames) == 0)

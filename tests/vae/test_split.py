@@ -14,15 +14,12 @@ from matrix_jax import convert, sharding
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.vae import cogvideox as vae
+from tests.vae.drawn import normal
 
 ROWS = 12       # over 5 devices the last has none, over 8 the last two
 # One residual block per decoder level: compiling is what takes time here.
 CFG = vae.Config(latent_channels=4, block_out_channels=(4, 8), layers_per_block=0, norm_groups=2,
                  temporal_compression=2, single_latent_frames=2)
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32) * np.float32(scale)
 
 
 @pytest.fixture(scope='module')

@@ -11,27 +11,13 @@ from safetensors import safe_open
 
 from matrix_jax import convert
 from matrix_jax.vae import wan as vae
+from tests.vae import drawn
+from tests.vae.drawn import compiled, normal
 
 GOLDEN = Path(__file__).parents[1] / 'goldens' / 'matrix_game_2' / 'e_vae.safetensors'
 # Two frame sizes are the same code as four; the recording of test_parity has all four.
 TINY = vae.PRESETS['tiny']
-jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-@functools.cache
-def params_of(cfg):
-    draws = np.random.default_rng(7)
-    return jax.tree.map(lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.3,
-                        vae.shapes(cfg))
-
-
-@functools.cache
-def compiled(function, cfg):
-    return jit(functools.partial(function, cfg))
+params_of = functools.partial(drawn.params_of, vae)
 
 
 @functools.cache
@@ -53,13 +39,13 @@ def test_prefill_and_scanned_steps_equal_the_whole_clip():
         _, tail = jax.lax.scan(lambda cache, part: vae.step(TINY, params, cache, part), cache, rest)
         return jnp.concatenate([head, *tail], axis=1)
 
-    np.testing.assert_allclose(jit(stream)(params_of(TINY), latents), want, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(stream)(params_of(TINY), latents), want, atol=2e-5)
 
 
 def test_step_compiles_once_and_the_cache_matters():
     (latents, want), params, count = whole(), params_of(TINY), []
 
-    @jit
+    @jax.jit
     def step(params, cache, latents):
         count.append(1)
         return vae.step(TINY, params, cache, latents)
@@ -80,7 +66,7 @@ def test_step_compiles_once_and_the_cache_matters():
 def test_chunks_are_a_matter_of_memory_alone(chunk):
     latents, want = whole()
     cfg = dataclasses.replace(TINY, chunk=chunk)
-    got = jit(functools.partial(vae.decode, cfg))(params_of(TINY), latents)
+    got = jax.jit(functools.partial(vae.decode, cfg))(params_of(TINY), latents)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
@@ -150,7 +136,7 @@ def test_scaled_latents_are_standard():
 def test_half_precision_stays_close():
     half = dataclasses.replace(TINY, dtype='bfloat16')
     latents, want = whole()
-    cache, frames = jit(functools.partial(vae.prefill, half))(params_of(TINY), latents)
+    cache, frames = jax.jit(functools.partial(vae.prefill, half))(params_of(TINY), latents)
     assert {leaf.dtype for leaf in jax.tree.leaves(cache)} == {jnp.dtype('bfloat16')}
     assert frames.dtype == jnp.float32
     assert np.abs(frames - want).mean() < 0.1 * np.std(want)

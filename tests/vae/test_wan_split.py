@@ -9,13 +9,10 @@ import pytest
 from matrix_jax import sharding
 from matrix_jax.config import Mesh
 from matrix_jax.vae import wan as vae
+from tests.vae.drawn import normal
 
 ROWS = 4        # over 3 devices the last has none
 CFG = vae.PRESETS['tiny']
-
-
-def normal(*shape, seed=0, scale=1.0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32) * np.float32(scale)
 
 
 @pytest.fixture(scope='module')
