@@ -23,7 +23,8 @@ class Door:
 
     def __init__(self, vocabulary):
         self.vocabulary, self.symbols = vocabulary, []
-        self.server = serve(self.talk, '127.0.0.1', 0, process_request=self.page,
+        # A browser opens sockets that it never speaks on; the server waits for them at its end.
+        self.server = serve(self.talk, '127.0.0.1', 0, process_request=self.page, open_timeout=2,
                             close_timeout=0.2)
         self.port = self.server.socket.getsockname()[1]
         self.thread = threading.Thread(target=self.server.serve_forever)
