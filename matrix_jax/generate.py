@@ -120,7 +120,7 @@ class Player:
             return self._init(self.params, condition, key), cut
 
     def compile(self, carry, steps: list[list[str]]):
-        """Compiles for this carry and the controls of steps to come.
+        """Compiles for this carry and the controls of steps to come, unless it has for others.
 
         Returns:
           (carry, frames or None): where the first step differs from the others, it is made here.
@@ -132,7 +132,7 @@ class Player:
                 steps = steps[1:]
             if steps and self._pipeline:
                 self._pipeline.compile(self.params, carry, self._encoded(steps[0]))
-            elif steps:
+            elif steps and not isinstance(self._step, jax.stages.Compiled):
                 step = jax.jit(self._step, donate_argnums=1,
                                out_shardings=(sharding.places(carry), None))
                 self._step = step.lower(self.params, carry, self._encoded(steps[0])).compile()

@@ -25,6 +25,18 @@ def decoder():
                         lambda params, cache, latents: decode(cache, latents))
 
 
+def test_a_started_stream_has_its_first_output_behind_it():
+    stream, first = base.chain(counting(), decoder()), np.array([[5, 6]])
+    live = base.started(stream, first)
+    assert stream.prefill is not stream.step is live.step is live.prefill
+    assert base.started(live, first) is live
+    want, _ = stream.prefill(1.0, stream.init(1.0, 0, None), first)
+    got = live.init(1.0, 0, None)
+    assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
+    assert not all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(
+        base.started(stream, 1 + first).init(1.0, 0, None))))
+
+
 def test_chain_decodes_what_the_latent_stream_makes():
     latents, frames = counting(), base.chain(counting(), decoder())
     controls = np.arange(8).reshape(4, 1, 2)

@@ -1,8 +1,9 @@
 """Matrix-Game 2.0 as a world; its networks and its sampler are held to the reference elsewhere."""
 
+import contextlib
 import dataclasses
-import functools
 import importlib.util
+import io
 from pathlib import Path
 
 import jax
@@ -10,9 +11,9 @@ import numpy as np
 import pytest
 
 from matrix_jax import checkpoint, config, convert, sharding, video, worlds
+from matrix_jax import generate as making
 from matrix_jax.actions import Actions
 from matrix_jax.dit import wan as dit
-from matrix_jax.stream import base
 from matrix_jax.worlds import matrix_game_2
 
 ROOT = Path(__file__).parents[2]
@@ -32,41 +33,58 @@ def world():
     return build('TINY')
 
 
+def generate(folder, out, *options):
+    spec = importlib.util.spec_from_file_location('generate', ROOT / 'tools' / 'generate.py')
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    tool.main(['matrix_game_2:TINY', '--weights', str(folder), '--out', str(out), '--length', '1',
+               *options])
+
+
 @pytest.fixture(scope='module')
-def params(world):
-    return world.init(0, still=False)
+def walk(tiny_walk, start_image, tmp_path_factory):
+    """(file, what the tool said, its player) of a walk; the player has compiled for other tests."""
+    players, said = [], io.StringIO()
+
+    class Kept(making.Player):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            players.append(self)
+
+    out = tmp_path_factory.mktemp('walk') / 'walk.mp4'
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        patch.setattr(making, 'Player', Kept)
+        generate(tiny_walk, out, '--actions', 'W*12,W+right*21', '--image', str(start_image))
+    return out, said.getvalue(), players[0]
 
 
-@functools.cache
-def programs(world):
-    return jax.jit(world.condition), base.Stream(*map(jax.jit, world.stream()))
+@pytest.fixture(scope='module')
+def player(walk):
+    return walk[-1]
 
 
-def play(world, params, actions, seed=0):
-    """Frames of a stream [F H W 3] and how often its step compiled."""
-    condition, stream = programs(world)
-    known, steps = world.split(actions)
-    given, _ = world.inputs('', world.fit(picture()), known)
-    carry = stream.init(params, condition(params, *given), jax.random.key(seed))
-    carry, frames = stream.prefill(params, carry, world.vocabulary.encode(steps[0])[None])
+def play(player, actions, seed=0):
+    """Frames of a stream [F H W 3]; its step is one program, which refuses other shapes."""
+    known, steps = player.world.split(actions)
+    carry, _ = player.start('', player.world.fit(picture()), known, seed)
+    carry, frames = player.compile(carry, steps)
     shown = [frames[0]]
     for step in steps[1:]:
-        carry, frames = stream.step(params, carry, world.vocabulary.encode(step)[None])
+        carry, frames = player.step(carry, step)
         shown.append(frames[0])
-    return np.concatenate(shown), stream.step._cache_size()
+    return np.concatenate(shown)
 
 
-def test_a_stream_has_9_frames_and_then_12_a_block(world, params):
+def test_a_stream_has_9_frames_and_then_12_a_block(player):
     actions = ['W'] * 9 + ['W+right'] * 24
-    frames, compiled = play(world, params, actions)
+    frames = play(player, actions)
     assert frames.shape == (33, 16, 24, 3) and frames.dtype == np.uint8 and frames.std() > 5
-    assert compiled == 1
-    np.testing.assert_array_equal(frames, play(world, params, actions)[0])
-    other = play(world, params, ['W'] * 21 + ['left'] * 12)[0]
+    np.testing.assert_array_equal(frames, play(player, actions))
+    other = play(player, ['W'] * 21 + ['left'] * 12)
     # Block 1 hears of it: its last frame is not in its own window.
     np.testing.assert_array_equal(frames[:9], other[:9])
     assert (frames[9:21] != other[9:21]).any() and (frames[21:] != other[21:]).any()
-    assert (frames != play(world, params, actions, seed=1)[0]).any()
+    assert (frames != play(player, actions, seed=1)).any()
 
 
 @pytest.mark.parametrize('seconds, frames', [(1, 33), (2, 57), (4, 105), (24, 609)])
@@ -76,28 +94,13 @@ def test_frames_of_whole_blocks(world, seconds, frames):
     assert known == [] and list(map(len, steps)) == [9] + [12] * ((frames - 9) // 12)
 
 
-def test_a_player_comes_in_behind_the_first_block(world, params):
-    first = world.vocabulary.encode(['idle'] * 9)[None]
-    condition, stream = programs(world)
-    live = base.started(stream, first)
-    assert live.prefill is live.step
-    given, _ = world.inputs('', world.fit(picture()))
-
-    def begin(stream):
-        return stream.init(params, condition(params, *given), jax.random.key(3))
-
-    carry, want = begin(live), stream.prefill(params, begin(stream), first)[0]
-    for ours, theirs in zip(jax.tree.leaves(carry), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-5)
-
-
-def test_the_foundation_makes_whole_clips(params):
+def test_the_foundation_makes_whole_clips(player):
     world = build('TINY_CLIP')
     assert world.needed(1) == 25 and build('TINY_CLIP', fps=12).needed(6) == 73
     with pytest.raises(config.UsageError, match='--length: got 4, expected at most 3: this model'):
         world.needed(4)
     given, _ = world.inputs('', world.fit(picture()), ['W'] * 9)
-    frames = jax.jit(world.sample_clip)(params, *given, jax.random.key(0))
+    frames = jax.jit(world.sample_clip)(player.params, *given, jax.random.key(0))
     assert frames.shape == (1, 9, 16, 24, 3) and frames.dtype == np.uint8
 
 
@@ -146,18 +149,9 @@ def test_the_published_transformer_is_read(world, tiny_walk, tmp_path):
         worlds.describe(build('TINY_RUN').cfg, tmp_path, whole=True)
 
 
-def generate(folder, out, *options):
-    spec = importlib.util.spec_from_file_location('generate', ROOT / 'tools' / 'generate.py')
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    tool.main(['matrix_game_2:TINY', '--weights', str(folder), '--out', str(out), '--length', '1',
-               *options])
-
-
-def test_the_command_line_makes_a_video(tiny_walk, tmp_path, start_image, capsys):
-    out = tmp_path / 'walk.mp4'
-    generate(tiny_walk, out, '--actions', 'W*12,W+right*21', '--image', str(start_image))
-    assert '33 frames' in capsys.readouterr().out
+def test_the_command_line_makes_a_video(walk):
+    out, said, _ = walk
+    assert '33 frames' in said
     frames = video.read_video(out, fps=25)
     assert frames.shape[0] == 33 and frames.shape[2] >= 384
     # The keys are drawn: a lit W among dark ones, and the knob of the mouse beside them.
