@@ -155,13 +155,12 @@ def ways(name: str) -> int:
 def constrain(x, *names):
     """`x` with its axes split by logical names (None = not split).
 
-    Within `jax.set_mesh`; without a mesh it is `x`. Tokens may split unevenly, any other axis that
-    does not divide stays whole.
+    Within `jax.set_mesh`; without a mesh it is `x`. An axis that does not divide stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, fitting(names, x.shape, mesh, uneven='tokens'))
+    return jax.lax.with_sharding_constraint(x, fitting(names, x.shape, mesh))
 
 
 def spread(function, arguments, result):
@@ -199,9 +198,9 @@ def gather(x, name: str, axis: int):
     return jax.lax.all_gather(x, RULES[name], axis=axis, tiled=True)
 
 
-def fitting(names, shape, mesh, uneven: str = '') -> PartitionSpec:
-    """`spec` of the axes of an array that divide evenly over a mesh, or may do without."""
-    return spec(name if name == uneven or size % _ways(name, mesh) == 0 else None
+def fitting(names, shape, mesh) -> PartitionSpec:
+    """`spec` of the axes of an array that divide evenly over a mesh."""
+    return spec(name if size % _ways(name, mesh) == 0 else None
                 for name, size in zip(names, shape, strict=True))
 
 

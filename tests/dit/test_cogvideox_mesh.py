@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from matrix_jax import sharding
-from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.benchmark import floor
+from matrix_jax.benchmark.compiled import collectives, sent
 from matrix_jax.config import Mesh
 from matrix_jax.dit import cogvideox
 
-BATCH, FRAMES, ROWS, COLUMNS = 2, 3, 6, 10      # of 3 x 5 tokens
+BATCH, FRAMES, ROWS, COLUMNS, PLACES = 2, 3, 6, 10, 15
 # Six heads are traded by 2, 3 and 6 devices; 5 and 8 gather keys, as 8 do for 30 heads. Seven
 # tokens of text divide by no mesh, the 15 of a frame by 3 and 5.
 CFG = cogvideox.Config(heads=6, head_dim=8, channels=4, layers=2, time_dim=24, text_dim=20,
@@ -41,16 +42,16 @@ def given():
 
 
 def forward(cfg, given):
-    """(v, its collectives: kind -> count)."""
+    """(v, its collectives: kind -> count, bytes that each device sends)."""
     function = jax.jit(lambda params, *args: cogvideox.DiT(cfg).apply({'params': params}, *args))
     compiled = function.lower(*given).compile()
     found = collectives(compiled.as_text(), 8)
-    return compiled(*given), {kind: one['count'] for kind, one in found.items()}
+    return compiled(*given), {kind: one['count'] for kind, one in found.items()}, sent(found)
 
 
 @pytest.fixture(scope='module')
 def alone(given):
-    v, found = forward(CFG, given)
+    v, found, _ = forward(CFG, given)
     assert not found and np.std(v) > 0.1
     return np.asarray(v)
 
@@ -75,14 +76,21 @@ def close(made, wanted):
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
 def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alone):
     with jax.set_mesh(sharding.make_mesh(mesh)):
-        v, found = forward(CFG, given)
+        v, found, moved = forward(CFG, given)
     close(v, alone)
-    assert mesh.tensor > 1 or found == expected(MESHES[mesh])
+    if mesh.tensor > 1:         # which has exchanges of its own
+        return
+    assert found == expected(MESHES[mesh])
+    what, attention = floor.exchanged(CFG, FRAMES, ROWS, COLUMNS, mesh.seq)
+    padded = -(-PLACES // mesh.seq) * (mesh.seq - 1)
+    prediction = 4 * FRAMES * padded * CFG.patch ** 2 * CFG.channels
+    assert what == MESHES[mesh]
+    assert moved == pytest.approx(BATCH // mesh.data * (attention + prediction))
 
 
 def test_a_recipe_chooses_what_is_exchanged(given, alone):
     with jax.set_mesh(sharding.make_mesh(Mesh(seq=3))):
-        v, found = forward(dataclasses.replace(CFG, exchange='keys'), given)
+        v, found, _ = forward(dataclasses.replace(CFG, exchange='keys'), given)
     close(v, alone)
     assert found == expected('keys')
     with jax.set_mesh(sharding.make_mesh(Mesh(seq=5))), \

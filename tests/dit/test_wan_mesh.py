@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from matrix_jax import convert, sharding
+from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.dit import wan
 
@@ -40,7 +41,7 @@ def place(params, mesh):
 
 
 def stream(params, given):
-    """(v of all blocks, the last caches), one program per kind of call."""
+    """(v of all blocks, the last caches, collectives of a block), one program per kind of call."""
     latents, level, cond, image, mouse, keyboard = given
     caches = jax.jit(lambda params, image: wan.DiT(CFG).apply(
         {'params': params}, image, wan.init_caches(CFG, BATCH, 4, 6), method='read_image'))(
@@ -50,12 +51,15 @@ def stream(params, given):
     made = []
     for start in range(0, latents.shape[1], BLOCK):
         span = slice(start, start + BLOCK)
-        v, caches = call(params, caches, latents[:, span], level[:, span], cond[:, span],
-                         *(wan.windows(actions, start, BLOCK) for actions in (mouse, keyboard)))
+        told = (latents[:, span], level[:, span], cond[:, span],
+                *(wan.windows(actions, start, BLOCK) for actions in (mouse, keyboard)))
+        v, caches = call(params, caches, *told)
         made.append(np.asarray(v))
         caches = wan.advance(caches, BLOCK)
     assert call._cache_size() == 1      # caches lie after a call as they did before it
-    return np.concatenate(made, axis=1), caches
+    found = collectives(call.lower(params, caches, *told).compile().as_text(), 8)
+    counts = {kind: one['count'] for kind, one in found.items()}
+    return np.concatenate(made, axis=1), caches, counts
 
 
 @pytest.fixture(scope='module')
@@ -66,7 +70,7 @@ def alone(params, given):
 def test_caches_split_over_all_axes_of_a_mesh(params, given, alone):
     mesh = sharding.make_mesh(Mesh(data=2, tensor=2, seq=2))
     with jax.set_mesh(mesh):
-        v, caches = stream(place(params, mesh), given)
+        v, caches, _ = stream(place(params, mesh), given)
     np.testing.assert_allclose(v, alone[0], atol=2e-5)
     past, one = caches.runs['acting'], alone[1].runs['acting']
     for cache, split in ((past.video, 'seq'), (past.mouse, 'seq'), (past.keyboard, None)):
@@ -74,6 +78,23 @@ def test_caches_split_over_all_axes_of_a_mesh(params, given, alone):
                                                      ('data', None, split, 'tensor'))
     for leaf, want in zip(jax.tree.leaves(past), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(leaf, want, atol=2e-5)
+
+
+@pytest.mark.parametrize('mesh', [Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=8),
+                                  Mesh(data=2, seq=4)], ids=str)
+def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given, alone):
+    """Six sites; where they do not divide, devices remember some of padding as well."""
+    with jax.set_mesh(sharding.make_mesh(mesh)):
+        v, caches, found = stream(params, given)
+    assert np.abs(v - alone[0]).max() <= 2e-6 * np.abs(alone[0]).max()
+    cache, one = caches.runs['acting'].video.k, alone[1].runs['acting'].video.k
+    assert cache.sharding.shard_shape(cache.shape)[3] == -(-6 // mesh.seq)
+    np.testing.assert_allclose(cache[:, :, :, :6], one, atol=2e-5)
+    # The two heads are traded by two devices: those of the queries, those of all that is
+    # remembered, and the results. Else keys and values are gathered; and last the prediction.
+    trades = {'all-to-all': 3 * CFG.layers, 'all-gather': 1}
+    if mesh.seq in (2, 3, 5):       # elsewhere a call gathers tables of positions as well
+        assert found == (trades if mesh.seq == 2 else {'all-gather': CFG.layers + 1})
 
 
 def test_a_whole_clip_of_sites_that_do_not_divide(params, given):
