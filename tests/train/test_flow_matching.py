@@ -151,6 +151,27 @@ def test_the_student_of_a_known_path_has_nothing_to_learn(toy):
     assert loss(path) < 1e-8 < 0.9 < loss(path + np.array([0, 1])[:, None, None, None, None])
 
 
+def test_paths_are_walked_once_for_the_first_clips(toy, tmp_path):
+    world, params, batch = toy
+    stage = ODEPairs(clip_frames=21, points=2, paths=1)
+    store = types.SimpleNamespace(**batch, folder=tmp_path / 'clips')
+    made = stage._walked(world, params, store, 1, 0, tmp_path / 'cache')
+    assert made.shape == (1, 3, 6, 2, 2, 3) and made.dtype == np.float16
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    noise = jax.random.normal(key, (8, 6, 2, 2, 3))[:1]
+    given = stage.given(world, params, batch)
+    given = jax.tree.map(lambda leaf: leaf[:1], given)
+
+    def denoise(params, x, level):
+        one = given.replace(image=jnp.broadcast_to(given.image, (8, *given.image.shape[1:])))
+        return world.denoise(params, x, level, one, np.repeat(batch['actions'][:1], 8, axis=0))
+
+    end = flow.sample(world.cfg.flow, 4, denoise, params, noise)
+    np.testing.assert_allclose(made[:, -1], end, atol=2e-3)
+    assert made is not stage._walked(types.SimpleNamespace(cfg=world.cfg), params, store, 1, 0,
+                                     tmp_path / 'cache')
+
+
 def test_a_rollout_is_what_the_stream_makes(toy):
     world, params, batch = toy
     stage = SelfForcing(clip_frames=21, random_exit=False)
