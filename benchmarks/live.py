@@ -230,7 +230,7 @@ def soak(recipe, options):
     clip = replay.start_frames(slots, folder, start, None)
     carry = slots.begin(slots.condition(prompt, clip)[0], 0)
     log = replay.Log(recipe.name, slots.fingerprint(), 1, 1, slots.entry, 0, prompt, start)
-    engine, newest, broken = engines.Engine(slots, lambda frame: app.to_jpeg(frame, 92)), [], []
+    engine, newest, broken = engines.Engine(slots, app.to_jpeg), [], []
     seat = engines.Seat(0, log, lambda pictures: newest.__setitem__(slice(None), pictures),
                         broken.append)
     engines.PAST_SECONDS *= FAST / engine.period        # as many moments as at its own pace

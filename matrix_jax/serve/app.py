@@ -54,8 +54,7 @@ class Server:
     def __init__(self, slots, folder, recipe: str, token: str | None = None, grace: float = 30.0,
                  door: bool = True):
         self.token, self.meters = token, Meters()
-        quality = 92 if slots.world.cfg.width <= 256 else 85
-        self.engine = Engine(slots, lambda frame: to_jpeg(frame, quality), self._observe)
+        self.engine = Engine(slots, to_jpeg, self._observe)
         self._given = folder, recipe, self.meters, grace, door
         self.house: House | None = None
         # The answer's size is known: a carry, and a log with perhaps a picture.
@@ -334,10 +333,11 @@ def _leaves(tree):
     return jax.tree.leaves(tree)
 
 
-def to_jpeg(frame: np.ndarray, quality: int) -> bytes:
-    """uint8 [H W 3] -> JPEG with full colour resolution: small worlds have small things."""
+def to_jpeg(frame: np.ndarray) -> bytes:
+    """uint8 [H W 3] -> JPEG with full colour resolution: small worlds have small things, and the
+    page blows them up, faults and all."""
     from PIL import Image
-    file = io.BytesIO()
+    file, quality = io.BytesIO(), 98 if frame.shape[1] <= 256 else 85
     Image.fromarray(frame).save(file, 'JPEG', quality=quality, subsampling=0)
     return file.getvalue()
 

@@ -57,7 +57,7 @@ def test_a_person_plays(serving, browser, slots, tiny):
         drive = replay.from_json(log())
         assert drive.symbols[-1] == symbol
         made = np.stack(list(replay.frames(slots.blank(), tiny, drive)))
-        last = np.asarray(Image.open(io.BytesIO(to_jpeg(made[-1], 92)))).astype(int)
+        last = np.asarray(Image.open(io.BytesIO(to_jpeg(made[-1])))).astype(int)
         server.until(lambda: np.abs(
             np.reshape(sight(), (*last.shape[:2], 4))[..., :3] - last).mean() < 1)
         return made

@@ -101,7 +101,7 @@ def test_a_lost_house_loses_no_player(town, slots, tiny):
     log = json.loads(player.ask('replay')[1])
     assert log['seed'] == saved['seed'] and log['start'] == saved['start']
     # it goes on from a moment of the same drive, and each frame is what the drive would have shown
-    made = [to_jpeg(frame, 92) for frame in replay.frames(
+    made = [to_jpeg(frame) for frame in replay.frames(
         slots.blank(), tiny, replay.from_json(log))]
     at = made.index(player.frames[0])
     assert at >= slots.frames

@@ -61,7 +61,7 @@ def test_a_stream_is_the_same_alone_and_in_company(server, slots, tiny):
     # and the log makes the very frames again
     made = list(replay.frames(slots.blank(), tiny, replay.from_json(log)))
     assert len(made) >= 40
-    assert all(to_jpeg(made[index], 92) == seen[index] for index in seen if index < len(made))
+    assert all(to_jpeg(made[index]) == seen[index] for index in seen if index < len(made))
 
 
 def test_a_full_house_says_so_at_once(server):
