@@ -175,7 +175,8 @@ class Server:
         await socket.accept()
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # it may go at any moment
             try:
-                text = await asyncio.wait_for(_receive(socket), JOIN_SECONDS)
+                async with asyncio.timeout(JOIN_SECONDS):
+                    text = await _receive(socket)
                 wanted = messages.parse(text)
                 if wanted['type'] != 'join':
                     raise MessageError('expected join first')

@@ -161,8 +161,8 @@ async def keep(house, session, book, address: str):
         except Exception as error:          # the next one may succeed
             log.warning('a moment was not saved: %s', error)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(session.over.wait(),
-                                   max(0.1, SAVE_SECONDS - (time.monotonic() - began)))
+            async with asyncio.timeout(max(0.1, SAVE_SECONDS - (time.monotonic() - began))):
+                await session.over.wait()
     if session.reason != 'stopped':         # else it goes on elsewhere
         await book.leave(session.token, address)
 

@@ -294,7 +294,8 @@ class Visit:
           WebSocketDisconnect: the player is gone.
         """
         try:
-            text = await asyncio.wait_for(_receive(self.socket), JOIN_SECONDS)
+            async with asyncio.timeout(JOIN_SECONDS):
+                text = await _receive(self.socket)
             wanted = messages.parse(text)
             if wanted['type'] != 'join':
                 raise MessageError('expected join first')

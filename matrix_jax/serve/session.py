@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
 import json
 import secrets
 import struct
@@ -155,10 +156,11 @@ class Session:
             wait = 5.0 if full or not self.pictures else self.pictures[0].due - now
             if wait > 0:
                 self._wake.clear()
-                try:
-                    await asyncio.wait_for(self._wake.wait(), min(wait, 5.0))
-                except TimeoutError:
-                    pass
+                # Not `wait_for`, which before Python 3.12 loses a cancellation that comes with the
+                # event: the task would go on, and who waits for its end with it.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(wait, 5.0)):
+                        await self._wake.wait()
                 continue
             picture = self.pictures.popleft()
             self._unseen.append(picture.index)

@@ -37,7 +37,7 @@ class Delayed:
 def example(groups=4):
     stream = types.SimpleNamespace(groups=groups, group_frames=1)
     world = types.SimpleNamespace(cfg=types.SimpleNamespace(stream=stream))
-    return subjects.Subject('x', world, {}, None, None, True)
+    return subjects.Subject('x', world, {}, None, None, None, True)
 
 
 def test_latency_names_the_first_frame_that_differs():
