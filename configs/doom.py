@@ -1,4 +1,4 @@
-"""Doom, the bundled world to walk in: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
+"""Doom, a small world to walk in: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
 
     tools/collect.py vizdoom --out data/doom --hours 1 --themes all
     tools/train.py doom:VAE        --out runs/vae
