@@ -149,7 +149,9 @@ def _dense(q, k, v, bias, scale):
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1)
-    return jnp.einsum('bkns,bske->bnke', weights.astype(v.dtype), v)
+    # With the heads in front of both factors: else the compiler turns the weights, and not v.
+    y = jnp.einsum('bkns,bkse->bkne', weights.astype(v.dtype), rearrange(v, 'b s k e -> b k s e'))
+    return rearrange(y, 'b k n e -> b n k e')
 
 
 class MultiHead(nn.Module):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
-from matrix_jax.nn import rows
+from matrix_jax.nn import rows, winograd
 
 # Uniform: drawing normal numbers takes the compiler longer than all the rest.
 fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
@@ -74,15 +74,15 @@ class Upsample2d(nn.Module):
         """[B T H W in] -> [B T 2H 2W out]."""
         kernel = self.param('kernel', fan_in, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
-        x = repeat(x.astype(self.dtype), 'b t h w c -> b t (h p) (w q) c', p=2, q=2)
-        return conv2d(x, kernel.astype(self.dtype), ((1, 1), (1, 1))) + bias.astype(self.dtype)
+        return doubled2d(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
 
 
 def conv3d(x, kernel):
     """Convolution, unpadded in time and zero-padded to the same frame size.
 
-    XLA's 3-D convolution is several times slower than its 2-D one on the CPU, backwards as well;
-    there the time taps are stacked on the channels.
+    XLA's 3-D convolution is several times slower than its 2-D one on the CPU, backwards as well.
+    There time is Winograd's where that pays (`winograd`, exact to rounding), and else the taps are
+    stacked on the channels.
 
     Args:
       x: [B T+kt-1 H W in].
@@ -100,8 +100,39 @@ def conv3d(x, kernel):
         return lax.conv_general_dilated(x, kernel, (1, 1, 1), ((0, 0), *pad),
                                         dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
     frames = x.shape[1] - kt + 1
+    m = winograd.best(frames)
+    # Few channels are copied more than multiplied, and halves are too short for the detour.
+    if kt == winograd.TAPS and m > 1 and x.shape[-1] > 16 and x.dtype == jnp.float32:
+        return winograd.convolve(x, kernel, m, lambda x, kernel: conv2d(x, kernel, pad))
     x = jnp.concatenate([x[:, tap:tap + frames] for tap in range(kt)], axis=-1)
     return conv2d(x, rearrange(kernel, 't h w i o -> h w (t i) o'), pad)
+
+
+def doubled2d(x, kernel):
+    """Nearest neighbours, then a 3x3 convolution: [B T H W in], [3 3 in out] -> [B T 2H 2W out].
+
+    Of three neighbouring taps two always see the same pixel. On the CPU their weights are summed
+    first (exact to rounding): one 2x2 convolution of the small frames for each quarter of the
+    pixels, 4/9 of the multiplies.
+    """
+    if jax.default_backend() != 'cpu' or x.dtype != jnp.float32:
+        x = repeat(x, 'b t h w c -> b t (h p) (w q) c', p=2, q=2)
+        return conv2d(x, kernel, ((1, 1), (1, 1)))
+    rows_, columns = x.shape[2:4]
+    x, height = rows.bordered(x, 1, 1)
+    x = jnp.pad(x, ((0, 0), (0, 0), height, (1, 1), (0, 0)))
+
+    def halves(kernel):     # of the first axis: for the even and for the odd pixels
+        return (jnp.stack([kernel[0], kernel[1] + kernel[2]]),
+                jnp.stack([kernel[0] + kernel[1], kernel[2]]))
+
+    quarters = [lax.conv_general_dilated(
+        rearrange(x[:, :, p:p + rows_ + 1, q:q + columns + 1], 'b t h w c -> (b t) h w c'),
+        part.swapaxes(0, 1), (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        for p, half in enumerate(halves(kernel))
+        for q, part in enumerate(halves(half.swapaxes(0, 1)))]
+    return rearrange(jnp.stack(quarters), '(p q) (b t) h w c -> b t (h p) (w q) c', p=2,
+                     b=x.shape[0])
 
 
 def conv2d(x, kernel, pad, stride=1):

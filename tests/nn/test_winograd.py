@@ -1,0 +1,78 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from matrix_jax import sharding
+from matrix_jax.config import Mesh
+from matrix_jax.nn import conv3d, rows, winograd
+from tests.nn.test_conv3d import direct, normal, spatial_pad
+
+WIDE = 24       # channels, enough for the detour
+
+
+@pytest.mark.parametrize('m', winograd.POINTS)
+@pytest.mark.parametrize('frames', [1, 4, 5])
+def test_the_detour_is_the_sum_of_three_taps(m, frames):
+    x, kernel = normal(2, frames + 2, 3), normal(3, 3, seed=1)
+    y = winograd.convolve(x, kernel, m, lambda x, tap: x * tap)
+    want = sum(x[:, tap:tap + frames] * kernel[tap] for tap in range(3))
+    assert y.shape == want.shape
+    np.testing.assert_allclose(y, want, atol=2e-6)
+
+
+def test_the_cheapest_way_is_taken():
+    assert [winograd.best(frames) for frames in (1, 2, 3, 4, 8, 9)] == [1, 2, 4, 4, 4, 4]
+    assert winograd.cost(8, 4) == 12 and winograd.cost(8, 2) == 16 and winograd.cost(8, 1) == 24
+
+
+@pytest.mark.parametrize('frames', [2, 3, 4, 9])
+def test_wide_convolutions_take_it_and_stay_exact(frames, monkeypatch):
+    x, kernel = normal(1, frames + 2, 5, 6, WIDE), normal(3, 3, 3, WIDE, 4, seed=1)
+    want = direct(spatial_pad(x, 1, 1).astype(np.float64), kernel.astype(np.float64))
+    np.testing.assert_allclose(conv3d.conv3d(x, kernel), want, atol=5e-6 * np.abs(want).max())
+    taken = []
+    monkeypatch.setattr(winograd, 'convolve', lambda *given: taken.append(given[2]))
+    conv3d.conv3d(x, kernel)
+    assert taken == [winograd.best(frames)]
+
+
+@pytest.mark.parametrize('x, taps', [
+    (normal(1, 3, 3, 3, WIDE), 3),                          # one frame has nothing to share
+    (normal(1, 6, 3, 3, 8), 3),                             # few channels
+    (normal(1, 6, 3, 3, WIDE), 2),
+    (normal(1, 6, 3, 3, WIDE).astype(jnp.bfloat16), 3)])    # differences cost half precision dear
+def test_other_convolutions_do_not(x, taps, monkeypatch):
+    monkeypatch.setattr(winograd, 'convolve', None)
+    kernel = normal(taps, 3, 3, x.shape[-1], 2).astype(x.dtype)
+    assert conv3d.conv3d(x, kernel).shape == (1, x.shape[1] - taps + 1, 3, 3, 2)
+
+
+def test_gradients_are_those_of_the_plain_sum(monkeypatch):
+    x, kernel = normal(1, 6, 4, 4, WIDE), normal(3, 3, 3, WIDE, 4, seed=1)
+
+    def gradients():
+        return jax.grad(lambda x, kernel: jnp.square(conv3d.conv3d(x, kernel)).sum(), (0, 1))(
+            x, kernel)
+
+    made = gradients()
+    monkeypatch.setattr(winograd, 'best', lambda frames: 1)
+    for one, other in zip(made, gradients(), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
+
+
+def test_split_rows_are_the_whole():
+    """The rows next to a device's own are fetched once, for all products."""
+    params = {'first': normal(3, 3, 3, WIDE, WIDE, seed=1), 'second': normal(3, 3, WIDE, 3, seed=2)}
+    x = normal(1, 6, 8, 3, WIDE)
+
+    def network(params, cache, x):
+        y = conv3d.conv3d(x, params['first'])
+        return cache, conv3d.doubled2d(y, params['second'])
+
+    want = network(params, None, x)[1]
+    with jax.set_mesh(sharding.make_mesh(Mesh(seq=4))):
+        run = jax.jit(lambda params, x: rows.split(network, params, None, x)[1])
+        program = run.lower(params, x).compile()
+        np.testing.assert_allclose(program(params, x), want, atol=1e-6 * np.abs(want).max())
+    assert program.as_text().count(' collective-permute(') <= 4
