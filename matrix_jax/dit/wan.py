@@ -169,13 +169,18 @@ class DiT(nn.Module):
         """(v, keys and values by run of layers)."""
         cfg = self.cfg
         grid = dict(p=cfg.patch, q=cfg.patch)
+
+        def place(table):       # every device makes it whole and keeps its tokens' part
+            table = sequence.pad(constrain(table, None, None, None), 1)
+            return constrain(table, None, 'tokens', None)
+
         rows, columns = (size // cfg.patch for size in latents.shape[2:4])
         level = jnp.asarray(level)
         time = self.time_embedding(level[:, None] if level.ndim == 1 else level)
         modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
         scene = Scene(
             rearrange(modulation, 'b t (c d) -> b t c d', c=6), image, mouse, keyboard, sight,
-            action_sight, [[sequence.pad(part, 1) for part in turns_3d(
+            action_sight, [[place(part) for part in turns_3d(
                 places, rows, columns, cfg.head_dim)] for places in sight.places()])
 
         x = jnp.concatenate([latents, cond], axis=-1)
