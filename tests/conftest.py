@@ -1,15 +1,20 @@
 """Every test runs on the CPU with 8 forced devices, so that the sharding tests always run."""
 
+import importlib.metadata
 import os
 
 # Before the first import of jax, which reads them once. The suite compiles far more than it
 # computes, so the compiler takes it easy.
+EASY = ' --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
+if importlib.metadata.version('jaxlib').startswith('0.10.'):
+    # Its new way to compile loops takes three times as long; later ones know no other.
+    EASY += ' --xla_cpu_use_fusion_emitters=false'
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'highest'
 os.environ['XLA_FLAGS'] = ' '.join(
     flag for flag in os.environ.get('XLA_FLAGS', '').split()
     if not flag.startswith('--xla_force_host_platform_device_count')
-) + ' --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0'
+) + ' --xla_force_host_platform_device_count=8' + EASY
 # The suite needs no network: a forgotten download fails at once in place of hanging.
 os.environ['HF_HUB_OFFLINE'] = '1'
 # Nor does it leave programs in the home of who runs it.
@@ -17,6 +22,17 @@ os.environ['JAX_ENABLE_COMPILATION_CACHE'] = 'false'
 
 import numpy as np
 import pytest
+
+# Files are dealt out to processes in this order and then as collected: the longest first, so that
+# no process is left with one of them in the end.
+LONGEST = ('test_parity.py', 'test_tools.py', 'test_cogvideox.py', 'test_calls.py', 'test_mesh.py',
+           'test_consistency.py', 'test_bundled.py', 'test_api.py', 'test_wan_mesh.py')
+
+
+def pytest_collection_modifyitems(items):
+    """Puts the longest files first."""
+    ranks = {name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.name, len(LONGEST)))
 
 
 def write_random(recipe, tmp_path_factory):
