@@ -27,6 +27,7 @@ from matrix_jax.serve import run
 log = logging.getLogger(__name__)
 NAME = 'matrix_jax'
 SAVE_SECONDS = 1.0          # between two moments of a session in the book
+LOST_SECONDS = 2.0          # of play that a lost world may cost; an older moment is told of
 # Of a cluster that is started here; one that is joined has its own.
 SETTINGS = {
     'RAY_USAGE_STATS_ENABLED': '0',                     # it tells nobody
@@ -149,17 +150,24 @@ class World(Place):
 
 async def keep(house, session, book, address: str):
     """Writes the newest moment of a session into the book until the session is over."""
-    saved = None
+    saved, newest = None, time.monotonic()
     while not session.over.is_set():
         began = time.monotonic()
         timeline = session.seat.log
-        now = timeline.seed, len(timeline.symbols), len(timeline.prompts)
+        now = timeline, len(timeline.symbols), len(timeline.prompts)
         try:
+            # What rests is still as it was saved.
             data = await house.save(session) if now != saved else None
-            await book.put(session.token, address, data, session.paused)
-            saved = now
+            await book.put(session.token, address, data, session.paused,
+                           time.monotonic() - began)
+            late, saved, newest = time.monotonic() - newest, now, began
         except Exception as error:          # the next one may succeed
-            log.warning('a moment was not saved: %s', error)
+            late = time.monotonic() - newest
+            log.warning('moment_not_saved', extra={'fields': {
+                'session': session.token[:6], 'error': str(error)}})
+        if late > LOST_SECONDS:
+            log.warning('moment_late', extra={'fields': {
+                'session': session.token[:6], 'seconds': round(late, 2)}})
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.1, SAVE_SECONDS - (time.monotonic() - began))):
                 await session.over.wait()

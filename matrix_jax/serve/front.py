@@ -50,11 +50,13 @@ class Moment(NamedTuple):
       data: bytes of a `.world` file, or None before the first one.
       paused: whether it rests.
       spoken: when it was last spoken of, in `time.monotonic` of the book.
+      taken: when the session was as `data` has it, at the latest; None without data.
     """
     address: str | None
     data: bytes | None
     paused: bool
     spoken: float
+    taken: float | None = None
 
 
 class Book:
@@ -83,14 +85,16 @@ class Book:
     def claim(self, session: str, address: str, paused: bool):
         """A world has this session from now on; what others say of it does not count any more."""
         before = self._known.get(session)
-        self._known[session] = Moment(address, before and before.data, paused, time.monotonic())
+        self._known[session] = Moment(address, before and before.data, paused, time.monotonic(),
+                                      before and before.taken)
 
-    def put(self, session: str, address: str, data: bytes | None, paused: bool):
-        """A world still has this session; `data` is its newest moment, or None if none is newer."""
-        before = self._known.get(session)
+    def put(self, session: str, address: str, data: bytes | None, paused: bool, age: float):
+        """A world still has this session; `data` is its newest moment, or None if none is newer,
+        and `age` the seconds since it was so."""
+        before, now = self._known.get(session), time.monotonic()
         if before is None or before.address in (None, address):
-            self._known[session] = Moment(address, data or (before and before.data), paused,
-                                          time.monotonic())
+            data = data or (before and before.data)
+            self._known[session] = Moment(address, data, paused, now, now - age if data else None)
 
     def find(self, session: str) -> Moment | None:
         """What is known of a session."""
@@ -108,12 +112,16 @@ class Book:
         self._end = time.monotonic() + seconds
 
     def state(self) -> dict:
-        """Counts, addresses of worlds that are played, and seconds to the end, or None."""
+        """Counts, addresses of worlds that are played, seconds of the oldest among the newest
+        moments, and seconds to the end, or None."""
         self._forget()
+        now = time.monotonic()
         worlds = sorted({one.address for one in self._known.values() if one.address})
+        ages = (now - one.taken for one in self._known.values() if one.taken is not None)
         return {'players': len(self._known), 'places': self.places, 'worlds': worlds,
                 'waiting': sum(one.address is None for one in self._known.values()),
-                'closing': None if self._end == math.inf else self._end - time.monotonic()}
+                'oldest': max(ages, default=0.0),
+                'closing': None if self._end == math.inf else self._end - now}
 
     def _forget(self):
         late = time.monotonic() - FORGET_SECONDS

@@ -48,8 +48,10 @@ class House:
         self.sessions: dict[str, Session] = {}
         self._free = list(range(self.slots.count))
         self._conditions: collections.OrderedDict = collections.OrderedDict()
-        # Start clips and prompts are encoded beside the engine, one at a time.
+        # Start clips and prompts are encoded beside the engine, one at a time; moments are saved
+        # beside that, since a player may be back at its last one by the time that a clip is done.
         self._worker = ThreadPoolExecutor(1, 'prepare')
+        self._saver = ThreadPoolExecutor(1, 'save')
         meters.slots.set(self.slots.count)
 
     # --- coming and going ------------------------------------------------------------------------
@@ -150,7 +152,8 @@ class House:
         """Ends all sessions and the helpers."""
         for session in list(self.sessions.values()):
             self.end(session, 'stopped')
-        self._worker.shutdown(cancel_futures=True)
+        for helper in (self._worker, self._saver):
+            helper.shutdown(cancel_futures=True)
 
     def describe(self, session: Session, resumed: bool) -> dict:
         """The welcome of a player."""
@@ -222,10 +225,9 @@ class House:
             await self._restart(session, timeline)
 
     async def save(self, session: Session) -> bytes:
-        """The session's moment as the bytes of a `.world` file."""
-        async with session.busy:
-            timeline, carry = await ask(self.engine.moment(session.seat))
-        return await self._work(worldfile.dump, carry, timeline)
+        """The session's moment as the bytes of a `.world` file; waits for no other wish."""
+        timeline, carry = await ask(self.engine.moment(session.seat))
+        return await self.loop.run_in_executor(self._saver, worldfile.dump, carry, timeline)
 
     async def load(self, session: Session, data: bytes):
         """Goes on from the bytes of a `.world` file."""
@@ -283,7 +285,7 @@ class House:
         return self.slots.begin(found[0], timeline.seed), found[1]
 
     async def _work(self, function, *given):
-        return await asyncio.get_running_loop().run_in_executor(self._worker, function, *given)
+        return await self.loop.run_in_executor(self._worker, function, *given)
 
 
 async def ask(future: Future):

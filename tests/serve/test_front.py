@@ -1,6 +1,7 @@
 """One door to two houses: players are seated, and go on elsewhere when their house is lost."""
 
 import json
+import threading
 import time
 
 import pytest
@@ -109,6 +110,23 @@ def test_a_lost_house_loses_no_player(town, slots, tiny):
                if at + index < len(made))
 
 
+def test_moments_are_saved_while_clips_are_encoded(town):
+    player = town.join(seed=5)
+    encoded = threading.Event()
+    town.places[0].server.house._worker.submit(encoded.wait)     # someone's long start clip
+    try:
+        player.send(type='prompt', text='snow')                  # which this waits for
+        player.watch(16)
+        before = town.book.find(player.welcome['session'])
+        town.until(lambda: (now := town.book.find(player.welcome['session'])).data != before.data
+                   and now.taken > (before.taken or 0))
+        assert not any(note.get('prompt') == 'snow' for note in player.notes)
+    finally:
+        encoded.set()
+    while player.wait('state')['prompt'] != 'snow':
+        pass
+
+
 def test_a_house_that_closes_hands_its_players_over(town, slots):
     player = town.join(seed=5)
     player.watch(8)
@@ -147,14 +165,21 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
     book = front.Book(places=1)
     assert book.enter('a') == '' and book.enter('a') == '' and 'full' in book.enter('b')
     book.claim('a', 'host:1', False)
-    book.put('a', 'host:1', b'moment', True)
-    book.put('a', 'host:1', None, False)
-    book.put('a', 'host:0', b'late', True)             # of a world that had it before
+    book.put('a', 'host:1', None, True, 0.5)
+    assert book.find('a').taken is None and book.state()['oldest'] == 0
+    now[0] = 1.0
+    book.put('a', 'host:1', b'moment', True, 0.5)
+    assert book.find('a').taken == 0.5
+    book.put('a', 'host:1', None, False, 0.25)         # it rests, and is as it was saved
+    book.put('a', 'host:0', b'late', True, 0.0)        # of a world that had it before
     book.leave('a', 'host:0')
     assert book.find('a')[:3] == ('host:1', b'moment', False)
+    now[0] = 2.0
     assert book.state() == {'players': 1, 'places': 1, 'worlds': ['host:1'], 'waiting': 0,
-                            'closing': None}
-    now[0] = 61.0
+                            'oldest': 1.25, 'closing': None}
+    book.claim('a', 'host:2', False)                   # another world goes on from it
+    assert book.find('a').taken == 0.75
+    now[0] = 63.0
     assert book.find('a') is None and book.enter('b') == ''
     assert book.state()['waiting'] == 1
 
