@@ -10,7 +10,7 @@ Its stages train one from the weights of the other, the first three with the pub
 
 import dataclasses
 
-from matrix_jax.config import Run, Train
+from matrix_jax.config import Mesh, Run, Train
 from matrix_jax.diffusion.sampling import Config as Clip
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
@@ -23,7 +23,8 @@ from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds.the_matrix import Config
 
 DEFAULT = 'STAGE4'
-VAE = dataclasses.replace(vae.PRESETS['released'], single_latent_frames=4)
+# Its norms stay in float32.
+VAE = dataclasses.replace(vae.PRESETS['released'], single_latent_frames=4, dtype='bfloat16')
 
 PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)     # eight devices, 8 each
 
@@ -43,6 +44,8 @@ STAGE4 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4
 LIVE = Run(world=Config(vae=VAE, decode_chunk=1,
                         stream=Swin(groups=4, group_frames=1, steps=4, solver='lcm',
                                     original_steps=40, entry='head')))
+# The same on eight devices: five for the network, three for its decoder.
+LIVE8 = dataclasses.replace(LIVE, mesh=Mesh(pipeline='5dit_3vae'))
 # About 100 million parameters, for comparisons on a machine without a GPU: random weights.
 MEDIUM = Run(world=Config(
     dit=dit.Config(heads=10, layers=12, time_dim=256, text_dim=64, text_length=64,

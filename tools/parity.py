@@ -1,6 +1,6 @@
 """Replay recorded PyTorch tensors through this library and compare.
 
-    tools/parity.py tests/goldens/the_matrix/*
+    tools/parity.py tests/goldens/the_matrix/*.safetensors tests/goldens/the_matrix/*.json
 
 Prints, for every recorded output, the largest difference, the same relative to the largest recorded
 value, and the tolerance. Exit codes: 0 all outputs hold, 1 some do not, 2 a file is not readable or

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +16,24 @@ from matrix_jax.nn import rows, winograd
 
 # Uniform: drawing normal numbers takes the compiler longer than all the rest.
 fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
+
+_detours: contextvars.ContextVar[bool] = contextvars.ContextVar('detours', default=True)
+
+
+@contextlib.contextmanager
+def native():
+    """Within it, programs are traced with the convolutions of an accelerator, also on the CPU: to
+    be counted, not run."""
+    token = _detours.set(False)
+    try:
+        yield
+    finally:
+        _detours.reset(token)
+
+
+def on_cpu() -> bool:
+    """Whether convolutions take the detours that pay on the CPU."""
+    return jax.default_backend() == 'cpu' and _detours.get()
 
 
 class CausalConv3d(nn.Module):
@@ -96,7 +116,7 @@ def conv3d(x, kernel):
         return x @ kernel[0, 0, 0]
     x, height = rows.bordered(x, kh // 2, kh // 2)
     pad = (height, (kw // 2, kw // 2))
-    if jax.default_backend() == 'gpu':
+    if not on_cpu():
         return lax.conv_general_dilated(x, kernel, (1, 1, 1), ((0, 0), *pad),
                                         dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
     frames = x.shape[1] - kt + 1
@@ -115,7 +135,7 @@ def doubled2d(x, kernel):
     first (exact to rounding): one 2x2 convolution of the small frames for each quarter of the
     pixels, 4/9 of the multiplies.
     """
-    if jax.default_backend() != 'cpu' or x.dtype != jnp.float32:
+    if not on_cpu() or x.dtype != jnp.float32:
         x = repeat(x, 'b t h w c -> b t (h p) (w q) c', p=2, q=2)
         return conv2d(x, kernel, ((1, 1), (1, 1)))
     rows_, columns = x.shape[2:4]

@@ -16,6 +16,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from matrix_jax import convert, sharding, worlds
+from matrix_jax.nn import conv3d
 from matrix_jax.train import program
 
 FLAG = '--xla_force_host_platform_device_count'
@@ -105,8 +106,10 @@ def _count(tree) -> int:
 
 def flops(function, *arguments) -> float:
     """FLOPs of a function by XLA's cost analysis, which takes a loop for one turn of it: the turns
-    that it leaves out are analysed by themselves and added."""
-    return _flops(jax.make_jaxpr(function)(*arguments))
+    that it leaves out are analysed by themselves and added. Convolutions are plain ones."""
+    with conv3d.native():
+        # A function of its own: what jax keeps of a trace is for runs, or was.
+        return _flops(jax.make_jaxpr(lambda *given: function(*given))(*arguments))
 
 
 def _flops(program: ClosedJaxpr) -> float:

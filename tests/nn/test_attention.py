@@ -54,6 +54,28 @@ def test_softmax_is_float32_in_half_precision():
     np.testing.assert_allclose(np.asarray(y, np.float32), 1.0, atol=4e-3)
 
 
+@pytest.mark.parametrize('width, dtype, fused', [
+    (64, 'bfloat16', True), (128, 'bfloat16', True), (64, 'float32', False),
+    (44, 'bfloat16', False), (136, 'bfloat16', False)])
+def test_a_gpu_takes_the_kernel_of_cudnn_where_it_fits(width, dtype, fused, monkeypatch):
+    q, k, v = (jax.random.normal(jax.random.key(key), (1, 5, 2, width), dtype) for key in range(3))
+    want, taken = attention(q, k, v), []
+    plain = jax.nn.dot_product_attention
+
+    def kernel(*given, scale, implementation):
+        taken.append(implementation)
+        return plain(*given, scale=scale)
+
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(jax.nn, 'dot_product_attention', kernel)
+    got = attention(q, k, v)
+    assert taken == ['cudnn'] * fused and got.dtype == dtype
+    np.testing.assert_allclose(np.float32(got), np.float32(want), atol=0.02)
+    # A bias, or logits that are needed, have no kernel.
+    attention(q, k, v, jnp.zeros((1, 1, 5, 5)))
+    assert len(taken) == fused
+
+
 def test_multi_head_normalises_queries_and_keys_per_head():
     x, context = jnp.ones((1, 2, 16)), jax.random.normal(jax.random.key(0), (1, 4, 16))
     net = MultiHead(heads=2)

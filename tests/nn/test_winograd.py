@@ -48,6 +48,17 @@ def test_other_convolutions_do_not(x, taps, monkeypatch):
     assert conv3d.conv3d(x, kernel).shape == (1, x.shape[1] - taps + 1, 3, 3, 2)
 
 
+@pytest.mark.parametrize('function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.doubled2d, (3, 3))])
+def test_an_accelerator_takes_no_detour_and_gets_the_same(function, taps, monkeypatch):
+    x, kernel = normal(1, 6, 5, 6, WIDE), normal(*taps, WIDE, 4, seed=1)
+    want = function(x, kernel)
+    monkeypatch.setattr(winograd, 'convolve', None)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    program = str(jax.make_jaxpr(function)(x, kernel))
+    assert program.count('conv_general_dilated[') == 1
+    np.testing.assert_allclose(function(x, kernel), want, atol=5e-6 * np.abs(want).max())
+
+
 def test_gradients_are_those_of_the_plain_sum(monkeypatch):
     x, kernel = normal(1, 6, 4, 4, WIDE), normal(3, 3, 3, WIDE, 4, seed=1)
 

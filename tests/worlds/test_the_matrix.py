@@ -55,6 +55,23 @@ def test_the_folder_decides_the_sizes(tiny):
                                                                          dtype='bfloat16'))
 
 
+def test_an_autoencoder_in_half_precision_takes_weights_in_full(tiny, tmp_path):
+    world, stored = worlds.open_run(dataclasses.replace(RUN, weights=str(tiny)))
+    folder = tmp_path / 'full'
+    world.with_tokenizers(None).save(folder, stored, dtype=None)
+    half = config.load('the_matrix:TINY', ['--world.dit.dtype', 'bfloat16', '--world.vae.dtype',
+                                           'bfloat16', '--weights', str(folder)])
+    world, params = worlds.open_run(half)
+    assert world.cfg.vae.dtype == 'bfloat16'
+    assert {leaf.dtype for leaf in jax.tree.leaves(params['vae'])} == {np.dtype('float32')}
+    frames = np.zeros((1, 1, 32, 48, 3), np.uint8)
+    made = jax.eval_shape(world.encode_frames, params, frames)
+    assert made.dtype == 'float32' and made.shape == (1, 1, 4, 6, 4)
+    cache, shown = jax.eval_shape(world.decoder().prefill, params, made)
+    assert shown.dtype == 'uint8'
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(cache)} == {'bfloat16'}
+
+
 def test_a_released_folder_borrows_its_control_encoder(tiny, tmp_path):
     folder, clip = tmp_path / 'stage', tmp_path / 'clip'
     shutil.copytree(tiny, folder)
