@@ -5,164 +5,145 @@
     benchmarks/live.py faults --seconds 90
     benchmarks/live.py soak --shifts 20000
 
-Clients are another process on this machine, so that they do not share the server's interpreter.
+Exits with 1 where a bound does not hold; its line begins with BROKEN. Clients are processes of
+their own on this machine (`live_clients.py`), so that they do not share the server's interpreter.
+
 `load` also plays every player's log again, alone on the same program, and compares each frame that
-the player saw, byte by byte (of the JPEG).
+the player saw, byte by byte (of the JPEG). `faults` has two good players beside a slow reader, a
+client that is killed again and again, one who comes and goes, one who talks nonsense, and HTTP
+that makes no sense; before that, as many good players as these, for comparison. `soak` has one
+player on a socket, and a world that does not keep pace.
 """
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import io
 import json
+import logging
 import os
-import random
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
 import zlib
+from pathlib import Path
 
 import numpy as np
 
 from matrix_jax import config
 from matrix_jax.serve import app, replay, run
+from matrix_jax.serve import engine as engines
 
-JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None}
-KEYS = ('D', 'DL', 'DR', 'N', 'B')
+CLIENTS = Path(__file__).with_name('live_clients.py')
+STORM, COUNTED = b'storm', '/counted'       # as the clients have it
 FAST = 1e-3             # seconds of a shift, for an engine that shall not keep pace
+FAULTY = 4              # worlds in use by the faults: slow, killed, come and gone, nonsense
+REFUSED_SECONDS = 0.1
+SLOWER = 0.10           # by which others may be slower in the storm, at the 95th percentile
+GROWTH = 128 * 2**20    # bytes that a storm may leave behind, in caches and in the allocator
+SLOPE = 1e6             # bytes in 1,000 shifts
+
+
+class Bounds:
+    """Figures, and which of them are not as they must be."""
+
+    def __init__(self):
+        self.broken = 0
+
+    def hold(self, fine: bool, name: str, figures: str):
+        """Prints one line."""
+        self.broken += not fine
+        print(f'{"ok" if fine else "BROKEN":7}{name}: {figures}', flush=True)
+
+
+class Counted(logging.Handler):
+    """ASGI around the server: counts what the storm's sockets say and are told, what HTTP is
+    answered, and, as a handler of logs, errors; it tells them at COUNTED."""
+
+    def __init__(self, served):
+        super().__init__(logging.ERROR)
+        self.served, self.found, self.errors = served, collections.Counter(), []
+
+    def emit(self, record):
+        self.errors.append(record.getMessage())
+
+    async def __call__(self, scope, receive, send):
+        if scope['type'] == 'http' and scope['path'] == COUNTED:
+            from starlette.responses import JSONResponse
+            return await JSONResponse({'taken': self.found['taken']})(scope, receive, send)
+        storm = scope['type'] == 'websocket' and scope['query_string'] == STORM
+
+        async def heard():
+            message = await receive()
+            if storm and message['type'] == 'websocket.receive':
+                self.found['taken'] += 1
+            return message
+
+        async def told(message):
+            if storm and message['type'] == 'websocket.close':
+                self.found[f'closed with {message.get("code")}'] += 1
+            elif storm and message.get('text', '').startswith('{"type": "error"'):
+                self.found['answered as wrong'] += 1
+            elif message['type'] == 'http.response.start':
+                self.found[f'HTTP {message["status"]}'] += 1
+            await send(message)
+
+        try:
+            await self.served(scope, heard, told)
+        except Exception as error:
+            self.errors.append(repr(error))
+            raise
 
 
 @contextlib.contextmanager
 def server(recipe, **fields):
-    """(port, Server) of a running server."""
+    """(port, Server, Counted) of a running server."""
     cfg = run.Config(port=0, **fields)
     slots, folder = run.open_slots(recipe, cfg)
     one = app.Server(slots, folder, recipe.name, grace=2.0)
+    counted = Counted(one.app())
+    logging.getLogger().addHandler(counted)
     with run.listen(cfg) as listening:
-        web = run.uvicorn_server(one.app(), cfg.players)
+        web = run.uvicorn_server(counted, cfg.players)
         thread = threading.Thread(target=web.run, args=([listening],))
         thread.start()
         try:
-            yield listening.getsockname()[1], one
+            yield listening.getsockname()[1], one, counted
         finally:
             web.should_exit = True
             thread.join()
 
 
-# --- clients -----------------------------------------------------------------------------------
+def start(what: str, port: int, options, **more) -> subprocess.Popen:
+    """Clients in a process of their own."""
+    given = {'port': port, 'seconds': options.seconds, **more}
+    return subprocess.Popen(
+        [sys.executable, str(CLIENTS), what,
+         *(f'--{name}={value}' for name, value in given.items())],
+        text=True, stdout=subprocess.PIPE)
 
 
-async def drive(port: int, seconds: float, seed: int, slow: bool = False) -> dict:
-    """One player: frames per second, latencies from a key to the first frame that is its own, a sum
-    of each frame, and the log."""
-    import websockets
-    chance, pressed, latencies, seen, key = random.Random(seed), {}, [], {}, 0
-    asked = time.monotonic()
-    async with websockets.connect(f'ws://127.0.0.1:{port}/play', max_size=2**24) as socket:
-        await socket.send(json.dumps(JOIN | {'seed': seed}))
-        welcome = json.loads(await socket.recv())
-        if welcome['type'] != 'welcome':
-            return {'refused': time.monotonic() - asked}
-        began = press = time.monotonic()
-        while (now := time.monotonic()) < began + seconds:
-            if now > press:
-                key, press = key + 1, now + chance.uniform(0.6, 1.4)
-                pressed[key] = now
-                await socket.send(json.dumps(
-                    {'type': 'keys', 'id': key, 'symbol': chance.choice(KEYS)}))
-            with contextlib.suppress(TimeoutError):
-                message = await asyncio.wait_for(socket.recv(), 1)
-                if isinstance(message, str):
-                    continue
-                frame, echo = (int.from_bytes(message[at:at + 4], 'little') for at in (0, 4))
-                seen[frame] = zlib.crc32(message[8:])
-                if echo in pressed:
-                    latencies.append(time.monotonic() - pressed[echo])
-                if slow:
-                    await asyncio.sleep(10 / welcome['fps'])
-                await socket.send(json.dumps({'type': 'seen', 'frame': frame}))
-        log = await asyncio.to_thread(download, port, welcome['session'])
-        await socket.send('{"type": "leave"}')
-        return {'fps': len(seen) / seconds, 'latencies': latencies, 'seen': seen, 'log': log,
-                'slow': slow}
+def end(clients: subprocess.Popen) -> list[dict]:
+    """What they saw."""
+    said, _ = clients.communicate()
+    if clients.returncode:
+        raise SystemExit(f'clients ended with {clients.returncode}')
+    return json.loads(said)
 
 
-def download(port: int, session: str) -> dict:
-    """The log of a session."""
-    with urllib.request.urlopen(f'http://127.0.0.1:{port}/session/{session}/replay') as answer:
-        return json.loads(answer.read())
-
-
-async def storm(port: int, connects: int, messages: int) -> dict:
-    """Players who come and go, and messages that make no sense."""
-    import websockets
-    chance, address = random.Random(0), f'ws://127.0.0.1:{port}/play'
-    began = time.monotonic()
-    for _ in range(connects):
-        async with websockets.connect(address) as socket:
-            await socket.send(json.dumps(JOIN | {'seed': 1}))
-            await asyncio.sleep(chance.uniform(0, 0.3))
-            if chance.random() < 0.5:
-                socket.transport.abort()                # half hang up, half say goodbye
-    dropped, sent = time.monotonic() - began, 0
-    while sent < messages:
-        with contextlib.suppress(websockets.ConnectionClosed):
-            async with websockets.connect(address) as socket:
-                if chance.random() < 0.5:
-                    await socket.send(json.dumps(JOIN | {'seed': 1}))
-                for _ in range(40):
-                    await socket.send(chance.choice((
-                        chance.randbytes(chance.randrange(200)), '{' * chance.randrange(3000),
-                        json.dumps({'type': chance.choice(['keys', 'rewind', 'x', None]),
-                                    'id': chance.choice([1, -1, 1e300, None, []]), 'symbol': 'D'}),
-                        json.dumps(JOIN | {'seed': chance.choice([-1, '1', 2**80])}))))
-                    sent += 1
-    async with websockets.connect(address, max_size=None) as socket:
-        with contextlib.suppress(websockets.ConnectionClosed):
-            await socket.send('x' * 10 * 2**20)
-            await socket.recv()
-    took = time.monotonic() - began - dropped
-    return {'storm': f'{connects} connects and drops in {dropped:.0f} s, {sent} messages of '
-                     f'nonsense in {took:.0f} s, 10 MB closed with {socket.close_code}'}
-
-
-async def clients(options) -> list[dict]:
-    port, seconds = options.port, options.seconds
-    extra = [storm(port, options.connects, options.messages),
-             drive(port, seconds, 99, slow=True)] if options.wild else []
-    return await asyncio.gather(*(drive(port, seconds, seed) for seed in range(options.players)),
-                                *extra)
-
-
-def command(port: int, players: int, options, *more) -> list[str]:
-    """That of clients in a process of their own."""
-    given = [sys.executable, __file__, 'clients', '--port', port, '--players', players,
-             '--seconds', options.seconds, '--connects', options.connects, '--messages',
-             options.messages, *more]
-    return list(map(str, given))
-
-
-def measured(port: int, players: int, options, *more) -> list[dict]:
-    """What players in a process of their own saw."""
-    done = subprocess.run(command(port, players, options, *more), check=True, text=True,
-                          stdout=subprocess.PIPE)
-    return json.loads(done.stdout)
-
-
-def show(found: list[dict]) -> float:
+def show(found: list[dict], name: str) -> float:
     """Prints one line -> p95 of the latencies."""
-    playing = [one for one in found if 'fps' in one and not one['slow']]
+    playing = [one for one in found if 'fps' in one]
     late = np.sort(np.concatenate([one['latencies'] for one in playing]))
     half, most = 1e3 * np.quantile(late, (.5, .95))
-    print('frames a second of each', [round(one['fps'], 1) for one in playing],
-          f'| key to picture p50 {half:.0f}, p95 {most:.0f} ms of {len(late)} | refused after',
-          [f'{1e3 * one["refused"]:.0f} ms' for one in found if 'refused' in one], flush=True)
+    print(f'{"":7}{name}: frames a second of each', [round(one['fps'], 1) for one in playing],
+          f'| key to picture p50 {half:.0f}, p95 {most:.0f} ms of {len(late)}', flush=True)
     return most
 
 
-def compare(one: app.Server, found: list[dict]):
+def compare(one: app.Server, found: list[dict], bounds: Bounds):
     """Plays each log again, alone, on the same program; all frames that were seen must be equal."""
     slots, equal, other = one.engine.slots.blank(), 0, 0
     for player in found:
@@ -173,45 +154,103 @@ def compare(one: app.Server, found: list[dict]):
             if str(index) in player['seen']:
                 same = zlib.crc32(one.engine.encode(frame)) == player['seen'][str(index)]
                 equal, other = equal + same, other + (not same)
-    print(f'the same players alone: {equal} frames equal byte by byte, {other} not')
+    bounds.hold(equal > 0 and not other, 'the same players alone',
+                f'{equal} frames equal byte by byte, {other} not')
+
+
+def still(one: app.Server, counted: Counted, bounds: Bounds):
+    """What holds at the end of everything."""
+    compiled = one.meters.compiled._value.get()
+    bounds.hold(one.engine.alive and not counted.errors, 'no crash',
+                f'engine alive {one.engine.alive}, errors {counted.errors[:3]}')
+    bounds.hold(compiled == 0, 'recompilations', f'{compiled:.0f}')
 
 
 # --- what is run -------------------------------------------------------------------------------
 
 
-def load(recipe, options):
+def load(recipe, options, bounds: Bounds):
     """A full house, and one player too many."""
     with server(recipe, players=options.players, entry=options.entry,
-                together=options.together) as (port, one):
-        show(measured(port, 1, options))
+                together=options.together) as (port, one, counted):
+        show(end(start('play', port, options)), 'one player')
         if options.players > 1:
-            found = measured(port, options.players + 1, options)
-            show(found)
-            compare(one, found)
-        print(f'step {1e3 * one.engine.seconds:.0f} ms, '
-              f'recompilations {one.meters.compiled._value.get():.0f}')
+            found = end(start('play', port, options, players=options.players + 1))
+            show(found, f'{options.players} players')
+            refused = [player['refused'] for player in found if 'refused' in player]
+            bounds.hold(len(refused) == 1 and refused[0] < REFUSED_SECONDS, 'one too many',
+                        f'refused after {[f"{1e3 * seconds:.0f} ms" for seconds in refused]}')
+            compare(one, found, bounds)
+        print(f'{"":7}step: {1e3 * one.engine.seconds:.0f} ms')
+        still(one, counted, bounds)
 
 
-def faults(recipe, options):
-    """Two good players beside a storm, a slow reader, nonsense, and a client that is killed."""
+def good(port: int, options) -> list[dict]:
+    """What two good players saw."""
+    return end(start('play', port, options, players=2))
+
+
+def kill(port: int, options, over: threading.Event) -> int:
+    """Clients that are killed, one after the other -> how many."""
+    count = 0
+    while not over.is_set():
+        victim = start('play', port, options, seed=50 + count)
+        over.wait(options.seconds / 4)
+        victim.kill()
+        victim.communicate()
+        count += 1
+    return count
+
+
+def faults(recipe, options, bounds: Bounds):
+    """Two good players, first beside other good ones, then beside faults."""
+    from concurrent.futures import ThreadPoolExecutor
     with server(recipe, players=options.players, entry=options.entry,
-                together=options.together) as (port, one):
-        # Whom the faults replace play well here, so that there is as much to compute.
-        calm = show(measured(port, 4, options)[:2])
-        time.sleep(3)
-        before, tasks = memory(), count_tasks(one)
-        victim = subprocess.Popen(command(port, 1, options), stdout=subprocess.DEVNULL)
-        threading.Timer(options.seconds / 2, victim.kill).start()
-        found = measured(port, 2, options, '--wild')
-        victim.wait()
-        print(*(extra['storm'] for extra in found if 'storm' in extra))
-        print('slow reader:', [round(extra['fps'], 1) for extra in found if extra.get('slow')],
-              'frames a second')
-        wild = show(found)
-        print(f'p95 of the two good players: {wild / calm - 1:+.0%}')
-        time.sleep(5)
-        print(f'engine alive {one.engine.alive} | sessions left {len(one.house.sessions)} | tasks '
-              f'{count_tasks(one) - tasks:+d} | memory {(memory() - before) / 2**20:+.1f} MiB')
+                together=options.together) as (port, one, counted):
+        others = start('play', port, options, players=FAULTY, seed=20)
+        calm = show(good(port, options), f'two players, {FAULTY} good ones beside them')
+        end(others)
+        rests(one)
+        counted.found.clear()
+        before, tasks, files = memory(), count_tasks(one), open_files()
+        over = threading.Event()
+        slow = start('slow', port, options, seed=40)
+        bad = start('storm', port, options, connects=options.connects, messages=options.messages,
+                    requests=options.requests)
+        with ThreadPoolExecutor(1) as pool:
+            killed = pool.submit(kill, port, options, over)
+            found = good(port, options)
+            over.set()
+        wild = show(found, f'two players, {FAULTY} faults beside them')
+        [said], [slow] = end(bad), end(slow)
+        rests(one)
+        taken = counted.found.pop('taken')
+        bounds.hold(said['connects'] == options.connects, 'connects and drops',
+                    f'{said["connects"]} in {said["connects_took"]:.0f} s, {said["seated"]} of '
+                    f'them seated; clients killed: {killed.result()}')
+        bounds.hold(taken >= options.messages, 'nonsense', f'{taken} messages taken by the server '
+                    f'in {said["took"]:.0f} s; {dict(sorted(counted.found.items()))}')
+        wrong = sum(count for status, count in said['http'].items() if int(status) >= 500)
+        bounds.hold(not wrong, 'HTTP', f'{sum(said["http"].values())} requests by status, 0 where '
+                    f'only closed: {said["http"]}')
+        bounds.hold(said['big'] == 1009, '10 MB message', f'closed with {said["big"]}')
+        print(f'{"":7}slow reader: {slow["fps"]:.1f} frames a second')
+        bounds.hold(wild / calm - 1 <= SLOWER, 'p95 of the two good players',
+                    f'{wild / calm - 1:+.0%}')
+        left = len(one.house.sessions), count_tasks(one) - tasks
+        bounds.hold(left[0] == 0 and left[1] <= 0 and not any(one.engine.seats), 'left behind',
+                    f'{left[0]} sessions, {left[1]:+d} tasks, {open_files() - files:+d} open files')
+        grown = memory() - before
+        bounds.hold(grown < GROWTH, 'memory', f'{grown / 2**20:+.1f} MiB')
+        still(one, counted, bounds)
+
+
+def rests(one: app.Server):
+    """Waits until the last player's place is given up."""
+    end = time.monotonic() + 20
+    while one.house.sessions and time.monotonic() < end:
+        time.sleep(0.1)
+    time.sleep(3)
 
 
 def count_tasks(one: app.Server) -> int:
@@ -219,44 +258,47 @@ def count_tasks(one: app.Server) -> int:
     return len(asyncio.all_tasks(one.house.loop))
 
 
-def soak(recipe, options):
-    """Many shifts of the engine, unpaced: memory, compilations, whether pictures stay pictures."""
-    from jax import monitoring
+def open_files() -> int:
+    return len(os.listdir('/proc/self/fd'))
 
-    from matrix_jax.serve import engine as engines
-    from matrix_jax.serve.meters import COMPILED
-    slots, folder = run.open_slots(recipe, run.Config(players=1, entry=options.entry))
-    prompt, start = replay.choose(slots.world, folder, None, None)
-    clip = replay.start_frames(slots, folder, start, None)
-    carry = slots.begin(slots.condition(prompt, clip)[0], 0)
-    log = replay.Log(recipe.name, slots.fingerprint(), 1, 1, slots.entry, 0, prompt, start)
-    engine, newest, broken = engines.Engine(slots, app.to_jpeg), [], []
-    seat = engines.Seat(0, log, lambda pictures: newest.__setitem__(slice(None), pictures),
-                        broken.append)
-    engines.PAST_SECONDS *= FAST / engine.period        # as many moments as at its own pace
-    engine.period = FAST
-    compiled = []
-    monitoring.register_event_duration_secs_listener(
-        lambda event, *_, **__: compiled.append(event) if event == COMPILED else None)
-    print(f'start clip: {statistics(clip[-1])}', flush=True)
-    chance, every, points = random.Random(0), max(1, options.shifts // 20), []
-    engine.start()
-    engine.seat(seat, carry).result()
-    began = time.monotonic()
-    while engine.alive and engine.shifts < options.shifts:
-        seat.symbol, seat.key = chance.choice(KEYS), seat.key + 1
-        time.sleep(0.2)
-        if engine.shifts >= every * (len(points) + 1):
-            last = newest[-1]
-            points.append((engine.shifts, memory()))
-            print(f'shift {engine.shifts}, frame {last.index}: {statistics(decode(last.data))}, '
-                  f'memory {points[-1][1] / 2**20:.1f} MiB, compiled {len(compiled)}, worlds '
-                  f'broken {len(broken)}', flush=True)
-    print(f'{1e3 * (time.monotonic() - began) / engine.shifts:.1f} ms a shift', end='; ')
-    engine.stop()
-    late = np.array(points[len(points) // 5:], float)
-    slope = np.polyfit(late[:, 0], late[:, 1], 1)[0] * 1000 / 2**20
-    print(f'slope {slope:+.3f} MiB per 1,000 shifts, of the last {len(late)} points')
+
+def soak(recipe, options, bounds: Bounds):
+    """Many shifts, unpaced, of one player on a socket: memory, compilations, whether pictures stay
+    pictures."""
+    with server(recipe, players=1, entry=options.entry) as (port, one, counted):
+        engine, points = one.engine, []
+        prompt, begun = replay.choose(engine.slots.world, one.house.folder, None, None)
+        clip = replay.start_frames(engine.slots, one.house.folder, begun, None)
+        first = statistics(clip[-1])
+        print(f'{"":7}start clip: {spelt(first)}', flush=True)
+        engines.PAST_SECONDS *= FAST / engine.period    # as many moments as at its own pace
+        engine.period = FAST
+        every, began = max(1, options.shifts // 20), time.monotonic()
+        # One more than is looked at: the player is still there at the last look.
+        frames = (options.shifts + 1) * engine.slots.frames
+        player = start('last', port, options, frames=frames)
+        while engine.alive and player.poll() is None:
+            if engine.shifts >= every * (len(points) + 1):
+                [session] = one.house.sessions.values()
+                points.append((engine.shifts, memory()))
+                newest = statistics(decode(session.last.data))
+                print(f'{"":7}shift {engine.shifts}, frame {session.last.index}: {spelt(newest)}, '
+                      f'memory {points[-1][1] / 2**20:.1f} MiB', flush=True)
+                whole = session.seat.frames, len(session.seat.log.symbols) * engine.slots.frames
+            time.sleep(0.02)
+        saw, took = end(player)[0], time.monotonic() - began
+        bounds.hold(engine.shifts >= options.shifts, 'shifts', f'{engine.shifts}, '
+                    f'{1e3 * took / engine.shifts:.1f} ms each')
+        bounds.hold(abs(whole[0] - whole[1]) <= engine.slots.frames, 'frame counter',
+                    f'{whole[0]} at frame {whole[1]} of the log; the player saw {saw["got"]} of '
+                    f'{saw["newest"] + 1}, in order')
+        bounds.hold(min(newest[1] / first[1], newest[2] / first[2]) > 0.25, 'pictures',
+                    f'{spelt(newest)} at the end, {spelt(first)} at the start')
+        late = np.array(points[len(points) // 5:], float)
+        slope = np.polyfit(late[:, 0], late[:, 1], 1)[0] * 1000
+        bounds.hold(slope < SLOPE, 'memory', f'{slope / 1e6:+.3f} MB in 1,000 shifts, of the last '
+                    f'{len(late)} points')
+        still(one, counted, bounds)
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -265,11 +307,14 @@ def decode(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
-def statistics(frame: np.ndarray) -> str:
-    """Whether a picture is one: mush has no deviation and no edges."""
+def statistics(frame: np.ndarray) -> tuple[float, float, float]:
+    """Whether a picture is one: mean, deviation, edges; mush has neither of the last two."""
     frame = frame.astype(float)
-    edges = np.abs(np.diff(frame, axis=1)).mean()
-    return f'mean {frame.mean():.0f}, deviation {frame.std():.0f}, edges {edges:.1f}'
+    return frame.mean(), frame.std(), np.abs(np.diff(frame, axis=1)).mean()
+
+
+def spelt(found: tuple) -> str:
+    return 'mean {:.0f}, deviation {:.0f}, edges {:.1f}'.format(*found)
 
 
 def memory() -> int:
@@ -282,25 +327,23 @@ def memory() -> int:
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('load', 'faults', 'soak', 'clients'))
+    parser.add_argument('what', choices=('load', 'faults', 'soak'))
     parser.add_argument('--recipe', default=config.DEFAULT_WORLD)
     parser.add_argument('--weights')
-    parser.add_argument('--players', type=int, default=8)
-    parser.add_argument('--seconds', type=float, default=30)
-    parser.add_argument('--shifts', type=int, default=20_000)
-    parser.add_argument('--connects', type=int, default=200)
-    parser.add_argument('--messages', type=int, default=10_000)
     parser.add_argument('--entry', default='head')
-    parser.add_argument('--together', type=int, default=1)
-    parser.add_argument('--port', type=int)
-    parser.add_argument('--wild', action='store_true')
+    parser.add_argument('--seconds', type=float, default=30)
+    for name, usual in (('players', 8), ('together', 1), ('shifts', 20_000), ('connects', 200),
+                        ('messages', 10_000), ('requests', 1000)):
+        parser.add_argument(f'--{name}', type=int, default=usual)
     options = parser.parse_args()
-    if options.what == 'clients':
-        print(json.dumps(asyncio.run(clients(options))))
-        return
+    if options.what == 'faults' and options.players < FAULTY + 4:
+        parser.error(f'--players: got {options.players}, expected at least {FAULTY + 4}: two good '
+                     f'players, {FAULTY} faults, and places that lost players still hold')
     given = [f'--weights={options.weights}'] if options.weights else []
-    recipe = config.load(options.recipe, given)
-    {'load': load, 'faults': faults, 'soak': soak}[options.what](recipe, options)
+    bounds = Bounds()
+    {'load': load, 'faults': faults, 'soak': soak}[options.what](
+        config.load(options.recipe, given), options, bounds)
+    sys.exit(bounds.broken > 0)
 
 
 if __name__ == '__main__':
