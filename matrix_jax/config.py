@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import re
 import sys
 import types
 import typing
@@ -99,7 +100,9 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Run:
     Raises:
       UsageError: no such recipe or field, or a value that does not fit.
     """
-    world, _, name = (recipe or DEFAULT_WORLD).partition(':')
+    world, colon, name = (DEFAULT_WORLD if recipe is None else recipe).partition(':')
+    if not world or colon and not name:
+        raise UsageError(f'RECIPE: got {recipe!r}, expected one of {", ".join(_worlds())}')
     module = _module(world)
     found = _recipes(module)
     name = (name or getattr(module, 'DEFAULT', '')).upper()
@@ -227,6 +230,8 @@ def _parse(kind, text: str, current, option: str):
         if type(None) in args and text.lower() == 'none':
             return None
         options = [one for one in args if one is not type(None)]
+        if options == [str] and not text:
+            raise UsageError(f"{option}: got '', expected a value, or none")
         if len(options) == 1:
             return _parse(options[0], text, current, option)
     elif origin is Literal:
@@ -309,6 +314,15 @@ def _nearest(name: str, names) -> str:
 # --- the command line ------------------------------------------------------------------------
 
 
+# What argparse says, and how all else here says it.
+SAID = (('^argument (.*?): invalid (int|float) value: (.*)', r'\1: got \3, expected \2'),
+        (r'^argument (.*?): invalid choice: (.*) \(choose from (.*)\)',
+         r'\1: got \2, expected one of \3'),
+        ('^argument (.*?): expected (.*)', r'\1: got nothing, expected \2'),
+        ('^the following arguments are required: (.*)', r'\1: got nothing, expected a value'),
+        ('^argument ', ''))
+
+
 class Parser(argparse.ArgumentParser):
     """argparse for a tool, whose errors are `UsageError` (for `main_guard`).
 
@@ -347,6 +361,8 @@ class Parser(argparse.ArgumentParser):
             raise UsageError(f'{error}{hint}') from error
 
     def error(self, message: str):
+        for pattern, said in SAID:
+            message = re.sub(pattern, said, message, flags=re.DOTALL)
         raise UsageError(message)
 
 

@@ -125,6 +125,10 @@ def test_last_override_wins_and_others_stay():
     ('carracing', ['--world.dit.width=3'], ['net.width: got 3, expected an even number']),
     ('carracing', ['--world.dit.table=3'], ['type dict is set in a recipe']),
     ('carracing', ['stray'], ["unexpected argument 'stray'"]),
+    ('carracing', ['--weights='], ["--weights: got '', expected a value, or none"]),
+    ('', [], ["RECIPE: got '', expected one of carracing, doom"]),
+    ('carracing:', [], ["RECIPE: got 'carracing:', expected"]),
+    (':VAE', [], ["RECIPE: got ':VAE', expected"]),
 ])
 def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
     with pytest.raises(UsageError) as error:
@@ -145,6 +149,7 @@ def parser():
     made = Parser('Does a thing.')
     made.add_argument('--length', type=float, default=8)
     made.add_argument('--prompt', default='')
+    made.add_argument('--pad', choices=('random', 'hold'))
     return made
 
 
@@ -159,9 +164,10 @@ def test_parser_splits_options_from_fields(argv):
 
 
 @pytest.mark.parametrize('argv, words', [
-    (['--length', 'long'], "--length: invalid float value: 'long'"),
+    (['--length', 'long'], "^--length: got 'long', expected float$"),
     (['--lenght', '3'], 'the tool has an option --length'),
-    (['--length'], 'expected one argument'),
+    (['--length'], '^--length: got nothing, expected one argument$'),
+    (['--pad', 'up'], "^--pad: got 'up', expected one of 'random', 'hold'$"),
 ])
 def test_parser_errors_are_usage_errors(argv, words):
     with pytest.raises(UsageError, match=words):

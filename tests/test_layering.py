@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'matrix_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
 BASE = {'config', 'mesh', 'sharding', 'convert', 'leaves', 'sums', 'checkpoint', 'saves', 'video',
-        'controls', 'actions', 'programs'}
+        'controls', 'actions', 'programs', 'options'}
 NETS = {'vae', 'encoders', 'dit'}
 # What each part of the package may import besides itself. A stream is given its network, so that
 # it never imports one; whoever drives a world sees `worlds`.

@@ -17,13 +17,9 @@ same records, whatever the number of workers.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import math
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from matrix_jax import config, options
 
 ENVIRONMENTS = ('CarRacing-v3', 'vizdoom')
 # What is meant when an option is not given; an option of another source is refused.
@@ -33,35 +29,35 @@ INDEX = {'world': 'carracing', 'data_root': None, 'frames': 65}
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(
-        prog='collect.py', description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = config.Parser(__doc__)
     add = parser.add_argument
     add('env', metavar='ENV', nargs='?', help=f'a game: {" ".join(ENVIRONMENTS)}')
-    add('--videos', type=Path, metavar='FOLDER', help='unlabelled videos, in folders below too')
-    add('--index', type=Path, metavar='FILE', help='index of labelled videos, JSON')
-    add('--out', required=True, type=Path, help='folder of the shards; made if missing')
-    add('--workers', type=int, default=1,
+    add('--videos', type=options.path, metavar='FOLDER',
+        help='unlabelled videos, in folders below too')
+    add('--index', type=options.path, metavar='FILE', help='index of labelled videos, JSON')
+    add('--out', required=True, type=options.path, help='folder of the shards; made if missing')
+    add('--workers', type=options.whole(1, 256), default=1,
         help='processes (default 1, some hundred frames/s each of a game)')
     add('--held-out', type=float, default=0.1, metavar='FRACTION',
         help='share of tracks or videos that only heldout-* shards hold (default 0.1)')
     game = parser.add_argument_group('of a game').add_argument
     game('--hours', type=float, help='of play at 16 frames/s, both splits (default 1)')
     game('--themes', help="'all', or names with commas: meadow,snow,... or maze,...")
-    game('--seed', type=int)
+    game('--seed', type=options.whole(0, 2**32 - 1), help='of tracks and keys (default 0)')
     files = parser.add_argument_group('of videos and indexes').add_argument
     files('--world', metavar='RECIPE', help='whose size and rate clips get (default carracing)')
     files('--caption', help='of videos without a .txt file (default none)')
     files('--shortest', type=float, metavar='SECONDS', help='that a clip lasts (default 2)')
-    files('--data-root', type=Path, metavar='FOLDER',
+    files('--data-root', type=options.path, metavar='FOLDER',
           help="that paths of an index start from (default the index's own)")
     files('--frames', type=int, help='of each clip of an index (default 65)')
     return parser.parse_args(argv)
 
 
-def main(argv=None) -> int:
+def main(argv):
+    """Exit codes: 0 done, 2 bad input; after 130, Ctrl-C, the same command goes on."""
     args = parse(argv)
-    try:
+    with config.door():
         sources = {'ENV': (args.env, GAME, game), '--videos': (args.videos, VIDEOS, videos),
                    '--index': (args.index, INDEX, index)}
         named = [name for name, (value, _, _) in sources.items() if value is not None]
@@ -74,14 +70,8 @@ def main(argv=None) -> int:
                 raise ValueError(f'--{name.replace("_", "-")}: is not an option with {named[0]}')
             if getattr(args, name) is None:
                 setattr(args, name, defaults.get(name))
+        options.check_place('--out', args.out, folder=True)
         print(make(args))
-    except (ValueError, OSError) as error:
-        print(f'collect: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print('collect: stopped; the same command goes on from here', file=sys.stderr)
-        return 130
-    return 0
 
 
 def game(args) -> str:
@@ -93,8 +83,6 @@ def game(args) -> str:
     missing = [name for name in needs if not importlib.util.find_spec(name)]
     if missing:
         raise ValueError(f"{args.env} needs {', '.join(missing)}: pip install -e '.[data]'")
-    if not math.isfinite(args.hours):
-        raise ValueError(f'--hours: got {args.hours}, expected a number above 0')
     plan = collect.plan(args.env, args.hours, args.themes, args.seed, args.held_out)
     frames = collect.run(plan, args.out, args.workers)
     return f'{args.out}: {frames} frames, {frames / plan.fps / 3600:.2f} hours'
@@ -103,8 +91,9 @@ def game(args) -> str:
 def videos(args) -> str:
     from matrix_jax.data import footage, records
 
-    if not 0 < args.shortest < math.inf:
-        raise ValueError(f'--shortest: got {args.shortest:g}, expected seconds above 0')
+    if not 0 < args.shortest <= 3600:
+        raise ValueError(f'--shortest: got {args.shortest:g}, expected seconds above 0, at most '
+                         '3600')
     sources = footage.find(args.videos, args.caption)
     size = _size(args.world)
     step = records.FRAMES_PER_LATENT
@@ -121,8 +110,6 @@ def index(args) -> str:
 
 
 def _size(recipe):
-    from matrix_jax import config
-
     world = config.load(recipe).world
     return {name: getattr(world, name) for name in ('height', 'width', 'fps')}
 
@@ -131,11 +118,8 @@ def _gather(args, settings, root, sources) -> str:
     from matrix_jax.data import gather
 
     report = gather.run(settings, root, sources, args.out, args.workers)
-    text = report.text(settings.fps)
-    if not report.clips:
-        raise ValueError(f'no clip was kept; {"; ".join(text.splitlines())}')
-    return f'{text}\n{args.out}'
+    return f'{report.text(settings.fps)}\n{args.out}'
 
 
 if __name__ == '__main__':
-    sys.exit(main())
+    config.main_guard(main)

@@ -102,7 +102,7 @@ def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int
       workers: processes; they change the time alone.
 
     Raises:
-      ValueError: the folder holds other data.
+      ValueError: the folder holds other data, or no clip was kept: then nothing is.
     """
     from tqdm import tqdm
 
@@ -110,6 +110,7 @@ def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int
     sizes = [_size(root / source.path) for source in sources]
     listing = json.dumps([(asdict(source), size) for source, size in zip(sources, sizes)])
     digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
+    made = [path for path in (out / collect.MANIFEST, out, *out.parents) if not path.exists()]
     collect.claim(settings, out, {'sources': len(sources), 'digest': digest})
     total, todo = Report(), []
     with tqdm(total=len(sources), unit='file') as bar:
@@ -123,6 +124,10 @@ def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int
         for report in collect.pooled(_shard, todo, workers):
             total.add(report)
             bar.update(report.files)
+    if not total.clips:
+        for path in (*(_report_path(job[-1]) for job in todo), *made):
+            path.rmdir() if path.is_dir() else path.unlink()
+        raise GatherError('no clip was kept; ' + '; '.join(total.text(settings.fps).splitlines()))
     return total
 
 

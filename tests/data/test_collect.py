@@ -73,12 +73,17 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path):
 
 @pytest.mark.parametrize('arguments, message', [
     (('Pong-v5',), "ENV: got 'Pong-v5'"), ((GAME, '--workers', 0), '--workers: got 0'),
-    ((GAME, '--hours', 'inf'), '--hours: got inf')])
+    ((GAME, '--hours', 'inf'), '--hours: got inf'),
+    ((GAME, '--hours', 'abc'), "error: --hours: got 'abc', expected float"),
+    ((GAME, '--out'), 'error: --out: got nothing, expected one argument'),
+    ((GAME, '--out', __file__), 'test_collect.py is not a folder'),
+    ((GAME, '--seed', -1), '--seed: got -1, expected a whole number from 0 to 4294967295')])
 def test_tool_says_one_line_and_writes_nothing(tmp_path, arguments, message):
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
-    done = tool(*arguments, '--out', tmp_path / 'out')
+    done = tool('--out', tmp_path / 'out', *arguments)
     assert done.returncode == 2
-    assert message in done.stderr and done.stderr.count('\n') == 1
+    assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+    assert message in done.stderr
     assert not (tmp_path / 'out').exists()
 
 

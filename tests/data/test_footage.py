@@ -1,8 +1,6 @@
 """Footage: shots are found, poor clips named, files made once and byte for byte the same."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +8,8 @@ import pytest
 from matrix_jax import video
 from matrix_jax.data import footage, gather
 from matrix_jax.data.records import NULL, RecordError, Shard
+from tests.test_tools import run
 
-TOOL = Path(__file__).parents[2] / 'tools' / 'collect.py'
 SIZE = {'height': 32, 'width': 48}
 
 
@@ -178,17 +176,9 @@ def test_other_videos_are_refused(folder, made, tmp_path):
 # --- the tool ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope='module')
-def tool():
-    spec = importlib.util.spec_from_file_location('collect_tool', TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return lambda *given: module.main([str(one) for one in given])
-
-
-def test_the_tool_counts_and_names(folder, tool, tmp_path, capsys):
-    assert tool('--videos', folder, '--out', tmp_path / 'out', '--world', 'the_matrix:TINY',
-                '--held-out', 0, '--caption', 'Footage.', '--shortest', 2) == 0
+def test_the_tool_counts_and_names(folder, tmp_path, capsys):
+    assert run('collect', '--videos', folder, '--out', tmp_path / 'out', '--world',
+               'the_matrix:TINY', '--held-out', 0, '--caption', 'Footage.', '--shortest', 2) == 0
     said = capsys.readouterr().out
     assert 'files: 5 read, 4 skipped' in said and 'skipped: empty.mkv: not' in said
     assert 'clips: 3 kept, 4 dropped (dark 1, flat 1, short 1, static 1)' in said
@@ -204,19 +194,25 @@ def test_the_tool_counts_and_names(folder, tool, tmp_path, capsys):
     (('--videos', 'VIDEOS', '--frames', '65'), '--frames: is not an option with --videos'),
     (('--videos', 'VIDEOS', '--shortest', '0'), '--shortest: got 0'),
     (('--videos', 'VIDEOS', '--shortest', '99'), '--shortest: got 1585 frames'),
+    (('--videos', 'VIDEOS', '--shortest', '1e300'), '--shortest: got 1e+300, expected seconds'),
+    (('--videos', ''), "--videos: got '', expected a path"),
+    (('--videos', 'VIDEOS', '--out', 'BROKEN/a.mp4'), 'a.mp4 is not a folder'),
+    (('--videos', 'VIDEOS', '--out', ''), "--out: got '', expected a path"),
     (('--videos', 'VIDEOS', '--held-out', '1'), '--held-out: got 1'),
     (('--videos', 'VIDEOS', '--workers', '0'), '--workers: got 0'),
     (('--videos', 'VIDEOS', '--world', 'mars'), "unknown world 'mars'"),
     (('CarRacing-v3', '--videos', 'VIDEOS'), 'got ENV and --videos, expected one of'),
     (('CarRacing-v3', '--caption', 'x'), '--caption: is not an option with ENV'),
     ((), 'got nothing to read')])
-def test_wrong_options_are_one_line(folder, tool, tmp_path, capsys, given, said):
+def test_wrong_options_are_one_line_and_write_nothing(folder, tmp_path, capsys, given, said):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()
     (tmp_path / 'broken' / 'a.mp4').touch()
     places = {'VIDEOS': folder, 'EMPTY': tmp_path / 'empty', 'BROKEN': tmp_path / 'broken'}
     for name, place in places.items():
         given = [one.replace(name, str(place)) for one in given]
-    assert tool(*given, '--out', tmp_path / 'out') == 2
+    before = sorted(tmp_path.rglob('*'))
+    assert run('collect', '--out', tmp_path / 'new' / 'out', *given) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith('collect: ') and said in line
+    assert line.startswith('error: ') and said in line
+    assert sorted(tmp_path.rglob('*')) == before
