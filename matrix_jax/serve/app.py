@@ -62,7 +62,7 @@ class Server:
         self.world_bytes = sum(sizes) + 16 * 2**20
 
     def _observe(self, seconds: float, active: int):
-        self.meters.shifted(seconds, self.engine.slots.frames, self.engine.period)
+        self.meters.shifted(seconds, self.engine.slots.frames, self.engine.spacing)
 
     def app(self):
         """The ASGI application; the engine runs while it does."""

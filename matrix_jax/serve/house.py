@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import json
 import logging
 import secrets
 import time
@@ -143,10 +142,10 @@ class House:
         session.reason = reason
         session.over.set()
         self.meters.sessions.set(len(self.sessions))
-        log.info(json.dumps({
-            'event': 'session_end', 'session': session.token[:6], 'reason': reason,
+        log.info('session_end', extra={'fields': {
+            'session': session.token[:6], 'reason': reason,
             'seconds': round(time.monotonic() - session.began, 1), 'shifts': shifts,
-            'frames': session.sent, 'dropped': session.dropped}))
+            'frames': session.sent, 'dropped': session.dropped}})
 
     def close(self):
         """Ends all sessions and the helpers."""

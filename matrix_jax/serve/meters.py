@@ -30,10 +30,10 @@ class Meters:
         self.slots = make(Gauge, 'slots', 'places for players')
         self.fps = make(Gauge, 'world_fps', 'frames per second that an active player gets')
 
-    def shifted(self, seconds: float, frames: int, period: float):
-        """One shift is done."""
+    def shifted(self, seconds: float, frames: int, spacing: float):
+        """One shift is done, in so many seconds, and comes so long after the one before it."""
         self.step.observe(seconds)
-        self.fps.set(frames / max(seconds, period))
+        self.fps.set(frames / spacing)
 
     def watch_compiler(self):
         """Counts compilations from now on -> a function that ends it."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import ipaddress
+import json
 import logging
 import socket
 import sys
@@ -87,15 +89,30 @@ def uvicorn_server(app, players: int):
     """The web server, with limits on what one client can take."""
     import uvicorn
     return uvicorn.Server(uvicorn.Config(
-        app, log_level='warning', access_log=False, ws='websockets-sansio',
+        app, log_config=None, log_level='warning', access_log=False, ws='websockets-sansio',
         ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False, ws_ping_interval=10,
         ws_ping_timeout=20, limit_concurrency=8 * players + 64, timeout_graceful_shutdown=3))
 
 
+class JsonLines(logging.Formatter):
+    """A record as one JSON object on one line: time, level, event, source, and its `fields`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        line = {'time': moment.isoformat(timespec='milliseconds'), 'level': record.levelname,
+                'event': record.getMessage(), 'source': record.name,
+                **getattr(record, 'fields', {})}
+        if record.exc_info:
+            line['exception'] = self.formatException(record.exc_info)
+        return json.dumps(line, default=str)
+
+
 def log_to_stderr():
-    """Our own events, and the troubles of others."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr,
-                        format='%(asctime)s %(name)s %(levelname)s %(message)s')
+    """Our own events, and the troubles of others, Python's warnings too."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.captureWarnings(True)
     for name in ('jax', 'absl', 'orbax', 'httpx'):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -1,7 +1,9 @@
 """Places of players whose network and decoder lie on devices of their own, and the engine that
 keeps both busy. The world here is cheap; tests/stream/test_pipeline.py has a real one."""
 
+import functools
 import threading
+import time
 import types
 
 import jax
@@ -14,8 +16,9 @@ from matrix_jax import config, generate, sharding
 from matrix_jax.config import Mesh
 from matrix_jax.controls import Symbols
 from matrix_jax.nn import rows
-from matrix_jax.serve import replay
-from matrix_jax.serve.engine import Engine, Seat
+from matrix_jax.serve import app, replay
+from matrix_jax.serve.engine import Engine, Flight, Seat
+from matrix_jax.serve.meters import Meters
 from matrix_jax.serve.slots import Slots
 from matrix_jax.stream.base import Decoder
 from matrix_jax.worlds.the_matrix import World
@@ -188,3 +191,22 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
     assert len(log.symbols) == carry and ('frames', int(carry) - 1) in events[:taken]
     assert [moment.shifts for moment in seat.past][:6] == [int(moment.carry) for moment in
                                                           seat.past][:6]
+
+
+def test_frames_a_second_are_counted_by_what_lies_between_shifts(monkeypatch):
+    """Shifts of 1 s each that overlap by half: two frames every half second."""
+    now = [0.0]
+    monkeypatch.setattr(time, 'monotonic', lambda: now[0])
+    meters, slots = Meters(), Steps()
+    engine = Engine(slots, None)
+    engine.observe = functools.partial(app.Server._observe,
+                                       types.SimpleNamespace(meters=meters, engine=engine))
+    for shift in range(12):
+        engine._flying.append(Flight(0.5 * shift, [], np.zeros(1), np.ones(1, bool)))
+        now[0] = 0.5 * shift + 1
+        engine._land(now[0])
+    engine._encoder.shutdown()
+    text = meters.text()[0].decode()
+    assert '\nmatrix_jax_step_seconds_sum 12.0' in text
+    fps = float(text.split('\nmatrix_jax_world_fps ')[1].split()[0])
+    assert 3.5 < fps <= 4

@@ -1,6 +1,9 @@
-"""Where a server may listen."""
+"""Where a server may listen, and what it says in its log."""
 
+import json
 import socket
+import subprocess
+import sys
 
 import pytest
 
@@ -24,3 +27,31 @@ def test_addresses():
     with socket.create_server(('127.0.0.1', 0)) as taken:
         with pytest.raises(UsageError, match='cannot listen on'):
             run.listen(run.Config(port=taken.getsockname()[1]))
+
+
+LOGS = """
+import logging, warnings
+from matrix_jax.serve import run
+run.log_to_stderr()
+run.uvicorn_server(None, 1)                            # whose own set-up adds no other lines
+log = logging.getLogger('matrix_jax.serve.house')
+log.info('session_end', extra={'fields': {'session': 'abc', 'shifts': 3}})
+logging.getLogger('uvicorn.error').error('two\\nlines %s', 'here')
+logging.getLogger('jax').info('not of interest')
+warnings.warn('careful')
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception('failed')
+"""
+
+
+def test_every_line_of_the_log_is_a_json_object():
+    done = subprocess.run([sys.executable, '-c', LOGS], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert [(line['level'], line['event']) for line in lines[:2]] == [
+        ('INFO', 'session_end'), ('ERROR', 'two\nlines here')]
+    assert lines[0]['session'] == 'abc' and lines[0]['shifts'] == 3 and lines[0]['time'][-6:] == (
+        '+00:00')
+    assert 'careful' in lines[2]['event'] and 'ZeroDivisionError' in lines[3]['exception']
+    assert len(lines) == 4 and not done.stdout
