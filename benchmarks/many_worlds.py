@@ -149,7 +149,8 @@ def main():
             per = welcome[2]['shift_frames']
             lost = (before[1] + 1) / per - shifts(kept[one].data)
             print(f'player {one.seed}: no picture for {after[0] - before[0]:.2f} s, goes on from '
-                  f'{lost * per / welcome[2]["fps"]:.2f} s before the last picture', flush=True)
+                  f'{lost * per / welcome[2]["fps"]:.2f} s before the last picture; its moment was '
+                  f'{dead - kept[one].taken:.2f} s old', flush=True)
         others = [one for one in players if one not in hit]
         print(f'{len(others)} others were not told anything:',
               not any(note['type'] == 'waiting' and when > dead for one in others

@@ -20,6 +20,7 @@ import signal
 import threading
 import time
 import warnings
+from pathlib import Path
 
 from matrix_jax.config import UsageError
 from matrix_jax.serve import run
@@ -27,14 +28,18 @@ from matrix_jax.serve import run
 log = logging.getLogger(__name__)
 NAME = 'matrix_jax'
 SAVE_SECONDS = 1.0          # between two moments of a session in the book
+GREET_SECONDS = 3.0         # between two words of a world that it is there
 LOST_SECONDS = 2.0          # of play that a lost world may cost; an older moment is told of
-# Of a cluster that is started here; one that is joined has its own.
+# What Ray goes by here and in the workers of a cluster that is started here.
 SETTINGS = {
     'RAY_USAGE_STATS_ENABLED': '0',                     # it tells nobody
     'RAY_worker_niceness': '0',                         # frames come before what else runs
     'RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S': '60',      # a slow machine is no dead one
     'RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S': '1',     # a waiting player counts soon
+    'RAY_DEDUP_LOGS': '0', 'RAY_COLOR_PREFIX': '0',     # lines stay as they are
 }
+# Keeps a cluster that is started here to loopback; on other systems than Linux this is usual.
+ALONE = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +102,7 @@ class Place:
             if not self._thread.is_alive():
                 raise RuntimeError('the world could not start')
             time.sleep(0.02)
+        self.server.house.loop.call_soon_threadsafe(self._beside, self._greet())
 
     async def lease(self, session: str, wanted: dict, data: bytes | None, paused: bool):
         """Seats a player -> yields (address, ''), or (None, why not), and ends with the session."""
@@ -125,10 +131,20 @@ class Place:
         session = await house.admit(token, wanted, data, paused)
         if new:
             await self.book.claim(session.token, self.address, paused)
-            task = asyncio.create_task(keep(house, session, self.book, self.address))
-            self._keepers.add(task)
-            task.add_done_callback(self._keepers.discard)
+            self._beside(keep(house, session, self.book, self.address))
         return session
+
+    async def _greet(self):
+        """Tells the book, again and again, that this world is there."""
+        while True:
+            with contextlib.suppress(Exception):        # the book may be starting again
+                await self.book.open(self.address, self.server.world_bytes)
+            await asyncio.sleep(GREET_SECONDS)
+
+    def _beside(self, coroutine):
+        task = asyncio.create_task(coroutine)
+        self._keepers.add(task)
+        task.add_done_callback(self._keepers.discard)
 
     async def _there(self, coroutine):
         """Awaits in the loop of the house."""
@@ -168,8 +184,10 @@ async def keep(house, session, book, address: str):
         if late > LOST_SECONDS:
             log.warning('moment_late', extra={'fields': {
                 'session': session.token[:6], 'seconds': round(late, 2)}})
+        # Where saving takes long it begins sooner, so that the next one is there in time.
+        took = time.monotonic() - began
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(max(0.1, SAVE_SECONDS - (time.monotonic() - began))):
+            async with asyncio.timeout(max(0.1, min(SAVE_SECONDS, LOST_SECONDS - 2 * took) - took)):
                 await session.over.wait()
     if session.reason != 'stopped':         # else it goes on elsewhere
         await book.leave(session.token, address)
@@ -194,6 +212,49 @@ class Remote:
 # --- what tools/play.py --ray does ---------------------------------------------------------------
 
 
+def joins() -> bool:
+    """Whether there may be a cluster to join: RAY_ADDRESS names it, or `ray start` left word."""
+    given = os.environ.get('RAY_ADDRESS')
+    if given:
+        return given != 'local'
+    folders = {os.environ.get(name) or '/tmp' for name in ('RAY_TMPDIR', 'TMPDIR')}
+    return any((Path(one) / 'ray' / 'ray_current_cluster').exists() for one in folders)
+
+
+def connect():
+    """Joins a cluster or starts one -> the module `ray`.
+
+    A cluster that is started here listens on loopback alone, and speaks only with programs that
+    know its token. In one that is joined, the worlds listen at the address of their node, which
+    other machines can reach: they ask for a secret, but frames and carries go there in the clear,
+    and what else listens is up to who started it. That wants a private network.
+
+    Raises:
+      UsageError: Ray is not installed, or does not answer.
+    """
+    alone = not joins()
+    for name, value in (SETTINGS | ALONE if alone else SETTINGS).items():
+        os.environ.setdefault(name, value)
+    if alone:           # Ray asks for it by itself, and would leave one in the home folder
+        os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
+    try:
+        import ray
+    except ImportError:
+        raise UsageError("--ray needs Ray: pip install 'matrix_jax[ray]'") from None
+    logging.getLogger('ray._private.authentication').setLevel(logging.ERROR)    # it is as wanted
+    with warnings.catch_warnings():       # JAX warns of forks; those of Ray start other programs
+        warnings.filterwarnings('ignore', r'os\.fork', RuntimeWarning)
+        try:
+            ray.init('local' if alone else None, namespace=NAME, include_dashboard=False,
+                     logging_level=logging.WARNING)
+        except ConnectionError as error:
+            raise UsageError(f'--ray: the cluster to join does not answer: {error}') from error
+    if alone and not run.loopback(ray.util.get_node_ip_address()):
+        log.warning('cluster_reachable', extra={'fields': {
+            'address': ray.util.get_node_ip_address(), 'why': 'Ray was imported before'}})
+    return ray
+
+
 def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
     """The Serve application: worlds behind a front."""
     from ray import serve
@@ -202,6 +263,7 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
     secret, token = secrets.token_hex(16), cfg.token
 
     def make_front():
+        run.log_to_stderr()
         handle = serve.get_deployment_handle('World', NAME).options(stream=True)
 
         async def lease(*given):
@@ -219,7 +281,10 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
         def __init__(self, world):
             pass
 
-    quiet = {'log_level': 'WARNING', 'enable_access_log': False}
+    quiet = {'log_level': 'WARNING', 'enable_access_log': False, 'encoding': 'JSON'}
+    # Of each player a socket, the one that it had before, and two files; and some who are told at
+    # once that all is full.
+    asked = 4 * cfg.players * worlds.most + 64
     world = serve.deployment(
         World, max_ongoing_requests=cfg.players, health_check_period_s=1, health_check_timeout_s=30,
         graceful_shutdown_wait_loop_s=0.5, graceful_shutdown_timeout_s=worlds.drain,
@@ -230,8 +295,9 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
             'target_ongoing_requests': cfg.players, 'upscale_delay_s': 1, 'look_back_period_s': 11,
             'downscale_delay_s': worlds.idle})
     door = serve.deployment(
-        serve.ingress(make_front)(Door), name='Front', max_ongoing_requests=100_000,
-        graceful_shutdown_timeout_s=5, logging_config=quiet, ray_actor_options={'num_cpus': 0})
+        serve.ingress(make_front)(Door), name='Front', max_ongoing_requests=asked,
+        max_queued_requests=64, graceful_shutdown_timeout_s=5, logging_config=quiet,
+        ray_actor_options={'num_cpus': 0})
     return door.bind(world.bind(recipe, cfg, secret, Remote(book)))
 
 
@@ -242,20 +308,15 @@ def running(recipe, cfg: run.Config, worlds: Config):
     Gives the book as an actor handle. At the end nobody new comes in, players get `worlds.drain`
     seconds, and all of it ends; a cluster that was joined goes on.
     """
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
-    try:
-        import ray
-        from ray import serve
-    except ImportError:
-        raise UsageError("--ray needs Ray: pip install 'matrix_jax[ray]'") from None
-    from matrix_jax.serve import front
-    logging.getLogger('ray.serve').setLevel(logging.WARNING)
+    from matrix_jax.serve.book import Book
     recipe = check(recipe, cfg)
-    with warnings.catch_warnings():       # JAX warns of forks; those of Ray start other programs
-        warnings.filterwarnings('ignore', r'os\.fork', RuntimeWarning)
-        ray.init(namespace=NAME, include_dashboard=False, logging_level=logging.WARNING)
+    ray = connect()
     try:
+        from ray import serve
+        logging.getLogger('ray.serve').setLevel(logging.WARNING)
+        for name in ('ray', 'ray.serve'):
+            for handler in logging.getLogger(name).handlers:
+                handler.setFormatter(run.JsonLines())
         where = 'HeadOnly' if run.loopback(cfg.host) else 'EveryNode'
         serve.start(proxy_location=where, http_options={'host': cfg.host, 'port': cfg.port},
                     logging_config={'log_level': 'WARNING'})
@@ -263,7 +324,7 @@ def running(recipe, cfg: run.Config, worlds: Config):
             raise UsageError('--ray: this cluster plays already; stop that first')
         with contextlib.suppress(ValueError):       # of one that was killed
             ray.kill(ray.get_actor('book'))
-        book = ray.remote(front.Book).options(name='book', lifetime='detached', num_cpus=0,
+        book = ray.remote(Book).options(name='book', lifetime='detached', num_cpus=0,
                                               max_restarts=-1).remote(cfg.players * worlds.most)
         gpus = worlds.gpus
         if gpus is None:
@@ -308,6 +369,7 @@ def serve(recipe, cfg: run.Config, worlds: Config):
     """Plays until it is interrupted."""
     began = time.perf_counter()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run.log_to_stderr()
     with running(recipe, cfg, worlds):
         print(f'{recipe.name} is ready after {time.perf_counter() - began:.0f} s, {worlds.fewest} '
               f'to {worlds.most} worlds of {cfg.players} players: open {cfg.url(cfg.port)}',

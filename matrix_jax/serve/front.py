@@ -12,15 +12,11 @@ import contextlib
 import contextvars
 import json
 import logging
-import math
 import secrets
-import time
-import urllib.error
-import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
 
-from matrix_jax.serve import messages
+from matrix_jax.serve import messages, relay
 from matrix_jax.serve.app import (
     BURST,
     HEADERS,
@@ -32,100 +28,15 @@ from matrix_jax.serve.app import (
     _receive,
     _trouble,
 )
+from matrix_jax.serve.book import Moment
 from matrix_jax.serve.messages import Bucket, MessageError
 from matrix_jax.serve.run import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 300          # for a place
-FORGET_SECONDS = 60.0       # a session that no world and no front speaks of is over
-UPLOAD_BYTES = 2**28        # the world has narrower limits
+PASSED = {'content-type', 'content-length', 'content-disposition', 'cache-control'}
+FILES = 8                   # on their way to worlds at a time
 LOST = (1001, 1006, 1011, 1012)         # codes of a world that went away by itself
-
-
-class Moment(NamedTuple):
-    """What is known of a session.
-
-    Attributes:
-      address: of its world, or None while it has none.
-      data: bytes of a `.world` file, or None before the first one.
-      paused: whether it rests.
-      spoken: when it was last spoken of, in `time.monotonic` of the book.
-      taken: when the session was as `data` has it, at the latest; None without data.
-    """
-    address: str | None
-    data: bytes | None
-    paused: bool
-    spoken: float
-    taken: float | None = None
-
-
-class Book:
-    """Sessions, where they play, and the newest moment of each; outlives every world.
-
-    Args:
-      places: in all worlds that there may be.
-    """
-
-    def __init__(self, places: int):
-        self.places, self._end = places, math.inf
-        self._known: dict[str, Moment] = {}
-
-    def enter(self, session: str) -> str:
-        """Promises a place, or says why not; '' is a promise. It is to be renewed."""
-        self._forget()
-        before = self._known.get(session)
-        if before is None and self._end < math.inf:
-            return 'the server is closing; come back later'
-        if before is None and len(self._known) >= self.places:
-            return f'the house is full: all {self.places} places are taken; try again in a minute'
-        self._known[session] = (before or Moment(None, None, False, 0))._replace(
-            spoken=time.monotonic())
-        return ''
-
-    def claim(self, session: str, address: str, paused: bool):
-        """A world has this session from now on; what others say of it does not count any more."""
-        before = self._known.get(session)
-        self._known[session] = Moment(address, before and before.data, paused, time.monotonic(),
-                                      before and before.taken)
-
-    def put(self, session: str, address: str, data: bytes | None, paused: bool, age: float):
-        """A world still has this session; `data` is its newest moment, or None if none is newer,
-        and `age` the seconds since it was so."""
-        before, now = self._known.get(session), time.monotonic()
-        if before is None or before.address in (None, address):
-            data = data or (before and before.data)
-            self._known[session] = Moment(address, data, paused, now, now - age if data else None)
-
-    def find(self, session: str) -> Moment | None:
-        """What is known of a session."""
-        self._forget()
-        return self._known.get(session)
-
-    def leave(self, session: str, address: str | None = None):
-        """A session is over, says the world at this address."""
-        known = self._known.get(session)
-        if known and known.address in (None, address):
-            del self._known[session]
-
-    def close(self, seconds: float):
-        """No new sessions from now on, and none at all after so long."""
-        self._end = time.monotonic() + seconds
-
-    def state(self) -> dict:
-        """Counts, addresses of worlds that are played, seconds of the oldest among the newest
-        moments, and seconds to the end, or None."""
-        self._forget()
-        now = time.monotonic()
-        worlds = sorted({one.address for one in self._known.values() if one.address})
-        ages = (now - one.taken for one in self._known.values() if one.taken is not None)
-        return {'players': len(self._known), 'places': self.places, 'worlds': worlds,
-                'waiting': sum(one.address is None for one in self._known.values()),
-                'oldest': max(ages, default=0.0),
-                'closing': None if self._end == math.inf else self._end - now}
-
-    def _forget(self):
-        late = time.monotonic() - FORGET_SECONDS
-        self._known = {name: one for name, one in self._known.items() if one.spoken > late}
 
 
 class Away(Exception):
@@ -147,6 +58,7 @@ class Front:
         self.book, self.lease, self.secret, self.token = book, lease, secret, token
         self._leases: set[asyncio.Task] = set()
         self._sockets: set = set()
+        self._files, self._moving = ThreadPoolExecutor(FILES, 'files'), 0
 
     def app(self):
         """The ASGI application."""
@@ -165,6 +77,7 @@ class Front:
         finally:
             for task in (watch, *self._leases):
                 task.cancel()
+            self._files.shutdown(wait=False, cancel_futures=True)
 
     async def _watch(self):
         """Tells all players that the house closes, and then closes."""
@@ -201,29 +114,42 @@ class Front:
                             ('waiting', 'players that wait for a place'),
                             ('places', 'places in all worlds that there may be')):
             Gauge(f'matrix_jax_front_{name}', about, registry=registry).set(state[name])
-        Gauge('matrix_jax_front_worlds', 'worlds that are played', registry=registry).set(
+        Gauge('matrix_jax_front_worlds', 'worlds that are there', registry=registry).set(
             len(state['worlds']))
+        Gauge('matrix_jax_front_moment_age_seconds', 'what the loss of its world would cost the '
+              'player who would lose most', registry=registry).set(state['oldest'])
+        texts = await asyncio.gather(*(asyncio.to_thread(relay.counters, one, self.secret)
+                                       for one in state['worlds']))
+        registry.register(relay.Labelled(dict(zip(state['worlds'], texts))))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def forward(self, request):
-        """A download or an upload of a session, done by its world."""
-        from starlette.responses import Response
+        """A download or an upload of a session, done by its world; passed on piece by piece."""
+        from starlette.requests import ClientDisconnect
+        from starlette.responses import StreamingResponse
         session, what = request.path_params['session'], request.path_params['what']
-        known = await self.book.find(session)
-        if known is None or known.address is None or not what.isalpha():
+        where = await self.book.where(session) if what.isalpha() else None
+        if where is None:
             return _trouble('this session is over', 404)
-        data = bytearray()
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > UPLOAD_BYTES:
-                return _trouble('the file is too large', 413)
-        asked = urllib.request.Request(
-            f'http://{known.address}/session/{session}/{what}',
-            bytes(data) if request.method == 'POST' else None,
-            {'Authorization': f'Bearer {self.secret}'})
-        status, kind, body, named = await asyncio.to_thread(_fetch, asked)
-        headers = {'Content-Disposition': named, 'Cache-Control': 'no-store'} if named else None
-        return Response(body, status, headers, kind)
+        if self._moving >= FILES:
+            return _trouble('too many files are on their way; try again in a moment', 503)
+        (address, limit), loop = where, asyncio.get_running_loop()
+        data = relay.sent(loop, request.stream(), limit) if request.method == 'POST' else None
+        self._moving += 1
+        try:
+            answer = await loop.run_in_executor(
+                self._files, relay.ask, address, f'/session/{session}/{what}', self.secret, data)
+        except relay.TooLarge:
+            return _trouble(f'the file is too large: expected at most {limit} bytes', 413)
+        except relay.Unreachable:
+            return _trouble('the world does not answer; try again', 503)
+        except ClientDisconnect:
+            return _trouble('the upload was cut off', 400)
+        finally:
+            self._moving -= 1
+        kept = {name: value for name, value in answer.headers.items()
+                if name.lower() in PASSED}
+        return StreamingResponse(relay.pieces(answer), answer.status, kept)
 
     # --- playing -------------------------------------------------------------------------------
 
@@ -282,7 +208,8 @@ class Front:
         except asyncio.CancelledError:
             raise
         except Exception as error:      # the world is lost; the socket notices as well
-            log.warning('a lease broke: %s', type(error).__name__)
+            log.warning('lease_broken', extra={'fields': {'session': session[:6],
+                                                          'error': type(error).__name__}})
             if not first.done():
                 first.set_exception(Away('the world could not be started; try again'))
         if not first.done():
@@ -381,16 +308,3 @@ class Visit:
 
     async def _tell(self, text: str):
         await self.socket.send_text(json.dumps({'type': 'waiting', 'message': text}))
-
-
-def _fetch(request) -> tuple[int, str, bytes, str | None]:
-    """(status, content type, body, content disposition) of a request to a world."""
-    try:
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            return (answer.status, answer.headers.get_content_type(), answer.read(),
-                    answer.headers.get('Content-Disposition'))
-    except urllib.error.HTTPError as error:
-        return error.code, error.headers.get_content_type(), error.read(), None
-    except OSError:
-        body = json.dumps({'error': 'the world does not answer; try again'}).encode()
-        return 503, 'application/json', body, None

@@ -7,8 +7,9 @@ import time
 import pytest
 
 from matrix_jax.config import UsageError
-from matrix_jax.serve import cluster, front, replay, run, worldfile
+from matrix_jax.serve import cluster, front, relay, replay, run, worldfile
 from matrix_jax.serve.app import to_jpeg
+from matrix_jax.serve.book import Book
 
 SECRET = 'secret1234'
 
@@ -25,11 +26,16 @@ class Local:
         return call
 
 
+def number(text, name):
+    """The value of a counter."""
+    return float(text.split(f'\n{name} ')[1].split()[0])
+
+
 @pytest.fixture
 def town(slots, tiny, serving, monkeypatch):
     """A front on a free port, with `book` and two `places`; the first free one is taken."""
     monkeypatch.setattr(cluster, 'SAVE_SECONDS', 0.2)
-    cfg, book = run.Config(players=slots.count, grace=1.0), front.Book(places=4)
+    cfg, book = run.Config(players=slots.count, grace=1.0), Book(places=4)
     places = [cluster.Place(slots.blank(), tiny, 'the_matrix:TINY', cfg, SECRET, Local(book),
                             '127.0.0.1') for _ in range(2)]
     gone = []
@@ -68,7 +74,7 @@ def test_players_are_seated_behind_one_door(town):
     assert json.loads(player.ask('replay')[1])['seed'] == 3
     status, data = player.ask('world')
     assert status == 200 and player.ask('world', data)[0] == 200
-    assert player.ask('world', b'nonsense')[0] == 422
+    assert player.ask('world', b'nonsense')[0] == 422 and player.ask('video')[0] == 409
     assert town.http('/session/unknown/world')[0] == 404
     assert b'<canvas' in town.http('/')[1]
     player.close()
@@ -79,10 +85,40 @@ def test_players_are_seated_behind_one_door(town):
     town.until(lambda: town.players() == 0)
     assert back.socket.close_code in (None, 1000)
     assert not town.join(session=player.welcome['session']).welcome['resumed']
-    assert b'matrix_jax_front_players 1.0' in town.http('/metrics')[1]
+    text = town.http('/metrics')[1].decode()
+    assert 'matrix_jax_front_players 1.0' in text and 'matrix_jax_front_worlds 2.0' in text
+    assert 0 < number(text, 'matrix_jax_front_moment_age_seconds') < 60
+    first, second = (f'{{world="{place.address}"}}' for place in town.places)
+    assert number(text, f'matrix_jax_world_fps{first}') > 0
+    assert number(text, f'matrix_jax_step_seconds_count{first}') > 0
+    assert number(text, f'matrix_jax_action_to_pixel_seconds_count{first}') == 1
+    assert number(text, f'matrix_jax_recompilations_total{first}') == 0
+    assert number(text, f'matrix_jax_frames_dropped_total{second}') == 0
+    assert text.count('# TYPE matrix_jax_step_seconds histogram') == 1
     # nobody gets in beside the door
     status, _ = town.http('/healthz')
     assert status == 200 and town.places[0].server.house.door is False
+
+
+def test_files_pass_piece_by_piece(town, monkeypatch):
+    player = town.join()
+    limit = town.places[0].server.world_bytes
+    assert town.book.where(player.welcome['session']) == (town.places[0].address, limit)
+    sizes, sent = [], relay.sent
+
+    def measured(*given):
+        for piece in sent(*given):
+            sizes.append(len(piece))
+            yield piece
+    monkeypatch.setattr(relay, 'sent', measured)
+    assert player.ask('world', bytes(2**22))[0] == 422           # the world has judged it
+    assert sum(sizes) == 2**22 and max(sizes) <= 2**18
+    town.book.open(town.places[0].address, 2**20)                # as if this were its limit
+    status, said = player.ask('world', bytes(2**20 + 1))
+    assert status == 413 and b'at most 1048576 bytes' in said
+    monkeypatch.setattr(front, 'FILES', 0)
+    assert player.ask('replay')[0] == 503
+    assert town.server._moving == 0 and player.ask('unknown.file')[0] == 404
 
 
 def test_a_lost_house_loses_no_player(town, slots, tiny):
@@ -162,9 +198,11 @@ def test_a_full_or_closing_town_says_so_at_once(town):
 def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
-    book = front.Book(places=1)
+    book = Book(places=1)
     assert book.enter('a') == '' and book.enter('a') == '' and 'full' in book.enter('b')
     book.claim('a', 'host:1', False)
+    book.open('host:1', 99)
+    assert book.where('a') == ('host:1', 99) and book.where('b') is None
     book.put('a', 'host:1', None, True, 0.5)
     assert book.find('a').taken is None and book.state()['oldest'] == 0
     now[0] = 1.0
@@ -179,6 +217,9 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
                             'oldest': 1.25, 'closing': None}
     book.claim('a', 'host:2', False)                   # another world goes on from it
     assert book.find('a').taken == 0.75
+    assert book.where('a') is None                     # which has not spoken yet
+    now[0] = 15.0
+    assert book.state()['worlds'] == []                # one that says nothing is gone
     now[0] = 63.0
     assert book.find('a') is None and book.enter('b') == ''
     assert book.state()['waiting'] == 1
