@@ -17,7 +17,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -334,8 +334,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def run(self, argv: Sequence[str], recipe: str | None = None) -> tuple[Any, Run]:
-        """(options, run) of a command line; `recipe` is what no RECIPE means."""
+    def run(self, argv: Sequence[str], recipe: str | None = None,
+            chosen: Callable = lambda options: None) -> tuple[Any, Run]:
+        """(options, run) of a command line; `recipe` is what no RECIPE means, unless
+        `chosen(options)` gives another."""
         self.add_argument('recipe', nargs='?', default=recipe, metavar='RECIPE',
                           help='world:NAME from configs/')
         known = self._option_string_actions
@@ -353,7 +355,7 @@ class Parser(argparse.ArgumentParser):
                            f'fields of {run.name}, set with --field value:\n{describe(run)}')
         options = self.parse_args(mine)
         try:
-            return options, load(options.recipe, overrides)
+            return options, load(chosen(options) or options.recipe, overrides)
         except UsageError as error:
             near = [near for token in overrides if token.startswith('--') for near in
                     difflib.get_close_matches(token.partition('=')[0], list(known), 1, 0.75)]

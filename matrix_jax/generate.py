@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from matrix_jax import checkpoint, sharding, video
+from matrix_jax import checkpoint, config, sharding, video
 from matrix_jax.config import UsageError
 from matrix_jax.data import starts
 from matrix_jax.stream.pipeline import Pipeline
@@ -242,6 +242,20 @@ def cut_note(world, cut: str) -> list[str]:
     return [f'prompt: the model reads {world.cfg.dit.text_length} tokens; cut off: {cut!r}']
 
 
+def recipe_of_log(options) -> str:
+    """The recipe of the session that is to be replayed.
+
+    Raises:
+      UsageError: the user names another one.
+    """
+    from matrix_jax.serve import replay
+    played = replay.read(options.replay).recipe
+    if options.recipe and config.load(options.recipe).name != played:
+        raise UsageError(f'--replay: got the recipe {options.recipe}, expected {played[:60]}, in '
+                         f'which {options.replay} was played; it may be left out')
+    return played
+
+
 def replayed(run, options):
     """What a player did and saw, again -> (iterator of frames, Clip).
 
@@ -256,7 +270,8 @@ def replayed(run, options):
         raise UsageError(f'--replay: got {", ".join(given)} as well, which the session decides')
     began = time.perf_counter()
     slots = replay.compile_for(*worlds.open_run(run, apart=run.world.clip is None), log)
-    clip = Clip([symbol for symbol in log.symbols for _ in range(slots.group)], [],
+    clip = Clip([symbol for symbol in log.symbols for _ in range(slots.group)],
+                list(filter(None, [replay.difference(slots, log)])),
                 compile_seconds=time.perf_counter() - began)
 
     def frames():

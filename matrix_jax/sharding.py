@@ -124,6 +124,16 @@ def mesh_of(tree) -> Mesh | None:
     return None
 
 
+def named(tree) -> str:
+    """The devices that a tree of arrays lies on, such as 'cpu' or 'NVIDIA H200 data=2 seq=4'."""
+    mesh, arrays = mesh_of(tree), [leaf for leaf in jax.tree.leaves(tree)
+                                   if isinstance(leaf, jax.Array)]
+    devices = arrays[0].devices() if arrays else jax.devices()
+    sizes = mesh.shape.items() if mesh else ()
+    return ' '.join([next(iter(devices)).device_kind,
+                     *(f'{axis}={size}' for axis, size in sizes if size > 1)])
+
+
 def places(tree):
     """The shardings of a tree of arrays on a mesh; None on one device, where there is no choice.
 

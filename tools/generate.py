@@ -25,7 +25,7 @@ def main(argv):
     add('--replay', help='session.json of tools/play.py: makes that very video again')
     add('--no-overlay', action='store_true', help='do not draw the keys on the frames')
     add('--summary', action='store_true', help='print the sizes of the recipe and stop')
-    options, run = parser.run(argv)
+    options, run = parser.run(argv, chosen=recipe_of_log)
     from matrix_jax import generate
     with config.door():
         if options.summary:
@@ -34,6 +34,12 @@ def main(argv):
         path, clip, count = generate.to_file(run, options)
     fps = count / clip.run_seconds
     print(f'{path}: {count} frames, {fps:.1f} fps, compile {clip.compile_seconds:.1f} s')
+
+
+def recipe_of_log(options):
+    """The recipe of --replay, or None."""
+    from matrix_jax import generate
+    return generate.recipe_of_log(options) if options.replay else None
 
 
 if __name__ == '__main__':

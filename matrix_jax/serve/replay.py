@@ -7,6 +7,7 @@ brings its own along.
 from __future__ import annotations
 
 import base64
+import bisect
 import dataclasses
 import io
 import itertools
@@ -22,6 +23,9 @@ from matrix_jax.data import starts
 
 VERSION = 1
 MAX_SHIFTS = 4_000_000
+MAX_RUNS = 2**18        # of equal controls: 18 hours of another key every quarter of a second
+LOG_BYTES = 12 * 2**20  # as JSON: all runs with the mouse's words, all prompts, and a picture
+RUN = re.compile(r'([A-Za-z0-9+:.-]{1,64})\*([1-9][0-9]{0,6})')
 MAX_PROMPT = 500        # characters
 MAX_PROMPTS = 1000      # changes
 MAX_SEED = 2**31 - 1
@@ -31,6 +35,107 @@ class ReplayError(UsageError):
     """A log that cannot be replayed."""
 
 
+class KeyRuns:
+    """The control of every shift, kept as runs of equal ones; else like a list that only grows at
+    its end and is cut there.
+
+    One thread changes it. Any may copy it, because every change is a single assignment.
+
+    Attributes:
+      lost: the shift from which on the controls are not known any more, as there were more runs or
+        shifts than a file holds; or None. The drive itself goes on.
+    """
+
+    def __init__(self, symbols=()):
+        self._runs: list[tuple[str, int]] = []      # control, and the shift behind its last one
+        self.lost: int | None = None
+        for symbol, same in itertools.groupby(symbols):
+            self.append(symbol, len(list(same)))
+
+    def append(self, symbol: str, count: int = 1):
+        """The control of the next shifts."""
+        end, runs = len(self) + count, self._runs
+        same = bool(runs) and runs[-1][0] == symbol
+        full = end > MAX_SHIFTS or (len(runs) >= MAX_RUNS and not same)
+        if full and self.lost is None:
+            self.lost = len(self)
+        if same or self.lost is not None:
+            runs[-1] = runs[-1][0], end
+        else:
+            runs.append((symbol, end))
+
+    def copy(self) -> KeyRuns:
+        other = KeyRuns()
+        other.lost, other._runs = self.lost, list(self._runs)
+        return other
+
+    @property
+    def kinds(self) -> set[str]:
+        """The controls that occur."""
+        return {symbol for symbol, _ in self._runs}
+
+    def __len__(self):
+        return self._runs[-1][1] if self._runs else 0
+
+    def __iter__(self):
+        begin = 0
+        for symbol, end in self._runs:
+            yield from itertools.repeat(symbol, end - begin)
+            begin = end
+
+    def __getitem__(self, shift: int) -> str:
+        return self._runs[self._run(range(len(self))[shift])][0]
+
+    def __delitem__(self, shifts: slice):
+        """Only `del runs[shift:]`."""
+        cut = shifts.start
+        if self.lost is not None and cut <= self.lost:
+            self.lost = None
+        if cut < len(self):
+            run = self._run(cut)
+            begin = self._runs[run - 1][1] if run else 0
+            self._runs[run:] = [(self._runs[run][0], cut)] if cut > begin else []
+
+    def __eq__(self, other):
+        return isinstance(other, KeyRuns) and self._runs == other._runs
+
+    def __repr__(self):
+        return f'KeyRuns({self.spell()!r})'
+
+    def _run(self, shift: int) -> int:
+        return bisect.bisect_right(self._runs, shift, key=lambda run: run[1])
+
+    def spell(self) -> str:
+        """Such as 'D*12,DL*3'."""
+        ends = [0, *(end for _, end in self._runs)]
+        return ','.join(f'{symbol}*{end - begin}' for (symbol, end), begin in zip(self._runs, ends))
+
+    @classmethod
+    def parse(cls, text: str) -> KeyRuns:
+        """What `spell` gave.
+
+        Raises:
+          ReplayError: it is something else, or too long.
+        """
+        if text.count(',') >= MAX_RUNS:
+            raise ReplayError(f'replay.symbols: got {text.count(",") + 1} runs of keys, expected '
+                              f'at most {MAX_RUNS}')
+        found, end, last = cls(), 0, None
+        for run in filter(None, text.split(',')):
+            match = RUN.fullmatch(run)
+            if not match:
+                raise ReplayError(f'replay.symbols: got {run[:20]!r}, expected such as D*12')
+            symbol, count = match.groups()
+            end += int(count)
+            if symbol == last:
+                found._runs.pop()
+            found._runs.append((symbol, end))
+            last = symbol
+        if end > MAX_SHIFTS:
+            raise ReplayError(f'replay.symbols: got {end} shifts, expected at most {MAX_SHIFTS}')
+        return found
+
+
 @dataclasses.dataclass
 class Log:
     """One player's timeline.
@@ -38,11 +143,12 @@ class Log:
     Attributes:
       recipe, fingerprint: the world, and its weights (`Slots.fingerprint`).
       slots, together, entry: of the program that ran; another one may round otherwise.
+      mesh: as of `Slots`, for the same reason; '' where an older log does not say it.
       seed: of all noise.
       prompt: at the start.
       start: name of a start clip, '' for a plain one, or None if `picture` says it.
       picture: the start picture as PNG, base64.
-      symbols: the control of every shift, a text of the world's vocabulary.
+      symbols: the control of every shift, a text of the world's vocabulary; a list will do.
       prompts: [shift, prompt] of every change.
     """
     recipe: str
@@ -54,26 +160,44 @@ class Log:
     prompt: str
     start: str | None = ''
     picture: str | None = None
-    symbols: list[str] = dataclasses.field(default_factory=list)
+    symbols: KeyRuns = dataclasses.field(default_factory=KeyRuns)
     prompts: list = dataclasses.field(default_factory=list)
+    mesh: str = ''
+
+    def __post_init__(self):
+        if not isinstance(self.symbols, KeyRuns):
+            self.symbols = KeyRuns(self.symbols)
 
     @property
     def last_prompt(self) -> str:
         return self.prompts[-1][1] if self.prompts else self.prompt
 
     def copy(self) -> Log:
-        return dataclasses.replace(self, symbols=list(self.symbols), prompts=list(self.prompts))
+        return dataclasses.replace(self, symbols=self.symbols.copy(), prompts=list(self.prompts))
 
     def to_json(self) -> dict:
-        keys = ','.join(f'{symbol}*{len(list(same))}'
-                        for symbol, same in itertools.groupby(self.symbols))
-        others = dataclasses.asdict(dataclasses.replace(self, symbols=[]))
-        return {'matrix_jax_session': VERSION, **others, 'symbols': keys}
+        """
+        Raises:
+          ReplayError: it is longer than a file may be.
+        """
+        if self.symbols.lost is not None:
+            raise ReplayError(f'replay: this drive has more than {MAX_RUNS} changes of keys or '
+                              f'{MAX_SHIFTS} shifts, which no file holds; start a new one')
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {'matrix_jax_session': VERSION, **fields, 'symbols': self.symbols.spell()}
+
+    def dumps(self) -> str:
+        """As JSON text, which `loads` takes.
+
+        Raises:
+          ReplayError: it is longer than a file may be.
+        """
+        return _fitting(json.dumps(self.to_json()))
 
     def check(self, vocabulary):
         """Raises ReplayError if a control is none of the vocabulary."""
         try:
-            wrong = [symbol for symbol in set(self.symbols)
+            wrong = [symbol for symbol in self.symbols.kinds
                      if vocabulary.canonical(symbol) != symbol]
         except controls.ControlError as error:
             raise ReplayError(f'replay.symbols: {error}') from error
@@ -91,7 +215,8 @@ def from_json(found) -> Log:
     if not isinstance(found, dict) or found.get('matrix_jax_session') != VERSION:
         raise ReplayError(f'replay: expected a JSON object with matrix_jax_session: {VERSION}')
     names = {field.name for field in dataclasses.fields(Log)}
-    given = {name: value for name, value in found.items() if name != 'matrix_jax_session'}
+    given = {'mesh': ''} | {name: value for name, value in found.items()
+                            if name != 'matrix_jax_session'}
     if set(given) != names:
         raise ReplayError(f'replay: got the fields {", ".join(sorted(given))}; expected '
                           f'{", ".join(sorted(names))}')
@@ -99,7 +224,7 @@ def from_json(found) -> Log:
     for name, most in whole.items():
         if type(given[name]) is not int or not 0 <= given[name] <= most:
             raise ReplayError(f'replay.{name}: got {given[name]!r}, expected 0 to {most}')
-    for name in ('recipe', 'fingerprint', 'entry', 'prompt', 'symbols'):
+    for name in ('recipe', 'fingerprint', 'entry', 'mesh', 'prompt', 'symbols'):
         if not isinstance(given[name], str):
             raise ReplayError(f'replay.{name}: got {type(given[name]).__name__}, expected a string')
     for name in ('start', 'picture'):
@@ -107,14 +232,7 @@ def from_json(found) -> Log:
             raise ReplayError(f'replay.{name}: expected a string or null')
     if (given['start'] is None) == (given['picture'] is None):
         raise ReplayError('replay: expected one of start and picture')
-    symbols = []
-    for run in filter(None, given['symbols'].split(',')):
-        match = re.fullmatch(r'([A-Za-z0-9+:.-]{1,64})\*([1-9]\d{0,6})', run)
-        if not match:
-            raise ReplayError(f'replay.symbols: got {run[:20]!r}, expected such as D*12')
-        symbols += [match[1]] * int(match[2])
-        if len(symbols) > MAX_SHIFTS:
-            raise ReplayError(f'replay.symbols: expected at most {MAX_SHIFTS} shifts')
+    symbols = KeyRuns.parse(given['symbols'])
     prompts = given['prompts']
     if not isinstance(prompts, list) or len(prompts) > MAX_PROMPTS or not all(
             isinstance(change, list) and len(change) == 2 and type(change[0]) is int
@@ -124,10 +242,27 @@ def from_json(found) -> Log:
     return Log(**given | {'symbols': symbols, 'prompts': prompts})
 
 
+def loads(text: str) -> Log:
+    """A Log from JSON text of anyone.
+
+    Raises:
+      ValueError: it is something else.
+    """
+    return from_json(json.loads(_fitting(text)))
+
+
+def _fitting(text: str) -> str:
+    """`text`, unless it is too long; told before much time is spent on it."""
+    if len(text) > LOG_BYTES:
+        raise ReplayError(f'replay: got a log of {len(text)} bytes, expected at most {LOG_BYTES}')
+    return text
+
+
 def read(path: str) -> Log:
     """The Log in a file."""
     try:
-        return from_json(json.loads(Path(path).expanduser().read_text(encoding='utf-8')))
+        with Path(path).expanduser().open(encoding='utf-8') as file:
+            return loads(file.read(LOG_BYTES + 1))
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ReplayError) else f'not readable ({error})'
         raise ReplayError(f'{path}: {reason}') from error
@@ -227,6 +362,15 @@ def compile_for(world, params, log: Log):
         raise ReplayError(f'replay: the session was played in another world, or with other weights '
                           f'(of {log.recipe})')
     return slots.compile()
+
+
+def difference(slots, log: Log) -> str:
+    """One line about what ran otherwise when the log was written, '' if nothing did."""
+    now = {'entry': slots.entry, 'together': slots.together, 'mesh': slots.mesh}
+    found = [f'{name} {str(getattr(log, name))[:60]}, now {value}' for name, value in now.items()
+             if getattr(log, name) not in ('', value)]
+    return (f'played with {"; ".join(found)}: the pictures may not be the very same to the last '
+            'bit') if found else ''
 
 
 def frames(slots, folder, log: Log):

@@ -37,6 +37,7 @@ class Slots:
 
     Attributes:
       ahead: steps that it pays to hand in before the frames of an earlier one are there.
+      mesh: the devices, for people and for logs.
 
     Raises:
       UsageError: the world does not stream, or the counts make no sense.
@@ -56,6 +57,7 @@ class Slots:
         params, decoder = world.apart(params)
         params = world.ready(params)
         self.world, self.params = world, params
+        self.mesh = ' | '.join(map(sharding.named, filter(None, (params, decoder))))
         self.count, self.together = count, together
         try:
             stream = cfg.stream.entered(self.entry)

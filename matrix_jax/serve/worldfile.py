@@ -15,6 +15,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.serve import replay
 
 FORMAT = 'matrix_jax.world.1'
+HEADER_BYTES = replay.LOG_BYTES + 2 * 2**20     # its log is JSON in JSON
 
 
 class WorldFileError(UsageError):
@@ -34,7 +35,7 @@ def dump(carry, log: replay.Log) -> bytes:
     # The format's reader for numpy does not know bfloat16.
     tensors = {name: leaf.view(np.uint16) if leaf.dtype == jnp.bfloat16 else leaf
                for name, leaf in zip(names(carry), leaves)}
-    return save(tensors, {'format': FORMAT, 'log': json.dumps(log.to_json())})
+    return save(tensors, {'format': FORMAT, 'log': log.dumps()})
 
 
 def parse(data: bytes, like, fingerprint: str):
@@ -50,12 +51,14 @@ def parse(data: bytes, like, fingerprint: str):
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
+    size = int.from_bytes(data[:8], 'little')
+    if HEADER_BYTES < size <= len(data):
+        raise WorldFileError(f'world file: got a log and names of {size} bytes, expected at most '
+                             f'{HEADER_BYTES}')
     try:
-        size = int.from_bytes(data[:8], 'little')
-        header = json.loads(data[8:8 + size])
-        meta = header['__metadata__']
-        tensors = load(data)
-        log = replay.from_json(json.loads(meta['log']))
+        tensors = load(data)            # strict about the header: all that follows is small
+        meta = json.loads(data[8:8 + size])['__metadata__']
+        log = replay.loads(meta['log'])
     except replay.ReplayError as error:
         raise WorldFileError(f'world file: {error}') from error
     except (SafetensorError, ValueError, TypeError, KeyError, RecursionError) as error:

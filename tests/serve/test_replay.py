@@ -10,7 +10,7 @@ import pytest
 
 from matrix_jax import config, generate, video
 from matrix_jax.serve import replay, worldfile
-from matrix_jax.serve.replay import Log, ReplayError
+from matrix_jax.serve.replay import KeyRuns, Log, ReplayError
 from matrix_jax.serve.worldfile import WorldFileError
 
 
@@ -30,12 +30,55 @@ def test_a_log_survives_json(log):
     ({'matrix_jax_session': 9}, 'matrix_jax_session'), ({'more': 1}, 'got the fields'),
     ({'seed': -1}, 'replay.seed'), ({'seed': 1.0}, 'replay.seed'), ({'symbols': 'X Y*1'}, 'X Y'),
     ({'symbols': 'D*9999999'}, 'at most'), ({'symbols': 'D*0'}, 'expected such as'),
+    ({'symbols': 'D*1,' * 2**18}, 'got 262145 runs of keys, expected at most 262144'),
+    ({'mesh': 2}, 'replay.mesh'),
     ({'prompts': [[9, 'late']]}, 'replay.prompts'), ({'start': None}, 'one of start and picture'),
     ({'prompt': 3}, 'replay.prompt'),
 ])
 def test_a_wrong_log_is_refused(log, change, said):
     with pytest.raises(ReplayError, match=said):
         replay.from_json(log.to_json() | change)
+
+
+def test_runs_of_keys_are_a_list():
+    random, plain, runs = np.random.default_rng(0), [], KeyRuns()
+    for _ in range(300):
+        plain.append(str(random.choice(['D', 'B', 'W+right:0.05'])))
+        runs.append(plain[-1])
+        if random.random() < 0.1:
+            cut = int(random.integers(len(plain) + 1))
+            before = runs.copy()
+            del plain[cut:], runs[cut:]
+            assert list(before)[:cut] == plain
+        assert list(runs) == plain and len(runs) == len(plain)
+    assert [runs[shift] for shift in range(-3, 9)] == plain[-3:] + plain[:9]
+    assert runs == KeyRuns(plain) == KeyRuns.parse(runs.spell()) and runs.kinds == set(plain)
+    assert not KeyRuns.parse('') and runs != KeyRuns(plain[:-1])
+
+
+def test_a_drive_longer_than_a_file_goes_on_but_is_not_written(log, monkeypatch):
+    monkeypatch.setattr(replay, 'MAX_RUNS', 3)
+    for symbol in ('B', 'B', 'D'):
+        log.symbols.append(symbol)
+    assert (len(log.symbols), log.symbols.lost, log.copy().symbols.lost) == (6, 5, 5)
+    with pytest.raises(ReplayError, match='more than 3 changes of keys'):
+        log.dumps()
+    del log.symbols[5:]
+    assert list(replay.loads(log.dumps()).symbols) == ['D', 'D', 'DL', 'B', 'B']
+    monkeypatch.setattr(replay, 'LOG_BYTES', 200)
+    for long in (log.dumps, lambda: replay.loads(' ' * 201)):
+        with pytest.raises(ReplayError, match='replay: got a log of .* bytes, expected at most'):
+            long()
+
+
+def test_an_older_log_says_nothing_of_a_mesh(log, slots):
+    older = log.to_json()
+    assert older.pop('mesh') == ''
+    assert replay.from_json(older) == log and not replay.difference(slots, log)
+    assert slots.mesh == 'cpu'
+    assert not replay.difference(slots, dataclasses.replace(log, mesh='cpu'))
+    other = replay.difference(slots, dataclasses.replace(log, mesh='cpu seq=2', entry='tail'))
+    assert other.startswith('played with entry tail, now head; mesh cpu seq=2, now cpu: ')
 
 
 def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
@@ -61,14 +104,16 @@ def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
         assert (np.asarray(frames)[1] == 0).all() == (shift == 1)
 
 
-def test_a_world_file_that_does_not_fit_is_refused(slots, log):
+def test_a_world_file_that_does_not_fit_is_refused(slots, log, monkeypatch):
     carry = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slots.like)
     data = worldfile.dump(carry, log)
     found, known = worldfile.parse(data, slots.like, log.fingerprint)
     assert known == log and jax.tree.structure(found) == jax.tree.structure(slots.like)
     wrong = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2), leaf.dtype), slots.like)
     broken = jax.tree.map(lambda leaf: leaf + np.nan if leaf.dtype.kind == 'f' else leaf, carry)
+    monkeypatch.setattr(worldfile, 'HEADER_BYTES', 4000)
     for bad, fingerprint, said in (
+            ((5000).to_bytes(8, 'little') + bytes(5000), '', 'a log and names of 5000 bytes'),
             (data, 'other', 'does not fit'), (data[:-9], log.fingerprint, 'damaged'),
             (b'', log.fingerprint, 'damaged'), (b'\xff' * 100, log.fingerprint, 'damaged'),
             (worldfile.dump(wrong, log), log.fingerprint, 'does not fit this world in'),
@@ -97,6 +142,16 @@ def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, m
     assert count == len(video.read_video(path)) == 3 * slots.frames
     with pytest.raises(config.UsageError, match='--replay: got --prompt as well'):
         generate.to_file(recipe, argparse.Namespace(**options | {'prompt': 'A car.'}))
+    def named(*argv):
+        parser = config.Parser('Generate.')
+        parser.add_argument('--replay')
+        return parser.run([*argv, '--replay', str(written), '--weights', 'here'],
+                          chosen=generate.recipe_of_log)[1]
+
+    assert named().name == named('the_matrix:tiny').name == 'the_matrix:TINY'
+    assert named().weights == 'here'
+    with pytest.raises(config.UsageError, match='--replay: got the recipe carracing'):
+        named('carracing')
     written.write_text('nonsense')
     with pytest.raises(ReplayError, match='session.json: not readable'):
         generate.to_file(recipe, argparse.Namespace(**options))
