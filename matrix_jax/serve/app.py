@@ -22,10 +22,13 @@ from matrix_jax import video
 from matrix_jax.config import UsageError
 from matrix_jax.serve import messages
 from matrix_jax.serve.engine import Engine
-from matrix_jax.serve.house import House, Refused
+from matrix_jax.serve.house import House, Refused, ask
 from matrix_jax.serve.messages import Bucket, MessageError
 from matrix_jax.serve.meters import Meters
 from matrix_jax.serve.session import Session, Stalled
+from matrix_jax.serve.transfers import Transfers
+from matrix_jax.serve.transfers import trouble as _trouble
+from matrix_jax.serve.worldfile import HEADER_BYTES
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name('player.html')
@@ -33,7 +36,6 @@ LOCAL = ('localhost', '127.0.0.1', '[::1]')
 RATE, BURST, FAULTS = 60, 120, 20          # messages a second, at once, and bad ones in all
 JOIN_SECONDS = 10
 PICTURE_BYTES = 8 * 2**20
-DRAIN_BYTES = 64 * 2**20
 HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff',
            'Referrer-Policy': 'no-referrer', 'X-Frame-Options': 'DENY',
            'Content-Security-Policy': "default-src 'none'; script-src 'unsafe-inline'; style-src "
@@ -57,9 +59,10 @@ class Server:
         self.engine = Engine(slots, to_jpeg, self._observe)
         self._given = folder, recipe, self.meters, grace, door
         self.house: House | None = None
-        # The answer's size is known: a carry, and a log with perhaps a picture.
+        # A world file's size is known: a carry, and a log with perhaps a picture.
         sizes = [leaf.size * leaf.dtype.itemsize for leaf in _leaves(slots.like)]
-        self.world_bytes = sum(sizes) + 16 * 2**20
+        self.world_bytes = sum(sizes) + HEADER_BYTES
+        self.transfers = Transfers(4 * self.world_bytes)
 
     def _observe(self, seconds: float, active: int):
         self.meters.shifted(seconds, self.engine.slots.frames, self.engine.spacing)
@@ -109,63 +112,39 @@ class Server:
         return Response(body, media_type=kind)
 
     async def save(self, request):
-        return await self._download(request, self.house.save, 'application/octet-stream',
-                                    'drive.world')
+        return self._download(request, self.house.save, 'application/octet-stream', 'drive.world')
 
     async def replay(self, request):
         async def answer(session):
-            return json.dumps(self.house.replay(session)).encode()
-        return await self._download(request, answer, 'application/json', 'session.json')
+            # Copied by the engine's thread, which alone changes a log.
+            timeline = await ask(self.engine.do(lambda: session.seat.log.copy()))
+            return await asyncio.to_thread(lambda: timeline.dumps().encode())
+        return self._download(request, answer, 'application/json', 'session.json')
 
     async def video(self, request):
         async def answer(session):
             if not session.recorded:
                 raise Refused('nothing was recorded yet')
-            return await asyncio.to_thread(to_mp4, list(session.recorded), session.fps)
-        return await self._download(request, answer, 'video/mp4', 'drive.mp4')
+            return await self.transfers.alone(session, to_mp4, list(session.recorded), session.fps)
+        return self._download(request, answer, 'video/mp4', 'drive.mp4')
 
     async def load(self, request):
-        return await self._upload(request, self.house.load, self.world_bytes)
+        return self._upload(request, self.house.load, self.world_bytes)
 
     async def picture(self, request):
-        return await self._upload(request, self.house.picture, PICTURE_BYTES)
+        return self._upload(request, self.house.picture, PICTURE_BYTES)
 
-    async def _download(self, request, make, kind: str, name: str):
-        from starlette.responses import Response
+    def _download(self, request, *file):
         session = self.house.sessions.get(request.path_params['session'])
         if session is None:
             return _trouble('this session is over', 404)
-        try:
-            return Response(await make(session), media_type=kind, headers={
-                'Content-Disposition': f'attachment; filename="{name}"', 'Cache-Control': 'no-store'
-            })
-        except (Refused, UsageError) as error:
-            return _trouble(str(error), 409)
+        return self.transfers.download(session, *file)
 
-    async def _upload(self, request, use, limit: int):
-        from starlette.requests import ClientDisconnect
-        from starlette.responses import JSONResponse
+    def _upload(self, request, use, limit: int):
         session = self.house.sessions.get(request.path_params['session'])
         if session is None:
             return _trouble('this session is over', 404)
-        data = bytearray()
-        try:
-            size = 0
-            async for chunk in request.stream():
-                size += len(chunk)
-                # A little more is read and dropped: who still sends does not hear an answer.
-                if size <= limit:
-                    data += chunk
-                elif size > limit + DRAIN_BYTES:
-                    break
-            if size > limit:
-                return _trouble(f'the file is too large: expected at most {limit} bytes', 413)
-            await use(session, bytes(data))
-        except ClientDisconnect:
-            return _trouble('the upload was cut off', 400)
-        except (Refused, UsageError) as error:
-            return _trouble(str(error), 422)
-        return JSONResponse({'ok': True})
+        return self.transfers.upload(session, use, limit)
 
     # --- playing -------------------------------------------------------------------------------
 
@@ -322,11 +301,6 @@ async def _close(socket, code: int, reason: str):
     with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError):
         await socket.send_text(json.dumps({'type': 'closed', 'code': code, 'message': reason}))
         await socket.close(code, reason.encode()[:120].decode(errors='ignore'))
-
-
-def _trouble(said: str, status: int):
-    from starlette.responses import JSONResponse
-    return JSONResponse({'error': said}, status)
 
 
 def _leaves(tree):

@@ -230,14 +230,12 @@ class House:
 
     async def load(self, session: Session, data: bytes):
         """Goes on from the bytes of a `.world` file."""
-        timeline, carry, _ = await self._parse(data)
+        timeline, carry, note = await self._parse(data)
         async with session.busy:
             await ask(self.engine.restart(session.seat, timeline, carry))
         session.state(loaded=True)
-
-    def replay(self, session: Session) -> dict:
-        """The log of a session as JSON."""
-        return session.seat.log.copy().to_json()
+        if note:
+            session.note('note', {'message': note})
 
     async def _restart(self, session: Session, timeline: replay.Log):
         timeline, carry, note = await self._prepare(timeline)
@@ -250,7 +248,8 @@ class House:
         seed = wanted['seed']
         return replay.Log(
             recipe=self.recipe, fingerprint=self.fingerprint, slots=self.slots.count,
-            together=self.slots.together, entry=self.slots.entry, prompt=prompt, picture=picture,
+            together=self.slots.together, entry=self.slots.entry, mesh=self.slots.mesh,
+            prompt=prompt, picture=picture,
             seed=secrets.randbelow(replay.MAX_SEED) if seed is None else seed,
             start=start if picture is None else None)
 
@@ -261,8 +260,8 @@ class House:
         """As `_prepare`, from the bytes of a `.world` file."""
         carry, timeline = await self._work(worldfile.parse, data, self.slots.like,
                                            self.fingerprint)
-        timeline.check(self.slots.world.vocabulary)
-        return timeline, carry, ''
+        await self._work(timeline.check, self.slots.world.vocabulary)
+        return timeline, carry, replay.difference(self.slots, timeline)
 
     async def _prepare(self, timeline: replay.Log):
         """(log, carry, what the player should know) of a new timeline."""

@@ -91,3 +91,12 @@ class Bucket:
             return False
         self.level -= 1
         return True
+
+    def pay(self, cost: float):
+        """Takes more, afterwards; the next ones wait until that is filled up."""
+        self.level -= cost
+
+    @property
+    def wait(self) -> float:
+        """Seconds until one may pass, as of the last `take`."""
+        return max(0.0, (1 - self.level) / self.rate)

@@ -15,11 +15,13 @@ import struct
 import time
 
 from matrix_jax.serve.engine import Picture, Seat
+from matrix_jax.serve.messages import Bucket
 
 QUEUE_SECONDS = 1.0        # frames that wait for a socket
 WINDOW_SECONDS = 2.0       # frames on their way that the player has not seen yet
 STALL_SECONDS = 30.0       # without a sign that frames arrive
-RECORD_SECONDS = 120
+RECORD_SECONDS, RECORD_BYTES = 120, 64 * 2**20     # whichever comes first
+TRANSFERS, TRANSFERS_AT_ONCE = 2, 20                # files a second
 HEADER = struct.Struct('<II')      # number of the frame, id of the key that it shows first
 
 
@@ -35,6 +37,7 @@ class Session:
       seat: its place in the engine; set when it has one.
       lost: what to call after a while without a socket.
       met: whether a player was here before.
+      transfers, transferring: how many files may still come and go, and whether one does now.
       over, reason: set when it has ended, and why it has.
     """
 
@@ -52,6 +55,8 @@ class Session:
         self.last: Picture | None = None
         self.recording: list[bytes] | None = None
         self.recorded: list[bytes] = []
+        self._record_bytes = 0
+        self.transfers, self.transferring = Bucket(TRANSFERS, TRANSFERS_AT_ONCE), False
         self.sent = self.dropped = self.waiting = 0
         self.pressed: collections.OrderedDict[int, float] = collections.OrderedDict()
         self.busy = asyncio.Lock()          # one change of the world at a time
@@ -73,9 +78,7 @@ class Session:
     def _take(self, pictures: list[Picture]):
         self.last = pictures[-1]
         if self.recording is not None:
-            self.recording += [picture.data for picture in pictures]
-            if len(self.recording) >= RECORD_SECONDS * self.fps:
-                self.record(False)
+            self._keep([picture.data for picture in pictures])
         if self.socket is None:
             return
         self.pictures.extend(pictures)
@@ -87,6 +90,16 @@ class Session:
         self.dropped += max(over, 0)
         self.meters.dropped.inc(max(over, 0))
         self._wake.set()
+
+    def _keep(self, frames: list[bytes]):
+        """Frames for the recording, as long as it may grow."""
+        self._record_bytes += sum(map(len, frames))
+        if self._record_bytes <= RECORD_BYTES:
+            self.recording += frames
+        if self._record_bytes > RECORD_BYTES or len(self.recording) >= RECORD_SECONDS * self.fps:
+            self.record(False)
+            self.note('note', {'message': 'The recording is full: at most '
+                               f'{RECORD_SECONDS} s and {RECORD_BYTES // 2**20} MiB.'})
 
     # --- from the player -------------------------------------------------------------------------
 
@@ -109,9 +122,9 @@ class Session:
         self._wake.set()
 
     def record(self, on: bool):
-        """Starts to keep frames, or ends it."""
+        """Starts to keep frames, in place of those of before, or ends it."""
         if on:
-            self.recording = []
+            self.recording, self.recorded, self._record_bytes = [], [], 0
         elif self.recording is not None:
             self.recorded, self.recording = self.recording, None
         self.state(recorded=len(self.recorded))

@@ -110,13 +110,17 @@ class Running:
         return Player(self, **wanted)
 
     def http(self, path, data=None, headers=None):
+        """(status, body); waits where it is told to."""
         request = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', data,
                                          headers or {})
-        try:
-            with urllib.request.urlopen(request, timeout=30) as answer:
-                return answer.status, answer.read()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read()
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=30) as answer:
+                    return answer.status, answer.read()
+            except urllib.error.HTTPError as error:
+                if error.code != 429:
+                    return error.code, error.read()
+                time.sleep(int(error.headers['Retry-After']))
 
     def players(self):
         return json.loads(self.http('/healthz')[1])['players']

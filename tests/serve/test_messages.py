@@ -42,3 +42,7 @@ def test_a_bucket_runs_dry_and_fills(monkeypatch):
     assert [bucket.take() for _ in range(4)] == [True, True, True, False]
     now[0] = 0.6
     assert [bucket.take() for _ in range(2)] == [True, False]
+    bucket.pay(3)
+    assert bucket.wait == pytest.approx(1.9)
+    now[0] += 2
+    assert bucket.take()

@@ -1,22 +1,51 @@
 """One player's frames and keys, without a server around them."""
 
 import asyncio
+import json
+import types
 
 import pytest
 
+from matrix_jax.serve import session
+from matrix_jax.serve.engine import Picture
 from matrix_jax.serve.meters import Meters
 from matrix_jax.serve.session import Session
 
 
 def test_sending_ends_even_if_something_to_send_comes_with_the_end():
     async def drive():
-        session, socket = Session(asyncio.get_running_loop(), 16, Meters(), 'token'), object()
-        session.socket = socket
-        task = asyncio.create_task(session.send(socket))
+        player, socket = Session(asyncio.get_running_loop(), 16, Meters(), 'token'), object()
+        player.socket = socket
+        task = asyncio.create_task(player.send(socket))
         await asyncio.sleep(0.01)           # it waits for frames
-        session.seen(0)                     # wakes it
+        player.seen(0)                      # wakes it
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(asyncio.shield(task), 5)
 
     asyncio.run(drive())
+
+
+def test_a_recording_has_a_limit_and_replaces_the_one_before(monkeypatch):
+    monkeypatch.setattr(session, 'RECORD_BYTES', 250)
+    told, now = [], []
+
+    async def drive():
+        player = Session(asyncio.get_running_loop(), 16, Meters(), 'token')
+        player.seat = types.SimpleNamespace(kept=None, log=types.SimpleNamespace(last_prompt=''))
+
+        def arrive(data):
+            player._take([Picture(0, 0, 0, data)] * 2)
+            now.append((player.recording and len(player.recording), len(player.recorded)))
+
+        player.record(True)
+        for _ in range(3):
+            arrive(bytes(60))
+        player.record(True)
+        arrive(b'')
+        told.extend(map(json.loads, player.notes))
+
+    asyncio.run(drive())
+    assert now == [(2, 0), (4, 0), (None, 4), (2, 0)]
+    assert [one['message'] for one in told if one['type'] == 'note'] == [
+        'The recording is full: at most 120 s and 0 MiB.']
