@@ -1,0 +1,86 @@
+"""Environments by the name of a recipe; players computed side by side, none of whom can touch
+another's world."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from matrix_jax import config
+from matrix_jax.config import UsageError
+from matrix_jax.serve import env as envs
+from matrix_jax.serve import run
+
+pytest.importorskip('gymnasium')
+NAME = 'the_matrix:TINY'
+
+
+@pytest.fixture(scope='module')
+def many(tiny):
+    """Three players of a recipe, which has weights here, in one batch."""
+    module = config._module('the_matrix')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, 'TINY', dataclasses.replace(module.TINY, weights=str(tiny)))
+        return envs.WorldVectorEnv(3, NAME)
+
+
+def drive(many, company, shifts=4):
+    """Frames and carry of the middle one of three players; `company(players)` comes in between."""
+    many.reset(seed=3)
+    players, frames = many.players, []
+    for shift in range(shifts):
+        if shift == 1:
+            company(players)
+        # The others hold what `company` says from then on, or rest.
+        actions = np.array([0, shift % 3, 0]) + (shift > 0) * np.array(company.keys)
+        active = np.array([True, True, shift == 0 or company.last])
+        players.shift(actions, active)
+        frames.append(players.frames[1].copy())
+    return np.stack(frames), players.slots.read(1)
+
+
+class Quiet:
+    """The others hold nothing else."""
+    keys, last = (0, 0, 0), True
+
+    def __call__(self, players):
+        pass
+
+
+class Wild(Quiet):
+    """One of the others breaks, and one rests."""
+    keys, last = (5, 0, 2), False
+
+    def __call__(self, players):
+        carry = players.slots.read(0)
+        players.slots.write(0, jax.tree.map(
+            lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, carry))
+
+
+def test_players_side_by_side_do_not_touch_each_other(many, slots, tiny):
+    assert many.players.slots.together == many.players.slots.count == 3
+    frames, carry = drive(many, Quiet())
+    again, same = drive(many, Wild())
+    np.testing.assert_array_equal(frames, again)
+    jax.tree.map(np.testing.assert_array_equal, carry, same)
+    assert not np.isfinite(jax.tree.leaves(many.players.slots.read(0))[0]).all()
+    # It is the world that players in turns have, to a rounding of its numbers.
+    alone = envs.WorldEnv(opened=(slots, tiny), whole=True)
+    alone.reset(seed=4)
+    turns = np.stack([alone.step(shift % 3)[0] for shift in range(4)])
+    assert np.abs(turns.astype(int) - frames).max() <= 2
+
+
+def test_an_environment_by_the_name_of_a_recipe(slots, tiny, monkeypatch):
+    with pytest.raises(UsageError, match=f'{NAME}: needs --weights'):
+        envs.WorldEnv(NAME)
+    with pytest.raises(UsageError, match="unknown world 'nowhere'"):
+        envs.WorldEnv('nowhere')
+    asked = []
+    monkeypatch.setattr(run, 'open_slots', lambda *given: (asked.append(given), (slots, tiny))[1])
+    env = envs.WorldEnv(NAME, entry='tail')
+    assert asked[0][0].name == NAME and asked[0][1] == run.Config(1, 1, 'tail')
+    env.reset(seed=0)
+    assert env.step(1)[0].shape == env.observation_space.shape
