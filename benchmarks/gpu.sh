@@ -5,8 +5,9 @@
 #
 # First the_matrix:STAGE4 at 480x720 with random weights: frames per second whole and by part,
 # latency, compile times, memory, TFLOP/s. Then, in the time that is left, the recorded cases of the
-# reference in float32 (parity.txt), how far bfloat16 and 8-bit layers are from float32 at full width
-# (OUT/errors), and the same benchmark with 8-bit layers (OUT/int8). What did not fit says so.
+# reference in float32 (parity.txt), the same with keys that bind at the head (OUT/head), how far
+# bfloat16 and 8-bit layers are from float32 at full width (OUT/errors), and the benchmark with 8-bit
+# layers (OUT/int8). Each writes what it has after every measured part; what did not fit says so.
 #
 # PEAK_TFLOPS is the data sheet's dense bfloat16 (989: H100 and H200); PYTHON is the interpreter.
 # Options of tools/benchmark.py may follow OUT, such as --world.vae.dtype float32.
@@ -29,13 +30,14 @@ part() {
     timeout "$((left < limit ? left : limit))" "$@" || { echo "$name: exit code $?" >&2; code=1; }
 }
 
-full=(tools/benchmark.py the_matrix:STAGE4 --random --world.vae.dtype bfloat16
-      --peak-tflops "${PEAK_TFLOPS:-989}")
-part benchmark 430 "$python" "${full[@]}" --steps 40 --out "$out" "${@:2}"
+full=(tools/benchmark.py the_matrix:STAGE4 --random --peak-tflops "${PEAK_TFLOPS:-989}")
+part benchmark 300 "$python" "${full[@]}" --steps 40 --entries tail --out "$out" "${@:2}"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 JAX_DEFAULT_MATMUL_PRECISION=highest part parity 120 \
-    "$python" tools/parity.py tests/goldens/the_matrix/* > "$out/parity.txt"
+    "$python" tools/parity.py tests/goldens/the_matrix/*.{safetensors,json} > "$out/parity.txt"
 tail -n 1 "$out/parity.txt"
+part head 120 "$python" "${full[@]}" --steps 30 --world.stream.entry head --entries head \
+    --out "$out/head" "${@:2}"
 part errors 60 "$python" "${full[@]}" --layers 4 --int8 --out "$out/errors"
 part int8 150 "$python" "${full[@]}" --steps 30 --entries none --world.dit.int8 blocks \
     --out "$out/int8" "${@:2}"

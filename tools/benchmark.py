@@ -23,7 +23,8 @@ def main(argv):
     add('--warmup', type=int, default=3, help='shifts before them (default 3)')
     add('--seed', type=int, default=0, help='of noise and random weights (default 0)')
     add('--entries', default='tail,head', help='where keys bind, for their latency; or none')
-    add('--peak-tflops', type=float, help='of one device by its data sheet, for the share reached')
+    add('--peak-tflops', type=float, help='of one device by its data sheet, for the share that is '
+        'reached; with --count what every device reaches (default: 80%% of an H200)')
     add('--vs', choices=('torch',), help='the same network in diffusers, in the same run')
     add('--sweep', choices=('mesh',), help='1, 2, 4 and 8 devices of mesh.seq, and pipelines')
     add('--int8', action='store_true', help='the errors of 8-bit layers; no clocks')

@@ -13,6 +13,8 @@ from matrix_jax.benchmark.measure import Settings
 from matrix_jax.config import Mesh, UsageError
 from matrix_jax.train import dry
 
+CEILING = 0.8 * 989     # TFLOP/s of a device that a count assumes: a share of the H200's data sheet
+LINK = 450e9            # bytes per second that a device sends: NVLink of an H100 or H200
 SWEEP = {**{f'seq={size}': Mesh(seq=size) for size in (1, 2, 4, 8)},
          **{name: Mesh(pipeline=name) for name in ('5dit_3vae', '6dit_2vae')}}
 
@@ -37,32 +39,38 @@ def benchmark(run, settings: Settings, random: bool = False, layers: int | None 
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UsageError(f'--out: {out} is a file, expected a folder')
     if mode == 'count':
-        return _count_page(run.name, cfg)
+        return _count_page(run.name, cfg, settings.peak_tflops or CEILING)
     if mode == 'vs':
         peer.check()
         if cfg.dit.int8 != 'none':
             raise UsageError(f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as the peer '
                              'has no 8-bit layers')
+
+    def keep(results, text=None):
+        report.write(out, results, text or report.markdown(results))
+
     if mode == 'sweep':
-        results, text = sweep(run, settings, random, layers)
+        results, text = sweep(run, settings, random, layers, keep)
     elif mode == 'int8':
         results, text = int8.run(run, random, layers, settings.seed)
     else:
-        results = one(run, settings, random, layers, mode == 'vs')
+        results = one(run, settings, random, layers, mode == 'vs', keep)
         text = report.markdown(results)
         text += peer.markdown(results) if mode == 'vs' else ''
-    report.write(out, results, text)
+    keep(results, text)
     return f'{text}\n{out}/benchmark.json, {out}/benchmark.md'
 
 
-def one(run, settings: Settings, random: bool, layers: int | None, compare: bool = False) -> dict:
-    """One benchmark in this process -> what `benchmark.json` holds."""
+def one(run, settings: Settings, random: bool, layers: int | None, compare: bool = False,
+        keep=lambda results: None) -> dict:
+    """One benchmark in this process -> what `benchmark.json` holds, which `keep` gets part by part.
+    """
     import jax
     subject = subjects.open_subject(run, random, layers, settings.seed)
     # Where attention is a kernel of its own, XLA cannot see what it costs.
     work = (compiled.flops(subject.world) if jax.default_backend() == 'cpu'
             else apart(compiled.flops_of, subject.world.cfg))
-    results = report.run(subject, settings, work)
+    results = report.run(subject, settings, work, keep=keep)
     if compare:
         results['torch'] = peer.run(subject, settings)
     return results
@@ -93,9 +101,10 @@ def _begin(devices, imitate, function, arguments):
 # --- one per mesh ----------------------------------------------------------------------------
 
 
-def sweep(run, settings: Settings, random: bool, layers: int | None) -> tuple[dict, str]:
+def sweep(run, settings: Settings, random: bool, layers: int | None,
+          keep=lambda results, text: None) -> tuple[dict, str]:
     """(results, page) of the same benchmark on the meshes of `SWEEP`, whose devices share the
-    tokens of the network; other axes are the run's."""
+    tokens of the network; other axes are the run's. `keep` gets both after every mesh."""
     on_cpu = apart(_backend, imitate=False) == 'cpu'
     settings = dataclasses.replace(settings, entries=())
     runs, refused = {}, {}
@@ -105,34 +114,44 @@ def sweep(run, settings: Settings, random: bool, layers: int | None) -> tuple[di
                 mesh = dataclasses.replace(run.mesh, seq=mesh.seq, pipeline='1')
             runs[name] = apart(one, dataclasses.replace(run, mesh=mesh), settings, random, layers,
                                devices=mesh.devices, imitate=on_cpu)
-        except ValueError as error:         # such as more devices than there are
-            refused[name] = str(error)
+        # More devices than there are, too little memory, or a process that the system ended.
+        except (ValueError, RuntimeError, MemoryError) as error:
+            refused[name] = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if runs:
+            results = {'sweep': runs, 'refused': refused}
+            text = _sweep_page(run.name, settings.steps, random, on_cpu, **results)
+            keep(results, text)
     if not runs:
-        raise UsageError('; '.join(refused.values()))
-    first = next(iter(runs.values()))
+        raise UsageError('; '.join(f'{name}: {why}' for name, why in refused.items()))
+    return results, text
+
+
+def _sweep_page(name: str, steps: int, random: bool, on_cpu: bool, sweep, refused) -> str:
+    first = next(iter(sweep.values()))
     base = first['parts']['end_to_end']['fps'] / first['devices']
     rows = []
-    for name, found in runs.items():
+    for mesh, found in sweep.items():
         parts, fps = found['parts'], found['parts']['end_to_end']['fps']
-        rows.append([name, found['devices'], found['exchange'] or 'nothing', f'{fps:.2f}',
+        rows.append([mesh, found['devices'], found['exchange'] or 'nothing', f'{fps:.2f}',
                      f'{parts["dit"]["fps"]:.2f}', f'{parts["vae"]["fps"]:.2f}',
                      f'{fps / base / first["devices"]:.2f}', f'{fps / base / found["devices"]:.1%}',
                      f'{found["mesh_bytes"] / report.MIB:.2f}',
                      f'{found["program_bytes"] / report.GIB:.2f}'])
     machine = first['machine']
-    lines = [f'# {run.name}: scaling over meshes', '',
-             f'{machine["device"]}, {machine["processor"]}, {machine["cores"]} cores.', '']
+    lines = [f'# {name}: scaling over meshes', '',
+             f'{machine["device"]}, {machine["processor"]}, {machine["cores"]} cores; '
+             f'{report.timed(steps)}.', '']
     if on_cpu:
         lines += [f'Note: the devices are imitated and share {machine["cores"]} cores: bytes and '
                   'memory scale, clocks do not.', '']
     if random:
         lines += [f'Note: {report.RANDOM}.', '']
-    if any(found['machine']['busy'] > report.BUSY for found in runs.values()):
+    if any(found['machine']['busy'] > report.BUSY for found in sweep.values()):
         lines += ['Note: the machine was busy before a start; the clocks are too slow.', '']
     lines += report.table(['mesh', 'devices', 'DiT exchanges', 'fps', 'DiT fps', 'VAE fps',
                            'speed-up', 'efficiency', 'MiB sent per device', 'GiB per device'], rows)
-    lines += ['', *(f'- {name}: not run ({why})' for name, why in refused.items())]
-    return {'sweep': runs, 'refused': refused}, '\n'.join(lines) + '\n'
+    lines += ['', *(f'- {mesh}: not run ({why})' for mesh, why in refused.items())]
+    return '\n'.join(lines) + '\n'
 
 
 def _backend() -> str:
@@ -143,7 +162,7 @@ def _backend() -> str:
 # --- a count ---------------------------------------------------------------------------------
 
 
-def _count_page(name: str, cfg) -> str:
+def _count_page(name: str, cfg, ceiling: float) -> str:
     (work, read), (anew, before) = apart(compiled.weigh, cfg)
     least, spare = floor.flops(cfg), before['transformer'] - read['transformer']
     frames = cfg.stream.group_frames * cfg.frames_per_control
@@ -164,7 +183,21 @@ def _count_page(name: str, cfg) -> str:
         f'- weights read: DiT {read["transformer"] / report.MIB:,.4g} MiB, VAE '
         f'{read["vae"] / report.MIB:,.4g} MiB', '',
         *report.table(['mesh.seq', 'devices exchange', 'MiB that each sends per shift'],
-                      [exchange(cfg, parts) for parts in range(2, 9)])])
+                      [exchange(cfg, parts) for parts in range(2, 9)]), '',
+        f'At {ceiling:g} TFLOP/s, sending {LINK / 1e9:g} GB/s, nothing at the same time but the '
+        'parts of a pipeline; of the busiest device, per shift:', '',
+        *report.table(['mesh', 'DiT ms', 'VAE ms', 'DiT MiB', 'VAE MiB', 'sending ms (DiT + VAE)',
+                       'fps at most'], [_bound(name, cfg, mesh, ceiling)
+                                        for name, mesh in SWEEP.items()])])
+
+
+def _bound(name: str, cfg, mesh: Mesh, ceiling: float) -> list:
+    """A row of what a mesh can give at best."""
+    found = floor.bounds(cfg, mesh, ceiling * report.TERA, LINK)
+    dit, vae = found['dit'], found['vae']
+    return [name, f'{1e3 * dit["seconds"]:.1f}', f'{1e3 * vae["seconds"]:.1f}',
+            f'{dit["bytes"] / report.MIB:,.0f}', f'{vae["bytes"] / report.MIB:,.0f}',
+            f'{1e3 * dit["sending"]:.2f} + {1e3 * vae["sending"]:.2f}', f'{found["fps"]:.0f}']
 
 
 def exchange(cfg, parts: int) -> list:

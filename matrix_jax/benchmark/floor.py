@@ -8,6 +8,7 @@ computed twice that a stream computes once (`World.ready`).
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 from matrix_jax.nn.attention import route
 
@@ -39,33 +40,78 @@ def dit(cfg, frames: int, height: int, width: int, literal: bool = False) -> flo
     return 2 * total
 
 
-def vae(cfg, height: int, width: int) -> float:
-    """FLOPs of decoding one latent frame of this size, without the first of a clip."""
-    def conv(inner, outer, taps, size):
-        return 2 * taps * inner * outer * math.prod(size)
+class Conv(NamedTuple):
+    """A convolution of a decoder: channels, taps, and its frames and pixels (in each direction) per
+    frame and pixel of the latents."""
+    inputs: int
+    outputs: int
+    taps: tuple[int, int, int]
+    frames: int
+    scale: int
 
-    latent, widths = (1, height, width), cfg.block_out_channels[::-1]
-    z = cfg.latent_channels
+
+def decoder(cfg) -> tuple[list[Conv], list[int]]:
+    """Convolutions of the autoencoder's decoder, and the channels of its norms."""
+    z, widths = cfg.latent_channels, cfg.block_out_channels[::-1]
+    convs, norms = [], []
+
+    def add(inner, outer, taps):
+        convs.append(Conv(inner, outer, taps, frames, scale))
 
     def norm(channels):     # scale and shift are read off the latents
-        return 2 * conv(z, channels, 1, latent)
+        norms.append(channels)
+        convs.extend(2 * [Conv(z, channels, (1, 1, 1), 1, 1)])
 
-    def resnet(inner, outer, size):
-        shortcut = conv(inner, outer, 1, size) if inner != outer else 0
-        return (conv(inner, outer, 27, size) + conv(outer, outer, 27, size) + shortcut
-                + norm(inner) + norm(outer))
+    def resnet(inner, outer):
+        norm(inner)
+        add(inner, outer, (3, 3, 3))
+        norm(outer)
+        add(outer, outer, (3, 3, 3))
+        if inner != outer:
+            add(inner, outer, (1, 1, 1))
 
-    inner, size = widths[0], latent
-    total = conv(z, inner, 27, size) + 2 * resnet(inner, inner, size)
+    inner, frames, scale = widths[0], 1, 1
+    add(z, inner, (3, 3, 3))
+    resnet(inner, inner)
+    resnet(inner, inner)
     for level, outer in enumerate(widths):
         for _ in range(cfg.layers_per_block + 1):
-            total += resnet(inner, outer, size)
+            resnet(inner, outer)
             inner = outer
         if level < len(widths) - 1:
-            size = (size[0], 2 * size[1], 2 * size[2])
-            total += conv(outer, outer, 9, size)        # per frame, before time doubles
-            size = (size[0] * (1 + cfg.halves_time(level)), *size[1:])
-    return total + norm(inner) + conv(inner, cfg.out_channels * cfg.patch_size ** 2, 27, size)
+            scale *= 2
+            add(outer, outer, (1, 3, 3))        # per frame, before time doubles
+            frames *= 1 + cfg.halves_time(level)
+    norm(inner)
+    add(inner, cfg.out_channels * cfg.patch_size ** 2, (3, 3, 3))
+    return convs, norms
+
+
+def vae(cfg, height: int, width: int) -> float:
+    """FLOPs of decoding one latent frame of this size, without the first of a clip."""
+    return sum(2 * one.inputs * one.outputs * math.prod(one.taps) * one.frames * one.scale ** 2
+               * height * width for one in decoder(cfg)[0])
+
+
+# --- many devices ----------------------------------------------------------------------------
+
+
+def bordered(cfg, frames: int, width: int, parts: int) -> float:
+    """Bytes that each device sends while latent frames are decoded at once, whose rows are split:
+    a row up and a row down for each convolution, and two numbers per channel for each norm.
+
+    Args:
+      cfg: of the autoencoder.
+      frames: latent frames.
+      width: of a row of the latents.
+      parts: devices.
+    """
+    if parts == 1:
+        return 0
+    convs, norms = decoder(cfg)
+    rows = sum(2 * (frames * one.frames + one.taps[0] - 1) * width * one.scale * one.inputs
+               for one in convs if one.taps[1] > 1)
+    return rows * (2 if cfg.dtype == 'bfloat16' else 4) + (parts - 1) * sum(norms) * 2 * 4
 
 
 def exchanged(cfg, frames: int, height: int, width: int, parts: int) -> tuple[str, float]:
@@ -80,3 +126,33 @@ def exchanged(cfg, frames: int, height: int, width: int, parts: int) -> tuple[st
     what = route(cfg.heads, parts, cfg.exchange)
     times = 4 / parts if what == 'heads' else 2
     return what, cfg.layers * times * mine * (parts - 1)
+
+
+def bounds(cfg, mesh, rate: float, link: float) -> dict[str, dict[str, float]]:
+    """The least that a shift can take on a mesh: {'dit', 'vae'} -> {'seconds' of arithmetic on the
+    busiest device, 'bytes' that it sends, 'sending' in seconds}, and 'fps', if all runs at the
+    ceilings and nothing is sent while something is computed.
+
+    Args:
+      cfg: of the world.
+      mesh: `mesh.Mesh` of `seq` alone, or a pipeline, whose parts work at the same time.
+      rate: FLOP/s of a device.
+      link: bytes per second that a device sends.
+    """
+    stream, scale = cfg.stream, cfg.vae.spatial_compression
+    height, width = cfg.height // scale, cfg.width // scale
+    network, pictures = (one.seq for one in mesh.parts or (mesh, mesh))
+    places = (height // cfg.dit.patch) * (width // cfg.dit.patch)
+    tokens = stream.frames * places + cfg.dit.text_length
+    held = (stream.frames * math.ceil(places / network)
+            + math.ceil(cfg.dit.text_length / network))
+    # What does not divide is padded: the busiest device has as much as the first.
+    share = {'dit': held / tokens, 'vae': math.ceil(height / pictures) / height}
+    chunks = stream.group_frames // cfg.decode_chunk
+    sent = {'dit': stream.passes * exchanged(cfg.dit, stream.frames, height, width, network)[1],
+            'vae': chunks * bordered(cfg.vae, cfg.decode_chunk, width, pictures)}
+    found = {part: {'seconds': work * share[part] / rate, 'bytes': sent[part],
+                    'sending': sent[part] / link} for part, work in flops(cfg).items()}
+    both = [one['seconds'] + one['sending'] for one in found.values()]
+    frames = stream.group_frames * cfg.frames_per_control
+    return found | {'fps': frames / (max(both) if mesh.parts else sum(both))}

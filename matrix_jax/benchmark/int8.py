@@ -1,4 +1,5 @@
-"""What 8-bit layers change: a network's prediction and a stream's latents, against float32."""
+"""What 8-bit layers change: a network's prediction and a stream's latents, against float32 and
+against bfloat16."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from matrix_jax.stream.base import rollout
 
 SHIFTS = 8
 HEADER = ('blocks multiply in', 'MiB of the DiT', 'prediction: rms', 'largest', 'cosine',
-          f'latents of {SHIFTS} shifts: rms')
+          'rms to bfloat16', f'latents of {SHIFTS} shifts: rms', 'rms to bfloat16')
 
 
 def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> tuple[dict, str]:
@@ -37,21 +38,28 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
         cfg = world.cfg
     kinds = [('float32', 'none'), ('bfloat16', 'none')]
     kinds += [(cfg.dit.dtype, int8) for int8 in ('attention', 'blocks')]
-    results, wanted = {}, None
+    results, wanted = {}, {}
     for dtype, int8 in kinds:
         name = f'int8 ({int8}) and {dtype}' if int8 != 'none' else dtype
         made, size = play(cfg, dtype, int8, params['transformer'], cond, seed)
-        wanted = wanted or made
-        results[name] = {'bytes': size} | {
-            what: compare(made[what], wanted[what]) for what in made}
-    rows = [[name, f'{one["bytes"] / report.MIB:,.1f}', f'{one["prediction"]["rms"]:.2e}',
-             f'{one["prediction"]["largest"]:.2e}', f'{one["prediction"]["cosine"]:.6f}',
-             f'{one["latents"]["rms"]:.2e}'] for name, one in results.items()]
+        if int8 == 'none':
+            wanted[dtype] = made
+        results[name] = {'bytes': size, **against(made, wanted['float32'])}
+        if 'bfloat16' in wanted:
+            results[name]['to_bfloat16'] = against(made, wanted['bfloat16'])
+    results['float32']['to_bfloat16'] = against(wanted['float32'], wanted['bfloat16'])
+    rows = []
+    for name, one in results.items():
+        half = one['to_bfloat16']
+        rows.append([name, f'{one["bytes"] / report.MIB:,.1f}', f'{one["prediction"]["rms"]:.2e}',
+                     f'{one["prediction"]["largest"]:.2e}', f'{one["prediction"]["cosine"]:.6f}',
+                     f'{half["prediction"]["rms"]:.2e}', f'{one["latents"]["rms"]:.2e}',
+                     f'{half["latents"]["rms"]:.2e}'])
     note = [f'Note: {report.RANDOM}.', ''] if random else []
     return results, '\n'.join([
-        f'# {run.name}: 8-bit layers against float32', '', 'Errors relative to float32: root mean '
-        'square over root mean square, and largest over largest.', '', *note,
-        *report.table(HEADER, rows)]) + '\n'
+        f'# {run.name}: 8-bit layers against float32 and bfloat16', '', 'Errors relative to '
+        'float32, or to bfloat16 where it says so: root mean square over root mean square, and '
+        'largest over largest.', '', *note, *report.table(HEADER, rows)]) + '\n'
 
 
 def play(cfg, dtype: str, int8: str, net, cond, seed: int):
@@ -74,6 +82,11 @@ def play(cfg, dtype: str, int8: str, net, cond, seed: int):
 
     made = {name: np.asarray(value, np.float64) for name, value in make(params, cond).items()}
     return made, sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def against(made: dict, wanted: dict) -> dict[str, dict[str, float]]:
+    """`compare` of each output."""
+    return {what: compare(made[what], wanted[what]) for what in made}
 
 
 def compare(got, want) -> dict[str, float]:

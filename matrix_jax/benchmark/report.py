@@ -17,13 +17,15 @@ from matrix_jax.nn.attention import route
 
 RANDOM = 'random weights: what is shown is speed, the frames mean nothing'
 BUSY = 0.1          # share of the cores at work for others above which figures are marked
+ENOUGH = 30         # steps below which figures are marked
 LOOK = 0.5          # seconds to look at that
 TERA, GIB, MIB = 1e12, 2**30, 2**20
 LABELS = {'end_to_end': 'DiT + VAE + uint8 + host copy', 'dit': 'DiT',
           'vae': 'VAE + uint8 + host copy'}
 
 
-def run(subject, settings: measure.Settings, work: dict[str, float], say=print) -> dict:
+def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
+        keep=lambda results: None) -> dict:
     """Everything but the comparison.
 
     Args:
@@ -31,6 +33,7 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print) 
       settings: how much is measured.
       work: FLOPs of a shift by part (`compiled.flops`).
       say: prints a line of progress.
+      keep: gets what there is so far, after every measured part.
 
     Returns:
       What `benchmark.json` holds.
@@ -50,24 +53,33 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print) 
     results |= {'compile_seconds': seconds, 'collectives': found,
                 'mesh_bytes': max(map(compiled.sent, found.values())),
                 'program_bytes': max(map(compiled.memory, program.programs))}
-    results['parts'] = {}
-    for name, build in (('end_to_end', lambda: program),
-                        ('dit', lambda: measure.network(subject, settings.seed)),
-                        ('vae', lambda: measure.decoder(subject))):
+    results |= {'parts': {}, 'latency': {}}
+
+    def clock(name, build):
         say(f'timing {name}: {settings.warmup} + {settings.steps} shifts')
         times = measure.intervals(build(), settings)
         flops = sum(work.values()) if name == 'end_to_end' else work[name]
         results['parts'][name] = speed(times, frames, flops, devices[name], settings)
-        if name == 'end_to_end':
-            results['memory'] = measure.peak_memory()
-    results['latency'] = {}
-    for entry in settings.entries:
+
+    def press(entry, build):
         say(f'latency of keys that bind at the {entry}')
-        same = entry == world.cfg.stream.entry
-        bound = program if same else measure.whole(subject, entry, settings.seed)
-        results['latency'][entry] = measure.latency(subject, bound)
+        results['latency'][entry] = measure.latency(subject, build())
+
+    clock('end_to_end', lambda: program)
+    results['memory'] = measure.peak_memory()
     best = measure.ceilings(world.cfg.dit.dtype, world.cfg.vae.dtype)
     results['ceilings_tflops'] = {name: value / TERA for name, value in best.items()}
+    keep(results)
+    # An entry that is not the recipe's needs a program of its own, and comes last.
+    own, seed = world.cfg.stream.entry, settings.seed
+    todo = [(press, own, lambda: program)] * (own in settings.entries)
+    todo += [(clock, 'dit', lambda: measure.network(subject, seed)),
+             (clock, 'vae', lambda: measure.decoder(subject))]
+    todo += [(press, entry, lambda entry=entry: measure.whole(subject, entry, seed))
+             for entry in settings.entries if entry != own]
+    for measured, name, build in todo:
+        measured(name, build)
+        keep(results)
     return results
 
 
@@ -152,7 +164,12 @@ def markdown(results: dict) -> str:
              f'{shape["vae_dtype"]}), {shape["tokens"]} tokens, {shape["calls_per_shift"]} network '
              f'call(s) and {results["frames_per_shift"]} frames per shift; {results["devices"]} x '
              f'{machine["device"]} ({machine["processor"]}, {machine["cores"]} cores), jax '
-             f'{machine["jax"]}; {results["settings"]["steps"]} shifts timed.', '']
+             f'{machine["jax"]}; {timed(results["settings"]["steps"])}.', '']
+    missing = [LABELS[name] for name in LABELS if name not in results['parts']]
+    missing += [f'latency at the {entry}' for entry in results['settings']['entries']
+                if entry not in results['latency']]
+    if missing:
+        lines += [f'Note: it did not come to: {"; ".join(missing)}.', '']
     if results['random_weights']:
         lines += [f'Note: {RANDOM}.', '']
     if machine['busy'] > BUSY:
@@ -162,12 +179,12 @@ def markdown(results: dict) -> str:
     header = ['part', 'fps', 'p50 ms', 'p95 ms', 'jitter ms', 'TFLOP per frame', 'TFLOP/s',
               *([f'of {peak:g} TFLOP/s'] if peak else []), 'of its ceiling']
     rows = []
-    for name, label in LABELS.items():
-        one, work = results['parts'][name], results['flops']
+    for name, one in results['parts'].items():
+        work = results['flops']
         work = sum(work.values()) if name == 'end_to_end' else work[name]
         share = [f'{one["peak_share"]:.1%}'] if peak else []
         ours = at_best(results, name) / (one['mean_ms'] / 1e3)
-        rows.append([label, f'{one["fps"]:.2f}', *(f'{one[key]:.1f}' for key in (
+        rows.append([LABELS[name], f'{one["fps"]:.2f}', *(f'{one[key]:.1f}' for key in (
             'p50_ms', 'p95_ms', 'jitter_ms')), f'{work / results["frames_per_shift"] / TERA:.4g}',
             f'{one["tflops"]:.4g}', *share, f'{ours:.1%}'])
     lines += table(header, rows)
@@ -192,6 +209,11 @@ def markdown(results: dict) -> str:
     return '\n'.join(lines) + '\n'
 
 
+def timed(steps: int) -> str:
+    """How many shifts were timed, and whether those are too few to go by."""
+    return f'{steps} shifts timed' + f' (fewer than {ENOUGH} steps)' * (steps < ENOUGH)
+
+
 def at_best(results: dict, part: str) -> float:
     """Seconds of a shift of a part if all of it ran as its ceiling does."""
     ceilings = {'dit': 'matmul', 'vae': 'conv'}
@@ -210,8 +232,11 @@ def _when(found) -> str:
 
 
 def write(folder, results: dict, text: str):
-    """`benchmark.json` and `benchmark.md`."""
+    """`benchmark.json` and `benchmark.md`, each whole at any time."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'benchmark.json').write_text(json.dumps(results, indent=1) + '\n')
-    (folder / 'benchmark.md').write_text(text)
+    for name, content in (('benchmark.json', json.dumps(results, indent=1) + '\n'),
+                          ('benchmark.md', text)):
+        new = folder / f'.{name}'
+        new.write_text(content)
+        new.replace(folder / name)

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax
@@ -44,6 +45,7 @@ def test_a_benchmark_of_random_weights(tmp_path, capsys):
     assert min(found['compile_seconds'].values()) > 0
     assert found['memory']['process'] > 1e8
     page = (tmp_path / 'benchmark.md').read_text()
+    assert '; 3 shifts timed (fewer than 30 steps).' in page and 'did not come to' not in page
     assert report.RANDOM in page and page.strip() in capsys.readouterr().out
     rows = [line for line in page.splitlines() if line.startswith('|')]
     assert len({line.count('|') for line in rows[:5]}) == 1
@@ -57,6 +59,9 @@ def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
     assert exact['prediction']['rms'] == 0 < half['prediction']['rms'] < 0.05
     assert 0 < attention['prediction']['rms'] < blocks['prediction']['rms'] < 0.1
     assert blocks['bytes'] < attention['bytes'] < exact['bytes']
+    assert half['to_bfloat16']['latents']['rms'] == 0 < exact['to_bfloat16']['latents']['rms']
+    assert (0 < attention['to_bfloat16']['prediction']['rms']
+            < blocks['to_bfloat16']['prediction']['rms'] < 0.1)
     page = (tmp_path / 'benchmark.md').read_text()
     assert 'int8 (attention) and float32' in page and page.strip() in capsys.readouterr().out
 
@@ -65,6 +70,7 @@ def test_a_count_prints_the_floor(capsys, monkeypatch):
     monkeypatch.setattr(calls, 'apart', lambda function, *given: function(*given))
     assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--count') == 0
     printed = capsys.readouterr().out
+    assert '| 5dit_3vae | ' in printed and 'At 791.2 TFLOP/s' in printed
     assert '| both |' in printed and 'made once, not in every shift' in printed
 
 
@@ -74,8 +80,14 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
                         lambda build: ({'cold': 2.0, 'cached': 1.0}, build()))
     given = subject.open_subject(config.load(
         'the_matrix:TINY_SWIN', [*SMALL, '--mesh.pipeline', '2dit_3vae']), random=True, layers=1)
+    pages = []
     found = report.run(given, measure.Settings(steps=2, warmup=1, entries=()),
-                       {'dit': 1e6, 'vae': 3e6}, say=lambda line: None)
+                       {'dit': 1e6, 'vae': 3e6}, say=lambda line: None,
+                       keep=lambda found: pages.append(report.markdown(found)))
+    # What is measured is there before the rest is.
+    assert len(pages) == 3 and pages[-1] == report.markdown(found)
+    for page, rest in zip(pages, ('DiT; VAE + uint8 + host copy', 'VAE + uint8 + host copy')):
+        assert f'Note: it did not come to: {rest}.' in page and '| DiT + VAE + uint8' in page
     assert found['devices_of'] == {'dit': 2, 'vae': 3, 'end_to_end': 5}
     assert all(one['fps'] > 0 for one in found['parts'].values())
     # Of the layer: heads for tokens and back.
@@ -134,21 +146,40 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
     def apart(function, *arguments, devices=1, imitate=True):
         if function is not calls.one:
             return 'gpu'
-        if devices == 8 and not arguments[0].mesh.parts:
+        parts = arguments[0].mesh.parts
+        if devices == 8 and not parts:
             raise config.UsageError('mesh: expected at most 4')
+        if parts and parts[1].seq == 2:
+            raise BrokenProcessPool('ended abruptly.\nwhile running')
         assert arguments[0].mesh.devices == devices and not arguments[1].entries
         return results(devices, 10 * devices ** 0.5)
 
     monkeypatch.setattr(calls, 'apart', apart)
-    given = config.load('the_matrix:TINY')
-    found, page = calls.sweep(given, measure.Settings(), True, None)
+    given, pages = config.load('the_matrix:TINY'), []
+    found, page = calls.sweep(given, measure.Settings(), True, None,
+                              lambda found, page: pages.append(page))
     rows = [[cell.strip() for cell in line.strip('|').split('|')]
             for line in page.splitlines() if line.startswith('|')][2:]
-    names = ['seq=1', 'seq=2', 'seq=4', '5dit_3vae', '6dit_2vae']
+    names = ['seq=1', 'seq=2', 'seq=4', '5dit_3vae']
     assert [row[0] for row in rows] == names == list(found['sweep'])
     assert [row[2] for row in rows[:2]] == ['nothing', 'keys']
     assert rows[2][6:9] == ['2.00', '50.0%', '3.00']
     assert '- seq=8: not run (mesh: expected at most 4)' in page
+    assert '- 6dit_2vae: not run (ended abruptly.)' in page
+    # After every mesh, whatever became of it.
+    assert len(pages) == 6 and '| seq=1 |' in pages[0] and pages[-1] == page
+    assert '30 shifts timed.' in page
+
+
+def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):
+    def apart(function, *arguments, **fields):
+        if function is calls.one:
+            raise MemoryError
+        return 'cpu'
+
+    monkeypatch.setattr(calls, 'apart', apart)
+    with pytest.raises(config.UsageError, match='seq=1: MemoryError; seq=2: MemoryError'):
+        calls.sweep(config.load('the_matrix:TINY'), measure.Settings(), True, None)
 
 
 def test_the_peer_gets_our_weights_without_control(tmp_path):

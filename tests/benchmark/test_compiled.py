@@ -1,8 +1,10 @@
 """What is read from a program: collectives of its HLO, FLOPs, and compiling twice."""
 
+import dataclasses
 import os
 import re
 import types
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +12,13 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from matrix_jax import config, convert, worlds
+from matrix_jax import config, convert, sharding, worlds
 from matrix_jax.benchmark import compiled, floor, int8, subject
+from matrix_jax.nn import conv3d
 from matrix_jax.train import dry
+from matrix_jax.vae import cogvideox as vae
+
+WIDE = 24       # channels, enough for the detours of the CPU
 
 
 def split_program(turns):
@@ -121,6 +127,52 @@ def test_what_devices_send_depends_on_whether_heads_divide():
     assert kind == 'keys' and sent == 30 * 2 * (9 * 169 + 29) * d * 2 * 7
 
 
+def sent_by(jaxpr):
+    """Bytes that each device sends in a program that is one `shard_map`, as it is traced."""
+    total = 0
+    for equation in jaxpr.eqns:
+        for inner in equation.params.values():
+            inner = getattr(inner, 'jaxpr', inner)
+            total += sent_by(inner) if hasattr(inner, 'eqns') else 0
+        size = sum(one.aval.size * one.aval.dtype.itemsize for one in equation.outvars)
+        if equation.primitive.name == 'ppermute':
+            total += size
+        elif equation.primitive.name == 'all_gather':
+            total += size * (1 - 1 / equation.params['axis_size'])
+    return total
+
+
+@pytest.mark.parametrize('parts, dtype', [(6, 'bfloat16'), (5, 'float32')])
+def test_rows_that_devices_send_are_those_of_the_program(parts, dtype):
+    """Of a step that continues a stream; where rows do not divide as well."""
+    cfg = dataclasses.replace(config.load('the_matrix:TINY').world.vae, dtype=dtype,
+                              block_out_channels=(4, 8), temporal_compression=2,
+                              single_latent_frames=2)
+    shapes, latents = vae.shapes(cfg), jax.ShapeDtypeStruct((1, 2, 12, 3, cfg.latent_channels),
+                                                            'float32')
+    with jax.set_mesh(sharding.make_mesh(config.Mesh(seq=parts))), conv3d.native():
+        cache, _ = jax.eval_shape(partial(vae.prefill, cfg), shapes, latents)
+        traced = jax.make_jaxpr(partial(vae.step, cfg))(shapes, cache, latents)
+    assert sent_by(traced.jaxpr) == floor.bordered(cfg, 2, 3, parts) > 0
+    assert floor.bordered(cfg, 2, 3, 1) == 0
+
+
+def test_what_bounds_a_mesh():
+    """Uneven rows and tokens leave work to the first device; parts of a pipeline overlap."""
+    cfg = config.load('the_matrix:STAGE4').world
+    work, both = floor.flops(cfg), [config.Mesh(seq=8), config.Mesh(pipeline='6dit_2vae')]
+    whole, split = (floor.bounds(cfg, mesh, 1e15, 450e9) for mesh in both)
+    assert whole['vae']['seconds'] == pytest.approx(work['vae'] * 8 / 60 / 1e15)
+    assert whole['dit']['seconds'] == pytest.approx(work['dit'] * 1550 / 12376 / 1e15)
+    assert split['vae']['seconds'] == pytest.approx(work['vae'] / 2 / 1e15)
+    assert split['fps'] == 8 / (split['vae']['seconds'] + split['vae']['sending'])
+    assert whole['fps'] == 8 / sum(whole[part][what] for part in work
+                                   for what in ('seconds', 'sending'))
+    alone = floor.bounds(cfg, config.Mesh(), 1e15, 450e9)
+    assert alone['fps'] == pytest.approx(8 / (sum(work.values()) / 1e15))
+    assert not alone['dit']['bytes'] and not alone['vae']['bytes']
+
+
 def test_errors_are_relative_and_zero_between_equals():
     want = np.array([3.0, -4.0])
     assert int8.compare(want, want) == {'rms': 0, 'largest': 0, 'cosine': pytest.approx(1)}
@@ -137,6 +189,23 @@ def test_a_loop_within_a_loop_of_one_turn_counts():
     for turns in (1, 3):
         work = dry.flops(lambda x, n=turns: jax.lax.scan(outer, x, length=n)[0], np.ones((8, 8)))
         assert work == pytest.approx(turns * 5 * 2 * 8**3, rel=0.05)
+
+
+@pytest.mark.parametrize('function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.doubled2d, (3, 3))],
+                         ids=['conv3d', 'doubled2d'])
+def test_a_count_takes_no_detour_of_the_cpu(function, taps):
+    """There float32 of many channels is convolved with fewer multiplies; what counts is the plain
+    sum, whatever the type."""
+    def given(dtype):
+        return (jax.ShapeDtypeStruct((1, 6, 8, 8, WIDE), dtype),
+                jax.ShapeDtypeStruct((*taps, WIDE, WIDE), dtype))
+
+    counted, half = (dry.flops(function, *given(dtype)) for dtype in ('float32', 'bfloat16'))
+    assert counted == half
+    pixels = np.prod(jax.eval_shape(function, *given('float32')).shape[1:4])
+    assert 0.8 < counted / (2 * pixels * np.prod(taps) * WIDE**2) <= 1      # without the borders
+    taken = jax.jit(function).lower(*given('float32')).cost_analysis()['flops']
+    assert taken < 0.7 * counted
 
 
 def test_the_second_compilation_reads_the_first():
