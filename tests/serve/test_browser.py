@@ -1,109 +1,279 @@
 """The page in a real browser; skipped where there is none (Debian: chromium, chromium-driver)."""
 
 import io
-import json
+import time
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from matrix_jax import video
 from matrix_jax.serve import replay
 from matrix_jax.serve.app import to_jpeg
 
 SIGHT = """const c = document.getElementById('canvas');
            return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"""
+# All that the cover says from now on, however briefly.
+COVERS = """window.covers = [];
+            new MutationObserver(() => covers.push(document.getElementById('cover').textContent))
+              .observe(document.getElementById('cover'), {childList: true});"""
+# Where the buttons are: key -> centre and size.
+PAD = """const pad = document.getElementById('pad');
+         pad.scrollIntoView();
+         return Object.fromEntries(Array.from(pad.children, one => {
+           const box = one.getBoundingClientRect();
+           return [one.dataset.key, [box.x + box.width / 2, box.y + box.height / 2, box.width,
+                                     box.height]];
+         }));"""
+HELD_SECONDS = 3
 
 
-def test_a_person_plays(serving, browser, slots, tiny):
-    from selenium.webdriver.common.action_chains import ActionChains
-    from selenium.webdriver.common.by import By
-    from selenium.webdriver.common.keys import Keys
+class Page:
+    """The page as a person has it."""
 
-    server, keys = serving(grace=5.0), ActionChains(browser)
+    def __init__(self, browser, server, downloads):
+        from selenium.webdriver.common.action_chains import ActionChains
+        self.browser, self.server, self.downloads = browser, server, downloads
+        self.keys = ActionChains(browser)
+        browser.execute_cdp_cmd('Browser.setDownloadBehavior',
+                                {'behavior': 'allow', 'downloadPath': str(downloads)})
+        browser.get(f'http://127.0.0.1:{server.port}/')
+        self.says('status', 'the_matrix:TINY')
 
-    def text(name):
-        return browser.find_element(By.ID, name).text
+    def part(self, name):
+        return self.browser.find_element('id', name)
 
-    def click(name):
-        browser.find_element(By.ID, name).click()
+    def text(self, name):
+        return self.part(name).text
 
-    def sight():
-        return browser.execute_script(SIGHT)
+    def click(self, *names):
+        for name in names:
+            self.part(name).click()
 
-    def moves():
-        before = sight()
-        server.until(lambda: sight() != before)
+    def says(self, name, text):
+        """Waits for a text in a part of the page."""
+        self.server.until(lambda: text in self.text(name))
 
-    def log():
-        session = browser.execute_script('return sessionStorage.getItem("session")')
-        return json.loads(server.http(f'/session/{session}/replay')[1])
+    def rests(self, on=True):
+        """Pauses, or goes on."""
+        self.click('pause')
+        self.server.until(lambda: self.text('cover') == ('Paused' if on else ''))
 
-    def hold(key, symbol):
-        keys.key_down(key).perform()
-        server.until(lambda: text('symbol') == symbol)
-        server.until(lambda: symbol in log()['symbols'])
-        moves()
-        keys.key_up(key).perform()
-        server.until(lambda: text('symbol') == 'N')
+    def sight(self):
+        return self.browser.execute_script(SIGHT)
+
+    def moves(self):
+        before = self.sight()
+        self.server.until(lambda: self.sight() != before)
+
+    def log(self):
+        """What the page's session did so far, as the server has it."""
+        name = self.browser.execute_script('return sessionStorage.getItem("session")')
+        return self.server.server.house.sessions[name].seat.log.copy()
+
+    def obeys(self, symbol):
+        """Waits until the newest shift has a symbol -> how many shifts there are."""
+        self.server.until(lambda: self.shifts() and self.log().symbols[-1] == symbol)
+        return self.shifts()
+
+    def shifts(self):
+        return len(self.log().symbols)
+
+    def troubles(self):
+        """What the browser complained of since the last call."""
+        return [line['message'] for line in self.browser.get_log('browser')
+                if line['level'] == 'SEVERE']
+
+    def choose(self, name, path):
+        """What the file dialogue of an input would do."""
+        self.part(name).send_keys(str(path))
+
+    def downloaded(self, name):
+        """Waits for a file -> its path."""
+        path = self.downloads / name
+        self.says('status', f'Saved {name}')
+        self.server.until(path.exists)        # a browser names it so when it is whole
+        return path
+
+
+@pytest.fixture
+def page(serving, browser, tmp_path):
+    one = Page(browser, serving(), tmp_path)
+    yield one
+    print('the page said:', one.text('status'), one.text('cover'), one.troubles())
+
+
+def hold(page, key, symbol):
+    """A key is held for three seconds: the world obeys it throughout, and is let go with it."""
+    began = time.monotonic()
+    page.keys.key_down(key).perform()
+    page.says('symbol', symbol)
+    bound = page.obeys(symbol)
+    page.moves()
+    time.sleep(max(0, began + HELD_SECONDS - time.monotonic()))
+    page.moves()
+    obeyed = list(page.log().symbols)[bound - 1:]
+    assert len(obeyed) > 2 and set(obeyed) == {symbol}
+    page.keys.key_up(key).perform()
+    page.obeys('N')
+    assert page.text('symbol') == 'N'
+
+
+def left_and_right_differ(page, slots, folder):
+    """From the same moment, as replayed; and the picture that is shown is the last of them."""
+    page.click('restart')
+    page.says('status', 'A new drive.')
+    page.rests()
+    page.click('keep')
+    page.server.until(lambda: page.part('recall').is_enabled())
+    kept = page.shifts()
 
     def turn(key, symbol):
-        """Holds a key from the saved moment on -> frames of the drive, whose last one is shown."""
-        click('recall')
-        keys.key_down(key).perform()
-        click('pause')
-        server.until(lambda: len(replay.from_json(log()).symbols) > kept + slots.lag + 2)
-        click('pause')
-        server.until(lambda: text('cover') == 'Paused')
-        keys.key_up(key).perform()
-        drive = replay.from_json(log())
+        page.click('recall')
+        page.keys.key_down(key).perform()
+        page.click('pause')
+        page.server.until(lambda: page.shifts() > kept + slots.lag + 2)
+        page.rests()
+        page.keys.key_up(key).perform()
+        drive = page.log()
         assert drive.symbols[-1] == symbol
-        made = np.stack(list(replay.frames(slots.blank(), tiny, drive)))
+        made = np.stack(list(replay.frames(slots.blank(), folder, drive)))
         last = np.asarray(Image.open(io.BytesIO(to_jpeg(made[-1])))).astype(int)
-        server.until(lambda: np.abs(
-            np.reshape(sight(), (*last.shape[:2], 4))[..., :3] - last).mean() < 1)
+        page.server.until(lambda: np.abs(
+            np.reshape(page.sight(), (*last.shape[:2], 4))[..., :3] - last).mean() < 1)
         return made
 
-    browser.get(f'http://127.0.0.1:{server.port}/')
-    server.until(lambda: 'the_matrix:TINY' in text('status'))
-    moves()
-    hold('a', 'NL')
-    hold(Keys.ARROW_RIGHT, 'NR')
-    hold('w', 'D')
-    server.until(lambda: text('latency').endswith('ms') and text('step').endswith('ms'))
-
-    click('pause')
-    server.until(lambda: text('cover') == 'Paused')
-    click('keep')
-    server.until(lambda: browser.find_element(By.ID, 'recall').is_enabled())
-    kept = len(replay.from_json(log()).symbols)
-    left, right = turn('a', 'NL'), turn('d', 'NR')       # the same moment, the other key
+    left, right = turn('a', 'NL'), turn('d', 'NR')
     bound, both = (kept + slots.lag) * slots.frames, min(len(left), len(right))
     np.testing.assert_array_equal(left[:kept * slots.frames], right[:kept * slots.frames])
     assert (left[bound:both] != right[bound:both]).any()
-    click('pause')
-    server.until(lambda: text('cover') == '')
+    page.rests(False)
 
-    prompt = browser.find_element(By.ID, 'prompt')
+
+def a_prompt_applies_and_time_goes_back(page):
+    from selenium.webdriver.common.keys import Keys
+    prompt = page.part('prompt')
     prompt.clear()
     prompt.send_keys('was dawn', Keys.ENTER)             # letters that steer elsewhere
-    server.until(lambda: log()['prompts'] and log()['prompts'][-1][1] == 'was dawn')
-    click('keep')
-    server.until(lambda: browser.find_element(By.ID, 'recall').is_enabled())
-    click('rewind')
-    server.until(lambda: 'Went back' in text('status'))
-    click('pause')
-    server.until(lambda: text('cover') == 'Paused')
-    click('recall')
-    server.until(lambda: 'saved moment' in text('status'))
+    page.server.until(lambda: page.log().last_prompt == 'was dawn')
+    page.click('keep')
+    page.server.until(lambda: page.part('recall').is_enabled())
+    page.click('rewind')
+    page.says('status', 'Went back')
+    page.rests()
+    page.click('recall')
+    page.says('status', 'saved moment')
+
+
+def files_go_and_come(page, picture):
+    """While it rests: a world file, the log, and a picture to start from."""
+    page.click('save')
+    saved, before = page.downloaded('drive.world'), page.log()
+    page.click('log')
+    assert replay.loads(page.downloaded('session.json').read_text()) == before
+    page.click('restart')
+    page.says('status', 'A new drive.')
+    assert page.log() != before
+    page.choose('worldfile', saved)
+    page.says('status', 'The world file goes on here.')
+    assert page.log() == before
+
+    page.choose('picturefile', picture)
+    page.says('status', 'A new drive.')
+    assert page.log().picture and not page.shifts()
+    assert page.troubles() == []
+    page.choose('picturefile', saved)                    # no picture: one line that says so
+    page.says('status', 'drive.world: ')
+    assert 'bad' in page.part('status').get_attribute('class')
+    assert all('422' in said for said in page.troubles())
+    page.choose('worldfile', saved)
+    page.says('status', 'The world file goes on here.')
+
+
+def a_recording_arrives(page):
+    page.click('record')
+    page.says('record', 'End recording')
+    bound = page.shifts()
+    page.server.until(lambda: page.shifts() > bound + 3)
+    page.click('record')
+    clip = video.read_video(page.downloaded('drive.mp4'), 100)
+    assert len(clip) > 3 and clip.shape[-1] == 3 and np.diff(clip.astype(int), axis=0).any()
+
+
+def a_cut_socket_is_opened_again(page):
+    """By the page itself, in the same world, with the key that is still held."""
+    before = page.log()
+    page.keys.key_down('a').perform()
+    page.obeys('NL')
+    page.browser.execute_script(COVERS)
+    web, house = page.server.web, page.server.server.house
+
+    def cut():
+        for connection in list(web.server_state.connections):
+            connection.transport.abort()
+
+    bound = page.shifts()
+    assert page.troubles() == []
+    house.loop.call_soon_threadsafe(cut)
+    page.server.until(lambda: 'Welcome back' in page.text('status'), 30)
+    assert any('Reconnecting' in said for said in page.browser.execute_script('return covers'))
+    page.server.until(lambda: page.shifts() > bound + 3)
+    after = page.log()
+    assert after.seed == before.seed and after.symbols[-1] == 'NL'
+    assert page.server.players() == 1
+    assert all('/play' in said for said in page.troubles())
+    page.moves()
+    page.keys.key_up('a').perform()
+    page.obeys('N')
+
+
+def touch_steers(page):
+    """On a phone's screen: two fingers on the buttons, and nothing wider than the screen."""
+    page.browser.set_window_size(400, 800)
+    width = page.browser.execute_script('return document.documentElement.scrollWidth')
+    assert width <= page.browser.execute_script('return innerWidth')
+    pad = page.browser.execute_script(PAD)
+    assert all(min(width, height) >= 44 for _, _, width, height in pad.values())     # thumbs
+
+    def fingers(kind, *names):
+        points = [{'x': pad[name][0], 'y': pad[name][1], 'id': at} for at, name in enumerate(names)]
+        page.browser.execute_cdp_cmd('Input.dispatchTouchEvent',
+                                     {'type': kind, 'touchPoints': points})
+
+    fingers('touchStart', 'up')
+    page.says('symbol', 'D')
+    fingers('touchStart', 'up', 'left')
+    page.says('symbol', 'DL')
+    page.obeys('DL')
+    page.moves()
+    fingers('touchEnd', 'up')
+    page.says('symbol', 'NL')
+    fingers('touchEnd')
+    page.obeys('N')
+
+
+def test_a_person_plays(page, browser, slots, tiny, start_image):
+    from selenium.webdriver.common.keys import Keys
+    page.moves()
+    hold(page, 'a', 'NL')
+    hold(page, Keys.ARROW_RIGHT, 'NR')
+    hold(page, 'w', 'D')
+    page.server.until(
+        lambda: page.text('latency').endswith('ms') and page.text('step').endswith('ms'))
+    left_and_right_differ(page, slots, tiny)
+    a_prompt_applies_and_time_goes_back(page)
 
     browser.refresh()
-    server.until(lambda: 'Welcome back' in text('status'))
-    assert text('cover') == 'Paused' and log()['prompts'][-1][1] == 'was dawn'
-    click('pause')
-    moves()
-    browser.set_window_size(400, 800)                    # a phone
-    width = browser.execute_script('return document.documentElement.scrollWidth')
-    assert width <= browser.execute_script('return innerWidth')
-    click('leave')
-    server.until(lambda: 'Stopped' in text('cover'))
-    assert server.players() == 0
-    assert [line for line in browser.get_log('browser') if line['level'] == 'SEVERE'] == []
+    page.says('status', 'Welcome back')
+    assert page.text('cover') == 'Paused' and page.log().last_prompt == 'was dawn'
+    files_go_and_come(page, start_image)
+    page.rests(False)
+    page.moves()
+    a_recording_arrives(page)
+    a_cut_socket_is_opened_again(page)
+    touch_steers(page)
+
+    page.click('leave')
+    page.says('cover', 'Stopped')
+    assert page.server.players() == 0
+    assert page.troubles() == []
