@@ -62,6 +62,7 @@ def opened(browser):
         doors.append(Door(Actions(mode)))
         browser.get(f'http://127.0.0.1:{doors[-1].port}/')
         until(lambda: doors[-1].symbols == ['idle'])
+        browser.execute_script('patience = Infinity')       # the door says no more
         return doors[-1], browser.find_element(By.ID, 'canvas')
 
     yield start
@@ -150,3 +151,11 @@ def test_where_nothing_looks_around_the_mouse_does_nothing(opened, browser):
         60, 0).release().click().key_down('d').perform()
     until(lambda: door.symbols == ['idle', 'rightside'])
     assert browser.execute_script('return document.pointerLockElement') is None
+
+
+def test_a_socket_that_falls_silent_is_given_up(opened, browser):
+    door, _ = opened('templerun')
+    browser.execute_script('patience = 100')
+    until(lambda: len(door.symbols) > 1)
+    assert set(door.symbols) == {'idle'}                    # joined again, and told what is held
+    browser.execute_script('patience = Infinity')
