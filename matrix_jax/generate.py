@@ -16,6 +16,7 @@ import numpy as np
 from matrix_jax import checkpoint, config, sharding, video
 from matrix_jax.config import UsageError
 from matrix_jax.data import starts
+from matrix_jax.options import check_place
 from matrix_jax.stream.pipeline import Pipeline
 
 DEFAULT_LENGTH = 8      # seconds
@@ -301,6 +302,7 @@ def to_file(run, options):
     from matrix_jax import worlds
     name = run.name.replace(':', '-').lower()
     path = video.check_path(run.out or f'outputs/{name}-{options.seed}.mp4')
+    check_place('--out', path)
     if options.replay:
         frames, clip = replayed(run, options)
         world = worlds.build(run.world)
@@ -321,6 +323,6 @@ def to_file(run, options):
     keys = [vocabulary.held(symbol) for symbol in clip.symbols for _ in range(per)]
     keys = keys[per - 1:] if world.cfg.clip else keys
     total, keys = len(keys), None if options.no_overlay else keys
-    bar = tqdm(frames, total=total, unit='frame', dynamic_ncols=True)
-    count = video.write_video(path, bar, world.cfg.fps, keys)
+    with tqdm(frames, total=total, unit='frame', dynamic_ncols=True) as bar:
+        count = video.write_video(path, bar, world.cfg.fps, keys)
     return path, clip, count

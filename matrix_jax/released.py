@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ from einops import rearrange
 
 from matrix_jax import checkpoint, convert, saves, worlds
 from matrix_jax.config import UsageError
+from matrix_jax.options import check_place
 
 PARAMS = 'params'
 PICKLES = ('.bin', '.pth', '.pt')
@@ -43,8 +45,7 @@ def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Pat
       CheckpointError, ConversionError: the source cannot be used.
       UsageError: it is neither layout, or the target is there.
     """
-    if os.path.lexists(target):
-        raise UsageError(f'{target}: is there already, expected a new name')
+    _check_new(target)
     if Path(source).suffix in PICKLES and Path(source).is_file():
         return _from_pickle(world_cfg, Path(source), Path(target), unpickle)
     source = checkpoint.resolve(source)
@@ -88,8 +89,7 @@ def write_random(world_cfg, folder: str, seed: int, layers: int | None = None,
       layers: of the DiT and the encoders, if it is to have fewer than the recipe.
       text_layers: of the text encoder; as `layers` by default.
     """
-    if os.path.lexists(folder):
-        raise UsageError(f'{folder}: is there already, expected a new name')
+    _check_new(folder)
     world = worlds.build(shorten(world_cfg, layers, text_layers))
 
     def fill(fresh):
@@ -109,22 +109,36 @@ def write_random(world_cfg, folder: str, seed: int, layers: int | None = None,
 
 
 def shorten(cfg, layers: int | None, text_layers: int | None = None):
-    """The world's config with fewer layers; control blocks keep their share of the DiT."""
+    """The world's config with fewer layers; blocks that differ keep their share of the DiT."""
     for name, count in (('--layers', layers), ('--text-layers', text_layers)):
         if count is not None and count < 1:
             raise UsageError(f'{name}: got {count}, expected at least 1')
-    text_layers = layers if text_layers is None else text_layers
+    if text_layers is not None and not hasattr(cfg, 'text'):
+        raise UsageError(f'--text-layers: got {text_layers}, expected a world that reads text')
+    counts = {'text': layers if text_layers is None else text_layers}
     if layers is not None:
-        span = cfg.dit.control
+        name = 'control' if hasattr(cfg.dit, 'control') else 'actions'
+        span, whole = getattr(cfg.dit, name), cfg.dit.layers
         if span:
-            start = span.start * layers // cfg.dit.layers
-            span = dataclasses.replace(span, start=start, end=layers)
+            span = dataclasses.replace(span, start=span.start * layers // whole,
+                                       end=math.ceil(span.end * layers / whole))
         cfg = dataclasses.replace(
-            cfg, dit=dataclasses.replace(cfg.dit, layers=layers, control=span),
-            control=dataclasses.replace(cfg.control, layers=min(layers, cfg.control.layers)))
-    if text_layers is not None:
-        cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, layers=text_layers))
-    return cfg
+            cfg, dit=dataclasses.replace(cfg.dit, layers=layers, **{name: span}))
+        # Of a tower of images, the last layer is not used.
+        counts |= {name: max(least, min(layers, getattr(cfg, name).layers))
+                   for name, least in (('control', 1), ('image', 2)) if hasattr(cfg, name)}
+    return dataclasses.replace(cfg, **{
+        name: dataclasses.replace(getattr(cfg, name), layers=count)
+        for name, count in counts.items() if count is not None and hasattr(cfg, name)})
+
+
+def _check_new(target: str):
+    """Raises UsageError unless something can be made under this name."""
+    if Path(target).name in ('', '..'):
+        raise UsageError(f'DST: got {str(target)!r}, expected a new name')
+    if os.path.lexists(target):
+        raise UsageError(f'{target}: is there already, expected a new name')
+    check_place('DST', target)
 
 
 class Drawn:
@@ -146,6 +160,8 @@ class Drawn:
 def _from_pickle(world_cfg, source: Path, target: Path, unpickle) -> str:
     """Translates one pickle: see `translate`."""
     if target.suffix == '.safetensors':
+        if not target.parent.is_dir():
+            raise UsageError(f'DST: got {target}, expected a name in a folder that is there')
         unpickle(source, target)
         return f'{target}: tensors of {source}'
     world = worlds.build(world_cfg)

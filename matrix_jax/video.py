@@ -89,6 +89,8 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = FPS
     try:
         count = write(part, itertools.chain([first], pictures), fps)
         part.replace(path)
+    except OSError as error:       # imageio's goes on for lines about its command
+        raise VideoError(f'{path}: could not be written ({_first_line(error)})') from error
     finally:
         part.unlink(missing_ok=True)
     return count

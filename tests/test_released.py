@@ -23,6 +23,16 @@ def source(world, tmp_path):
     return tmp_path / 'VAE.pth'
 
 
+@pytest.mark.parametrize(('recipe', 'layers', 'span'), [
+    ('doom:CAUSAL', 1, (0, 1)), ('doom:CAUSAL', 4, (0, 2)), ('the_matrix:STAGE4', 2, (1, 2)),
+    ('the_matrix:STAGE4', 3, (1, 3))])
+def test_a_shorter_network_keeps_the_share_of_its_blocks(recipe, layers, span):
+    cfg = released.shorten(config.load(recipe).world, layers)
+    differ = getattr(cfg.dit, 'control', None) or cfg.dit.actions
+    assert (cfg.dit.layers, differ.start, differ.end) == (layers, *span)
+    worlds.build(cfg).shapes()
+
+
 def test_a_pickle_becomes_the_part_that_it_is_called(world, source, tmp_path):
     line = released.translate(world.cfg, source, tmp_path / 'new' / 'vae', shutil.copy)
     assert line == f'{tmp_path}/new/vae: vae of {source}'

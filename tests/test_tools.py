@@ -63,7 +63,14 @@ def test_models_that_do_not_stream_make_a_whole_clip(tiny, tmp_path, compiled_on
     (['the_matrix:TINY', '--control', 'D,X,DL'], "'X' at position 2 of 3"),
     (['the_matrix:TINY', '--control', 'D,D'], 'got 2 symbols, expected 4; positions 3 to 4'),
     (['the_matrix:TINY', '--length', '0'], '--length: got 0'),
-    (['the_matrix:TINY', '--length', 'long'], "invalid int value: 'long'"),
+    (['the_matrix:TINY', '--length', 'long'], "got 'long', expected whole seconds from 1 to 8640"),
+    (['the_matrix:TINY', '--length', ''], "--length: got '', expected whole seconds"),
+    (['the_matrix:TINY', '--control-seed', '-1'], '--control-seed: got -1, expected a whole'),
+    (['the_matrix:TINY', '--out', '/proc/x.mp4'], 'expected a place to write to; /'),
+    (['the_matrix:TINY', '--out', f'{__file__}/x/y.mp4'], 'test_tools.py is not a folder'),
+    (['the_matrix:TINY', '--world.dit.heads', '0'], 'heads: got 0, expected at least 1'),
+    (['the_matrix:'], "RECIPE: got 'the_matrix:'"),
+    ([''], "RECIPE: got ''"),
     (['the_matrix:TINY', '--out', 'video.txt'], "got suffix '.txt', expected .mp4 or .gif"),
     (['the_matrix:TINY'], 'needs --weights'),
     (['the_matrix:TINY', '--weights', 'nowhere'], 'no folder nowhere'),
@@ -188,6 +195,13 @@ def test_random_weights_follow_the_seed(tiny, tmp_path):
     (['TINY'], 'expected SRC and DST'),
     (['TINY', 'TINY'], 'is there already'),
     (['--random', 'the_matrix:TINY', 'new', '--layers', '0'], '--layers: got 0'),
+    (['--random', 'the_matrix:TINY', ''], "DST: got '', expected a new name"),
+    (['--random', 'the_matrix:TINY', 'empty/..'], "DST: got 'empty/..', expected a new name"),
+    (['--random', 'the_matrix:TINY', 'model.pth/new'], 'model.pth is not a folder'),
+    (['--random', 'the_matrix:TINY', 'new', '--seed', '-1'], '--seed: got -1, expected a whole'),
+    (['--random', 'doom', 'new', '--text-layers', '1'], '--text-layers: got 1, expected a world'),
+    (['TINY', 'new', '--recipe', 'doom'], 'got a CogVideoXTransformer3DModel, expected a C'),
+    (['TINY', ''], "DST: got '', expected a new name"),
     (['nowhere', 'new'], 'no folder nowhere'),
     (['empty', 'new'], 'expected parts in one of them'),
     (['model.pth', 'new.safetensors'], 'a pickle needs torch'),
@@ -225,6 +239,27 @@ def test_convert_reads_pickles_of_tensors_alone(tiny, tmp_path):
     assert run('convert', folder, tmp_path / 'new') == 2
 
 
+# --- play ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('argv, said', [
+    (['--players', '99999999'], '--players: got 99999999, expected a whole number from 1 to 1024'),
+    (['--together', '0'], '--together: got 0'),
+    (['--players', '2', '--together', '3'], '--together: got 3, expected 1 to the players, 2'),
+    (['--drain', 'nan'], '--drain: got nan, expected --ray'),
+    (['--worlds', 'garbage', '--gpus', '1'],
+     '--worlds: got garbage and --gpus: got 1.0, expected --ray'),
+    (['--ray', '--drain', 'nan'], '--drain: got nan, expected at least 0'),
+    (['--ray', '--worlds', ''], "--worlds: got ''"),
+], ids=lambda value: value[-1] if isinstance(value, list) else '')
+def test_play_refuses_before_it_compiles(argv, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run('play', *argv) == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith('error: ') and printed.err.count('\n') == 1
+    assert said in printed.err and not printed.out
+
+
 # --- train ---------------------------------------------------------------------------------------
 
 
@@ -251,10 +286,17 @@ def test_both_stages_train_one_after_the_other(clips, tmp_path, capsys):
     (['the_matrix:TINY_VAE'], '--data: needs a folder'),
     (['the_matrix:TINY_VAE', '--data', '.'], 'no train-*'),
     (['the_matrix:TINY_VAE', '--data', '.', '--stage.ema', '2'], 'stage.ema: got 2'),
+    (['the_matrix:TINY_VAE', '--data', '.', '--out', __file__], 'test_tools.py is not a folder'),
+    (['the_matrix:TINY_VAE', '--data', 'CLIPS', '--process', '3'], '--coordinator: got None'),
+    (['the_matrix:TINY_VAE', '--data', 'CLIPS', '--processes', '1', '--process', '1'],
+     '--coordinator: got None, expected HOST:PORT'),
 ])
-def test_train_refuses(argv, said, tmp_path, monkeypatch, capsys):
+def test_train_refuses_before_there_are_weights(argv, said, clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert run('train', *argv, '--out', tmp_path / 'out') == 2
+    monkeypatch.delattr(worlds, 'start')
+    argv = [str(clips) if word == 'CLIPS' else word for word in argv]
+    assert run('train', argv[0], '--out', tmp_path / 'out', *argv[1:]) == 2
+    assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr()
     assert printed.err.startswith('error: ') and printed.err.count('\n') == 1
     assert said in printed.err

@@ -6,6 +6,7 @@
 from pathlib import Path
 
 from matrix_jax import config
+from matrix_jax.options import check_place
 
 LIMIT = 12 * 2**20      # bytes; a clone stays light
 
@@ -15,6 +16,7 @@ def main(argv):
     _, run = config.Parser(__doc__).run(argv, recipe='carracing')
     if not (run.data and run.out):
         raise config.UsageError('--data and --out: both are needed')
+    check_place('--out', run.out, folder=True)
     with config.door():
         from matrix_jax import checkpoint, worlds
         from matrix_jax.data import starts

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 from matrix_jax import config
+from matrix_jax.options import SEED, whole
 
 # Reads tensors only, in a process of its own: a pickle can be made to run code.
 UNPICKLE = """
@@ -39,9 +40,12 @@ def main(argv):
     parser.add_argument('target', metavar='DST', help='must not exist')
     parser.add_argument('--recipe', default='the_matrix:STAGE4', help='a world of that kind')
     parser.add_argument('--random', metavar='RECIPE', help='write random weights to DST; no SRC')
-    parser.add_argument('--layers', type=int, help='of random weights, if fewer than the recipe')
-    parser.add_argument('--text-layers', type=int, help='of its text encoder (default: --layers)')
-    parser.add_argument('--seed', type=int, default=0, help='of random weights (default 0)')
+    parser.add_argument('--layers', type=whole(1),
+                        help='of random weights, if fewer than the recipe')
+    parser.add_argument('--text-layers', type=whole(1),
+                        help='of its text encoder (default: --layers)')
+    parser.add_argument('--seed', type=whole(0, SEED), default=0,
+                        help='of random weights (default 0)')
     options = parser.parse_args(argv)
     if bool(options.random) == bool(options.source):
         raise config.UsageError('expected SRC and DST, or --random RECIPE and DST')

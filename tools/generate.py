@@ -5,6 +5,7 @@
 """
 
 from matrix_jax import config
+from matrix_jax.options import SEED, whole
 
 
 def main(argv):
@@ -15,11 +16,12 @@ def main(argv):
     add('--control', '--actions', metavar='CONTROLS', help='The Matrix: one symbol per quarter '
         'second, D B N, each alone or with L or R. Matrix-Game: actions such as W*24,W+right*12, '
         'JSON, a file of either, or benchmark')
-    add('--control-seed', type=int, default=42, help='seed of random controls (default 42)')
+    add('--control-seed', type=whole(0, SEED), default=42,
+        help='seed of random controls (default 42)')
     add('--pad', choices=('random', 'hold'), help='how to go on where the controls end')
-    add('--length', type=int, help='seconds (default 8, or the most that a recipe of whole clips '
-        'makes, if that is less)')
-    add('--seed', type=int, default=42, help='seed of all noise (default 42)')
+    add('--length', type=whole(1, 86400, 'whole seconds'), help='seconds (default 8, or the most '
+        'that a recipe of whole clips makes, if that is less)')
+    add('--seed', type=whole(0, SEED), default=42, help='seed of all noise (default 42)')
     add('--image', help='picture to start from')
     add('--video', help='clip to start from')
     add('--replay', help='session.json of tools/play.py: makes that very video again')

@@ -6,6 +6,7 @@
 """
 
 from matrix_jax import config
+from matrix_jax.options import whole
 
 
 def main(argv):
@@ -14,32 +15,40 @@ def main(argv):
     from matrix_jax.serve import run as server
     parser = config.Parser(__doc__)
     add, usual, many = parser.add_argument, server.Config(), cluster.Config()
-    add('--players', type=int, default=usual.players,
+    add('--players', type=whole(1, 1024), default=usual.players,
         help=f'places, fixed at the start (default {usual.players})')
     add('--host', default=usual.host, help='address to listen on (default: this machine only)')
     add('--port', type=int, default=usual.port, help=f'default {usual.port}; 0 takes a free one')
     add('--token', help='what players must know; needed for any other address')
     add('--entry', choices=('head', 'tail'), default=usual.entry,
         help='where keys bind: head is seen soonest, tail is as published (default head)')
-    add('--together', type=int, default=usual.together,
+    add('--together', type=whole(1, 1024), default=usual.together,
         help='players computed side by side, for accelerators (default 1)')
     add('--ray', action='store_true',
         help='joins the Ray cluster of RAY_ADDRESS or of this machine, or starts one')
-    add('--worlds', default=f'{many.fewest}-{many.most}', metavar='N-M',
+    add('--worlds', metavar='N-M',
         help='with --ray: copies of the world, each with --players places; more start while '
              f'players wait (default {many.fewest}-{many.most})')
     add('--gpus', type=float, help='with --ray: of each world (default: as its mesh, if any)')
-    add('--drain', type=float, default=many.drain,
+    add('--drain', type=float,
         help=f'with --ray: seconds for players to finish (default {many.drain:.0f})')
     options, run = parser.run(argv)
+    given = {name: value for name in ('worlds', 'gpus', 'drain')
+             if (value := getattr(options, name)) is not None}
+    if given and not options.ray:
+        raise config.UsageError(' and '.join(f'--{name}: got {value}' for name, value
+                                             in given.items()) + ', expected --ray with it')
+    if options.together > options.players:
+        raise config.UsageError(f'--together: got {options.together}, expected 1 to the players, '
+                                f'{options.players}')
     with config.door():
         cfg = server.Config(players=options.players, together=options.together,
                             entry=options.entry, host=options.host, port=options.port,
                             token=options.token)
         if options.ray:
-            fewest, most = cluster.parse_worlds(options.worlds)
-            cluster.serve(run, cfg, cluster.Config(fewest, most, gpus=options.gpus,
-                                                   drain=options.drain))
+            if 'worlds' in given:
+                given['fewest'], given['most'] = cluster.parse_worlds(given.pop('worlds'))
+            cluster.serve(run, cfg, cluster.Config(**given))
         else:
             server.serve(run, cfg)
 

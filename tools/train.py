@@ -13,6 +13,7 @@ import dataclasses
 import sys
 
 from matrix_jax import config
+from matrix_jax.options import check_place
 
 
 def main(argv):
@@ -39,11 +40,15 @@ def main(argv):
     if run.data is None:
         raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
     run = dataclasses.replace(run, out=run.out or f'runs/{run.name.replace(":", "-").lower()}')
+    check_place('--out', run.out, folder=True)
     with config.door():
         from matrix_jax import checkpoint, worlds
+        from matrix_jax.data import records
         from matrix_jax.train import hosts
         from matrix_jax.train.guard import Diverged
         from matrix_jax.train.loop import fit
+        for folder in records.folders(run.data):
+            records.shards(folder, 'train')
         hosts.join(options.coordinator, options.processes, options.process)
         world, params = worlds.start(run)
         try:

@@ -37,7 +37,7 @@ def join(coordinator: str | None = None, processes: int | None = None,
     if coordinator == 'auto':
         jax.distributed.initialize()
         return
-    if coordinator is None and processes in (None, 1):
+    if coordinator is None and (processes, process) in ((None, None), (1, None), (1, 0)):
         return
     if not re.fullmatch(r'[^\s:]+:\d{1,5}', coordinator or ''):
         raise ValueError(f'--coordinator: got {coordinator}, expected HOST:PORT of process 0')

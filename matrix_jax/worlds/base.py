@@ -329,7 +329,12 @@ def read_config(part_config, folder: str, name: str):
         if wrong:
             raise ValueError('; '.join(wrong))
     except (ValueError, TypeError) as error:
-        raise checkpoint.CheckpointError(f'{folder}/{name}/config.json: {error}') from error
+        found, wanted = (one.get('_class_name') for one in (released, part_config().to_released()))
+        said = str(error)
+        if found not in (None, wanted):
+            said = f'got a {found}, expected a {wanted} by the recipe' + (
+                '' if isinstance(error, TypeError) else f': {said}')
+        raise checkpoint.CheckpointError(f'{folder}/{name}/config.json: {said}') from error
     return cfg
 
 
