@@ -137,7 +137,8 @@ async def babble(port: int, seconds: float, count: int, sessions: list):
                 await socket.send(json.dumps(JOIN | {'seed': 1}))
                 welcome = json.loads(await socket.recv())
                 if welcome['type'] != 'welcome':
-                    continue                # the house is full for a moment
+                    await asyncio.sleep(0.3)            # the house is full for a moment
+                    continue
                 sessions.append(welcome['session'])
                 reader = asyncio.create_task(drain(socket))
                 for _ in range(110):
