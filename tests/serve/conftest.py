@@ -109,8 +109,8 @@ class Running:
         """A player who asks for this."""
         return Player(self, **wanted)
 
-    def http(self, path, data=None, headers=None):
-        """(status, body); waits where it is told to."""
+    def http(self, path, data=None, headers=None, patient=True):
+        """(status, body); waits where it is told to, unless it is not `patient`."""
         request = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', data,
                                          headers or {})
         while True:
@@ -118,9 +118,9 @@ class Running:
                 with urllib.request.urlopen(request, timeout=30) as answer:
                     return answer.status, answer.read()
             except urllib.error.HTTPError as error:
-                if error.code != 429:
+                if error.code != 429 or not patient:
                     return error.code, error.read()
-                time.sleep(int(error.headers['Retry-After']))
+                time.sleep(int(error.headers.get('Retry-After', 1)))
 
     def players(self):
         return json.loads(self.http('/healthz')[1])['players']
