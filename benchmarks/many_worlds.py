@@ -145,10 +145,10 @@ def main():
             until(lambda one=one: len(one.welcomes) > 1 and len(one.frames)
                   > one.welcomes[1][1] + 8, 300, 'a player back')
             welcome = one.welcomes[1]
-            before, after = one.frames[welcome[1] - 1], one.frames[welcome[1]]
+            last, first = one.frames[welcome[1] - 1], one.frames[welcome[1]]
             per = welcome[2]['shift_frames']
-            lost = (before[1] + 1) / per - shifts(kept[one].data)
-            print(f'player {one.seed}: no picture for {after[0] - before[0]:.2f} s, goes on from '
+            lost = (last[1] + 1) / per - shifts(kept[one].data)
+            print(f'player {one.seed}: no picture for {first[0] - last[0]:.2f} s, goes on from '
                   f'{lost * per / welcome[2]["fps"]:.2f} s before the last picture; its moment was '
                   f'{dead - kept[one].taken:.2f} s old', flush=True)
         others = [one for one in players if one not in hit]

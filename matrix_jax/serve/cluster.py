@@ -158,6 +158,7 @@ class World(Place):
     def __init__(self, recipe, cfg: run.Config, secret: str, book):
         import ray
         run.log_to_stderr()
+        stay_local()
         super().__init__(*run.open_slots(recipe, cfg), recipe.name, cfg, secret, book,
                          ray.util.get_node_ip_address())
 
@@ -255,6 +256,19 @@ def connect():
     return ray
 
 
+def stay_local():
+    """For a replica: where the cluster is on loopback, so is the port of Serve's own calls.
+
+    Ray has no setting for it, and binds it everywhere; callers need the cluster's token then.
+    """
+    import ray
+    from ray.serve._private import replica
+    host, bind = ray.util.get_node_ip_address(), getattr(replica, 'add_port_to_grpc_server', None)
+    if bind and run.loopback(host):
+        replica.add_port_to_grpc_server = lambda server, address: bind(
+            server, address.replace('[::]', host))
+
+
 def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
     """The Serve application: worlds behind a front."""
     from ray import serve
@@ -264,6 +278,7 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
 
     def make_front():
         run.log_to_stderr()
+        stay_local()
         handle = serve.get_deployment_handle('World', NAME).options(stream=True)
 
         async def lease(*given):

@@ -1,7 +1,13 @@
 """The same on a real Ray cluster of this machine; skipped where Ray is not installed."""
 
+import contextlib
 import dataclasses
+import importlib.util
+import json
 import socket
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from websockets.sync.client import connect
@@ -10,7 +16,8 @@ from matrix_jax import config
 from matrix_jax.serve import cluster, run
 from tests.serve.conftest import Player
 
-ray = pytest.importorskip('ray', reason='needs the extra [ray]')
+# Not imported before `cluster` has said how it is to start.
+needs_ray = pytest.mark.skipif(importlib.util.find_spec('ray') is None, reason='needs [ray]')
 
 
 class Door:
@@ -23,28 +30,95 @@ class Door:
         return connect(f'ws://127.0.0.1:{self.port}/play', max_size=2**24)
 
 
+def shifts(data: bytes) -> int:
+    """Shifts that were played when a `.world` file was made."""
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
+    symbols = json.loads(header['__metadata__']['log'])['symbols']
+    return sum(int(part.split('*')[1]) for part in symbols.split(',') if part)
+
+
+class Patient(Player):
+    """Waits for a world that starts on a busy machine."""
+
+    def wait(self, *kinds, seconds=180.0):
+        return super().wait(*kinds, seconds=seconds)
+
+
+def replicas() -> list[str]:
+    """Names of the actors of all worlds."""
+    from ray.util import list_named_actors
+    return [one['name'] for one in list_named_actors(all_namespaces=True)
+            if '#World#' in one['name']]
+
+
+def reachable() -> list[str]:
+    """Where the processes of this test can be reached from other machines."""
+    import psutil
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [f'{process.name()} {one.laddr.ip}:{one.laddr.port}'
+                      for one in process.net_connections('tcp') if one.status == psutil.CONN_LISTEN
+                      and one.laddr.ip not in ('127.0.0.1', '::1', '::ffff:127.0.0.1')]
+    return found
+
+
+@needs_ray
 def test_a_player_outlives_its_world(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'true')
     monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))      # the second is there soon
     monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
-    monkeypatch.delenv('RAY_ADDRESS', raising=False)
+    monkeypatch.setenv('RAY_ADDRESS', 'local')
     with socket.create_server(('127.0.0.1', 0)) as free:
         cfg = run.Config(players=1, port=free.getsockname()[1])
     recipe = dataclasses.replace(config.load('the_matrix:TINY'), weights=str(tiny))
-    with cluster.running(recipe, cfg, cluster.Config(1, 1, cpus=0.1, drain=0.5)) as book:
-        from ray.util import list_named_actors
-        player = Player(Door(cfg.port), seed=5)
-        token = player.welcome['session']
-        player.watch(8)
+    with cluster.running(recipe, cfg, cluster.Config(1, 2, cpus=0.1, drain=0.5)) as book:
+        import ray
+        player, worlds = Patient(Door(cfg.port), seed=5), replicas()
+        assert len(worlds) == 1
+        with ThreadPoolExecutor(1) as beside:
+            waiting = beside.submit(Patient, Door(cfg.port), seed=6)
+            while not waiting.done():
+                player.watch(1)
+        other = waiting.result()                          # which waited for another world
+        assert [note['type'] for note in other.notes] == ['waiting', 'welcome']
+        assert len(replicas()) == 2 and reachable() == []
         assert 'places are taken' in Player(Door(cfg.port)).welcome['message']
-        while not ray.get(book.find.remote(token)).data:
+        with urllib.request.urlopen(f'http://127.0.0.1:{cfg.port}/metrics') as answer:
+            assert answer.read().decode().count('\nmatrix_jax_world_fps{world=') == 2
+        other.watch(8)
+        other.send(type='leave')
+        assert other.wait('closed')['code'] == 1000
+
+        token, per = player.welcome['session'], player.welcome['shift_frames']
+        while not (kept := ray.get(book.find.remote(token))).data or not shifts(kept.data):
             player.watch(1)
-        worlds = [one['name'] for one in list_named_actors(all_namespaces=True)
-                  if '#World#' in one['name']]
+        first = kept.address
         ray.kill(ray.get_actor(worlds[0], 'serve'))
+        dead, kept = time.monotonic(), ray.get(book.find.remote(token))
+        assert kept.address == first and dead - kept.taken <= cluster.LOST_SECONDS
         assert 'lost' in player.wait('waiting')['message']
-        again = player.wait('welcome', seconds=120)
+        played = (max(player.frames) + 1 - shifts(kept.data) * per) / player.welcome['fps']
+        assert played <= cluster.LOST_SECONDS
+        player.frames.clear()
+        again = player.wait('welcome')
         assert again['resumed'] and again['session'] == token and again['seed'] == 5
+        assert ray.get(book.find.remote(token)).address != first
         player.watch(8)
         player.send(type='leave')
         assert player.wait('closed')['code'] == 1000
     assert not ray.is_initialized()
+
+
+def test_which_cluster_is_joined(tmp_path, monkeypatch):
+    monkeypatch.setenv('RAY_TMPDIR', str(tmp_path))
+    monkeypatch.setenv('TMPDIR', str(tmp_path))
+    monkeypatch.delenv('RAY_ADDRESS', raising=False)
+    assert not cluster.joins()
+    (tmp_path / 'ray').mkdir()
+    (tmp_path / 'ray' / 'ray_current_cluster').write_text('10.0.0.1:6379')
+    assert cluster.joins()
+    monkeypatch.setenv('RAY_ADDRESS', 'local')
+    assert not cluster.joins()
+    monkeypatch.setenv('RAY_ADDRESS', '10.0.0.2:6379')
+    assert cluster.joins()
