@@ -21,9 +21,9 @@ BATCH, FRAMES, ROWS, COLUMNS, PLACES = 2, 3, 6, 10, 15
 # tokens of text divide by no mesh, the 15 of a frame by 3 and 5.
 CFG = cogvideox.Config(heads=6, head_dim=8, channels=4, layers=2, time_dim=24, text_dim=20,
                        text_length=7, control=cogvideox.Control(dim=10, start=0, end=2))
-MESHES = {Mesh(seq=2): 'heads', Mesh(seq=3): 'heads', Mesh(seq=5): 'keys', Mesh(seq=6): 'heads',
-          Mesh(seq=8): 'keys', Mesh(data=2, seq=3): 'heads', Mesh(data=2, seq=4): 'keys',
-          Mesh(data=2, tensor=2, seq=2): 'keys'}
+MESHES = {Mesh(): '', Mesh(seq=2): 'heads', Mesh(seq=3): 'heads', Mesh(seq=5): 'keys',
+          Mesh(seq=6): 'heads', Mesh(seq=8): 'keys', Mesh(data=2, seq=3): 'heads',
+          Mesh(data=2, seq=4): 'keys', Mesh(data=2, tensor=2, seq=2): 'keys'}
 
 
 def normal(*shape, seed=0):
@@ -79,6 +79,9 @@ def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alo
         v, found, moved = forward(CFG, given)
     close(v, alone)
     if mesh.tensor > 1:         # which has exchanges of its own
+        return
+    if mesh.devices == 1:
+        assert not found
         return
     assert found == expected(MESHES[mesh])
     what, attention = floor.exchanged(CFG, FRAMES, ROWS, COLUMNS, mesh.seq)

@@ -1,6 +1,7 @@
 """The stream of a small world whose tokens are split over devices is that of one device.
 
-Held to 1e-5 of the largest value, after three shifts of two calls each under guidance.
+Held to 1e-5 of the largest value, after three shifts of two calls each under guidance; frames,
+which are whole grey levels, to one of them.
 """
 
 import dataclasses
@@ -62,7 +63,7 @@ def alone(world, start):
 
 
 @pytest.mark.parametrize('mesh', [
-    Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8), Mesh(data=2, seq=3),
+    Mesh(), Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8), Mesh(data=2, seq=3),
     Mesh(data=2, seq=4)], ids=str)
 def test_latents_of_a_mesh_are_those_of_one_device(mesh, world, start, alone):
     """With data=2 the two halves of the guidance are computed side by side."""
@@ -70,8 +71,21 @@ def test_latents_of_a_mesh_are_those_of_one_device(mesh, world, start, alone):
     for made, wanted in ((latents, alone[0]), (carry.window, alone[1])):
         assert np.abs(made - wanted).max() <= 1e-5 * np.abs(wanted).max()
     calls = world.cfg.stream.steps // world.cfg.stream.groups
+    if mesh.devices == 1:
+        assert not found
+        return
     heads = world.cfg.dit.heads % mesh.seq == 0
     assert found.pop('all-to-all', 0) == 2 * calls * world.cfg.dit.layers * heads
     # The prediction of a call is gathered, over seq and where halves are split over data.
     gathers = calls * ((not heads) + 1 + (mesh.data > 1))
     assert found == {'all-gather': gathers}
+
+
+def test_frames_of_a_mesh_are_those_of_one_device(world, start):
+    """Network and decoder in one program, on all devices; ten rows of latents over three."""
+    alone, _, _ = play(world.stream(), start)
+    made, _, found = play(world.stream(), start, sharding.make_mesh(Mesh(seq=3)))
+    assert made.shape == (SHIFTS, 1, 2, 20, 8, 3) and made.dtype == np.uint8 and alone.std() > 10
+    # Rounding is where the last bit of a float may show.
+    assert np.abs(made.astype(int) - alone).max() <= 1 and (made != alone).mean() < 0.01
+    assert {'all-to-all', 'collective-permute'} <= set(found)
