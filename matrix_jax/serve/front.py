@@ -34,7 +34,7 @@ from matrix_jax.serve.run import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
 WAIT_SECONDS = 300          # for a place
-PASSED = {'content-type', 'content-length', 'content-disposition', 'cache-control'}
+PASSED = {'content-type', 'content-length', 'content-disposition', 'cache-control', 'retry-after'}
 FILES = 8                   # on their way to worlds at a time
 LOST = (1001, 1006, 1011, 1012)         # codes of a world that went away by itself
 
