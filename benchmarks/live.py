@@ -297,10 +297,10 @@ def soak(recipe, options, bounds: Bounds):
                     f'{saw["newest"] + 1}, in order')
         bounds.hold(newest[1] > first[1] / 4 and newest[2] > first[2] / 4, 'pictures',
                     f'{spelt(newest)} at the end, {spelt(first)} at the start')
-        late = np.array(points[len(points) // 5:], float)
+        late = np.array(points[len(points) // 2:], float)       # the past fills up before that
         slope = np.polyfit(late[:, 0], late[:, 1], 1)[0] * 1000
-        bounds.hold(slope < SLOPE, 'memory', f'{slope / 1e6:+.3f} MB in 1,000 shifts, of the last '
-                    f'{len(late)} points')
+        bounds.hold(slope < SLOPE, 'memory', f'{slope / 1e6:+.3f} MB in 1,000 shifts, from shift '
+                    f'{late[0, 0]:.0f} on')
         still(one, counted, bounds)
 
 
