@@ -91,6 +91,9 @@ def shape(run, random: bool = False, layers: int | None = None):
     if not random and not run.weights:
         raise UsageError(f'{run.name}: needs --weights FOLDER, or --random')
     cfg = released.shorten(run.world, layers)
+    if not hasattr(cfg.dit, 'control'):
+        raise UsageError(f'{run.name}: is a world of keyboard and mouse, expected one of control '
+                         'symbols (such as the_matrix:STAGE4)')
     if cfg.clip is not None or cfg.dit.control is None:
         raise UsageError(f'{run.name}: does not stream, expected a recipe that takes keys '
                          '(such as the_matrix:STAGE4)')
