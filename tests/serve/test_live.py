@@ -6,10 +6,11 @@ import time
 
 import numpy as np
 import pytest
+import safetensors.numpy as safetensors
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from matrix_jax.serve import replay, session
+from matrix_jax.serve import replay, session, worldfile
 from matrix_jax.serve.app import to_jpeg
 
 
@@ -146,6 +147,16 @@ def test_worlds_are_kept_rewound_saved_and_forked(server):
     assert status in (200, 422)                   # five other bytes of a float may be a float
     assert fork.ask('world', b'nonsense') == (
         422, b'{"error":"world file: not a saved world, or damaged"}')
+    long = json.dumps(kept | {'symbols': 'D*1,' * 2_000_000})
+    status, said = fork.ask('world', safetensors.save(
+        {}, {'format': worldfile.FORMAT, 'log': long}))
+    assert status == 422 and b'got 2000001 runs of keys, expected at most 262144' in said
+    # who asks too often is told so, alone
+    server.server.house.sessions[fork.welcome['session']].transfers.level = -20
+    asked = [server.http(f'/session/{one.welcome["session"]}/replay', patient=False)
+             for one in (fork, player)]
+    assert asked[0] == (429, b'{"error":"too many files; try again in a moment"}')
+    assert asked[1][0] == 200
 
 
 def test_a_picture_starts_a_world(server, start_image):
