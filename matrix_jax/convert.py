@@ -214,6 +214,20 @@ def config_faults(released: Mapping, fixed: Mapping, known, where: str = '') -> 
                      if key not in fixed and key not in known]
 
 
+def check_sizes(cfg, where: str = '', zero: Sequence[str] = ()):
+    """ValueError if a whole number in a config of a network is below 1.
+
+    Args:
+      where: goes before the field's name.
+      zero: fields that may be 0.
+    """
+    for field in dataclasses.fields(cfg):
+        value, lowest = getattr(cfg, field.name), int(field.name not in zero)
+        sizes = value if isinstance(value, tuple) else (value,)
+        if 'int' in str(field.type) and any(type(size) is int and size < lowest for size in sizes):
+            raise ValueError(f'{where}{field.name}: got {value}, expected at least {lowest}')
+
+
 def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:
     """Nested dict -> {'a/b/c': leaf}."""
     flat = {}

@@ -138,6 +138,20 @@ def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
     assert '\n' not in message
 
 
+@pytest.mark.parametrize('recipe, option', [
+    ('the_matrix:TINY', 'world.dit.heads'), ('the_matrix:TINY', 'world.dit.control.dim'),
+    ('the_matrix:TINY', 'world.vae.norm_groups'), ('the_matrix:TINY', 'world.text.heads'),
+    ('the_matrix:TINY', 'world.control.heads'), ('doom', 'world.dit.channels'),
+    ('doom', 'world.dit.actions.heads'), ('doom', 'world.image.patch'), ('doom', 'world.vae.dim'),
+])
+def test_sizes_are_at_least_one(recipes, recipe, option):
+    recipes.undo()
+    with pytest.raises(UsageError) as error:
+        config.load(recipe, [f'--{option}=0'])
+    assert str(error.value).startswith(f'--{option} 0: ')
+    assert str(error.value).endswith(f'{option.rpartition(".")[2]}: got 0, expected at least 1')
+
+
 def test_describe_names_what_can_be_set():
     text = config.describe(config.load())
     for field in ('--mesh.seq', '--world.dit.patch', '--world.dit.dtype', '--weights', '--stage'):

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.convert import Row, config_faults
+from matrix_jax.convert import Row, check_sizes, config_faults
 from matrix_jax.dit.actions import ControlEmbedding, visibility
 from matrix_jax.dit.cogvideox_layers import Block, SteeredLayer, stack
 from matrix_jax.dit.rows import adaln_rows, attention_rows, linear_rows, norm_rows
@@ -49,6 +49,9 @@ class Control:
     end: int = 30
     recency: float | None = None
     modulate: bool = False
+
+    def __post_init__(self):
+        check_sizes(self, 'control.', zero=('start',))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +102,7 @@ class Config:
     exchange: Literal['auto', 'heads', 'keys'] = 'auto'
 
     def __post_init__(self):
+        check_sizes(self)
         if self.width % 16:
             raise ValueError(f'heads * head_dim: got {self.heads} * {self.head_dim}, expected a '
                              'product that is a multiple of 16 (position codes)')

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.convert import Row
+from matrix_jax.convert import Row, check_sizes
 from matrix_jax.dit.rows import linear_rows, norm_rows
 from matrix_jax.nn.kv_cache import KVCache, attend_per_site
 from matrix_jax.nn.linear import Linear
@@ -57,6 +57,7 @@ class Actions:
     period: float = 256.0
 
     def __post_init__(self):
+        check_sizes(self, 'actions.', zero=('start', 'axes'))
         for name in ('keyboard_width', 'mouse_width'):
             width = getattr(self, name)
             if (name != 'mouse_width' or self.mouse) and width != self.heads * sum(self.axes):

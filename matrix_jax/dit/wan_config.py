@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from matrix_jax.convert import config_faults
+from matrix_jax.convert import check_sizes, config_faults
 from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import Actions
 
@@ -52,6 +52,7 @@ class Config:
     exchange: Literal['auto', 'heads', 'keys'] = 'auto'
 
     def __post_init__(self):
+        check_sizes(self, zero=('sink',))
         if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(f'head_dim: got {self.head_dim}, expected an even number from 6 on '
                              '(pairs for frame, row and column)')

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from matrix_jax.convert import Drop, Row
+from matrix_jax.convert import Drop, Row, check_sizes
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
@@ -51,6 +51,7 @@ class Config:
     dtype: str = 'float32'
 
     def __post_init__(self):
+        check_sizes(self, 'clip.', zero=('eos',))
         if self.activation not in ACTIVATIONS:
             raise ValueError(f'clip.activation: got {self.activation!r}, '
                              f'expected one of {", ".join(ACTIVATIONS)}')

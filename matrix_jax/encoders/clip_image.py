@@ -20,7 +20,7 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax import convert
-from matrix_jax.convert import Drop, Row
+from matrix_jax.convert import Drop, Row, check_sizes
 from matrix_jax.nn import fresh
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
@@ -55,6 +55,7 @@ class Config:
     dtype: str = 'float32'
 
     def __post_init__(self):
+        check_sizes(self, 'clip.')
         if self.dim % self.heads:
             raise ValueError(f'clip.heads: {self.heads} does not divide width {self.dim}')
         if self.image % self.patch:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.convert import Drop, Row
+from matrix_jax.convert import Drop, Row, check_sizes
 from matrix_jax.nn import sequence
 from matrix_jax.nn.attention import self_attention
 from matrix_jax.nn.linear import Linear
@@ -41,6 +41,9 @@ class Config:
     max_distance: int = 128
     eps: float = 1e-6
     dtype: str = 'float32'
+
+    def __post_init__(self):
+        check_sizes(self, 't5.')
 
     @classmethod
     def from_released(cls, released: Mapping) -> Config:

@@ -77,6 +77,7 @@ class Config:
     def __post_init__(self):
         object.__setattr__(self, 'block_out_channels', tuple(self.block_out_channels))
         object.__setattr__(self, 'latent_means', tuple(self.latent_means))
+        convert.check_sizes(self, 'vae.', zero=('layers_per_block',))
         if len(self.latent_means) not in (0, self.latent_channels):
             raise ValueError(f'vae.latent_means: got {len(self.latent_means)} numbers, expected '
                              f'none, or one for each of the {self.latent_channels} channels')
@@ -87,8 +88,6 @@ class Config:
         if self.temporal_compression not in [2**n for n in range(len(self.block_out_channels))]:
             raise ValueError(f'vae.temporal_compression: got {self.temporal_compression}, expected '
                              f'a power of two within {len(self.block_out_channels) - 1} halvings')
-        if self.patch_size < 1:
-            raise ValueError(f'vae.patch_size: got {self.patch_size}, expected at least 1')
         if self.single_latent_frames not in (1, self.temporal_compression):
             raise ValueError(f'vae.single_latent_frames: got {self.single_latent_frames}, expected '
                              f'1 or temporal_compression = {self.temporal_compression}')

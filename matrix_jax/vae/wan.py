@@ -89,6 +89,7 @@ class Config:
     def __post_init__(self):
         for name in ('multiples', 'halves_time', 'latent_means', 'latent_stds'):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        convert.check_sizes(self, 'vae.')
         if len(self.halves_time) != self.levels - 1:
             raise ValueError(f'vae.halves_time: got {len(self.halves_time)} values, expected '
                              f'{self.levels - 1}, one for each level that halves the frame')
@@ -102,10 +103,6 @@ class Config:
         if odd and not self.residual:
             raise ValueError(f'vae.dim: got a decoder level of {odd[0]} channels, expected an even '
                              'number, as it is halved with the next level')
-        for name in ('dim', 'decoder_dim', 'layers', 'patch_size', 'chunk'):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f'vae.{name}: got {value}, expected at least 1')
 
     @property
     def levels(self) -> int:
