@@ -1,20 +1,19 @@
 """Every test runs on the CPU with 8 forced devices, so that the sharding tests always run."""
 
-import importlib.metadata
 import os
+from importlib.metadata import version
 
 # Before the first import of jax, which reads them once. The suite compiles far more than it
-# computes, so the compiler takes it easy.
-EASY = ' --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1'
-if importlib.metadata.version('jaxlib').startswith('0.10.'):
-    # Its new way to compile loops takes three times as long; later ones know no other.
-    EASY += ' --xla_cpu_use_fusion_emitters=false'
+# computes, so the compiler takes it easy; the new way of jax 0.10 to compile loops takes three
+# times as long as its old one, and later versions have no choice.
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ['JAX_DEFAULT_MATMUL_PRECISION'] = 'highest'
-os.environ['XLA_FLAGS'] = ' '.join(
-    flag for flag in os.environ.get('XLA_FLAGS', '').split()
-    if not flag.startswith('--xla_force_host_platform_device_count')
-) + ' --xla_force_host_platform_device_count=8' + EASY
+os.environ['XLA_FLAGS'] = ' '.join([
+    *(flag for flag in os.environ.get('XLA_FLAGS', '').split()
+      if not flag.startswith('--xla_force_host_platform_device_count')),
+    '--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0',
+    '--xla_cpu_parallel_codegen_split_count=1',
+    *['--xla_cpu_use_fusion_emitters=false'] * version('jaxlib').startswith('0.10.')])
 # The suite needs no network: a forgotten download fails at once in place of hanging.
 os.environ['HF_HUB_OFFLINE'] = '1'
 # Nor does it leave programs in the home of who runs it.
