@@ -47,9 +47,10 @@ def main(argv):
         from matrix_jax.train import hosts
         from matrix_jax.train.guard import Diverged
         from matrix_jax.train.loop import fit
+        others = hosts.settings(options.coordinator, options.processes, options.process)
         for folder in records.folders(run.data):
             records.shards(folder, 'train')
-        hosts.join(options.coordinator, options.processes, options.process)
+        hosts.join(others)
         world, params = worlds.start(run)
         try:
             result = fit(run, world, params)

@@ -18,9 +18,9 @@ ENVIRONMENT = {'coordinator': 'JAX_COORDINATOR_ADDRESS', 'processes': 'JAX_NUM_P
                'process': 'JAX_PROCESS_ID'}
 
 
-def join(coordinator: str | None = None, processes: int | None = None,
-         process: int | None = None):
-    """Joins the other processes, before anything asks for a device.
+def settings(coordinator: str | None = None, processes: int | None = None,
+             process: int | None = None) -> dict | None:
+    """What `join` takes, before anything is read; None where this process is alone.
 
     What is not given comes from `ENVIRONMENT`; where that is empty too, this process is alone.
 
@@ -35,17 +35,22 @@ def join(coordinator: str | None = None, processes: int | None = None,
     coordinator = coordinator or os.environ.get(ENVIRONMENT['coordinator'])
     processes, process = _number('processes', processes), _number('process', process)
     if coordinator == 'auto':
-        jax.distributed.initialize()
-        return
+        return {}
     if coordinator is None and (processes, process) in ((None, None), (1, None), (1, 0)):
-        return
+        return None
     if not re.fullmatch(r'[^\s:]+:\d{1,5}', coordinator or ''):
         raise ValueError(f'--coordinator: got {coordinator}, expected HOST:PORT of process 0')
     if processes is None or processes < 1:
         raise ValueError(f'--processes: got {processes}, expected how many there are')
     if process is None or not 0 <= process < processes:
         raise ValueError(f'--process: got {process}, expected 0 to {processes - 1}')
-    jax.distributed.initialize(coordinator, processes, process)
+    return {'coordinator_address': coordinator, 'num_processes': processes, 'process_id': process}
+
+
+def join(given: dict | None):
+    """Joins the other processes by their `settings`, before anything asks for a device."""
+    if given is not None:
+        jax.distributed.initialize(**given)
 
 
 def _number(name: str, given: int | None) -> int | None:

@@ -127,7 +127,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_save_before(toy, whole, tmp_path
     assert_same_end(tmp_path, whole)
 
 
-def test_the_tool_has_an_exit_code_for_a_failed_save(tmp_path, monkeypatch, capsys):
+def test_the_tool_has_an_exit_code_for_a_failed_save(clips, tmp_path, monkeypatch, capsys):
     spec = importlib.util.spec_from_file_location('tools_train', TOY.parents[2] / 'tools/train.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -138,6 +138,7 @@ def test_the_tool_has_an_exit_code_for_a_failed_save(tmp_path, monkeypatch, caps
     monkeypatch.setattr('matrix_jax.train.loop.fit', fit)
     monkeypatch.setattr('matrix_jax.worlds.start', lambda run: (None, None))
     with pytest.raises(SystemExit) as stop:
-        config.main_guard(module.main, ['the_matrix:TINY_SWIN', '--data', 'x'])
+        config.main_guard(module.main, ['the_matrix:TINY_SWIN', '--data', str(clips), '--out',
+                                        str(tmp_path / 'out')])
     assert stop.value.code == 74
     assert capsys.readouterr().err == 'error: step 8 could not be saved\n'
