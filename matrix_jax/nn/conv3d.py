@@ -146,13 +146,15 @@ def doubled2d(x, kernel):
         return (jnp.stack([kernel[0], kernel[1] + kernel[2]]),
                 jnp.stack([kernel[0] + kernel[1], kernel[2]]))
 
-    quarters = [lax.conv_general_dilated(
-        rearrange(x[:, :, p:p + rows_ + 1, q:q + columns + 1], 'b t h w c -> (b t) h w c'),
-        part.swapaxes(0, 1), (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-        for p, half in enumerate(halves(kernel))
-        for q, part in enumerate(halves(half.swapaxes(0, 1)))]
-    return rearrange(jnp.stack(quarters), '(p q) (b t) h w c -> b t (h p) (w q) c', p=2,
-                     b=x.shape[0])
+    def quarter(part, p, q):
+        corner = rearrange(x[:, :, p:p + rows_ + 1, q:q + columns + 1], 'b t h w c -> (b t) h w c')
+        return lax.conv_general_dilated(corner, part.swapaxes(0, 1), (1, 1), 'VALID',
+                                        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+
+    # Side by side, then line by line: each a copy of long runs, where einops would turn a stack.
+    lines = [jnp.stack([quarter(part, p, q) for q, part in enumerate(halves(half.swapaxes(0, 1)))],
+                       axis=3) for p, half in enumerate(halves(kernel))]
+    return jnp.stack(lines, axis=2).reshape(*x.shape[:2], 2 * rows_, 2 * columns, -1)
 
 
 def conv2d(x, kernel, pad, stride=1):
