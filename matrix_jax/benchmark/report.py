@@ -172,6 +172,9 @@ def markdown(results: dict) -> str:
         lines += [f'Note: it did not come to: {"; ".join(missing)}.', '']
     if results['random_weights']:
         lines += [f'Note: {RANDOM}.', '']
+    if machine['device'] == 'cpu':
+        lines += ['Note: FLOPs are those of plain convolutions; the CPU gets by with fewer '
+                  '(`nn/winograd.py`), so a share of the ceiling may be above 100 %.', '']
     if machine['busy'] > BUSY:
         lines += [f'Note: others kept {machine["busy"]:.0%} of the machine busy before the start; '
                   'the clocks below are too slow.', '']

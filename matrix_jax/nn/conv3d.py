@@ -121,7 +121,7 @@ def conv3d(x, kernel):
                                         dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
     frames = x.shape[1] - kt + 1
     m = winograd.best(frames)
-    # Few channels are copied more than multiplied, and halves are too short for the detour.
+    # Few channels are copied more than multiplied, and bfloat16 has too few digits for differences.
     if kt == winograd.TAPS and m > 1 and x.shape[-1] > 16 and x.dtype == jnp.float32:
         return winograd.convolve(x, kernel, m, lambda x, kernel: conv2d(x, kernel, pad))
     x = jnp.concatenate([x[:, tap:tap + frames] for tap in range(kt)], axis=-1)
@@ -146,15 +146,12 @@ def doubled2d(x, kernel):
         return (jnp.stack([kernel[0], kernel[1] + kernel[2]]),
                 jnp.stack([kernel[0] + kernel[1], kernel[2]]))
 
-    def quarter(part, p, q):
-        corner = rearrange(x[:, :, p:p + rows_ + 1, q:q + columns + 1], 'b t h w c -> (b t) h w c')
-        return lax.conv_general_dilated(corner, part.swapaxes(0, 1), (1, 1), 'VALID',
-                                        dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
-
-    # Side by side, then line by line: each a copy of long runs, where einops would turn a stack.
-    lines = [jnp.stack([quarter(part, p, q) for q, part in enumerate(halves(half.swapaxes(0, 1)))],
-                       axis=3) for p, half in enumerate(halves(kernel))]
-    return jnp.stack(lines, axis=2).reshape(*x.shape[:2], 2 * rows_, 2 * columns, -1)
+    quarters = [lax.conv_general_dilated(
+        rearrange(x[:, :, p:p + rows_ + 1, q:q + columns + 1], 'b t h w c -> (b t) h w c'),
+        part.swapaxes(0, 1), (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+        for p, half in enumerate(halves(kernel))
+        for q, part in enumerate(halves(half.swapaxes(0, 1)))]
+    return rearrange(quarters, '(p q) (b t) h w c -> b t (h p) (w q) c', p=2, b=x.shape[0])
 
 
 def conv2d(x, kernel, pad, stride=1):
