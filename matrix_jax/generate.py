@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from matrix_jax import checkpoint, config, sharding, video
+from matrix_jax import checkpoint, config, programs, sharding, video
 from matrix_jax.config import UsageError
 from matrix_jax.data import starts
 from matrix_jax.options import check_place
@@ -91,13 +91,13 @@ class Player:
         params = world.ready(params)
         self.world, self.params = world, params
         self._mesh = sharding.mesh_of(params)
-        self._condition = jax.jit(world.condition)
+        self._condition = programs.jit(world.condition)
         self._pipeline = self._prefill = None
         if decoder is None:
             stream = world.stream(entry)
-            self._init, self._step = jax.jit(stream.init), stream.step
+            self._init, self._step = programs.jit(stream.init), stream.step
             if stream.prefill is not stream.step:
-                self._prefill = jax.jit(stream.prefill, donate_argnums=1)
+                self._prefill = programs.jit(stream.prefill, donate_argnums=1)
         else:
             self._pipeline = Pipeline(**world.halves(entry), params=(params, decoder))
             self._init, self._step = self._pipeline.init, self._pipeline.step
@@ -134,8 +134,8 @@ class Player:
             if steps and self._pipeline:
                 self._pipeline.compile(self.params, carry, self._encoded(steps[0]))
             elif steps and not isinstance(self._step, jax.stages.Compiled):
-                step = jax.jit(self._step, donate_argnums=1,
-                               out_shardings=(sharding.places(carry), None))
+                step = programs.jit(self._step, donate_argnums=1,
+                                    out_shardings=(sharding.places(carry), None))
                 self._step = step.lower(self.params, carry, self._encoded(steps[0])).compile()
         return carry, frames
 
@@ -224,7 +224,7 @@ def whole_clip(world, params, prompt: str, start, symbols: list[str], notes: lis
     given = (params, *given, jax.random.key(seed))
     began = time.perf_counter()
     with sharding.within(sharding.mesh_of(params)):
-        make = jax.jit(world.sample_clip).lower(*given).compile()
+        make = programs.jit(world.sample_clip).lower(*given).compile()
     clip = Clip(symbols, notes, compile_seconds=time.perf_counter() - began)
 
     def frames():

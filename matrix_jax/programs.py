@@ -1,7 +1,8 @@
-"""Compiled programs kept on disk, so that the second start of a run does not compile again."""
+"""Programs: compiled for this machine, and kept on disk so that the second start has them."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
@@ -10,6 +11,39 @@ import warnings
 from pathlib import Path
 
 LIMIT = 4 * 2**30       # bytes; the programs that were not used for longest go first
+
+# XLA's CPU compiler hands products and convolutions to YNNPACK, which runs most of a convolution on
+# one core; Eigen, which it had before, shares each among all. Sums stay with YNNPACK.
+SHARED = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
+
+
+def jit(function, **settings):
+    """`jax.jit` with `options` for this machine; not for use within another jit."""
+    import jax
+    return jax.jit(function, compiler_options=options(), **settings)
+
+
+@functools.cache
+def options() -> dict[str, str] | None:
+    """Options of the compiler that pay here: on a CPU with more than one core, and if the compiler
+    knows them. A setting of the same name in `XLA_FLAGS` stays in force."""
+    import jax
+    given = os.environ.get('XLA_FLAGS', '')
+    if jax.default_backend() != 'cpu' or cores() < 2 or any(name in given for name in SHARED):
+        return None
+    try:
+        jax.jit(lambda x: x, compiler_options=SHARED)(0)
+    except jax.errors.JaxRuntimeError:      # of another version
+        return None
+    return SHARED
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:      # not on this system
+        return os.cpu_count() or 1
 
 
 def folder() -> Path:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from matrix_jax import programs
+
 ROOT = Path(__file__).parents[1]
 CODE = """
 import jax, sys
@@ -48,3 +50,30 @@ def test_without_a_folder_programs_compile_as_ever(tmp_path, fault):
         home.write_text('')
     assert start(home, wanted=fault != 'off') == (18, 0)
     assert not home.is_dir()
+
+
+OPTIONS = """
+import jax
+from matrix_jax import programs
+print(programs.options() == programs.SHARED, float(programs.jit(lambda x: x + 1)(1.0)))
+"""
+
+
+@pytest.mark.parametrize('cores, flags, wanted', [
+    (1, '', False), (2, '', True), (2, '--xla_cpu_experimental_ynn_fusion_type=', False)])
+def test_work_is_shared_among_cores_unless_there_is_one_or_the_user_chose(cores, flags, wanted):
+    code = OPTIONS.replace('print', f'programs.cores = lambda: {cores}; print', 1)
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
+                          env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags,
+                                            'JAX_PLATFORMS': 'cpu'})
+    assert done.stdout.split() == [str(wanted), '2.0']
+
+
+def test_a_compiler_without_the_option_compiles_as_it_does(monkeypatch):
+    monkeypatch.setattr(programs, 'SHARED', {'xla_no_such_option': '1'})
+    monkeypatch.setattr(programs, 'cores', lambda: 2)
+    programs.options.cache_clear()
+    try:
+        assert programs.options() is None and programs.jit(lambda x: x + 1)(1.0) == 2
+    finally:
+        programs.options.cache_clear()

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import sharding
+from matrix_jax import programs, sharding
 from matrix_jax.benchmark import subject as subjects
 from matrix_jax.config import at_least
 from matrix_jax.stream.pipeline import Pipeline
@@ -67,12 +67,12 @@ class Program:
     def __init__(self, subject, function, carry, *given):
         self.params, self.given, self._start = subject.params, given, carry
         with subject.within():
-            step = jax.jit(function, donate_argnums=1)
+            step = programs.jit(function, donate_argnums=1)
             if subject.mesh.size > 1:
                 # A carry has to lie at the end of a step as it did at the start.
                 self._start = step(self.params, self.start(), *given)[0]
-                step = jax.jit(function, donate_argnums=1,
-                               out_shardings=(sharding.places(self._start), None))
+                step = programs.jit(function, donate_argnums=1,
+                                    out_shardings=(sharding.places(self._start), None))
             began = time.perf_counter()
             self._step = step.lower(self.params, self._start, *given).compile()
             self.seconds = time.perf_counter() - began
@@ -241,7 +241,7 @@ def ceilings(dit: str, vae: str, seconds: float = 1.0) -> dict[str, float]:
 
 def fastest(function, given, calls: int, seconds: float) -> float:
     """Seconds of a call at best; clocks look at `calls` of them at a time."""
-    call = jax.jit(function).lower(*given).compile()
+    call = programs.jit(function).lower(*given).compile()
     jax.block_until_ready(call(*given))
     best, until = float('inf'), time.perf_counter() + seconds
     while time.perf_counter() < until:

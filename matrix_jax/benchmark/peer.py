@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, convert
+from matrix_jax import checkpoint, convert, programs
 from matrix_jax.benchmark import measure, report
 from matrix_jax.config import UsageError
 from matrix_jax.dit import cogvideox as dit
@@ -87,7 +87,7 @@ def imitate(subject, cfg, plain, settings: measure.Settings):
     shape = subject.cond.latents.shape
     latents = chance.standard_normal((1, world.cfg.stream.frames, *shape[2:]), np.float32)
     text = chance.standard_normal((1, cfg.text_length, cfg.text_dim), np.float32)
-    net = jax.jit(lambda params, *given: dit.DiT(cfg).apply({'params': params}, *given))
+    net = programs.jit(lambda params, *given: dit.DiT(cfg).apply({'params': params}, *given))
     given = (jax.device_put(plain), latents, text, jnp.full([1], LEVEL))
     net = net.lower(*given).compile()
     seconds = []
@@ -96,7 +96,7 @@ def imitate(subject, cfg, plain, settings: measure.Settings):
         made = np.asarray(net(*given))
         seconds.append(time.perf_counter() - began)
     clip = latents[:, :LATENTS]
-    frames = jax.jit(lambda params, clip: vae.decode(world.cfg.vae, params, clip))(
+    frames = programs.jit(lambda params, clip: vae.decode(world.cfg.vae, params, clip))(
         subject.params['vae'], clip)
     return ({'latents': latents, 'text': text, 'clip': clip},
             {'dit': made, 'vae': np.asarray(frames, np.float32)},

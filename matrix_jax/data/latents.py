@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import checkpoint
+from matrix_jax import checkpoint, programs
 from matrix_jax.data import records
 from matrix_jax.data.loader import EPOCHS, mirror, rows
 
@@ -158,9 +158,8 @@ def _read(shard, index, flip):
 
 def _encode(places, world, params):
     """Yields float16 latents [T H W C] of each clip, several side by side, 8 frames a chunk."""
-    import jax
     from tqdm import tqdm
-    step = jax.jit(world.encode_step)
+    step = programs.jit(world.encode_step)
     for first in tqdm(range(0, len(places), TOGETHER), desc='encode', unit='batch'):
         group = [_read(*place) for place in places[first:first + TOGETHER]]
         count = len(group)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matrix_jax import checkpoint
+from matrix_jax import checkpoint, programs
 from matrix_jax.data import latents, records
 from matrix_jax.data.loader import crop, mirror
 
@@ -137,12 +137,11 @@ def _write(final, source, places, world, params):
 
 def _encode(source, places, world, params):
     """Yields (number of the first clip, arrays of some clips)."""
-    import jax
     from tqdm import tqdm
     frames, keys = source['frames'], source['keys']
     count = 1 + (frames - 1) // records.FRAMES_PER_LATENT
-    code = jax.jit(lambda params, frames: (world.encode_frames(params, frames),
-                                           world.tell(params, frames[:, :1], count)))
+    code = programs.jit(lambda params, frames: (world.encode_frames(params, frames),
+                                                world.tell(params, frames[:, :1], count)))
     size = world.cfg.height, world.cfg.width
     for first in tqdm(range(0, len(places), TOGETHER), desc='encode', unit='batch'):
         clips = []

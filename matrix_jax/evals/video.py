@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import controls as vocabulary
-from matrix_jax import video
+from matrix_jax import programs, video
 from matrix_jax.stream import swin
 
 CHUNK = 8    # frames that are encoded together
@@ -29,12 +29,12 @@ class Streams:
         self.world, self.params = world, world.ready(params)
         self.cfg = world.cfg.stream.entered(entry) if entry else world.cfg.stream
         stream = world.stream(entry)
-        self._condition = jax.jit(world.condition)
-        self._init = jax.jit(stream.init)
-        self._step = jax.jit(stream.step, donate_argnums=1)
+        self._condition = programs.jit(world.condition)
+        self._init = programs.jit(stream.init)
+        self._step = programs.jit(stream.step, donate_argnums=1)
         self._first = self._step
         if stream.prefill is not stream.step:
-            self._first = jax.jit(stream.prefill, donate_argnums=1)
+            self._first = programs.jit(stream.prefill, donate_argnums=1)
 
     @property
     def lag(self) -> int:
@@ -165,7 +165,7 @@ def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
       uint8 [B F' H W 3], F' = 4 (T - context), the last frames: the decoder starts on the others.
     """
     decoder = world.decoder()
-    encode, step = jax.jit(world.encode_step), jax.jit(decoder.step)
+    encode, step = programs.jit(world.encode_step), programs.jit(decoder.step)
     # Compiled chunks called one by one: XLA's CPU convolutions are many times slower in a loop.
     cache, latents = encode(params, None, frames[:, :1 + CHUNK])
     made = [latents]
@@ -173,7 +173,7 @@ def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
         cache, latents = encode(params, cache, frames[:, start:start + CHUNK])
         made.append(latents)
     latents = jnp.concatenate(made, axis=1)
-    cache, _ = jax.jit(decoder.prefill)(params, latents[:, :context])
+    cache, _ = programs.jit(decoder.prefill)(params, latents[:, :context])
     shown = []
     for start in range(context, latents.shape[1], group):
         cache, part = step(params, cache, latents[:, start:start + group])

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from matrix_jax import sharding
+from matrix_jax import programs, sharding
 from matrix_jax.config import UsageError
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import Decoder, Stream, started
@@ -90,8 +90,8 @@ class Slots:
             """`like`: what is given back lies as it does."""
             lies = jax.tree.map(lambda leaf: leaf.sharding, like) if like is not None else None
             with sharding.within(sharding.mesh_of(given[0])):
-                return jax.jit(function, donate_argnums=donate,
-                               out_shardings=lies).lower(*given).compile()
+                return programs.jit(function, donate_argnums=donate,
+                                    out_shardings=lies).lower(*given).compile()
 
         self._condition = ready(world.condition, self.params, *inputs)
         cond = sharding.made(self._condition)

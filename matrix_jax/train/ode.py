@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint
+from matrix_jax import checkpoint, programs
 from matrix_jax.data import latents, scenes
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import causal
@@ -89,7 +89,7 @@ class ODEPairs(FlowMatching):
             from tqdm import tqdm
             shape = count, len(world.cfg.stream.steps) + 1, *store.latents.shape[1:]
             made = np.lib.format.open_memmap(part / 'path.npy', 'w+', np.float16, shape)
-            step = jax.jit(walk)
+            step = programs.jit(walk)
             for first in tqdm(range(0, count, TOGETHER), desc='paths', unit='batch'):
                 chosen = np.minimum(np.arange(first, first + TOGETHER), count - 1)
                 batch = {name: getattr(store, name)[chosen] for name in scenes.ARRAYS}

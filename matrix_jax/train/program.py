@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from matrix_jax import convert, sharding
+from matrix_jax import convert, programs, sharding
 from matrix_jax.train import state as states
 
 
@@ -66,7 +66,8 @@ def build(run, world, params: Mapping) -> Program:
     start = partial(states.init, trainable=stage.trainable, tx=tx, seed=train.seed)
     places = states.shardings(jax.eval_shape(start, params), axes, mesh)
     update = states.make_step(partial(stage.loss, world), tx, stage.ema, train.accumulate)
-    jitted = jax.jit(update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh)))
+    jitted = programs.jit(update, donate_argnums=0,
+                          out_shardings=(places, sharding.replicated(mesh)))
     split, examples = sharding.batch_sharding(mesh), train.batch * train.accumulate
     share = _share(split, examples)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax import checkpoint, config, controls, video
+from matrix_jax import checkpoint, config, controls, programs, video
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
@@ -89,7 +89,7 @@ class TheMatrix:
         latents = (controls.base_frames(length) - 1) // cfg.frames_per_control + 1
         symbols = controls.encode(controls.parse(signal)[:latents])
         world = world.replace(clip=dataclasses.replace(cfg.clip, guidance=guidance))
-        make = jax.jit(world.sample_clip)
+        make = programs.jit(world.sample_clip)
         frames = make(params, world.tokenize([prompt]), symbols[None], jax.random.key(seed))
         video.write_video(path, np.asarray(frames)[0], cfg.fps, min_width=1)
         return path
