@@ -80,7 +80,7 @@ def test_caches_split_over_all_axes_of_a_mesh(params, given, alone):
         np.testing.assert_allclose(leaf, want, atol=2e-5)
 
 
-@pytest.mark.parametrize('mesh', [Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=8),
+@pytest.mark.parametrize('mesh', [Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8),
                                   Mesh(data=2, seq=4)], ids=str)
 def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given, alone):
     """Six sites; where they do not divide, devices remember some of padding as well."""
