@@ -335,13 +335,13 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def run(self, argv: Sequence[str], recipe: str | None = None,
-            chosen: Callable = lambda options: None) -> tuple[Any, Run]:
+            chosen: Callable = lambda options: None,
+            many: Callable | None = None) -> tuple[Any, Any]:
         """(options, run) of a command line; `recipe` is what no RECIPE means, unless
-        `chosen(options)` gives another."""
-        self.add_argument('recipe', nargs='?', default=recipe, metavar='RECIPE',
-                          help='world:NAME from configs/')
-        known = self._option_string_actions
-        mine, overrides = [], []
+        `chosen(options)` gives another; with `many`, `many(list of RECIPE, overrides)`."""
+        self.add_argument('recipe', nargs='*' if many else '?', default=recipe, metavar='RECIPE',
+                          help='world:NAME from configs/' + (', or several' if many else ''))
+        known, mine, overrides = self._option_string_actions, [], []
         bucket = mine
         for token in argv:
             if token.partition('=')[0] in known:
@@ -355,7 +355,7 @@ class Parser(argparse.ArgumentParser):
                            f'fields of {run.name}, set with --field value:\n{describe(run)}')
         options = self.parse_args(mine)
         try:
-            return options, load(chosen(options) or options.recipe, overrides)
+            return options, (many or load)(chosen(options) or options.recipe, overrides)
         except UsageError as error:
             near = [near for token in overrides if token.startswith('--') for near in
                     difflib.get_close_matches(token.partition('=')[0], list(known), 1, 0.75)]

@@ -1,16 +1,42 @@
-"""What options of the command line may hold: whole numbers in a range, paths, places to write."""
+"""What the command line may hold: recipes, whole numbers in a range, paths, places to write."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from matrix_jax.config import UsageError
+from matrix_jax.config import DEFAULT_WORLD, Run, UsageError, load
 
 SEED = 2**63 - 1     # the largest
+
+
+def recipes(given: Sequence[str], overrides: Sequence[str]) -> list[Run]:
+    """The runs of RECIPE or RECIPE=WEIGHTS, each at most once; none means the bundled world.
+
+    Args:
+      given: the recipes.
+      overrides: as of `config.load`; for a recipe that is alone.
+
+    Raises:
+      UsageError: what cannot be run together.
+    """
+    many, runs = len(given) > 1, {}
+    if many and overrides:
+        raise UsageError(f'{overrides[0].partition("=")[0]}: got {len(given)} recipes, expected '
+                         'one with it; RECIPE=WEIGHTS says where the weights of each are')
+    for one in given or [DEFAULT_WORLD]:
+        name, equals, weights = one.partition('=')
+        run = load(name, [*overrides, f'--weights={weights}'] if equals else overrides)
+        if run.name in runs:
+            raise UsageError(f'RECIPE: got {run.name} twice, expected each at most once')
+        if many and not run.weights:
+            raise UsageError(f'{run.name}: brings no weights, expected {run.name}=WEIGHTS, a '
+                             'folder in the released layout or a hub repository')
+        runs[run.name] = run
+    return list(runs.values())
 
 
 def whole(lowest: int, highest: int | None = None,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from matrix_jax import config, video, worlds
+from matrix_jax import config, options, video, worlds
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = 'transformer/diffusion_pytorch_model.safetensors'
@@ -251,6 +251,11 @@ def test_convert_reads_pickles_of_tensors_alone(tiny, tmp_path):
      '--worlds: got garbage and --gpus: got 1.0, expected --ray'),
     (['--ray', '--drain', 'nan'], '--drain: got nan, expected at least 0'),
     (['--ray', '--worlds', ''], "--worlds: got ''"),
+    (['carracing', 'carracing:PLAY'], 'RECIPE: got carracing:PLAY twice'),
+    (['carracing', 'carracing:CLIPS', '--ray'], '--ray: got 2 recipes, expected one with it'),
+    (['carracing', 'the_matrix:TINY'], 'the_matrix:TINY: brings no weights, expected the_matrix'),
+    (['carracing', 'the_matrix:TINY', '--weights', 'some'], '--weights: got 2 recipes, expected'),
+    (['carracing', 'the_matrix:NONE=some'], 'unknown recipe the_matrix:NONE'),
 ], ids=lambda value: value[-1] if isinstance(value, list) else '')
 def test_play_refuses_before_it_compiles(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -258,6 +263,15 @@ def test_play_refuses_before_it_compiles(argv, said, tmp_path, monkeypatch, caps
     printed = capsys.readouterr()
     assert printed.err.startswith('error: ') and printed.err.count('\n') == 1
     assert said in printed.err and not printed.out
+
+
+def test_recipes_name_their_weights(tmp_path):
+    runs = options.recipes(['the_matrix:TINY=a/b=c', 'carracing'], [])
+    assert [(run.name, run.weights) for run in runs] == [('the_matrix:TINY', 'a/b=c'),
+                                                         ('carracing:PLAY', 'carracing')]
+    assert options.recipes([], []) == [config.load()]
+    assert options.recipes(['the_matrix:TINY'], ['--weights', 'a', '--train.seed=3']) == [
+        config.load('the_matrix:TINY', ['--weights=a', '--train.seed=3'])]
 
 
 # --- train ---------------------------------------------------------------------------------------

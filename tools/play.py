@@ -3,10 +3,11 @@
     tools/play.py                                  the bundled world, for this machine
     tools/play.py --host 0.0.0.0 --token SECRET12  for others, who must know the token
     tools/play.py --ray --worlds 1-4               for many: worlds on a Ray cluster, as needed
+    tools/play.py carracing doom:DMD=FOLDER        several worlds, with weights that none brings
 """
 
 from matrix_jax import config
-from matrix_jax.options import whole
+from matrix_jax.options import recipes, whole
 
 
 def main(argv):
@@ -16,7 +17,7 @@ def main(argv):
     parser = config.Parser(__doc__)
     add, usual, many = parser.add_argument, server.Config(), cluster.Config()
     add('--players', type=whole(1, 1024), default=usual.players,
-        help=f'places, fixed at the start (default {usual.players})')
+        help=f'places in each world, fixed at the start (default {usual.players})')
     add('--host', default=usual.host, help='address to listen on (default: this machine only)')
     add('--port', type=int, default=usual.port, help=f'default {usual.port}; 0 takes a free one')
     add('--token', help='what players must know; needed for any other address')
@@ -32,12 +33,14 @@ def main(argv):
     add('--gpus', type=float, help='with --ray: of each world (default: as its mesh, if any)')
     add('--drain', type=float,
         help=f'with --ray: seconds for players to finish (default {many.drain:.0f})')
-    options, run = parser.run(argv)
+    options, runs = parser.run(argv, many=recipes)
     given = {name: value for name in ('worlds', 'gpus', 'drain')
              if (value := getattr(options, name)) is not None}
     if given and not options.ray:
         raise config.UsageError(' and '.join(f'--{name}: got {value}' for name, value
                                              in given.items()) + ', expected --ray with it')
+    if options.ray and len(runs) > 1:
+        raise config.UsageError(f'--ray: got {len(runs)} recipes, expected one with it')
     if options.together > options.players:
         raise config.UsageError(f'--together: got {options.together}, expected 1 to the players, '
                                 f'{options.players}')
@@ -48,9 +51,9 @@ def main(argv):
         if options.ray:
             if 'worlds' in given:
                 given['fewest'], given['most'] = cluster.parse_worlds(given.pop('worlds'))
-            cluster.serve(run, cfg, cluster.Config(**given))
+            cluster.serve(runs[0], cfg, cluster.Config(**given))
         else:
-            server.serve(run, cfg)
+            server.serve(runs, cfg)
 
 
 if __name__ == '__main__':

@@ -70,19 +70,32 @@ class Server:
     def app(self):
         """The ASGI application; the engine runs while it does."""
         from starlette.applications import Starlette
+        return Guard(Starlette(routes=self.routes(), lifespan=self._lifespan), self.token)
+
+    def routes(self) -> list:
+        """What is where."""
         from starlette.routing import Route, WebSocketRoute
-        routes = [Route('/', self.page), Route('/healthz', self.health),
-                  Route('/metrics', self.metrics), WebSocketRoute('/play', self.play),
-                  Route('/session/{session}/world', self.save),
-                  Route('/session/{session}/world', self.load, methods=['POST']),
-                  Route('/session/{session}/picture', self.picture, methods=['POST']),
-                  Route('/session/{session}/replay', self.replay),
-                  Route('/session/{session}/video', self.video)]
-        return Guard(Starlette(routes=routes, lifespan=self._lifespan), self.token)
+        return [Route('/', self.page), Route('/healthz', self.health),
+                Route('/metrics', self.metrics), WebSocketRoute('/play', self.play),
+                Route('/session/{session}/world', self.save),
+                Route('/session/{session}/world', self.load, methods=['POST']),
+                Route('/session/{session}/picture', self.picture, methods=['POST']),
+                Route('/session/{session}/replay', self.replay),
+                Route('/session/{session}/video', self.video)]
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _):
+        self.open()
+        async with self.running():
+            yield
+
+    def open(self):
+        """Makes the house, in the loop that it lives in; this may compile."""
         self.house = House(self.engine, *self._given)
+
+    @contextlib.asynccontextmanager
+    async def running(self):
+        """The engine runs, and nothing compiles any more."""
         self.engine.start()
         unwatch = self.meters.watch_compiler()
         try:
@@ -98,13 +111,16 @@ class Server:
         from starlette.responses import HTMLResponse
         return HTMLResponse(PAGE.read_text(encoding='utf-8'), headers=HEADERS)
 
+    def state(self) -> dict:
+        """How it is doing, for /healthz."""
+        quiet = time.monotonic() - self.engine.beat
+        return {'ok': self.engine.alive and quiet < 60, 'players': len(self.house.sessions),
+                'places': self.engine.slots.count, 'engine_quiet_seconds': round(quiet, 1)}
+
     async def health(self, _):
         from starlette.responses import JSONResponse
-        quiet = time.monotonic() - self.engine.beat
-        well = self.engine.alive and quiet < 60
-        return JSONResponse({'ok': well, 'players': len(self.house.sessions),
-                             'places': self.engine.slots.count,
-                             'engine_quiet_seconds': round(quiet, 1)}, 200 if well else 503)
+        state = self.state()
+        return JSONResponse(state, 200 if state['ok'] else 503)
 
     async def metrics(self, _):
         from starlette.responses import Response
@@ -148,11 +164,13 @@ class Server:
 
     # --- playing -------------------------------------------------------------------------------
 
-    async def play(self, socket):
-        """One player's socket, from joining to leaving."""
+    async def play(self, socket, first: dict | None = None):
+        """One player's socket, from joining to leaving; `first` is a note that it gets at once."""
         from starlette.websockets import WebSocketDisconnect
         await socket.accept()
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # it may go at any moment
+            if first:
+                await socket.send_text(json.dumps(first))
             try:
                 async with asyncio.timeout(JOIN_SECONDS):
                     text = await _receive(socket)

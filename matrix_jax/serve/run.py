@@ -1,4 +1,4 @@
-"""From a recipe to a server that listens: what `tools/play.py` does."""
+"""From recipes to a server that listens: what `tools/play.py` does."""
 
 from __future__ import annotations
 
@@ -117,15 +117,24 @@ def log_to_stderr():
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
-def serve(run, cfg: Config):
-    """Compiles the recipe's world and plays it until it is interrupted."""
+def serve(runs: list, cfg: Config):
+    """Compiles the worlds of some recipes, one after the other, and plays them until it is
+    interrupted."""
+    from matrix_jax import checkpoint
     from matrix_jax.serve.app import Server
+    from matrix_jax.serve.street import Street
     log_to_stderr()
     with listen(cfg) as sock:
-        print(f'compiling {run.name} for {cfg.players} players', flush=True)
-        began = time.perf_counter()
-        slots, folder = open_slots(run, cfg)
-        server = Server(slots, folder, run.name, cfg.token, cfg.grace)
-        print(f'{run.name} is ready after {time.perf_counter() - began:.0f} s, for {cfg.players} '
-              f'players: open {cfg.url(sock.getsockname()[1])}', flush=True)
-        uvicorn_server(server.app(), cfg.players).run(sockets=[sock])
+        began, servers = time.perf_counter(), {}
+        for run in runs[1:]:
+            checkpoint.resolve(run.weights)      # else it would be missed after minutes
+        for run in runs:
+            print(f'compiling {run.name} for {cfg.players} players', flush=True)
+            slots, folder = open_slots(run, cfg)
+            servers[run.name] = Server(slots, folder, run.name, cfg.token, cfg.grace)
+        many = len(servers) > 1
+        server = Street(servers, cfg.token) if many else servers[run.name]
+        print(f'{" and ".join(servers)} {"are" if many else "is"} ready after '
+              f'{time.perf_counter() - began:.0f} s, for {cfg.players} players'
+              f'{" each" * many}: open {cfg.url(sock.getsockname()[1])}', flush=True)
+        uvicorn_server(server.app(), cfg.players * len(servers)).run(sockets=[sock])

@@ -1,6 +1,7 @@
-"""One compiled house of TINY for all tests here, and servers and players on this machine."""
+"""Compiled houses of two worlds for all tests here, and servers and players on this machine."""
 
 import contextlib
+import dataclasses
 import json
 import shutil
 import threading
@@ -20,14 +21,17 @@ from matrix_jax.serve.slots import Slots
 JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 7}
 
 
+def open_fast(name, folder):
+    """(world, params) of a recipe, 100 frames per second so that tests need not wait."""
+    recipe = config.load(name)
+    return worlds.open_run(dataclasses.replace(
+        recipe, weights=str(folder), world=dataclasses.replace(recipe.world, fps=100)))
+
+
 @pytest.fixture(scope='session')
 def opened(tiny):
-    """(world, params) of TINY, 100 frames per second so that tests need not wait."""
-    import dataclasses
-    recipe = config.load('the_matrix:TINY')
-    recipe = dataclasses.replace(recipe, weights=str(tiny),
-                                 world=dataclasses.replace(recipe.world, fps=100))
-    return worlds.open_run(recipe)
+    """(world, params) of the_matrix:TINY."""
+    return open_fast('the_matrix:TINY', tiny)
 
 
 @pytest.fixture(scope='session')
@@ -36,12 +40,18 @@ def slots(opened):
     return Slots(*opened, count=3).compile()
 
 
+@pytest.fixture(scope='session')
+def walk_slots(tiny_walk):
+    """Two places in matrix_game_2:TINY, compiled."""
+    return Slots(*open_fast('matrix_game_2:TINY', tiny_walk), count=2).compile()
+
+
 class Player:
     """A well-behaved client."""
 
-    def __init__(self, server, **join):
+    def __init__(self, server, query='', **join):
         self.server = server
-        self.socket = server.connect()
+        self.socket = server.connect(query)
         self.socket.send(json.dumps(JOIN | join))
         self.frames, self.keys, self.notes = {}, {}, []
         self.welcome = self.wait('welcome', 'closed')
@@ -105,9 +115,9 @@ class Running:
         url = f'ws://127.0.0.1:{self.port}/play{query}'
         return self.opened.enter_context(connect(url, max_size=2**24, close_timeout=0.2))
 
-    def join(self, **wanted):
+    def join(self, query='', **wanted):
         """A player who asks for this."""
-        return Player(self, **wanted)
+        return Player(self, query, **wanted)
 
     def http(self, path, data=None, headers=None, patient=True):
         """(status, body); waits where it is told to, unless it is not `patient`."""

@@ -1,6 +1,5 @@
 """A world of keyboard and mouse behind the same door; its first block differs from the others."""
 
-import dataclasses
 import io
 import json
 
@@ -8,9 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matrix_jax import config, worlds
 from matrix_jax.serve import replay
-from matrix_jax.serve.slots import Slots
 
 
 @pytest.fixture(scope='module')
@@ -20,11 +17,8 @@ def tiny(tiny_walk):
 
 
 @pytest.fixture(scope='module')
-def slots(tiny):
-    run = config.load('matrix_game_2:TINY')
-    world = dataclasses.replace(run.world, fps=100)
-    return Slots(*worlds.open_run(dataclasses.replace(run, weights=str(tiny), world=world)),
-                 count=2).compile()
+def slots(walk_slots):
+    return walk_slots
 
 
 def test_a_player_walks_and_looks_around(serving, slots, tiny):
