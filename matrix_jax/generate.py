@@ -91,11 +91,11 @@ class Player:
         params = world.ready(params)
         self.world, self.params = world, params
         self._mesh = sharding.mesh_of(params)
-        self._condition = programs.jit(world.condition)
+        self._condition = programs.jit(world.condition, once=True)
         self._pipeline = self._prefill = None
         if decoder is None:
             stream = world.stream(entry)
-            self._init, self._step = programs.jit(stream.init), stream.step
+            self._init, self._step = programs.jit(stream.init, once=True), stream.step
             if stream.prefill is not stream.step:
                 self._prefill = programs.jit(stream.prefill, donate_argnums=1)
         else:

@@ -55,18 +55,20 @@ def test_without_a_folder_programs_compile_as_ever(tmp_path, fault):
 OPTIONS = """
 import jax
 from matrix_jax import programs
-print(programs.options() == programs.SHARED, float(programs.jit(lambda x: x + 1)(1.0)))
+shared = programs.options() == programs.SHARED
+print(shared, programs.options(once=True) == programs.QUICK | (programs.SHARED if shared else {}),
+      float(programs.jit(lambda x: x + 1, once=True)(1.0)))
 """
 
 
 @pytest.mark.parametrize('cores, flags, wanted', [
     (1, '', False), (2, '', True), (2, '--xla_cpu_experimental_ynn_fusion_type=', False)])
 def test_work_is_shared_among_cores_unless_there_is_one_or_the_user_chose(cores, flags, wanted):
-    code = OPTIONS.replace('print', f'programs.cores = lambda: {cores}; print', 1)
+    code = OPTIONS.replace('shared', f'programs.cores = lambda: {cores}\nshared', 1)
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
                           env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags,
                                             'JAX_PLATFORMS': 'cpu'})
-    assert done.stdout.split() == [str(wanted), '2.0']
+    assert done.stdout.split() == [str(wanted), 'True', '2.0']
 
 
 def test_a_compiler_without_the_option_compiles_as_it_does(monkeypatch):

@@ -29,8 +29,8 @@ class Streams:
         self.world, self.params = world, world.ready(params)
         self.cfg = world.cfg.stream.entered(entry) if entry else world.cfg.stream
         stream = world.stream(entry)
-        self._condition = programs.jit(world.condition)
-        self._init = programs.jit(stream.init)
+        self._condition = programs.jit(world.condition, once=True)
+        self._init = programs.jit(stream.init, once=True)
         self._step = programs.jit(stream.step, donate_argnums=1)
         self._first = self._step
         if stream.prefill is not stream.step:
