@@ -44,11 +44,13 @@ def options(once: bool = False) -> dict | None:
     given = os.environ.get('XLA_FLAGS', '')
     wanted = (SHARED if cores() > 1 else {}) | (QUICK if once else {})
     wanted = {name: value for name, value in wanted.items() if name not in given}
+    if not wanted:
+        return None
     try:
         jax.jit(lambda x: x, compiler_options=wanted)(0)
     except jax.errors.JaxRuntimeError:      # of another version
         return None
-    return wanted or None
+    return wanted
 
 
 def cores() -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 
 from matrix_jax.serve import relay
-from matrix_jax.serve.app import Guard, Server, _close, _trouble
+from matrix_jax.serve.app import Guard, Server, _close
+from matrix_jax.serve.transfers import trouble
 
 NO_SUCH_WORLD = 4004        # code of a socket that asked for one
 
@@ -68,7 +69,7 @@ class Street:
         for one in self.servers.values():
             if request.path_params['session'] in one.house.sessions:
                 return Router(one.routes())
-        return _trouble('this session is over', 404)
+        return trouble('this session is over', 404)
 
     async def play(self, socket):
         """A player's socket, in the world that `?world=` names."""
