@@ -357,8 +357,11 @@ class Parser(argparse.ArgumentParser):
         try:
             return options, (many or load)(chosen(options) or options.recipe, overrides)
         except UsageError as error:
-            near = [near for token in overrides if token.startswith('--') for near in
-                    difflib.get_close_matches(token.partition('=')[0], list(known), 1, 0.75)]
+            # An option of the tool has no dot; a field of a group is no misspelled one.
+            wrong = [name for token in overrides if '.' not in (name := token.partition('=')[0])
+                     and name.startswith('--')]
+            near = [near for name in wrong for near in
+                    difflib.get_close_matches(name, list(known), 1, 0.75)]
             hint = f' (the tool has an option {near[0]})' if near else ''
             raise UsageError(f'{error}{hint}') from error
 

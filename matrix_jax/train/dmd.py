@@ -19,6 +19,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from matrix_jax import convert
 from matrix_jax.diffusion import flow
@@ -88,31 +89,29 @@ class SelfForcing(FlowMatching):
         turn = jax.random.uniform(keys[0]) * self.ratio < 1
         given = self.given(world, params, batch)
 
-        def of_student():
-            clip = self.rollout(world, params, given, batch['actions'], keys[1])
-            return self.matching(world, params, clip, given, batch['actions'], keys[2])
-
-        def of_critic():
-            clip = self.rollout(world, jax.lax.stop_gradient(params), given, batch['actions'],
-                                keys[1])
-            return self.criticism(world, params, clip, given, batch['actions'], keys[2])
-
-        loss = jax.lax.cond(turn, of_student, of_critic)
+        clip = self.rollout(world, params, given, batch['actions'], keys[1], turn)
+        loss = jax.lax.cond(
+            turn,
+            lambda: self.matching(world, params, clip, given, batch['actions'], keys[2]),
+            lambda: self.criticism(world, params, jax.lax.stop_gradient(clip), given,
+                                   batch['actions'], keys[2]))
         return loss, {'student': turn.astype(jnp.float32)}
 
-    def rollout(self, world, params, given, actions, key):
-        """The student's clip [B T H W C] from pictures, under actions [B F A]."""
+    def rollout(self, world, params, given, actions, key, learns=True):
+        """The student's clip [B T H W C] from pictures, under actions [B F A]; bool `learns`, has
+        it a gradient?"""
         stream, keys = world.cfg.stream, jax.random.split(key)
         table = causal.rows(stream, world.cfg.flow)
         last = len(stream.steps) - 1
         end = jax.random.randint(keys[0], (), 0, last + 1) if self.random_exit else last
-        made = world.latents(lambda net: truncated(net, jnp.asarray(table.level)[end]),
+        made = world.latents(lambda net: truncated(net, jnp.asarray(table.level)[end], learns),
                              ended(table, end))
         carry = made.init(params, given, keys[1])
         carry, head = made.prefill(params, carry, actions[:, :stream.first_actions])
-        size, count = stream.block_actions, self.blocks(world) - 1
-        controls = actions[:, stream.first_actions:].reshape(len(actions), count, size, -1)
-        _, tail = streams.rollout(made, params, carry, jnp.moveaxis(controls, 1, 0))
+        self.blocks(world)      # a clip is whole blocks
+        controls = rearrange(actions[:, stream.first_actions:], 'b (s f) a -> s b f a',
+                             f=stream.block_actions)
+        _, tail = streams.rollout(made, params, carry, controls)
         return jnp.concatenate([head, streams.join(tail)], axis=1)
 
     def matching(self, world, params, clip, given, actions, key):
@@ -155,9 +154,9 @@ class SelfForcing(FlowMatching):
         return world.cfg.stream.frames if self.causal else None
 
 
-def truncated(net: causal.Network, level) -> causal.Network:
+def truncated(net: causal.Network, level, learns=True) -> causal.Network:
     """The same network, with a gradient through the call at one level, and of its answer alone:
-    not through what it is given, nor through what the caches keep."""
+    not through what it is given, nor through what the caches keep. None unless it `learns`."""
     def denoise(params, caches, x, levels, cond, actions):
         caches, x = jax.lax.stop_gradient((caches, x))
 
@@ -166,7 +165,7 @@ def truncated(net: causal.Network, level) -> causal.Network:
             return v, jax.lax.stop_gradient(kept)
 
         # Where the branch has no gradient, nothing is computed backwards.
-        return jax.lax.cond(levels.reshape(-1)[0] == level, call,
+        return jax.lax.cond((levels.reshape(-1)[0] == level) & learns, call,
                             lambda params: call(jax.lax.stop_gradient(params)), params)
 
     return net._replace(denoise=denoise)
