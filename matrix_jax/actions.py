@@ -158,6 +158,14 @@ class Actions:
                                f'number of frames, at most {MAX_FRAMES} in all')
         actions += [action] * int(count)
 
+    def count(self, text: str) -> int | None:
+        """How many frames of actions a text has; None for a benchmark sequence.
+
+        Raises:
+          ControlError: what is wrong with it.
+        """
+        return None if _benchmark(text) else len(self.parse(text))
+
     def read(self, text: str | None, needed: int, pad: str | None = None, seed: int = 42):
         """Exactly `needed` actions of what the user gave.
 
@@ -176,8 +184,8 @@ class Actions:
         """
         if text is None:
             return self.random(needed, seed), []
-        name, colon, own = text.strip().partition(':')
-        if name == BENCHMARK:
+        if _benchmark(text):
+            _, colon, own = text.strip().partition(':')
             if colon and not own.isdecimal():
                 raise ControlError(f'actions: got {text!r}, expected benchmark:SEED')
             return self.random(needed, int(own) if colon else seed), []
@@ -250,6 +258,11 @@ class Actions:
             if look else ' or the arrows.')
         return {'buttons': buttons, 'axes': axes, 'join': '+', 'idle': IDLE, 'hint': hint,
                 'mouse': {'speed': SPEED, 'limit': 4 * SPEED} if look else None}
+
+
+def _benchmark(text: str) -> bool:
+    """Whether a text names a sequence of the reference."""
+    return text.strip().partition(':')[0] == BENCHMARK
 
 
 @functools.lru_cache(4096)

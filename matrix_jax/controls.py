@@ -186,7 +186,6 @@ class Symbols:
     generates and serves a world need not know which it is; a control is a text.
 
     Attributes:
-      option: of the command line that gives controls.
       frames: pixel frames that one control steers.
       rest: the control of a player who holds nothing.
       choices: controls for who can only choose among a few.
@@ -206,6 +205,14 @@ class Symbols:
             raise ControlError(f'control: unknown symbol {text[:40]!r}; expected '
                                f'{", ".join(SYMBOLS)}')
         return text
+
+    def count(self, text: str) -> int | None:
+        """How many controls a text has; None for one that is as long as the video.
+
+        Raises:
+          ControlError: what is wrong with it.
+        """
+        return len(parse(text))
 
     def read(self, text: str | None, needed: int, pad: str | None = None, seed: int = 42):
         """(controls, notes for the user): exactly `needed` of what the user gave; None = random.

@@ -19,7 +19,7 @@ from matrix_jax.data import starts
 from matrix_jax.options import check_place
 from matrix_jax.stream.pipeline import Pipeline
 
-DEFAULT_LENGTH = 8      # seconds
+DEFAULT_LENGTH, LONGEST = 8, 24 * 3600      # seconds
 
 
 @dataclasses.dataclass
@@ -38,12 +38,13 @@ class Clip:
     run_seconds: float = 0.0
 
 
-def plan(world, length: int, control: str | None, control_seed: int, pad: str | None):
+def plan(world, length: int | None, control: str | None, control_seed: int, pad: str | None):
     """The controls of a video.
 
     Args:
       world: the World.
-      length: seconds, at least 1.
+      length: seconds, at least 1. None = as long as the controls, whose last one is held to the end
+        of its step; without controls or with a `pad`, 8 or the longest whole clip.
       control: text of the world's vocabulary; None = random.
       control_seed: seed of random controls.
       pad: None, 'random' or 'hold', for controls that are too few.
@@ -54,8 +55,18 @@ def plan(world, length: int, control: str | None, control_seed: int, pad: str | 
     Raises:
       UsageError, ControlError: length, an unknown control, or too few of them.
     """
-    if not (isinstance(length, int) and 1 <= length <= 24 * 3600):
-        raise UsageError(f'--length: got {length}, expected whole seconds from 1 to 86400')
+    count = None
+    if length is None and control is not None and pad is None:
+        count = world.vocabulary.count(control)
+    if count:
+        if count * world.vocabulary.frames > LONGEST * world.cfg.fps:
+            raise UsageError(f'--control: got {count} controls, expected a video of at most '
+                             f'{LONGEST} seconds')
+        return world.vocabulary.read(control, world.whole(count), pad='hold')
+    if length is None:
+        length = min(DEFAULT_LENGTH, world.longest or DEFAULT_LENGTH)
+    if not (isinstance(length, int) and 1 <= length <= LONGEST):
+        raise UsageError(f'--length: got {length}, expected whole seconds from 1 to {LONGEST}')
     return world.vocabulary.read(control, world.needed(length), pad=pad, seed=control_seed)
 
 
@@ -170,7 +181,7 @@ def stream_frames(player: Player, carry, steps: list[list[str]], clip: Clip,
 
 
 def generate(world, params, folder, *, prompt: str | None = None, control: str | None = None,
-             length: int = DEFAULT_LENGTH, seed: int = 42, control_seed: int = 42,
+             length: int | None = None, seed: int = 42, control_seed: int = 42,
              pad: str | None = None, image: str | None = None, video_path: str | None = None,
              say=lambda line: None):
     """Plans, compiles and starts a clip.
@@ -290,11 +301,6 @@ def summary(run) -> str:
     return worlds.build(run.world).summary(sharding.abstract_mesh(run.mesh))
 
 
-def _length(world, given: int | None) -> int:
-    """Seconds of a video: what was asked for, else 8 or the longest whole clip."""
-    return min(DEFAULT_LENGTH, world.longest or DEFAULT_LENGTH) if given is None else given
-
-
 def to_file(run, options):
     """What `tools/generate.py` does: checks all, then writes one video -> (path, Clip, frames)."""
     from tqdm import tqdm
@@ -307,12 +313,12 @@ def to_file(run, options):
         frames, clip = replayed(run, options)
         world = worlds.build(run.world)
     else:
-        length = _length(worlds.build(run.world), options.length)
-        plan(worlds.build(run.world), length, options.control, options.control_seed, options.pad)
+        plan(worlds.build(run.world), options.length, options.control, options.control_seed,
+             options.pad)
         world, params = worlds.open_run(run, apart=run.world.clip is None)
         frames, clip = generate(
             world, params, checkpoint.resolve(run.weights), prompt=options.prompt,
-            control=options.control, length=length, seed=options.seed,
+            control=options.control, length=options.length, seed=options.seed,
             control_seed=options.control_seed, pad=options.pad, image=options.image,
             video_path=options.video, say=print)
     for note in clip.notes:

@@ -1,7 +1,8 @@
-"""What the door to a world of keyboard and mouse refuses; tests/test_tools.py has the other one."""
+"""How long a video is, and what the door to a world of keyboard and mouse refuses."""
 
 import pytest
 
+from matrix_jax import config, generate, worlds
 from tests.test_tools import run
 
 
@@ -34,3 +35,34 @@ def test_what_cannot_be_walked_is_one_line(argv, said, tiny_walk, tmp_path, monk
     assert printed.err.startswith('error: ') and printed.err.count('\n') == 1
     assert said in printed.err
     assert not out.exists()
+
+
+@pytest.mark.parametrize('recipe, given, pad, count, note', [
+    ('matrix_game_2:TINY', 'W*24,right*24,W*48', None, 105, '96 frames, 105 needed; 9 added by'),
+    ('matrix_game_2:TINY', 'W*33', None, 33, None),
+    ('matrix_game_2:TINY', 'W', None, 9, '1 frames, 9 needed'),
+    ('matrix_game_2:TINY', 'W', 'hold', 201, '1 frames, 201 needed'),        # 8 seconds
+    ('matrix_game_2:TINY', 'benchmark:3', None, 201, None),
+    ('matrix_game_2:TINY', None, None, 201, None),
+    ('matrix_game_2:TINY_CLIP', 'W*24', None, 25, '24 frames, 25 needed'),
+    ('the_matrix:TINY', 'D,DL,D', None, 4, '3 symbols, 4 needed; 1 added by pad=hold'),
+    ('the_matrix:TINY_CLIP', 'D,DL', None, 5, '2 symbols, 5 needed'),
+    ('the_matrix:TINY', 'D', 'hold', 32, '1 symbols, 32 needed')])
+def test_without_a_length_a_video_lasts_as_its_controls(recipe, given, pad, count, note):
+    world = worlds.build(config.load(recipe).world)
+    controls, notes = generate.plan(world, None, given, 42, pad)
+    assert len(controls) == count
+    assert [note in line for line in notes] == ([True] if note else [])
+    if given and pad is None and note:
+        assert set(controls[world.vocabulary.count(given):]) == {given.split(',')[-1].split('*')[0]}
+
+
+@pytest.mark.parametrize('recipe, given, said', [
+    ('matrix_game_2:TINY', 'W*9999999', 'got 9999999 controls, expected a video of at most 86400'),
+    ('matrix_game_2:TINY', 'hop*9', "unknown action 'hop'"),
+    ('matrix_game_2:TINY', '', 'actions: got none'),
+    ('matrix_game_2:TINY_CLIP', 'W*99', 'got 99 frames, expected at most'),
+    ('the_matrix:TINY_CLIP', ','.join('D' * 99), '--length: got 25, expected at most')])
+def test_controls_without_a_length_that_make_no_video(recipe, given, said):
+    with pytest.raises(ValueError, match=said):
+        generate.plan(worlds.build(config.load(recipe).world), None, given, 42, None)

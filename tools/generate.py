@@ -19,8 +19,8 @@ def main(argv):
     add('--control-seed', type=whole(0, SEED), default=42,
         help='seed of random controls (default 42)')
     add('--pad', choices=('random', 'hold'), help='how to go on where the controls end')
-    add('--length', type=whole(1, 86400, 'whole seconds'), help='seconds (default 8, or the most '
-        'that a recipe of whole clips makes, if that is less)')
+    add('--length', type=whole(1, 86400, 'whole seconds'), help='seconds (default: as many '
+        'as the controls last; without controls or with --pad 8, or the longest whole clip)')
     add('--seed', type=whole(0, SEED), default=42, help='seed of all noise (default 42)')
     add('--image', help='picture to start from')
     add('--video', help='clip to start from')

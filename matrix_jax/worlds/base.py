@@ -9,7 +9,7 @@ Who generates or serves a world sees no more of it than this:
     cfg.name, height, width, fps, prompt, clip     `clip`: it makes whole clips and does not stream
     vocabulary                                     words for controls (`controls.Symbols`)
     reads_text, start_frames, fit(frames)          what it starts from
-    needed(seconds), split(controls)               controls of a video, of its start and its steps
+    needed(seconds), whole(count), split(controls) controls of a video, of its start and its steps
     inputs(prompt, frames, controls=None)          what `condition` and `sample_clip` take
     first_controls                                 controls that `stream.prefill` takes
     cfg.stream.taken, lag, context, entered(...)   controls of a step; when they show

@@ -140,15 +140,28 @@ class World(Parts):
         return cfg.clip and (1 + cfg.stream.ratio * (cfg.clip.longest - 1)) // cfg.fps
 
     def needed(self, length: int) -> int:
-        """Actions of a video of at least that many seconds: 9 + 12k frames, or 1 + 4k of a clip."""
-        cfg, frames = self.cfg, length * self.cfg.fps
-        if cfg.clip is None:
-            first, block = cfg.stream.first_actions, cfg.stream.block_actions
-            return first + block * max(0, -(-(frames - first) // block))
-        if length > self.longest:
+        """Actions of a video of at least that many seconds."""
+        if self.longest and length > self.longest:
             raise UsageError(f'--length: got {length}, expected at most {self.longest}: this '
                              'model makes whole clips (the distilled ones stream)')
-        return 1 + cfg.stream.ratio * (-(-(frames - 1) // cfg.stream.ratio))
+        return self.whole(length * self.cfg.fps)
+
+    def whole(self, count: int) -> int:
+        """Actions of the shortest video that has at least `count`: 9 + 12k frames, or 1 + 4k of a
+        clip.
+
+        Raises:
+          UsageError: no clip is that long.
+        """
+        cfg = self.cfg
+        if cfg.clip is None:
+            first, block = cfg.stream.first_actions, cfg.stream.block_actions
+            return first + block * max(0, -(-(count - first) // block))
+        most = 1 + cfg.stream.ratio * (cfg.clip.longest - 1)
+        if count > most:
+            raise UsageError(f'actions: got {count} frames, expected at most {most}: this model '
+                             'makes whole clips (the distilled ones stream)')
+        return 1 + cfg.stream.ratio * (-(-(count - 1) // cfg.stream.ratio))
 
     def split(self, actions: list[str]):
         """Actions of a whole video -> (none for its start, those of each block)."""

@@ -122,12 +122,19 @@ class World(Parts):
         """Symbols of a video of at least that many seconds."""
         cfg = self.cfg
         if cfg.clip is None:
-            groups = length * cfg.fps / (cfg.frames_per_control * cfg.stream.group_frames)
-            return math.ceil(groups) * cfg.stream.group_frames
+            return self.whole(math.ceil(length * cfg.fps / cfg.frames_per_control))
         if length > self.longest:
             raise UsageError(f'--length: got {length}, expected at most {self.longest}: '
                              'this model denoises whole clips (stages 3 and 4 stream)')
         return 1 + length * cfg.fps // cfg.frames_per_control
+
+    def whole(self, count: int) -> int:
+        """Symbols of the shortest video that has at least `count` of them: whole groups of a
+        stream, whole seconds of a clip."""
+        cfg = self.cfg
+        if cfg.clip:
+            return self.needed(max(1, math.ceil((count - 1) * cfg.frames_per_control / cfg.fps)))
+        return math.ceil(count / cfg.stream.group_frames) * cfg.stream.group_frames
 
     def split(self, symbols: list[str]):
         """Symbols of a whole video -> (those of the first window, those of each step)."""
