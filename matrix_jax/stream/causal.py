@@ -34,12 +34,16 @@ class Config:
       context_level: noise level that the network is told when it reads a clean block.
       window: latent frames before a block whose actions the block is given.
       ratio: pixel frames of a latent frame.
+      tell_last: tell each block the last latent frame before it, where published networks are told
+        the same as ever. Ours, for small networks: beside their noise they then have what the next
+        frames are mostly made of, and need not find it in the caches first.
     """
     frames: int = 3
     steps: tuple[int, ...] = (1000, 666, 333)
     context_level: float = 0.0
     window: int = 3
     ratio: int = 4
+    tell_last: bool = False
 
     def __post_init__(self):
         for name in ('frames', 'window', 'ratio'):
@@ -184,8 +188,10 @@ def make(cfg: Config, schedule: flow.Config, net: Network, table: Rows | None = 
 
 def start(cfg: Config, net: Network, params, cond: Cond, keys) -> Carry:
     """Carry of a new stream."""
-    batch = len(cond.latents)
-    return Carry(caches=net.read(params, cond), condition=jnp.asarray(cond.latents),
+    batch, condition = len(cond.latents), jnp.asarray(cond.latents)
+    if cfg.tell_last:
+        condition = tell(condition, condition[:, :1, ..., -net.channels:])
+    return Carry(caches=net.read(params, cond), condition=condition,
                  past=jnp.zeros([batch, cfg.remembered, net.actions], jnp.float32),
                  key=jax.random.key_data(keys), block=jnp.zeros([batch], jnp.int32))
 
@@ -226,8 +232,11 @@ def feed(cfg: Config, table: Rows, net: Network, params, carry: Carry, control, 
 def _advance(cfg, table, net, params, carry, control, x, noises):
     actions = jnp.concatenate([carry.past, jnp.asarray(control, jnp.float32)], axis=1)
     caches, x = walk(table, net, params, carry.caches, x, noises, _condition(cfg, carry), actions)
+    told = carry.condition
+    if cfg.tell_last:
+        told = tell(told, x[:, -1:])
     return carry.replace(caches=net.advance(caches, cfg.frames), past=actions[:, -cfg.remembered:],
-                         block=carry.block + 1), x
+                         condition=told, block=carry.block + 1), x
 
 
 def walk(table: Rows, net: Network, params, caches, x, noises, cond, actions):
@@ -251,6 +260,27 @@ def walk(table: Rows, net: Network, params, caches, x, noises, cond, actions):
 
     columns = table.level, table.sigma, table.following, noises
     return jax.lax.scan(call, (caches, jnp.asarray(x, jnp.float32)), columns)[0]
+
+
+def tell(condition, latents):
+    """Conditions [B T H W C'] with other latents, their last C channels: of each frame [B T H W C],
+    or one for all."""
+    latents = jnp.broadcast_to(latents, (*condition.shape[:-1], latents.shape[-1]))
+    return jnp.concatenate([condition[..., :-latents.shape[-1]], latents], axis=-1)
+
+
+def tell_blocks(cfg: Config, condition, clean):
+    """Conditions [B T H W C'] of a clip as its blocks are told them in a stream.
+
+    Args:
+      condition: as from the start on, beside the first picture.
+      clean: latents of the clip [B T H W C], whole blocks.
+    """
+    if not cfg.tell_last:
+        return condition
+    first = condition[:, :1, ..., -clean.shape[-1]:]
+    last = jnp.concatenate([first, clean[:, cfg.frames - 1:-1:cfg.frames]], axis=1)
+    return tell(condition, jnp.repeat(last, cfg.frames, axis=1))
 
 
 def _condition(cfg, carry):

@@ -117,6 +117,7 @@ class SelfForcing(FlowMatching):
     def matching(self, world, params, clip, given, actions, key):
         """The student's loss on its clip."""
         keys = jax.random.split(key)
+        given = self._told(world, given, clip)
         sigma = self._drawn(world, keys[0], clip)
         noisy = flow.add_noise(sigma, clip, jax.random.normal(keys[1], clip.shape))
 
@@ -133,6 +134,7 @@ class SelfForcing(FlowMatching):
     def criticism(self, world, params, clip, given, actions, key):
         """The critic's loss on the student's clip."""
         keys = jax.random.split(key)
+        given = self._told(world, given, clip)
         sigma = self._drawn(world, keys[0], clip)
         entry = flow.nearest(flow.table(world.cfg.flow), 1000 * sigma)
         return flow_loss(world, {**params, 'transformer': params['critic']}, clip, given, actions,
@@ -149,6 +151,9 @@ class SelfForcing(FlowMatching):
         shift = world.cfg.flow.shift
         sigma = jnp.clip(shift * u / (1 + (shift - 1) * u), self.lowest, self.highest)
         return jnp.broadcast_to(sigma, clip.shape[:2])
+
+    def _told(self, world, given, clip):
+        return self.told(world, given, jax.lax.stop_gradient(clip)) if self.causal else given
 
     def _block(self, world):
         return world.cfg.stream.frames if self.causal else None

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from matrix_jax.diffusion import flow
+from matrix_jax.stream import causal
 from matrix_jax.stream.causal import Cond
 from matrix_jax.train.stage import Stage
 
@@ -81,6 +82,10 @@ class FlowMatching(Stage):
         return Cond(latents=batch['told'].astype(jnp.float32),
                     image=world.look(params, batch['picture'][:, None]))
 
+    def told(self, world, given: Cond, clean) -> Cond:
+        """What a network that makes blocks is told of a clip with latents `clean` [B T H W C]."""
+        return given.replace(latents=causal.tell_blocks(world.cfg.stream, given.latents, clean))
+
 
 @dataclasses.dataclass(frozen=True)
 class Foundation(FlowMatching):
@@ -114,7 +119,7 @@ class CausalFlow(FlowMatching):
                 raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected 0 to 1')
 
     def loss(self, world, params, batch, key):
-        keys, count = jax.random.split(key, 5), self.blocks(world)
+        keys, count = jax.random.split(key, 6), self.blocks(world)
         clean, block = batch['latents'].astype(jnp.float32), world.cfg.stream.frames
         size = len(clean)
 
@@ -126,8 +131,10 @@ class CausalFlow(FlowMatching):
         first = jnp.where(jax.random.uniform(keys[2], (size, 1)) < self.clean, first, 0)
         history = each(jnp.arange(count) < first)
         blur = self.history_noise * each(jax.random.uniform(keys[3], (size, count)))
-        loss = flow_loss(world, params, clean, self.given(world, params, batch), batch['actions'],
-                         entry, keys[4], block, history, blur)
+        told = flow.add_noise(blur, clean, jax.random.normal(keys[5], clean.shape))
+        given = self.told(world, self.given(world, params, batch), told)
+        loss = flow_loss(world, params, clean, given, batch['actions'], entry, keys[4], block,
+                         history, blur)
         return loss, {'history': history.mean()}
 
 

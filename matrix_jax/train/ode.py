@@ -62,8 +62,9 @@ class ODEPairs(FlowMatching):
         drawn = jax.random.randint(key, (len(path), count), 0, len(stream.steps))
         drawn = jnp.repeat(drawn, stream.frames, axis=1)
         x = jnp.take_along_axis(path, drawn[:, None, :, None, None, None], axis=1)[:, 0]
-        v = world.denoise(params, x, jnp.asarray(table.level)[drawn],
-                          self.given(world, params, batch), batch['actions'], stream.frames)
+        given = self.told(world, self.given(world, params, batch), path[:, -1])
+        v = world.denoise(params, x, jnp.asarray(table.level)[drawn], given, batch['actions'],
+                          stream.frames)
         error = jnp.square(flow.x0_from_v(jnp.asarray(table.sigma)[drawn], x, v) - path[:, -1])
         return error.mean(), {}
 

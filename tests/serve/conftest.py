@@ -100,10 +100,10 @@ class Player:
 class Running:
     """A server on a free port: of a house, or what `front` is."""
 
-    def __init__(self, slots, folder, front=None, **more):
+    def __init__(self, slots, folder, front=None, recipe='the_matrix:TINY', **more):
         self.cfg = run.Config(players=slots.count, port=0, **more)
-        self.server = front or app.Server(slots.blank(), folder, 'the_matrix:TINY',
-                                          self.cfg.token, self.cfg.grace)
+        self.server = front or app.Server(slots.blank(), folder, recipe, self.cfg.token,
+                                          self.cfg.grace)
         self.opened = contextlib.ExitStack()
         self.listening = run.listen(self.cfg)
         self.port = self.listening.getsockname()[1]
@@ -167,7 +167,7 @@ def serving(slots, tiny):
     """`serving(**config)` starts a server and gives it; all are stopped at the end."""
     with contextlib.ExitStack() as stack:
         def start(**more):
-            running = Running(slots, tiny, **more)
+            running = Running(**{'slots': slots, 'folder': tiny, **more})
             running.thread.start()
             stack.callback(running.thread.join)
             stack.callback(setattr, running.web, 'should_exit', True)
