@@ -99,6 +99,31 @@ def test_the_same_key_is_the_same_video_and_no_noise_is_used_twice():
     assert np.array_equal(alike, np.eye(len(noise), dtype=bool))
 
 
+def test_a_block_may_be_told_the_last_frame_before_it():
+    """In a stream as in training; the masks beside it stay those of the start."""
+    cfg = dataclasses.replace(CFG, steps=(1000,), tell_last=True)
+
+    def repeat(params, caches, x, level, cond, actions):
+        return x - cond[..., 1:] - cond[..., :1], caches     # the clean estimate is what it is told
+
+    net, draw = NET._replace(denoise=repeat), np.random.default_rng(2).normal
+    cond = causal.Cond(draw(size=(BATCH, 3, H, W, 1 + C)).astype(np.float32), condition().image)
+    clean = draw(size=(BATCH, 6, H, W, C)).astype(np.float32)
+    whole = cond.latents[:, [0, 1, 2, 2, 2, 2]]
+    want = causal.tell_blocks(cfg, whole, clean)
+    np.testing.assert_array_equal(want[..., :1], whole[..., :1])
+    np.testing.assert_array_equal(want[:, 3, ..., 1:], clean[:, 1])
+    assert causal.tell_blocks(CFG, whole, clean) is whole
+    stream, table = causal.make(cfg, SCHEDULE, net), causal.rows(cfg, SCHEDULE)
+    carry = stream.init(PARAMS, cond, keys())
+    for first, control in zip(range(0, 6, 2), controls(3), strict=True):
+        block = slice(first, first + 2)
+        _, shown = stream.step(PARAMS, carry, control)
+        np.testing.assert_allclose(shown, want[:, block, ..., 1:] + want[:, block, ..., :1],
+                                   atol=1e-5)
+        carry = causal.feed(cfg, table, net, PARAMS, carry, control, clean[:, block])
+
+
 @pytest.mark.parametrize('cut', [1, 4])
 def test_a_saved_carry_goes_on_as_if_never_stopped(cut, tmp_path):
     given = controls(6)

@@ -1,5 +1,6 @@
 """train/flow_matching.py, ode.py, dmd.py: what learns, from what, and by the stream's own calls."""
 
+import dataclasses
 import functools
 import types
 
@@ -115,6 +116,21 @@ def test_blocks_have_levels_of_their_own(toy):
     drawn = np.concatenate(levels).reshape(-1, 2, 3)
     assert np.all(drawn == drawn[..., :1]) and len(np.unique(drawn[:, 1, 0])) > 9
     assert 0 < np.sum(drawn[:, 0, 0] == 0) < len(drawn) and np.all(drawn[:, 1] > 0)
+
+
+def test_blocks_are_told_what_a_stream_tells_them(toy):
+    world, params, batch = toy
+    stream = dataclasses.replace(world.cfg.stream, tell_last=True)
+    cfg, seen = types.SimpleNamespace(flow=world.cfg.flow, stream=stream), []
+    watched = types.SimpleNamespace(cfg=cfg, look=world.look, denoise=lambda params, x, level, cond,
+                                    *given: seen.append(np.asarray(cond.latents)) or x)
+    for stage in (CausalFlow(clip_frames=21), CausalFlow(clip_frames=21, history_noise=0.5)):
+        stage.loss(watched, params, batch, KEY)
+    want = causal.tell_blocks(stream, batch['told'], batch['latents'])
+    np.testing.assert_allclose(seen[0], want, atol=1e-6)
+    # A stream's own work is never clean: later blocks are told a noisy frame, not so the first.
+    np.testing.assert_allclose(seen[1][:, :3], want[:, :3], atol=1e-6)
+    assert np.abs(seen[1] - want)[:, 3:].max() > 0.1
 
 
 def test_a_clip_has_whole_blocks(toy):
