@@ -68,6 +68,19 @@ THEMES = {
                 'Grey brick halls with crates and black screens, seen by a walker.')),
         ),
     ),
+    # One place of few textures, for networks that have seen little.
+    'garden': Theme(
+        (
+            Map('health_gathering_supreme', 'map01', (
+                'Walking through a garden maze of grey stone walls on grass, first person.',
+                'Grey stone walls on green grass under a dark blue sky, seen by a walker.')),
+        ),
+        (
+            Map('health_gathering', 'map01', (
+                'Walking over a lawn with low walls of mossy stone, first person.',
+                'Mossy stone walls around a lawn under a dark blue sky, seen by a walker.')),
+        ),
+    ),
     'base': Theme(
         (
             Map('freedoom2', 'MAP01', (
