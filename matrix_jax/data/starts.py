@@ -20,6 +20,8 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
 
     Of each theme it takes the cut in which the car stays on the road, at speed, and turns least, so
     that every drive can start from it; of walks the one that gets farthest, as its way is free.
+    A walk may also start in a place that its world was trained in: THEME is such a picture, and
+    THEME-unseen that of a held-out one.
 
     Args:
       data: folder of recorded clips.
@@ -27,20 +29,20 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
       frames: F = 1 + 4k.
       picture: whether the first frame of the cut is enough.
     """
-    best = {}
-    for path in records.shards(Path(data), 'heldout'):
-        shard = records.Shard(path)
-        for index in range(len(shard)):
-            clip = shard[index]
-            for start in range(0, len(clip.frames) - frames + 1, records.FRAMES_PER_LATENT):
-                score = _score(clip, slice(start, start + frames))
-                if score > best.get(clip.theme, (-np.inf,))[0]:
-                    best[clip.theme] = score, clip, start
-    captions = {}
-    for path in (*records.shards(Path(data), 'heldout'), *records.shards(Path(data), 'train')):
-        shard = records.Shard(path)
-        for index in range(len(shard)):
-            captions.setdefault(shard[index].theme, set()).add(shard[index].caption)
+    best, captions = {}, {}
+    for split in ('heldout', 'train'):
+        for path in records.shards(Path(data), split):
+            shard = records.Shard(path)
+            for index in range(len(shard)):
+                clip = shard[index]
+                name = clip.theme + ('-unseen' if picture and split == 'heldout' else '')
+                captions.setdefault(name, set()).add(clip.caption)
+                if split == 'train' and not picture:
+                    continue
+                for start in range(0, len(clip.frames) - frames + 1, records.FRAMES_PER_LATENT):
+                    score = _score(clip, slice(start, start + frames))
+                    if score > best.get(name, (-np.inf,))[0]:
+                        best[name] = score, clip, start
 
     def fill(part):
         listing = []
@@ -48,7 +50,7 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
             strip = clip.frames[start:start + (1 if picture else frames)]
             strip = strip.reshape(-1, *clip.frames.shape[2:])
             video.write_image(part / f'{theme}.png', strip)
-            words = sorted(_words(' '.join(captions[theme])) | {theme})
+            words = sorted(_words(' '.join(captions[theme])) | _words(theme))
             listing.append({'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption,
                             'words': words})
         (part / 'starts.json').write_text(json.dumps(listing, indent=1) + '\n')

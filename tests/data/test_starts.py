@@ -32,9 +32,11 @@ def test_a_walk_starts_where_its_way_is_free(tmp_path):
         return records.Clip(frames=np.full((13, 8, 16, 3), colour, np.uint8), caption='A walk.',
                             theme='maze', seed=1, fps=16, **known)
 
-    for split in ('train', 'heldout'):
+    for split, colour in (('train', 99), ('heldout', 150)):
         records.write_shard(tmp_path / f'{split}-0{records.SUFFIX}',
-                            iter([clip(9, 0), clip(99, 5), clip(200, 1)]))
+                            iter([clip(9, 0), clip(colour, 5), clip(200, 1)]))
     starts.write(tmp_path, tmp_path / 'out', frames=9, picture=True)
     chosen = starts.choose(tmp_path / 'out', 'maze', 8, 16)
     assert chosen.shape == (1, 8, 16, 3) and (chosen == 99).all()
+    assert (starts.choose(tmp_path / 'out', 'an unseen maze', 8, 16) == 150).all()
+    assert list(starts.listing(tmp_path / 'out')) == ['maze', 'maze-unseen']
