@@ -1,6 +1,6 @@
 """Doom, a small world to walk in: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
 
-    tools/collect.py vizdoom --out data/doom --hours 1 --themes all
+    tools/collect.py vizdoom --out data/doom --hours 0.45 --themes garden
     tools/train.py doom:VAE        --out runs/vae
     tools/train.py doom:VAE_LONG   --out runs/long --weights runs/vae/weights
     tools/train.py doom:FOUNDATION --out runs/base --weights runs/long/weights
@@ -36,7 +36,8 @@ IMAGE = Image(image=56, dim=64, heads=2, layers=3)
 # it. Published blocks are three: of so small a network the next quarter second is enough to ask.
 DIT = Dit(heads=4, head_dim=48, layers=6, mlp=576, time_dim=64, image_dim=IMAGE.dim,
           image_length=IMAGE.tokens, local=9, actions=Actions(
-              end=3, embed=16, keyboard_width=128, mouse_width=128, heads=4, axes=(8, 12, 12)))
+              end=3, embed=16, keyboard_width=128, mouse_width=128, heads=4, axes=(8, 12, 12),
+              gain=10.0, modulate=True))
 # Small frames need less noise than large ones: the shift is 2, and not 5.
 WORLD = Config(name='Doom', dit=DIT, vae=vae.PRESETS['doom'], image=IMAGE, height=96, width=160,
                fps=16, flow=flow.Config(shift=2.0), stream=Causal(

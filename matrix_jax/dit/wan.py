@@ -31,7 +31,7 @@ from flax import struct
 
 from matrix_jax.convert import Prefix, Row
 from matrix_jax.dit.rows import linear_rows, norm_rows
-from matrix_jax.dit.wan_actions import ActionBlock, action_rows, windows
+from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
 from matrix_jax.dit.wan_config import PRESETS, Config, check
 from matrix_jax.nn import fresh, sequence
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring, attend_all
@@ -95,6 +95,8 @@ class DiT(nn.Module):
         self.time_embedding = LevelEmbedding(cfg)
         self.time_projection = Linear(6 * cfg.width, dtype=dtype)
         self.image_embedding = ImageEmbedding(cfg)
+        if cfg.actions and cfg.actions.modulate:
+            self.action_embedding = ActionEmbedding(cfg.actions, cfg.width, dtype)
         for name, (start, stop) in cfg.segments.items():
             setattr(self, name, stack(cfg, stop - start)(cfg, name == 'acting'))
         normal = nn.initializers.normal(cfg.width ** -0.5)
@@ -177,6 +179,10 @@ class DiT(nn.Module):
         rows, columns = (size // cfg.patch for size in latents.shape[2:4])
         level = jnp.asarray(level)
         time = self.time_embedding(level[:, None] if level.ndim == 1 else level)
+        if mouse is not None and cfg.actions.gain != 1:
+            mouse = mouse * cfg.actions.gain
+        if cfg.actions and cfg.actions.modulate:
+            time = time + self.action_embedding(mouse, keyboard)
         modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
         scene = Scene(
             rearrange(modulation, 'b t (c d) -> b t c d', c=6), image, mouse, keyboard, sight,
@@ -393,7 +399,8 @@ def laws(cfg: Config) -> fresh.Laws:
 
 
 # Output layers that start at zero, for training from nothing.
-STILL = (('out/kernel', fresh.zeros), ('*/actions/*/out/kernel', fresh.zeros))
+STILL = (('out/kernel', fresh.zeros), ('*/actions/*/out/kernel', fresh.zeros),
+         ('action_embedding/linear_2/kernel', fresh.zeros))
 
 
 def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
@@ -411,6 +418,9 @@ def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
             *norm_rows('img_emb.proj.4', 'image_embedding/norm_out', 'd'),
             Row('head.modulation', 'modulation_out', '1 c d -> c d'),
             *linear_rows('head.head', 'out', 'd', 'o')]
+    if cfg.actions and cfg.actions.modulate:        # ours: under our own name
+        for name in ('linear_1', 'linear_2'):
+            rows += linear_rows(f'action_embedding.{name}', f'action_embedding/{name}', 'i', 'o')
     for path, layers in cfg.segments.items():
         torch = 'blocks.{i}'
         rows += [Row(f'{torch}.modulation', f'{path}/modulation', '1 c d -> c d', layers)]

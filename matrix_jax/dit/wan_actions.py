@@ -42,6 +42,10 @@ class Actions:
       axes: elements of a head for frame, row and column; sites are alone, so that the last two
         never turn.
       period: period of the frame's rotation.
+      gain: what mouse actions are multiplied by before anything reads them, as a small network sees
+        little of a mouse that turns by 0.1. Published networks: 1.
+      modulate: add the actions of each latent frame to its level embedding as well, so that all
+        layers are told of them at once. Ours; published networks have no such weights.
     """
     start: int = 0
     end: int = 15
@@ -55,9 +59,13 @@ class Actions:
     span: int = 3
     axes: tuple[int, int, int] = (8, 28, 28)
     period: float = 256.0
+    gain: float = 1.0
+    modulate: bool = False
 
     def __post_init__(self):
         check_sizes(self, 'actions.', zero=('start', 'axes'))
+        if self.gain <= 0:
+            raise ValueError(f'actions.gain: got {self.gain:g}, expected more than 0')
         for name in ('keyboard_width', 'mouse_width'):
             width = getattr(self, name)
             if (name != 'mouse_width' or self.mouse) and width != self.heads * sum(self.axes):
@@ -98,6 +106,21 @@ def grouped(cfg: Actions, window):
     first = cfg.ratio - 1 + cfg.ratio * np.arange(frames)
     seen = window[:, first[:, None] + np.arange(cfg.ratio * cfg.span)]
     return rearrange(seen, 'b t f a -> b t (f a)')
+
+
+class ActionEmbedding(nn.Module):
+    """What is pressed while each latent frame is made, as a level embedding has it."""
+    cfg: Actions
+    width: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, mouse, keyboard):
+        """Windows of actions [B R(W+T) A], no mouse where there is none -> [B T D] float32."""
+        pressed = [grouped(self.cfg, part) for part in (mouse, keyboard) if part is not None]
+        x = jnp.concatenate(pressed, axis=-1).astype(self.dtype)
+        x = jax.nn.silu(Linear(self.width, dtype=self.dtype, name='linear_1')(x))
+        return Linear(self.width, dtype=self.dtype, name='linear_2')(x).astype(jnp.float32)
 
 
 class ActionBlock(nn.Module):

@@ -135,6 +135,8 @@ class Config:
                      'img_hidden_size': self.width, 'rope_dim_list': list(size.axes),
                      'mouse_qk_dim_list': list(size.axes),
                      'patch_size': [1, self.patch, self.patch]}
+            for key in [key for key, usual in OUR_ACTIONS.items() if told[key] == usual]:
+                del told[key]
             if not size.mouse:
                 del told['mouse_dim_in'], told['mouse_hidden_dim']
             released['action_config'] = told
@@ -144,6 +146,7 @@ class Config:
 # Keys of the released config.json: our fields, those with one value that we implement, and those
 # without effect. `width` and `joined` are sums of ours.
 OURS = {'image_dim': ('image_dim', 1280), 'image_length': ('image_length', 257)}   # not released
+OUR_ACTIONS = {'gain': 1.0, 'modulate': False}
 FIELDS = {'dim': 'width', 'num_heads': 'heads', 'in_dim': 'joined', 'out_dim': 'channels',
           'num_layers': 'layers', 'ffn_dim': 'mlp', 'freq_dim': 'time_dim', 'eps': 'eps',
           'local_attn_size': 'local', 'sink_size': 'sink', **{key: key for key in OURS}}
@@ -152,7 +155,7 @@ IGNORED = ('text_len', 'text_dim', 'inject_sample_info', 'window_size')
 ACTIONS = {'keyboard_dim_in': 'keyboard', 'mouse_dim_in': 'mouse', 'hidden_size': 'embed',
            'keyboard_hidden_dim': 'keyboard_width', 'mouse_hidden_dim': 'mouse_width',
            'heads_num': 'heads', 'vae_time_compression_ratio': 'ratio', 'windows_size': 'span',
-           'mouse_qk_dim_list': 'axes', 'rope_theta': 'period'}
+           'mouse_qk_dim_list': 'axes', 'rope_theta': 'period', **{key: key for key in OUR_ACTIONS}}
 FIXED_ACTIONS = {'enable_keyboard': True, 'qk_norm': True, 'qkv_bias': False}
 
 _RELEASED = dict(dtype='bfloat16', remat='block')

@@ -232,6 +232,43 @@ def test_actions_may_start_behind_other_layers():
     assert wan.Config.from_released(cfg.to_released()) == cfg
 
 
+def test_actions_may_modulate_as_levels_do():
+    """In blocks on caches as in training; each frame by its own window, louder by the gain."""
+    small = dataclasses.replace(TINY, layers=1, actions=dataclasses.replace(TINY.actions, end=1))
+    cfg = dataclasses.replace(small, actions=dataclasses.replace(
+        small.actions, gain=3.0, modulate=True))
+    given, weights = inputs(), noisy(cfg)
+    assert set(weights['params']) == {*noisy(small)['params'], 'action_embedding'}
+
+    def whole(cfg, mouse, weights=weights):
+        return wan.DiT(cfg).apply(weights, *given[:4], mouse, given[5], BLOCK)
+
+    want = whole(cfg, given[4])
+    np.testing.assert_allclose(stream(cfg, weights, given)[0], want, atol=3e-5)
+    louder = dataclasses.replace(cfg, actions=dataclasses.replace(cfg.actions, gain=1.0))
+    np.testing.assert_allclose(whole(louder, 3 * given[4]), want, atol=1e-5)
+    # Without its last layer nothing is added, and the network is the one that does not modulate.
+    last = weights['params']['action_embedding']['linear_2']
+    still = {'params': weights['params'] | {'action_embedding': weights['params'][
+        'action_embedding'] | {'linear_2': jax.tree.map(np.zeros_like, last)}}}
+    plain = {name: part for name, part in weights['params'].items() if name != 'action_embedding'}
+    np.testing.assert_array_equal(
+        whole(louder, given[4], still), whole(small, given[4], {'params': plain}))
+    # An action of the last frames changes none before them.
+    late = given[4].copy()
+    late[:, -4:] += 1
+    change = np.abs(whole(cfg, late) - want).max(axis=(0, 2, 3, 4))
+    assert change[-BLOCK:].max() > 1e-3 and not change[:-BLOCK].any()
+
+    assert wan.Config.from_released(cfg.to_released()) == cfg
+    assert not {'gain', 'modulate'} & set(small.to_released()['action_config'])
+    table = wan.weights(cfg)
+    back = to_jax(table, to_torch(table, weights['params']), wan.shapes(cfg))
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, weights['params']))
+    with pytest.raises(ValueError, match='actions.gain: got 0, expected more than 0'):
+        dataclasses.replace(cfg.actions, gain=0.0)
+
+
 @pytest.mark.parametrize('changes, message', [
     ({'model_type': 't2v'}, "model_type = 't2v' .expected 'i2v'"),
     ({'qk_norm': False}, 'qk_norm = False'),
