@@ -163,7 +163,7 @@ def truncated(net: causal.Network, level, learns=True) -> causal.Network:
     """The same network, with a gradient through the call at one level, and of its answer alone:
     not through what it is given, nor through what the caches keep. None unless it `learns`."""
     def denoise(params, caches, x, levels, cond, actions):
-        caches, x = jax.lax.stop_gradient((caches, x))
+        caches, x, cond = jax.lax.stop_gradient((caches, x, cond))
 
         def call(params):
             v, kept = net.denoise(params, caches, x, levels, cond, actions)

@@ -223,6 +223,18 @@ def test_a_block_may_end_at_any_call(end):
     assert (rested, slope) == (value, 0)
 
 
+def test_no_gradient_through_what_a_block_is_given():
+    net = causal.Network(lambda p, caches, x, levels, cond, actions: (p * (x + cond + caches), x),
+                         None, None, 1, 1)
+
+    def made(given):
+        v, kept = truncated(net, 0.0).denoise(2.0, *given[:2], jnp.zeros((1, 1)), given[2], None)
+        return (v + kept).sum()
+
+    given = [jnp.ones((1, 1, 1, 1, 1))] * 3
+    assert made(given) == 7 and not any(map(jnp.any, jax.grad(made)(given)))
+
+
 def test_student_and_critic_take_turns(toy):
     """In a turn one of them learns; the teacher never does."""
     world, params, batch = toy
