@@ -40,7 +40,7 @@ DIT = Dit(heads=4, head_dim=48, layers=6, mlp=576, time_dim=64, image_dim=IMAGE.
               gain=10.0, modulate=True))
 # Small frames need less noise than large ones: the shift is 2, and not 5.
 WORLD = Config(name='Doom', dit=DIT, vae=vae.PRESETS['doom'], image=IMAGE, height=96, width=160,
-               fps=16, flow=flow.Config(shift=2.0), stream=Causal(
+               fps=16, flow=flow.Config(shift=2.0, weighting='even'), stream=Causal(
                    frames=1, steps=(1000, 750, 500, 250), tell_last=True))
 
 MUON = Optimizer(kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,

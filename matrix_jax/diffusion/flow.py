@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,15 +25,20 @@ class Config:
     Attributes:
       shift: how far the table leans towards noise; 1 is even.
       train_steps: entries.
+      weighting: of the training loss over the table: 'bell', as published, or 'even'. A bell leaves
+        out pure noise, where a network has nothing but its actions to go by.
     """
     shift: float = 5.0
     train_steps: int = 1000
+    weighting: Literal['bell', 'even'] = 'bell'
 
     def __post_init__(self):
         if self.shift <= 0:
             raise ValueError(f'flow.shift: got {self.shift}, expected more than 0')
         if self.train_steps < 1:
             raise ValueError(f'flow.train_steps: got {self.train_steps}, expected at least 1')
+        if self.weighting not in ('bell', 'even'):
+            raise ValueError(f"flow.weighting: got {self.weighting!r}, expected 'bell' or 'even'")
 
 
 class Table(NamedTuple):
@@ -42,7 +47,7 @@ class Table(NamedTuple):
     Attributes:
       sigmas: share of noise.
       levels: what the network is told, 1000 sigma.
-      weights: of the training loss, mean 1; largest in the middle.
+      weights: of the training loss, mean 1; of a bell largest in the middle.
     """
     sigmas: np.ndarray
     levels: np.ndarray
@@ -61,6 +66,8 @@ def table(cfg: Config) -> Table:
     bell = np.exp(-2 * (sigmas - 0.5) ** 2)
     weights = bell - bell.min()
     weights *= cfg.train_steps / (weights.sum() or 1)
+    if cfg.weighting == 'even':
+        weights = np.ones_like(sigmas)
     return Table(*(np.float32(column) for column in (sigmas, 1000 * sigmas, weights)))
 
 

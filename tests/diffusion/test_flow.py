@@ -65,3 +65,11 @@ def test_a_straight_path_is_sampled_exactly():
 def test_bad_configs_are_refused(fields):
     with pytest.raises(ValueError, match='flow.'):
         flow.Config(**fields)
+
+
+def test_even_weights_count_pure_noise_too():
+    bell, even = (flow.table(flow.Config(weighting=kind)) for kind in ('bell', 'even'))
+    assert bell.weights[0] == 0 and np.all(even.weights == 1)
+    np.testing.assert_array_equal(even.sigmas, bell.sigmas)
+    with pytest.raises(ValueError, match="flow.weighting: got 'flat', expected 'bell' or 'even'"):
+        flow.Config(weighting='flat')
