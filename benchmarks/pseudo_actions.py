@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matrix_jax.config import main_guard
+from matrix_jax.config import UsageError, main_guard
 from matrix_jax.data import curate, records
 
 LEARN = 60      # clips that the walker is found in
@@ -37,10 +37,12 @@ def main(argv):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('data', help='recordings of tools/collect.py vizdoom')
     data = parser.parse_args(argv).data
-    learned = first(clips(data, 'train'), LEARN)
+    learned, judged = first(clips(data, 'train'), LEARN), list(clips(data, 'heldout'))
+    if not (learned and judged):
+        raise UsageError(f'{data}: got no clips with keys, mouse and poses in both splits, '
+                         'expected recordings of tools/collect.py vizdoom')
     walkers = {'calibrated': curate.calibrate(learned),
                'estimated': curate.estimate([clip.pose for clip in learned], learned[0].fps)}
-    judged = list(clips(data, 'heldout'))
     truth = np.concatenate([clip.keyboard for clip in judged])
     turns = np.concatenate([clip.mouse for clip in judged])
     print(f'{len(judged)} held-out clips, {len(truth)} frames')

@@ -81,6 +81,19 @@ THEMES = {
                 'Mossy stone walls around a lawn under a dark blue sky, seen by a walker.')),
         ),
     ),
+    # One room of few textures, for networks that have seen little.
+    'hall': Theme(
+        (
+            Map('take_cover', 'map01', (
+                'Walking through an empty hall of pale bricks under a grey ceiling, first person.',
+                'Pale brick walls between a grey floor and a grey ceiling, seen by a walker.')),
+        ),
+        (
+            Map('defend_the_line', 'map01', (
+                'Walking through a wide empty hall of pale bricks, first person.',
+                'Brick walls of a wide grey hall, seen by someone who walks there.')),
+        ),
+    ),
     'base': Theme(
         (
             Map('freedoom2', 'MAP01', (
