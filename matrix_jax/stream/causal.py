@@ -37,6 +37,8 @@ class Config:
       tell_last: tell each block the last latent frame before it, where published networks are told
         the same as ever. Ours, for small networks: beside their noise they then have what the next
         frames are mostly made of, and need not find it in the caches first.
+      action_guidance: how far a call goes from what it would make of a block at rest to what it
+        makes under the block's actions; 1 is no further, as published. Any other doubles the calls.
     """
     frames: int = 3
     steps: tuple[int, ...] = (1000, 666, 333)
@@ -44,6 +46,7 @@ class Config:
     window: int = 3
     ratio: int = 4
     tell_last: bool = False
+    action_guidance: float = 1.0
 
     def __post_init__(self):
         for name in ('frames', 'window', 'ratio'):
@@ -54,6 +57,9 @@ class Config:
             raise ValueError(f'stream.steps: got {self.steps}, expected descending steps above 0')
         if self.context_level < 0:
             raise ValueError(f'stream.context_level: got {self.context_level}, expected >= 0')
+        if self.action_guidance < 1:
+            raise ValueError(f'stream.action_guidance: got {self.action_guidance:g}, expected at '
+                             'least 1')
 
     context = 1     # latent frames of the start that a stream goes on from: the picture
     lag = 0         # steps from the one that takes an action to the one that shows it
@@ -184,6 +190,30 @@ def make(cfg: Config, schedule: flow.Config, net: Network, table: Rows | None = 
         return block(cfg, table, net, params, carry, control, drawn[0], drawn[1:])
 
     return Stream(init, prefill, step)
+
+
+def guided(cfg: Config, net: Network, rest) -> Network:
+    """The same network, guided by actions (classifier-free guidance, arXiv 2207.12598, with rest in
+    place of no condition: it needs no training of its own).
+
+    Args:
+      rest: float32 [A], the action of who holds nothing.
+    """
+    if cfg.action_guidance == 1:
+        return net
+
+    def denoise(params, caches, x, level, cond, actions):
+        v, kept = net.denoise(params, caches, x, level, cond, actions)
+
+        def push(v):
+            still, _ = net.denoise(params, caches, x, level, cond,
+                                   actions.at[:, -cfg.block_actions:].set(rest))
+            return still + cfg.action_guidance * (v - still)
+
+        # Who reads a clean block asks for no velocity.
+        return jax.lax.cond(level.reshape(-1)[0] > cfg.context_level, push, lambda v: v, v), kept
+
+    return net._replace(denoise=denoise)
 
 
 def start(cfg: Config, net: Network, params, cond: Cond, keys) -> Carry:

@@ -237,7 +237,9 @@ class World(Parts):
           table: the calls of a block, if they are others than `causal.rows`.
         """
         cfg = self.cfg
-        return causal.make(cfg.stream, cfg.flow, change(network(cfg.dit)), table)
+        net = causal.guided(cfg.stream, change(network(cfg.dit)),
+                            self.vocabulary.encode([self.vocabulary.rest])[0])
+        return causal.make(cfg.stream, cfg.flow, net, table)
 
     def stream(self, entry: str | None = None) -> streams.Stream:
         """Actions float32 [B F A] in, uint8 frames out: 9 in `prefill`, 12 in each `step`.

@@ -124,6 +124,31 @@ def test_a_block_may_be_told_the_last_frame_before_it():
         carry = causal.feed(cfg, table, net, PARAMS, carry, control, clean[:, block])
 
 
+def test_actions_may_guide():
+    """Beyond what a block at rest would be; what is remembered and the past stay as they are."""
+    cfg, rest = dataclasses.replace(CFG, action_guidance=2.5), np.float32([0.5, 0, 0])
+    assert causal.guided(CFG, NET, rest) is NET
+    net, params = causal.guided(cfg, NET, rest), PARAMS
+    caches = read(PARAMS, condition())
+    x, cond = (np.random.default_rng(seed).normal(size=(BATCH, 2, H, W, size)).astype(np.float32)
+               for seed, size in ((3, C), (4, 2)))
+    past = np.zeros((BATCH, CFG.remembered, A), np.float32)
+    actions = np.concatenate([past, controls(1)[0]], axis=1)
+    still = np.concatenate([past, np.broadcast_to(rest, controls(1)[0].shape)], axis=1)
+
+    def answer(net, level, actions):
+        level = jnp.full((BATCH, 2), level)
+        return jax.jit(net.denoise)(params, caches, x, level, cond, actions)
+
+    for level in (1000.0, 500.0):
+        (v, kept), (v0, _) = answer(NET, level, actions), answer(NET, level, still)
+        got, ours = answer(net, level, actions)
+        assert np.abs(v - v0).max() > 0.01
+        np.testing.assert_allclose(got, v0 + 2.5 * (v - v0), atol=1e-5)
+        assert_trees_close(ours, kept)
+    np.testing.assert_array_equal(answer(net, 0.0, actions)[0], answer(NET, 0.0, actions)[0])
+
+
 @pytest.mark.parametrize('cut', [1, 4])
 def test_a_saved_carry_goes_on_as_if_never_stopped(cut, tmp_path):
     given = controls(6)
@@ -230,7 +255,8 @@ def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
 
 @pytest.mark.parametrize('fields', [
     {'frames': 0}, {'window': 0}, {'ratio': 0}, {'steps': ()},
-    {'steps': (500, 1000)}, {'steps': (1000, 0)}, {'context_level': -1.0}])
+    {'steps': (500, 1000)}, {'steps': (1000, 0)}, {'context_level': -1.0},
+    {'action_guidance': 0.5}])
 def test_bad_configs_are_refused(fields):
     with pytest.raises(ValueError, match=f'stream.{list(fields)[0]}: got .* expected'):
         causal.Config(**fields)
