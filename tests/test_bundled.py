@@ -1,4 +1,4 @@
-"""The bundled world: complete, light, and driven by the default command."""
+"""The bundled worlds: complete, light, and under way by the shortest commands."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from matrix_jax import checkpoint, config, generate, video, worlds
 from tools import generate as tool
 
-FOLDER = checkpoint.ASSETS / 'carracing'
+FOLDER, WALK = checkpoint.ASSETS / 'carracing', checkpoint.ASSETS / 'doom'
 
 
 @pytest.fixture(scope='module')
@@ -15,11 +15,25 @@ def opened():
     return worlds.open_run(run)
 
 
-def test_folder_is_complete_and_light():
-    names = {path.name for path in FOLDER.iterdir()}
-    assert {'transformer', 'vae', 'text_encoder', 'tokenizer', 'scheduler', 'control_encoder',
-            'control_tokenizer', 'starts', 'model_index.json', 'card.md'} <= names
-    size = sum(path.stat().st_size for path in FOLDER.rglob('*') if path.is_file())
+@pytest.fixture(scope='module')
+def walked():
+    """`walked(actions, seed=0)` -> frames and actions of the bundled world to walk in."""
+    world, params = worlds.open_run(config.load('doom'))
+
+    def walk(actions, seed=0):
+        frames, clip = generate.generate(world, params, WALK, control=actions, seed=seed)
+        return np.stack(list(frames)), clip
+
+    return walk
+
+
+@pytest.mark.parametrize('folder, parts', [
+    (FOLDER, {'text_encoder', 'tokenizer', 'scheduler', 'control_encoder', 'control_tokenizer'}),
+    (WALK, {'image_encoder'})])
+def test_folder_is_complete_and_light(folder, parts):
+    names = {path.name for path in folder.iterdir()}
+    assert parts | {'transformer', 'vae', 'starts', 'model_index.json', 'card.md'} <= names
+    size = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
     assert size <= 12 * 2**20
 
 
@@ -52,3 +66,31 @@ def test_default_command_writes_a_video(tmp_path, capsys):
     tool.main(['--length', '1', '--out', str(out)])
     assert video.read_video(out).shape[0] == 16
     assert f'{out}: 16 frames' in capsys.readouterr().out
+
+
+def test_the_view_turns_as_asked(walked):
+    """The picture of who turns right wanders left; the same actions and seed make it again."""
+    right, clip = walked('right*45')
+    assert right.shape == (45, 96, 160, 3) and right.dtype == np.uint8
+    assert clip.symbols[-1] == 'right'
+    np.testing.assert_array_equal(right, walked('right*45')[0])
+    left = walked('left*45')[0]
+    assert wandered(right[9:33]) < 0 < wandered(left[9:33])
+
+
+def wandered(frames, most=8):
+    """Mean columns that the picture moves to the right from frame to frame."""
+    rows = frames.mean(axis=(1, 3))        # what a column shows, whatever its height
+    rows = rows - rows.mean(axis=1, keepdims=True)
+    moves = range(-most, most + 1)
+    found = [min(moves, key=lambda by: np.abs(
+        after[most + by:len(after) - most + by] - before[most:-most]).mean())
+        for before, after in zip(rows, rows[1:], strict=False)]
+    return np.mean(found)
+
+
+def test_the_command_of_the_readme_walks(tmp_path, capsys):
+    out = tmp_path / 'walk.mp4'
+    tool.main(['doom', '--actions', 'W*8,right*8,W*5', '--out', str(out)])
+    assert video.read_video(out).shape == (21, 288, 480, 3)
+    assert f'{out}: 21 frames' in capsys.readouterr().out

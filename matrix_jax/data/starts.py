@@ -19,9 +19,9 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
     """Picks one clip per theme from the held-out tracks of `data` and writes them to `folder`.
 
     Of each theme it takes the cut in which the car stays on the road, at speed, and turns least, so
-    that every drive can start from it; of walks the one that gets farthest, as its way is free.
-    A walk may also start in a place that its world was trained in: THEME is such a picture, and
-    THEME-unseen that of a held-out one.
+    that every drive can start from it; of walks the one that gets farthest ahead, as its way is
+    free. A walk may also start in a place that its world was trained in: THEME is such a picture,
+    and THEME-unseen that of a held-out one.
 
     Args:
       data: folder of recorded clips.
@@ -96,8 +96,9 @@ def _words(text: str) -> set[str]:
 
 def _score(clip, cut: slice) -> float:
     if clip.knows('pose'):
-        place = clip.pose[cut][:, :2]
-        return float(np.linalg.norm(place[-1] - place[0]))
+        first, last = clip.pose[cut][[0, -1]]
+        yaw = first[records.POSE.index('yaw')]
+        return float((last - first)[:2] @ (np.cos(yaw), np.sin(yaw)))
     columns = {name: clip.telemetry[cut, index] for index, name in enumerate(records.TELEMETRY)}
     return (10 * columns['on_road'].min() - np.abs(columns['yaw_rate']).mean()
             + 0.1 * min(columns['speed'].min(), 20))

@@ -34,7 +34,7 @@ def test_a_walk_starts_where_its_way_is_free(tmp_path):
 
     for split, colour in (('train', 99), ('heldout', 150)):
         records.write_shard(tmp_path / f'{split}-0{records.SUFFIX}',
-                            iter([clip(9, 0), clip(colour, 5), clip(200, 1)]))
+                            iter([clip(9, -9), clip(colour, 5), clip(200, 1)]))  # backwards: a wall
     starts.write(tmp_path, tmp_path / 'out', frames=9, picture=True)
     chosen = starts.choose(tmp_path / 'out', 'maze', 8, 16)
     assert chosen.shape == (1, 8, 16, 3) and (chosen == 99).all()
