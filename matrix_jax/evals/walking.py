@@ -235,7 +235,7 @@ def speed(streams: Streams, clip: Clip, steps: int = 20) -> dict:
     first, others = (world.vocabulary.encode(['W'] * count)[None]
                      for count in (world.first_controls, world.cfg.stream.taken))
     return {**streams.pace(streams.enter(given, 0), first, others, steps),
-            'calls_per_shift': len(world.cfg.stream.steps) + 1}
+            'calls_per_shift': world.cfg.stream.passes}
 
 
 # --- what is measured ----------------------------------------------------------------------------

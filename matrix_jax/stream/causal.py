@@ -65,6 +65,11 @@ class Config:
     lag = 0         # steps from the one that takes an action to the one that shows it
 
     @property
+    def passes(self) -> int:
+        """Blocks that go through the network in a step, those of the guidance included."""
+        return len(self.steps) * (1 + (self.action_guidance > 1)) + 1
+
+    @property
     def taken(self) -> int:
         """Actions that a step takes."""
         return self.block_actions

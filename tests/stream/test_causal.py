@@ -127,7 +127,7 @@ def test_a_block_may_be_told_the_last_frame_before_it():
 def test_actions_may_guide():
     """Beyond what a block at rest would be; what is remembered and the past stay as they are."""
     cfg, rest = dataclasses.replace(CFG, action_guidance=2.5), np.float32([0.5, 0, 0])
-    assert causal.guided(CFG, NET, rest) is NET
+    assert causal.guided(CFG, NET, rest) is NET and (CFG.passes, cfg.passes) == (3, 5)
     net, params = causal.guided(cfg, NET, rest), PARAMS
     caches = read(PARAMS, condition())
     x, cond = (np.random.default_rng(seed).normal(size=(BATCH, 2, H, W, size)).astype(np.float32)
