@@ -4,6 +4,7 @@
     tools/benchmark.py the_matrix:MEDIUM --random --vs torch        the same network in PyTorch
     tools/benchmark.py the_matrix:STAGE4 --random --layers 2        at full width, random weights
     tools/benchmark.py the_matrix:STAGE4 --random --count           FLOPs only; runs nothing
+    tools/benchmark.py matrix_game_2 --random               keyboard and mouse, at 352x640
     tools/benchmark.py carracing --int8                             errors of 8-bit layers
     tools/benchmark.py carracing --sweep mesh                       on 1 to 8 devices
 
@@ -19,8 +20,8 @@ def main(argv):
     add = parser.add_argument
     add('--random', action='store_true', help='draw the weights: for speed alone, no folder needed')
     add('--layers', type=int, help='of a random network, if fewer than the recipe')
-    add('--steps', type=int, default=30, help='timed shifts (default 30)')
-    add('--warmup', type=int, default=3, help='shifts before them (default 3)')
+    add('--steps', type=int, default=30, help='timed steps of the stream (default 30)')
+    add('--warmup', type=int, default=3, help='steps before them (default 3)')
     add('--seed', type=int, default=0, help='of noise and random weights (default 0)')
     add('--entries', default='tail,head', help='where keys bind, for their latency; or none')
     add('--peak-tflops', type=float, help='of one device by its data sheet, for the share that is '
@@ -28,7 +29,7 @@ def main(argv):
     add('--vs', choices=('torch',), help='the same network in diffusers, in the same run')
     add('--sweep', choices=('mesh',), help='1, 2, 4 and 8 devices of mesh.seq, and pipelines')
     add('--int8', action='store_true', help='the errors of 8-bit layers; no clocks')
-    add('--count', action='store_true', help='print the FLOPs of a shift and stop')
+    add('--count', action='store_true', help='print the FLOPs of a step and stop')
     options, run = parser.run(argv)
     chosen = [name for name in ('vs', 'sweep', 'int8', 'count') if getattr(options, name)]
     if len(chosen) > 1:

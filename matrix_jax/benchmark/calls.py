@@ -7,6 +7,7 @@ import dataclasses
 import multiprocessing
 import os
 
+from matrix_jax import worlds
 from matrix_jax.benchmark import compiled, floor, int8, peer, report
 from matrix_jax.benchmark import subject as subjects
 from matrix_jax.benchmark.measure import Settings
@@ -41,10 +42,7 @@ def benchmark(run, settings: Settings, random: bool = False, layers: int | None 
     if mode == 'count':
         return _count_page(run.name, cfg, settings.peak_tflops or CEILING)
     if mode == 'vs':
-        peer.check()
-        if cfg.dit.int8 != 'none':
-            raise UsageError(f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as the peer '
-                             'has no 8-bit layers')
+        peer.check(run.name, cfg)
 
     def keep(results, text=None):
         report.write(out, results, text or report.markdown(results))
@@ -165,7 +163,7 @@ def _backend() -> str:
 def _count_page(name: str, cfg, ceiling: float) -> str:
     (work, read), (anew, before) = apart(compiled.weigh, cfg)
     least, spare = floor.flops(cfg), before['transformer'] - read['transformer']
-    frames = cfg.stream.group_frames * cfg.frames_per_control
+    frames = floor.frames(cfg)
     rows = []
     for part in ('dit', 'vae', 'both'):
         count, lowest = (one.get(part, sum(one.values())) / frames / report.TERA
@@ -173,22 +171,33 @@ def _count_page(name: str, cfg, ceiling: float) -> str:
         rows.append([part, f'{count * frames:.4g}', f'{count:.4g}', f'{lowest:.4g}',
                      f'{count / lowest:.3f}'])
     spared = anew['dit'] - work['dit']
-    return '\n'.join([
-        f"# {name}: FLOPs by XLA's count, {frames} frames per shift", '',
-        *report.table(['part', 'TFLOP per shift', 'TFLOP per frame', 'floor', 'of the floor'],
-                      rows), '',
-        f'- made once, not in every shift: {spared / report.TERA:.3g} TFLOP '
+    once = [] if 'once' not in read else [
+        f'- made once, not in every step: {spared / report.TERA:.3g} TFLOP '
         f'({spared / anew["dit"]:.2%} of the DiT), and {spare / report.MIB:,.4g} MiB of weights '
-        f'not read, for {read.get("once", 0) / report.MIB:,.4g} MiB kept',
+        f'not read, for {read["once"] / report.MIB:,.4g} MiB kept']
+    return '\n'.join([
+        f"# {name}: FLOPs by XLA's count, {frames} frames per step", '',
+        *report.table(['part', 'TFLOP per step', 'TFLOP per frame', 'floor', 'of the floor'],
+                      rows), '',
+        *once,
         f'- weights read: DiT {read["transformer"] / report.MIB:,.4g} MiB, VAE '
         f'{read["vae"] / report.MIB:,.4g} MiB', '',
-        *report.table(['mesh.seq', 'devices exchange', 'MiB that each sends per shift'],
+        *report.table(['mesh.seq', 'devices exchange', 'MiB that each sends per step'],
                       [exchange(cfg, parts) for parts in range(2, 9)]), '',
         f'At {ceiling:g} TFLOP/s, sending {LINK / 1e9:g} GB/s, nothing at the same time but the '
-        'parts of a pipeline; of the busiest device, per shift:', '',
+        'parts of a pipeline; of the busiest device, per step:', '',
         *report.table(['mesh', 'DiT ms', 'VAE ms', 'DiT MiB', 'VAE MiB', 'sending ms (DiT + VAE)',
                        'fps at most'], [_bound(name, cfg, mesh, ceiling)
-                                        for name, mesh in SWEEP.items()])])
+                                        for name, mesh in meshes(cfg).items()])])
+
+
+def meshes(cfg) -> dict[str, Mesh]:
+    """Those of `SWEEP` that a world's config can be run on."""
+    try:
+        worlds.build(cfg).halves()
+    except UsageError:
+        return {name: mesh for name, mesh in SWEEP.items() if not mesh.parts}
+    return SWEEP
 
 
 def _bound(name: str, cfg, mesh: Mesh, ceiling: float) -> list:
@@ -202,6 +211,5 @@ def _bound(name: str, cfg, mesh: Mesh, ceiling: float) -> list:
 
 def exchange(cfg, parts: int) -> list:
     """A row of what the attention of the network sends over the mesh."""
-    size = (one // cfg.vae.spatial_compression for one in (cfg.height, cfg.width))
-    what, sent = floor.exchanged(cfg.dit, cfg.stream.frames, *size, parts)
+    what, sent = floor.of(cfg).exchanged(cfg.dit, cfg.stream.frames, *floor.latents(cfg), parts)
     return [parts, what, f'{cfg.stream.passes * sent / report.MIB:,.4g}']

@@ -10,7 +10,6 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-from matrix_jax import worlds
 from matrix_jax.benchmark import subject
 from matrix_jax.train import dry
 
@@ -28,29 +27,29 @@ SENT = {'all-gather': lambda n: (n - 1) / n, 'all-reduce': lambda n: 2 * (n - 1)
 
 
 def begin(world, once: bool = True):
-    """(parameters, carry, control) of a shift, as ShapeDtypeStructs.
+    """(parameters, carry, control) of a step, as ShapeDtypeStructs.
 
     Args:
       world: the world.
       once: whether what no step changes is made before, as players do.
     """
-    def given(params):
-        cond = subject.imagine(world)
-        return subject.ready(world, params, cond) if once else (params, cond)
-
-    params, cond = jax.eval_shape(given, subject.parts(world))
+    params, cond = subject.parts(world), subject.told(world)
+    if once:
+        params, cond = jax.eval_shape(
+            lambda params, cond: world.ready_with(world.quantize(params), cond), params, cond)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    carry = jax.eval_shape(world.stream().init, params, cond, key)
-    return params, carry, jax.ShapeDtypeStruct((1, world.cfg.stream.group_frames), jnp.int32)
+    carry = jax.eval_shape(subject.stream(world).init, params, cond, key)
+    words = world.vocabulary
+    control = words.encode([words.rest] * world.cfg.stream.taken)[None]
+    return params, carry, jax.ShapeDtypeStruct(control.shape, control.dtype)
 
 
 def flops(world, once: bool = True) -> dict[str, float]:
-    """FLOPs of one shift by XLA's cost analysis of the program before it is optimised: {'dit',
+    """FLOPs of one step by XLA's cost analysis of the program before it is optimised: {'dit',
     'vae'}. Nothing is computed or allocated; only right where attention is not a kernel of its own
     (on the CPU)."""
     params, carry, control = begin(world, once)
-    latents = carry[0].window
-    latents = jax.ShapeDtypeStruct((*control.shape, *latents.shape[2:]), latents.dtype)
+    latents = jax.eval_shape(lambda: subject.noise(world, world.cfg.stream.step_frames))
     both = dry.flops(world.stream().step, params, carry, control)
     alone = dry.flops(world.decoder().step, params, carry[1], latents)
     return {'dit': both - alone, 'vae': alone}
@@ -58,17 +57,17 @@ def flops(world, once: bool = True) -> dict[str, float]:
 
 def flops_of(cfg, once: bool = True) -> dict[str, float]:
     """`flops` of a world's config."""
-    return flops(worlds.build(cfg), once)
+    return flops(subject.build(cfg), once)
 
 
 def weigh(cfg):
     """(`flops`, `weights`) of a world's config, as players run it and with everything anew."""
-    world = worlds.build(cfg)
+    world = subject.build(cfg)
     return [(flops(world, once), weights(world, once)) for once in (True, False)]
 
 
 def weights(world, once: bool = True) -> dict[str, int]:
-    """Bytes of the parameters that a shift reads, by part of the tree."""
+    """Bytes of the parameters that a step reads, by part of the tree."""
     params, *given = begin(world, once)
 
     def zeros(tree):

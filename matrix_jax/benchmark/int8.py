@@ -12,9 +12,12 @@ import numpy as np
 from matrix_jax import checkpoint, programs, sharding, worlds
 from matrix_jax.benchmark import report
 from matrix_jax.benchmark import subject as subjects
+from matrix_jax.config import UsageError
+from matrix_jax.controls import SYMBOLS
 from matrix_jax.stream.base import rollout
 
 SHIFTS = 8
+HELD, OTHER = (SYMBOLS.index(symbol) for symbol in ('D', 'DL'))
 HEADER = ('blocks multiply in', 'MiB of the DiT', 'prediction: rms', 'largest', 'cosine',
           'rms to bfloat16', f'latents of {SHIFTS} shifts: rms', 'rms to bfloat16')
 
@@ -26,11 +29,12 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
       run, random, layers, seed: as for `subject.open_subject`.
     """
     cfg = subjects.shape(run, random, layers)
+    check(run.name, cfg)
     programs.keep(run.keep_programs)
     cfg = dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, int8='none'))
     mesh = sharding.make_mesh(run.mesh)
     if random:
-        world = worlds.build(cfg)
+        world = subjects.build(cfg)
         params, cond = subjects.draw(world, mesh, seed), subjects.imagine(world, seed)
     else:
         world, params = worlds.open_run(dataclasses.replace(run, world=cfg))
@@ -62,21 +66,28 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
         'largest over largest.', '', *note, *report.table(HEADER, rows)]) + '\n'
 
 
+def check(name: str, cfg):
+    """Raises UsageError for a world whose transformer has no 8-bit layers."""
+    if not hasattr(cfg.dit, 'int8'):
+        raise UsageError(f'--int8: got {name}, expected a world of The Matrix (the transformer of '
+                         'this one has no 8-bit layers)')
+
+
 def play(cfg, dtype: str, int8: str, net, cond, seed: int):
     """({'prediction', 'latents'} of a stream of this arithmetic, bytes of its network)."""
     world = worlds.build(dataclasses.replace(
         cfg, dit=dataclasses.replace(cfg.dit, dtype=dtype, int8=int8)))
     net = jax.tree.map(lambda leaf: leaf.astype(dtype), net)
     params = world.quantize({'transformer': net})
-    stream, count = world.halves()['stream'], cfg.stream.group_frames
+    stream, count = world.latents(), cfg.stream.group_frames
 
     @jax.jit
     def make(params, cond):
         carry = stream.init(params, cond, jax.random.key(seed))
         level = jnp.broadcast_to(world.levels[0], carry.window.shape[:2])
-        held = jnp.full([1, cfg.stream.frames], subjects.KEY)
+        held = jnp.full([1, cfg.stream.frames], HELD)
         v = world.denoise(params, carry.window, level, carry.text, carry.control_table[held])
-        keys = jnp.where(jnp.arange(SHIFTS) % 4 < 2, subjects.KEY, subjects.OTHER)
+        keys = jnp.where(jnp.arange(SHIFTS) % 4 < 2, HELD, OTHER)
         keys = jnp.broadcast_to(keys[:, None, None], (SHIFTS, 1, count))
         return {'prediction': v, 'latents': rollout(stream, params, carry, keys)[1]}
 

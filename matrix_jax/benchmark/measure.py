@@ -17,7 +17,7 @@ from matrix_jax.stream.pipeline import Pipeline
 from matrix_jax.stream.swin import ENTRIES
 
 VISIBLE = 1.0       # mean difference, in grey levels of 255, that counts as seen
-SETTLE = 2          # shifts before a key changes
+SETTLE = 2          # steps before a key changes
 KIB = 2**10
 
 
@@ -26,8 +26,8 @@ class Settings:
     """How much is measured.
 
     Attributes:
-      steps: timed shifts.
-      warmup: shifts before them.
+      steps: timed steps of the stream.
+      warmup: steps before them.
       entries: where keys bind in the measurements of latency.
       seed: of the stream's noise, and of random weights.
       peak_tflops: of one device, for the share that is reached; None = not stated.
@@ -91,7 +91,8 @@ class Overlapping(Program):
     their own devices (`stream.pipeline`)."""
 
     def __init__(self, subject, entry: str | None, seed: int):
-        (self.params, decoder), self.given = subject.world.apart(subject.params), (subject.keys(),)
+        self.params, decoder = subject.world.apart(subject.params)
+        self.given = subject.presses[:1]
         pipeline = Pipeline(**subject.world.halves(entry), params=(self.params, decoder))
         self._start = pipeline.init(self.params, subject.cond, player(seed))
         began = time.perf_counter()
@@ -109,42 +110,46 @@ def whole(subject, entry: str | None = None, seed: int = 0) -> Program:
     """Keys in, frames out: the network, the decoder and the conversion to uint8."""
     if subject.decoder != subject.mesh:
         return Overlapping(subject, entry, seed)
-    stream = subject.world.stream(entry)
+    stream = subjects.stream(subject.world, entry)
     carry = subject.run(stream.init, subject.params, subject.cond, player(seed))
-    return Program(subject, stream.step, carry, subject.keys())
+    return Program(subject, stream.step, carry, subject.presses[0])
 
 
 def network(subject, seed: int = 0) -> Program:
     """The same without the decoder."""
     subject, _ = subject.halves
-    stream = subject.world.halves()['stream']
+    stream = subjects.latents(subject.world)
 
     def step(params, carry, control):
-        carry = stream.step(params, carry, control)[0]
-        return carry, carry.shift + 0       # small, and there when the whole program is done
+        carry, made = stream.step(params, carry, control)
+        return carry, made[0, -1, 0, 0]     # small, and there when the whole program is done
 
     carry = subject.run(stream.init, subject.params, subject.cond, player(seed))
-    return Program(subject, step, carry, subject.keys())
+    return Program(subject, step, carry, subject.presses[0])
 
 
 def decoder(subject) -> Program:
     """The decoder and the conversion to uint8 alone."""
     _, subject = subject.halves
-    parts = subject.world.halves()
-
-    def start(params, cond):
-        return parts['decoder'].prefill(params, parts['warm'](cond))[0]
-
-    cache = subject.run(start, subject.params, subject.cond)
-    latents = subject.cond.latents[:, :subject.world.cfg.stream.group_frames]
-    return Program(subject, parts['decoder'].step, cache, latents)
+    world = subject.world
+    part, stream = world.decoder(), world.cfg.stream
+    before, latents = (subjects.noise(world, count) for count in (
+        stream.context, stream.step_frames))
+    cache = subject.run(lambda *given: part.prefill(*given)[0], subject.params, before)
+    return Program(subject, part.step, cache, latents)
 
 
-def intervals(program: Program, settings: Settings) -> np.ndarray:
+def intervals(program: Program, settings: Settings, filling: int = 0) -> np.ndarray:
     """Seconds from one output on the host to the next [steps]; one step runs while the output of
-    the one before is copied, as in a player."""
+    the one before is copied, as in a player.
+
+    Args:
+      program: what is timed.
+      settings: how often.
+      filling: steps before the warm-up, which are unlike those of a long stream.
+    """
     carry, waiting, stamps = program.start(), None, []
-    for _ in range(settings.warmup + settings.steps + 1):
+    for _ in range(filling + settings.warmup + settings.steps + 1):
         carry, output = program(carry)
         if waiting is not None:
             np.asarray(waiting)
@@ -176,22 +181,23 @@ def latency(subject, program: Program) -> dict:
     Returns:
       'noise' (largest difference of the equal runs, of 255) and, for 'changed' (the first frame
       that differs by more) and 'visible' (the first that differs by one grey level in the mean),
-      None if there is none, or: 'shifts' (1 = the very shift that took the key), 'frame' (from 0,
-      in that shift) and 'ms' (from handing in the key to having that shift on the host).
+      None if there is none, or: 'steps' (1 = the very step that took the key), 'frame' (from 0,
+      in that step) and 'ms' (from handing in the key to having that step on the host).
     """
-    horizon = SETTLE + subject.world.cfg.stream.groups + 3
-    held = [subject.keys()] * horizon
-    pressed = held[:SETTLE] + [subject.keys(subjects.OTHER)] * (horizon - SETTLE)
+    horizon = SETTLE + subject.world.cfg.stream.entered('tail').lag + 4
+    key, other = subject.presses
+    held = [key] * horizon
+    pressed = held[:SETTLE] + [other] * (horizon - SETTLE)
     (base, _), (again, _), (other, times) = (_play(program, keys) for keys in (held, held, pressed))
     noise = int(np.abs(base - again).max())
-    difference = np.abs(other - base)[SETTLE:]                      # [shifts B F H W 3]
+    difference = np.abs(other - base)[SETTLE:]                      # [steps B F H W 3]
     axes = (1, 3, 4, 5)
     seen = {'changed': difference.max(axes) > noise, 'visible': difference.mean(axes) >= VISIBLE}
     return {'noise': noise} | {name: _first(found, times) for name, found in seen.items()}
 
 
 def _play(program: Program, keys):
-    """(frames int16 [shifts B F H W 3], [(key handed in, frames on the host)] of each shift)."""
+    """(frames int16 [steps B F H W 3], [(key handed in, frames on the host)] of each step)."""
     carry, frames, times = program.start(), [], []
     for symbols in keys:
         began = time.perf_counter()
@@ -202,12 +208,12 @@ def _play(program: Program, keys):
 
 
 def _first(found, times):
-    """The first of found [shifts F] with its time, None if there is none."""
+    """The first of found [steps F] with its time, None if there is none."""
     if not found.any():
         return None
-    shift, frame = np.unravel_index(np.argmax(found), found.shape)
-    began, ended = times[SETTLE][0], times[SETTLE + shift][1]
-    return {'shifts': int(shift) + 1, 'frame': int(frame), 'ms': 1e3 * (ended - began)}
+    step, frame = np.unravel_index(np.argmax(found), found.shape)
+    began, ended = times[SETTLE][0], times[SETTLE + step][1]
+    return {'steps': int(step) + 1, 'frame': int(frame), 'ms': 1e3 * (ended - began)}
 
 
 # --- the machine -----------------------------------------------------------------------------

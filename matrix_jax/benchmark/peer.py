@@ -33,8 +33,14 @@ LEVEL = 500         # noise level of the outputs that are compared
 LATENTS = 2         # latent frames of the decoding that is compared
 
 
-def check():
-    """Raises UsageError where the peer cannot run."""
+def check(name: str, cfg):
+    """Raises UsageError where the peer cannot run, or has no such network."""
+    if not isinstance(cfg.dit, dit.Config):
+        raise UsageError(f'--vs torch: got {name}, expected a world of The Matrix (diffusers has '
+                         'the network of no other)')
+    if cfg.dit.int8 != 'none':
+        raise UsageError(f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as the peer has '
+                         'no 8-bit layers')
     lacking = [name for name in ('torch', 'diffusers') if importlib.util.find_spec(name) is None]
     if lacking:
         raise UsageError(f"--vs torch: needs {' and '.join(lacking)}: pip install -e '.[parity]'")

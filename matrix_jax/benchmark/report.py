@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax.benchmark import compiled, measure
+from matrix_jax.benchmark import compiled, floor, measure
 from matrix_jax.nn.attention import route
 
 RANDOM = 'random weights: what is shown is speed, the frames mean nothing'
@@ -31,7 +31,7 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
     Args:
       subject: `subject.Subject`.
       settings: how much is measured.
-      work: FLOPs of a shift by part (`compiled.flops`).
+      work: FLOPs of a step by part (`compiled.flops`).
       say: prints a line of progress.
       keep: gets what there is so far, after every measured part.
 
@@ -39,11 +39,13 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
       What `benchmark.json` holds.
     """
     world, devices = subject.world, subject.devices
-    frames = world.cfg.stream.group_frames * world.cfg.frames_per_control
+    frames, stream = floor.frames(world.cfg), world.cfg.stream
+    entries = list(dict.fromkeys(stream.entered(entry).entry for entry in settings.entries))
     results = {'recipe': subject.name, 'random_weights': subject.random, 'machine': machine(),
-               'settings': dataclasses.asdict(settings), 'devices': devices['end_to_end'],
+               'settings': dataclasses.asdict(settings) | {'entries': entries},
+               'devices': devices['end_to_end'],
                'devices_of': devices, 'exchange': exchange(subject),
-               'shape': shape(world, subject.params), 'frames_per_shift': frames, 'flops': work}
+               'shape': shape(world, subject.params), 'frames_per_step': frames, 'flops': work}
     say(f'compiling {subject.name} on {results["devices"]} device(s), cold and cached')
     seconds, program = compiled.compile_seconds(lambda: measure.whole(subject, None, settings.seed))
     names = ('dit', 'vae') if len(program.programs) > 1 else ('end_to_end',)
@@ -56,8 +58,8 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
     results |= {'parts': {}, 'latency': {}}
 
     def clock(name, build):
-        say(f'timing {name}: {settings.warmup} + {settings.steps} shifts')
-        times = measure.intervals(build(), settings)
+        say(f'timing {name}: {settings.warmup} + {settings.steps} steps')
+        times = measure.intervals(build(), settings, world.filling)
         flops = sum(work.values()) if name == 'end_to_end' else work[name]
         results['parts'][name] = speed(times, frames, flops, devices[name], settings)
 
@@ -71,12 +73,12 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
     results['ceilings_tflops'] = {name: value / TERA for name, value in best.items()}
     keep(results)
     # An entry that is not the recipe's needs a program of its own, and comes last.
-    own, seed = world.cfg.stream.entry, settings.seed
-    todo = [(press, own, lambda: program)] * (own in settings.entries)
+    seed = settings.seed
+    todo = [(press, stream.entry, lambda: program)] * (stream.entry in entries)
     todo += [(clock, 'dit', lambda: measure.network(subject, seed)),
              (clock, 'vae', lambda: measure.decoder(subject))]
     todo += [(press, entry, lambda entry=entry: measure.whole(subject, entry, seed))
-             for entry in settings.entries if entry != own]
+             for entry in entries if entry != stream.entry]
     for measured, name, build in todo:
         measured(name, build)
         keep(results)
@@ -137,13 +139,12 @@ def _processor() -> str:
 def shape(world, params) -> dict:
     """Sizes that decide what a step costs."""
     cfg = world.cfg
-    stream, scale = cfg.stream, cfg.vae.spatial_compression * cfg.dit.patch
-    per = (cfg.height // scale) * (cfg.width // scale)
+    stream, size = cfg.stream, floor.latents(cfg)
+    queries, keys = floor.of(cfg).tokens(cfg.dit, stream.frames, *size)
     return {'height': cfg.height, 'width': cfg.width, 'layers': cfg.dit.layers,
             'dit_parameters': sum(leaf.size for leaf in jax.tree.leaves(params['transformer'])),
-            'tokens': per * stream.frames + cfg.dit.text_length,
-            'window': stream.frames, 'group_frames': stream.group_frames,
-            'calls_per_shift': stream.passes,
+            'tokens': queries, 'keys': keys, 'call_frames': stream.frames,
+            'step_frames': stream.step_frames, 'calls_per_step': stream.passes,
             'dit_dtype': cfg.dit.dtype, 'vae_dtype': cfg.vae.dtype}
 
 
@@ -158,11 +159,13 @@ def table(header, rows) -> list[str]:
 def markdown(results: dict) -> str:
     """The results as a short page."""
     shape, machine = results['shape'], results['machine']
+    seen = f' that see {shape["keys"]}' * (shape['keys'] != shape['tokens'])
     lines = [f'# {results["recipe"]}', '',
              f'{shape["height"]}x{shape["width"]}, {shape["dit_parameters"] / 1e6:,.1f} M '
              f'parameters in {shape["layers"]} layers ({shape["dit_dtype"]}, VAE '
-             f'{shape["vae_dtype"]}), {shape["tokens"]} tokens, {shape["calls_per_shift"]} network '
-             f'call(s) and {results["frames_per_shift"]} frames per shift; {results["devices"]} x '
+             f'{shape["vae_dtype"]}), {shape["tokens"]} tokens{seen}, {shape["calls_per_step"]} '
+             f'network call(s) and {results["frames_per_step"]} frames per step; '
+             f'{results["devices"]} x '
              f'{machine["device"]} ({machine["processor"]}, {machine["cores"]} cores), jax '
              f'{machine["jax"]}; {timed(results["settings"]["steps"])}.', '']
     missing = [LABELS[name] for name in LABELS if name not in results['parts']]
@@ -188,7 +191,7 @@ def markdown(results: dict) -> str:
         share = [f'{one["peak_share"]:.1%}'] if peak else []
         ours = at_best(results, name) / (one['mean_ms'] / 1e3)
         rows.append([LABELS[name], f'{one["fps"]:.2f}', *(f'{one[key]:.1f}' for key in (
-            'p50_ms', 'p95_ms', 'jitter_ms')), f'{work / results["frames_per_shift"] / TERA:.4g}',
+            'p50_ms', 'p95_ms', 'jitter_ms')), f'{work / results["frames_per_step"] / TERA:.4g}',
             f'{one["tflops"]:.4g}', *share, f'{ours:.1%}'])
     lines += table(header, rows)
     lines += ['', *table(['key binds at', 'first changed frame', 'visible frame', 'noise'], [
@@ -213,12 +216,12 @@ def markdown(results: dict) -> str:
 
 
 def timed(steps: int) -> str:
-    """How many shifts were timed, and whether those are too few to go by."""
-    return f'{steps} shifts timed' + f' (fewer than {ENOUGH} steps)' * (steps < ENOUGH)
+    """How many steps were timed, and whether those are too few to go by."""
+    return f'{steps} steps timed' + f' (fewer than {ENOUGH} steps)' * (steps < ENOUGH)
 
 
 def at_best(results: dict, part: str) -> float:
-    """Seconds of a shift of a part if all of it ran as its ceiling does."""
+    """Seconds of a step of a part if all of it ran as its ceiling does."""
     ceilings = {'dit': 'matmul', 'vae': 'conv'}
     seconds = {name: results['flops'][name] / results['devices_of'][name]
                / (results['ceilings_tflops'][ceiling] * TERA)
@@ -231,7 +234,7 @@ def at_best(results: dict, part: str) -> float:
 def _when(found) -> str:
     if found is None:
         return 'none in this run'
-    return f'shift {found["shifts"]}, frame {found["frame"]}, {found["ms"]:.0f} ms'
+    return f'step {found["steps"]}, frame {found["frame"]}, {found["ms"]:.0f} ms'
 
 
 def write(folder, results: dict, text: str):

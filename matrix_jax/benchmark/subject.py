@@ -15,13 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import checkpoint, convert, generate, programs, released, sharding, worlds
+from matrix_jax.benchmark import floor
 from matrix_jax.config import UsageError
-from matrix_jax.controls import SYMBOLS
-from matrix_jax.nn import once
-from matrix_jax.stream import swin
+from matrix_jax.stream.base import Stream, started
 
-KEY = SYMBOLS.index('D')         # what is held
-OTHER = SYMBOLS.index('DL')      # what it changes to
 RUNS = {'transformer': 'dit', 'vae': 'vae'}     # parts of a step, and their configs
 
 
@@ -43,7 +40,7 @@ class Subject:
     params: dict
     mesh: jax.sharding.Mesh
     decoder: jax.sharding.Mesh
-    cond: swin.Cond
+    cond: Any
     random: bool
 
     @property
@@ -67,9 +64,12 @@ class Subject:
         """The mesh as a context, in which programs are traced."""
         return sharding.within(self.mesh)
 
-    def keys(self, symbol: int = KEY) -> np.ndarray:
-        """Controls of one shift, int32 [1 group_frames]."""
-        return np.full([1, self.world.cfg.stream.group_frames], symbol, np.int32)
+    @property
+    def presses(self) -> tuple[np.ndarray, np.ndarray]:
+        """Controls of one step, batch 1: what is held, and what it changes to."""
+        words = self.world.vocabulary
+        held = [one for one in words.choices if one != words.rest][:2]
+        return tuple(words.encode([one] * self.world.cfg.stream.taken)[None] for one in held)
 
     def run(self, function, *given):
         """What a function makes, whole on every device of the mesh."""
@@ -91,10 +91,7 @@ def shape(run, random: bool = False, layers: int | None = None):
     if not random and not run.weights:
         raise UsageError(f'{run.name}: needs --weights FOLDER, or --random')
     cfg = released.shorten(run.world, layers)
-    if not hasattr(cfg.dit, 'control'):
-        raise UsageError(f'{run.name}: is a world of keyboard and mouse, expected one of control '
-                         'symbols (such as the_matrix:STAGE4)')
-    if cfg.clip is not None or cfg.dit.control is None:
+    if not worlds.build(cfg).endless:
         raise UsageError(f'{run.name}: does not stream, expected a recipe that takes keys '
                          '(such as the_matrix:STAGE4)')
     return cfg
@@ -116,8 +113,9 @@ def open_subject(run, random: bool = False, layers: int | None = None, seed: int
     programs.keep(run.keep_programs)
     mesh, decoder = sharding.make_meshes(run.mesh)
     if random:
-        world = worlds.build(cfg)
-        params, cond = ready(world, draw(world, mesh, seed, decoder), imagine(world, seed))
+        world = build(cfg)
+        params = world.quantize(draw(world, mesh, seed, decoder))
+        params, cond = world.ready_with(params, imagine(world, seed))
     else:
         world, params = worlds.open_run(run, apart=True)
         params = world.ready(params)
@@ -126,45 +124,62 @@ def open_subject(run, random: bool = False, layers: int | None = None, seed: int
                    jax.device_put(cond, sharding.replicated(mesh)), random)
 
 
-def start(world, params, mesh, folder) -> swin.Cond:
-    """The condition of a world's start clip; of a grey one if it brings none."""
+def start(world, params, mesh, folder):
+    """The condition of a world's start clip or picture; of a grey one if it brings none."""
     cfg = world.cfg
     try:
         frames = generate.start_clip(world, folder, cfg.prompt, None, False)
     except UsageError:
-        count = 1 + (cfg.stream.frames - 1) * cfg.frames_per_control
-        frames = np.full([count, cfg.height, cfg.width, 3], 128, np.uint8)
-    held = np.full([1, cfg.stream.remembered], KEY, np.int32)
-    given = (params, world.tokenize([cfg.prompt]), frames[None], held)
+        frames = np.full([world.start_frames, cfg.height, cfg.width, 3], 128, np.uint8)
+    given, _ = world.inputs(cfg.prompt, frames)
     with sharding.within(mesh):
-        return jax.jit(world.condition)(*given)
+        return jax.jit(world.condition)(params, *given)
 
 
-def imagine(world, seed: int = 0) -> swin.Cond:
-    """A condition of noise, of the shapes of a real one."""
-    cfg, chance = world.cfg, np.random.default_rng(seed)
-    scale = cfg.vae.spatial_compression
-
-    def noise(*shape):
-        return jnp.asarray(chance.standard_normal(shape, np.float32))
-
-    text = noise(1, cfg.dit.text_length, cfg.dit.text_dim)
-    return swin.Cond(
-        latents=noise(1, cfg.stream.frames, cfg.height // scale, cfg.width // scale,
-                      cfg.vae.latent_channels),
-        text=text, null_text=text, control_table=noise(len(SYMBOLS) + 1, cfg.dit.control.dim),
-        controls=jnp.full([1, cfg.stream.remembered], KEY, jnp.int32))
+def build(cfg):
+    """The world of a config, for random weights."""
+    return worlds.build(cfg).with_tokenizers(None)
 
 
-def ready(world, params, cond: swin.Cond):
-    """Parameters and a condition as a player makes them: layers in 8 bits where the recipe says so,
-    and once what no step changes."""
-    params = world.ready(world.quantize(params), cond.control_table)
-    if once.COLLECTION in params:
-        text, null = (world.as_tokens(params, part) for part in (cond.text, cond.null_text))
-        cond = dataclasses.replace(cond, text=text, null_text=null,
-                                   control_table=world.control_table(params))
-    return params, cond
+def stream(world, entry: str | None = None) -> Stream:
+    """A world's stream, every step alike: its first output is made by `init`."""
+    return started(world.stream(entry), _first(world))
+
+
+def latents(world) -> Stream:
+    """The same without the decoder: latents come out."""
+    return started(world.latents(), _first(world))
+
+
+def _first(world):
+    words = world.vocabulary
+    return words.encode([words.rest] * world.first_controls)[None]
+
+
+def told(world):
+    """Shapes of the condition that a stream of a world starts from."""
+    cfg = world.cfg
+    frames = np.zeros([world.start_frames, cfg.height, cfg.width, 3], np.uint8)
+    given, _ = world.inputs('', frames)
+    return jax.eval_shape(world.condition, world.shapes(), *given)
+
+
+def imagine(world, seed: int = 0):
+    """A condition of noise, of the shapes of a real one; its controls are the first there are."""
+    chance = np.random.default_rng(seed)
+
+    def noise(leaf):
+        if jnp.issubdtype(leaf.dtype, jnp.integer):
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        return jnp.asarray(chance.standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+    return jax.tree.map(noise, told(world))
+
+
+def noise(world, count: int, seed: int = 0):
+    """Latents [1 count H W C] to decode."""
+    shape = (1, count, *floor.latents(world.cfg), world.cfg.vae.latent_channels)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
 
 
 def parts(world) -> dict:

@@ -63,6 +63,7 @@ class Config:
 
     context = 1     # latent frames of the start that a stream goes on from: the picture
     lag = 0         # steps from the one that takes an action to the one that shows it
+    entry = 'block'     # where actions bind: in the block that takes them; there is no queue
 
     @property
     def passes(self) -> int:
@@ -73,6 +74,11 @@ class Config:
     def taken(self) -> int:
         """Actions that a step takes."""
         return self.block_actions
+
+    @property
+    def step_frames(self) -> int:
+        """Latent frames that a step makes."""
+        return self.frames
 
     def entered(self, entry: str) -> Config:
         """The same stream: actions bind at once, wherever those of a queue would."""

@@ -107,6 +107,11 @@ class Config:
         return self.group_frames
 
     @property
+    def step_frames(self) -> int:
+        """Latent frames that a step makes."""
+        return self.group_frames
+
+    @property
     def lag(self) -> int:
         """Steps from the one that takes a control to the one whose frames were bound to it."""
         return (self.entry_slot - self.context) // self.group_frames

@@ -14,6 +14,12 @@ Who generates or serves a world sees no more of it than this:
     first_controls                                 controls that `stream.prefill` takes
     cfg.stream.taken, lag, context, entered(...)   controls of a step; when they show
     condition, stream, sample_clip                 pure functions of parameters
+
+Who measures one also asks for
+
+    endless, filling                               whether it streams; when its memory is full
+    cfg.stream.frames, passes, step_frames, entry  what goes through the network; what comes out
+    latents, decoder, ready_with                   both halves of a step, and what they are given
 """
 
 from __future__ import annotations
@@ -63,6 +69,7 @@ class Parts:
     extras: tuple[str, ...] = ()     # folders without weights: tokenizers, scheduler
 
     reads_text = False
+    filling = 0     # steps of a stream that remember less than those after them
     autoencoder: Any = None                 # the module of the part 'vae'
     decode_chunk: int | None = None         # latent frames decoded at once; None = those of a step
 
@@ -70,6 +77,11 @@ class Parts:
     def first_controls(self) -> int:
         """Controls that the first step of a stream takes; as any other by default."""
         return self.cfg.stream.taken
+
+    @property
+    def endless(self) -> bool:
+        """Whether the world makes endless videos, and no whole clips."""
+        return self.cfg.clip is None
 
     def __init__(self, cfg):
         self.cfg = cfg
@@ -279,6 +291,11 @@ class Parts:
     def ready(self, params):
         """Parameters for streaming, with what no step of the stream changes."""
         return params
+
+    def ready_with(self, params, cond):
+        """(parameters, condition) for streaming, of a condition made with others than `ready` ones.
+        """
+        return self.ready(params), cond
 
     def summary(self, mesh) -> str:
         """One line per part: parameters, and memory per device at bfloat16. Nothing is allocated.

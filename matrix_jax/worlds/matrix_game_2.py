@@ -128,6 +128,11 @@ class World(Parts):
 
     start_frames = 1        # it begins with a picture
 
+    @property
+    def filling(self) -> int:
+        """Steps behind the first block whose caches have empty slots."""
+        return max(0, -(-self.cfg.dit.local // self.cfg.stream.frames) - 2)
+
     def fit(self, frames) -> np.ndarray:
         """uint8 [F H W 3] of any size -> the world's size, as the reference cuts pictures."""
         cfg = self.cfg

@@ -104,6 +104,11 @@ class World(Parts):
     # --- what a video needs ------------------------------------------------------------------
 
     @property
+    def endless(self) -> bool:
+        """Networks of whole clips, and those without controls, do not."""
+        return super().endless and self.cfg.dit.control is not None
+
+    @property
     def start_frames(self) -> int:
         """Pixel frames of a start clip; 0 for networks that start from the prompt alone."""
         cfg = self.cfg
@@ -281,6 +286,20 @@ class World(Parts):
                   if name in params}
         return params | {once.COLLECTION: make(needed, table)}
 
+    def ready_with(self, params, cond):
+        params = self.ready(params, cond.control_table)
+        if once.COLLECTION in params:
+            cond = dataclasses.replace(
+                cond, text=self.as_tokens(params, cond.text),
+                null_text=self.as_tokens(params, cond.null_text),
+                control_table=self.control_table(params))
+        return params, cond
+
+    def latents(self, entry: str | None = None) -> streams.Stream:
+        """The stream before its decoder: keys in, latents [B T H W C] out; see `stream`."""
+        cfg = self.cfg.stream
+        return swin.make(cfg.entered(entry or cfg.entry), self.cfg.scheduler, self.denoise)
+
     def stream(self, entry: str | None = None) -> streams.Stream:
         """Keys in, uint8 frames out: one Swin-DPM shift and its decoding, one program.
 
@@ -295,9 +314,9 @@ class World(Parts):
     def halves(self, entry: str | None = None) -> dict:
         """What `stream` is made of: `stream` of latents, `decoder`, and `warm`, condition ->
         latents that the decoder starts on."""
-        cfg = self.cfg.stream.entered(entry or self.cfg.stream.entry)
-        return {'stream': swin.make(cfg, self.cfg.scheduler, self.denoise),
-                'decoder': self.decoder(), 'warm': lambda cond: cond.latents[:, :cfg.context]}
+        context = self.cfg.stream.context
+        return {'stream': self.latents(entry), 'decoder': self.decoder(),
+                'warm': lambda cond: cond.latents[:, :context]}
 
     def sample_clip(self, params, ids, symbols, key):
         """A whole clip from nothing: -> frames uint8 [B F H W 3].

@@ -37,18 +37,36 @@ def test_a_benchmark_of_random_weights(tmp_path, capsys):
     parts = found['parts']
     assert all(one['fps'] > 0 and one['p95_ms'] >= one['p50_ms'] for one in parts.values())
     assert found['shape']['layers'] == 2 and found['devices'] == 1
-    assert found['frames_per_shift'] == 2
+    assert found['frames_per_step'] == 2
     assert found['latency']['tail']['noise'] == 0
     assert all(value > 0 for value in found['ceilings_tflops'].values())
-    assert found['latency']['tail']['changed']['shifts'] >= 1
+    assert found['latency']['tail']['changed']['steps'] >= 1
     assert found['mesh_bytes'] == 0 and found['program_bytes'] > 0
     assert min(found['compile_seconds'].values()) > 0
     assert found['memory']['process'] > 1e8
     page = (tmp_path / 'benchmark.md').read_text()
-    assert '; 3 shifts timed (fewer than 30 steps).' in page and 'did not come to' not in page
+    assert '; 3 steps timed (fewer than 30 steps).' in page and 'did not come to' not in page
     assert report.RANDOM in page and page.strip() in capsys.readouterr().out
     rows = [line for line in page.splitlines() if line.startswith('|')]
     assert len({line.count('|') for line in rows[:5]}) == 1
+
+
+def test_a_benchmark_of_keyboard_and_mouse(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(report.measure, 'ceilings', lambda *kinds: {'matmul': 1e9, 'conv': 1e9})
+    assert run('matrix_game_2:TINY', '--random', '--steps', 2, '--warmup', 1, '--out',
+               tmp_path) == 0
+    found = json.loads((tmp_path / 'benchmark.json').read_text())
+    assert all(one['fps'] > 0 for one in found['parts'].values()) and len(found['parts']) == 3
+    shape = found['shape']
+    # Blocks of 3 frames of 2 x 3 sites that see 4 frames; two steps, and one that reads the block.
+    assert (shape['tokens'], shape['keys'], shape['calls_per_step']) == (18, 24, 3)
+    assert found['frames_per_step'] == 12
+    # There is no queue: what is pressed shows in the block that takes it, wherever keys bind.
+    assert found['latency'].keys() == {'block'} and found['latency']['block']['noise'] == 0
+    assert found['latency']['block']['changed']['steps'] == 1
+    page = (tmp_path / 'benchmark.md').read_text()
+    assert '18 tokens that see 24, 3 network call(s) and 12 frames per step' in page
+    assert '| block | step 1, frame ' in page and 'did not come to' not in page
 
 
 def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
@@ -71,7 +89,7 @@ def test_a_count_prints_the_floor(capsys, monkeypatch):
     assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--count') == 0
     printed = capsys.readouterr().out
     assert '| 5dit_3vae | ' in printed and 'At 791.2 TFLOP/s' in printed
-    assert '| both |' in printed and 'made once, not in every shift' in printed
+    assert '| both |' in printed and 'made once, not in every step' in printed
 
 
 def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
@@ -112,7 +130,10 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
     (['carracing', '--entries', ''], "--entries: got ''"),
     (['carracing', '--peak-tflops', '-1'], '--peak-tflops: got -1'),
     (['carracing', '--vs', 'jax'], "--vs: got 'jax', expected one of 'torch'"),
-    (['doom:CAUSAL', '--random', '--layers', '1'], 'doom:CAUSAL: is a world of keyboard and'),
+    (['doom:FOUNDATION', '--random'], 'doom:FOUNDATION: does not stream'),
+    (['doom', '--vs', 'torch'], '--vs torch: got doom:PLAY, expected a world of The Matrix'),
+    (['doom', '--int8'], '--int8: got doom:PLAY, expected a world of The Matrix'),
+    (['matrix_game_2:TINY', '--random', '--mesh.pipeline', '2dit_3vae'], 'streams on one mesh'),
     (['carracing', '--vs', 'torch'], '--vs torch: needs torch and diffusers: pip install'),
     (['carracing', '--vs', 'torch', '--sweep', 'mesh'], 'got --vs and --sweep'),
     (['carracing', '--int8', '--count'], 'got --int8 and --count'),
@@ -169,7 +190,7 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
     assert '- 6dit_2vae: not run (ended abruptly.)' in page
     # After every mesh, whatever became of it.
     assert len(pages) == 6 and '| seq=1 |' in pages[0] and pages[-1] == page
-    assert '30 shifts timed.' in page
+    assert '30 steps timed.' in page
 
 
 def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):

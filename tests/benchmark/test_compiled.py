@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from matrix_jax import config, convert, sharding, worlds
-from matrix_jax.benchmark import compiled, floor, int8, subject
+from matrix_jax import config, convert, released, sharding, worlds
+from matrix_jax.benchmark import compiled, floor, floor_cogvideox, floor_wan, int8, subject
 from matrix_jax.nn import conv3d
 from matrix_jax.train import dry
-from matrix_jax.vae import cogvideox as vae
+from matrix_jax.vae import cogvideox, wan
 
 WIDE = 24       # channels, enough for the detours of the CPU
 
@@ -92,15 +92,38 @@ def test_a_count_follows_the_sizes():
 def test_the_floor_is_what_the_network_multiplies():
     """The recipes of the released size, as derived by hand."""
     cfg = config.load('the_matrix:STAGE4').world
-    frames = cfg.stream.group_frames * cfg.frames_per_control
+    frames = floor.frames(cfg)
     found = {part: work / frames / 1e12 for part, work in floor.flops(cfg).items()}
     tokens, video, d = 9 * 30 * 45 + 226, 9 * 30 * 45, 1920
     blocks = 30 * (12 * tokens * d**2 + 2 * tokens**2 * d) + 15 * 2 * video * d**2
     assert found['dit'] == pytest.approx(2 * blocks / frames / 1e12, rel=1e-3)
     assert found == {'dit': pytest.approx(9.2, rel=0.1), 'vae': pytest.approx(6.4, rel=0.1)}
     # As published, keys and values of control are made for every token, and masked.
-    literal = floor.dit(cfg.dit, 9, 60, 90, literal=True) / frames / 1e12
+    literal = floor_cogvideox.dit(cfg.dit, 9, 60, 90, literal=True) / frames / 1e12
     assert found['dit'] < 0.8 * literal
+
+
+def test_the_floor_of_keyboard_and_mouse():
+    """The published size, as derived by hand: blocks of 3 frames of 22 x 40 sites that see 6."""
+    run = config.load('matrix_game_2:UNIVERSAL')
+    found = floor.flops(run.world)
+    q, k, d, m = 3 * 880, 6 * 880, 1536, 1024
+    layer = 6 * q * d**2 + 2 * q * k * d + 2 * q * 257 * d + 2 * q * d * 8960
+    acting = q * m * (4 * d + 4 * m + 4 * 6)
+    assert found['dit'] == pytest.approx(4 * 2 * (30 * layer + 15 * acting), rel=3e-3)
+    assert floor.frames(run.world) == 12
+    # One H200 at 80 % of its data sheet: the figure that the page on performance names.
+    assert floor.bounds(run.world, run.mesh, 791.2e12, 450e9)['fps'] == pytest.approx(150, abs=1)
+
+
+@pytest.mark.parametrize('recipe', ['matrix_game_2:UNIVERSAL', 'matrix_game_2:TEMPLERUN'])
+def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
+    """At the published widths, in two layers, of small frames."""
+    small = config.load(recipe, ['--world.height', '64', '--world.width', '96'])
+    cfg = released.shorten(small.world, layers=2)
+    least = floor.flops(cfg)
+    for part, work in compiled.flops_of(cfg).items():
+        assert work == pytest.approx(least[part], rel=0.05), part
 
 
 def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
@@ -121,10 +144,16 @@ def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
 def test_what_devices_send_depends_on_whether_heads_divide():
     net = config.load('the_matrix:STAGE4').world.dit
     tokens, d = 9 * 1350, 1920
-    kind, sent = floor.exchanged(net, 9, 60, 90, 6)
+    kind, sent = floor_cogvideox.exchanged(net, 9, 60, 90, 6)
     assert kind == 'heads' and sent == 30 * 4 * (tokens / 6 + 38) * d * 2 * 5 / 6
-    kind, sent = floor.exchanged(net, 9, 60, 90, 8)
+    kind, sent = floor_cogvideox.exchanged(net, 9, 60, 90, 8)
     assert kind == 'keys' and sent == 30 * 2 * (9 * 169 + 29) * d * 2 * 7
+    # 12 heads, and 880 sites of which blocks of 3 frames see those of 6.
+    net, d = config.load('matrix_game_2:UNIVERSAL').world.dit, 1536
+    kind, sent = floor_wan.exchanged(net, 3, 44, 80, 4)
+    assert kind == 'heads' and sent == 30 * 2 * (3 + 6) * 220 * d * 2 * 3 / 4
+    kind, sent = floor_wan.exchanged(net, 3, 44, 80, 5)
+    assert kind == 'keys' and sent == 30 * 2 * 6 * 176 * d * 2 * 4
 
 
 def sent_by(jaxpr):
@@ -142,19 +171,24 @@ def sent_by(jaxpr):
     return total
 
 
+MATRIX = dataclasses.replace(config.load('the_matrix:TINY').world.vae, block_out_channels=(4, 8),
+                             temporal_compression=2, single_latent_frames=2)
+
+
+@pytest.mark.parametrize('net, count, cfg, latents', [
+    (cogvideox, floor_cogvideox, MATRIX, 2), (wan, floor_wan, wan.PRESETS['tiny'], 3),
+    (wan, floor_wan, dataclasses.replace(wan.PRESETS['tiny'], chunk=1), 2)],
+    ids=['the_matrix', 'matrix_game_2', 'chunks'])
 @pytest.mark.parametrize('parts, dtype', [(6, 'bfloat16'), (5, 'float32')])
-def test_rows_that_devices_send_are_those_of_the_program(parts, dtype):
+def test_rows_that_devices_send_are_those_of_the_program(net, count, cfg, latents, parts, dtype):
     """Of a step that continues a stream; where rows do not divide as well."""
-    cfg = dataclasses.replace(config.load('the_matrix:TINY').world.vae, dtype=dtype,
-                              block_out_channels=(4, 8), temporal_compression=2,
-                              single_latent_frames=2)
-    shapes, latents = vae.shapes(cfg), jax.ShapeDtypeStruct((1, 2, 12, 3, cfg.latent_channels),
-                                                            'float32')
+    cfg = dataclasses.replace(cfg, dtype=dtype)
+    given = jax.ShapeDtypeStruct((1, latents, 12, 3, cfg.latent_channels), 'float32')
     with jax.set_mesh(sharding.make_mesh(config.Mesh(seq=parts))), conv3d.native():
-        cache, _ = jax.eval_shape(partial(vae.prefill, cfg), shapes, latents)
-        traced = jax.make_jaxpr(partial(vae.step, cfg))(shapes, cache, latents)
-    assert sent_by(traced.jaxpr) == floor.bordered(cfg, 2, 3, parts) > 0
-    assert floor.bordered(cfg, 2, 3, 1) == 0
+        cache, _ = jax.eval_shape(partial(net.prefill, cfg), net.shapes(cfg), given)
+        traced = jax.make_jaxpr(partial(net.step, cfg))(net.shapes(cfg), cache, given)
+    assert sent_by(traced.jaxpr) == count.bordered(cfg, latents, 12, 3, parts) > 0
+    assert count.bordered(cfg, latents, 12, 3, 1) == 0
 
 
 def test_what_bounds_a_mesh():

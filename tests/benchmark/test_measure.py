@@ -5,10 +5,13 @@ import types
 import numpy as np
 import pytest
 
+from matrix_jax import controls
 from matrix_jax.benchmark import measure, report
 from matrix_jax.benchmark import subject as subjects
+from matrix_jax.stream import swin
 
 FRAMES = 2
+OTHER = controls.SYMBOLS.index('DL')
 
 
 class Delayed:
@@ -23,7 +26,7 @@ class Delayed:
 
     def __call__(self, carry, key):
         self.calls += 1
-        carry += (float(key[0, 0] == subjects.OTHER),)
+        carry += (float(key[0, 0] == OTHER),)
         frames = np.zeros((1, FRAMES, 4, 4, 3), np.uint8) + (self.calls % 2) * self.noise
 
         def pressed(back):
@@ -35,23 +38,23 @@ class Delayed:
 
 
 def example(groups=4):
-    stream = types.SimpleNamespace(groups=groups, group_frames=1)
-    world = types.SimpleNamespace(cfg=types.SimpleNamespace(stream=stream))
+    cfg = types.SimpleNamespace(stream=swin.Config(groups=groups, group_frames=1, steps=groups))
+    world = types.SimpleNamespace(cfg=cfg, vocabulary=controls.Symbols())
     return subjects.Subject('x', world, {}, None, None, None, True)
 
 
 def test_latency_names_the_first_frame_that_differs():
     found = measure.latency(example(), Delayed(3))
     assert found['noise'] == 0
-    assert (found['changed']['shifts'], found['changed']['frame']) == (2, 1)
-    assert (found['visible']['shifts'], found['visible']['frame']) == (3, 1)
+    assert (found['changed']['steps'], found['changed']['frame']) == (2, 1)
+    assert (found['visible']['steps'], found['visible']['frame']) == (3, 1)
     assert 0 < found['changed']['ms'] <= found['visible']['ms']
 
 
 def test_what_two_equal_runs_differ_by_is_no_change():
     found = measure.latency(example(groups=4), Delayed(3, noise=20))     # nine calls per run
     assert found['noise'] == 20
-    assert found['changed']['shifts'] == 3
+    assert found['changed']['steps'] == 3
 
 
 def test_a_key_without_effect_is_never_seen():
@@ -70,6 +73,9 @@ def test_intervals_leave_the_warm_up_out():
     seconds = measure.intervals(program, measure.Settings(steps=5, warmup=2))
     assert seconds.shape == (5,) and (seconds >= 0).all()
     assert given == list(range(8))
+    # Nor do steps count whose caches are still filling.
+    assert measure.intervals(program, measure.Settings(steps=5, warmup=2), 3).shape == (5,)
+    assert given[8:] == list(range(11))
 
 
 def test_figures_of_a_part():

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from matrix_jax import convert, sharding
-from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.benchmark import floor_wan
+from matrix_jax.benchmark.compiled import collectives, sent
 from matrix_jax.config import Mesh
 from matrix_jax.dit import wan
 
@@ -58,8 +59,7 @@ def stream(params, given):
         caches = wan.advance(caches, BLOCK)
     assert call._cache_size() == 1      # caches lie after a call as they did before it
     found = collectives(call.lower(params, caches, *told).compile().as_text(), 8)
-    counts = {kind: one['count'] for kind, one in found.items()}
-    return np.concatenate(made, axis=1), caches, counts
+    return np.concatenate(made, axis=1), caches, found
 
 
 @pytest.fixture(scope='module')
@@ -93,7 +93,13 @@ def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given,
     # The two heads are traded by two devices: those of the queries, those of all that is
     # remembered, and the results. Else keys and values are gathered; and last the prediction.
     trades = {'all-to-all': 3 * CFG.layers, 'all-gather': 1}
-    assert found == (trades if mesh.seq == 2 else {'all-gather': CFG.layers + 1})
+    counts = {kind: one['count'] for kind, one in found.items()}
+    assert counts == (trades if mesh.seq == 2 else {'all-gather': CFG.layers + 1})
+    # The bytes are those that the page on performance counts with.
+    what, attention = floor_wan.exchanged(CFG, BLOCK, 4, 6, mesh.seq)
+    prediction = 4 * BLOCK * -(-6 // mesh.seq) * (mesh.seq - 1) * CFG.patch ** 2 * CFG.channels
+    assert what == ('heads' if mesh.seq == 2 else 'keys')
+    assert sent(found) == pytest.approx(BATCH // mesh.data * (attention + prediction))
 
 
 def test_a_whole_clip_of_sites_that_do_not_divide(params, given):
