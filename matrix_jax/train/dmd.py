@@ -19,6 +19,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange
 
 from matrix_jax import convert
@@ -29,6 +30,8 @@ from matrix_jax.train import optim
 from matrix_jax.train.flow_matching import FlowMatching, flow_loss
 from matrix_jax.train.optim import Optimizer
 
+TOWER = 'judges_image'      # what teacher and critic see a picture with, if it is not the student's
+
 
 @dataclasses.dataclass(frozen=True)
 class SelfForcing(FlowMatching):
@@ -37,8 +40,10 @@ class SelfForcing(FlowMatching):
     Attributes:
       critic: optimizer of the critic.
       ratio: the student has one update in so many; all others are the critic's.
-      teacher: weights folder of a network that sees clips whole; None = the weights that training
-        starts from.
+      teacher: weights folder of a network that sees clips whole, with the image tower that it was
+        trained with; None = the weights that training starts from.
+      action_guidance: how far the teacher goes from what it would make of a clip at rest to what it
+        makes under the clip's actions, as a stream's does; 1 is no further, as published.
       causal: whether teacher and critic see blocks and what came before them, as the student does.
       random_exit: draw the call whose clean estimate is the block; else it is the last one.
       lowest, highest: shares of noise at which teacher and critic are asked.
@@ -48,6 +53,7 @@ class SelfForcing(FlowMatching):
     ema: float = 0.99
     ratio: int = 5
     teacher: str | None = None
+    action_guidance: float = 1.0
     causal: bool = False
     random_exit: bool = True
     lowest: float = 0.02
@@ -57,6 +63,9 @@ class SelfForcing(FlowMatching):
         super().__post_init__()
         if self.ratio < 1:
             raise ValueError(f'stage.ratio: got {self.ratio}, expected at least 1')
+        if self.action_guidance < 1:
+            raise ValueError(f'stage.action_guidance: got {self.action_guidance:g}, expected at '
+                             'least 1')
         if not 0 < self.lowest < self.highest <= 1:
             raise ValueError(f'stage.lowest: got {self.lowest} to {self.highest}, expected a range '
                              'within 0 to 1')
@@ -66,14 +75,21 @@ class SelfForcing(FlowMatching):
 
     def start(self, world, params, seed):
         params = super().start(world, params, seed)
-        teacher = params['transformer']
+        judges, tower = params['transformer'], 'image_encoder'
         if self.teacher:
-            teacher = world.load(self.teacher, only=('transformer',))['transformer']
-        return {**params, 'teacher': teacher, 'critic': teacher}
+            found = world.load(self.teacher, only=tuple(
+                name for name in ('transformer', tower) if name != tower
+                or world.lies(self.teacher, name)))
+            judges = found['transformer']
+            if tower in found and not _equal(found[tower], params[tower]):
+                params[TOWER] = found[tower]
+        return {**params, 'teacher': judges, 'critic': judges}
 
     def axes(self, world):
-        network = convert.axes(world.tables['transformer'])
-        return super().axes(world) | convert.flatten({'teacher': network, 'critic': network})
+        network, tower = (convert.axes(world.tables[name])
+                          for name in ('transformer', 'image_encoder'))
+        return super().axes(world) | convert.flatten(
+            {'teacher': network, 'critic': network, TOWER: tower})
 
     def trainable(self, path):
         return _role(path) in ('student', 'critic')
@@ -87,13 +103,15 @@ class SelfForcing(FlowMatching):
     def loss(self, world, params, batch, key):
         keys = jax.random.split(key, 3)
         turn = jax.random.uniform(keys[0]) * self.ratio < 1
-        given = self.given(world, params, batch)
+        given = judged = self.given(world, params, batch)
+        if TOWER in params:
+            judged = self.given(world, {**params, 'image_encoder': params[TOWER]}, batch)
 
         clip = self.rollout(world, params, given, batch['actions'], keys[1], turn)
         loss = jax.lax.cond(
             turn,
-            lambda: self.matching(world, params, clip, given, batch['actions'], keys[2]),
-            lambda: self.criticism(world, params, jax.lax.stop_gradient(clip), given,
+            lambda: self.matching(world, params, clip, judged, batch['actions'], keys[2]),
+            lambda: self.criticism(world, params, jax.lax.stop_gradient(clip), judged,
                                    batch['actions'], keys[2]))
         return loss, {'student': turn.astype(jnp.float32)}
 
@@ -121,12 +139,18 @@ class SelfForcing(FlowMatching):
         sigma = self._drawn(world, keys[0], clip)
         noisy = flow.add_noise(sigma, clip, jax.random.normal(keys[1], clip.shape))
 
-        def clean(role):
+        def clean(role, actions):
             v = world.denoise({**params, 'transformer': params[role]}, noisy, 1000 * sigma, given,
                               actions, self._block(world))
             return flow.x0_from_v(sigma, noisy, v)
 
-        real, fake = jax.lax.stop_gradient((clean('teacher'), clean('critic')))
+        real, fake = clean('teacher', actions), clean('critic', actions)
+        if self.action_guidance != 1:
+            words = world.vocabulary
+            still = jnp.broadcast_to(words.encode([words.rest])[0], actions.shape)
+            rest = clean('teacher', still)
+            real = rest + self.action_guidance * (real - rest)
+        real, fake = jax.lax.stop_gradient((real, fake))
         apart = jnp.abs(clip - real).mean(axis=(1, 2, 3, 4), keepdims=True)
         target = jax.lax.stop_gradient(clip - (fake - real) / jnp.maximum(apart, 1e-6))
         return 0.5 * jnp.square(clip - target).mean()
@@ -143,7 +167,7 @@ class SelfForcing(FlowMatching):
     def finish(self, world, params, loader):
         """Drops teacher and critic."""
         return world, {name: part for name, part in params.items()
-                       if name not in ('teacher', 'critic')}
+                       if name not in ('teacher', 'critic', TOWER)}
 
     def _drawn(self, world, key, clip):
         """Shares of noise [B T], one for a clip."""
@@ -183,6 +207,12 @@ def ended(table: causal.Rows, end) -> causal.Rows:
     return causal.Rows(jnp.where(call <= end, table.level, table.level[-1]),
                        jnp.where(call <= end, table.sigma, 0.0),
                        jnp.where(call < end, table.following, 0.0))
+
+
+def _equal(some, others) -> bool:
+    """Whether two trees hold the same numbers; of shapes alone that is taken for granted."""
+    return all(isinstance(b, jax.ShapeDtypeStruct) or np.array_equal(a, b)
+               for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True))
 
 
 def _role(path: str) -> str:

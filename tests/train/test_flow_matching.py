@@ -14,7 +14,7 @@ from matrix_jax import config, convert, worlds
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import causal
 from matrix_jax.train import optim
-from matrix_jax.train.dmd import SelfForcing, ended, truncated
+from matrix_jax.train.dmd import TOWER, SelfForcing, ended, truncated
 from matrix_jax.train.flow_matching import CausalFlow, FlowMatching, flow_loss
 from matrix_jax.train.ode import ODEPairs, path
 
@@ -29,6 +29,7 @@ class Toy:
         self.cfg = types.SimpleNamespace(flow=flow.Config(shift=2.0), stream=causal.Config(
             frames=3, steps=steps, window=1))
         self.tables = {name: () for name in FlowMatching.components}
+        self.vocabulary = types.SimpleNamespace(rest='', encode=lambda words: np.zeros((1, 6)))
 
     def denoise(self, params, x, level, cond, actions, block=None):
         p = params['transformer']
@@ -269,6 +270,59 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nobody(toy):
     assert np.abs(slope(params)).max() > 1e-4
 
 
+def test_a_guided_teacher_asks_for_more_of_what_is_pressed(toy):
+    """Where it agrees with the critic, at rest it moves nobody, and else by the actions alone."""
+    world, params, batch = toy
+    stage = SelfForcing(clip_frames=21, action_guidance=1.5)
+    params = stage.start(world, params, 0)
+    given = stage.given(world, params, batch)
+
+    def moved(actions):
+        return np.abs(jax.grad(lambda clip: stage.matching(
+            world, params, clip, given, jnp.asarray(actions), KEY))(
+                jnp.asarray(batch['latents']))).max()
+
+    assert moved(0 * batch['actions']) < 1e-9 < 1e-5 < moved(batch['actions'])
+
+
+def test_a_teacher_sees_pictures_with_its_own_tower(tmp_path):
+    """It was trained with it; the student's may have gone on since."""
+    run = config.load('matrix_game_2:TINY_DMD')
+    world = worlds.build(run.world)
+    params = world.init(0)
+    own, other = (str(tmp_path / name) for name in ('own', 'other'))
+    world.save(own, params, dtype=None)
+    world.save(other, params | world.init(1, only=('transformer', 'image_encoder')), dtype=None)
+    same, apart = (dataclasses.replace(run.stage, teacher=folder).start(world, params, 0)
+                   for folder in (own, other))
+    assert TOWER not in same
+    tower = apart[TOWER]['patch']['kernel']
+    assert np.abs(tower - params['image_encoder']['patch']['kernel']).max() > 0.1
+    stage = dataclasses.replace(run.stage, teacher=other)
+    assert not stage.trainable(f'{TOWER}/patch/kernel')
+    assert set(stage.axes(world)) >= set(convert.flatten(apart))
+    assert set(stage.finish(world, apart, None)[1]) == set(FlowMatching.components)
+
+
+def test_who_judges_is_told_of_a_picture_by_its_tower(toy):
+    _, params, batch = toy
+
+    class Seeing(Toy):
+        def look(self, params, pictures):
+            return params['image_encoder']['gain'] * super().look(params, pictures)
+
+    world, stage = Seeing(), SelfForcing(clip_frames=21, ratio=1)
+
+    def loss(own, judges):
+        made = stage.start(world, params | {'image_encoder': {'gain': jnp.float32(own)}}, 0)
+        made['critic'] = {'mix': np.float32(0.4), 'past': np.float32(0.3)}
+        if judges:
+            made[TOWER] = {'gain': jnp.float32(judges)}
+        return float(jit(lambda made: stage.loss(world, made, batch, KEY)[0])(made))
+
+    assert loss(1, None) == loss(1, 1) != loss(1, 3)
+
+
 def test_a_role_without_a_gradient_rests():
     tx = optim.by_turns({name: optim.make(optim.Optimizer(learning_rate=0.1), 10, {})
                          for name in 'ab'}, lambda name: name[0])
@@ -285,6 +339,7 @@ def test_a_role_without_a_gradient_rests():
 
 @pytest.mark.parametrize('make, said', [
     (lambda: SelfForcing(ratio=0), 'stage.ratio: got 0'),
+    (lambda: SelfForcing(action_guidance=0.5), 'stage.action_guidance: got 0.5'),
     (lambda: SelfForcing(lowest=0.5, highest=0.4), 'stage.lowest: got 0.5 to 0.4'),
     (lambda: SelfForcing(train_encoders=True), 'stage.train_encoders: got True'),
     (lambda: CausalFlow(clean=2), 'stage.clean: got 2'),
