@@ -107,22 +107,24 @@ class SelfForcing(FlowMatching):
         if TOWER in params:
             judged = self.given(world, {**params, 'image_encoder': params[TOWER]}, batch)
 
-        clip = self.rollout(world, params, given, batch['actions'], keys[1], turn)
+        def clip(params):
+            return self.rollout(world, params, given, batch['actions'], keys[1])
+
+        # In the critic's turn the clip has no gradient, and nothing of it is kept for one.
         loss = jax.lax.cond(
             turn,
-            lambda: self.matching(world, params, clip, judged, batch['actions'], keys[2]),
-            lambda: self.criticism(world, params, jax.lax.stop_gradient(clip), judged,
+            lambda: self.matching(world, params, clip(params), judged, batch['actions'], keys[2]),
+            lambda: self.criticism(world, params, clip(jax.lax.stop_gradient(params)), judged,
                                    batch['actions'], keys[2]))
         return loss, {'student': turn.astype(jnp.float32)}
 
-    def rollout(self, world, params, given, actions, key, learns=True):
-        """The student's clip [B T H W C] from pictures, under actions [B F A]; bool `learns`, has
-        it a gradient?"""
+    def rollout(self, world, params, given, actions, key):
+        """The student's clip [B T H W C] from pictures, under actions [B F A]."""
         stream, keys = world.cfg.stream, jax.random.split(key)
         table = causal.rows(stream, world.cfg.flow)
         last = len(stream.steps) - 1
         end = jax.random.randint(keys[0], (), 0, last + 1) if self.random_exit else last
-        made = world.latents(lambda net: truncated(net, jnp.asarray(table.level)[end], learns),
+        made = world.latents(lambda net: truncated(net, jnp.asarray(table.level)[end]),
                              ended(table, end))
         carry = made.init(params, given, keys[1])
         carry, head = made.prefill(params, carry, actions[:, :stream.first_actions])
@@ -183,9 +185,9 @@ class SelfForcing(FlowMatching):
         return world.cfg.stream.frames if self.causal else None
 
 
-def truncated(net: causal.Network, level, learns=True) -> causal.Network:
+def truncated(net: causal.Network, level) -> causal.Network:
     """The same network, with a gradient through the call at one level, and of its answer alone:
-    not through what it is given, nor through what the caches keep. None unless it `learns`."""
+    not through what it is given, nor through what the caches keep."""
     def denoise(params, caches, x, levels, cond, actions):
         caches, x, cond = jax.lax.stop_gradient((caches, x, cond))
 
@@ -194,7 +196,7 @@ def truncated(net: causal.Network, level, learns=True) -> causal.Network:
             return v, jax.lax.stop_gradient(kept)
 
         # Where the branch has no gradient, nothing is computed backwards.
-        return jax.lax.cond((levels.reshape(-1)[0] == level) & learns, call,
+        return jax.lax.cond(levels.reshape(-1)[0] == level, call,
                             lambda params: call(jax.lax.stop_gradient(params)), params)
 
     return net._replace(denoise=denoise)
