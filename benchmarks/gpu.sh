@@ -21,8 +21,8 @@ python=${PYTHON:-python}
 world=${WORLD:-the_matrix}
 out=${1:-outputs/gpu-$world}
 case $world in
-    the_matrix) recipe=STAGE4 ;;
-    matrix_game_2) recipe=UNIVERSAL ;;
+    the_matrix) recipe=STAGE4 replay=120 ;;
+    matrix_game_2) recipe=UNIVERSAL replay=240 ;;
     *) echo "error: WORLD: got $world, expected the_matrix or matrix_game_2" >&2; exit 2 ;;
 esac
 "$python" -c 'import sys, jax; sys.exit(jax.default_backend() != "gpu")' || {
@@ -49,7 +49,7 @@ bench() {
 
 bench benchmark 300 $recipe --steps 40 --entries tail --out "$out" "${@:2}"
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
-JAX_DEFAULT_MATMUL_PRECISION=highest part parity 180 \
+JAX_DEFAULT_MATMUL_PRECISION=highest part parity $replay \
     "$python" tools/parity.py "tests/goldens/$world"/*.{safetensors,json} > "$out/parity.txt"
 tail -n 1 "$out/parity.txt"
 if [ "$world" = the_matrix ]; then

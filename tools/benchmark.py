@@ -4,7 +4,7 @@
     tools/benchmark.py the_matrix:MEDIUM --random --vs torch        the same network in PyTorch
     tools/benchmark.py the_matrix:STAGE4 --random --layers 2        at full width, random weights
     tools/benchmark.py the_matrix:STAGE4 --random --count           FLOPs only; runs nothing
-    tools/benchmark.py matrix_game_2 --random               keyboard and mouse, at 352x640
+    tools/benchmark.py matrix_game_2 --random --count               of keyboard and mouse
     tools/benchmark.py carracing --int8                             errors of 8-bit layers
     tools/benchmark.py carracing --sweep mesh                       on 1 to 8 devices
 
@@ -23,7 +23,8 @@ def main(argv):
     add('--steps', type=int, default=30, help='timed steps of the stream (default 30)')
     add('--warmup', type=int, default=3, help='steps before them (default 3)')
     add('--seed', type=int, default=0, help='of noise and random weights (default 0)')
-    add('--entries', default='tail,head', help='where keys bind, for their latency; or none')
+    add('--entries', help='where keys bind, for their latency: tail, head, both with a comma, or '
+        'none (default: all that the stream has)')
     add('--peak-tflops', type=float, help='of one device by its data sheet, for the share that is '
         'reached; with --count what every device reaches (default: 80%% of an H200)')
     add('--vs', choices=('torch',), help='the same network in diffusers, in the same run')
@@ -36,7 +37,8 @@ def main(argv):
         raise config.UsageError(f'got --{" and --".join(chosen)}, expected one of them')
     with config.door():
         from matrix_jax.benchmark import calls
-        entries = () if options.entries == 'none' else tuple(options.entries.split(','))
+        entries = None if options.entries is None else tuple(options.entries.split(','))
+        entries = () if entries == ('none',) else entries
         settings = calls.Settings(options.steps, options.warmup, entries, options.seed,
                                   options.peak_tflops)
         text = calls.benchmark(run, settings, options.random, options.layers,

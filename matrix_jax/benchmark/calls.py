@@ -8,7 +8,7 @@ import multiprocessing
 import os
 
 from matrix_jax import worlds
-from matrix_jax.benchmark import compiled, floor, int8, peer, report
+from matrix_jax.benchmark import compiled, floor, int8, measure, peer, report
 from matrix_jax.benchmark import subject as subjects
 from matrix_jax.benchmark.measure import Settings
 from matrix_jax.config import Mesh, UsageError
@@ -41,6 +41,7 @@ def benchmark(run, settings: Settings, random: bool = False, layers: int | None 
         raise UsageError(f'--out: {out} is a file, expected a folder')
     if mode == 'count':
         return _count_page(run.name, cfg, settings.peak_tflops or CEILING)
+    measure.entries(cfg.stream, settings.entries)
     if mode == 'vs':
         peer.check(run.name, cfg)
 
@@ -106,7 +107,7 @@ def sweep(run, settings: Settings, random: bool, layers: int | None,
     on_cpu = apart(_backend, imitate=False) == 'cpu'
     settings = dataclasses.replace(settings, entries=())
     runs, refused = {}, {}
-    for name, mesh in SWEEP.items():
+    for name, mesh in meshes(subjects.shape(run, random, layers)).items():
         try:
             if not mesh.parts:
                 mesh = dataclasses.replace(run.mesh, seq=mesh.seq, pipeline='1')
@@ -193,11 +194,8 @@ def _count_page(name: str, cfg, ceiling: float) -> str:
 
 def meshes(cfg) -> dict[str, Mesh]:
     """Those of `SWEEP` that a world's config can be run on."""
-    try:
-        worlds.build(cfg).halves()
-    except UsageError:
-        return {name: mesh for name, mesh in SWEEP.items() if not mesh.parts}
-    return SWEEP
+    alone = worlds.build(cfg).one_mesh
+    return {name: mesh for name, mesh in SWEEP.items() if not (alone and mesh.parts)}
 
 
 def _bound(name: str, cfg, mesh: Mesh, ceiling: float) -> list:
@@ -211,5 +209,5 @@ def _bound(name: str, cfg, mesh: Mesh, ceiling: float) -> list:
 
 def exchange(cfg, parts: int) -> list:
     """A row of what the attention of the network sends over the mesh."""
-    what, sent = floor.of(cfg).exchanged(cfg.dit, cfg.stream.frames, *floor.latents(cfg), parts)
+    what, sent = floor.of(cfg).exchanged(cfg.dit, cfg.stream.frames, *floor.size(cfg), parts)
     return [parts, what, f'{cfg.stream.passes * sent / report.MIB:,.4g}']

@@ -49,10 +49,12 @@ def flops(world, once: bool = True) -> dict[str, float]:
     'vae'}. Nothing is computed or allocated; only right where attention is not a kernel of its own
     (on the CPU)."""
     params, carry, control = begin(world, once)
-    latents = jax.eval_shape(lambda: subject.noise(world, world.cfg.stream.step_frames))
+    latents = jax.eval_shape(lambda: subject.clip_noise(world, world.cfg.stream.step_frames))
     both = dry.flops(world.stream().step, params, carry, control)
     alone = dry.flops(world.decoder().step, params, carry[1], latents)
-    return {'dit': both - alone, 'vae': alone}
+    # Of a call that may be guided the compiler counts the guidance, whether or not it is.
+    stream = world.cfg.stream
+    return {'dit': (both - alone) * stream.passes / stream.counted, 'vae': alone}
 
 
 def flops_of(cfg, once: bool = True) -> dict[str, float]:

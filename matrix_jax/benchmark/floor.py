@@ -2,7 +2,7 @@
 
 Only matrix products and convolutions count, two FLOPs for each multiplication and addition; norms,
 softmax and activations are left out. Nothing is skipped that the networks define, and nothing is
-computed twice that a stream computes once (`World.ready`).
+computed twice that a stream computes once (`World.ready`, `init`).
 
 Each kind of network has a module that counts for it:
 
@@ -30,7 +30,7 @@ def of(cfg):
     return FLOORS[type(cfg.dit)]
 
 
-def latents(cfg) -> tuple[int, int]:
+def size(cfg) -> tuple[int, int]:
     """Height and width of the latents of a world's config."""
     scale = cfg.vae.spatial_compression
     return cfg.height // scale, cfg.width // scale
@@ -44,8 +44,8 @@ def frames(cfg) -> int:
 def flops(cfg) -> dict[str, float]:
     """FLOPs of one step of a world's config: {'dit', 'vae'}."""
     stream, net = cfg.stream, of(cfg)
-    return {'dit': stream.passes * net.dit(cfg.dit, stream.frames, *latents(cfg)),
-            'vae': stream.step_frames * net.vae(cfg.vae, *latents(cfg))}
+    return {'dit': stream.passes * net.dit(cfg.dit, stream.frames, *size(cfg)),
+            'vae': stream.step_frames * net.vae(cfg.vae, *size(cfg))}
 
 
 def bounds(cfg, mesh, rate: float, link: float) -> dict[str, dict[str, float]]:
@@ -59,14 +59,14 @@ def bounds(cfg, mesh, rate: float, link: float) -> dict[str, dict[str, float]]:
       rate: FLOP/s of a device.
       link: bytes per second that a device sends.
     """
-    stream, net, size = cfg.stream, of(cfg), latents(cfg)
+    stream, net, whole = cfg.stream, of(cfg), size(cfg)
     network, pictures = (one.seq for one in mesh.parts or (mesh, mesh))
     # What does not divide is padded: the busiest device has as much as the first.
-    share = {'dit': net.share(cfg.dit, stream.frames, *size, network),
-             'vae': math.ceil(size[0] / pictures) / size[0]}
+    share = {'dit': net.share(cfg.dit, stream.frames, *whole, network),
+             'vae': math.ceil(whole[0] / pictures) / whole[0]}
     chunk = worlds.build(cfg).decode_chunk or stream.step_frames
-    sent = {'dit': stream.passes * net.exchanged(cfg.dit, stream.frames, *size, network)[1],
-            'vae': stream.step_frames // chunk * net.bordered(cfg.vae, chunk, *size, pictures)}
+    sent = {'dit': stream.passes * net.exchanged(cfg.dit, stream.frames, *whole, network)[1],
+            'vae': stream.step_frames // chunk * net.bordered(cfg.vae, chunk, *whole, pictures)}
     found = {part: {'seconds': work * share[part] / rate, 'bytes': sent[part],
                     'sending': sent[part] / link} for part, work in flops(cfg).items()}
     both = [one['seconds'] + one['sending'] for one in found.values()]

@@ -1,4 +1,4 @@
-"""The floor of Matrix-Game: Wan's transformer on its caches with action modules, and its decoder.
+"""The floor of Matrix-Game 2.0: Wan's transformer with action modules, on caches, and its decoder.
 
 A call makes the T frames of a block, whose queries see the S frames of the window (`cfg.local`).
 Keys and values of the start picture are cached, and made once.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import resource
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,12 @@ import numpy as np
 
 from matrix_jax import programs, sharding
 from matrix_jax.benchmark import subject as subjects
-from matrix_jax.config import at_least
+from matrix_jax.config import UsageError, at_least
 from matrix_jax.stream.pipeline import Pipeline
 from matrix_jax.stream.swin import ENTRIES
 
 VISIBLE = 1.0       # mean difference, in grey levels of 255, that counts as seen
-SETTLE = 2          # steps before a key changes
+SETTLE = 2          # steps before a key changes, and those before all steps are alike
 KIB = 2**10
 
 
@@ -28,13 +29,13 @@ class Settings:
     Attributes:
       steps: timed steps of the stream.
       warmup: steps before them.
-      entries: where keys bind in the measurements of latency.
+      entries: where keys bind in the measurements of latency; None = wherever the stream lets them.
       seed: of the stream's noise, and of random weights.
       peak_tflops: of one device, for the share that is reached; None = not stated.
     """
     steps: int = 30
     warmup: int = 3
-    entries: tuple[str, ...] = ENTRIES
+    entries: tuple[str, ...] | None = None
     seed: int = 0
     peak_tflops: float | None = None
 
@@ -42,12 +43,28 @@ class Settings:
         at_least('--steps', self.steps, 1)
         at_least('--warmup', self.warmup, 1)
         at_least('--seed', self.seed, 0)
-        unknown = [entry for entry in self.entries if entry not in ENTRIES]
+        unknown = [entry for entry in self.entries or () if entry not in ENTRIES]
         if unknown:
             raise ValueError(f'--entries: got {unknown[0]!r}, expected some of '
                              f'{", ".join(ENTRIES)}, or none')
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float('inf'):
             raise ValueError(f'--peak-tflops: got {self.peak_tflops}, expected more than 0')
+
+
+def entries(stream, wanted: tuple[str, ...] | None) -> list[str]:
+    """The entries of a stream's config that are measured, by the names that it has for them.
+
+    Raises:
+      UsageError: one is wanted that it does not have.
+    """
+    found = []
+    for entry in ENTRIES if wanted is None else wanted:
+        try:
+            found.append(stream.entered(entry).entry)
+        except ValueError as error:
+            if wanted is not None:
+                raise UsageError(f'--entries {entry}: {error}') from error
+    return list(dict.fromkeys(found))
 
 
 class Program:
@@ -118,7 +135,7 @@ def whole(subject, entry: str | None = None, seed: int = 0) -> Program:
 def network(subject, seed: int = 0) -> Program:
     """The same without the decoder."""
     subject, _ = subject.halves
-    stream = subjects.latents(subject.world)
+    stream = subjects.network_stream(subject.world)
 
     def step(params, carry, control):
         carry, made = stream.step(params, carry, control)
@@ -133,7 +150,8 @@ def decoder(subject) -> Program:
     _, subject = subject.halves
     world = subject.world
     part, stream = world.decoder(), world.cfg.stream
-    before, latents = (subjects.noise(world, count) for count in (
+    # Whole on all devices, as the network hands them on.
+    before, latents = (subject.run(partial(subjects.clip_noise, world, count)) for count in (
         stream.context, stream.step_frames))
     cache = subject.run(lambda *given: part.prefill(*given)[0], subject.params, before)
     return Program(subject, part.step, cache, latents)
@@ -184,16 +202,16 @@ def latency(subject, program: Program) -> dict:
       None if there is none, or: 'steps' (1 = the very step that took the key), 'frame' (from 0,
       in that step) and 'ms' (from handing in the key to having that step on the host).
     """
-    horizon = SETTLE + subject.world.cfg.stream.entered('tail').lag + 4
+    settle = SETTLE + subject.world.filling
     key, other = subject.presses
-    held = [key] * horizon
-    pressed = held[:SETTLE] + [other] * (horizon - SETTLE)
+    after = subject.world.cfg.stream.entered('tail').lag + 4
+    held, pressed = ([key] * settle + [one] * after for one in (key, other))
     (base, _), (again, _), (other, times) = (_play(program, keys) for keys in (held, held, pressed))
     noise = int(np.abs(base - again).max())
-    difference = np.abs(other - base)[SETTLE:]                      # [steps B F H W 3]
+    difference = np.abs(other - base)[settle:]                      # [steps B F H W 3]
     axes = (1, 3, 4, 5)
     seen = {'changed': difference.max(axes) > noise, 'visible': difference.mean(axes) >= VISIBLE}
-    return {'noise': noise} | {name: _first(found, times) for name, found in seen.items()}
+    return {'noise': noise} | {name: _first(found, times[settle:]) for name, found in seen.items()}
 
 
 def _play(program: Program, keys):
@@ -208,11 +226,11 @@ def _play(program: Program, keys):
 
 
 def _first(found, times):
-    """The first of found [steps F] with its time, None if there is none."""
+    """The first of found [steps F] with its time, of these steps, None if there is none."""
     if not found.any():
         return None
     step, frame = np.unravel_index(np.argmax(found), found.shape)
-    began, ended = times[SETTLE][0], times[SETTLE + step][1]
+    began, ended = times[0][0], times[step][1]
     return {'steps': int(step) + 1, 'frame': int(frame), 'ms': 1e3 * (ended - began)}
 
 

@@ -40,7 +40,7 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
     """
     world, devices = subject.world, subject.devices
     frames, stream = floor.frames(world.cfg), world.cfg.stream
-    entries = list(dict.fromkeys(stream.entered(entry).entry for entry in settings.entries))
+    entries = measure.entries(stream, settings.entries)
     results = {'recipe': subject.name, 'random_weights': subject.random, 'machine': machine(),
                'settings': dataclasses.asdict(settings) | {'entries': entries},
                'devices': devices['end_to_end'],
@@ -139,7 +139,7 @@ def _processor() -> str:
 def shape(world, params) -> dict:
     """Sizes that decide what a step costs."""
     cfg = world.cfg
-    stream, size = cfg.stream, floor.latents(cfg)
+    stream, size = cfg.stream, floor.size(cfg)
     queries, keys = floor.of(cfg).tokens(cfg.dit, stream.frames, *size)
     return {'height': cfg.height, 'width': cfg.width, 'layers': cfg.dit.layers,
             'dit_parameters': sum(leaf.size for leaf in jax.tree.leaves(params['transformer'])),
@@ -202,8 +202,8 @@ def markdown(results: dict) -> str:
     held = f'{memory["process"] / GIB:.2f} GiB of the process'
     if 'device' in memory:
         held = f'{memory["device"] / GIB:.2f} GiB of the fullest device, {held}'
-    lines += ['', f'- compile: {seconds["cold"]:.1f} s cold, {seconds["cached"]:.1f} s with a '
-              f'filled cache on disk', f'- memory: at most {held}; the step holds '
+    lines += ['', f'- compile of a step: {seconds["cold"]:.1f} s cold, {seconds["cached"]:.1f} s '
+              f'with a filled cache on disk', f'- memory: at most {held}; the step holds '
               f'{results["program_bytes"] / GIB:.2f} GiB by the compiler',
               f'- ceilings (one device, same run): a matrix product {best["matmul"]:.4g} TFLOP/s '
               f'({shape["dit_dtype"]}), a convolution {best["conv"]:.4g} ({shape["vae_dtype"]})']

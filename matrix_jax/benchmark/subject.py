@@ -50,9 +50,8 @@ class Subject:
         params, decoder = self.world.apart(self.params)
         if decoder is None:
             return self, self
-        cond = jax.device_put(self.cond, sharding.replicated(self.decoder))
         return (dataclasses.replace(self, params=params, decoder=self.mesh),
-                dataclasses.replace(self, params=decoder, mesh=self.decoder, cond=cond))
+                dataclasses.replace(self, params=decoder, mesh=self.decoder))
 
     @property
     def devices(self) -> dict[str, int]:
@@ -91,7 +90,10 @@ def shape(run, random: bool = False, layers: int | None = None):
     if not random and not run.weights:
         raise UsageError(f'{run.name}: needs --weights FOLDER, or --random')
     cfg = released.shorten(run.world, layers)
-    if not worlds.build(cfg).endless:
+    world = worlds.build(cfg)
+    if run.mesh.parts and world.one_mesh:
+        world.halves()      # says so
+    if not world.endless:
         raise UsageError(f'{run.name}: does not stream, expected a recipe that takes keys '
                          '(such as the_matrix:STAGE4)')
     return cfg
@@ -146,7 +148,7 @@ def stream(world, entry: str | None = None) -> Stream:
     return started(world.stream(entry), _first(world))
 
 
-def latents(world) -> Stream:
+def network_stream(world) -> Stream:
     """The same without the decoder: latents come out."""
     return started(world.latents(), _first(world))
 
@@ -168,18 +170,18 @@ def imagine(world, seed: int = 0):
     """A condition of noise, of the shapes of a real one; its controls are the first there are."""
     chance = np.random.default_rng(seed)
 
-    def noise(leaf):
+    def draw(leaf):
         if jnp.issubdtype(leaf.dtype, jnp.integer):
             return jnp.zeros(leaf.shape, leaf.dtype)
         return jnp.asarray(chance.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
-    return jax.tree.map(noise, told(world))
+    return jax.tree.map(draw, told(world))
 
 
-def noise(world, count: int, seed: int = 0):
+def clip_noise(world, count: int, seed: int = 0):
     """Latents [1 count H W C] to decode."""
-    shape = (1, count, *floor.latents(world.cfg), world.cfg.vae.latent_channels)
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32))
+    sizes = (1, count, *floor.size(world.cfg), world.cfg.vae.latent_channels)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(sizes, np.float32))
 
 
 def parts(world) -> dict:

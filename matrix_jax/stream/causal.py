@@ -71,6 +71,11 @@ class Config:
         return len(self.steps) * (1 + (self.action_guidance > 1)) + 1
 
     @property
+    def counted(self) -> int:
+        """The same, were every call guided: a program has one form for all of them."""
+        return (len(self.steps) + 1) * (1 + (self.action_guidance > 1))
+
+    @property
     def taken(self) -> int:
         """Actions that a step takes."""
         return self.block_actions

@@ -91,6 +91,11 @@ class Config:
         return self.steps // self.groups * branches
 
     @property
+    def counted(self) -> int:
+        """Those that the program of a shift has."""
+        return self.passes
+
+    @property
     def remembered(self) -> int:
         """Window slots whose controls are known before a step brings new ones."""
         return self.frames - self.group_frames

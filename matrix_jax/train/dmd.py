@@ -41,9 +41,9 @@ class SelfForcing(FlowMatching):
       critic: optimizer of the critic.
       ratio: the student has one update in so many; all others are the critic's.
       teacher: weights folder of a network that sees clips whole, with the image tower that it was
-        trained with; None = the weights that training starts from.
-      action_guidance: how far the teacher goes from what it would make of a clip at rest to what it
-        makes under the clip's actions, as a stream's does; 1 is no further, as published.
+        trained with, of the student's sizes; None = the weights that training starts from.
+      action_guidance: how far the teacher goes from what it would make of a clip in which nothing
+        is pressed to what it makes under the clip's actions; 1 is no further, as published.
       causal: whether teacher and critic see blocks and what came before them, as the student does.
       random_exit: draw the call whose clean estimate is the block; else it is the last one.
       lowest, highest: shares of noise at which teacher and critic are asked.
@@ -77,9 +77,8 @@ class SelfForcing(FlowMatching):
         params = super().start(world, params, seed)
         judges, tower = params['transformer'], 'image_encoder'
         if self.teacher:
-            found = world.load(self.teacher, only=tuple(
-                name for name in ('transformer', tower) if name != tower
-                or world.lies(self.teacher, name)))
+            only = ('transformer', *[tower] * world.lies(self.teacher, tower))
+            found = world.load(self.teacher, only=only)
             judges = found['transformer']
             if tower in found and not _equal(found[tower], params[tower]):
                 params[TOWER] = found[tower]
@@ -124,8 +123,8 @@ class SelfForcing(FlowMatching):
         table = causal.rows(stream, world.cfg.flow)
         last = len(stream.steps) - 1
         end = jax.random.randint(keys[0], (), 0, last + 1) if self.random_exit else last
-        made = world.latents(lambda net: truncated(net, jnp.asarray(table.level)[end]),
-                             ended(table, end))
+        made = world.latents(change=lambda net: truncated(net, jnp.asarray(table.level)[end]),
+                             table=ended(table, end))
         carry = made.init(params, given, keys[1])
         carry, head = made.prefill(params, carry, actions[:, :stream.first_actions])
         self.blocks(world)      # a clip is whole blocks
@@ -167,7 +166,7 @@ class SelfForcing(FlowMatching):
                          entry, keys[1], self._block(world))
 
     def finish(self, world, params, loader):
-        """Drops teacher and critic."""
+        """Drops teacher and critic, and what they see with."""
         return world, {name: part for name, part in params.items()
                        if name not in ('teacher', 'critic', TOWER)}
 
@@ -212,8 +211,8 @@ def ended(table: causal.Rows, end) -> causal.Rows:
 
 
 def _equal(some, others) -> bool:
-    """Whether two trees hold the same numbers; of shapes alone that is taken for granted."""
-    return all(isinstance(b, jax.ShapeDtypeStruct) or np.array_equal(a, b)
+    """Whether two trees hold the same numbers; shapes alone do not."""
+    return all(not isinstance(b, jax.ShapeDtypeStruct) and np.array_equal(a, b)
                for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True))
 
 

@@ -18,8 +18,10 @@ Who generates or serves a world sees no more of it than this:
 Who measures one also asks for
 
     endless, filling                               whether it streams; when its memory is full
-    cfg.stream.frames, passes, step_frames, entry  what goes through the network; what comes out
-    latents, decoder, ready_with                   both halves of a step, and what they are given
+    cfg.dit, vae; cfg.stream.frames, passes, counted, step_frames, entry
+                                                   what goes through the networks; what comes out
+    latents, decoder, decode_chunk, ready_with     both halves of a step, and what they are given
+    one_mesh, halves, apart, quantize              where they lie, and in what type
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ class Parts:
 
     reads_text = False
     filling = 0     # steps of a stream that remember less than those after them
+    one_mesh = False    # whether both halves of a step share their devices, so that no pipeline is
     autoencoder: Any = None                 # the module of the part 'vae'
     decode_chunk: int | None = None         # latent frames decoded at once; None = those of a step
 

@@ -127,6 +127,7 @@ class World(Parts):
     # --- what a video needs ----------------------------------------------------------------------
 
     start_frames = 1        # it begins with a picture
+    one_mesh = True         # the first block is not made like the others
 
     @property
     def filling(self) -> int:
@@ -234,7 +235,8 @@ class World(Parts):
         return dit.DiT(self.cfg.dit).apply({'params': params['transformer']}, x, level,
                                            cond.latents, cond.image, mouse, keyboard, block)
 
-    def latents(self, change=lambda net: net, table: causal.Rows | None = None) -> streams.Stream:
+    def latents(self, *, change=lambda net: net,
+                table: causal.Rows | None = None) -> streams.Stream:
         """The stream before its decoder: actions in, latents [B T H W C] out.
 
         Args:

@@ -105,7 +105,7 @@ class World(Parts):
 
     @property
     def endless(self) -> bool:
-        """Networks of whole clips, and those without controls, do not."""
+        """Whether the world makes endless videos: networks without controls make whole clips."""
         return super().endless and self.cfg.dit.control is not None
 
     @property
@@ -295,7 +295,7 @@ class World(Parts):
                 control_table=self.control_table(params))
         return params, cond
 
-    def latents(self, entry: str | None = None) -> streams.Stream:
+    def latents(self, *, entry: str | None = None) -> streams.Stream:
         """The stream before its decoder: keys in, latents [B T H W C] out; see `stream`."""
         cfg = self.cfg.stream
         return swin.make(cfg.entered(entry or cfg.entry), self.cfg.scheduler, self.denoise)
@@ -315,7 +315,7 @@ class World(Parts):
         """What `stream` is made of: `stream` of latents, `decoder`, and `warm`, condition ->
         latents that the decoder starts on."""
         context = self.cfg.stream.context
-        return {'stream': self.latents(entry), 'decoder': self.decoder(),
+        return {'stream': self.latents(entry=entry), 'decoder': self.decoder(),
                 'warm': lambda cond: cond.latents[:, :context]}
 
     def sample_clip(self, params, ids, symbols, key):

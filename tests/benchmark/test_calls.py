@@ -84,12 +84,41 @@ def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
     assert 'int8 (attention) and float32' in page and page.strip() in capsys.readouterr().out
 
 
+def test_a_count_of_keyboard_and_mouse(capsys, monkeypatch):
+    monkeypatch.setattr(calls, 'apart', lambda function, *given: function(*given))
+    assert run('matrix_game_2:TINY', '--random', '--count') == 0
+    printed = capsys.readouterr().out
+    assert '| both |' in printed and '| seq=8 |' in printed and '12 frames per step' in printed
+    # Nothing is made once and for all, and both halves of a step lie on one mesh.
+    assert 'made once' not in printed and 'dit_' not in printed
+
+
 def test_a_count_prints_the_floor(capsys, monkeypatch):
     monkeypatch.setattr(calls, 'apart', lambda function, *given: function(*given))
     assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--count') == 0
     printed = capsys.readouterr().out
     assert '| 5dit_3vae | ' in printed and 'At 791.2 TFLOP/s' in printed
     assert '| both |' in printed and 'made once, not in every step' in printed
+
+
+def test_keyboard_and_mouse_on_a_mesh(monkeypatch):
+    monkeypatch.setattr(report.measure, 'ceilings', lambda *kinds: {'matmul': 1e9, 'conv': 1e9})
+    monkeypatch.setattr(report.compiled, 'compile_seconds',
+                        lambda build: ({'cold': 2.0, 'cached': 1.0}, build()))
+    given = subject.open_subject(config.load('matrix_game_2:TINY', ['--mesh.seq', '2']),
+                                 random=True)
+    seen = []
+    timed = measure.intervals
+    monkeypatch.setattr(report.measure, 'intervals', lambda *given: seen.append(given[2]) or timed(
+        *given))
+    monkeypatch.setattr(type(given.world), 'filling', 3)
+    found = report.run(given, measure.Settings(steps=1, warmup=1, entries=()),
+                       {'dit': 1e6, 'vae': 3e6}, say=lambda line: None)
+    assert set(found['parts']) == {'end_to_end', 'dit', 'vae'} and found['exchange'] == 'heads'
+    assert seen == [3, 3, 3]
+    # Queries, what is remembered, and the results, in each call of its layer.
+    trades = found['collectives']['end_to_end']['all-to-all']['count']
+    assert trades == 3 * given.world.cfg.stream.passes
 
 
 def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
@@ -134,6 +163,8 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
     (['doom', '--vs', 'torch'], '--vs torch: got doom:PLAY, expected a world of The Matrix'),
     (['doom', '--int8'], '--int8: got doom:PLAY, expected a world of The Matrix'),
     (['matrix_game_2:TINY', '--random', '--mesh.pipeline', '2dit_3vae'], 'streams on one mesh'),
+    (['the_matrix:TINY', '--random', '--world.stream.groups', '2', '--world.stream.steps', '2',
+      '--entries', 'head'], '--entries head: stream.head_group: got 2, expected 0 to 1'),
     (['carracing', '--vs', 'torch'], '--vs torch: needs torch and diffusers: pip install'),
     (['carracing', '--vs', 'torch', '--sweep', 'mesh'], 'got --vs and --sweep'),
     (['carracing', '--int8', '--count'], 'got --int8 and --count'),
@@ -191,6 +222,12 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
     # After every mesh, whatever became of it.
     assert len(pages) == 6 and '| seq=1 |' in pages[0] and pages[-1] == page
     assert '30 steps timed.' in page
+
+
+def test_a_sweep_leaves_out_what_a_world_cannot_do():
+    assert list(calls.meshes(config.load('matrix_game_2:TINY').world)) == [
+        'seq=1', 'seq=2', 'seq=4', 'seq=8']
+    assert calls.meshes(config.load('the_matrix:TINY').world) == calls.SWEEP
 
 
 def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):

@@ -126,6 +126,15 @@ def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
         assert work == pytest.approx(least[part], rel=0.05), part
 
 
+def test_a_guided_stream_counts_no_guidance_where_it_has_none():
+    """Four calls are guided, the one that reads the clean block is not: nine passes."""
+    cfg = config.load('doom', ['--world.height', '32', '--world.width', '48']).world
+    plain = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, action_guidance=1.0))
+    guided, plain = (compiled.flops_of(one)['dit'] for one in (cfg, plain))
+    assert guided == pytest.approx(9 / 5 * plain, rel=0.01)
+    assert plain == pytest.approx(5 * floor_wan.dit(cfg.dit, 1, 4, 6), rel=0.15)
+
+
 def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
     cfg = config.load('the_matrix:TINY', ['--world.height', '64', '--world.width', '96']).world
     (work, read), (anew, before) = compiled.weigh(cfg)

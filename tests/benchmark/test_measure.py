@@ -8,15 +8,15 @@ import pytest
 from matrix_jax import controls
 from matrix_jax.benchmark import measure, report
 from matrix_jax.benchmark import subject as subjects
-from matrix_jax.stream import swin
+from matrix_jax.stream import causal, swin
 
 FRAMES = 2
 OTHER = controls.SYMBOLS.index('DL')
 
 
 class Delayed:
-    """A stream whose frames show a key `delay` shifts later, at their second frame, and faintly
-    one shift before."""
+    """A stream whose frames show a key `delay` steps later, at their second frame, and faintly
+    one step before."""
 
     def __init__(self, delay, noise=0):
         self.delay, self.noise, self.calls = delay, noise, 0
@@ -37,9 +37,9 @@ class Delayed:
         return carry, frames
 
 
-def example(groups=4):
+def example(groups=4, filling=0):
     cfg = types.SimpleNamespace(stream=swin.Config(groups=groups, group_frames=1, steps=groups))
-    world = types.SimpleNamespace(cfg=cfg, vocabulary=controls.Symbols())
+    world = types.SimpleNamespace(cfg=cfg, vocabulary=controls.Symbols(), filling=filling)
     return subjects.Subject('x', world, {}, None, None, None, True)
 
 
@@ -55,6 +55,28 @@ def test_what_two_equal_runs_differ_by_is_no_change():
     found = measure.latency(example(groups=4), Delayed(3, noise=20))     # nine calls per run
     assert found['noise'] == 20
     assert found['changed']['steps'] == 3
+
+
+def test_a_key_waits_until_all_steps_are_alike():
+    class Counted(Delayed):
+        def __call__(self, carry, key):
+            made = super().__call__(carry, key)
+            pressed.append(key[0, 0] == OTHER)
+            return made
+
+    pressed = []
+    found = measure.latency(example(filling=7), Counted(3))
+    assert pressed.index(True) % len(pressed[:len(pressed) // 3]) == measure.SETTLE + 7
+    assert (found['visible']['steps'], found['visible']['frame']) == (3, 1)
+
+
+def test_entries_are_those_of_the_stream():
+    few = swin.Config(groups=2)         # whose head would be its group 2
+    assert measure.entries(few, None) == ['tail'] and measure.entries(few, ()) == []
+    assert measure.entries(swin.Config(), None) == ['tail', 'head']
+    assert measure.entries(causal.Config(), ('tail', 'head')) == ['block']
+    with pytest.raises(ValueError, match='--entries head: stream.head_group: got 2'):
+        measure.entries(few, ('head',))
 
 
 def test_a_key_without_effect_is_never_seen():

@@ -268,18 +268,28 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nobody(toy):
 
 
 def test_a_guided_teacher_asks_for_more_of_what_is_pressed(toy):
-    """Where it agrees with the critic, at rest it moves nobody, and else by the actions alone."""
+    """Of a network that says v = actions: the guided teacher says 1.5 of them."""
     world, params, batch = toy
-    stage = SelfForcing(clip_frames=21, action_guidance=1.5)
+    clip, actions = jnp.asarray(batch['latents']), jnp.asarray(batch['actions'])
+
+    class Plain(Toy):
+        def denoise(self, params, x, level, cond, actions, block=None):
+            return jnp.broadcast_to(actions.mean(), x.shape)
+
+    world, stage = Plain(), SelfForcing(clip_frames=21, action_guidance=1.5)
     params = stage.start(world, params, 0)
     given = stage.given(world, params, batch)
 
-    def moved(actions):
-        return np.abs(jax.grad(lambda clip: stage.matching(
-            world, params, clip, given, jnp.asarray(actions), KEY))(
-                jnp.asarray(batch['latents']))).max()
+    def slope(actions):
+        return jax.grad(lambda clip: stage.matching(world, params, clip, given, actions, KEY))(clip)
 
-    assert moved(0 * batch['actions']) < 1e-9 < 1e-5 < moved(batch['actions'])
+    keys = jax.random.split(KEY)
+    sigma = stage._drawn(world, keys[0], clip)[..., None, None, None]
+    noisy = flow.add_noise(sigma[..., 0, 0, 0], clip, jax.random.normal(keys[1], clip.shape))
+    real, fake = (noisy - share * sigma * actions.mean() for share in (1.5, 1.0))
+    want = (fake - real) / jnp.abs(clip - real).mean(axis=(1, 2, 3, 4), keepdims=True) / clip.size
+    np.testing.assert_allclose(slope(actions), want, rtol=1e-4)
+    np.testing.assert_allclose(slope(0 * actions), 0, atol=1e-9)
 
 
 def test_a_teacher_sees_pictures_with_its_own_tower(tmp_path):
@@ -308,16 +318,33 @@ def test_who_judges_is_told_of_a_picture_by_its_tower(toy):
         def look(self, params, pictures):
             return params['image_encoder']['gain'] * super().look(params, pictures)
 
-    world, stage = Seeing(), SelfForcing(clip_frames=21, ratio=1)
+        def latents(self, **given):
+            made = super().latents(**given)
 
-    def loss(own, judges):
+            def init(params, cond, key):
+                told.append(cond.image)
+                return made.init(params, cond, key)
+
+            return made._replace(init=init)
+
+    world, stage, told = Seeing(), SelfForcing(clip_frames=21, ratio=2), []
+
+    def losses(own, judges):
+        """Of a turn of the critic, and of one of the student."""
         made = stage.start(world, params | {'image_encoder': {'gain': jnp.float32(own)}}, 0)
         made['critic'] = {'mix': np.float32(0.4), 'past': np.float32(0.3)}
         if judges:
             made[TOWER] = {'gain': jnp.float32(judges)}
-        return float(jit(lambda made: stage.loss(world, made, batch, KEY)[0])(made))
+        with jax.disable_jit():
+            found = [stage.loss(world, made, batch, jax.random.key(seed)) for seed in range(4)]
+        turns = [float(metrics['student']) for _, metrics in found]
+        return [float(found[turns.index(turn)][0]) for turn in (0, 1)]
 
-    assert loss(1, None) == loss(1, 1) != loss(1, 3)
+    alike, same, apart = losses(1, None), losses(1, 1), losses(1, 3)
+    assert alike == same and all(one != other for one, other in zip(same, apart))
+    # The student is told by its own.
+    pictures = jnp.asarray(batch['picture'][:, None], jnp.float32).mean(axis=(2, 3)) / 255
+    assert all(np.allclose(image, pictures) for image in told)
 
 
 def test_a_role_without_a_gradient_rests():

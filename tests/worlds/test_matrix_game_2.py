@@ -14,6 +14,7 @@ from matrix_jax import checkpoint, config, convert, sharding, video, worlds
 from matrix_jax import generate as making
 from matrix_jax.actions import Actions
 from matrix_jax.dit import wan as dit
+from matrix_jax.nn.kv_cache import Ring
 from matrix_jax.worlds import matrix_game_2
 
 ROOT = Path(__file__).parents[2]
@@ -170,3 +171,13 @@ def test_bad_input_is_one_line(tiny_walk, tmp_path, options, words):
     with pytest.raises(config.UsageError, match=words) as caught:
         generate(tiny_walk, tmp_path / 'no.mp4', *options)
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('recipe, want', [
+    ('matrix_game_2:UNIVERSAL', 0), ('matrix_game_2:GTA_DRIVE', 0), ('doom', 7)])
+def test_steps_that_fill_the_caches(recipe, want):
+    """As the ring has it: some slots are empty in these steps, and none in those after them."""
+    cfg = config.load(recipe).world
+    block, size = cfg.stream.frames, cfg.dit.local
+    full = [bool(np.all(Ring(step * block, block, size).visible())) for step in range(1, 12)]
+    assert worlds.build(cfg).filling == full.index(True) == want
