@@ -307,11 +307,12 @@ def split_actions(cfg: dit.Config, actions):
 def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
     """The world that a weights folder describes; see `the_matrix.read_folder`.
 
-    Training may begin a stream with a network of whole clips, which only lacks the window.
+    Training may begin a stream with a network of whole clips, which only lacks the window, and
+    whole clips with one that streams.
     """
     found = read_parts(World(cfg), folder, whole, {
         'dit': ('dtype', 'remat', 'scan_unroll', 'exchange'), 'vae': ('dtype', 'chunk'),
         'image': ('dtype',)})
-    if not whole and cfg.dit.local and 'dit' in found and found['dit'].local is None:
+    if not whole and 'dit' in found and (cfg.dit.local is None) != (found['dit'].local is None):
         found['dit'] = dataclasses.replace(found['dit'], local=cfg.dit.local, sink=cfg.dit.sink)
     return dataclasses.replace(cfg, **found)

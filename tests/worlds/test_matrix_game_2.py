@@ -150,6 +150,18 @@ def test_the_published_transformer_is_read(world, tiny_walk, tmp_path):
         worlds.describe(build('TINY_RUN').cfg, tmp_path, whole=True)
 
 
+def test_training_begins_with_either_kind_of_network(world, tiny_walk, tmp_path):
+    """They differ by the window alone; who runs one has to name it."""
+    clips = build('TINY_CLIP')
+    assert worlds.describe(clips.cfg, tiny_walk).cfg.dit == clips.cfg.dit
+    with pytest.raises(ValueError, match='the network has a window'):
+        worlds.describe(clips.cfg, tiny_walk, whole=True)
+    clips.save(tmp_path, world.load(tiny_walk))
+    assert worlds.describe(world.cfg, tmp_path).cfg.dit == world.cfg.dit
+    with pytest.raises(ValueError, match='the network has no window'):
+        worlds.describe(world.cfg, tmp_path, whole=True)
+
+
 def test_the_command_line_makes_a_video(walk):
     out, said, _ = walk
     assert '33 frames' in said
