@@ -128,7 +128,8 @@ def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
 
 def test_a_guided_stream_counts_no_guidance_where_it_has_none():
     """Four calls are guided, the one that reads the clean block is not: nine passes."""
-    cfg = config.load('doom', ['--world.height', '32', '--world.width', '48']).world
+    cfg = config.load('doom', ['--world.height', '32', '--world.width', '48',
+                               '--world.stream.action_guidance', '1.5']).world
     plain = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, action_guidance=1.0))
     guided, plain = (compiled.flops_of(one)['dit'] for one in (cfg, plain))
     assert guided == pytest.approx(9 / 5 * plain, rel=0.01)
