@@ -90,8 +90,8 @@ def kill(training: Training, kind: str, chance: random.Random, start: float) -> 
         point = chance.uniform(0, start)
         alive = training.wait(lambda: time.monotonic() - training.began > point)
     else:
-        saves = chance.randint(1, 2)
-        alive = training.wait(lambda: len(set(training.committed()) - set(first)) >= saves)
+        training_state = chance.randint(1, 2)
+        alive = training.wait(lambda: len(set(training.committed()) - set(first)) >= training_state)
         if kind == 'save':
             alive = alive and training.wait(training.saving)
         time.sleep(chance.uniform(0, 0.01 if kind == 'save' else 0.2))
@@ -102,12 +102,12 @@ def kill(training: Training, kind: str, chance: random.Random, start: float) -> 
 
 def final(out: Path) -> dict[str, np.ndarray]:
     """Every leaf of the training state at the last step."""
-    from matrix_jax import convert, saves
-    saver = saves.Checkpoints(out / 'state')
+    from matrix_jax.weights import conversion, training_state
+    saver = training_state.Checkpoints(out / 'state')
     step, state, _ = saver.restore()
     saver.close()
     assert step == STEPS, f'{out}: ended at step {step}, expected {STEPS}'
-    return convert.flatten(state)
+    return conversion.flatten(state)
 
 
 def finish(training: Training) -> bool:

@@ -33,8 +33,9 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import config
-from matrix_jax.serve import app, replay, run
-from matrix_jax.serve import engine as engines
+from matrix_jax.serve.runtime import session_log
+from matrix_jax.serve.web import app, server as run
+from matrix_jax.serve.runtime import engine as engines
 
 CLIENTS = Path(__file__).with_name('live_clients.py')
 STORM, COUNTED = b'storm', '/counted'       # as the clients have it
@@ -151,8 +152,8 @@ def compare(one: app.Server, found: list[dict], bounds: Bounds):
     for player in found:
         if 'log' not in player:
             continue
-        log = replay.from_json(player['log'])
-        for index, frame in enumerate(replay.frames(slots, one.house.folder, log)):
+        log = session_log.from_json(player['log'])
+        for index, frame in enumerate(session_log.frames(slots, one.house.folder, log)):
             if str(index) in player['seen']:
                 same = zlib.crc32(one.engine.encode(frame)) == player['seen'][str(index)]
                 equal, other = equal + same, other + (not same)
@@ -269,8 +270,8 @@ def soak(recipe, options, bounds: Bounds):
     pictures."""
     with server(recipe, players=1, entry=options.entry) as (port, one, counted):
         engine, points = one.engine, []
-        prompt, begun = replay.choose(engine.slots.world, one.house.folder, None, None)
-        clip = replay.start_frames(engine.slots, one.house.folder, begun, None)
+        prompt, begun = session_log.choose(engine.slots.world, one.house.folder, None, None)
+        clip = session_log.start_frames(engine.slots, one.house.folder, begun, None)
         first = statistics(clip[-1])
         print(f'{"":7}start clip: {spelt(first)}', flush=True)
         engines.PAST_SECONDS *= FAST / engine.period    # as many moments as at its own pace

@@ -18,7 +18,8 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from matrix_jax import config
-from matrix_jax.serve import cluster, run
+from matrix_jax.serve.cluster import workers
+from matrix_jax.serve.web import server
 
 JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None}
 
@@ -65,7 +66,7 @@ def worlds() -> list[str]:
     """Names of the actors of all worlds."""
     from ray.util import list_named_actors
     return [one['name'] for one in list_named_actors(all_namespaces=True)
-            if one['name'].startswith(f'SERVE_REPLICA::{cluster.NAME}#World#')]
+            if one['name'].startswith(f'SERVE_REPLICA::{workers.NAME}#World#')]
 
 
 def processes() -> set[str]:
@@ -109,11 +110,11 @@ def main():
     recipe = config.load(options.recipe, given)
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
-    cfg = run.Config(players=options.players, port=port, grace=5.0)
-    fewest, most = cluster.parse_worlds(options.worlds)
-    many = cluster.Config(fewest, most, cpus=options.cpus, drain=10.0, idle=5.0)
+    cfg = server.Config(players=options.players, port=port, grace=5.0)
+    fewest, most = workers.parse_worlds(options.worlds)
+    many = workers.Config(fewest, most, cpus=options.cpus, drain=10.0, idle=5.0)
     began, before = time.monotonic(), processes()
-    with cluster.running(recipe, cfg, many) as book:
+    with workers.running(recipe, cfg, many) as book:
         import ray
         print(f'ready after {time.monotonic() - began:.0f} s, {len(worlds())} of {most} worlds',
               flush=True)

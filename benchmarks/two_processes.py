@@ -102,7 +102,7 @@ def losses(out):
 
 
 def weights(out):
-    from matrix_jax.checkpoint import read_component
+    from matrix_jax.weights.diffusers_layout import read_component
     return dict(read_component(Path(out) / 'weights', 'transformer')[1])
 
 

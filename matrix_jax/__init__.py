@@ -10,7 +10,7 @@ __all__ = ['TheMatrix', 'load']
 
 def __getattr__(name):
     if name == 'TheMatrix':
-        from matrix_jax.worlds.api import TheMatrix
+        from matrix_jax.pipelines.the_matrix import TheMatrix
         return TheMatrix
     if name == 'load':
         from matrix_jax.worlds import load

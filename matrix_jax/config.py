@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from matrix_jax.mesh import Mesh
+from matrix_jax.parallel.mesh import Mesh
 
 DEFAULT_WORLD = 'carracing'
 

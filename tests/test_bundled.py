@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 
-from matrix_jax import checkpoint, config, generate, video, worlds
+from matrix_jax import config, video, worlds
+from matrix_jax.pipelines import generate
+from matrix_jax.weights import diffusers_layout
 from tools import generate as tool
 
-FOLDER, WALK = checkpoint.ASSETS / 'carracing', checkpoint.ASSETS / 'doom'
+FOLDER, WALK = diffusers_layout.ASSETS / 'carracing', diffusers_layout.ASSETS / 'doom'
 
 
 @pytest.fixture(scope='module')

@@ -10,7 +10,7 @@ import pytest
 
 from matrix_jax import config
 from matrix_jax.config import Mesh, Parser, Run, UsageError
-from matrix_jax.convert import ConversionError
+from matrix_jax.weights.conversion import ConversionError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -79,7 +79,7 @@ def test_imports_go_one_way(path):
 
 
 @pytest.mark.parametrize('module, names, count', [
-    ('matrix_jax.nn.rope', {'matrix_jax.sharding', 'jax'}, 0),
+    ('matrix_jax.nn.rope', {'matrix_jax.parallel.sharding', 'jax'}, 0),
     ('matrix_jax.nn.rope', {'matrix_jax.dit.cogvideox'}, 1),
     ('matrix_jax.stream.swin', {'matrix_jax.dit'}, 1),
     ('matrix_jax.dit.actions', {'matrix_jax.dit.cogvideox', 'matrix_jax.vae'}, 1),

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from matrix_jax import config, options, video, worlds
+from matrix_jax import config, video, worlds
+from matrix_jax.cli import arguments
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = 'transformer/diffusion_pytorch_model.safetensors'
@@ -266,11 +267,11 @@ def test_play_refuses_before_it_compiles(argv, said, tmp_path, monkeypatch, caps
 
 
 def test_recipes_name_their_weights(tmp_path):
-    runs = options.recipes(['the_matrix:TINY=a/b=c', 'carracing'], [])
+    runs = arguments.recipes(['the_matrix:TINY=a/b=c', 'carracing'], [])
     assert [(run.name, run.weights) for run in runs] == [('the_matrix:TINY', 'a/b=c'),
                                                          ('carracing:PLAY', 'carracing')]
-    assert options.recipes([], []) == [config.load()]
-    assert options.recipes(['the_matrix:TINY'], ['--weights', 'a', '--train.seed=3']) == [
+    assert arguments.recipes([], []) == [config.load()]
+    assert arguments.recipes(['the_matrix:TINY'], ['--weights', 'a', '--train.seed=3']) == [
         config.load('the_matrix:TINY', ['--weights=a', '--train.seed=3'])]
 
 

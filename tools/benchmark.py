@@ -36,7 +36,7 @@ def main(argv):
     if len(chosen) > 1:
         raise config.UsageError(f'got --{" and --".join(chosen)}, expected one of them')
     with config.door():
-        from matrix_jax.benchmark import calls
+        from matrix_jax.benchmark import run as calls
         entries = None if options.entries is None else tuple(options.entries.split(','))
         entries = () if entries == ('none',) else entries
         settings = calls.Settings(options.steps, options.warmup, entries, options.seed,

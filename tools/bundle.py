@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from matrix_jax import config
-from matrix_jax.options import check_place
+from matrix_jax.cli.arguments import check_place
 
 LIMIT = 12 * 2**20      # bytes; a clone stays light
 
@@ -18,12 +18,13 @@ def main(argv):
         raise config.UsageError('--data and --out: both are needed')
     check_place('--out', run.out, folder=True)
     with config.door():
-        from matrix_jax import checkpoint, worlds
-        from matrix_jax.data import starts
-        folder = checkpoint.resolve(run.weights)
+        from matrix_jax import worlds
+        from matrix_jax.weights import diffusers_layout
+        from matrix_jax.data import start_clips
+        folder = diffusers_layout.resolve(run.weights)
         world, params = worlds.open_run(run)
         world.save(run.out, params, start=folder)
-        starts.write(run.data, run.out, picture=world.start_frames == 1)
+        start_clips.write(run.data, run.out, picture=world.start_frames == 1)
     size = sum(path.stat().st_size for path in Path(run.out).rglob('*') if path.is_file())
     if size > LIMIT:
         raise config.UsageError(f'{run.out}: {size} bytes, expected at most {LIMIT}')

@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import importlib.util
 
-from matrix_jax import config, options
+from matrix_jax import config
+from matrix_jax.cli import arguments
 
 ENVIRONMENTS = ('CarRacing-v3', 'vizdoom')
 # What is meant when an option is not given; an option of another source is refused.
@@ -32,23 +33,23 @@ def parse(argv):
     parser = config.Parser(__doc__)
     add = parser.add_argument
     add('env', metavar='ENV', nargs='?', help=f'a game: {" ".join(ENVIRONMENTS)}')
-    add('--videos', type=options.path, metavar='FOLDER',
+    add('--videos', type=arguments.path, metavar='FOLDER',
         help='unlabelled videos, in folders below too')
-    add('--index', type=options.path, metavar='FILE', help='index of labelled videos, JSON')
-    add('--out', required=True, type=options.path, help='folder of the shards; made if missing')
-    add('--workers', type=options.whole(1, 256), default=1,
+    add('--index', type=arguments.path, metavar='FILE', help='index of labelled videos, JSON')
+    add('--out', required=True, type=arguments.path, help='folder of the shards; made if missing')
+    add('--workers', type=arguments.whole(1, 256), default=1,
         help='processes (default 1, some hundred frames/s each of a game)')
     add('--held-out', type=float, default=0.1, metavar='FRACTION',
         help='share of tracks or videos that only heldout-* shards hold (default 0.1)')
     game = parser.add_argument_group('of a game').add_argument
     game('--hours', type=float, help='of play at 16 frames/s, both splits (default 1)')
     game('--themes', help="'all', or names with commas: meadow,snow,... or maze,...")
-    game('--seed', type=options.whole(0, 2**32 - 1), help='of tracks and keys (default 0)')
+    game('--seed', type=arguments.whole(0, 2**32 - 1), help='of tracks and keys (default 0)')
     files = parser.add_argument_group('of videos and indexes').add_argument
     files('--world', metavar='RECIPE', help='whose size and rate clips get (default carracing)')
     files('--caption', help='of videos without a .txt file (default none)')
     files('--shortest', type=float, metavar='SECONDS', help='that a clip lasts (default 2)')
-    files('--data-root', type=options.path, metavar='FOLDER',
+    files('--data-root', type=arguments.path, metavar='FOLDER',
           help="that paths of an index start from (default the index's own)")
     files('--frames', type=int, help='of each clip of an index (default 65)')
     return parser.parse_args(argv)
@@ -70,7 +71,7 @@ def main(argv):
                 raise ValueError(f'--{name.replace("_", "-")}: is not an option with {named[0]}')
             if getattr(args, name) is None:
                 setattr(args, name, defaults.get(name))
-        options.check_place('--out', args.out, folder=True)
+        arguments.check_place('--out', args.out, folder=True)
         print(make(args))
 
 
@@ -115,9 +116,9 @@ def _size(recipe):
 
 
 def _gather(args, settings, root, sources) -> str:
-    from matrix_jax.data import gather
+    from matrix_jax.data import ingest
 
-    report = gather.run(settings, root, sources, args.out, args.workers)
+    report = ingest.run(settings, root, sources, args.out, args.workers)
     return f'{report.text(settings.fps)}\n{args.out}'
 
 

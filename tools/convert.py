@@ -10,7 +10,7 @@ import subprocess
 import sys
 
 from matrix_jax import config
-from matrix_jax.options import SEED, whole
+from matrix_jax.cli.arguments import SEED, whole
 
 # Reads tensors only, in a process of its own: a pickle can be made to run code.
 UNPICKLE = """
@@ -51,12 +51,12 @@ def main(argv):
         raise config.UsageError('expected SRC and DST, or --random RECIPE and DST')
     cfg = config.load(options.random or options.recipe).world
     with config.door():
-        from matrix_jax import released
+        from matrix_jax.weights import converter
         if options.random:
-            line = released.write_random(cfg, options.target, options.seed, options.layers,
+            line = converter.write_random(cfg, options.target, options.seed, options.layers,
                                          options.text_layers)
         else:
-            line = released.translate(cfg, options.source, options.target, unpickle)
+            line = converter.translate(cfg, options.source, options.target, unpickle)
     print(line)
 
 

@@ -6,7 +6,7 @@
 """
 
 from matrix_jax import config
-from matrix_jax.options import SEED, check_place, whole
+from matrix_jax.cli.arguments import SEED, check_place, whole
 
 
 def main(argv):

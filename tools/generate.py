@@ -5,7 +5,7 @@
 """
 
 from matrix_jax import config
-from matrix_jax.options import SEED, whole
+from matrix_jax.cli.arguments import SEED, whole
 
 
 def main(argv):
@@ -28,7 +28,7 @@ def main(argv):
     add('--no-overlay', action='store_true', help='do not draw the keys on the frames')
     add('--summary', action='store_true', help='print the sizes of the recipe and stop')
     options, run = parser.run(argv, chosen=recipe_of_log)
-    from matrix_jax import generate
+    from matrix_jax.pipelines import generate
     with config.door():
         if options.summary:
             print(generate.summary(run))
@@ -40,7 +40,7 @@ def main(argv):
 
 def recipe_of_log(options):
     """The recipe of --replay, or None."""
-    from matrix_jax import generate
+    from matrix_jax.pipelines import generate
     return generate.recipe_of_log(options) if options.replay else None
 
 

@@ -8,7 +8,7 @@ not a known recording.
 """
 
 from matrix_jax import config
-from matrix_jax.options import path
+from matrix_jax.cli.arguments import path
 
 
 def main(argv):

@@ -7,15 +7,15 @@
 """
 
 from matrix_jax import config
-from matrix_jax.options import recipes, whole
+from matrix_jax.cli.arguments import recipes, whole
 
 
 def main(argv):
     """Exit codes: 0 stopped, 2 bad input."""
-    from matrix_jax.serve import cluster
-    from matrix_jax.serve import run as server
+    from matrix_jax.serve.cluster import workers
+    from matrix_jax.serve.web import server
     parser = config.Parser(__doc__)
-    add, usual, many = parser.add_argument, server.Config(), cluster.Config()
+    add, usual, many = parser.add_argument, server.Config(), workers.Config()
     add('--players', type=whole(1, 1024), default=usual.players,
         help=f'places in each world, fixed at the start (default {usual.players})')
     add('--host', default=usual.host, help='address to listen on (default: this machine only)')
@@ -50,8 +50,8 @@ def main(argv):
                             token=options.token)
         if options.ray:
             if 'worlds' in given:
-                given['fewest'], given['most'] = cluster.parse_worlds(given.pop('worlds'))
-            cluster.serve(runs[0], cfg, cluster.Config(**given))
+                given['fewest'], given['most'] = workers.parse_worlds(given.pop('worlds'))
+            workers.serve(runs[0], cfg, workers.Config(**given))
         else:
             server.serve(runs, cfg)
 

@@ -13,7 +13,7 @@ import dataclasses
 import sys
 
 from matrix_jax import config
-from matrix_jax.options import check_place
+from matrix_jax.cli.arguments import check_place
 
 
 def main(argv):
@@ -33,34 +33,35 @@ def main(argv):
                                 + ', '.join(able))
     if options.dry_run:
         with config.door():
-            from matrix_jax.train import dry
-            dry.imitate(run.mesh.devices)
-            print(dry.report(run))
+            from matrix_jax.train import dry_run
+            dry_run.imitate(run.mesh.devices)
+            print(dry_run.report(run))
         return 0
     if run.data is None:
         raise config.UsageError('--data: needs a folder of recorded clips (tools/collect.py)')
     run = dataclasses.replace(run, out=run.out or f'runs/{run.name.replace(":", "-").lower()}')
     check_place('--out', run.out, folder=True)
     with config.door():
-        from matrix_jax import checkpoint, worlds
+        from matrix_jax import worlds
+        from matrix_jax.weights import diffusers_layout
         from matrix_jax.data import records
-        from matrix_jax.train import hosts
-        from matrix_jax.train.guard import Diverged
+        from matrix_jax.train import multihost
+        from matrix_jax.train.nan_guard import Diverged
         from matrix_jax.train.loop import fit
-        others = hosts.settings(options.coordinator, options.processes, options.process)
+        others = multihost.settings(options.coordinator, options.processes, options.process)
         for folder in records.folders(run.data):
             records.shards(folder, 'train')
-        hosts.join(others)
+        multihost.join(others)
         world, params = worlds.start(run)
         try:
             result = fit(run, world, params)
         except Diverged as error:
             print(f'error: {error}', file=sys.stderr)
             return 1
-        except checkpoint.SaveError as error:
+        except diffusers_layout.SaveError as error:
             print(f'error: {error}', file=sys.stderr)
             return 74
-    if hosts.first():
+    if multihost.first():
         print(f'step {result["step"]} loss {result["loss"]:.6f}')
 
 

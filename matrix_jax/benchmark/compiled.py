@@ -10,8 +10,8 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-from matrix_jax.benchmark import subject
-from matrix_jax.train import dry
+from matrix_jax.benchmark import target
+from matrix_jax.train import dry_run
 
 BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
          'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
@@ -33,12 +33,12 @@ def begin(world, once: bool = True):
       world: the world.
       once: whether what no step changes is made before, as players do.
     """
-    params, cond = subject.parts(world), subject.told(world)
+    params, cond = target.parts(world), target.told(world)
     if once:
         params, cond = jax.eval_shape(
             lambda params, cond: world.ready_with(world.quantize(params), cond), params, cond)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    carry = jax.eval_shape(subject.stream(world).init, params, cond, key)
+    carry = jax.eval_shape(target.stream(world).init, params, cond, key)
     words = world.vocabulary
     control = words.encode([words.rest] * world.cfg.stream.taken)[None]
     return params, carry, jax.ShapeDtypeStruct(control.shape, control.dtype)
@@ -49,9 +49,9 @@ def flops(world, once: bool = True) -> dict[str, float]:
     'vae'}. Nothing is computed or allocated; only right where attention is not a kernel of its own
     (on the CPU)."""
     params, carry, control = begin(world, once)
-    latents = jax.eval_shape(lambda: subject.clip_noise(world, world.cfg.stream.step_frames))
-    both = dry.flops(world.stream().step, params, carry, control)
-    alone = dry.flops(world.decoder().step, params, carry[1], latents)
+    latents = jax.eval_shape(lambda: target.clip_noise(world, world.cfg.stream.step_frames))
+    both = dry_run.flops(world.stream().step, params, carry, control)
+    alone = dry_run.flops(world.decoder().step, params, carry[1], latents)
     # Of a call that may be guided the compiler counts the guidance, whether or not it is.
     stream = world.cfg.stream
     return {'dit': (both - alone) * stream.passes / stream.counted, 'vae': alone}
@@ -59,12 +59,12 @@ def flops(world, once: bool = True) -> dict[str, float]:
 
 def flops_of(cfg, once: bool = True) -> dict[str, float]:
     """`flops` of a world's config."""
-    return flops(subject.build(cfg), once)
+    return flops(target.build(cfg), once)
 
 
 def weigh(cfg):
     """(`flops`, `weights`) of a world's config, as players run it and with everything anew."""
-    world = subject.build(cfg)
+    world = target.build(cfg)
     return [(flops(world, once), weights(world, once)) for once in (True, False)]
 
 

@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, programs, sharding, worlds
+from matrix_jax import worlds
+from matrix_jax.parallel import compilation, sharding
+from matrix_jax.weights import diffusers_layout
 from matrix_jax.benchmark import report
-from matrix_jax.benchmark import subject as subjects
+from matrix_jax.benchmark import target as subjects
 from matrix_jax.config import UsageError
-from matrix_jax.controls import SYMBOLS
+from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.stream.base import rollout
 
 SHIFTS = 8
@@ -30,7 +32,7 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
     """
     cfg = subjects.shape(run, random, layers)
     check(run.name, cfg)
-    programs.keep(run.keep_programs)
+    compilation.keep(run.keep_programs)
     cfg = dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, int8='none'))
     mesh = sharding.make_mesh(run.mesh)
     if random:
@@ -38,7 +40,7 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
         params, cond = subjects.draw(world, mesh, seed), subjects.imagine(world, seed)
     else:
         world, params = worlds.open_run(dataclasses.replace(run, world=cfg))
-        cond = subjects.start(world, params, mesh, checkpoint.resolve(run.weights))
+        cond = subjects.start(world, params, mesh, diffusers_layout.resolve(run.weights))
         cfg = world.cfg
     kinds = [('float32', 'none'), ('bfloat16', 'none')]
     kinds += [(cfg.dit.dtype, int8) for int8 in ('attention', 'blocks')]

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import programs, sharding
-from matrix_jax.benchmark import subject as subjects
+from matrix_jax.parallel import compilation, sharding
+from matrix_jax.benchmark import target as subjects
 from matrix_jax.config import UsageError, at_least
 from matrix_jax.stream.pipeline import Pipeline
 from matrix_jax.stream.swin import ENTRIES
@@ -84,11 +84,11 @@ class Program:
     def __init__(self, subject, function, carry, *given):
         self.params, self.given, self._start = subject.params, given, carry
         with subject.within():
-            step = programs.jit(function, donate_argnums=1)
+            step = compilation.jit(function, donate_argnums=1)
             if subject.mesh.size > 1:
                 # A carry has to lie at the end of a step as it did at the start.
                 self._start = step(self.params, self.start(), *given)[0]
-                step = programs.jit(function, donate_argnums=1,
+                step = compilation.jit(function, donate_argnums=1,
                                     out_shardings=(sharding.places(self._start), None))
             began = time.perf_counter()
             self._step = step.lower(self.params, self._start, *given).compile()
@@ -265,7 +265,7 @@ def ceilings(dit: str, vae: str, seconds: float = 1.0) -> dict[str, float]:
 
 def fastest(function, given, calls: int, seconds: float) -> float:
     """Seconds of a call at best; clocks look at `calls` of them at a time."""
-    call = programs.jit(function).lower(*given).compile()
+    call = compilation.jit(function).lower(*given).compile()
     jax.block_until_ready(call(*given))
     best, until = float('inf'), time.perf_counter() + seconds
     while time.perf_counter() < until:

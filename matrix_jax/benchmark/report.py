@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax.benchmark import compiled, floor, measure
+from matrix_jax.benchmark import compiled, measure, roofline
 from matrix_jax.nn.attention import route
 
 RANDOM = 'random weights: what is shown is speed, the frames mean nothing'
@@ -39,7 +39,7 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
       What `benchmark.json` holds.
     """
     world, devices = subject.world, subject.devices
-    frames, stream = floor.frames(world.cfg), world.cfg.stream
+    frames, stream = roofline.frames(world.cfg), world.cfg.stream
     entries = measure.entries(stream, settings.entries)
     results = {'recipe': subject.name, 'random_weights': subject.random, 'machine': machine(),
                'settings': dataclasses.asdict(settings) | {'entries': entries},
@@ -139,8 +139,8 @@ def _processor() -> str:
 def shape(world, params) -> dict:
     """Sizes that decide what a step costs."""
     cfg = world.cfg
-    stream, size = cfg.stream, floor.size(cfg)
-    queries, keys = floor.of(cfg).tokens(cfg.dit, stream.frames, *size)
+    stream, size = cfg.stream, roofline.size(cfg)
+    queries, keys = roofline.of(cfg).tokens(cfg.dit, stream.frames, *size)
     return {'height': cfg.height, 'width': cfg.width, 'layers': cfg.dit.layers,
             'dit_parameters': sum(leaf.size for leaf in jax.tree.leaves(params['transformer'])),
             'tokens': queries, 'keys': keys, 'call_frames': stream.frames,

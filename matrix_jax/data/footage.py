@@ -20,7 +20,7 @@ import numpy as np
 
 from matrix_jax import video
 from matrix_jax.data import records
-from matrix_jax.data.gather import GatherError, Report, Source, check, clip
+from matrix_jax.data.ingest import GatherError, Report, Source, check, clip
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 LOOK = (16, 24)  # rows and columns of the small pictures

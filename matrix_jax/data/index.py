@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from matrix_jax import controls, video
+from matrix_jax import video
+from matrix_jax.controls import driving
 from matrix_jax.data import records
-from matrix_jax.data.gather import GatherError, Report, Source, check, clip
+from matrix_jax.data.ingest import GatherError, Report, Source, check, clip
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,9 @@ def label(signal: Sequence[str], chosen: np.ndarray, length: int) -> np.ndarray:
       length: frames of the video.
     """
     if length < len(chosen):      # PARITY: a video with too few frames drives straight on
-        return np.full(len(chosen), controls.SYMBOLS.index('D'), np.int8)
+        return np.full(len(chosen), driving.SYMBOLS.index('D'), np.int8)
     every = records.FRAMES_PER_LATENT
-    held = controls.encode([signal[min(index, len(signal) - 1)] for index in chosen[::every]])
+    held = driving.encode([signal[min(index, len(signal) - 1)] for index in chosen[::every]])
     return np.concatenate([held[:1], np.repeat(held[1:], every)]).astype(np.int8)
 
 
@@ -142,8 +143,8 @@ def _faults(entry) -> Iterator[str]:
                    'one per frame')
         else:
             try:
-                controls.parse(signal)
-            except controls.ControlError as error:
+                driving.parse(signal)
+            except driving.ControlError as error:
                 yield f'control_signal_seq: {str(error).removeprefix("control: ")}'
     start = entry.get('valid_frame_idx', 0)
     if not isinstance(start, int) or isinstance(start, bool) or start < 0:

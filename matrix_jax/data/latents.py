@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import checkpoint, programs
+from matrix_jax.parallel import compilation
+from matrix_jax.weights import diffusers_layout
 from matrix_jax.data import records
 from matrix_jax.data.loader import EPOCHS, mirror, rows
 
@@ -149,7 +150,7 @@ def _write(final, source, clips, world, params):
             {'source': source, 'starts': starts, 'texts': texts,
              'captions': [texts.index(caption) for caption in captions]}))
 
-    checkpoint.replace_folder(final, fill)
+    diffusers_layout.replace_folder(final, fill)
 
 
 def _read(shard, index, flip):
@@ -159,7 +160,7 @@ def _read(shard, index, flip):
 def _encode(places, world, params):
     """Yields float16 latents [T H W C] of each clip, several side by side, 8 frames a chunk."""
     from tqdm import tqdm
-    step = programs.jit(world.encode_step)
+    step = compilation.jit(world.encode_step)
     for first in tqdm(range(0, len(places), TOGETHER), desc='encode', unit='batch'):
         group = [_read(*place) for place in places[first:first + TOGETHER]]
         count = len(group)

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from matrix_jax.controls import FRAMES_PER_CONTROL as FRAMES_PER_LATENT
-from matrix_jax.controls import NULL
-from matrix_jax.controls import SYMBOLS as CONTROLS
+from matrix_jax.controls.driving import FRAMES_PER_CONTROL as FRAMES_PER_LATENT
+from matrix_jax.controls.driving import NULL
+from matrix_jax.controls.driving import SYMBOLS as CONTROLS
 
 # The control seen in a mirror: left and right change places.
 MIRRORED = tuple(CONTROLS.index(c.translate(str.maketrans('LR', 'RL'))) for c in CONTROLS)

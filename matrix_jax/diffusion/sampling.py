@@ -11,7 +11,7 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax.diffusion import schedules, solvers
-from matrix_jax.sharding import constrain
+from matrix_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 
 SPACINGS = ('trailing', 'leading', 'linspace')
 SOLVERS = {'ddim': 'CogVideoXDDIMScheduler', 'dpm': 'CogVideoXDPMScheduler'}
@@ -71,7 +71,7 @@ class SchedulerConfig:
             f'_class_name = {name!r} (expected a CogVideoX scheduler)']
         known = {*FIELDS, *IGNORED}
         off = {key for key, value in released.items() if value in (None, False)}
-        faults += convert.config_faults(released, FIXED, known | off)
+        faults += conversion.config_faults(released, FIXED, known | off)
         if faults:
             raise ValueError('scheduler config: ' + '; '.join(faults))
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}

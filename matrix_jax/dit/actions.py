@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.nn import sequence
+from matrix_jax.nn import token_layout
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import PairedAdaLN
@@ -81,9 +81,9 @@ class ControlBlock(nn.Module):
         [1 S D] of which each frame has one row.
         """
         normed, keys, gate, _ = PairedAdaLN(self.eps, name='norm1')(video, control, time)
-        queries = sequence.flatten(normed)
+        queries = token_layout.flatten(normed)
         if rows is None:
             keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
         y = MultiHead(self.heads, dtype=self.dtype, name='attention')(queries, keys, counts,
                                                                       rows=rows)
-        return (video + gate * sequence.unflatten(y, video.shape[1])).astype(self.dtype)
+        return (video + gate * token_layout.unflatten(y, video.shape[1])).astype(self.dtype)

@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.convert import Row, check_sizes, config_faults
+from matrix_jax.weights.conversion import Row, check_sizes, config_faults
 from matrix_jax.dit.actions import ControlEmbedding, visibility
 from matrix_jax.dit.cogvideox_layers import Block, SteeredLayer, stack
-from matrix_jax.dit.rows import adaln_rows, attention_rows, linear_rows, norm_rows
+from matrix_jax.dit.weight_rows import adaln_rows, attention_rows, linear_rows, norm_rows
 from matrix_jax.dit.segments import check_span, segments
-from matrix_jax.nn import sequence
+from matrix_jax.nn import token_layout
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
-from matrix_jax.nn.once import COLLECTION, once
+from matrix_jax.nn.precompute import COLLECTION, once
 from matrix_jax.nn.rope import scaled_positions, sincos_3d
-from matrix_jax.sharding import constrain
+from matrix_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,10 +231,10 @@ class DiT(nn.Module):
         patches = rearrange(latents, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
         # Every device has the small latents; how tokens are split says nothing about those.
         patches = constrain(patches, 'batch', None, None, None)
-        patches = constrain(sequence.pad(patches, 2), 'batch', None, 'tokens', None)
+        patches = constrain(token_layout.pad(patches, 2), 'batch', None, 'tokens', None)
         video = Linear(cfg.width, dtype=dtype, name='patch')(patches)
-        video = video + sequence.pad(positions(cfg, frames, rows, columns), 1).astype(dtype)
-        text = constrain(sequence.pad(text, 1), 'batch', 'tokens', None)
+        video = video + token_layout.pad(positions(cfg, frames, rows, columns), 1).astype(dtype)
+        text = constrain(token_layout.pad(text, 1), 'batch', 'tokens', None)
         text = (text.astype(dtype) if self.ready else
                 Linear(cfg.width, dtype=dtype, name='text')(text))
         steering = None
@@ -245,7 +245,7 @@ class DiT(nn.Module):
                 time = time + Linear(cfg.time_dim, dtype=dtype, name='control_time')(embedded)
             count = (embedded if symbols is None else symbols).shape[1]
             seen = visibility(frames * rows * columns, count, cfg.control.recency)
-            steering = (embedded, sequence.table(seen, frames), symbols)
+            steering = (embedded, token_layout.table(seen, frames), symbols)
 
         tokens = (video, text)
         for name, (start, stop) in cfg.segments.items():

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from matrix_jax.dit.actions import ControlBlock
-from matrix_jax.nn import sequence
+from matrix_jax.nn import token_layout
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import PairedAdaLN
-from matrix_jax.nn.once import COLLECTION
+from matrix_jax.nn.precompute import COLLECTION
 
 
 def stack(layer, cfg: Any, length: int, given: int):
@@ -53,14 +53,14 @@ class Block(nn.Module):
     def __call__(self, tokens, time):
         """Tokens (video [B T N/T D], text [B L D]), time [B T P] -> tokens."""
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        real = sequence.real(tokens[0].shape[1], self.places, cfg.text_length)
+        real = token_layout.real(tokens[0].shape[1], self.places, cfg.text_length)
         attend = MultiHead(cfg.heads, dtype=dtype, exchange=cfg.exchange, name='attention')
         mlp = Mlp(4 * cfg.width, dtype, name='mlp')
         for norm, branch in (('norm1', lambda x: attend(x, real=real)), ('norm2', mlp)):
             video, text = tokens
             *normed, gate, text_gate = PairedAdaLN(cfg.eps, name=norm)(video, text, time)
-            y = branch(sequence.join(*(x.astype(dtype) for x in normed)))
-            video_y, text_y = sequence.split(y, video.shape)
+            y = branch(token_layout.join(*(x.astype(dtype) for x in normed)))
+            video_y, text_y = token_layout.split(y, video.shape)
             tokens = ((video + gate * video_y).astype(dtype),
                       (text + text_gate * text_y).astype(dtype))
         return tokens, None

@@ -29,17 +29,17 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from matrix_jax.convert import Prefix, Row
-from matrix_jax.dit.rows import linear_rows, norm_rows
+from matrix_jax.weights.conversion import Prefix, Row
+from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sites, split
 from matrix_jax.dit.wan_config import PRESETS, Config, check
-from matrix_jax.nn import fresh, sequence
+from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
 from matrix_jax.nn.rope import level_code, rotate, turns_3d
-from matrix_jax.sharding import constrain
+from matrix_jax.parallel.sharding import constrain
 
 __all__ = ['PRESETS', 'STILL', 'Caches', 'Config', 'DiT', 'advance', 'count', 'init_caches', 'laws',
            'shapes', 'weights', 'windows']
@@ -146,7 +146,7 @@ class DiT(nn.Module):
         grid = dict(p=cfg.patch, q=cfg.patch)
 
         def place(table):       # every device makes it whole and keeps its tokens' part
-            table = sequence.pad(constrain(table, None, None, None), 1)
+            table = token_layout.pad(constrain(table, None, None, None), 1)
             return constrain(table, None, 'tokens', None)
 
         rows, columns = (size // cfg.patch for size in latents.shape[2:4])
@@ -165,7 +165,7 @@ class DiT(nn.Module):
         x = jnp.concatenate([latents, cond], axis=-1)
         x = rearrange(x, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
         # Every device has the small latents; how tokens are split says nothing about those.
-        x = sequence.pad(constrain(x, 'batch', None, None, None), 2)
+        x = token_layout.pad(constrain(x, 'batch', None, None, None), 2)
         x, made = self.patch(constrain(x, 'batch', None, 'tokens', None)), {}
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
@@ -313,15 +313,15 @@ def count(cfg: Config) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(cfg)))
 
 
-def laws(cfg: Config) -> fresh.Laws:
+def laws(cfg: Config) -> initializers.Laws:
     """How fresh parameters are drawn, where it is not by the defaults."""
-    return (('*modulation*', fresh.normal(cfg.width ** -0.5)),
-            ('time_embedding/*/kernel', fresh.normal(0.02)))
+    return (('*modulation*', initializers.normal(cfg.width ** -0.5)),
+            ('time_embedding/*/kernel', initializers.normal(0.02)))
 
 
 # Output layers that start at zero, for training from nothing.
-STILL = (('out/kernel', fresh.zeros), ('*/actions/*/out/kernel', fresh.zeros),
-         ('action_embedding/linear_2/kernel', fresh.zeros))
+STILL = (('out/kernel', initializers.zeros), ('*/actions/*/out/kernel', initializers.zeros),
+         ('action_embedding/linear_2/kernel', initializers.zeros))
 
 
 def weights(cfg: Config) -> tuple[Row | Prefix, ...]:

@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.convert import Row, check_sizes
-from matrix_jax.dit.rows import linear_rows, norm_rows
+from matrix_jax.weights.conversion import Row, check_sizes
+from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn.kv_cache import KVCache, attend_per_site
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm

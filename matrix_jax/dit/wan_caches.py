@@ -13,7 +13,7 @@ from flax import struct
 
 from matrix_jax.dit.wan_config import Config
 from matrix_jax.nn.kv_cache import KVCache
-from matrix_jax.sharding import constrain, ways
+from matrix_jax.parallel.sharding import constrain, ways
 
 
 @struct.dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from matrix_jax.convert import check_sizes, config_faults
+from matrix_jax.weights.conversion import check_sizes, config_faults
 from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import Actions
 

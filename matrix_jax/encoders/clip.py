@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from matrix_jax.convert import Drop, Row, check_sizes
+from matrix_jax.weights.conversion import Drop, Row, check_sizes
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm

@@ -19,9 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import convert
-from matrix_jax.convert import Drop, Row, check_sizes
-from matrix_jax.nn import fresh
+from matrix_jax.weights import conversion
+from matrix_jax.weights.conversion import Drop, Row, check_sizes
+from matrix_jax.nn import initializers
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
@@ -178,13 +178,13 @@ def encode(cfg: Config, params, images):
     return ImageTower(cfg).apply({'params': params}, pixels(cfg, images))
 
 
-LAWS = (('*_embedding', fresh.normal(0.02)),)
+LAWS = (('*_embedding', initializers.normal(0.02)),)
 
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters."""
-    return convert.unflatten({path: fresh.draw(LAWS, path, leaf.shape, (seed,))
-                              for path, leaf in convert.flatten(shapes(cfg)).items()})
+    return conversion.unflatten({path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+                              for path, leaf in conversion.flatten(shapes(cfg)).items()})
 
 
 def shapes(cfg: Config) -> dict:

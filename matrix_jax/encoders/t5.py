@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.convert import Drop, Row, check_sizes
-from matrix_jax.nn import sequence
+from matrix_jax.weights.conversion import Drop, Row, check_sizes
+from matrix_jax.nn import token_layout
 from matrix_jax.nn.attention import self_attention
 from matrix_jax.nn.linear import Linear
-from matrix_jax.sharding import constrain
+from matrix_jax.parallel.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class T5Encoder(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         # PARITY: The Matrix passes no attention mask, so padding is attended to like text.
         cfg, length = self.cfg, ids.shape[1]
-        ids = sequence.pad(ids, 1)
+        ids = token_layout.pad(ids, 1)
         table = self.param('embedding', nn.initializers.normal(1.0), (cfg.vocab, cfg.dim))
         x = jnp.take(table, ids, axis=0).astype(cfg.dtype)
         x = constrain(x, 'batch', 'tokens', None)

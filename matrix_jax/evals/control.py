@@ -21,7 +21,7 @@ import optax
 from einops import rearrange, reduce
 from flax import serialization
 
-from matrix_jax.controls import FRAMES_PER_CONTROL, SYMBOLS
+from matrix_jax.controls.driving import FRAMES_PER_CONTROL, SYMBOLS
 from matrix_jax.data.records import TELEMETRY
 
 # Left is positive, as in the telemetry.

@@ -17,14 +17,14 @@ import json
 import time
 from pathlib import Path
 
-from matrix_jax.actions import Actions
+from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.config import UsageError
-from matrix_jax.controls import Symbols
-from matrix_jax.evals import driving, tables, walking
+from matrix_jax.controls.driving import Symbols
+from matrix_jax.evals import carracing, first_person, tables
 from matrix_jax.evals.video import psnr, rebuild
 
 # What can be pressed says what there is to obey.
-JUDGES = {Symbols: driving, Actions: walking}
+JUDGES = {Symbols: carracing, Actions: first_person}
 
 
 def judge(world):

@@ -10,7 +10,7 @@ import dataclasses
 
 import numpy as np
 
-from matrix_jax.controls import FRAMES_PER_CONTROL, SYMBOLS
+from matrix_jax.controls.driving import FRAMES_PER_CONTROL, SYMBOLS
 from matrix_jax.data.loader import MIRROR_SIGN
 from matrix_jax.data.records import MIRRORED
 from matrix_jax.evals import driver

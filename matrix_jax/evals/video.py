@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import controls as vocabulary
-from matrix_jax import programs, video
+from matrix_jax.controls import driving as vocabulary
+from matrix_jax import video
+from matrix_jax.parallel import compilation
 from matrix_jax.stream import swin
 
 CHUNK = 8    # frames that are encoded together
@@ -29,12 +30,12 @@ class Streams:
         self.world, self.params = world, world.ready(params)
         self.cfg = world.cfg.stream.entered(entry) if entry else world.cfg.stream
         stream = world.stream(entry)
-        self._condition = programs.jit(world.condition, once=True)
-        self._init = programs.jit(stream.init, once=True)
-        self._step = programs.jit(stream.step, donate_argnums=1)
+        self._condition = compilation.jit(world.condition, once=True)
+        self._init = compilation.jit(stream.init, once=True)
+        self._step = compilation.jit(stream.step, donate_argnums=1)
         self._first = self._step
         if stream.prefill is not stream.step:
-            self._first = programs.jit(stream.prefill, donate_argnums=1)
+            self._first = compilation.jit(stream.prefill, donate_argnums=1)
 
     @property
     def lag(self) -> int:
@@ -165,7 +166,7 @@ def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
       uint8 [B F' H W 3], F' = 4 (T - context), the last frames: the decoder starts on the others.
     """
     decoder = world.decoder()
-    encode, step = programs.jit(world.encode_step), programs.jit(decoder.step)
+    encode, step = compilation.jit(world.encode_step), compilation.jit(decoder.step)
     # Compiled chunks called one by one: XLA's CPU convolutions are many times slower in a loop.
     cache, latents = encode(params, None, frames[:, :1 + CHUNK])
     made = [latents]
@@ -173,7 +174,7 @@ def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
         cache, latents = encode(params, cache, frames[:, start:start + CHUNK])
         made.append(latents)
     latents = jnp.concatenate(made, axis=1)
-    cache, _ = programs.jit(decoder.prefill)(params, latents[:, :context])
+    cache, _ = compilation.jit(decoder.prefill)(params, latents[:, :context])
     shown = []
     for start in range(context, latents.shape[1], group):
         cache, part = step(params, cache, latents[:, start:start + group])

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from matrix_jax import sharding
+from matrix_jax.parallel import sharding
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
-from matrix_jax.nn.once import once
+from matrix_jax.nn.precompute import once
 
 LOGITS = 2**28     # logits of one block of queries, where a device has to hold them
 QUERIES = ('batch', 'tokens', 'heads', None)

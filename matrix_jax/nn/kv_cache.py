@@ -19,7 +19,7 @@ import numpy as np
 from einops import rearrange
 from flax import struct
 
-from matrix_jax.nn import sequence
+from matrix_jax.nn import token_layout
 from matrix_jax.nn.attention import attention, self_attention
 
 
@@ -192,7 +192,7 @@ def attend_each_other(q, k, v, visible=None, sites=None, exchange='auto'):
     frames, sites, bias = k.shape[1], sites or k.shape[2], None
     if visible is not None:
         shown = jnp.repeat(visible, sites, axis=1)
-        bias = jnp.where(sequence.table(shown.T, frames).T, 0.0, -jnp.inf)
-    real = sequence.real(frames, sites)
-    y = self_attention(*map(sequence.flatten, (q, k, v)), bias, real=real, exchange=exchange)
-    return sequence.unflatten(y, q.shape[1])
+        bias = jnp.where(token_layout.table(shown.T, frames).T, 0.0, -jnp.inf)
+    real = token_layout.real(frames, sites)
+    y = self_attention(*map(token_layout.flatten, (q, k, v)), bias, real=real, exchange=exchange)
+    return token_layout.unflatten(y, q.shape[1])

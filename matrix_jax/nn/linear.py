@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 
 MAX = 127
 
@@ -80,14 +80,14 @@ def quantize(params: Mapping, layers: Sequence[str]) -> dict:
     Raises:
       ValueError: a pattern fits no layer.
     """
-    flat = convert.flatten(params)
+    flat = conversion.flatten(params)
     for pattern in layers:
         chosen = [path for path in flat if fnmatch.fnmatchcase(path, f'{pattern}/kernel')]
         if not chosen:
             raise ValueError(f'int8: got {pattern!r}, which fits no linear layer')
         flat |= {path: flat[path] if isinstance(flat[path], Int8) else to_int8(flat[path])
                  for path in chosen}
-    return convert.unflatten(flat)
+    return conversion.unflatten(flat)
 
 
 def to_int8(kernel) -> Int8:

@@ -26,8 +26,8 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, convert
-from matrix_jax.nn import fresh
+from matrix_jax.weights import conversion, diffusers_layout
+from matrix_jax.nn import initializers
 
 FILE = 'pytorch_lora_weights.safetensors'
 PEFT = ('adapter_model.safetensors', 'adapter_config.json')     # of a folder that peft writes
@@ -43,15 +43,15 @@ KEY = re.compile(r'(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.\w+)?\.weight|(?P<
 class Module:
     """A linear layer by its torch name: the leaf of ours that holds it, and where in its stack."""
     path: str
-    row: convert.Row
+    row: conversion.Row
     index: int
 
 
-def modules(table: convert.Table) -> dict[str, Module]:
+def modules(table: conversion.Table) -> dict[str, Module]:
     """Torch module name -> place, of every layer of a weight table that can be adapted."""
     found = {}
     for row in table:
-        linear = isinstance(row, convert.Row) and re.fullmatch(r'(\w+) (\w+) -> \2 \1', row.layout)
+        linear = isinstance(row, conversion.Row) and re.fullmatch(r'(\w+) (\w+) -> \2 \1', row.layout)
         if linear and row.path.endswith('/kernel'):
             for index, key in enumerate(row.keys()):
                 found[key.removesuffix('.weight')] = Module(row.path.removesuffix('/kernel'), row,
@@ -59,7 +59,7 @@ def modules(table: convert.Table) -> dict[str, Module]:
     return found
 
 
-def init(table: convert.Table, shapes: Mapping, rank: int, alpha: float, seed: int,
+def init(table: conversion.Table, shapes: Mapping, rank: int, alpha: float, seed: int,
          targets: Sequence[str] = TARGETS) -> dict:
     """A fresh adapter, float32 numpy: `a` random as in peft, `b` zero, so that it changes nothing.
 
@@ -74,7 +74,7 @@ def init(table: convert.Table, shapes: Mapping, rank: int, alpha: float, seed: i
     Raises:
       ValueError: no module fits the targets, or the rank exceeds one of them.
     """
-    flat, leaves = convert.flatten(shapes), {}
+    flat, leaves = conversion.flatten(shapes), {}
     for name, module in modules(table).items():
         if module.path in leaves or not any(fnmatch.fnmatchcase(name, one) for one in targets):
             continue
@@ -82,42 +82,42 @@ def init(table: convert.Table, shapes: Mapping, rank: int, alpha: float, seed: i
         if rank > min(inner, outer):
             raise ValueError(f'rank: got {rank}, expected at most {min(inner, outer)}, the width '
                              f'of {name}')
-        law = fresh.uniform(1 / 3)
-        draws = [fresh.draw((('*', law),), f'{module.path}/a', (inner, rank), (seed,), index)
+        law = initializers.uniform(1 / 3)
+        draws = [initializers.draw((('*', law),), f'{module.path}/a', (inner, rank), (seed,), index)
                  for index in range(math.prod(stack))]
         leaves[module.path] = {'a': np.reshape(draws, (*stack, inner, rank)),
                                'b': np.zeros((*stack, rank, outer), np.float32),
                                'alpha': np.full(stack, alpha, np.float32)}
     if not leaves:
         raise ValueError(f'targets: got {", ".join(targets)}, which fit no linear layer')
-    return convert.unflatten(leaves)
+    return conversion.unflatten(leaves)
 
 
 def merge(params: Mapping, adapter: Mapping, scale: float = 1.0) -> dict:
     """Parameters with scale * alpha / r * B A added to each adapted kernel, in float32 at least."""
-    flat = convert.flatten(params)
+    flat = conversion.flatten(params)
     for path, parts in _leaves(adapter).items():
         factor = jnp.asarray(scale * parts['alpha'] / parts['a'].shape[-1])[..., None, None]
         update = jnp.einsum('...ir,...ro->...io', parts['a'], parts['b'], precision='highest')
         flat[f'{path}/kernel'] = flat[f'{path}/kernel'] + factor * update
-    return convert.unflatten(flat)
+    return conversion.unflatten(flat)
 
 
 def axes(kernels: Mapping) -> dict:
     """Axis letters of an adapter of every kernel in a tree of letters (`convert.axes`)."""
     found = {}
-    for path, letters in convert.flatten(kernels).items():
+    for path, letters in conversion.flatten(kernels).items():
         if path.endswith('/kernel'):
             *stack, inner, outer = letters
             found[path.removesuffix('/kernel')] = {
                 'a': (*stack, inner, '_'), 'b': (*stack, '_', outer), 'alpha': tuple(stack)}
-    return convert.unflatten(found)
+    return conversion.unflatten(found)
 
 
 def _leaves(adapter: Mapping) -> dict[str, dict]:
     """Path of each adapted layer -> its leaves."""
     found: dict[str, dict] = {}
-    for path, leaf in convert.flatten(adapter).items():
+    for path, leaf in conversion.flatten(adapter).items():
         module, _, name = path.rpartition('/')
         found.setdefault(module, {})[name] = leaf
     return found
@@ -126,7 +126,7 @@ def _leaves(adapter: Mapping) -> dict[str, dict]:
 # --- files -----------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike, table: convert.Table, shapes: Mapping,
+def read(path: str | os.PathLike, table: conversion.Table, shapes: Mapping,
          component: str = 'transformer') -> dict:
     """An adapter from a file of diffusers or peft, or from the folder of one; numpy.
 
@@ -145,15 +145,15 @@ def read(path: str | os.PathLike, table: convert.Table, shapes: Mapping,
       ConversionError: names or shapes do not fit the network; all faults at once.
     """
     path = _file(Path(path).expanduser())
-    metadata, tensors = checkpoint.read_file(path)
+    metadata, tensors = diffusers_layout.read_file(path)
     try:
         settings = _settings(path, metadata, component)
-        return _to_jax(tensors, settings, table, convert.flatten(shapes), component)
-    except convert.ConversionError as error:
-        raise convert.ConversionError(f'{path}: {error}') from error
+        return _to_jax(tensors, settings, table, conversion.flatten(shapes), component)
+    except conversion.ConversionError as error:
+        raise conversion.ConversionError(f'{path}: {error}') from error
 
 
-def write(path: str | os.PathLike, adapter: Mapping, table: convert.Table,
+def write(path: str | os.PathLike, adapter: Mapping, table: conversion.Table,
           component: str = 'transformer') -> Path:
     """Writes an adapter as diffusers does, with its settings in the header; the file appears at
     once. Layers that `read` found no tensors for are left out."""
@@ -197,7 +197,7 @@ def _file(path: Path) -> Path:
         return path
     found = [path / name for name in (FILE, PEFT[0]) if (path / name).is_file()]
     if not found:
-        raise checkpoint.CheckpointError(f'{path}: no adapter; expected {FILE} or {PEFT[0]}')
+        raise diffusers_layout.CheckpointError(f'{path}: no adapter; expected {FILE} or {PEFT[0]}')
     return found[0]
 
 
@@ -213,12 +213,12 @@ def _settings(path: Path, metadata: Mapping[str, str], component: str) -> dict:
             return {}
         alphas = [found.get('lora_alpha', 1), *(found.get('alpha_pattern') or {}).values()]
     except (ValueError, AttributeError, OSError) as error:
-        raise convert.ConversionError(f'the settings of the adapter are not readable ({error})'
+        raise conversion.ConversionError(f'the settings of the adapter are not readable ({error})'
                                       ) from error
     if not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
-        raise convert.ConversionError(f'lora_alpha: got {alphas}, expected numbers')
+        raise conversion.ConversionError(f'lora_alpha: got {alphas}, expected numbers')
     if found.get('use_dora'):
-        raise convert.ConversionError('use_dora: this adapter rescales its weights (DoRA), which '
+        raise conversion.ConversionError('use_dora: this adapter rescales its weights (DoRA), which '
                                       'is not implemented')
     return found
 
@@ -271,10 +271,10 @@ def _to_jax(tensors, settings, table, flat, component) -> dict:
     if not (tensors or faults):
         faults = ['no tensors']
     if faults:
-        more = f'; and {len(faults) - convert.SHOWN} more' if len(faults) > convert.SHOWN else ''
-        raise convert.ConversionError(f'{len(faults)} adapter fault(s): '
-                                      + '; '.join(faults[:convert.SHOWN]) + more)
-    return convert.unflatten({path: _stacked(layers, flat[f'{path}/kernel'].shape)
+        more = f'; and {len(faults) - conversion.SHOWN} more' if len(faults) > conversion.SHOWN else ''
+        raise conversion.ConversionError(f'{len(faults)} adapter fault(s): '
+                                      + '; '.join(faults[:conversion.SHOWN]) + more)
+    return conversion.unflatten({path: _stacked(layers, flat[f'{path}/kernel'].shape)
                               for path, layers in leaves.items()})
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.once import once
+from matrix_jax.nn.precompute import once
 from matrix_jax.nn.rope import timestep_code
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import convert
-from matrix_jax.actions import Actions
+from matrix_jax.weights import conversion
+from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.diffusion import flow
 from matrix_jax.dit import wan
 from matrix_jax.parity.record import Record, clip, torch_clip, video
@@ -47,7 +47,7 @@ def sampler(record: Record) -> dict:
     told, given = record.config, record.inputs
     cfg = wan.Config.from_released(told['model'] | {'image_dim': told['clip_dim'],
                                                     'image_length': told['clip_tokens']})
-    params = {'transformer': convert.to_jax(wan.weights(cfg), record.weights, wan.shapes(cfg))}
+    params = {'transformer': conversion.to_jax(wan.weights(cfg), record.weights, wan.shapes(cfg))}
     schedule = flow.Config(shift=told['timestep_shift'])
     size = told['num_frame_per_block']
     stream = causal.Config(frames=size, steps=tuple(told['denoising_step_list']),

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange, reduce
 
-from matrix_jax import controls, convert
+from matrix_jax.controls import driving
+from matrix_jax.weights import conversion
 from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
@@ -77,7 +78,7 @@ def vae_stream(record: Record) -> dict:
         cache, frames = run(params, *given, latents[:, start:start + size])
         got[f'chunk{index}'] = torch_clip(frames)
         start += size
-    for name, leaf in convert.flatten(cache).items():
+    for name, leaf in conversion.flatten(cache).items():
         theirs = re.sub(r'^up_', 'up_block_', re.sub(r'^mid/', 'mid_block/', name))
         got['final_cache.' + theirs.replace('/', '.')] = torch_clip(leaf)
     return got
@@ -178,7 +179,7 @@ def train_loss(record: Record) -> dict:
         return training.denoise_loss(schedule, denoise, clean, noise, levels, counted)
 
     (value, aux), gradients = compiled(loss)(params)
-    gradients = convert.to_torch(dit.weights(cfg), gradients)
+    gradients = conversion.to_torch(dit.weights(cfg), gradients)
     # Stage 2 trains its control modules only.
     trained = [gradient for name, gradient in gradients.items()
                if told['stage'] != 2 or 'control' in name]
@@ -213,9 +214,9 @@ def t5_encoder(record: Record) -> dict:
     tied = [record.weights[name] for name in ('shared.weight', 'encoder.embed_tokens.weight')
             if name in record.weights]
     if len(tied) == 2 and not np.array_equal(*tied):
-        raise convert.ConversionError('encoder.embed_tokens.weight differs from shared.weight, '
+        raise conversion.ConversionError('encoder.embed_tokens.weight differs from shared.weight, '
                                       'to which it is tied')
-    params = convert.to_jax(t5.weights(cfg), record.weights, t5.shapes(cfg))
+    params = conversion.to_jax(t5.weights(cfg), record.weights, t5.shapes(cfg))
     features = compiled(t5.T5Encoder(cfg).apply)({'params': params}, _ids(record))
     return {'last_hidden_state': features}
 
@@ -223,26 +224,26 @@ def t5_encoder(record: Record) -> dict:
 def clip_text(record: Record) -> dict:
     """Control prompt features."""
     cfg = clip.Config.from_released(record.config['cfg'])
-    params = convert.to_jax(clip.weights(cfg), record.weights, clip.shapes(cfg))
+    params = conversion.to_jax(clip.weights(cfg), record.weights, clip.shapes(cfg))
     features = compiled(clip.TextTower(cfg).apply)({'params': params}, _ids(record))
     return {'text_features': features}
 
 
 def control_signals(record: Record) -> dict:
     """Random control strings, and the padding of the published call."""
-    random = [controls.generate_random_control_signal(
+    random = [driving.generate_random_control_signal(
         *(case[name] for name in ('length', 'seed', 'repeat_lens', 'signal_choices',
                                   'change_prob_increment')))
         for case in record.config['generate_random_control_signal']]
     frames, base, streaming = [], [], []
     for case in record.config['generate_padding']:
         length, seed = case['length'], case['control_seed']
-        signal = controls.base_signal(length, case['control_signal'], seed)
-        frames.append(controls.base_frames(length))
-        needed = (frames[-1] - 1) // controls.FRAMES_PER_CONTROL + 1
+        signal = driving.base_signal(length, case['control_signal'], seed)
+        frames.append(driving.base_frames(length))
+        needed = (frames[-1] - 1) // driving.FRAMES_PER_CONTROL + 1
         base.append(','.join(signal.split(',')[:needed]))
         # A clip that the base stage makes whole is not streamed.
-        streaming.append(None if length <= controls.BASE_SECONDS else controls.streaming_signal(
+        streaming.append(None if length <= driving.BASE_SECONDS else driving.streaming_signal(
             signal, frames[-1], 4, case['num_sample_groups'], seed))
     return {'random': random, 'base_frames': frames, 'base_signal': base,
             'streaming_signal': streaming}
@@ -260,7 +261,7 @@ def _symbols(told: Fields) -> np.ndarray:
 
 def _dit(record: Record):
     cfg = dit.Config.from_released(record.config['cfg'])
-    return cfg, convert.to_jax(dit.weights(cfg), record.weights, dit.shapes(cfg))
+    return cfg, conversion.to_jax(dit.weights(cfg), record.weights, dit.shapes(cfg))
 
 
 def _denoise(cfg: dit.Config):
@@ -279,7 +280,7 @@ def _vae(record: Record):
     if record.kind != 'vae' and not any(name.startswith('encoder.') for name in record.weights):
         table = [row for row in table if row.torch.startswith('decoder.')]
         shapes = {'decoder': shapes['decoder']}
-    return cfg, convert.to_jax(table, record.weights, shapes)
+    return cfg, conversion.to_jax(table, record.weights, shapes)
 
 
 REPLAYS = {

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.encoders import clip_image
 from matrix_jax.parity.record import Record, clip, torch_clip, torch_video
 from matrix_jax.vae import condition, wan
@@ -35,7 +35,7 @@ def autoencoder(record: Record) -> dict:
         part = latents[:, start:start + chunk]
         cache, made = step(params, cache, part) if index else prefill(params, part)
         got[f'stream_pixels_chunk{index}'] = torch_video(jnp.clip(made, -1, 1))
-    leaves = convert.flatten(cache)
+    leaves = conversion.flatten(cache)
     got['n_cache_used'] = len(leaves)
     for slot, path in enumerate(slots(cfg)):
         got[f'stream_cache_{slot:02}_final'] = torch_clip(leaves[path])
@@ -73,7 +73,7 @@ def cond_concat(record: Record) -> dict:
 def clip_visual(record: Record) -> dict:
     """The picture as the tower sees it, and its tokens."""
     cfg = clip_image.Config.from_released(record.config['vision'])
-    params = convert.to_jax(clip_image.weights(cfg), record.weights, clip_image.shapes(cfg))
+    params = conversion.to_jax(clip_image.weights(cfg), record.weights, clip_image.shapes(cfg))
     image = clip(record.inputs['video'])[:, 0]
     seen = compiled(functools.partial(clip_image.pixels, cfg))(image)
     return {'clip_pixels': rearrange(np.asarray(seen), 'b h w c -> b c h w'),
@@ -94,7 +94,7 @@ def halves(cfg: wan.Config, record: Record) -> dict:
     found = {half: both[half] for half in both
              if any(name.startswith(half) for name in record.weights)}
     table = [row for row in wan.weights(cfg) if row.path.split('/')[0] in found]
-    return convert.to_jax(table, record.weights, found)
+    return conversion.to_jax(table, record.weights, found)
 
 
 REPLAYS = {'vae': autoencoder, 'cond_concat': cond_concat, 'clip_visual': clip_visual}

@@ -8,7 +8,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.parity.record import Record, clip, torch_clip
 from matrix_jax.parity.wan import compiled, halves, slots
 from matrix_jax.vae import wan
@@ -41,7 +41,7 @@ def stream(record: Record) -> dict:
         latents = wan.unscaled(cfg, clip(record.inputs[f'chunk{index}.z']))
         cache, frames = compiled(functools.partial(wan.step, cfg))(params, cache, latents)
         got[f'chunk{index}.video'] = torch_clip(jnp.clip(frames, -1, 1))
-    leaves = convert.flatten(cache)
+    leaves = conversion.flatten(cache)
     shapes = [leaves[path].shape for path in slots(cfg)]
     got['cache_shapes_flat'] = np.array([(b, c, t, h, w) for b, t, h, w, c in shapes], np.float32)
     return got

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.dit import wan, wan_actions
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring
 from matrix_jax.nn.rope import rates, rotate, turns, turns_3d
@@ -202,7 +202,7 @@ def _actions(record: Record):
         jax.random.key(0))['params']
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes)
     rows = wan_actions.action_rows(cfg, name, 'layers', (0, 1))
-    params = convert.to_jax(rows, tensors, {'layers': stacked})['layers']
+    params = conversion.to_jax(rows, tensors, {'layers': stacked})['layers']
     return net, jax.tree.map(lambda leaf: leaf[0], params), given
 
 
@@ -210,7 +210,7 @@ def _dit(record: Record):
     told = record.config
     cfg = wan.Config.from_released(dict(told['model']) | {
         'image_dim': told['clip_dim'], 'image_length': told['clip_tokens']})
-    return cfg, convert.to_jax(wan.weights(cfg), record.weights, wan.shapes(cfg))
+    return cfg, conversion.to_jax(wan.weights(cfg), record.weights, wan.shapes(cfg))
 
 
 REPLAYS = {'action': action, 'action_cached': action_cached, 'dit_causal': dit_whole,

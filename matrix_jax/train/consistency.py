@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.diffusion import sampling, schedules, solvers
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import Denoising
@@ -110,8 +110,8 @@ class StreamConsistency(Denoising):
         return {**params, 'teacher': params['transformer']}
 
     def axes(self, world):
-        student = convert.axes(world.tables['transformer'])
-        return super().axes(world) | convert.flatten({'teacher': student})
+        student = conversion.axes(world.tables['transformer'])
+        return super().axes(world) | conversion.flatten({'teacher': student})
 
     def lengths(self, world):
         stream = world.cfg.stream

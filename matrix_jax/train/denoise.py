@@ -12,7 +12,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from matrix_jax.controls import NULL
+from matrix_jax.controls.driving import NULL
 from matrix_jax.diffusion import schedules
 from matrix_jax.train.stage import Stage
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import causal
@@ -85,9 +85,9 @@ class SelfForcing(FlowMatching):
         return {**params, 'teacher': judges, 'critic': judges}
 
     def axes(self, world):
-        network, tower = (convert.axes(world.tables[name])
+        network, tower = (conversion.axes(world.tables[name])
                           for name in ('transformer', 'image_encoder'))
-        return super().axes(world) | convert.flatten(
+        return super().axes(world) | conversion.flatten(
             {'teacher': network, 'critic': network, TOWER: tower})
 
     def trainable(self, path):

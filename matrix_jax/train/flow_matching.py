@@ -61,8 +61,8 @@ class FlowMatching(Stage):
         return frames // block
 
     def loader(self, world, params, data, batch, seed, cache):
-        from matrix_jax.data import scenes
-        return scenes.Batches(scenes.encode(data, world, params, cache, self.clip_frames), batch,
+        from matrix_jax.data import image_clips
+        return image_clips.Batches(image_clips.encode(data, world, params, cache, self.clip_frames), batch,
                               seed)
 
     def example(self, world, batch):

@@ -14,10 +14,10 @@ import time
 import jax
 import numpy as np
 
-from matrix_jax import saves
-from matrix_jax.train import hosts, program
+from matrix_jax.weights import training_state
+from matrix_jax.train import multihost, program
 from matrix_jax.train import state as states
-from matrix_jax.train.guard import Guard
+from matrix_jax.train.nan_guard import Guard
 from matrix_jax.train.scalars import Scalars
 
 STOPPED = 75         # exit code after SIGTERM: state is saved, start again to go on
@@ -43,13 +43,13 @@ def fit(run, world, params) -> dict:
     stage, train = run.stage, run.train
     params = stage.start(world, params, train.seed)
     made = program.build(run, world, params)
-    with hosts.first_alone():
+    with multihost.first_alone():
         loader = stage.loader(world, params, run.data, made.examples, train.seed,
                               os.path.join(run.out, 'cache'))
     if made.share != (0, 1):
         loader.share(*made.share)
     state = made.init(params)
-    saver = saves.Checkpoints(os.path.join(run.out, 'state'), keep=train.keep)
+    saver = training_state.Checkpoints(os.path.join(run.out, 'state'), keep=train.keep)
     restored, extra = saver.restore(state), {}
     if restored is not None:
         _, state, extra = restored
@@ -62,13 +62,13 @@ def fit(run, world, params) -> dict:
     finally:
         saver.close()
     state = result.pop('state')
-    final = hosts.fetch(states.merged(state, 'ema'))
-    if hosts.first():
+    final = multihost.fetch(states.merged(state, 'ema'))
+    if multihost.first():
         world, final = stage.finish(world, final, loader)
         folder = os.path.join(run.out, 'weights')
         world.save(folder, final, start=run.weights, dtype=stage.export)
         stage.add_files(world, final, folder)
-    hosts.meet('export')
+    multihost.meet('export')
     return result
 
 
@@ -77,7 +77,7 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
     start = int(state.step)
     stop = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    scalars = Scalars(out, active=hosts.first())
+    scalars = Scalars(out, active=multihost.first())
     began, losses = time.time(), []
 
     def save(index):
@@ -87,7 +87,7 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
 
     try:
         with tqdm(total=train.steps, initial=start, unit='step', dynamic_ncols=True,
-                  disable=not hosts.first()) as bar:
+                  disable=not multihost.first()) as bar:
             for index in range(start, train.steps):
                 batch = dict(next(loader))
                 clips = batch.pop('clip', None)
@@ -105,7 +105,7 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
                               for name, value in jax.device_get(metrics).items()}
                     bar.set_postfix(loss=f'{loss:.4f}')
                     scalars.write(done, {**values, 'loss': loss, 'refused': guard.refused})
-                stopping = hosts.anyone(bool(stop))
+                stopping = multihost.anyone(bool(stop))
                 if done % train.save_every == 0 or done == train.steps or stopping:
                     save(done)
                 if stopping:

@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, programs
-from matrix_jax.data import latents, scenes
+from matrix_jax.parallel import compilation
+from matrix_jax.weights import diffusers_layout
+from matrix_jax.data import image_clips, latents
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import causal
 from matrix_jax.train.flow_matching import FlowMatching
@@ -46,10 +47,10 @@ class ODEPairs(FlowMatching):
                 raise ValueError(f'stage.{name}: got {value}, expected at least 1')
 
     def loader(self, world, params, data, batch, seed, cache):
-        store = scenes.encode(data, world, params, cache, self.clip_frames)
+        store = image_clips.encode(data, world, params, cache, self.clip_frames)
         count = min(self.paths or len(store), len(store))
         made = self._walked(world, params, store, count, seed, cache)
-        return scenes.Batches(store, batch, seed, {'path': made})
+        return image_clips.Batches(store, batch, seed, {'path': made})
 
     def example(self, world, batch):
         clip = super().example(world, batch)
@@ -90,17 +91,17 @@ class ODEPairs(FlowMatching):
             from tqdm import tqdm
             shape = count, len(world.cfg.stream.steps) + 1, *store.latents.shape[1:]
             made = np.lib.format.open_memmap(part / 'path.npy', 'w+', np.float16, shape)
-            step = programs.jit(walk)
+            step = compilation.jit(walk)
             for first in tqdm(range(0, count, TOGETHER), desc='paths', unit='batch'):
                 chosen = np.minimum(np.arange(first, first + TOGETHER), count - 1)
-                batch = {name: getattr(store, name)[chosen] for name in scenes.ARRAYS}
+                batch = {name: getattr(store, name)[chosen] for name in image_clips.ARRAYS}
                 key = jax.random.fold_in(jax.random.key(seed), first)
                 made[first:first + TOGETHER] = step(params, batch, key)[:count - first]
             made.flush()
 
         if not (final / 'path.npy').exists():
             os.makedirs(cache, exist_ok=True)
-            checkpoint.replace_folder(final, fill)
+            diffusers_layout.replace_folder(final, fill)
         return np.load(final / 'path.npy', mmap_mode='r')
 
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from matrix_jax import convert, programs, sharding
+from matrix_jax.parallel import compilation, sharding
+from matrix_jax.weights import conversion
 from matrix_jax.train import state as states
 
 
@@ -66,15 +67,15 @@ def build(run, world, params: Mapping) -> Program:
     start = partial(states.init, trainable=stage.trainable, tx=tx, seed=train.seed)
     places = states.shardings(jax.eval_shape(start, params), axes, mesh)
     update = states.make_step(partial(stage.loss, world), tx, stage.ema, train.accumulate)
-    jitted = programs.jit(update, donate_argnums=0,
+    jitted = compilation.jit(update, donate_argnums=0,
                           out_shardings=(places, sharding.replicated(mesh)))
     split, examples = sharding.batch_sharding(mesh), train.batch * train.accumulate
     share = _share(split, examples)
 
     def init(params):
-        flat = convert.flatten(params)
+        flat = conversion.flatten(params)
         given = sharding.put(flat, states.shardings(flat, axes, mesh))
-        return jax.jit(start, out_shardings=places)(convert.unflatten(given))
+        return jax.jit(start, out_shardings=places)(conversion.unflatten(given))
 
     def put(batch):
         return {name: jax.make_array_from_process_local_data(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.train import optim
 from matrix_jax.train.optim import Optimizer
 
@@ -40,8 +40,8 @@ class Stage:
 
     def axes(self, world) -> dict[str, tuple[str, ...]]:
         """Axis letters of the leaves of `start` by path (`convert.axes`)."""
-        tables = {name: convert.axes(world.tables[name]) for name in self.components}
-        return convert.flatten(tables)
+        tables = {name: conversion.axes(world.tables[name]) for name in self.components}
+        return conversion.flatten(tables)
 
     def transform(self, axes, steps: int):
         """The optax transformation of the trained leaves, a flat dict.

@@ -15,8 +15,8 @@ import optax
 from einops import rearrange
 from flax import struct
 
-from matrix_jax import sharding
-from matrix_jax.convert import flatten, unflatten
+from matrix_jax.parallel import sharding
+from matrix_jax.weights.conversion import flatten, unflatten
 
 
 @struct.dataclass

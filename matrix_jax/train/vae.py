@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import programs, vae
+from matrix_jax import vae
+from matrix_jax.parallel import compilation
 from matrix_jax.train.stage import Stage
 
 
@@ -72,7 +73,7 @@ class Autoencode(Stage):
             return world, params
         cfg = world.cfg.vae
         net = vae.network(cfg)
-        encode = programs.jit(lambda p, x: net.encode(cfg, p, x)[0])
+        encode = compilation.jit(lambda p, x: net.encode(cfg, p, x)[0])
         means = []
         for _ in range(8):
             frames = next(loader)['frames'].astype(np.float32) / 127.5 - 1

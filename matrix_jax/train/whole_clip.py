@@ -14,7 +14,7 @@ import os
 import jax
 import jax.numpy as jnp
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.nn import lora
 from matrix_jax.train.denoise import Denoising, denoise_loss
 
@@ -82,8 +82,8 @@ class LoRA(WholeClip):
         return super().start(world, params, seed) | {'lora': adapter}
 
     def axes(self, world):
-        kernels = convert.axes(world.tables['transformer'])
-        return super().axes(world) | convert.flatten({'lora': lora.axes(kernels)})
+        kernels = conversion.axes(world.tables['transformer'])
+        return super().axes(world) | conversion.flatten({'lora': lora.axes(kernels)})
 
     def trainable(self, path):
         return path.startswith('lora/') and not path.endswith('/alpha')

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import convert
-from matrix_jax.nn import fresh, rows
+from matrix_jax.weights import conversion
+from matrix_jax.nn import initializers
+from matrix_jax.parallel import spatial
 from matrix_jax.vae.chunks import check_latents, chunked
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
 from matrix_jax.vae.cogvideox_layers import weights as weights  # the table, for whoever loads
@@ -77,7 +78,7 @@ class Config:
     def __post_init__(self):
         object.__setattr__(self, 'block_out_channels', tuple(self.block_out_channels))
         object.__setattr__(self, 'latent_means', tuple(self.latent_means))
-        convert.check_sizes(self, 'vae.', zero=('layers_per_block',))
+        conversion.check_sizes(self, 'vae.', zero=('layers_per_block',))
         if len(self.latent_means) not in (0, self.latent_channels):
             raise ValueError(f'vae.latent_means: got {len(self.latent_means)} numbers, expected '
                              f'none, or one for each of the {self.latent_channels} channels')
@@ -116,7 +117,7 @@ class Config:
         levels = len(released.get('block_out_channels', cls.block_out_channels))
         fixed = FIXED | {'down_block_types': ['CogVideoXDownBlock3D'] * levels,
                          'up_block_types': ['CogVideoXUpBlock3D'] * levels}
-        if faults := convert.config_faults(released, fixed, {*FIELDS, *IGNORED}):
+        if faults := conversion.config_faults(released, fixed, {*FIELDS, *IGNORED}):
             raise ValueError('vae config: ' + '; '.join(faults))
         return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
                       if theirs in released})
@@ -196,7 +197,7 @@ def encode_step(cfg: Config, params, cache, frames):
         return chunked(lambda cache, chunk: net.apply({'params': params}, chunk, cache), cache,
                        frames, ENCODE_CHUNK)
 
-    cache, moments = rows.split(run, params['encoder'], cache, frames.astype(cfg.dtype),
+    cache, moments = spatial.split(run, params['encoder'], cache, frames.astype(cfg.dtype),
                                 unit=cfg.spatial_compression // p)
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return cache, mean, jnp.clip(logvar, -30, 20)
@@ -260,7 +261,7 @@ def step(cfg: Config, params, cache, latents):
         return chunked(lambda cache, chunk: net.apply({'params': params}, chunk, cache), cache,
                        latents, DECODE_CHUNK)
 
-    cache, frames = rows.split(run, params['decoder'], cache, latents.astype(cfg.dtype))
+    cache, frames = spatial.split(run, params['decoder'], cache, latents.astype(cfg.dtype))
     p = cfg.patch_size
     frames = rearrange(frames, 'b f h w (p q c) -> b f (h p) (w q) c', p=p, q=p)
     return cache, frames.astype(jnp.float32)
@@ -325,7 +326,7 @@ def standardised(cfg: Config, params, means, stds):
       cfg, params: the autoencoder.
       means, stds: of its latent channels [C]. The deviations go into the weights.
     """
-    flat, channels = convert.flatten(params), len(stds)
+    flat, channels = conversion.flatten(params), len(stds)
     for path, leaf in flat.items():
         if path == 'encoder/conv_out/kernel':
             flat[path] = leaf / np.append(stds, np.ones(channels, stds.dtype))
@@ -335,20 +336,20 @@ def standardised(cfg: Config, params, means, stds):
             flat[path] = leaf * stds[:, None]
     means = [round(float(one), 4) for one in means / stds]
     return (dataclasses.replace(cfg, scaling_factor=1.0, latent_means=means),
-            convert.unflatten(flat))
+            conversion.unflatten(flat))
 
 
 # Kernels that read latents: of the first convolution and of the modulated norms.
 LATENT_INPUT = re.compile(r'^decoder/conv_in/kernel$|^decoder/.*/conv_[yb]/kernel$')
 
 # How parameters start: the modulation by the latents is mild, around the identity.
-LAWS = (('*/conv_y/bias', fresh.ones), ('*/conv_[by]/kernel', fresh.uniform(0.1)))
+LAWS = (('*/conv_y/bias', initializers.ones), ('*/conv_[by]/kernel', initializers.uniform(0.1)))
 
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
-    return convert.unflatten({path: fresh.draw(LAWS, path, leaf.shape, (seed,))
-                              for path, leaf in convert.flatten(shapes(cfg)).items()})
+    return conversion.unflatten({path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+                              for path, leaf in conversion.flatten(shapes(cfg)).items()})
 
 
 def shapes(cfg: Config) -> dict:

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
-from matrix_jax.convert import Row
-from matrix_jax.nn import rows
+from matrix_jax.weights.conversion import Row
+from matrix_jax.parallel import spatial
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
 
 
@@ -118,12 +118,12 @@ class GroupNorm(nn.Module):
 
         def group_mean(y):
             # Whole rows first, groups after: the reduction keeps the channels of a row together.
-            means = rearrange(rows.mean(y), 'b (g c) -> b g c', g=self.cfg.norm_groups)
+            means = rearrange(spatial.mean(y), 'b (g c) -> b g c', g=self.cfg.norm_groups)
             means = repeat(means.mean(2), 'b g -> b (g c)', c=means.shape[2])
             return rearrange(means, 'b c -> b 1 1 1 c')
 
         mean = group_mean(wide)
-        mean, variance = rows.pool(mean, group_mean(jnp.square(wide - mean)))
+        mean, variance = spatial.pool(mean, group_mean(jnp.square(wide - mean)))
         wide = (wide - mean) * (lax.rsqrt(variance + self.cfg.norm_eps) * scale) + bias
         return wide.astype(x.dtype)
 
@@ -192,15 +192,15 @@ def weights(cfg: Any) -> tuple[Row, ...]:
                 *conv_rows(f'{torch}.conv_b.conv', f'{path}/conv_b')]
 
     def level_rows(torch, path, layers, changes):
-        rows = []
+        spatial = []
         for layer in range(layers):
             ours, theirs = f'{path}/resnet_{layer}', f'{torch}.resnets.{layer}'
             for part in '12':
-                rows += norm_rows(f'{theirs}.norm{part}', f'{ours}/norm{part}')
-                rows += conv_rows(f'{theirs}.conv{part}.conv', f'{ours}/conv{part}')
+                spatial += norm_rows(f'{theirs}.norm{part}', f'{ours}/norm{part}')
+                spatial += conv_rows(f'{theirs}.conv{part}.conv', f'{ours}/conv{part}')
             if changes and not layer:
-                rows += conv_rows(f'{theirs}.conv_shortcut', f'{ours}/shortcut')
-        return rows
+                spatial += conv_rows(f'{theirs}.conv_shortcut', f'{ours}/shortcut')
+        return spatial
 
     made, widths = [], cfg.block_out_channels
     for net, block, sampler, levels, layers in (

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax import convert
-from matrix_jax.nn import fresh, rows
+from matrix_jax.weights import conversion
+from matrix_jax.nn import initializers
+from matrix_jax.parallel import spatial
 from matrix_jax.vae.chunks import check_latents, chunked
 from matrix_jax.vae.wan_layers import Decoder, Encoder
 from matrix_jax.vae.wan_layers import weights as weights  # the table, for whoever loads
@@ -89,7 +90,7 @@ class Config:
     def __post_init__(self):
         for name in ('multiples', 'halves_time', 'latent_means', 'latent_stds'):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        convert.check_sizes(self, 'vae.')
+        conversion.check_sizes(self, 'vae.')
         if len(self.halves_time) != self.levels - 1:
             raise ValueError(f'vae.halves_time: got {len(self.halves_time)} values, expected '
                              f'{self.levels - 1}, one for each level that halves the frame')
@@ -159,7 +160,7 @@ class Config:
         Raises:
           ValueError: a key asks for maths that this network does not have.
         """
-        if faults := convert.config_faults(released, FIXED, FIELDS):
+        if faults := conversion.config_faults(released, FIXED, FIELDS):
             raise ValueError('vae config: ' + '; '.join(faults))
         return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
                       if theirs in released})
@@ -227,7 +228,7 @@ def encode_step(cfg: Config, params, cache, frames):
                          f'{cfg.channels}] with F = {alone} + {time}k and H, W multiples of '
                          f'{scale}')
     frames = patched(frames, cfg.patch_size).astype(cfg.dtype)
-    cache, moments = rows.split(_coded(Encoder(cfg), cfg.chunk * time), params['encoder'], cache,
+    cache, moments = spatial.split(_coded(Encoder(cfg), cfg.chunk * time), params['encoder'], cache,
                                 frames, unit=scale // cfg.patch_size)
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return cache, mean, jnp.clip(logvar, -30, 20)
@@ -274,7 +275,7 @@ def step(cfg: Config, params, cache, latents):
       ValueError: the latents do not fit the network.
     """
     check_latents(latents, cfg.latent_channels)
-    cache, frames = rows.split(_coded(Decoder(cfg), cfg.chunk), params['decoder'], cache,
+    cache, frames = spatial.split(_coded(Decoder(cfg), cfg.chunk), params['decoder'], cache,
                                latents.astype(cfg.dtype))
     return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
 
@@ -323,8 +324,8 @@ LAWS = ()       # how parameters start, beyond the common laws of `nn.fresh`
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
-    return convert.unflatten({path: fresh.draw(LAWS, path, leaf.shape, (seed,))
-                              for path, leaf in convert.flatten(shapes(cfg)).items()})
+    return conversion.unflatten({path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+                              for path, leaf in conversion.flatten(shapes(cfg)).items()})
 
 
 def shapes(cfg: Config) -> dict:

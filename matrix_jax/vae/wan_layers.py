@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from jax import lax
 
-from matrix_jax.convert import Row
-from matrix_jax.nn import rows
+from matrix_jax.weights.conversion import Row
+from matrix_jax.parallel import spatial
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
 from matrix_jax.nn.linear import Linear
@@ -151,7 +151,7 @@ class Attention(nn.Module):
         """[B T H W C] -> the same."""
         cfg, width = self.cfg, x.shape[-1]
         h = Linear(3 * width, dtype=cfg.dtype, name='qkv')(RMSNorm(cfg.norm_eps, name='norm')(x))
-        q, seen = h[..., :width], rows.whole(h[..., width:])
+        q, seen = h[..., :width], spatial.whole(h[..., width:])
         q, k, v = (rearrange(part, 'b t h w c -> (b t) (h w) 1 c')
                    for part in (q, seen[..., :width], seen[..., width:]))
         h = rearrange(attention(q, k, v), '(b t) (h w) 1 c -> b t h w c', t=x.shape[1],

@@ -54,14 +54,16 @@ def open_run(run, apart: bool = False):
     import jax
     import jax.numpy as jnp
 
-    from matrix_jax import checkpoint, config, programs, sharding
+    from matrix_jax import config
+    from matrix_jax.parallel import compilation, sharding
+    from matrix_jax.weights import diffusers_layout
     if not run.weights:
         raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or '
                                 'a hub repository')
-    programs.keep(run.keep_programs)
+    compilation.keep(run.keep_programs)
     make = sharding.make_meshes if apart else sharding.make_mesh
     mesh = make(run.mesh)
-    folder = checkpoint.resolve(run.weights)
+    folder = diffusers_layout.resolve(run.weights)
     world = describe(run.world, folder, whole=True).with_tokenizers(folder)
     params = _adapt(run, world, lambda: world.load(folder))
     if world.cfg.dit.dtype == 'float32':
@@ -72,13 +74,15 @@ def open_run(run, apart: bool = False):
 
 def start(run):
     """A training run's world and start parameters: what `weights` holds, the rest fresh."""
-    from matrix_jax import checkpoint, config, programs
-    programs.keep(run.keep_programs)
+    from matrix_jax import config
+    from matrix_jax.parallel import compilation
+    from matrix_jax.weights import diffusers_layout
+    compilation.keep(run.keep_programs)
     world = build(run.world)
     if run.weights is None:
         world.with_tokenizers(None)
         return world, _adapt(run, world, lambda: world.init(run.train.seed))
-    folder = checkpoint.resolve(run.weights)
+    folder = diffusers_layout.resolve(run.weights)
     found = describe(run.world, folder)
     world = found.grown(run.world).with_tokenizers(folder)
     borrowed = world.borrowed(folder)

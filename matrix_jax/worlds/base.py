@@ -39,8 +39,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, convert, sharding
-from matrix_jax.nn import fresh, linear
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion, diffusers_layout
+from matrix_jax.nn import initializers, linear
 from matrix_jax.stream import base as streams
 
 
@@ -58,10 +59,10 @@ class Part:
     """
     field: str
     folder: str
-    weights: Callable[[Any], convert.Table]
+    weights: Callable[[Any], conversion.Table]
     shapes: Callable[[Any], dict]
-    laws: Callable[[Any], fresh.Laws] = lambda cfg: ()
-    still: fresh.Laws = ()
+    laws: Callable[[Any], initializers.Laws] = lambda cfg: ()
+    still: initializers.Laws = ()
 
 
 class Parts:
@@ -94,7 +95,7 @@ class Parts:
         return self
 
     @property
-    def tables(self) -> dict[str, convert.Table]:
+    def tables(self) -> dict[str, conversion.Table]:
         """Folder name -> weight table."""
         return {part.folder: part.weights(getattr(self.cfg, part.field)) for part in self.parts}
 
@@ -122,7 +123,7 @@ class Parts:
                     continue
                 layers = range(*row.layers) if row.layers else ()
                 leaves[row.path] = np.stack([draw(i) for i in layers]) if layers else draw(None)
-            drawn[part.folder] = convert.unflatten(leaves)
+            drawn[part.folder] = conversion.unflatten(leaves)
         return drawn
 
     def draws(self, part: Part, seed: int, still: bool = True):
@@ -131,13 +132,13 @@ class Parts:
         `draw(i)` gives layer i of the row, or with None a leaf that is not stacked.
         """
         cfg = getattr(self.cfg, part.field)
-        flat = convert.flatten(_shapes(part, cfg))
+        flat = conversion.flatten(_shapes(part, cfg))
         laws = (*(part.still if still else ()), *part.laws(cfg))
         for row in part.weights(cfg):
-            if isinstance(row, convert.Row) and row.keys():
+            if isinstance(row, conversion.Row) and row.keys():
                 shape = flat[row.path].shape[1:] if row.layers else flat[row.path].shape
                 seeds = (seed, self.parts.index(part))
-                yield row, shape, functools.partial(fresh.draw, laws, row.path, shape, seeds)
+                yield row, shape, functools.partial(initializers.draw, laws, row.path, shape, seeds)
 
     def replace(self, **fields):
         """The same world with config fields replaced."""
@@ -154,13 +155,13 @@ class Parts:
         for part in self.parts:
             if only is None or part.folder in only:
                 place = self.place(folder, part.folder)
-                _, tensors = checkpoint.read_component(*place)
+                _, tensors = diffusers_layout.read_component(*place)
                 cfg = getattr(self.cfg, part.field)
                 try:
-                    params[part.folder] = convert.to_jax(part.weights(cfg), tensors,
+                    params[part.folder] = conversion.to_jax(part.weights(cfg), tensors,
                                                          _shapes(part, cfg))
-                except convert.ConversionError as error:
-                    raise convert.ConversionError(f'{"/".join(place)}: {error}') from error
+                except conversion.ConversionError as error:
+                    raise conversion.ConversionError(f'{"/".join(place)}: {error}') from error
         return params
 
     def place(self, folder: str, name: str) -> tuple[str, str]:
@@ -191,13 +192,13 @@ class Parts:
     def save(self, folder: str, params: Mapping, start: str | None = None, dtype='bfloat16'):
         """Writes a folder in the released layout; parts that `params` lacks come from `start`, and
         what `start` borrows, the new folder borrows as well."""
-        origin = Path(checkpoint.resolve(start)) if start else None
+        origin = Path(diffusers_layout.resolve(start)) if start else None
         borrowed = self.borrowed(origin) if origin else ()
         for part in self.parts:
             cfg = getattr(self.cfg, part.field)
             if part.folder in params and part.folder not in borrowed:
-                tensors = convert.to_torch(part.weights(cfg), params[part.folder])
-                checkpoint.write_component(folder, part.folder, cfg.to_released(), tensors,
+                tensors = conversion.to_torch(part.weights(cfg), params[part.folder])
+                diffusers_layout.write_component(folder, part.folder, cfg.to_released(), tensors,
                                            dtype=dtype)
             elif origin and (origin / part.folder).is_dir():
                 _copy(origin / part.folder, Path(folder) / part.folder)
@@ -209,7 +210,7 @@ class Parts:
                 self.write_extra(name, os.path.join(folder, name))
         present = [part.folder for part in self.parts if (Path(folder) / part.folder).is_dir()]
         index = {name: ['matrix_jax', name] for name in (*present, *extras)}
-        checkpoint.write_json(folder, 'model_index.json', {'_class_name': self.cfg.name, **index})
+        diffusers_layout.write_json(folder, 'model_index.json', {'_class_name': self.cfg.name, **index})
 
     def write_extra(self, name: str, folder: str):
         """Writes one of `extras` from scratch."""
@@ -267,7 +268,7 @@ class Parts:
           mesh: the mesh.
           decoder: the mesh of what turns latents into frames, if it has one of its own.
         """
-        axes = {name: convert.axes(self.tables[name]) for name in params}
+        axes = {name: conversion.axes(self.tables[name]) for name in params}
         places = sharding.shardings(axes, params, mesh)
         if decoder not in (None, mesh):
             places['vae']['decoder'] = sharding.shardings(
@@ -311,7 +312,7 @@ class Parts:
 
         lines, total, local = [], 0, 0
         shapes = self.shapes()
-        axes = {name: convert.axes(self.tables[name]) for name in shapes}
+        axes = {name: conversion.axes(self.tables[name]) for name in shapes}
         places = sharding.shardings(axes, shapes, mesh)
         for name in shapes:
             leaves = list(zip(*map(jax.tree.leaves, (shapes[name], places[name])), strict=True))
@@ -340,7 +341,7 @@ def _shapes(part: Part, cfg) -> dict:
 
 def read_config(part_config, folder: str, name: str):
     """`part_config.from_released` of a part's config.json, with the folder named in errors."""
-    released = checkpoint.read_config(folder, name)
+    released = diffusers_layout.read_config(folder, name)
     try:
         cfg = part_config.from_released(released)
         wrong = [f'{field.name}: got {getattr(cfg, field.name)!r}, expected {kind.__name__}'
@@ -354,7 +355,7 @@ def read_config(part_config, folder: str, name: str):
         if found not in (None, wanted):
             said = f'got a {found}, expected a {wanted} by the recipe' + (
                 '' if isinstance(error, TypeError) else f': {said}')
-        raise checkpoint.CheckpointError(f'{folder}/{name}/config.json: {said}') from error
+        raise diffusers_layout.CheckpointError(f'{folder}/{name}/config.json: {said}') from error
     return cfg
 
 
@@ -381,5 +382,5 @@ def read_parts(world: Parts, folder: str, whole: bool, kept: Mapping[str, tuple[
 
 def _copy(source: Path, target: Path):
     if source.resolve() != target.resolve():
-        checkpoint.replace_folder(
+        diffusers_layout.replace_folder(
             target, lambda part: shutil.copytree(source, part, dirs_exist_ok=True))

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.actions import Actions
+from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.config import UsageError
 from matrix_jax.diffusion import flow
 from matrix_jax.dit import wan as dit

@@ -19,12 +19,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax import checkpoint, controls, convert, video
+from matrix_jax import video
+from matrix_jax.controls import driving
+from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.config import UsageError
 from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
-from matrix_jax.nn import fresh, once
+from matrix_jax.nn import initializers, precompute
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
@@ -79,18 +81,18 @@ class World(Parts):
     """Pure functions of parameters around `Config`; nothing here holds weights."""
 
     parts = (Part('dit', 'transformer', dit.weights, dit.shapes, still=(
-                 ('*norm?/linear/*', fresh.zeros), ('modulation_out/*', fresh.zeros),
-                 ('out/*', fresh.zeros))),
+                 ('*norm?/linear/*', initializers.zeros), ('modulation_out/*', initializers.zeros),
+                 ('out/*', initializers.zeros))),
              Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
              # Logits of T5 are not scaled by 1/sqrt(E); its queries start smaller instead.
              Part('text', 'text_encoder', t5.weights, t5.shapes, lambda cfg: (
-                 ('embedding', fresh.normal(1.0)), ('relative_bias', fresh.normal(cfg.dim ** -0.5)),
-                 ('layers/q/kernel', fresh.xavier(1 / cfg.head_dim)))),
+                 ('embedding', initializers.normal(1.0)), ('relative_bias', initializers.normal(cfg.dim ** -0.5)),
+                 ('layers/q/kernel', initializers.xavier(1 / cfg.head_dim)))),
              Part('control', 'control_encoder', clip.weights, clip.shapes, lambda cfg: (
-                 ('token_embedding', fresh.normal(0.02)),
-                 ('position_embedding', fresh.normal(0.01)))))
+                 ('token_embedding', initializers.normal(0.02)),
+                 ('position_embedding', initializers.normal(0.01)))))
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')
-    vocabulary = controls.Symbols()
+    vocabulary = driving.Symbols()
     reads_text = True
     autoencoder = vae
 
@@ -150,7 +152,7 @@ class World(Parts):
         [F H W 3] and the first symbols or all -> (inputs, the prompt's unread end)."""
         symbols = symbols or ['D'] * self.cfg.stream.remembered     # nobody has steered yet
         ids, cut = self.tokenize_and_cut([prompt])
-        ids, indices = np.asarray(ids, np.int32), controls.encode(symbols)[None]
+        ids, indices = np.asarray(ids, np.int32), driving.encode(symbols)[None]
         return (ids, indices) if self.cfg.clip else (ids, np.asarray(frames)[None], indices), cut[0]
 
     # --- text and control --------------------------------------------------------------------
@@ -171,7 +173,7 @@ class World(Parts):
     def place(self, folder, name):
         """Control prompts are encoded by `cfg.control_weights` where the folder does not do it."""
         if name.startswith('control_') and not (Path(folder) / name).is_dir():
-            return str(checkpoint.resolve(self.cfg.control_weights)), ''
+            return str(diffusers_layout.resolve(self.cfg.control_weights)), ''
         return super().place(folder, name)
 
     def borrowed(self, folder):
@@ -195,11 +197,11 @@ class World(Parts):
         if self.cfg.dit == narrow.cfg.dit:
             return params
         name, table = 'transformer', dit.weights(self.cfg.dit)
-        tensors = convert.to_torch(dit.weights(narrow.cfg.dit), params[name])
-        base = convert.to_jax([row for row in table if 'control' not in row.torch], tensors)
+        tensors = conversion.to_torch(dit.weights(narrow.cfg.dit), params[name])
+        base = conversion.to_jax([row for row in table if 'control' not in row.torch], tensors)
         added = self.init(seed, only=(name,), paths='*control*')[name]
-        both = convert.flatten(base) | convert.flatten(added)
-        return params | {name: convert.unflatten(both)}
+        both = conversion.flatten(base) | conversion.flatten(added)
+        return params | {name: conversion.unflatten(both)}
 
     def replace(self, **fields):
         world = super().replace(**fields)
@@ -222,7 +224,7 @@ class World(Parts):
     @functools.cached_property
     def control_ids(self) -> np.ndarray:
         """Ids of the nine control prompts and, last, of the empty one (the null control)."""
-        prompts = [controls.PROMPTS[symbol] for symbol in controls.SYMBOLS] + ['']
+        prompts = [driving.PROMPTS[symbol] for symbol in driving.SYMBOLS] + ['']
         return tokenizers.encode(self.control_tokenizer, prompts, None)[0]
 
     def embed_ids(self, params, ids):
@@ -232,7 +234,7 @@ class World(Parts):
 
     def as_tokens(self, params, text):
         """Encoded text [B L D] as `denoise` takes it with these parameters."""
-        if once.COLLECTION not in params:
+        if precompute.COLLECTION not in params:
             return text
         return dit.embed_text(self.cfg.dit, params['transformer'], text)
 
@@ -249,10 +251,10 @@ class World(Parts):
         Where `params` are `ready`, levels are those of the stream, and controls are symbols.
         """
         net = {'params': params['transformer']}
-        if once.COLLECTION not in params:
+        if precompute.COLLECTION not in params:
             return self.net.apply(net, x, text, level, control)
         step = jnp.argmax((self.levels == level[:1]).all(axis=1))
-        net[once.COLLECTION] = jax.tree.map(lambda leaf: leaf[step], params[once.COLLECTION])
+        net[precompute.COLLECTION] = jax.tree.map(lambda leaf: leaf[step], params[precompute.COLLECTION])
         return dit.DiT(self.cfg.dit, ready=True).apply(net, x, text, level, symbols=control)
 
     @property
@@ -284,11 +286,11 @@ class World(Parts):
 
         needed = {name: params[name] for name in ('transformer', 'control_encoder')
                   if name in params}
-        return params | {once.COLLECTION: make(needed, table)}
+        return params | {precompute.COLLECTION: make(needed, table)}
 
     def ready_with(self, params, cond):
         params = self.ready(params, cond.control_table)
-        if once.COLLECTION in params:
+        if precompute.COLLECTION in params:
             cond = dataclasses.replace(
                 cond, text=self.as_tokens(params, cond.text),
                 null_text=self.as_tokens(params, cond.null_text),
@@ -359,15 +361,15 @@ class World(Parts):
     def control_table(self, params):
         """What a stream looks symbols up in: their vectors, or where `params` are `ready`, which
         know those, the symbols themselves."""
-        if once.COLLECTION in params:
-            return jnp.arange(len(controls.SYMBOLS) + 1)
+        if precompute.COLLECTION in params:
+            return jnp.arange(len(driving.SYMBOLS) + 1)
         return self.embed_controls(params)
 
     # --- folders -----------------------------------------------------------------------------
 
     def write_extra(self, name, folder):
         if name == 'scheduler':
-            checkpoint.write_json(folder, 'scheduler_config.json', self.cfg.scheduler.to_released())
+            diffusers_layout.write_json(folder, 'scheduler_config.json', self.cfg.scheduler.to_released())
         elif name == 'tokenizer':
             tokenizers.write_byte_tokenizer(folder)
         else:
@@ -386,6 +388,6 @@ def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
         'dit': ('dtype', 'remat', 'scan_unroll', 'int8', 'exchange'),
         'vae': ('dtype', 'single_latent_frames')})
     if whole or (Path(folder) / 'scheduler').is_dir():
-        released = checkpoint.read_json(folder, 'scheduler', 'scheduler_config.json')
+        released = diffusers_layout.read_json(folder, 'scheduler', 'scheduler_config.json')
         fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
     return dataclasses.replace(cfg, **fields)

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from matrix_jax import config, convert, released, sharding, worlds
-from matrix_jax.benchmark import compiled, floor, floor_cogvideox, floor_wan, int8, subject
+from matrix_jax import config, worlds
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion, converter
+from matrix_jax.benchmark import compiled, int8, roofline, roofline_cogvideox, roofline_wan, target
 from matrix_jax.nn import conv3d
-from matrix_jax.train import dry
+from matrix_jax.train import dry_run
 from matrix_jax.vae import cogvideox, wan
 
 WIDE = 24       # channels, enough for the detours of the CPU
@@ -92,36 +94,36 @@ def test_a_count_follows_the_sizes():
 def test_the_floor_is_what_the_network_multiplies():
     """The recipes of the released size, as derived by hand."""
     cfg = config.load('the_matrix:STAGE4').world
-    frames = floor.frames(cfg)
-    found = {part: work / frames / 1e12 for part, work in floor.flops(cfg).items()}
+    frames = roofline.frames(cfg)
+    found = {part: work / frames / 1e12 for part, work in roofline.flops(cfg).items()}
     tokens, video, d = 9 * 30 * 45 + 226, 9 * 30 * 45, 1920
     blocks = 30 * (12 * tokens * d**2 + 2 * tokens**2 * d) + 15 * 2 * video * d**2
     assert found['dit'] == pytest.approx(2 * blocks / frames / 1e12, rel=1e-3)
     assert found == {'dit': pytest.approx(9.2, rel=0.1), 'vae': pytest.approx(6.4, rel=0.1)}
     # As published, keys and values of control are made for every token, and masked.
-    literal = floor_cogvideox.dit(cfg.dit, 9, 60, 90, literal=True) / frames / 1e12
+    literal = roofline_cogvideox.dit(cfg.dit, 9, 60, 90, literal=True) / frames / 1e12
     assert found['dit'] < 0.8 * literal
 
 
 def test_the_floor_of_keyboard_and_mouse():
     """The published size, as derived by hand: blocks of 3 frames of 22 x 40 sites that see 6."""
     run = config.load('matrix_game_2:UNIVERSAL')
-    found = floor.flops(run.world)
+    found = roofline.flops(run.world)
     q, k, d, m = 3 * 880, 6 * 880, 1536, 1024
     layer = 6 * q * d**2 + 2 * q * k * d + 2 * q * 257 * d + 2 * q * d * 8960
     acting = q * m * (4 * d + 4 * m + 4 * 6)
     assert found['dit'] == pytest.approx(4 * 2 * (30 * layer + 15 * acting), rel=3e-3)
-    assert floor.frames(run.world) == 12
+    assert roofline.frames(run.world) == 12
     # One H200 at 80 % of its data sheet: the figure that the page on performance names.
-    assert floor.bounds(run.world, run.mesh, 791.2e12, 450e9)['fps'] == pytest.approx(150, abs=1)
+    assert roofline.bounds(run.world, run.mesh, 791.2e12, 450e9)['fps'] == pytest.approx(150, abs=1)
 
 
 @pytest.mark.parametrize('recipe', ['matrix_game_2:UNIVERSAL', 'matrix_game_2:TEMPLERUN'])
 def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
     """At the published widths, in two layers, of small frames."""
     small = config.load(recipe, ['--world.height', '64', '--world.width', '96'])
-    cfg = released.shorten(small.world, layers=2)
-    least = floor.flops(cfg)
+    cfg = converter.shorten(small.world, layers=2)
+    least = roofline.flops(cfg)
     for part, work in compiled.flops_of(cfg).items():
         assert work == pytest.approx(least[part], rel=0.05), part
 
@@ -133,16 +135,16 @@ def test_a_guided_stream_counts_no_guidance_where_it_has_none():
     plain = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, action_guidance=1.0))
     guided, plain = (compiled.flops_of(one)['dit'] for one in (cfg, plain))
     assert guided == pytest.approx(9 / 5 * plain, rel=0.01)
-    assert plain == pytest.approx(5 * floor_wan.dit(cfg.dit, 1, 4, 6), rel=0.15)
+    assert plain == pytest.approx(5 * roofline_wan.dit(cfg.dit, 1, 4, 6), rel=0.15)
 
 
 def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
     cfg = config.load('the_matrix:TINY', ['--world.height', '64', '--world.width', '96']).world
     (work, read), (anew, before) = compiled.weigh(cfg)
-    for part, least in floor.flops(cfg).items():
+    for part, least in roofline.flops(cfg).items():
         assert 1 <= work[part] / least < 1.1, part
     assert work['dit'] < anew['dit'] and work['vae'] == anew['vae']
-    shapes = convert.flatten(subject.parts(worlds.build(cfg))['transformer'])
+    shapes = conversion.flatten(target.parts(worlds.build(cfg))['transformer'])
     made = [path for path in shapes if re.search(
         '^text/|^time_embedding|^control_embedding|^modulation_out|norm[12]/linear|'
         'control/attention/(key|key_norm|value)/', path)]
@@ -154,15 +156,15 @@ def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
 def test_what_devices_send_depends_on_whether_heads_divide():
     net = config.load('the_matrix:STAGE4').world.dit
     tokens, d = 9 * 1350, 1920
-    kind, sent = floor_cogvideox.exchanged(net, 9, 60, 90, 6)
+    kind, sent = roofline_cogvideox.exchanged(net, 9, 60, 90, 6)
     assert kind == 'heads' and sent == 30 * 4 * (tokens / 6 + 38) * d * 2 * 5 / 6
-    kind, sent = floor_cogvideox.exchanged(net, 9, 60, 90, 8)
+    kind, sent = roofline_cogvideox.exchanged(net, 9, 60, 90, 8)
     assert kind == 'keys' and sent == 30 * 2 * (9 * 169 + 29) * d * 2 * 7
     # 12 heads, and 880 sites of which blocks of 3 frames see those of 6.
     net, d = config.load('matrix_game_2:UNIVERSAL').world.dit, 1536
-    kind, sent = floor_wan.exchanged(net, 3, 44, 80, 4)
+    kind, sent = roofline_wan.exchanged(net, 3, 44, 80, 4)
     assert kind == 'heads' and sent == 30 * 2 * (3 + 6) * 220 * d * 2 * 3 / 4
-    kind, sent = floor_wan.exchanged(net, 3, 44, 80, 5)
+    kind, sent = roofline_wan.exchanged(net, 3, 44, 80, 5)
     assert kind == 'keys' and sent == 30 * 2 * 6 * 176 * d * 2 * 4
 
 
@@ -186,8 +188,8 @@ MATRIX = dataclasses.replace(config.load('the_matrix:TINY').world.vae, block_out
 
 
 @pytest.mark.parametrize('net, count, cfg, latents', [
-    (cogvideox, floor_cogvideox, MATRIX, 2), (wan, floor_wan, wan.PRESETS['tiny'], 3),
-    (wan, floor_wan, dataclasses.replace(wan.PRESETS['tiny'], chunk=1), 2)],
+    (cogvideox, roofline_cogvideox, MATRIX, 2), (wan, roofline_wan, wan.PRESETS['tiny'], 3),
+    (wan, roofline_wan, dataclasses.replace(wan.PRESETS['tiny'], chunk=1), 2)],
     ids=['the_matrix', 'matrix_game_2', 'chunks'])
 @pytest.mark.parametrize('parts, dtype', [(6, 'bfloat16'), (5, 'float32')])
 def test_rows_that_devices_send_are_those_of_the_program(net, count, cfg, latents, parts, dtype):
@@ -204,15 +206,15 @@ def test_rows_that_devices_send_are_those_of_the_program(net, count, cfg, latent
 def test_what_bounds_a_mesh():
     """Uneven rows and tokens leave work to the first device; parts of a pipeline overlap."""
     cfg = config.load('the_matrix:STAGE4').world
-    work, both = floor.flops(cfg), [config.Mesh(seq=8), config.Mesh(pipeline='6dit_2vae')]
-    whole, split = (floor.bounds(cfg, mesh, 1e15, 450e9) for mesh in both)
+    work, both = roofline.flops(cfg), [config.Mesh(seq=8), config.Mesh(pipeline='6dit_2vae')]
+    whole, split = (roofline.bounds(cfg, mesh, 1e15, 450e9) for mesh in both)
     assert whole['vae']['seconds'] == pytest.approx(work['vae'] * 8 / 60 / 1e15)
     assert whole['dit']['seconds'] == pytest.approx(work['dit'] * 1550 / 12376 / 1e15)
     assert split['vae']['seconds'] == pytest.approx(work['vae'] / 2 / 1e15)
     assert split['fps'] == 8 / (split['vae']['seconds'] + split['vae']['sending'])
     assert whole['fps'] == 8 / sum(whole[part][what] for part in work
                                    for what in ('seconds', 'sending'))
-    alone = floor.bounds(cfg, config.Mesh(), 1e15, 450e9)
+    alone = roofline.bounds(cfg, config.Mesh(), 1e15, 450e9)
     assert alone['fps'] == pytest.approx(8 / (sum(work.values()) / 1e15))
     assert not alone['dit']['bytes'] and not alone['vae']['bytes']
 
@@ -231,7 +233,7 @@ def test_a_loop_within_a_loop_of_one_turn_counts():
         return jax.lax.scan(inner, x, jnp.ones((5, 8, 8)))[0], None
 
     for turns in (1, 3):
-        work = dry.flops(lambda x, n=turns: jax.lax.scan(outer, x, length=n)[0], np.ones((8, 8)))
+        work = dry_run.flops(lambda x, n=turns: jax.lax.scan(outer, x, length=n)[0], np.ones((8, 8)))
         assert work == pytest.approx(turns * 5 * 2 * 8**3, rel=0.05)
 
 
@@ -244,7 +246,7 @@ def test_a_count_takes_no_detour_of_the_cpu(function, taps):
         return (jax.ShapeDtypeStruct((1, 6, 8, 8, WIDE), dtype),
                 jax.ShapeDtypeStruct((*taps, WIDE, WIDE), dtype))
 
-    counted, half = (dry.flops(function, *given(dtype)) for dtype in ('float32', 'bfloat16'))
+    counted, half = (dry_run.flops(function, *given(dtype)) for dtype in ('float32', 'bfloat16'))
     assert counted == half
     pixels = np.prod(jax.eval_shape(function, *given('float32')).shape[1:4])
     assert 0.8 < counted / (2 * pixels * np.prod(taps) * WIDE**2) <= 1      # without the borders
@@ -275,10 +277,10 @@ def test_the_second_compilation_reads_the_first():
 def test_random_parameters_keep_variances_and_lie_where_they_belong():
     world = worlds.build(config.load('the_matrix:TINY').world)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1, 1), ('data', 'fsdp', 'tensor', 'seq'))
-    params = subject.draw(world, mesh)
+    params = target.draw(world, mesh)
     kernel = params['transformer']['steered']['block']['mlp']['up']['kernel']
     assert kernel.std() * kernel.shape[1] ** 0.5 == pytest.approx(1, abs=0.05)
     assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
     assert set(params['vae']) == {'decoder'}
-    np.testing.assert_array_equal(subject.draw(world, mesh)['transformer']['out']['kernel'],
+    np.testing.assert_array_equal(target.draw(world, mesh)['transformer']['out']['kernel'],
                                   params['transformer']['out']['kernel'])

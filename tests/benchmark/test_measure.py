@@ -5,13 +5,13 @@ import types
 import numpy as np
 import pytest
 
-from matrix_jax import controls
+from matrix_jax.controls import driving
 from matrix_jax.benchmark import measure, report
-from matrix_jax.benchmark import subject as subjects
+from matrix_jax.benchmark import target as subjects
 from matrix_jax.stream import causal, swin
 
 FRAMES = 2
-OTHER = controls.SYMBOLS.index('DL')
+OTHER = driving.SYMBOLS.index('DL')
 
 
 class Delayed:
@@ -39,7 +39,7 @@ class Delayed:
 
 def example(groups=4, filling=0):
     cfg = types.SimpleNamespace(stream=swin.Config(groups=groups, group_frames=1, steps=groups))
-    world = types.SimpleNamespace(cfg=cfg, vocabulary=controls.Symbols(), filling=filling)
+    world = types.SimpleNamespace(cfg=cfg, vocabulary=driving.Symbols(), filling=filling)
     return subjects.Subject('x', world, {}, None, None, None, True)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from matrix_jax import video
-from matrix_jax.data import footage, gather
+from matrix_jax.data import footage, ingest
 from matrix_jax.data.records import NULL, RecordError, Shard
 from tests.test_tools import run
 
@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 def make(folder, out, workers=1, **settings):
     sources = footage.find(folder, 'Footage.')
-    return gather.run(footage.Footage(**SIZE, **settings), folder, sources, out, workers)
+    return ingest.run(footage.Footage(**SIZE, **settings), folder, sources, out, workers)
 
 
 @pytest.fixture(scope='module')
@@ -133,7 +133,7 @@ def test_the_same_files_make_the_same_bytes(folder, made, tmp_path):
 
 
 def test_a_restart_makes_only_what_is_missing(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(gather, 'SHARD_FILES', 2)
+    monkeypatch.setattr(ingest, 'SHARD_FILES', 2)
     first = make(folder, tmp_path, held_out=0.375)
     before = contents(tmp_path)
     assert [name for name in sorted(before) if name.endswith('record')] == [
@@ -153,9 +153,9 @@ def test_a_restart_makes_only_what_is_missing(folder, tmp_path, monkeypatch):
 
 
 def test_a_video_is_in_one_split():
-    sources = [gather.Source(f'{name}.mp4', start=start)
+    sources = [ingest.Source(f'{name}.mp4', start=start)
                for name in 'abcdefghij' for start in (0, 9)]
-    groups = list(gather._groups(sources, [1] * 20, 0.3))
+    groups = list(ingest._groups(sources, [1] * 20, 0.3))
     paths = {split: {one.path for which, _, group in groups if which == split for one in group}
              for split in ('train', 'heldout')}
     assert len(paths['heldout']) == 3 and not paths['heldout'] & paths['train']

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from matrix_jax import video
-from matrix_jax.controls import SYMBOLS
-from matrix_jax.data import gather, index
+from matrix_jax.controls.driving import SYMBOLS
+from matrix_jax.data import index, ingest
 from matrix_jax.data.records import NULL, Shard
 
 
@@ -50,7 +50,7 @@ def test_every_malformed_entry_is_named(tmp_path):
              {**GOOD, 'control_signal_seq': 'D,XX'}, {'path': 'b.mp4'}, 'a.mp4',
              {**GOOD, 'control_signal_seq': None, 'valid_frame_idx': 1.5}, {**GOOD, 'path': ' '},
              {**GOOD, 'control_signal_seq': ''}, {**GOOD, 'valid_frame_idx': True}]
-    with pytest.raises(gather.GatherError) as error:
+    with pytest.raises(ingest.GatherError) as error:
         index.read(listing(tmp_path, *wrong))
     said = str(error.value)
     for part in ('entry 0: path: got 5, expected a string', 'entry 1: valid_frame_idx: got -1, ',
@@ -68,14 +68,14 @@ def test_every_malformed_entry_is_named(tmp_path):
     ('{"list": 3}', 'expected {"list"'), ('{}', 'expected {"list"')])
 def test_what_is_no_index_is_refused(tmp_path, text, said):
     (tmp_path / 'index.json').write_text(text)
-    with pytest.raises(gather.GatherError, match=said):
+    with pytest.raises(ingest.GatherError, match=said):
         index.read(tmp_path / 'index.json')
-    with pytest.raises(gather.GatherError, match='none.json: No such file'):
+    with pytest.raises(ingest.GatherError, match='none.json: No such file'):
         index.read(tmp_path / 'none.json')
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(gather.GatherError, match='--frames: got 16, expected 1'):
+    with pytest.raises(ingest.GatherError, match='--frames: got 16, expected 1'):
         index.Index(32, 48, frames=16)
 
 
@@ -91,7 +91,7 @@ def test_entries_become_the_clips_that_they_mean(tmp_path):
                {'path': 'videos/gone.mp4', 'caption': 'A road.'}]
     sources = index.read(listing(tmp_path, *entries))
     settings = index.Index(32, 48, frames=9, held_out=0.0)
-    report = gather.run(settings, tmp_path, sources, tmp_path / 'out')
+    report = ingest.run(settings, tmp_path, sources, tmp_path / 'out')
     assert (report.clips, list(report.skipped)) == (2, ['videos/gone.mp4'])
     shard = Shard(tmp_path / 'out' / 'train-00000.array_record')
     labelled, unlabelled = shard[0], shard[1]

@@ -12,7 +12,7 @@ import pytest
 from einops import rearrange
 from safetensors import safe_open
 
-from matrix_jax.convert import ConversionError, flatten, to_jax, to_torch, unflatten
+from matrix_jax.weights.conversion import ConversionError, flatten, to_jax, to_torch, unflatten
 from matrix_jax.dit import cogvideox
 from matrix_jax.dit.actions import ControlEmbedding, log_counts
 from matrix_jax.nn.linear import Linear, quantize

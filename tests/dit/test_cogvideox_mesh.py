@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import sharding
-from matrix_jax.benchmark import floor_cogvideox
+from matrix_jax.parallel import sharding
+from matrix_jax.benchmark import roofline_cogvideox
 from matrix_jax.benchmark.compiled import collectives, sent
 from matrix_jax.config import Mesh
 from matrix_jax.dit import cogvideox
@@ -84,7 +84,7 @@ def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alo
         assert not found
         return
     assert found == expected(MESHES[mesh])
-    what, attention = floor_cogvideox.exchanged(CFG, FRAMES, ROWS, COLUMNS, mesh.seq)
+    what, attention = roofline_cogvideox.exchanged(CFG, FRAMES, ROWS, COLUMNS, mesh.seq)
     padded = -(-PLACES // mesh.seq) * (mesh.seq - 1)
     prediction = 4 * FRAMES * padded * CFG.patch ** 2 * CFG.channels
     assert what == MESHES[mesh]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matrix_jax.convert import flatten, to_jax, to_torch
+from matrix_jax.weights.conversion import flatten, to_jax, to_torch
 from matrix_jax.dit import wan
 from matrix_jax.dit.wan_actions import Actions, grouped
 

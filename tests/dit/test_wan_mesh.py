@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import convert, sharding
-from matrix_jax.benchmark import floor_wan
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion
+from matrix_jax.benchmark import roofline_wan
 from matrix_jax.benchmark.compiled import collectives, sent
 from matrix_jax.config import Mesh
 from matrix_jax.dit import wan
@@ -37,7 +38,7 @@ def given():
 
 def place(params, mesh):
     """Parameters as a world lays them out."""
-    axes = convert.axes(wan.weights(CFG))
+    axes = conversion.axes(wan.weights(CFG))
     return jax.device_put(params, sharding.shardings(axes, params, mesh))
 
 
@@ -96,7 +97,7 @@ def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given,
     counts = {kind: one['count'] for kind, one in found.items()}
     assert counts == (trades if mesh.seq == 2 else {'all-gather': CFG.layers + 1})
     # The bytes are those that the page on performance counts with.
-    what, attention = floor_wan.exchanged(CFG, BLOCK, 4, 6, mesh.seq)
+    what, attention = roofline_wan.exchanged(CFG, BLOCK, 4, 6, mesh.seq)
     prediction = 4 * BLOCK * -(-6 // mesh.seq) * (mesh.seq - 1) * CFG.patch ** 2 * CFG.channels
     assert what == ('heads' if mesh.seq == 2 else 'keys')
     assert sent(found) == pytest.approx(BATCH // mesh.data * (attention + prediction))

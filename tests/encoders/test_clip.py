@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.encoders import clip
 
 TINY = clip.PRESETS['tiny']
@@ -47,10 +47,10 @@ def test_whole_clip_config_and_checkpoint():
     released = {'text_config': TINY.to_released(), 'vision_config': {}, 'projection_dim': 8}
     assert clip.Config.from_released(released) == cfg
     params = init(cfg)
-    torch = convert.to_torch(clip.weights(cfg), params)
+    torch = conversion.to_torch(clip.weights(cfg), params)
     torch |= {'logit_scale': np.float32(1), 'visual_projection.weight': np.zeros((8, 8)),
               'vision_model.encoder.layers.0.mlp.fc1.bias': np.zeros(3)}
-    again = convert.to_jax(clip.weights(cfg), torch, clip.shapes(cfg))
+    again = conversion.to_jax(clip.weights(cfg), torch, clip.shapes(cfg))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.encoders import clip_image as clip
 
 TINY = clip.PRESETS['tiny']
@@ -52,23 +52,23 @@ def test_tokens_tell_pictures_and_places_apart():
 
 def test_weights_round_trip_without_what_is_not_used():
     table = clip.weights(TINY)
-    tensors = convert.to_torch(table, params())
+    tensors = conversion.to_torch(table, params())
     assert tensors['visual.transformer.1.attn.to_qkv.weight'].shape == (48, 16)
     assert not any(name.startswith('visual.transformer.2.') for name in tensors)
     more = {name: np.zeros(3) for name in (
         'visual.transformer.2.norm1.bias', 'visual.post_norm.weight', 'visual.head', 'log_scale',
         'textual.token_embedding.weight')}
-    back = convert.to_jax(table, tensors | more, clip.shapes(TINY))
+    back = conversion.to_jax(table, tensors | more, clip.shapes(TINY))
     assert all(np.array_equal(leaf, again) for leaf, again in zip(
         jax.tree.leaves(back), jax.tree.leaves(params()), strict=True))
-    with pytest.raises(convert.ConversionError, match='unknown key visual.transformer.3.norm1'):
-        convert.to_jax(table, tensors | {'visual.transformer.3.norm1.bias': np.zeros(16)})
+    with pytest.raises(conversion.ConversionError, match='unknown key visual.transformer.3.norm1'):
+        conversion.to_jax(table, tensors | {'visual.transformer.3.norm1.bias': np.zeros(16)})
 
 
 def test_released_sizes_and_config():
     cfg = clip.PRESETS['vit_h_14']
     assert cfg.tokens == 257
-    rows = [row for row in clip.weights(cfg) if isinstance(row, convert.Row)]
+    rows = [row for row in clip.weights(cfg) if isinstance(row, conversion.Row)]
     assert sum(len(row.keys()) for row in rows) == 5 + 31 * 12
     released = json.loads(json.dumps(cfg.to_released()))
     assert clip.Config.from_released(released | {'out_dim': 1024}) == cfg

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import convert, sharding
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.encoders import t5
@@ -44,9 +45,9 @@ def params():
 
 
 def test_table_covers_the_tree_and_the_tied_copy_is_dropped(params):
-    torch = convert.to_torch(t5.weights(TINY), params)
+    torch = conversion.to_torch(t5.weights(TINY), params)
     torch['encoder.embed_tokens.weight'] = torch['shared.weight']
-    again = convert.to_jax(t5.weights(TINY), torch, t5.shapes(TINY))
+    again = conversion.to_jax(t5.weights(TINY), torch, t5.shapes(TINY))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 
 

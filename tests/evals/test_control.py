@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.controls import SYMBOLS
+from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.evals import control
 
 CFG = control.Config(widths=(8, 16), hidden=16, steps=100, batch=16, learning_rate=5e-3)

@@ -12,12 +12,12 @@ import pytest
 from matrix_jax.config import UsageError
 from matrix_jax.data.carracing import Game, record
 from matrix_jax.data.records import SUFFIX, write_shard
-from matrix_jax.evals import control, driving, report, tables
+from matrix_jax.evals import carracing, control, report, tables
 from matrix_jax.evals.scripted import SCRIPTS
 from tests.evals.test_video import World
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'evaluate.py'
-CFG = driving.Config(seconds=2, drive_seconds=1, long_seconds=2, streams=2, clips=1, clip_frames=33,
+CFG = carracing.Config(seconds=2, drive_seconds=1, long_seconds=2, streams=2, clips=1, clip_frames=33,
                     times=(1.0, 2.0),
                     probe=control.Config(widths=(4, 8), hidden=8, steps=2, batch=4))
 

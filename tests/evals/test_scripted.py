@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from matrix_jax.controls import SYMBOLS
+from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.data.carracing import Game
 from matrix_jax.evals import driver, scripted
 

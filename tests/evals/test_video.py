@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import controls
+from matrix_jax.controls import driving
 from matrix_jax.evals import video
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import Decoder, Stream
@@ -16,7 +16,7 @@ from matrix_jax.stream.base import Decoder, Stream
 class World:
     """Latents are every fourth frame, and frames are latents shown four times."""
 
-    vocabulary = controls.Symbols()
+    vocabulary = driving.Symbols()
 
     def __init__(self, **stream):
         self.cfg = SimpleNamespace(fps=16, clip=None, stream=swin.Config(**stream))

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import sharding
-from matrix_jax.mesh import Mesh
+from matrix_jax.parallel import sharding
+from matrix_jax.parallel.mesh import Mesh
 from matrix_jax.nn.attention import MultiHead, attention, route, self_attention
 
 

@@ -9,8 +9,8 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from matrix_jax import convert
-from matrix_jax.checkpoint import CheckpointError
+from matrix_jax.weights import conversion
+from matrix_jax.weights.diffusers_layout import CheckpointError
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.nn import lora
 
@@ -33,19 +33,19 @@ def params():
 
 def adapter(rank=4, alpha=2.0):
     made, draw = lora.init(TABLE, SHAPES, rank, alpha, seed=0), whole(1)
-    flat = convert.flatten(made)
-    return convert.unflatten({path: leaf if path.endswith('alpha') else draw(leaf.shape)
+    flat = conversion.flatten(made)
+    return conversion.unflatten({path: leaf if path.endswith('alpha') else draw(leaf.shape)
                               for path, leaf in flat.items()})
 
 
 def torch_weights(tree):
-    return convert.to_torch(TABLE, jax.tree.map(np.asarray, tree))
+    return conversion.to_torch(TABLE, jax.tree.map(np.asarray, tree))
 
 
 def test_a_fresh_adapter_changes_nothing_and_spares_the_control_blocks():
     fresh = lora.init(TABLE, SHAPES, 4, 4.0, seed=0)
     jax.tree.map(np.testing.assert_array_equal, lora.merge(params(), fresh), params())
-    flat = convert.flatten(fresh)
+    flat = conversion.flatten(fresh)
     assert {path.rpartition('/')[0] for path in flat} == {
         f'{block}/attention/{name}' for block in ('before', 'steered/block', 'after')
         for name in ('query', 'key', 'value', 'out')}
@@ -157,7 +157,7 @@ PAIR = (np.ones((2, 32), np.float32), np.ones((32, 2), np.float32))
 ], ids=range(11))
 def test_a_file_that_does_not_fit_is_named(tmp_path, tensors, settings, said):
     folder = peft(tmp_path, tensors, settings)
-    with pytest.raises(convert.ConversionError) as error:
+    with pytest.raises(conversion.ConversionError) as error:
         lora.read(folder, TABLE, SHAPES)
     assert said in str(error.value) and str(error.value).startswith(f'{folder}/adapter_model')
 
@@ -174,8 +174,8 @@ def test_a_file_that_is_none_is_named(tmp_path):
 
 
 def test_letters_of_an_adapter_are_those_of_its_kernels():
-    found = convert.flatten(lora.axes(convert.axes(TABLE)))
-    flat = convert.flatten(adapter())
+    found = conversion.flatten(lora.axes(conversion.axes(TABLE)))
+    flat = conversion.flatten(adapter())
     assert {path: len(found[path]) for path in flat} == {p: leaf.ndim for p, leaf in flat.items()}
     assert found['after/attention/out/a'] == ('layers', 'k', '_')
     assert found['after/attention/out/b'] == ('layers', '_', 'd')

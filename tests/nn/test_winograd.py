@@ -3,9 +3,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import sharding
+from matrix_jax.parallel import sharding
 from matrix_jax.config import Mesh
-from matrix_jax.nn import conv3d, rows, winograd
+from matrix_jax.nn import conv3d, winograd
+from matrix_jax.parallel import spatial
 from tests.nn.test_conv3d import direct, normal, spatial_pad
 
 WIDE = 24       # channels, enough for the detour
@@ -83,7 +84,7 @@ def test_split_rows_are_the_whole():
 
     want = network(params, None, x)[1]
     with jax.set_mesh(sharding.make_mesh(Mesh(seq=4))):
-        run = jax.jit(lambda params, x: rows.split(network, params, None, x)[1])
+        run = jax.jit(lambda params, x: spatial.split(network, params, None, x)[1])
         program = run.lower(params, x).compile()
         np.testing.assert_allclose(program(params, x), want, atol=1e-6 * np.abs(want).max())
     assert program.as_text().count(' collective-permute(') <= 4

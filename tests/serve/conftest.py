@@ -14,9 +14,9 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from matrix_jax import config, worlds
-from matrix_jax.serve import app, run
-from matrix_jax.serve.session import HEADER
-from matrix_jax.serve.slots import Slots
+from matrix_jax.serve.web import app, server as run
+from matrix_jax.serve.runtime.session import HEADER
+from matrix_jax.serve.runtime.batched_stream import Slots
 
 JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 7}
 

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from matrix_jax import video
-from matrix_jax.serve import replay
-from matrix_jax.serve.app import to_jpeg
+from matrix_jax.serve.runtime import session_log
+from matrix_jax.serve.web.app import to_jpeg
 
 SIGHT = """const c = document.getElementById('canvas');
            return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"""
@@ -137,7 +137,7 @@ def left_and_right_differ(page, slots, folder):
         page.keys.key_up(key).perform()
         drive = page.log()
         assert drive.symbols[-1] == symbol
-        made = np.stack(list(replay.frames(slots.blank(), folder, drive)))
+        made = np.stack(list(session_log.frames(slots.blank(), folder, drive)))
         last = np.asarray(Image.open(io.BytesIO(to_jpeg(made[-1])))).astype(int)
         page.server.until(lambda: np.abs(
             np.reshape(page.sight(), (*last.shape[:2], 4))[..., :3] - last).mean() < 1)
@@ -170,7 +170,7 @@ def files_go_and_come(page, picture):
     page.click('save')
     saved, before = page.downloaded('drive.world'), page.log()
     page.click('log')
-    assert replay.loads(page.downloaded('session.json').read_text()) == before
+    assert session_log.loads(page.downloaded('session.json').read_text()) == before
     page.click('restart')
     page.says('status', 'A new drive.')
     assert page.log() != before

@@ -13,7 +13,8 @@ import pytest
 from websockets.sync.client import connect
 
 from matrix_jax import config
-from matrix_jax.serve import cluster, run
+from matrix_jax.serve.cluster import workers
+from matrix_jax.serve.web import server
 from tests.serve.conftest import Player
 
 # Not imported before `cluster` has said how it is to start.
@@ -70,9 +71,9 @@ def test_a_player_outlives_its_world(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     monkeypatch.setenv('RAY_ADDRESS', 'local')
     with socket.create_server(('127.0.0.1', 0)) as free:
-        cfg = run.Config(players=1, port=free.getsockname()[1])
+        cfg = server.Config(players=1, port=free.getsockname()[1])
     recipe = dataclasses.replace(config.load('the_matrix:TINY'), weights=str(tiny))
-    with cluster.running(recipe, cfg, cluster.Config(1, 2, cpus=0.1, drain=0.5)) as book:
+    with workers.running(recipe, cfg, workers.Config(1, 2, cpus=0.1, drain=0.5)) as book:
         import ray
         player, worlds = Patient(Door(cfg.port), seed=5), replicas()
         assert len(worlds) == 1
@@ -96,10 +97,10 @@ def test_a_player_outlives_its_world(tiny, tmp_path, monkeypatch):
         first = kept.address
         ray.kill(ray.get_actor(worlds[0], 'serve'))
         dead, kept = time.monotonic(), ray.get(book.find.remote(token))
-        assert kept.address == first and dead - kept.taken <= cluster.LOST_SECONDS
+        assert kept.address == first and dead - kept.taken <= workers.LOST_SECONDS
         assert 'lost' in player.wait('waiting')['message']
         played = (max(player.frames) + 1 - shifts(kept.data) * per) / player.welcome['fps']
-        assert played <= cluster.LOST_SECONDS
+        assert played <= workers.LOST_SECONDS
         player.frames.clear()
         again = player.wait('welcome')
         assert again['resumed'] and again['session'] == token and again['seed'] == 5
@@ -114,11 +115,11 @@ def test_which_cluster_is_joined(tmp_path, monkeypatch):
     monkeypatch.setenv('RAY_TMPDIR', str(tmp_path))
     monkeypatch.setenv('TMPDIR', str(tmp_path))
     monkeypatch.delenv('RAY_ADDRESS', raising=False)
-    assert not cluster.joins()
+    assert not workers.joins()
     (tmp_path / 'ray').mkdir()
     (tmp_path / 'ray' / 'ray_current_cluster').write_text('10.0.0.1:6379')
-    assert cluster.joins()
+    assert workers.joins()
     monkeypatch.setenv('RAY_ADDRESS', 'local')
-    assert not cluster.joins()
+    assert not workers.joins()
     monkeypatch.setenv('RAY_ADDRESS', '10.0.0.2:6379')
-    assert cluster.joins()
+    assert workers.joins()

@@ -7,9 +7,11 @@ import time
 import pytest
 
 from matrix_jax.config import UsageError
-from matrix_jax.serve import cluster, front, relay, replay, run, worldfile
-from matrix_jax.serve.app import to_jpeg
-from matrix_jax.serve.book import Book
+from matrix_jax.serve.cluster import gateway, proxy, workers
+from matrix_jax.serve.runtime import session_log, snapshot
+from matrix_jax.serve.web import server
+from matrix_jax.serve.web.app import to_jpeg
+from matrix_jax.serve.cluster.registry import Book
 
 SECRET = 'secret1234'
 
@@ -34,9 +36,9 @@ def number(text, name):
 @pytest.fixture
 def town(slots, tiny, serving, monkeypatch):
     """A front on a free port, with `book` and two `places`; the first free one is taken."""
-    monkeypatch.setattr(cluster, 'SAVE_SECONDS', 0.2)
-    cfg, book = run.Config(players=slots.count, grace=1.0), Book(places=4)
-    places = [cluster.Place(slots.blank(), tiny, 'the_matrix:TINY', cfg, SECRET, Local(book),
+    monkeypatch.setattr(workers, 'SAVE_SECONDS', 0.2)
+    cfg, book = server.Config(players=slots.count, grace=1.0), Book(places=4)
+    places = [workers.Place(slots.blank(), tiny, 'the_matrix:TINY', cfg, SECRET, Local(book),
                             '127.0.0.1') for _ in range(2)]
     gone = []
 
@@ -55,7 +57,7 @@ def town(slots, tiny, serving, monkeypatch):
         gone.append(place)
         place.server.house.loop.call_soon_threadsafe(die)
 
-    door = serving(front=front.Front(Local(book), lease, SECRET))
+    door = serving(front=gateway.Front(Local(book), lease, SECRET))
     door.book, door.places, door.kill = book, places, kill
     yield door
     door.opened.close()
@@ -109,19 +111,19 @@ def test_files_pass_piece_by_piece(town, monkeypatch):
     player = town.join()
     limit = town.places[0].server.world_bytes
     assert town.book.where(player.welcome['session']) == (town.places[0].address, limit)
-    sizes, sent = [], relay.sent
+    sizes, sent = [], proxy.sent
 
     def measured(*given):
         for piece in sent(*given):
             sizes.append(len(piece))
             yield piece
-    monkeypatch.setattr(relay, 'sent', measured)
+    monkeypatch.setattr(proxy, 'sent', measured)
     assert player.ask('world', bytes(2**22))[0] == 422           # the world has judged it
     assert sum(sizes) == 2**22 and max(sizes) <= 2**18
     town.book.open(town.places[0].address, 2**20)                # as if this were its limit
     status, said = player.ask('world', bytes(2**20 + 1))
     assert status == 413 and b'at most 1048576 bytes' in said
-    monkeypatch.setattr(front, 'FILES', 0)
+    monkeypatch.setattr(gateway, 'FILES', 0)
     assert player.ask('replay')[0] == 503
     assert town.server._moving == 0 and player.ask('unknown.file')[0] == 404
 
@@ -143,8 +145,8 @@ def test_a_lost_house_loses_no_player(town, slots, tiny):
     log = json.loads(player.ask('replay')[1])
     assert log['seed'] == saved['seed'] and log['start'] == saved['start']
     # it goes on from a moment of the same drive, and each frame is what the drive would have shown
-    made = [to_jpeg(frame) for frame in replay.frames(
-        slots.blank(), tiny, replay.from_json(log))]
+    made = [to_jpeg(frame) for frame in session_log.frames(
+        slots.blank(), tiny, session_log.from_json(log))]
     at = made.index(player.frames[0])
     assert at >= slots.frames
     assert all(made[at + index] == frame for index, frame in player.frames.items()
@@ -178,7 +180,7 @@ def test_a_house_that_closes_hands_its_players_over(town, slots):
 
     def saved():
         data = town.book.find(player.welcome['session']).data
-        return data and worldfile.parse(data, slots.like, slots.fingerprint())[1].to_json()
+        return data and snapshot.parse(data, slots.like, slots.fingerprint())[1].to_json()
     town.until(lambda: saved() == before)
     town.places.reverse()              # the next lease goes to the other one
     place.close()
@@ -233,4 +235,4 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
 @pytest.mark.parametrize('text, said', [('0', 'got 0-0'), ('3-2', 'got 3-2'), ('x', "got 'x'")])
 def test_a_wrong_count_of_worlds_is_refused(text, said):
     with pytest.raises(UsageError, match=said):
-        cluster.Config(*cluster.parse_worlds(text))
+        workers.Config(*workers.parse_worlds(text))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matrix_jax.serve import replay
+from matrix_jax.serve.runtime import session_log
 
 
 @pytest.fixture(scope='module')
@@ -40,13 +40,13 @@ def test_a_player_walks_and_looks_around(serving, slots, tiny):
     assert player.ask('picture', file.getvalue())[0] == 200
     player.wait('state')
     player.watch(24)
-    log = replay.from_json(json.loads(player.ask('replay')[1]))
+    log = session_log.from_json(json.loads(player.ask('replay')[1]))
     assert log.picture and set(log.symbols) == {'W+right:0.05'}
     status, world = player.ask('world')
     assert status == 200 and player.ask('world', world)[0] == 200
     text = server.http('/metrics')[1].decode()
     assert '\nmatrix_jax_recompilations_total 0.0' in text
-    made = np.stack(list(replay.frames(slots.blank(), tiny, log)))
+    made = np.stack(list(session_log.frames(slots.blank(), tiny, log)))
     assert made.shape == (12 * len(log.symbols), 16, 24, 3) and made.std() > 3
 
 
@@ -81,16 +81,16 @@ def test_a_page_offers_the_keys_and_turns_by_a_finger(serving, browser):
 
 
 def test_a_log_of_other_words_is_refused(opened_log, slots):
-    with pytest.raises(replay.ReplayError, match="unknown action 'DL'"):
-        replay.compile_for(slots.world, slots.params, opened_log(['DL']))
-    with pytest.raises(replay.ReplayError, match="got 'right:0.1', expected 'right'"):
-        replay.compile_for(slots.world, slots.params, opened_log(['right:0.1']))
+    with pytest.raises(session_log.ReplayError, match="unknown action 'DL'"):
+        session_log.compile_for(slots.world, slots.params, opened_log(['DL']))
+    with pytest.raises(session_log.ReplayError, match="got 'right:0.1', expected 'right'"):
+        session_log.compile_for(slots.world, slots.params, opened_log(['right:0.1']))
 
 
 @pytest.fixture
 def opened_log(slots):
     """A log of these controls."""
     def log(symbols):
-        return replay.Log('matrix_game_2:TINY', slots.fingerprint(), slots=2, together=1,
+        return session_log.Log('matrix_game_2:TINY', slots.fingerprint(), slots=2, together=1,
                           entry='head', seed=7, prompt='', symbols=symbols)
     return log

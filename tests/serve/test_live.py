@@ -10,8 +10,8 @@ import safetensors.numpy as safetensors
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from matrix_jax.serve import replay, session, worldfile
-from matrix_jax.serve.app import to_jpeg
+from matrix_jax.serve.runtime import session, session_log, snapshot
+from matrix_jax.serve.web.app import to_jpeg
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_a_stream_is_the_same_alone_and_in_company(server, slots, tiny):
     other.watch(8)
     assert any(other.frames[index] != seen[index] for index in set(other.frames) & set(seen))
     # and the log makes the very frames again
-    made = list(replay.frames(slots.blank(), tiny, replay.from_json(log)))
+    made = list(session_log.frames(slots.blank(), tiny, session_log.from_json(log)))
     assert len(made) >= 40
     assert all(to_jpeg(made[index]) == seen[index] for index in seen if index < len(made))
 
@@ -149,7 +149,7 @@ def test_worlds_are_kept_rewound_saved_and_forked(server):
         422, b'{"error":"world file: not a saved world, or damaged"}')
     long = json.dumps(kept | {'symbols': 'D*1,' * 2_000_000})
     status, said = fork.ask('world', safetensors.save(
-        {}, {'format': worldfile.FORMAT, 'log': long}))
+        {}, {'format': snapshot.FORMAT, 'log': long}))
     assert status == 422 and b'got 2000001 runs of keys, expected at most 262144' in said
     # who asks too often is told so, alone
     server.server.house.sessions[fork.welcome['session']].transfers.level = -20

@@ -11,8 +11,8 @@ from websockets.datastructures import Headers
 from websockets.http11 import Response
 from websockets.sync.server import serve
 
-from matrix_jax.actions import Actions
-from matrix_jax.serve import app, messages
+from matrix_jax.controls.keyboard_mouse import Actions
+from matrix_jax.serve.web import app, protocol
 
 PAGE = (Path(app.__file__).parent / 'player.html').read_bytes()
 WORDS = Actions('universal')
@@ -42,7 +42,7 @@ class Door:
             'world': 'walk', 'fps': 16, 'message': '', 'resumed': False, 'paused': False,
             'kept': False, 'players': 1, 'shift_frames': 12}))
         for text in socket:
-            said = messages.parse(text)
+            said = protocol.parse(text)
             if said['type'] == 'keys':
                 assert self.vocabulary.canonical(said['symbol'])
                 self.symbols.append(said['symbol'])

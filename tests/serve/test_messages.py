@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from matrix_jax.serve import messages
-from matrix_jax.serve.messages import Bucket, MessageError
+from matrix_jax.serve.web import protocol
+from matrix_jax.serve.web.protocol import Bucket, MessageError
 
 
 @pytest.mark.parametrize('message', [
@@ -14,7 +14,7 @@ from matrix_jax.serve.messages import Bucket, MessageError
     {'type': 'leave'},
 ])
 def test_messages_pass(message):
-    assert messages.parse(json.dumps(message)) == message
+    assert protocol.parse(json.dumps(message)) == message
 
 
 @pytest.mark.parametrize('text, said', [
@@ -32,12 +32,12 @@ def test_messages_pass(message):
 ])
 def test_anything_else_does_not(text, said):
     with pytest.raises(MessageError, match=said):
-        messages.parse(text)
+        protocol.parse(text)
 
 
 def test_a_bucket_runs_dry_and_fills(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(messages.time, 'monotonic', lambda: now[0])
+    monkeypatch.setattr(protocol.time, 'monotonic', lambda: now[0])
     bucket = Bucket(rate=2, burst=3)
     assert [bucket.take() for _ in range(4)] == [True, True, True, False]
     now[0] = 0.6

@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from einops import repeat
 
-from matrix_jax import config, generate, sharding
+from matrix_jax import config
+from matrix_jax.parallel import sharding
+from matrix_jax.pipelines import generate
 from matrix_jax.config import Mesh
-from matrix_jax.controls import Symbols
-from matrix_jax.nn import rows
-from matrix_jax.serve import app, replay
-from matrix_jax.serve.engine import Engine, Flight, Seat
-from matrix_jax.serve.meters import Meters
-from matrix_jax.serve.slots import Slots
+from matrix_jax.controls.driving import Symbols
+from matrix_jax.parallel import spatial
+from matrix_jax.serve.runtime import session_log
+from matrix_jax.serve.web import app
+from matrix_jax.serve.runtime.engine import Engine, Flight, Seat
+from matrix_jax.serve.web.metrics import Meters
+from matrix_jax.serve.runtime.batched_stream import Slots
 from matrix_jax.stream.base import Decoder
 from matrix_jax.worlds.the_matrix import World
 
@@ -54,7 +57,7 @@ class Cheap(World):
             return x[:, -1:], y
 
         def step(params, cache, latents):
-            cache, y = rows.split(run, {}, cache, latents * params['vae']['decoder']['scale'])
+            cache, y = spatial.split(run, {}, cache, latents * params['vae']['decoder']['scale'])
             return cache, (jnp.clip(y, 0, 1) * 255).astype(jnp.uint8)
 
         return Decoder(lambda params, latents: step(params, None, latents), step)
@@ -173,7 +176,7 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
             enough.set()
 
     engine = Engine(slots, lambda frame: int(frame.flat[0]))
-    timeline = replay.Log(recipe='', fingerprint='', slots=1, together=1, entry='head', prompt='',
+    timeline = session_log.Log(recipe='', fingerprint='', slots=1, together=1, entry='head', prompt='',
                           seed=0, start='')
     seat = Seat(0, timeline, deliver, None)
     engine.start()

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config, generate, video
-from matrix_jax.serve import replay, worldfile
-from matrix_jax.serve.replay import KeyRuns, Log, ReplayError
-from matrix_jax.serve.worldfile import WorldFileError
+from matrix_jax import config, video
+from matrix_jax.pipelines import generate
+from matrix_jax.serve.runtime import session_log, snapshot
+from matrix_jax.serve.runtime.session_log import KeyRuns, Log, ReplayError
+from matrix_jax.serve.runtime.snapshot import WorldFileError
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def log(slots):
 def test_a_log_survives_json(log):
     written = json.dumps(log.to_json())
     assert '"D*2,DL*1"' in written
-    assert replay.from_json(json.loads(written)) == log
+    assert session_log.from_json(json.loads(written)) == log
 
 
 @pytest.mark.parametrize('change, said', [
@@ -37,7 +38,7 @@ def test_a_log_survives_json(log):
 ])
 def test_a_wrong_log_is_refused(log, change, said):
     with pytest.raises(ReplayError, match=said):
-        replay.from_json(log.to_json() | change)
+        session_log.from_json(log.to_json() | change)
 
 
 def test_runs_of_keys_are_a_list():
@@ -57,16 +58,16 @@ def test_runs_of_keys_are_a_list():
 
 
 def test_a_drive_longer_than_a_file_goes_on_but_is_not_written(log, monkeypatch):
-    monkeypatch.setattr(replay, 'MAX_RUNS', 3)
+    monkeypatch.setattr(session_log, 'MAX_RUNS', 3)
     for symbol in ('B', 'B', 'D'):
         log.symbols.append(symbol)
     assert (len(log.symbols), log.symbols.lost, log.copy().symbols.lost) == (6, 5, 5)
     with pytest.raises(ReplayError, match='more than 3 changes of keys'):
         log.dumps()
     del log.symbols[5:]
-    assert list(replay.loads(log.dumps()).symbols) == ['D', 'D', 'DL', 'B', 'B']
-    monkeypatch.setattr(replay, 'LOG_BYTES', 200)
-    for long in (log.dumps, lambda: replay.loads(' ' * 201)):
+    assert list(session_log.loads(log.dumps()).symbols) == ['D', 'D', 'DL', 'B', 'B']
+    monkeypatch.setattr(session_log, 'LOG_BYTES', 200)
+    for long in (log.dumps, lambda: session_log.loads(' ' * 201)):
         with pytest.raises(ReplayError, match='replay: got a log of .* bytes, expected at most'):
             long()
 
@@ -74,23 +75,23 @@ def test_a_drive_longer_than_a_file_goes_on_but_is_not_written(log, monkeypatch)
 def test_an_older_log_says_nothing_of_a_mesh(log, slots):
     older = log.to_json()
     assert older.pop('mesh') == ''
-    assert replay.from_json(older) == log and not replay.difference(slots, log)
+    assert session_log.from_json(older) == log and not session_log.difference(slots, log)
     assert slots.mesh == 'cpu'
-    assert not replay.difference(slots, dataclasses.replace(log, mesh='cpu'))
-    other = replay.difference(slots, dataclasses.replace(log, mesh='cpu seq=2', entry='tail'))
+    assert not session_log.difference(slots, dataclasses.replace(log, mesh='cpu'))
+    other = session_log.difference(slots, dataclasses.replace(log, mesh='cpu seq=2', entry='tail'))
     assert other.startswith('played with entry tail, now head; mesh cpu seq=2, now cpu: ')
 
 
 def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
-    made = np.stack(list(replay.frames(slots.blank(), tiny, log)))
+    made = np.stack(list(session_log.frames(slots.blank(), tiny, log)))
     assert len(made) == 3 * slots.frames
     other = dataclasses.replace(log, prompts=[])
-    without = np.stack(list(replay.frames(slots.blank(), tiny, other)))
+    without = np.stack(list(session_log.frames(slots.blank(), tiny, other)))
     np.testing.assert_array_equal(made[:slots.frames], without[:slots.frames])
     assert (made != without).any()
     # the same in the last slot, with company, saved in between
     house = slots.blank()
-    condition, _ = house.condition(log.prompt, replay.start_frames(house, tiny, '', None))
+    condition, _ = house.condition(log.prompt, session_log.start_frames(house, tiny, '', None))
     for index in range(3):
         house.write(index, house.begin(condition, 7 if index == 2 else index))
     for shift, symbol in enumerate(log.symbols):
@@ -99,40 +100,40 @@ def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
         assert np.asarray(finite).all()
         np.testing.assert_array_equal(np.asarray(frames)[2],
                                       without[shift * slots.frames:][:slots.frames])
-        data = worldfile.dump(house.read(2), log)
-        house.write(2, worldfile.parse(data, house.like, log.fingerprint)[0])
+        data = snapshot.dump(house.read(2), log)
+        house.write(2, snapshot.parse(data, house.like, log.fingerprint)[0])
         assert (np.asarray(frames)[1] == 0).all() == (shift == 1)
 
 
 def test_a_world_file_that_does_not_fit_is_refused(slots, log, monkeypatch):
     carry = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slots.like)
-    data = worldfile.dump(carry, log)
-    found, known = worldfile.parse(data, slots.like, log.fingerprint)
+    data = snapshot.dump(carry, log)
+    found, known = snapshot.parse(data, slots.like, log.fingerprint)
     assert known == log and jax.tree.structure(found) == jax.tree.structure(slots.like)
     wrong = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2), leaf.dtype), slots.like)
     broken = jax.tree.map(lambda leaf: leaf + np.nan if leaf.dtype.kind == 'f' else leaf, carry)
-    monkeypatch.setattr(worldfile, 'HEADER_BYTES', 4000)
+    monkeypatch.setattr(snapshot, 'HEADER_BYTES', 4000)
     for bad, fingerprint, said in (
             ((5000).to_bytes(8, 'little') + bytes(5000), '', 'a log and names of 5000 bytes'),
             (data, 'other', 'does not fit'), (data[:-9], log.fingerprint, 'damaged'),
             (b'', log.fingerprint, 'damaged'), (b'\xff' * 100, log.fingerprint, 'damaged'),
-            (worldfile.dump(wrong, log), log.fingerprint, 'does not fit this world in'),
-            (worldfile.dump(broken, log), log.fingerprint, 'not finite')):
+            (snapshot.dump(wrong, log), log.fingerprint, 'does not fit this world in'),
+            (snapshot.dump(broken, log), log.fingerprint, 'not finite')):
         with pytest.raises(WorldFileError, match=said):
-            worldfile.parse(bad, slots.like, fingerprint)
+            snapshot.parse(bad, slots.like, fingerprint)
 
 
 def test_a_session_of_another_world_is_not_replayed(opened, log):
     with pytest.raises(ReplayError, match='another world, or with other weights'):
-        replay.compile_for(*opened, dataclasses.replace(log, fingerprint='0'))
+        session_log.compile_for(*opened, dataclasses.replace(log, fingerprint='0'))
     with pytest.raises(ReplayError, match='nothing was played'):
-        replay.compile_for(*opened, dataclasses.replace(log, symbols=[]))
+        session_log.compile_for(*opened, dataclasses.replace(log, symbols=[]))
 
 
 def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, monkeypatch):
     written = tmp_path / 'session.json'
     written.write_text(json.dumps(log.to_json()))
-    monkeypatch.setattr(replay, 'compile_for', lambda *_: slots.blank())
+    monkeypatch.setattr(session_log, 'compile_for', lambda *_: slots.blank())
     options = dict(replay=str(written), prompt=None, control=None, image=None, video=None,
                    pad=None, seed=42, no_overlay=False)
     recipe = dataclasses.replace(config.load('the_matrix:TINY'), weights=str(tiny),

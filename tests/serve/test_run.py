@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from matrix_jax.config import UsageError
-from matrix_jax.serve import run
+from matrix_jax.serve.web import server
 
 
 @pytest.mark.parametrize('fields, said', [
@@ -18,15 +18,15 @@ from matrix_jax.serve import run
 ])
 def test_a_careless_address_is_refused(fields, said):
     with pytest.raises(UsageError, match=said):
-        run.Config(**fields)
+        server.Config(**fields)
 
 
 def test_addresses():
-    assert run.Config().url(8000) == 'http://127.0.0.1:8000/'
-    assert run.Config(host='::', token='a1b2c3d4').url(1) == 'http://[::]:1/?token=a1b2c3d4'
+    assert server.Config().url(8000) == 'http://127.0.0.1:8000/'
+    assert server.Config(host='::', token='a1b2c3d4').url(1) == 'http://[::]:1/?token=a1b2c3d4'
     with socket.create_server(('127.0.0.1', 0)) as taken:
         with pytest.raises(UsageError, match='cannot listen on'):
-            run.listen(run.Config(port=taken.getsockname()[1]))
+            server.listen(server.Config(port=taken.getsockname()[1]))
 
 
 LOGS = """
@@ -34,7 +34,7 @@ import logging, warnings
 from matrix_jax.serve import run
 run.log_to_stderr()
 run.uvicorn_server(None, 1)                            # whose own set-up adds no other lines
-log = logging.getLogger('matrix_jax.serve.house')
+log = logging.getLogger('matrix_jax.serve.runtime.session_manager')
 log.info('session_end', extra={'fields': {'session': 'abc', 'shifts': 3}})
 logging.getLogger('uvicorn.error').error('two\\nlines %s', 'here')
 logging.getLogger('jax').info('not of interest')

@@ -6,10 +6,10 @@ import types
 
 import pytest
 
-from matrix_jax.serve import session
-from matrix_jax.serve.engine import Picture
-from matrix_jax.serve.meters import Meters
-from matrix_jax.serve.session import Session
+from matrix_jax.serve.runtime import session
+from matrix_jax.serve.runtime.engine import Picture
+from matrix_jax.serve.web.metrics import Meters
+from matrix_jax.serve.runtime.session import Session
 
 
 def test_sending_ends_even_if_something_to_send_comes_with_the_end():

@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from matrix_jax import config
-from matrix_jax.serve import run, street
-from matrix_jax.serve.app import Server
+from matrix_jax.serve.web import multi_world, server
+from matrix_jax.serve.web.app import Server
 
 ROAD, WALK = 'the_matrix:TINY', 'matrix_game_2:TINY'
 TO_WALK = f'?world={WALK}'
@@ -19,7 +19,7 @@ TO_WALK = f'?world={WALK}'
 @pytest.fixture
 def door(slots, tiny, walk_slots, tiny_walk, serving):
     """A running street; three may drive, and two may walk."""
-    return serving(front=street.Street({ROAD: Server(slots.blank(), tiny, ROAD),
+    return serving(front=multi_world.Street({ROAD: Server(slots.blank(), tiny, ROAD),
                                         WALK: Server(walk_slots.blank(), tiny_walk, WALK)}))
 
 
@@ -97,7 +97,7 @@ def test_a_full_world_leaves_the_others_open(door):
     '?world=..%2F..%2Fetc%2Fpasswd', '?world=', TO_WALK[:-1], f'{TO_WALK}&world={ROAD}'])
 def test_a_world_that_is_not_there_is_refused(door, query):
     said = json.loads(door.connect(query).recv(timeout=60))
-    assert said['type'] == 'closed' and said['code'] == street.NO_SUCH_WORLD
+    assert said['type'] == 'closed' and said['code'] == multi_world.NO_SUCH_WORLD
     assert said['message'].endswith(f'expected one of {ROAD}, {WALK}')
     assert sessions(door) == (0, 0)
 
@@ -108,20 +108,20 @@ def test_a_world_that_is_alone_offers_no_others(serving):
 
 def test_worlds_are_compiled_one_after_the_other(slots, tiny, monkeypatch, capsys):
     served = []
-    monkeypatch.setattr(run, 'log_to_stderr', lambda: None)
-    monkeypatch.setattr(run, 'open_slots', lambda *_: (slots, tiny))
-    monkeypatch.setattr(run, 'uvicorn_server', lambda app, players: types.SimpleNamespace(
+    monkeypatch.setattr(server, 'log_to_stderr', lambda: None)
+    monkeypatch.setattr(server, 'open_slots', lambda *_: (slots, tiny))
+    monkeypatch.setattr(server, 'uvicorn_server', lambda app, players: types.SimpleNamespace(
         run=lambda sockets: served.append(players)))
     runs = [config.load(name, [f'--weights={tiny}']) for name in (ROAD, WALK)]
-    run.serve(runs, run.Config(port=0))
+    server.serve(runs, server.Config(port=0))
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == [f'compiling {name} for 4 players' for name in (ROAD, WALK)]
     assert said[2].startswith(f'{ROAD} and {WALK} are ready after 0 s, for 4 players each: open ')
-    run.serve(runs[:1], run.Config(port=0))
+    server.serve(runs[:1], server.Config(port=0))
     assert f'{ROAD} is ready after 0 s, for 4 players: open ' in capsys.readouterr().out
     assert served == [8, 4]
     with pytest.raises(config.UsageError, match='no folder nowhere'):      # before any compiles
-        run.serve([runs[0], config.load(WALK, ['--weights=nowhere'])], run.Config(port=0))
+        server.serve([runs[0], config.load(WALK, ['--weights=nowhere'])], server.Config(port=0))
     assert not capsys.readouterr().out
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from matrix_jax import config
 from matrix_jax.config import UsageError
-from matrix_jax.serve import env as envs
-from matrix_jax.serve import run
+from matrix_jax.envs import world_env as envs
+from matrix_jax.serve.web import server
 
 pytest.importorskip('gymnasium')
 NAME = 'the_matrix:TINY'
@@ -79,8 +79,8 @@ def test_an_environment_by_the_name_of_a_recipe(slots, tiny, monkeypatch):
     with pytest.raises(UsageError, match="unknown world 'nowhere'"):
         envs.WorldEnv('nowhere')
     asked = []
-    monkeypatch.setattr(run, 'open_slots', lambda *given: (asked.append(given), (slots, tiny))[1])
+    monkeypatch.setattr(server, 'open_slots', lambda *given: (asked.append(given), (slots, tiny))[1])
     env = envs.WorldEnv(NAME, entry='tail')
-    assert asked[0][0].name == NAME and asked[0][1] == run.Config(1, 1, 'tail')
+    assert asked[0][0].name == NAME and asked[0][1] == server.Config(1, 1, 'tail')
     env.reset(seed=0)
     assert env.step(1)[0].shape == env.observation_space.shape

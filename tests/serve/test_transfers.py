@@ -6,10 +6,10 @@ import types
 
 import pytest
 
-from matrix_jax.serve import transfers
-from matrix_jax.serve.house import Refused
-from matrix_jax.serve.messages import Bucket
-from matrix_jax.serve.transfers import Transfers
+from matrix_jax.serve.web import transfers
+from matrix_jax.serve.runtime.session_manager import Refused
+from matrix_jax.serve.web.protocol import Bucket
+from matrix_jax.serve.web.transfers import Transfers
 
 
 @pytest.fixture

@@ -5,11 +5,12 @@ import time
 import numpy as np
 import pytest
 
-from matrix_jax import checkpoint, config, worlds
-from matrix_jax.serve.slots import Slots
+from matrix_jax import config, worlds
+from matrix_jax.weights import diffusers_layout
+from matrix_jax.serve.runtime.batched_stream import Slots
 from tests.serve.test_browser import SIGHT
 
-FOLDER = checkpoint.ASSETS / 'doom'
+FOLDER = diffusers_layout.ASSETS / 'doom'
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config, sharding, worlds
+from matrix_jax import config, worlds
+from matrix_jax.parallel import sharding
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
 from matrix_jax.stream import base, pipeline, swin

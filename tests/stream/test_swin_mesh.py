@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config, sharding
-from matrix_jax.benchmark import subject
+from matrix_jax import config
+from matrix_jax.parallel import sharding
+from matrix_jax.benchmark import target
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
@@ -23,7 +24,7 @@ SHIFTS = 3
 def world():
     """Frames of 5 x 2 tokens and 12 of text; six heads, that 5 and 8 devices do not divide."""
     cfg = config.load('the_matrix:TINY').world
-    return subject.build(dataclasses.replace(
+    return target.build(dataclasses.replace(
         cfg, height=20, width=8, decode_chunk=1,
         dit=dataclasses.replace(cfg.dit, heads=6, head_dim=8, layers=1, control=Control(16, 0, 1)),
         vae=dataclasses.replace(cfg.vae, block_out_channels=(4, 8), layers_per_block=0,
@@ -35,7 +36,7 @@ def world():
 def start(world):
     """(parameters, what a stream starts from), as players have them."""
     params = world.init(0, still=False, only=('transformer', 'vae'))
-    return world.ready_with(world.quantize(params), subject.imagine(world))
+    return world.ready_with(world.quantize(params), target.imagine(world))
 
 
 def play(stream, start, mesh=None):

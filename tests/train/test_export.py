@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from matrix_jax import config, worlds
-from matrix_jax.convert import flatten
+from matrix_jax.weights.conversion import flatten
 from matrix_jax.train import state as states
 
 RECIPES = [name for world in ('the_matrix', 'matrix_game_2') for name in config.list_recipes(world)

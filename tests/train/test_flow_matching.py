@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from matrix_jax import config, convert, worlds
+from matrix_jax import config, worlds
+from matrix_jax.weights import conversion
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import causal
 from matrix_jax.train import optim
@@ -76,7 +77,7 @@ def test_every_stage_fits_a_world(name):
     loss, _ = jax.eval_shape(functools.partial(run.stage.loss, world), params,
                              run.stage.example(world, 2), KEY)
     assert loss.shape == () and loss.dtype == np.float32
-    paths = convert.flatten(params)
+    paths = conversion.flatten(params)
     trained = {path.split('/')[0] for path in paths if run.stage.trainable(path)}
     assert trained == {'transformer'} | {'FOUNDATION': {'image_encoder'}, 'DMD': {'critic'}}.get(
         name, set())
@@ -307,7 +308,7 @@ def test_a_teacher_sees_pictures_with_its_own_tower(tmp_path):
     assert np.abs(tower - params['image_encoder']['patch']['kernel']).max() > 0.1
     stage = dataclasses.replace(run.stage, teacher=other)
     assert not stage.trainable(f'{TOWER}/patch/kernel')
-    assert set(stage.axes(world)) >= set(convert.flatten(apart))
+    assert set(stage.axes(world)) >= set(conversion.flatten(apart))
     assert set(stage.finish(world, apart, None)[1]) == set(FlowMatching.components)
 
 

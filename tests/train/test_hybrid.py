@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.controls import NULL
+from matrix_jax.controls.driving import NULL
 from matrix_jax.data import records
 from matrix_jax.train.swin_dpm import SwinDPM
 from matrix_jax.train.whole_clip import WholeClip

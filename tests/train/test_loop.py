@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config, convert
-from matrix_jax.checkpoint import read_component
+from matrix_jax import config
+from matrix_jax.weights import conversion
+from matrix_jax.weights.diffusers_layout import read_component
 from matrix_jax.train import loop
-from matrix_jax.train.guard import Diverged
+from matrix_jax.train.nan_guard import Diverged
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.stage import Stage
 from matrix_jax.worlds.base import Part, Parts
@@ -31,7 +32,7 @@ class Config:
 
 
 def weights(cfg):
-    return (convert.Row('weight', 'kernel', 'o i -> i o'), convert.Row('bias', 'bias', 'o -> o'))
+    return (conversion.Row('weight', 'kernel', 'o i -> i o'), conversion.Row('bias', 'bias', 'o -> o'))
 
 
 class Toy(Parts):

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
-from matrix_jax import config, saves, sharding, worlds
+from matrix_jax import config, worlds
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import training_state
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
 from matrix_jax.nn import attention
@@ -96,7 +98,7 @@ def test_every_role_lies_alike_and_state_moves_between_meshes(alone, world, para
     for role in (state.student, state.ema, *moments):
         assert tuple(role[path].sharding.spec) == (None, 'fsdp', 'tensor')
     assert tuple(state.frozen['text_encoder/layers/wi_0/kernel'].sharding.spec)[1] == 'fsdp'
-    saver = saves.Checkpoints(tmp_path / 'state')
+    saver = training_state.Checkpoints(tmp_path / 'state')
     saver.save(STEPS, alone[1])
     _, moved, _ = saver.restore(state)
     saver.close()

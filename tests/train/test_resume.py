@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from matrix_jax import config, saves
-from matrix_jax.checkpoint import CheckpointError, SaveError
-from matrix_jax.convert import flatten
+from matrix_jax import config
+from matrix_jax.weights import training_state
+from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError
+from matrix_jax.weights.conversion import flatten
 
 TOY = Path(__file__).with_name('test_loop.py')
 STEPS = 12
@@ -57,7 +58,7 @@ def whole(toy, tmp_path_factory):
 
 
 def read(folder):
-    saver = saves.Checkpoints(folder / 'state')
+    saver = training_state.Checkpoints(folder / 'state')
     found = saver.restore()
     saver.close()
     return found

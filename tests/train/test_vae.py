@@ -3,7 +3,7 @@ import types
 import jax
 import numpy as np
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.train.vae import Autoencode
 from matrix_jax.vae import wan
 
@@ -32,7 +32,7 @@ def test_every_weight_learns_from_the_loss():
         has_aux=True), compiler_options={'xla_backend_optimization_level': 0})(
             params, jax.random.key(0))
     assert np.isfinite(loss) and set(metrics) == {'psnr', 'kl', 'latent_std'}
-    grads = convert.flatten(grads)
+    grads = conversion.flatten(grads)
     assert all(np.isfinite(leaf).all() for leaf in grads.values())
     assert not [path for path, leaf in grads.items() if not leaf.any()]
 

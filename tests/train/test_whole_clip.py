@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import checkpoint, config, convert, released, worlds
+from matrix_jax import config, worlds
+from matrix_jax.weights import conversion, converter, diffusers_layout
 from matrix_jax.diffusion import schedules
 from matrix_jax.nn import lora
 from matrix_jax.train import loop
@@ -24,7 +25,7 @@ OPTIMIZER = Optimizer(learning_rate=0.01)
 def base(tmp_path_factory):
     """A base model as released: no control blocks, no encoder of control prompts; and that one."""
     folder = tmp_path_factory.mktemp('base')
-    released.write_random(LORA.world, str(folder / 'base'), seed=0)
+    converter.write_random(LORA.world, str(folder / 'base'), seed=0)
     shutil.move(folder / 'base/control_encoder', folder / 'clip')
     for path in (folder / 'base/control_tokenizer').iterdir():
         shutil.move(path, folder / 'clip')
@@ -49,7 +50,7 @@ def runs(base, clips, tmp_path_factory, compiled_once):
 
 
 def transformer(folder):
-    return dict(checkpoint.read_component(folder, 'transformer')[1])
+    return dict(diffusers_layout.read_component(folder, 'transformer')[1])
 
 
 def names(folder):
@@ -70,7 +71,7 @@ def test_stage_1_leaves_the_merged_model_and_its_adapter(base, runs):
     half = worlds.open_run(dataclasses.replace(run, lora=str(weights / lora.FILE),
                                                lora_scale=0.5))[1]
     kernel = 'before/attention/query/kernel'
-    first, second, third = (convert.flatten(tree['transformer'])[kernel]
+    first, second, third = (conversion.flatten(tree['transformer'])[kernel]
                             for tree in (worlds.open_run(run)[1], half, whole))
     np.testing.assert_allclose(second, (first + third) / 2, rtol=1e-5, atol=1e-7)
 
@@ -107,7 +108,7 @@ def test_what_is_exported_in_float32_comes_back_bit_for_bit(runs, tmp_path):
         for part in ('transformer', 'vae', 'text_encoder'):
             assert all(np.array_equal(tensor, again) and tensor.dtype == again.dtype
                        for (_, tensor), (_, again) in zip(
-                           *(sorted(checkpoint.read_component(folder, part)[1].items())
+                           *(sorted(diffusers_layout.read_component(folder, part)[1].items())
                              for folder in (weights, tmp_path / run.name)), strict=True))
 
 
@@ -177,7 +178,7 @@ def test_what_trains():
     path = 'control_encoder/projection/kernel'
     assert not ControlSFT().trainable(path) and ControlSFT(train_encoders=True).trainable(path)
     adapter = lora.init(world.tables['transformer'], world.shapes()['transformer'], 2, 2.0, 0)
-    paths = convert.flatten({'lora': adapter})
+    paths = conversion.flatten({'lora': adapter})
     assert {path[-1] for path in paths if LoRA().trainable(path)} == {'a', 'b'}
     assert set(paths) <= set(LoRA().axes(world))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.vae.tiling import Tiles, tiled, windowed
 from tests.vae import drawn
@@ -212,7 +212,7 @@ def test_fresh_weights_train_everywhere():
         made = vae.decode(SMALL, params, vae.sample(mean, logvar, normal(*mean.shape)))
         return jnp.square(made[:, :3] - frames).mean() + 1e-3 * jnp.square(logvar).mean()
 
-    grads = convert.flatten(jax.jit(jax.grad(loss))(params))
+    grads = conversion.flatten(jax.jit(jax.grad(loss))(params))
     assert all(np.isfinite(leaf).all() for leaf in grads.values())
     idle = [path for path, leaf in grads.items() if path.endswith('kernel') and not leaf.any()]
     assert not idle
@@ -233,7 +233,7 @@ def test_weights_and_config_survive_the_round_trip(case):
     released, weights = golden(case)
     cfg = vae.Config.from_released(released)
     table = vae.weights(cfg)
-    back = convert.to_torch(table, convert.to_jax(table, weights, vae.shapes(cfg)))
+    back = conversion.to_torch(table, conversion.to_jax(table, weights, vae.shapes(cfg)))
     assert back.keys() == weights.keys()
     assert all(np.array_equal(back[key], weights[key]) for key in back)
     written = cfg.to_released()
@@ -246,8 +246,8 @@ def test_missing_and_unknown_weights_are_named():
     cfg = vae.Config.from_released(released)
     weights['decoder.up_blocks.1.resnets.0.conv9.conv.bias'] = weights.pop(
         'decoder.up_blocks.1.resnets.0.conv1.conv.bias')
-    with pytest.raises(convert.ConversionError) as error:
-        convert.to_jax(vae.weights(cfg), weights, vae.shapes(cfg))
+    with pytest.raises(conversion.ConversionError) as error:
+        conversion.to_jax(vae.weights(cfg), weights, vae.shapes(cfg))
     assert 'missing key decoder.up_blocks.1.resnets.0.conv1.conv.bias' in str(error.value)
     assert 'unknown key decoder.up_blocks.1.resnets.0.conv9.conv.bias' in str(error.value)
 

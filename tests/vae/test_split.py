@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import convert, sharding
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.vae import cogvideox as vae
@@ -72,7 +73,7 @@ def test_a_split_decoder_is_the_whole_one(mesh, params, following):
     same(made, wanted)
     assert made[1].shape == wanted[1].shape
     # A row up and a row down per convolution, one exchange per norm.
-    leaves = convert.flatten(vae.shapes(CFG)['decoder'])
+    leaves = conversion.flatten(vae.shapes(CFG)['decoder'])
     rows = 2 * sum(path.endswith('kernel') and max(leaf.shape[:-2]) > 1
                    for path, leaf in leaves.items())
     norms = sum(path.endswith('scale') for path in leaves)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matrix_jax import convert
+from matrix_jax.weights import conversion
 from matrix_jax.vae import wan as vae
 from tests.vae import drawn
 from tests.vae.drawn import compiled, normal
@@ -149,13 +149,13 @@ def test_weights_and_config_survive_the_round_trip():
         told = json.loads(file.metadata()['config'])
     cfg = vae.Config(dim=told['dim'])
     table, shapes = vae.weights(cfg), vae.shapes(cfg)
-    back = convert.to_torch(table, convert.to_jax(table, weights, shapes))
+    back = conversion.to_torch(table, conversion.to_jax(table, weights, shapes))
     assert back.keys() == weights.keys()
     assert all(np.array_equal(back[key], weights[key]) for key in back)
     assert vae.Config.from_released(json.loads(json.dumps(cfg.to_released()))) == cfg
     weights['decoder.upsamples.3.time.bias'] = weights.pop('decoder.upsamples.3.time_conv.bias')
-    with pytest.raises(convert.ConversionError) as error:
-        convert.to_jax(table, weights, shapes)
+    with pytest.raises(conversion.ConversionError) as error:
+        conversion.to_jax(table, weights, shapes)
     assert 'missing key decoder.upsamples.3.time_conv.bias' in str(error.value)
     assert 'unknown key decoder.upsamples.3.time.bias' in str(error.value)
 
@@ -174,14 +174,14 @@ def test_released_sizes_of_2_2(preset, encoder, decoder):
     cfg = vae.PRESETS[preset]
     shapes = vae.shapes(cfg)
     # The published counts leave out the two that only mix the channels of latents.
-    counts = [sum(leaf.size for path, leaf in convert.flatten(shapes[part]).items()
+    counts = [sum(leaf.size for path, leaf in conversion.flatten(shapes[part]).items()
                   if not path.startswith(('moments', 'latents')))
               for part in ('encoder', 'decoder')]
     assert counts == [encoder, decoder]
     assert (cfg.spatial_compression, cfg.temporal_compression) == (16, 4)
     assert vae.Config.from_released(json.loads(json.dumps(cfg.to_released()))) == cfg
     paths = {row.path for row in vae.weights(cfg)}
-    assert paths == set(convert.flatten(shapes))
+    assert paths == set(conversion.flatten(shapes))
 
 
 def test_a_game_fits_its_megabytes():

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import sharding
+from matrix_jax.parallel import sharding
 from matrix_jax.config import Mesh
 from matrix_jax.vae import wan as vae
 from tests.vae.drawn import normal

@@ -7,9 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from matrix_jax import config, convert, sharding, worlds
-from matrix_jax.checkpoint import CheckpointError
-from matrix_jax.nn import fresh
+from matrix_jax import config, worlds
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion
+from matrix_jax.weights.diffusers_layout import CheckpointError
+from matrix_jax.nn import initializers
 
 RUN = config.load('the_matrix:TINY')
 
@@ -23,7 +25,7 @@ def test_fresh_parameters_follow_the_seed_and_the_laws(world):
     params, again, other = world.init(0), world.init(0), world.init(1)
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, world.shapes())
     jax.tree.map(np.testing.assert_array_equal, params, again)
-    flat, second = convert.flatten(params), convert.flatten(other)
+    flat, second = conversion.flatten(params), conversion.flatten(other)
     kernel = 'transformer/steered/block/mlp/up/kernel'
     assert (flat[kernel] != second[kernel]).all() and (flat[kernel][0] != flat[kernel][1]).all()
     std = (2 / sum(flat[kernel].shape[1:])) ** 0.5
@@ -37,14 +39,14 @@ def test_fresh_parameters_follow_the_seed_and_the_laws(world):
 
 
 def test_random_parameters_have_no_idle_kernel(world):
-    flat = convert.flatten(world.init(0, still=False, only=('transformer',)))
+    flat = conversion.flatten(world.init(0, still=False, only=('transformer',)))
     assert all(leaf.any() for path, leaf in flat.items() if path.endswith('kernel'))
     assert {path.split('/')[0] for path in flat} == {'transformer'}
 
 
 def test_a_leaf_without_a_law_is_named():
     with pytest.raises(ValueError, match='net/table: no law'):
-        fresh.draw((), 'net/table', (2, 2), (0,))
+        initializers.draw((), 'net/table', (2, 2), (0,))
 
 
 def test_a_folder_gives_back_what_was_written(world, tiny, tmp_path):

@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import checkpoint, config, convert, sharding, video, worlds
-from matrix_jax import generate as making
-from matrix_jax.actions import Actions
+from matrix_jax import config, video, worlds
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion, diffusers_layout
+from matrix_jax.pipelines import generate as making
+from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.dit import wan as dit
 from matrix_jax.nn.kv_cache import Ring
 from matrix_jax.worlds import matrix_game_2
@@ -136,17 +138,17 @@ def test_bad_configs_are_refused(fields, words):
 
 
 def test_the_published_transformer_is_read(world, tiny_walk, tmp_path):
-    want = convert.flatten(world.load(tiny_walk)['transformer'])
+    want = conversion.flatten(world.load(tiny_walk)['transformer'])
     for name in ('vae', 'image_encoder'):
         (tmp_path / name).symlink_to(tiny_walk / name)
-    _, tensors = checkpoint.read_component(tiny_walk, 'transformer')
-    checkpoint.write_component(tmp_path, 'base_distilled_model', world.cfg.dit.to_released(),
+    _, tensors = diffusers_layout.read_component(tiny_walk, 'transformer')
+    diffusers_layout.write_component(tmp_path, 'base_distilled_model', world.cfg.dit.to_released(),
                                {f'model.{name}': tensors[name] for name in tensors}, dtype=None)
     found = worlds.describe(world.cfg, tmp_path, whole=True)
     assert found.cfg == world.cfg
-    made = convert.flatten(found.load(tmp_path)['transformer'])
+    made = conversion.flatten(found.load(tmp_path)['transformer'])
     assert all(np.array_equal(made[path], want[path]) for path in want)
-    with pytest.raises(checkpoint.CheckpointError, match='no component transformer'):
+    with pytest.raises(diffusers_layout.CheckpointError, match='no component transformer'):
         worlds.describe(build('TINY_RUN').cfg, tmp_path, whole=True)
 
 

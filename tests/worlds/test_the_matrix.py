@@ -5,9 +5,10 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config, convert, worlds
-from matrix_jax.checkpoint import CheckpointError
-from matrix_jax.controls import SYMBOLS
+from matrix_jax import config, worlds
+from matrix_jax.weights import conversion
+from matrix_jax.weights.diffusers_layout import CheckpointError
+from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.nn import linear
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import rollout
@@ -22,7 +23,7 @@ def test_a_ready_stream_is_the_same_stream(tiny, fields, int8):
     run = dataclasses.replace(RUN, weights=str(tiny), world=dataclasses.replace(
         RUN.world, stream=cfg, dit=dataclasses.replace(RUN.world.dit, int8=int8)))
     world, params = worlds.open_run(run)
-    assert isinstance(convert.flatten(params)['transformer/before/attention/query/kernel'],
+    assert isinstance(conversion.flatten(params)['transformer/before/attention/query/kernel'],
                       linear.Int8) == (int8 != 'none')
     stream = swin.make(cfg, world.cfg.scheduler, world.denoise)
     latents = np.random.default_rng(0).normal(size=(1, cfg.frames, 4, 6, 4)).astype('float32')

@@ -1,0 +1,377 @@
+"""Keyboard and mouse of Matrix-Game 2.0: words, reading, benchmark sequences.
+
+An action is a text of words joined by '+' ('W', 'W+right', 'idle'), one per pixel frame; a sequence
+of them is 'W*12,W+right*24,idle*12', a JSON list, or a file of either. What the network gets of
+an action are the keys, then the mouse (pitch: up is positive; yaw: right is positive).
+
+A clip of k + 1 blocks has 9 + 12k frames: with 4 pixel frames to a latent frame and 3 latent frames
+to a block, the first block is 9 of them and every other one 12.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax.controls.driving import ControlError, fill
+from matrix_jax.video import Held
+
+IDLE = 'idle'
+SPEED = 0.1                 # of a mouse word without an amount
+LIMIT = 1.0                 # of an amount
+MOUSE = {'up': (1, 0), 'down': (-1, 0), 'left': (0, -1), 'right': (0, 1)}   # pitch, yaw
+BENCHMARK = 'benchmark'
+BENCHMARK_FRAMES = 12       # of one action of a benchmark sequence
+MAX_FRAMES = 10**7
+FILE_BYTES = 2**24
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What can be pressed.
+
+    Attributes:
+      name: of the mode.
+      keys: word of each entry of the keyboard vector; None for the entry of no key.
+      mouse: whether there is a mouse.
+      letters: other words, that mean a word of `keys` or of `MOUSE`.
+      alone: whether at most one key is pressed at a time.
+      pad: (letter, row, column) of each key on screen.
+    """
+    name: str
+    keys: tuple[str | None, ...]
+    mouse: bool = True
+    letters: tuple[tuple[str, str], ...] = ()
+    alone: bool = False
+    pad: tuple[tuple[str, int, int], ...] = (
+        ('W', 0, 1), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2))
+
+    @property
+    def width(self) -> int:
+        """Entries A of an action vector."""
+        return len(self.keys) + 2 * self.mouse
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All words but the letters that stand for others."""
+        return (*filter(None, self.keys), *(MOUSE if self.mouse else ()), IDLE)
+
+
+# A car is steered by the mouse: A and D are its left and right.
+MODES = {mode.name: mode for mode in (
+    Mode('universal', ('W', 'S', 'A', 'D')),
+    Mode('gta_drive', ('W', 'S'), letters=(('A', 'left'), ('D', 'right'))),
+    Mode('templerun', (None, 'jump', 'slide', 'turnleft', 'turnright', 'leftside', 'rightside'),
+         mouse=False, alone=True,
+         letters=(('W', 'jump'), ('S', 'slide'), ('Z', 'turnleft'), ('C', 'turnright'),
+                  ('A', 'leftside'), ('D', 'rightside'), ('nomove', IDLE)),
+         pad=(('Z', 0, 0), ('W', 0, 1), ('C', 0, 2), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2))))}
+
+
+class Actions:
+    """The vocabulary of a mode; see `controls.Symbols` for what all vocabularies have."""
+
+    frames = 1                # pixel frames that one action steers
+    rest = IDLE
+
+    def __init__(self, mode: str):
+        if mode not in MODES:
+            raise ValueError(f'mode: got {mode!r}, expected one of {", ".join(MODES)}')
+        self.mode = MODES[mode]
+        words = {word: word for word in self.mode.words} | dict(self.mode.letters)
+        self._words = {spelled.lower(): word for spelled, word in words.items()}
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Actions for who can only choose among a few: nothing, and those of benchmarks."""
+        return tuple(dict.fromkeys([IDLE, *map(self.canonical, _choices(self.mode))]))
+
+    # --- reading -------------------------------------------------------------------------------
+
+    def canonical(self, text: str) -> str:
+        """The one spelling of an action.
+
+        Raises:
+          ControlError: a word that the mode does not have, or words that exclude each other.
+        """
+        return _canonical(self, text)
+
+    def parse(self, text: str) -> list[str]:
+        """Actions, one per frame, of a sequence: text, JSON, or the name of a file of either.
+
+        Raises:
+          ControlError: what is wrong, and where.
+        """
+        text = _content(text)
+        if text.lstrip()[:1] in ('[', '{'):
+            return self._from_json(text)
+        if not text.strip():
+            raise ControlError('actions: got none, expected such as W*12,W+right*24,idle*12')
+        actions = []
+        for place, part in enumerate(text.replace('\n', ',').strip(' ,').split(','), 1):
+            action, star, count = part.partition('*')
+            self._add(actions, action, count.strip() if star else '1', place)
+        return actions
+
+    def _from_json(self, text: str) -> list[str]:
+        try:
+            entries = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ControlError(f'actions: not readable JSON ({error})') from None
+        entries = entries.get('actions') if isinstance(entries, dict) else entries
+        if not isinstance(entries, list) or not entries:
+            raise ControlError('actions: expected a JSON list, or an object with a list "actions"')
+        actions = []
+        for place, entry in enumerate(entries, 1):
+            if isinstance(entry, str):
+                entry = {'keys': entry}
+            if not isinstance(entry, dict) or set(entry) - {'keys', 'mouse', 'frames'}:
+                raise ControlError(f'actions: entry {place}: expected text, or an object of keys, '
+                                   'mouse [pitch, yaw] and frames')
+            keys, mouse = entry.get('keys', ''), entry.get('mouse', [0, 0])
+            keys = '+'.join(map(str, keys)) if isinstance(keys, list) else keys
+            if not isinstance(keys, str) or not isinstance(mouse, list) or len(mouse) != 2 or any(
+                    type(one) not in (int, float) for one in mouse):
+                raise ControlError(f'actions: entry {place}: expected keys as text or a list of '
+                                   'words, and mouse as [pitch, yaw]')
+            keys, star, count = keys.partition('*')
+            words = [keys.strip(), *_mouse_words(mouse)]
+            self._add(actions, '+'.join(filter(None, words)) or IDLE,
+                      str(entry.get('frames', count.strip() if star else 1)), place)
+        return actions
+
+    def _add(self, actions: list[str], text: str, count: str, place: int):
+        try:
+            action = self.canonical(text)
+        except ControlError as error:
+            raise ControlError(f'{error} (entry {place})') from None
+        if not re.fullmatch(r'[1-9]\d{0,7}', count) or len(actions) + int(count) > MAX_FRAMES:
+            raise ControlError(f'actions: got {text.strip()}*{count} (entry {place}), expected a '
+                               f'number of frames, at most {MAX_FRAMES} in all')
+        actions += [action] * int(count)
+
+    def count(self, text: str) -> int | None:
+        """How many frames of actions a text has; None for a benchmark sequence.
+
+        Raises:
+          ControlError: what is wrong with it.
+        """
+        return None if _benchmark(text) else len(self.parse(text))
+
+    def read(self, text: str | None, needed: int, pad: str | None = None, seed: int = 42):
+        """Exactly `needed` actions of what the user gave.
+
+        Args:
+          text: see `parse`; 'benchmark' or 'benchmark:SEED' is a sequence of the reference, and so
+            is None, with `seed`.
+          needed: frames.
+          pad: how to go on where it ends: 'random' (a benchmark sequence), 'hold', None = an error.
+          seed: of random actions.
+
+        Returns:
+          (actions, notes for the user).
+
+        Raises:
+          ControlError: what is wrong with it, or too few actions.
+        """
+        if text is None:
+            return self.random(needed, seed), []
+        if _benchmark(text):
+            _, colon, own = text.strip().partition(':')
+            if colon and not own.isdecimal():
+                raise ControlError(f'actions: got {text!r}, expected benchmark:SEED')
+            return self.random(needed, int(own) if colon else seed), []
+        actions, note = fill(self.parse(text), needed, pad, lambda more: self.random(more, seed),
+                             'actions', 'frames')
+        return actions, [note] if note else []
+
+    # --- benchmark sequences ---------------------------------------------------------------------
+
+    def random(self, needed: int, seed: int) -> list[str]:
+        """The reference's benchmark sequence of `needed` frames."""
+        chance, choices = random.Random(seed), [self.canonical(one) for one in _choices(self.mode)]
+        actions: list[str] = []
+        while len(actions) < needed:
+            # The draw among one is made, and so is that for a first frame of its own: the sequence
+            # of draws is published.
+            chance.randint(0, 0)
+            action = choices[chance.randint(0, len(choices) - 1)]
+            actions += [action] * min(BENCHMARK_FRAMES if actions else 1, needed - len(actions))
+        return actions
+
+    # --- what the network, the screen and the page get ------------------------------------------
+
+    def encode(self, actions: Sequence[str]) -> np.ndarray:
+        """float32 [N A]: keys, then mouse if there is one."""
+        return np.stack([_vector(self, action) for action in actions])
+
+    def decode(self, vectors) -> list[str]:
+        """The inverse of `encode`: actions of [N A], amounts of the mouse to four digits."""
+        keys = len(self.mode.keys)
+        return [_spelled(self.mode, [word for word, down in zip(self.mode.keys, vector) if down],
+                         vector[keys:].tolist()) for vector in np.asarray(vectors, np.float32)]
+
+    def held(self, action: str) -> Held:
+        """What the overlay shows of an action."""
+        names = {word: letter for letter, word in self.mode.letters}
+        words = [word.partition(':')[0] for word in action.split('+')]
+        lit = frozenset(names.get(word, word) for word in words)
+        # Where letters move the mouse, they say all of it.
+        stick = None
+        if self.mode.mouse and not self.mode.letters:
+            stick = tuple(float(part) for part in _vector(self, action)[-2:])
+        return Held(self.mode.pad, lit, stick)
+
+    def page(self) -> dict:
+        """What a player's page offers: see `controls.Symbols.page`."""
+        mode = self.mode
+        means = {letter: letter for letter, *_ in mode.pad} | {
+            letter: word for letter, word in mode.letters if word != IDLE}
+        letters = [letter for letter, *_ in mode.pad]
+        groups = [letters] if mode.alone else [['W', 'S'], ['A', 'D']]
+        buttons = [{'name': letter, 'label': letter, 'about': means[letter], 'row': row,
+                    'column': column, 'codes': [f'Key{letter}']}
+                   for letter, row, column in mode.pad]
+        axes = [{'none': '', 'keys': {letter: means[letter] for letter in group}}
+                for group in groups]
+        look = mode.mouse and not mode.letters
+        if not look:        # the arrows are free for the same keys
+            arrows = {'W': 'ArrowUp', 'A': 'ArrowLeft', 'S': 'ArrowDown', 'D': 'ArrowRight'}
+            for button in buttons:
+                button['codes'] += [arrows[button['name']]] if button['name'] in arrows else []
+        else:
+            axes += [{'none': '', 'keys': {'look up': 'up', 'look down': 'down'}},
+                     {'none': '', 'keys': {'look left': 'left', 'look right': 'right'}}]
+            buttons += [{'name': f'look {side.lower()}', 'label': '', 'about': f'look {side}',
+                         'row': None, 'column': None, 'codes': [f'Arrow{side}']}
+                        for side in ('Up', 'Down', 'Left', 'Right')]
+        hint = 'Hold ' + ' '.join(letters) + (
+            '; the arrows look around, and so does the mouse: drag the picture, or click on it.'
+            if look else ' or the arrows.')
+        return {'buttons': buttons, 'axes': axes, 'join': '+', 'idle': IDLE, 'hint': hint,
+                'mouse': {'speed': SPEED, 'limit': 4 * SPEED} if look else None}
+
+
+def _benchmark(text: str) -> bool:
+    """Whether a text names a sequence of the reference."""
+    return text.strip().partition(':')[0] == BENCHMARK
+
+
+@functools.lru_cache(4096)
+def _canonical(vocabulary: Actions, text: str) -> str:
+    mode = vocabulary.mode
+    found: dict[str, float] = {}
+    for part in text.split('+'):
+        spelled, colon, amount = (one.strip() for one in part.partition(':'))
+        word = vocabulary._words.get(spelled.lower())
+        if word is None:
+            if spelled.lower() in MOUSE:
+                raise ControlError(f'actions: {spelled!r} moves the mouse, and {mode.name} has '
+                                   f'none; expected {_listed(vocabulary)}')
+            raise ControlError(f'actions: unknown action {spelled[:40]!r} of {mode.name}; expected '
+                               f'{_listed(vocabulary)}')
+        if word in found:
+            raise ControlError(f'actions: got {word!r} twice in {text.strip()[:60]!r}')
+        found[word] = SPEED if word in MOUSE and mode.mouse else 1.0
+        if colon:
+            found[word] = _amount(word, amount, mode)
+    keys = [word for word in mode.keys if word in found]
+    if (mode.alone and len(keys) > 1) or (IDLE in found and len(found) > 1):
+        raise ControlError(f'actions: got {text.strip()[:60]!r}, expected one of them alone')
+    return _spelled(mode, keys, [sum(MOUSE[word][axis] * found[word] for word in MOUSE
+                                     if word in found) for axis in (0, 1)])
+
+
+def _spelled(mode: Mode, keys: Sequence[str | None], mouse) -> str:
+    """The action of keys that are down and a movement of the mouse."""
+    return '+'.join([*filter(None, keys), *(_mouse_words(mouse) if mode.mouse else ())]) or IDLE
+
+
+def _amount(word: str, amount: str, mode: Mode) -> float:
+    if not (word in MOUSE and mode.mouse):
+        raise ControlError(f'actions: got {word}:{amount[:20]}, expected no amount for a key')
+    try:
+        value = float(amount)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= LIMIT:
+        raise ControlError(f'actions: got {word}:{amount[:20]}, expected an amount above 0, at '
+                           f'most {LIMIT:g}')
+    return value
+
+
+def _mouse_words(mouse) -> list[str]:
+    """Words of (pitch, yaw)."""
+    words = []
+    for value, names in zip(mouse, (('up', 'down'), ('right', 'left'))):
+        if not abs(value) <= LIMIT:
+            raise ControlError(f'actions: got a mouse movement of {value}, expected at most '
+                               f'{LIMIT:g}')
+        if round(abs(value), 4):
+            amount = f'{round(abs(value), 4):g}'
+            name = names[0] if value > 0 else names[1]
+            words.append(name if amount == f'{SPEED:g}' else f'{name}:{amount}')
+    return words
+
+
+@functools.lru_cache(4096)
+def _vector(vocabulary: Actions, action: str) -> np.ndarray:
+    mode = vocabulary.mode
+    vector = np.zeros(mode.width, np.float32)
+    for part in action.split('+'):
+        word, _, amount = part.partition(':')
+        if word == IDLE:
+            if None in mode.keys:
+                vector[mode.keys.index(None)] = 1
+        elif word in mode.keys:
+            vector[mode.keys.index(word)] = 1
+        else:
+            for axis, sign in enumerate(MOUSE[word]):
+                if sign:
+                    vector[len(mode.keys) + axis] = sign * float(amount or SPEED)
+    vector.flags.writeable = False
+    return vector
+
+
+def _choices(mode: Mode) -> list[str]:
+    """The actions that a benchmark sequence picks from, in the order of the reference."""
+    camera = ['left', 'right']
+    if mode.alone:
+        return ['jump', 'slide', 'leftside', 'rightside', 'turnleft', 'turnright', IDLE]
+    if mode.letters:
+        moves = ['W', 'S']
+        return camera * 2 + moves * 2 + [f'{move}+{look}' for move in moves for look in camera]
+    moves = ['W', 'A', 'D', 'W+A', 'W+D']
+    return moves[3:] * 5 + camera * 5 + moves[:3] * 5 + [
+        f'{move}+{look}' for move in moves for look in camera]
+
+
+def _listed(vocabulary: Actions) -> str:
+    letters = [letter for letter, word in vocabulary.mode.letters if word != IDLE]
+    return ', '.join([*vocabulary.mode.words, *letters])
+
+
+def _content(text: str) -> str:
+    """What a file holds if `text` names one, else `text`."""
+    looks = text.strip().endswith(('.json', '.txt'))
+    try:
+        path = Path(text.strip()).expanduser()
+        if not (looks or path.is_file()):
+            return text
+        if path.stat().st_size > FILE_BYTES:
+            raise ControlError(f'{path}: larger than {FILE_BYTES >> 20} MiB')
+        return path.read_text(encoding='utf-8')
+    except ControlError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        if looks:
+            raise ControlError(f'{text.strip()}: not readable ({error})') from None
+        return text

@@ -1,0 +1,105 @@
+"""Start clips that a world brings along: a few held-out seconds per theme, as lossless strips.
+
+`starts/starts.json` lists them; each is a PNG in which the frames stand one below the other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax import video
+from matrix_jax.weights import diffusers_layout
+from matrix_jax.data import records
+
+
+def write(data: str, folder: str, frames: int = 29, picture: bool = False):
+    """Picks one clip per theme from the held-out tracks of `data` and writes them to `folder`.
+
+    Of each theme it takes the cut in which the car stays on the road, at speed, and turns least, so
+    that every drive can start from it; of walks the one that gets farthest ahead, as its way is
+    free. A walk may also start in a place that its world was trained in: THEME is such a picture,
+    and THEME-unseen that of a held-out one.
+
+    Args:
+      data: folder of recorded clips.
+      folder: weights folder; gets `starts/`.
+      frames: F = 1 + 4k.
+      picture: whether the first frame of the cut is enough.
+    """
+    best, captions = {}, {}
+    for split in ('heldout', 'train'):
+        for path in records.shards(Path(data), split):
+            shard = records.Shard(path)
+            for index in range(len(shard)):
+                clip = shard[index]
+                name = clip.theme + ('-unseen' if picture and split == 'heldout' else '')
+                captions.setdefault(name, set()).add(clip.caption)
+                if split == 'train' and not picture:
+                    continue
+                for start in range(0, len(clip.frames) - frames + 1, records.FRAMES_PER_LATENT):
+                    score = _score(clip, slice(start, start + frames))
+                    if score > best.get(name, (-np.inf,))[0]:
+                        best[name] = score, clip, start
+
+    def fill(part):
+        listing = []
+        for theme, (_, clip, start) in sorted(best.items()):
+            strip = clip.frames[start:start + (1 if picture else frames)]
+            strip = strip.reshape(-1, *clip.frames.shape[2:])
+            video.write_image(part / f'{theme}.png', strip)
+            words = sorted(_words(' '.join(captions[theme])) | _words(theme))
+            listing.append({'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption,
+                            'words': words})
+        (part / 'starts.json').write_text(json.dumps(listing, indent=1) + '\n')
+
+    diffusers_layout.replace_folder(Path(folder) / 'starts', fill)
+
+
+def choose(folder: str, prompt: str, height: int, width: int) -> np.ndarray | None:
+    """The start clip whose captions share most words with `prompt`: uint8 [F H W 3], or None.
+
+    Words that only one theme uses decide; a tie goes to the first in the list.
+    """
+    theme = match(folder, prompt)
+    return None if theme is None else read(folder, theme, height, width)
+
+
+def match(folder: str, prompt: str) -> str | None:
+    """The theme of `choose`."""
+    starts = listing(folder)
+    said = _words(prompt)
+    uses = {word: sum(word in start['words'] for start in starts.values()) for word in said}
+    return max(starts, default=None, key=lambda theme: sum(
+        1 / uses[word] for word in said & set(starts[theme]['words'])))
+
+
+def listing(folder: str) -> dict[str, dict]:
+    """Theme -> {'file': its picture's name, 'theme', 'caption', 'words'} of a weights folder."""
+    file = Path(folder) / 'starts' / 'starts.json'
+    if not file.is_file():
+        return {}
+    return {start['theme']: start for start in json.loads(file.read_text(encoding='utf-8'))}
+
+
+def read(folder: str, theme: str, height: int, width: int) -> np.ndarray:
+    """The start clip of a theme of `listing`: uint8 [F H W 3]."""
+    file = Path(folder) / 'starts' / listing(folder)[theme]['file']
+    return video.read_image(file).reshape(-1, height, width, 3)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r'\w+', text.lower()))
+
+
+def _score(clip, cut: slice) -> float:
+    if clip.knows('pose'):
+        first, last = clip.pose[cut][[0, -1]]
+        yaw = first[records.POSE.index('yaw')]
+        return float((last - first)[:2] @ (np.cos(yaw), np.sin(yaw)))
+    columns = {name: clip.telemetry[cut, index] for index, name in enumerate(records.TELEMETRY)}
+    return (10 * columns['on_road'].min() - np.abs(columns['yaw_rate']).mean()
+            + 0.1 * min(columns['speed'].min(), 20))

@@ -1,0 +1,331 @@
+"""The judge of first-person worlds: do they obey keyboard and mouse, and do they last?
+
+Streams begin with the first pictures of held-out clips. Under the script `mixed` they are given
+what was pressed in those clips and then in the next ones, so that the recordings show what the real
+game makes of it; `mouse` turns and tilts by any amount; all other scripts hold one thing. The
+ceiling of obedience is what the probe finds in held-out clips, with all their walls; the floor are
+actions in another order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from matrix_jax import video
+from matrix_jax.config import UsageError
+from matrix_jax.data.loader import Clips
+from matrix_jax.data.records import FRAMES_PER_LATENT, KEYS, Clip
+from matrix_jax.evals import action_probe, control
+from matrix_jax.evals import drift as drifts
+from matrix_jax.evals.video import Streams, bar, sheet, spread
+
+NAME = 'walking'
+HELD = {'forward': 'W', 'turn left': 'left', 'turn right': 'right', 'strafe left': 'A',
+        'strafe right': 'D'}
+SCRIPTS = (*HELD, 'mouse', 'mixed')
+SPANS = (4, 15, 30)     # seconds that part a stream for its obedience
+LONG_SPANS = (15, 30)   # and for the RFD, which needs many windows
+SHORTEST = 4            # seconds of a part
+TURNS = (0.04, 0.2)             # of the mouse in the script `mouse`: half to twice a turning key
+MEASURES = {'change': drifts.change}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How much is evaluated.
+
+    Attributes:
+      seconds: length of streams under scripts.
+      drive_seconds: length of the streams under `mixed`.
+      long_seconds: length of one more of these; 0 = none.
+      streams: streams per script.
+      clips, clip_frames: held-out clips for the reconstruction, and frames of each, 1 + 24k.
+      windows: most windows of real clips that the probe is tested on.
+      times: seconds that the contact sheets show.
+      seed: of scripts and noise.
+      probe: the inverse-dynamics probe.
+    """
+    seconds: int = 30
+    drive_seconds: int = 60
+    long_seconds: int = 0
+    streams: int = 4
+    clips: int = 15
+    clip_frames: int = 97
+    windows: int = 3000
+    times: tuple[float, ...] = (0.5, 4.0, 15.0, 30.0)
+    seed: int = 0
+    probe: action_probe.Config = action_probe.Config()
+
+
+def quick(cfg: Config) -> Config:
+    """A look in a few minutes; the numbers are rough."""
+    return dataclasses.replace(cfg, seconds=8, drive_seconds=15, streams=2, clips=3,
+                               times=(0.5, 4.0, 8.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walks:
+    """Streams of one script.
+
+    Attributes:
+      texts: per stream, an action per frame.
+      asked: the same along `walk.AXES`, float32 [B F 4].
+      frames: uint8 [B F H W 3].
+    """
+    texts: list[list[str]]
+    asked: np.ndarray
+    frames: np.ndarray
+
+
+class Known:
+    """The clips whose keys and mouse are known: a sequence that reads one when it is asked for."""
+
+    def __init__(self, clips: Clips):
+        self.clips, self.lengths = clips, {}
+        for index in range(len(clips)):
+            clip = clips[index]
+            if clip.knows('keyboard') and clip.knows('mouse'):
+                self.lengths[index] = len(clip.frames)
+        self.places = list(self.lengths)
+
+    def __len__(self):
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Clip:
+        return self.clips[self.places[index]]
+
+    def __iter__(self) -> Iterator[Clip]:
+        return (self.clips[place] for place in self.places)
+
+
+def recorded(world, data: str, cfg: Config) -> Known:
+    """Held-out clips whose keys and mouse are known.
+
+    Raises:
+      UsageError: a world that cannot be judged, or clips of something else.
+    """
+    mode = world.vocabulary.mode
+    if mode.keys != KEYS or not mode.mouse:
+        raise UsageError(f'world.mode: got {mode.name}, expected one of the keys '
+                         f'{" ".join(KEYS)} and a mouse: the probe reads these')
+    clips = Known(Clips(data, 'heldout', cfg.clip_frames, cache=False))
+    if not len(clips):
+        raise UsageError(f'--data: {data}: no held-out clip whose keys and mouse are known')
+    (_, height, width, _), fps = clips[0].frames.shape, clips[0].fps
+    ours = world.cfg
+    if (height, width, fps) != (ours.height, ours.width, ours.fps):
+        raise UsageError(f'--data: {data}: got clips of {height}x{width} at {fps} fps, expected '
+                         f'{ours.height}x{ours.width} at {ours.fps} as this world makes them')
+    return clips
+
+
+def shape(world) -> tuple[int, int]:
+    """Latent frames that a stream shows nothing of, here the picture; and those of a block."""
+    return world.cfg.stream.context, world.cfg.stream.frames
+
+
+def sections(world, params, data: str, held_out: Known, rebuilt, cfg: Config, out: Path):
+    """Yields (name, results) of each section of the report, and draws its pictures.
+
+    Args:
+      data: folder of recorded clips; its train split trains the probe.
+      held_out: from `recorded`.
+      rebuilt: frames of some of them behind the autoencoder, from `video.rebuild`.
+    """
+    fps = world.cfg.fps
+    probe, real = probes(cfg, data, held_out, rebuilt, out)
+    yield 'probe', real
+    streams = Streams(world, params)
+    starts = begin(held_out, cfg.streams)
+    yield 'speed', speed(streams, held_out[starts[0]])
+    walks = {name: follow(streams, held_out, starts, name, cfg.seconds if name in HELD
+                          or name == 'mouse' else cfg.drive_seconds, cfg.seed)
+             for name in SCRIPTS}
+    yield 'obedience', {name: obedience(cfg, probe, one, fps) for name, one in walks.items()}
+    shown = [held_out[index].frames for index in starts]
+    yield 'drift', drift(walks, shown, fps)
+    yield 'fidelity', fidelity(cfg, probe, walks['mixed'], held_out, shown, world.cfg.stream, fps)
+    draw(world.vocabulary, walks, shown, cfg, fps, out)
+    if cfg.long_seconds:
+        yield 'long', long_walk(streams, held_out, starts[:1], cfg, out)
+
+
+# --- the probe -----------------------------------------------------------------------------------
+
+
+def probes(cfg: Config, data: str, held_out: Known, rebuilt, out: Path):
+    """((params, limits), scores on real frames); a trained probe is kept in `out`."""
+    path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
+    if found is None:
+        train = action_probe.examples(cfg.probe, action_probe.recorded(Known(Clips(data, cache=False))))
+        found = action_probe.train(cfg.probe, train, cfg.windows, bar('probe'))
+        control.save(path, cfg.probe, *found)
+    behind = zip((held_out[index] for index in spread(held_out, cfg.clips)), rebuilt, strict=True)
+    given = {'real': action_probe.recorded(held_out), 'reconstructed': [
+        (np.concatenate([clip.frames[:cfg.clip_frames - len(frames)], frames]),
+         action_probe.axes(clip.keyboard, clip.mouse)[:cfg.clip_frames]) for clip, frames in behind]}
+    scores = {name: action_probe.obedience(cfg.probe, found, control.sample(
+        action_probe.examples(cfg.probe, clips), cfg.windows)) for name, clips in given.items()}
+    return found, {'limits': list(map(float, found[1])), **scores}
+
+
+# --- streams -------------------------------------------------------------------------------------
+
+
+def begin(clips: Known, count: int) -> list[int]:
+    """At most `count` places of clips that streams begin with, among the longest ones."""
+    longest = max(clips.lengths.values())
+    best = [index for index, place in enumerate(clips.places) if clips.lengths[place] == longest]
+    return [best[index] for index in spread(best, count)]
+
+
+def script(vocabulary, clips: Known, start: int, name: str, count: int, seed: int) -> list[str]:
+    """`count` actions, one per frame, that change where latent frames do.
+
+    Args:
+      start: place of the clip that the stream begins with.
+    """
+    if name in HELD:
+        return [vocabulary.canonical(HELD[name])] * count
+    if name == 'mixed':
+        return recorded_actions(vocabulary, clips, start, count)
+    rng, texts = np.random.default_rng(seed), ['idle']
+    while len(texts) < count:
+        # Both ways for as long: what stood ahead is ahead again.
+        turn, way = rng.uniform(*TURNS), rng.permutation(['left', 'right'])
+        for word, amount, holds in (*((one, turn, int(rng.integers(4, 9))) for one in way),
+                                    ('up', TURNS[0], 2), ('down', TURNS[0], 2)):
+            texts += [vocabulary.canonical(f'{word}:{amount:.2f}')] * (FRAMES_PER_LATENT * holds)
+    return texts[:count]
+
+
+def recorded_actions(vocabulary, clips: Known, start: int, count: int) -> list[str]:
+    """What was pressed in a clip and in those after it, for `count` frames."""
+    vectors, index = [], start
+    while sum(map(len, vectors)) < count:
+        clip = clips[index % len(clips)]
+        # The first frame of a clip belongs to the latent frame before the others.
+        vectors.append(np.concatenate([clip.keyboard, clip.mouse], axis=1)[bool(vectors):])
+        index += 1
+    return vocabulary.decode(np.concatenate(vectors)[:count])
+
+
+def follow(streams: Streams, clips: Known, starts: list[int], name: str, seconds: int,
+           seed: int) -> Walks:
+    """The streams of a script."""
+    world, count = streams.world, streams.world.needed(seconds)
+    texts = [script(world.vocabulary, clips, start, name, count, seed + index)
+             for index, start in enumerate(starts)]
+    pictures = np.stack([clips[start].frames[:world.start_frames] for start in starts])
+    frames = streams.follow(pictures, texts, seed, bar(name))
+    vectors = np.stack([world.vocabulary.encode(one) for one in texts])
+    keys = len(KEYS)
+    asked = np.stack([action_probe.axes(one[:, :keys], one[:, keys:]) for one in vectors])
+    return Walks(texts, asked, frames)
+
+
+def speed(streams: Streams, clip: Clip, steps: int = 20) -> dict:
+    """Frames per second of one stream on this machine, after compilation, decoder included."""
+    world = streams.world
+    given, _ = world.inputs(world.cfg.prompt, clip.frames[:world.start_frames], [])
+    first, others = (world.vocabulary.encode(['W'] * count)[None]
+                     for count in (world.first_controls, world.cfg.stream.taken))
+    return {**streams.pace(streams.enter(given, 0), first, others, steps),
+            'calls_per_shift': world.cfg.stream.passes}
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+def spans(seconds: float, at: Sequence[int]) -> list[tuple[int, int]]:
+    """(first, last) whole second of each part of a stream that is cut `at` some."""
+    ends = [0, *(end for end in at if end + SHORTEST <= seconds), int(seconds)]
+    return list(zip(ends, ends[1:], strict=False))
+
+
+def windows(cfg: Config, one: Walks, fps: int, first: int = 0, last: int | None = None):
+    """The probe's windows of streams, between two seconds."""
+    per = FRAMES_PER_LATENT
+    end = len(one.frames[0]) if last is None else 1 + last * fps // per * per
+    return action_probe.examples(cfg.probe, [(frames[:end], asked[:end]) for frames, asked in zip(
+        one.frames, one.asked, strict=True)], -(-first * fps // per))
+
+
+def obedience(cfg: Config, probe, one: Walks, fps: int) -> dict:
+    """`walk.obedience` of streams: `all`, and by seconds such as `0-4`."""
+    return {'all': action_probe.obedience(cfg.probe, probe, windows(cfg, one, fps)),
+            **{f'{first}-{last}': action_probe.obedience(cfg.probe, probe,
+                                                 windows(cfg, one, fps, first, last))
+               for first, last in spans(one.frames.shape[1] / fps, SPANS)}}
+
+
+def drift(walks: dict[str, Walks], shown, fps: int) -> dict:
+    """Per script `drift.seconds`, colours against the clips `shown` that the streams begin like;
+    and those clips' own, as `real`."""
+    own = [MEASURES] * len(shown)
+    return {**{name: drifts.seconds(one.frames, shown, own, fps) for name, one in walks.items()},
+            'real': drifts.seconds(shown, shown, own, fps)}
+
+
+def fidelity(cfg: Config, probe, mixed: Walks, held_out: Known, shown, stream, fps: int) -> dict:
+    """RFD, the Frechet distance on the probe's own features, between streams and held-out clips, by
+    seconds; and seams.
+
+    The ceiling of the RFD is that of every other held-out clip to the rest. All of them are of as
+    many windows, since the distance of few samples is larger.
+    """
+    params, _ = probe
+    clips = list(action_probe.recorded(held_out))
+    parts = {f'{first}-{last}': windows(cfg, mixed, fps, first, last)
+             for first, last in spans(len(mixed.frames[0]) / fps, LONG_SPANS)}
+    halves = [action_probe.examples(cfg.probe, half) for half in (clips[::2], clips[1::2] or clips)]
+    count = min(cfg.windows, *(len(data.ends) for data in (*parts.values(), *halves)))
+
+    def features(data):
+        return control.features(cfg.probe, params, control.sample(data, count, cfg.seed))
+
+    real = features(action_probe.examples(cfg.probe, clips))
+    first = stream.first_actions
+    return {'rfd': {name: drifts.frechet(features(data), real) for name, data in parts.items()},
+            'rfd_real': drifts.frechet(*map(features, halves)), 'windows': count,
+            'seams': drifts.seams(mixed.frames[:, first:], stream.block_actions),
+            'seams_real': drifts.seams([frames[first:] for frames in shown],
+                                       stream.block_actions)}
+
+
+def long_walk(streams: Streams, held_out: Known, starts: list[int], cfg: Config, out: Path) -> dict:
+    """One stream for long: what each minute shows."""
+    fps = streams.world.cfg.fps
+    one = follow(streams, held_out, starts, 'mixed', cfg.long_seconds, cfg.seed)
+    found = drifts.seconds(one.frames, [held_out[starts[0]].frames], [MEASURES], fps)
+    video.write_image(out / 'long.png', sheet(one.frames, np.linspace(2, cfg.long_seconds, 16), fps,
+                                              width=160))
+    return {'seconds': cfg.long_seconds, **{
+        name: [round(float(np.mean(values[at:at + 60])), 3)
+               for at in range(0, cfg.long_seconds, 60)] for name, values in found.items()}}
+
+
+# --- pictures ------------------------------------------------------------------------------------
+
+
+def draw(vocabulary, walks: dict[str, Walks], shown, cfg: Config, fps: int, out: Path):
+    """`scripts-I.png` of each start, a row per script; `mixed.png`, streams above their recordings;
+    `drive.png`, all of `mixed`; and its first stream as a video."""
+    held = {name: [[vocabulary.held(text) for text in texts] for texts in one.texts]
+            for name, one in walks.items()}
+    for index in range(len(shown)):
+        video.write_image(out / f'scripts-{index}.png', sheet(
+            [one.frames[index] for one in walks.values()], cfg.times, fps,
+            [one[index] for one in held.values()]))
+    mixed, keys = walks['mixed'].frames, held['mixed']
+    length = min(len(frames) for frames in (*shown, *mixed))
+    pairs = [frames[:length] for both in zip(mixed, shown, strict=True) for frames in both]
+    video.write_image(out / 'mixed.png', sheet(
+        pairs, np.linspace(0.5, length / fps, 6), fps, [one for one in keys for _ in range(2)]))
+    video.write_image(out / 'drive.png', sheet(
+        mixed, np.linspace(2, len(mixed[0]) / fps, 8), fps, keys, width=160))
+    video.write_video(out / 'mixed.mp4', mixed[0], fps, keys[0])

@@ -1,0 +1,139 @@
+"""A training step weighed before there is a machine for it: compiled in full size, never run.
+
+Memory is XLA's own account of the compiled step, per device; FLOPs are its cost analysis. Nothing
+of the size of a parameter is allocated. Devices are imitated by the CPU, so two things differ from
+an accelerator: XLA keeps many bfloat16 values in float32 there, and attention goes block by block
+through plain products. Temporaries are therefore an upper bound.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
+
+from matrix_jax import worlds
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion
+from matrix_jax.nn import conv3d
+from matrix_jax.train import program
+
+FLAG = '--xla_force_host_platform_device_count'
+MIB, GIGA = 2**20, 10**9
+
+
+def imitate(count: int):
+    """Makes the CPU look like `count` devices, if none was asked for yet."""
+    flags = os.environ.get('XLA_FLAGS', '')
+    if FLAG not in flags:
+        # How well the code would run does not matter.
+        os.environ['XLA_FLAGS'] = f'{flags} {FLAG}={count} --xla_backend_optimization_level=0'
+    jax.config.update('jax_platforms', 'cpu')
+
+
+def report(run) -> str:
+    """What one update of a run costs, as lines of text.
+
+    Raises:
+      ValueError: the stage or the batch does not fit the mesh.
+    """
+    world = worlds.build(run.world).with_tokenizers(None)
+    params = _start(run, world)
+    made = program.build(run, world, params)
+    state = jax.eval_shape(made.start, params)
+    batch = run.stage.example(world, made.examples)
+    began = time.time()
+    lowered = made.lower(_placed(state, made.places),
+                         _placed(batch, sharding.batch_sharding(made.mesh)))
+    lowering, began = time.time() - began, time.time()
+    memory = lowered.compile().memory_analysis()
+    compiling = time.time() - began
+    # Of the examples that one device has: a larger batch would be cut into smaller blocks.
+    ways = run.mesh.data * run.mesh.fsdp
+    work = ways * flops(made.update, state, run.stage.example(world, made.examples // ways))
+    rows = [*sizes(state, made.places).items(),
+            ('activations, gradients and work space', memory.temp_size_in_bytes),
+            ('in all', memory.argument_size_in_bytes + memory.output_size_in_bytes
+             + memory.temp_size_in_bytes - memory.alias_size_in_bytes)]
+    mesh = ' x '.join(f'{axis}={size}' for axis, size in made.mesh.shape.items() if size > 1)
+    return '\n'.join([
+        f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, {made.examples} '
+        f'examples per update, {_count(state.student):,} of {_count(params):,} parameters train',
+        'per device:', *(f'  {name:40}{size / MIB:>12,.1f} MiB' for name, size in rows),
+        f'FLOPs per update: {work / GIGA:,.1f} G in all, {work / made.mesh.size / GIGA:,.1f} G per '
+        'device',
+        f'(lowered in {lowering:.0f} s, compiled in {compiling:.0f} s; nothing was allocated)'])
+
+
+def _start(run, world):
+    """ShapeDtypeStructs of a stage's start: what trains in float32, the rest as the network runs.
+    """
+    dtype, stage = world.cfg.dit.dtype, run.stage
+    flat = conversion.flatten(stage.start(world, world.shapes(), run.train.seed))
+    return conversion.unflatten({path: jax.ShapeDtypeStruct(
+        leaf.shape, 'float32' if stage.trainable(path) else dtype) for path, leaf in flat.items()})
+
+
+def _placed(tree, places):
+    if isinstance(places, jax.sharding.Sharding):
+        places = jax.tree.map(lambda _: places, tree)
+    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
+                                                                 sharding=place), tree, places)
+
+
+def sizes(state, places) -> dict[str, int]:
+    """Bytes of the parts of a state on one device.
+
+    Args:
+      state: `state.TrainState` of ShapeDtypeStructs.
+      places: their shardings.
+    """
+    def one(role):
+        return sum(jax.tree.leaves(jax.tree.map(
+            lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+            getattr(state, role), getattr(places, role))))
+    return {'parameters': one('student'), 'average of them': one('ema'), 'optimizer': one('opt'),
+            'frozen weights': one('frozen')}
+
+
+def _count(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+# --- FLOPs -----------------------------------------------------------------------------------
+
+
+def flops(function, *arguments) -> float:
+    """FLOPs of a function by XLA's cost analysis, which takes a loop for one turn of it: the turns
+    that it leaves out are analysed by themselves and added. Convolutions are plain ones."""
+    with conv3d.native():
+        # A function of its own: what jax keeps of a trace is for runs, or was.
+        return _flops(jax.make_jaxpr(lambda *given: function(*given))(*arguments))
+
+
+def _flops(program: ClosedJaxpr) -> float:
+    total = _once(program)
+    for scan in _scans(program.jaxpr):
+        body = scan.params['jaxpr']
+        total += scan.params['length'] * _flops(body) - _once(body)
+    return total
+
+
+def _once(program: ClosedJaxpr) -> float:
+    """FLOPs with one turn of every loop, of those within loops as well."""
+    return jax.jit(jaxpr_as_fun(program)).lower(*program.in_avals).cost_analysis()['flops']
+
+
+def _scans(program: Jaxpr):
+    """The outermost scans of a program."""
+    for equation in program.eqns:
+        if equation.primitive.name == 'scan':
+            yield equation
+            continue
+        for value in equation.params.values():
+            for part in value if isinstance(value, (tuple, list)) else (value,):
+                if isinstance(part, (ClosedJaxpr, Jaxpr)):
+                    yield from _scans(getattr(part, 'jaxpr', part))

@@ -1,0 +1,72 @@
+import pathlib
+
+import numpy as np
+import pytest
+
+from matrix_jax import parity
+from matrix_jax.controls import driving
+from matrix_jax.controls.driving import ControlError
+
+GOLDENS = pathlib.Path(__file__).parent / 'goldens' / 'the_matrix'
+
+
+def test_replays_the_reference_signals():
+    lines = parity.replay(parity.read(GOLDENS / 'g_control_signals.json'))
+    assert {line.output for line in lines} == {'random', 'base_frames', 'base_signal',
+                                               'streaming_signal'}
+    assert [line for line in lines if not line.ok] == []
+
+
+def test_vocabulary():
+    assert driving.SYMBOLS == ('D', 'DL', 'DR', 'B', 'BL', 'BR', 'N', 'NL', 'NR')
+    assert driving.NULL == 9 and len(set(driving.PROMPTS.values())) == 9
+    indices = driving.encode(['DR', 'D', 'NR'])
+    assert indices.tolist() == [2, 0, 8] and indices.dtype == np.int32
+    assert driving.decode([2, 0, 9]) == ['DR', 'D', '']
+
+
+def test_parse_forgives_spaces_only():
+    assert driving.parse(' D, DL ,NR') == ['D', 'DL', 'NR']
+
+
+@pytest.mark.parametrize('signal, words', [
+    ('D,X,DL', ("'X' at position 2 of 3", 'D, DL, DR, B')),
+    ('D,DL,', ("'' at position 3 of 3",)),
+    ('d', ("'d' at position 1 of 1",)),
+    ('Q,' * 5 + 'D', ("'Q' at position 3 of 6", 'and 2 more')),
+    ('', ('no symbols',)),
+    (' ', ('no symbols',))])
+def test_unknown_symbols_are_named(signal, words):
+    with pytest.raises(ControlError) as error:
+        driving.parse(signal)
+    assert all(word in str(error.value) for word in words)
+
+
+def test_fit_pads_only_when_asked():
+    with pytest.raises(ControlError, match='got 2 symbols, expected 5; positions 3 to 5'):
+        driving.fit(['D', 'DL'], 5)
+    symbols, note = driving.fit(['D', 'DL'], 5, pad='hold')
+    assert symbols == ['D', 'DL', 'DL', 'DL', 'DL'] and '3 added' in note
+    symbols, _ = driving.fit(['NL'], 17, pad='random', seed=3)
+    assert symbols[1:] == driving.generate_random_control_signal(16, 3).split(',')
+
+
+def test_fit_leaves_the_rest_unused_with_a_note():
+    assert driving.fit(['D', 'B'], 2) == (['D', 'B'], None)
+    symbols, note = driving.fit(['D', 'B', 'N'], 1)
+    assert symbols == ['D'] and 'the last 2 are not used' in note
+
+
+def test_one_symbol_per_latent_frame():
+    assert driving.one_per_latent(['D'] * 4 + ['B'] * 4 + ['N']) == ['D', 'B', 'N']
+
+
+@pytest.mark.parametrize('call', [
+    lambda: driving.fit(['D'], 2, pad='mirror'),
+    lambda: driving.generate_random_control_signal(0, 1),
+    lambda: driving.generate_random_control_signal(3, 1, repeat_lens=(2, 2)),
+    lambda: driving.base_frames(0),
+    lambda: driving.fit([], 2, pad='hold')])
+def test_bad_values_are_refused(call):
+    with pytest.raises(ControlError, match='(?s)got .*(expected|needs)'):
+        call()

@@ -1,0 +1,120 @@
+"""The world as gymnasium environments: its checker, seeds, rewards, and worlds that break."""
+
+import pickle
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from matrix_jax.config import UsageError
+from matrix_jax.envs import world_env as envs
+
+gymnasium = pytest.importorskip('gymnasium')
+
+
+@pytest.fixture(scope='session')
+def house(slots, tiny):
+    return slots, tiny
+
+
+def poison(players, index):
+    """Makes a world not a number."""
+    carry = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf,
+                         players.slots.read(index))
+    players.slots.write(index, carry)
+
+
+def drive(env, seed, actions):
+    """(first observation, those of the actions)."""
+    first, _ = env.reset(seed=seed)
+    return first, np.stack([env.step(action)[0] for action in actions])
+
+
+@pytest.mark.parametrize('whole, shape', [(False, (32, 48, 3)), (True, (8, 32, 48, 3))])
+def test_gymnasium_accepts_it(house, whole, shape):
+    from gymnasium.utils.env_checker import check_env
+    env = envs.WorldEnv(opened=house, whole=whole, render_mode='rgb_array')
+    assert env.observation_space.shape == shape and env.action_space.n == 9
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        warnings.filterwarnings('ignore', '.*does not have a spec|.*not having a spec')
+        check_env(env)
+    assert env.render().shape == (32, 48, 3)
+
+
+def test_equal_seeds_and_actions_give_equal_worlds(house):
+    env, lag = envs.WorldEnv(opened=house), house[0].lag
+    first, straight = drive(env, 3, [0] * (lag + 2))
+    again, same = drive(env, 3, [0] * (lag + 2))
+    np.testing.assert_array_equal(first, again)
+    np.testing.assert_array_equal(straight, same)
+    _, left = drive(env, 3, [1] * (lag + 2))
+    assert np.abs(straight[lag:] - left[lag:].astype(int)).max() > np.abs(
+        straight[:lag] - left[:lag].astype(int)).max()            # not bound to the keys yet
+    assert (drive(env, 4, [0])[1] != straight[:1]).any()
+    assert (env.reset(options={'prompt': 'snow'})[0] == first).all()     # the same start clip
+    with pytest.raises(UsageError, match='options: got promt; expected prompt and start'):
+        env.reset(options={'promt': 'snow'})
+    with pytest.raises(UsageError, match="start: got 'moon'"):
+        env.reset(options={'start': 'moon'})
+
+
+def test_rewards_come_from_the_user_and_a_broken_world_ends(house):
+    env = envs.WorldEnv(opened=house, reward=lambda before, action, after: action + (
+        before != after).any())
+    with pytest.raises(gymnasium.error.ResetNeeded):
+        env.step(0)
+    env.reset(seed=0)
+    assert env.step(4)[1:] == (5.0, False, False, {'shift': 1, 'lag': house[0].lag})
+    poison(env.players, 0)
+    assert env.step(0)[2]
+    env.reset()
+    assert not env.step(0)[2]
+
+
+def test_players_side_by_side_are_each_as_alone(house):
+    many = envs.WorldVectorEnv(3, opened=house, reward=lambda before, action, after: action,
+                               render_mode='rgb_array')
+    first, info = many.reset(seed=3)
+    assert many.observation_space.contains(first) and info['shift'].tolist() == [0, 0, 0]
+    assert many.action_space.shape == (3,)
+    actions = np.array([[0, 1, 2], [3, 4, 5], [0, 0, 0]])
+    seen = []
+    for row in actions:
+        observations, rewards, *_, info = many.step(row)
+        assert rewards.tolist() == row.tolist()
+        seen.append(observations)
+    alone = envs.WorldEnv(opened=house)
+    for index in range(3):
+        start, frames = drive(alone, 3 + index, actions[:, index])
+        np.testing.assert_array_equal(start, first[index])
+        np.testing.assert_array_equal(frames, np.stack(seen)[:, index])
+    assert len(many.render()) == 3 and info['shift'].tolist() == [3, 3, 3]
+    # one breaks: it ends alone, and starts again by itself
+    poison(many.players, 1)
+    assert many.step(actions[0])[2].tolist() == [False, True, False]
+    observations, rewards, ended, _, info = many.step(actions[0])
+    assert not ended.any() and rewards[1] == 0 and info['shift'].tolist() == [5, 0, 5]
+    np.testing.assert_array_equal(observations[1], first[1])
+    assert not many.step(actions[0])[2].any()
+    with pytest.raises(UsageError, match='seed: got 2, expected 3'):
+        many.reset(seed=[1, 2])
+    with pytest.raises(UsageError, match='got 3 slots, expected at least 4'):
+        envs.WorldVectorEnv(4, opened=house)
+
+
+def test_gymnasium_is_asked_for_in_one_line():
+    code = ('import sys; sys.modules["gymnasium"] = None\n'
+            'import matrix_jax.envs.world_env\n'
+            'try: matrix_jax.serve.env.WorldEnv\n'
+            'except ValueError as error: print(error)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.stdout.strip() == ("environments need gymnasium: pip install 'matrix_jax[data]'"), (
+        done.stderr)
+    assert pickle.loads(pickle.dumps(envs.WorldEnv)) is envs.WorldEnv
+    with pytest.raises(UsageError, match="render_mode: got 'human'"):
+        envs.WorldEnv(render_mode='human')

@@ -1,0 +1,45 @@
+"""Tokens that devices share: joining and splitting undo each other, padding is left out."""
+
+import numpy as np
+import pytest
+
+from matrix_jax.nn import token_layout
+
+FRAMES, PLACES, LENGTH = 2, 5, 7
+
+
+@pytest.fixture(params=[1, 3, 5])
+def parts(request, monkeypatch):
+    """As on a mesh of so many devices, of which none is needed."""
+    monkeypatch.setattr(token_layout, 'ways', lambda name: request.param)
+    return request.param
+
+
+def numbered(*shape, first=1):
+    return np.arange(first, first + np.prod(shape), dtype=np.float32).reshape(shape)
+
+
+def test_what_is_joined_splits_again_and_padding_is_not_real(parts):
+    video, text = numbered(1, FRAMES, PLACES, 1), numbered(1, LENGTH, 1, first=100)
+    padded, padded_text = token_layout.pad(video, 2), token_layout.pad(text, 1)
+    assert padded.shape[2] % parts == padded_text.shape[1] % parts == 0
+    tokens = token_layout.join(padded, padded_text)
+    again = token_layout.split(tokens, padded.shape)
+    for one, other in zip(again, (padded, padded_text), strict=True):
+        np.testing.assert_array_equal(one, other)
+    real = token_layout.real(FRAMES, PLACES, LENGTH)
+    seen = np.asarray(tokens)[0, slice(None) if real is None else real, 0]
+    assert sorted(seen) == sorted([*video.flat, *text.flat])
+    assert (real is None) == (parts == 1)
+
+
+def test_each_device_has_its_places_of_every_frame(parts):
+    video = token_layout.pad(numbered(1, FRAMES, PLACES, 1), 2)
+    flat = token_layout.flatten(video)
+    np.testing.assert_array_equal(token_layout.unflatten(flat, FRAMES), video)
+    held = video.shape[2] // parts
+    for device, mine in enumerate(np.split(np.asarray(flat), parts, axis=1)):
+        np.testing.assert_array_equal(
+            mine.reshape(FRAMES, held), video[0, :, device * held:(device + 1) * held, 0])
+    rows = numbered(FRAMES * PLACES, 1)
+    np.testing.assert_array_equal(token_layout.table(rows, FRAMES), flat[0])

@@ -1,0 +1,83 @@
+"""convert.py: exact inverse, and every fault reported at once."""
+
+import numpy as np
+import pytest
+
+from matrix_jax.weights.conversion import ConversionError, Drop, Prefix, Row, axes, flatten, to_jax, to_torch
+
+TABLE = (
+    Row('blocks.{i}.q.weight', 'blocks/q/kernel', '(k e) d -> d k e', (0, 2), {'k': 2}),
+    Row('blocks.{i}.q.weight', 'late/q/kernel', '(k e) d -> d k e', (2, 3), {'k': 2}),
+    Row('patch.weight', 'patch/kernel', 'o i h w -> (h w i) o', sizes={'h': 2, 'w': 2}),
+    Row('patch.bias', 'patch/bias', 'd -> d'),
+    Drop('rope.freqs*', why='computed'),
+)
+
+
+def tensors():
+    rng = np.random.default_rng(0)
+    made = {f'blocks.{i}.q.weight': rng.normal(size=(6, 5)).astype('f4') for i in range(3)}
+    made['patch.weight'] = rng.normal(size=(4, 3, 2, 2)).astype('f4')
+    made['patch.bias'] = rng.normal(size=(4,)).astype('f4')
+    return made
+
+
+def test_round_trip_is_exact():
+    source = tensors()
+    params = to_jax(TABLE, {**source, 'rope.freqs_cos': np.zeros(3)})
+    assert params['blocks']['q']['kernel'].shape == (2, 5, 2, 3)
+    assert params['late']['q']['kernel'].shape == (1, 5, 2, 3)
+    assert params['patch']['kernel'].shape == (12, 4)
+    back = to_torch(TABLE, params)
+    assert back.keys() == source.keys()
+    for name in source:
+        np.testing.assert_array_equal(back[name], source[name])
+
+
+def test_all_faults_in_one_message_with_nearest_names():
+    bad = tensors()
+    bad['patch.biass'] = bad.pop('patch.bias')
+    bad['blocks.1.q.weight'] = np.zeros((7, 5), 'f4')
+    with pytest.raises(ConversionError) as caught:
+        to_jax(TABLE, bad)
+    text = str(caught.value)
+    assert 'unknown key patch.biass (nearest: patch.bias)' in text
+    assert 'missing key patch.bias (nearest: patch.biass)' in text
+    assert 'blocks.{i}.q.weight: shape' in text
+
+
+def test_shapes_are_checked_and_complete():
+    params = to_jax(TABLE, tensors())
+    to_jax(TABLE, tensors(), shapes=params)
+    params['patch']['bias'] = np.zeros(5)
+    with pytest.raises(ConversionError, match='patch.bias.*expected'):
+        to_jax(TABLE, tensors(), shapes=params)
+    params['patch']['bias'] = np.zeros(4)
+    params['extra'] = {'scale': np.zeros(2)}
+    with pytest.raises(ConversionError, match='extra/scale: no row writes it'):
+        to_jax(TABLE, tensors(), shapes=params)
+
+
+def test_export_refuses_a_tree_that_does_not_fit():
+    params = to_jax(TABLE, tensors())
+    params['patch']['biasx'] = params['patch'].pop('bias')
+    with pytest.raises(ConversionError, match='patch/biasx.*patch/bias'):
+        to_torch(TABLE, params)
+
+
+def test_axes_name_each_dimension():
+    letters = flatten(axes(TABLE))
+    assert letters['blocks/q/kernel'] == ('layers', 'd', 'k', 'e')
+    assert letters['patch/kernel'] == ('_', 'o')
+
+
+def test_a_prefix_of_all_keys_is_taken_off():
+    table = (Prefix('model.'), *TABLE)
+    plain = to_jax(table, tensors())
+    worn = to_jax(table, {f'model.{name}': tensor for name, tensor in tensors().items()})
+    assert all(np.array_equal(leaf, flatten(worn)[path]) for path, leaf in flatten(plain).items())
+    assert to_torch(table, worn).keys() == tensors().keys()
+    mixed = {f'model.{name}' if 'bias' in name else name: tensor
+             for name, tensor in tensors().items()}
+    with pytest.raises(ConversionError, match='unknown key model.patch.bias'):
+        to_jax(table, mixed)

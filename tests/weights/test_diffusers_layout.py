@@ -1,0 +1,215 @@
+"""Released folders read strictly; training state that survives a killed save."""
+
+import json
+import pickle
+import zipfile
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from matrix_jax.weights import diffusers_layout
+from matrix_jax.weights.diffusers_layout import CheckpointError
+
+CONFIG = {'_class_name': 'Toy', 'width': 3}
+TENSORS = {'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4), 'b': np.float32(2.5),
+           'ids': np.arange(5), 'c': np.ones((2, 2), ml_dtypes.bfloat16)}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    diffusers_layout.write_component(tmp_path, 'transformer', CONFIG, TENSORS)
+    return tmp_path
+
+
+def files(path):
+    return sorted(one.name for one in path.iterdir())
+
+
+@pytest.mark.parametrize('shard_size, count', [(10**6, 1), (24, 3)])
+def test_component_round_trip(tmp_path, shard_size, count):
+    diffusers_layout.write_component(tmp_path, 'part', CONFIG, TENSORS, shard_size=shard_size)
+    config, tensors = diffusers_layout.read_component(tmp_path, 'part')
+    assert config == CONFIG and set(tensors) == set(TENSORS) and len(tensors) == 4
+    for name, value in TENSORS.items():
+        assert tensors[name].shape == value.shape
+        assert tensors[name].dtype == (np.int64 if name == 'ids' else ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(tensors[name].astype(np.float32), value.astype(np.float32))
+    found = [name for name in files(tmp_path / 'part') if name.endswith('.safetensors')]
+    assert len(found) == count
+    assert all(name.startswith('diffusion_pytorch_model') for name in found)
+    assert files(tmp_path) == ['part']
+
+
+def test_names_dtype_and_replacement(folder):
+    diffusers_layout.write_component(folder, 'transformer', {'architectures': ['T5EncoderModel']},
+                               {'a': jnp.ones((2, 3))}, dtype='float32')
+    assert files(folder / 'transformer') == ['config.json', 'model.safetensors']
+    _, tensors = diffusers_layout.read_component(folder, 'transformer')
+    assert list(tensors) == ['a'] and tensors['a'].dtype == np.float32
+
+
+def test_failed_write_keeps_the_old_component(folder):
+    class Broken(dict):
+        def __getitem__(self, name):
+            if name == 'z':
+                raise RuntimeError('disk on fire')
+            return super().__getitem__(name)
+
+    with pytest.raises(RuntimeError):
+        diffusers_layout.write_component(folder, 'transformer', CONFIG, Broken(a=np.ones(3), z=1))
+    _, tensors = diffusers_layout.read_component(folder, 'transformer')
+    assert set(tensors) == set(TENSORS)
+    assert files(folder) == ['transformer']
+
+
+def test_json_round_trip(folder):
+    diffusers_layout.write_json(folder / 'scheduler', 'scheduler_config.json', {'a': 1})
+    assert diffusers_layout.read_json(folder, 'scheduler', 'scheduler_config.json') == {'a': 1}
+    assert files(folder / 'scheduler') == ['scheduler_config.json']
+
+
+def weights(folder):
+    return folder / 'transformer' / 'diffusion_pytorch_model.safetensors'
+
+
+def truncate(folder):
+    path = weights(folder)
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def truncate_header(folder):
+    path = weights(folder)
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def corrupt_header(folder):
+    path = weights(folder)
+    path.write_bytes(path.read_bytes().replace(b'"dtype"', b'"dtypo"', 1))
+
+
+def pickle_in_disguise(folder):
+    weights(folder).write_bytes(pickle.dumps({'a': [1.0] * 100}))
+
+
+def zip_in_disguise(folder):
+    with zipfile.ZipFile(weights(folder), 'w') as file:
+        file.writestr('archive/data.pkl', pickle.dumps({}))
+
+
+def pickle_only(folder):
+    weights(folder).rename(folder / 'transformer' / 'pytorch_model.bin')
+
+
+def two_kinds(folder):
+    (folder / 'transformer' / 'model.safetensors').write_bytes(weights(folder).read_bytes())
+
+
+def index(folder, weight_map):
+    weights(folder).rename(folder / 'transformer' / 'one.safetensors')
+    path = folder / 'transformer' / 'diffusion_pytorch_model.safetensors.index.json'
+    path.write_text(json.dumps({'weight_map': weight_map}))
+
+
+ALL = {name: 'one.safetensors' for name in TENSORS}
+
+
+@pytest.mark.parametrize('damage, words', [
+    (truncate, ['truncated: ', ' bytes of ']),
+    (truncate_header, ['truncated: 20 bytes end inside the header']),
+    (corrupt_header, ['diffusion_pytorch_model.safetensors: ']),
+    (pickle_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
+    (zip_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
+    (lambda folder: weights(folder).write_bytes(b''), ['truncated: 0 bytes']),
+    (lambda folder: weights(folder).write_bytes(b'junk' * 9), ['not a safetensors file']),
+    (lambda folder: weights(folder).write_bytes(b'version https://git-lfs.github.com/spec/v1\n'),
+     ['git-lfs pointer']),
+    (pickle_only, ['pytorch_model.bin is a pickle', 'tools/convert.py']),
+    (lambda folder: weights(folder).unlink(), ['no weights; expected diffusion_pytorch_model']),
+    (two_kinds, ['model.safetensors, expected one of them']),
+    (lambda folder: index(folder, {**ALL, 'd': 'two.safetensors'}),
+     ['names the shard two.safetensors, which is missing']),
+    (lambda folder: index(folder, {**ALL, 'd': 'one.safetensors'}), ['missing d;']),
+    (lambda folder: index(folder, {'b': 'one.safetensors'}),
+     ['missing none; not in the index a.weight, c, ids']),
+    (lambda folder: index(folder, {'b': '../one.safetensors'}), ['not a plain .safetensors name']),
+    (lambda folder: index(folder, {}), ['no weight_map']),
+    (lambda folder: (folder / 'transformer' / 'config.json').unlink(), ['config.json: no such']),
+    (lambda folder: (folder / 'transformer' / 'config.json').write_text('{'),
+     ['config.json: not readable as JSON']),
+    (lambda folder: (folder / 'transformer' / 'config.json').write_text('[]'),
+     ['config.json: got a JSON list, expected an object']),
+])
+def test_damage_is_one_clear_line(folder, damage, words):
+    damage(folder)
+    with pytest.raises(CheckpointError) as error:
+        diffusers_layout.read_component(folder, 'transformer')
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert str(folder) in message and '\n' not in message
+
+
+def test_sharded_by_another_writer(folder):
+    index(folder, ALL)
+    _, tensors = diffusers_layout.read_component(folder, 'transformer')
+    assert tensors['b'] == 2.5
+
+
+def test_missing_folder_or_component(folder):
+    with pytest.raises(CheckpointError, match='no component vae; it has transformer'):
+        diffusers_layout.read_component(folder, 'vae')
+    with pytest.raises(CheckpointError, match='nowhere: no such folder'):
+        diffusers_layout.read_config(folder / 'nowhere', 'vae')
+
+
+def test_resolve(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(diffusers_layout, 'ASSETS', folder / 'assets')
+    (folder / 'assets' / 'toy').mkdir(parents=True)
+    (folder / 'toy').mkdir()
+    (folder / 'file').touch()
+    assert diffusers_layout.resolve('toy') == folder / 'assets' / 'toy'
+    assert diffusers_layout.resolve('./toy').resolve() == (folder / 'toy').resolve()
+    assert diffusers_layout.resolve('transformer').resolve() == folder / 'transformer'
+    with pytest.raises(CheckpointError, match='file is a file'):
+        diffusers_layout.resolve('file')
+    for missing in ('nowhere', './a/b', '/a/b', '../a', 'a/../b'):
+        with pytest.raises(CheckpointError, match=r'no folder .*bundled name \(toy\)'):
+            diffusers_layout.resolve(missing)
+
+
+def test_the_folder_of_a_run_is_not_its_weights(folder, tmp_path):
+    run = tmp_path / 'run'
+    (run / 'state' / '100').mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=f'{run} is the folder of a training run; it has none '
+                                              'yet: start the same training again'):
+        diffusers_layout.resolve(run)
+    diffusers_layout.write_component(run / 'weights', 'transformer', CONFIG, TENSORS)
+    with pytest.raises(CheckpointError, match=f'a training run; its weights are in {run}/weights$'):
+        diffusers_layout.resolve(run)
+    assert diffusers_layout.resolve(run / 'weights') == run / 'weights'
+
+
+def test_hub(folder, monkeypatch):
+    asked = {}
+
+    def snapshot_download(repo, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision, patterns=allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr('huggingface_hub.snapshot_download', snapshot_download)
+    found = diffusers_layout.resolve('MatrixTeam/TheMatrix/transformer@v1')
+    assert found == folder / 'transformer'
+    assert (asked['repo'], asked['revision']) == ('MatrixTeam/TheMatrix', 'v1')
+    assert 'transformer/*.safetensors' in asked['patterns']
+    assert not any('.bin' in pattern or pattern == '*' for pattern in asked['patterns'])
+    with pytest.raises(CheckpointError, match='has no folder stage9'):
+        diffusers_layout.resolve('MatrixTeam/TheMatrix/stage9')
+
+
+def test_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv('HF_HOME', str(tmp_path))
+    with pytest.raises(CheckpointError, match='neither a folder here nor a hub') as error:
+        diffusers_layout.resolve('MatrixTeam/NotThere')
+    assert '\n' not in str(error.value)
