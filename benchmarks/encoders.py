@@ -37,6 +37,7 @@ H264 = (('H.264 23, ultrafast', 'ultrafast', 23), ('H.264 16, veryfast', 'veryfa
 def pillow(frames: np.ndarray, options: dict):
     """(CPU seconds per frame, bytes per frame, what comes out) of single pictures."""
     from PIL import Image
+
     files, began = [io.BytesIO() for _ in frames], time.process_time()
     for frame, file in zip(frames, files):
         Image.fromarray(frame).save(file, **options)
@@ -48,13 +49,31 @@ def pillow(frames: np.ndarray, options: dict):
 def h264(frames: np.ndarray, preset: str, crf: int):
     """As `pillow`, of one stream."""
     import imageio_ffmpeg
+
     program, (_, height, width, _) = imageio_ffmpeg.get_ffmpeg_exe(), frames.shape
     raw = ['-f', 'rawvideo', '-pix_fmt', 'rgb24', '-s', f'{width}x{height}', '-r', '16']
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'stream.h264'
         quiet = [program, '-y', '-loglevel', 'error']
-        encode = [*quiet, *raw, '-i', '-', '-c:v', 'libx264', '-threads', '1', '-preset', preset,
-                  '-tune', 'zerolatency', '-crf', str(crf), '-pix_fmt', 'yuv420p', str(path)]
+        encode = [
+            *quiet,
+            *raw,
+            '-i',
+            '-',
+            '-c:v',
+            'libx264',
+            '-threads',
+            '1',
+            '-preset',
+            preset,
+            '-tune',
+            'zerolatency',
+            '-crf',
+            str(crf),
+            '-pix_fmt',
+            'yuv420p',
+            str(path),
+        ]
 
         def spent(given):
             before = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -64,10 +83,14 @@ def h264(frames: np.ndarray, preset: str, crf: int):
 
         start = min(spent(frames[:1]) for _ in range(3))
         took, size = min(spent(frames) for _ in range(3)) - start, path.stat().st_size
-        shown = subprocess.run([*quiet, '-i', str(path), *raw[:4], '-'], check=True,
-                               stdout=subprocess.PIPE).stdout
-    return (took / (len(frames) - 1), size / len(frames),
-            np.frombuffer(shown, np.uint8).reshape(frames.shape))
+        shown = subprocess.run(
+            [*quiet, '-i', str(path), *raw[:4], '-'], check=True, stdout=subprocess.PIPE
+        ).stdout
+    return (
+        took / (len(frames) - 1),
+        size / len(frames),
+        np.frombuffer(shown, np.uint8).reshape(frames.shape),
+    )
 
 
 def psnr(frames: np.ndarray, shown: np.ndarray) -> float:
@@ -82,12 +105,16 @@ def main():
     for shown in (frames, video.resize(frames, *LARGE)):
         print(f'\n{len(shown)} frames of {shown.shape[1]}x{shown.shape[2]}\n')
         print('| encoder | ms per frame | bytes per frame | PSNR, dB |\n| --- | --- | --- | --- |')
-        for name, encode, *given in (*((name, pillow, options) for name, options in PILLOW),
-                                     *((name, h264, *more) for name, *more in H264)):
-            encode(shown[:2], *given)               # loads what it needs
+        for name, encode, *given in (
+            *((name, pillow, options) for name, options in PILLOW),
+            *((name, h264, *more) for name, *more in H264),
+        ):
+            encode(shown[:2], *given)  # loads what it needs
             took, size, after = encode(shown, *given)
-            print(f'| {name} | {1e3 * took:.2f} | {size:,.0f} | {psnr(shown, after):.1f} |',
-                  flush=True)
+            print(
+                f'| {name} | {1e3 * took:.2f} | {size:,.0f} | {psnr(shown, after):.1f} |',
+                flush=True,
+            )
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 STEPS, SAVE_EVERY = 40, 2
-KINDS = ('start', 'steps', 'save', 'save')      # half of the kills fall into a save
+KINDS = ('start', 'steps', 'save', 'save')  # half of the kills fall into a save
 
 
 def make_clips(folder):
@@ -31,10 +31,16 @@ def make_clips(folder):
     def clip(index):
         frames = np.full((17, 32, 48, 3), 40 * index + 60, np.uint8)
         for moment, frame in enumerate(frames):
-            frame[8:20, moment:moment + 10] = 200
-        return records.Clip(frames=frames, controls=np.full(17, index, np.int8), caption='A car.',
-                            theme='meadow', seed=index, fps=16,
-                            telemetry=np.zeros((17, len(records.TELEMETRY)), np.float32))
+            frame[8:20, moment : moment + 10] = 200
+        return records.Clip(
+            frames=frames,
+            controls=np.full(17, index, np.int8),
+            caption='A car.',
+            theme='meadow',
+            seed=index,
+            fps=16,
+            telemetry=np.zeros((17, len(records.TELEMETRY)), np.float32),
+        )
 
     records.write_shard(folder / f'train-0{records.SUFFIX}', map(clip, range(3)))
 
@@ -45,15 +51,33 @@ class Training:
     def __init__(self, work: Path, out: Path):
         self.state, self.log = out / 'state', work / 'log.txt'
         environment = os.environ | {
-            'JAX_PLATFORMS': 'cpu', 'JAX_COMPILATION_CACHE_DIR': str(work / 'compiled'),
-            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'PYTHONPATH': str(ROOT)}
-        command = [sys.executable, ROOT / 'tools/train.py', 'the_matrix:TINY_SWIN', '--data',
-                   work / 'clips', '--out', out, '--steps', STEPS, '--save_every', SAVE_EVERY,
-                   '--log_every', '7', '--stage.optimizer.learning_rate', '1e-3']
+            'JAX_PLATFORMS': 'cpu',
+            'JAX_COMPILATION_CACHE_DIR': str(work / 'compiled'),
+            'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+            'PYTHONPATH': str(ROOT),
+        }
+        command = [
+            sys.executable,
+            ROOT / 'tools/train.py',
+            'the_matrix:TINY_SWIN',
+            '--data',
+            work / 'clips',
+            '--out',
+            out,
+            '--steps',
+            STEPS,
+            '--save_every',
+            SAVE_EVERY,
+            '--log_every',
+            '7',
+            '--stage.optimizer.learning_rate',
+            '1e-3',
+        ]
         self.began, self.clock = time.monotonic(), time.time()
         with self.log.open('w') as log:
-            self.process = subprocess.Popen(list(map(str, command)), env=environment, stdout=log,
-                                            stderr=log)
+            self.process = subprocess.Popen(
+                list(map(str, command)), env=environment, stdout=log, stderr=log
+            )
 
     def committed(self) -> list[int]:
         """The steps that are on disk as a whole."""
@@ -63,7 +87,7 @@ class Training:
         """Whether a save of this start is half-written."""
         try:
             return any(path.stat().st_mtime >= self.clock for path in self.state.glob('*tmp*'))
-        except FileNotFoundError:       # committed just now
+        except FileNotFoundError:  # committed just now
             return False
 
     def wait(self, until, seconds: float = 240) -> bool:
@@ -103,6 +127,7 @@ def kill(training: Training, kind: str, chance: random.Random, start: float) -> 
 def final(out: Path) -> dict[str, np.ndarray]:
     """Every leaf of the training state at the last step."""
     from matrix_jax.weights import conversion, training_state
+
     saver = training_state.Checkpoints(out / 'state')
     step, state, _ = saver.restore()
     saver.close()
@@ -118,8 +143,9 @@ def finish(training: Training) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--seed', type=int, default=0)
     options = parser.parse_args()
@@ -131,7 +157,7 @@ def main() -> int:
         (work / 'clips').mkdir()
         make_clips(work / 'clips')
         good = finish(Training(work, work / 'whole'))
-        warm = Training(work, work / 'warm')        # how long a start takes once all is compiled
+        warm = Training(work, work / 'warm')  # how long a start takes once all is compiled
         warm.wait(warm.committed)
         start = time.monotonic() - warm.began
         warm.process.kill()
@@ -161,18 +187,23 @@ def main() -> int:
                 half, steps = training.saving(), training.committed()
                 in_save += half
                 before = steps[-1] if steps else None
-                print(f'{done:4}  {kind:6} {lived:7.2f}  {"yes" if half else "-":12}  '
-                      f'{before or "-":>9}  {resumed or "-":>12}', flush=True)
+                print(
+                    f'{done:4}  {kind:6} {lived:7.2f}  {"yes" if half else "-":12}  '
+                    f'{before or "-":>9}  {resumed or "-":>12}',
+                    flush=True,
+                )
             found = final(out)
             same = set(found) == set(wanted) and all(
-                found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+                found[name].tobytes() == wanted[name].tobytes() for name in wanted
+            )
             ends.append(same)
         size = sum(leaf.nbytes for leaf in wanted.values())
         print(f'{done} kills in {runs} trainings, {in_save} of them with a save half-written')
-        print('every restart went on from the newest committed step: '
-              + ('yes' if good else 'NO'))
-        print(f'training state at step {STEPS} ({len(wanted)} arrays, {size / 2**20:.1f} MiB), '
-              f'against the run that nobody killed: {sum(ends)} of {len(ends)} equal to the bit')
+        print('every restart went on from the newest committed step: ' + ('yes' if good else 'NO'))
+        print(
+            f'training state at step {STEPS} ({len(wanted)} arrays, {size / 2**20:.1f} MiB), '
+            f'against the run that nobody killed: {sum(ends)} of {len(ends)} equal to the bit'
+        )
     return 0 if good and all(ends) else 1
 
 

@@ -33,18 +33,19 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import config
-from matrix_jax.serve.runtime import session_log
-from matrix_jax.serve.web import app, server as run
 from matrix_jax.serve.runtime import engine as engines
+from matrix_jax.serve.runtime import session_log
+from matrix_jax.serve.web import app
+from matrix_jax.serve.web import server as run
 
 CLIENTS = Path(__file__).with_name('live_clients.py')
-STORM, COUNTED = b'storm', '/counted'       # as the clients have it
-FAST = 1e-3             # seconds of a shift, for an engine that shall not keep pace
-FAULTY = 4              # worlds in use by the faults: slow, killed, come and gone, nonsense
+STORM, COUNTED = b'storm', '/counted'  # as the clients have it
+FAST = 1e-3  # seconds of a shift, for an engine that shall not keep pace
+FAULTY = 4  # worlds in use by the faults: slow, killed, come and gone, nonsense
 REFUSED_SECONDS = 0.1
-SLOWER = 0.10           # by which others may be slower in the storm, at the 95th percentile
-GROWTH = 128 * 2**20    # bytes that a storm may leave behind, in caches and in the allocator
-SLOPE = 1e6             # bytes in 1,000 shifts
+SLOWER = 0.10  # by which others may be slower in the storm, at the 95th percentile
+GROWTH = 128 * 2**20  # bytes that a storm may leave behind, in caches and in the allocator
+SLOPE = 1e6  # bytes in 1,000 shifts
 
 
 class Bounds:
@@ -73,6 +74,7 @@ class Counted(logging.Handler):
     async def __call__(self, scope, receive, send):
         if scope['type'] == 'http' and scope['path'] == COUNTED:
             from starlette.responses import JSONResponse
+
             return await JSONResponse({'taken': self.found['taken']})(scope, receive, send)
         storm = scope['type'] == 'websocket' and scope['query_string'] == STORM
 
@@ -123,9 +125,15 @@ def start(what: str, port: int, options, **more) -> subprocess.Popen:
     """Clients in a process of their own."""
     given = {'port': port, 'seconds': options.seconds, **more}
     return subprocess.Popen(
-        [sys.executable, str(CLIENTS), what,
-         *(f'--{name}={value}' for name, value in given.items())],
-        text=True, stdout=subprocess.PIPE)
+        [
+            sys.executable,
+            str(CLIENTS),
+            what,
+            *(f'--{name}={value}' for name, value in given.items()),
+        ],
+        text=True,
+        stdout=subprocess.PIPE,
+    )
 
 
 def end(clients: subprocess.Popen) -> list[dict]:
@@ -140,9 +148,13 @@ def show(found: list[dict], name: str) -> float:
     """Prints one line -> p95 of the latencies."""
     playing = [one for one in found if 'fps' in one]
     late = np.sort(np.concatenate([one['latencies'] for one in playing]))
-    half, most = 1e3 * np.quantile(late, (.5, .95))
-    print(f'{"":7}{name}: frames a second of each', [round(one['fps'], 1) for one in playing],
-          f'| key to picture p50 {half:.0f}, p95 {most:.0f} ms of {len(late)}', flush=True)
+    half, most = 1e3 * np.quantile(late, (0.5, 0.95))
+    print(
+        f'{"":7}{name}: frames a second of each',
+        [round(one['fps'], 1) for one in playing],
+        f'| key to picture p50 {half:.0f}, p95 {most:.0f} ms of {len(late)}',
+        flush=True,
+    )
     return most
 
 
@@ -157,15 +169,21 @@ def compare(one: app.Server, found: list[dict], bounds: Bounds):
             if str(index) in player['seen']:
                 same = zlib.crc32(one.engine.encode(frame)) == player['seen'][str(index)]
                 equal, other = equal + same, other + (not same)
-    bounds.hold(equal > 0 and not other, 'the same players alone',
-                f'{equal} frames equal byte by byte, {other} not')
+    bounds.hold(
+        equal > 0 and not other,
+        'the same players alone',
+        f'{equal} frames equal byte by byte, {other} not',
+    )
 
 
 def still(one: app.Server, counted: Counted, bounds: Bounds):
     """What holds at the end of everything."""
     compiled = one.meters.compiled._value.get()
-    bounds.hold(one.engine.alive and not counted.errors, 'no crash',
-                f'engine alive {one.engine.alive}, errors {counted.errors[:3]}')
+    bounds.hold(
+        one.engine.alive and not counted.errors,
+        'no crash',
+        f'engine alive {one.engine.alive}, errors {counted.errors[:3]}',
+    )
     bounds.hold(compiled == 0, 'recompilations', f'{compiled:.0f}')
 
 
@@ -174,15 +192,19 @@ def still(one: app.Server, counted: Counted, bounds: Bounds):
 
 def load(recipe, options, bounds: Bounds):
     """A full house, and one player too many."""
-    with server(recipe, players=options.players, entry=options.entry,
-                together=options.together) as (port, one, counted):
+    with server(
+        recipe, players=options.players, entry=options.entry, together=options.together
+    ) as (port, one, counted):
         show(end(start('play', port, options)), 'one player')
         if options.players > 1:
             found = end(start('play', port, options, players=options.players + 1))
             show(found, f'{options.players} players')
             refused = [player['refused'] for player in found if 'refused' in player]
-            bounds.hold(len(refused) == 1 and refused[0] < REFUSED_SECONDS, 'one too many',
-                        f'refused after {[f"{1e3 * seconds:.0f} ms" for seconds in refused]}')
+            bounds.hold(
+                len(refused) == 1 and refused[0] < REFUSED_SECONDS,
+                'one too many',
+                f'refused after {[f"{1e3 * seconds:.0f} ms" for seconds in refused]}',
+            )
             compare(one, found, bounds)
         print(f'{"":7}step: {1e3 * one.engine.seconds:.0f} ms')
         still(one, counted, bounds)
@@ -199,7 +221,7 @@ def kill(port: int, options, over: threading.Event) -> int:
     while not over.is_set():
         victim = start('play', port, options, seed=50)
         over.wait(options.seconds / 4)
-        count += victim.poll() is None          # a full house may have sent it away
+        count += victim.poll() is None  # a full house may have sent it away
         victim.kill()
         victim.communicate()
     return count
@@ -208,8 +230,10 @@ def kill(port: int, options, over: threading.Event) -> int:
 def faults(recipe, options, bounds: Bounds):
     """Two good players, first beside other good ones, then beside faults."""
     from concurrent.futures import ThreadPoolExecutor
-    with server(recipe, players=options.players, entry=options.entry,
-                together=options.together) as (port, one, counted):
+
+    with server(
+        recipe, players=options.players, entry=options.entry, together=options.together
+    ) as (port, one, counted):
         others = start('play', port, options, players=FAULTY, seed=20)
         calm = show(good(port, options), f'two players, {FAULTY} good ones beside them')
         end(others)
@@ -218,8 +242,14 @@ def faults(recipe, options, bounds: Bounds):
         before, tasks, files = memory(), count_tasks(one), open_files()
         over = threading.Event()
         slow = start('slow', port, options, seed=40)
-        bad = start('storm', port, options, connects=options.connects, messages=options.messages,
-                    requests=options.requests)
+        bad = start(
+            'storm',
+            port,
+            options,
+            connects=options.connects,
+            messages=options.messages,
+            requests=options.requests,
+        )
         with ThreadPoolExecutor(1) as pool:
             killed = pool.submit(kill, port, options, over)
             found = good(port, options)
@@ -228,21 +258,35 @@ def faults(recipe, options, bounds: Bounds):
         [said], [slow] = end(bad), end(slow)
         rests(one)
         taken = counted.found.pop('taken')
-        bounds.hold(said['connects'] == options.connects, 'connects and drops',
-                    f'{said["connects"]} in {said["connects_took"]:.0f} s, {said["seated"]} of '
-                    f'them seated; clients killed: {killed.result()}')
-        bounds.hold(taken >= options.messages, 'nonsense', f'{taken} messages taken by the server '
-                    f'in {said["took"]:.0f} s; {dict(sorted(counted.found.items()))}')
+        bounds.hold(
+            said['connects'] == options.connects,
+            'connects and drops',
+            f'{said["connects"]} in {said["connects_took"]:.0f} s, {said["seated"]} of '
+            f'them seated; clients killed: {killed.result()}',
+        )
+        bounds.hold(
+            taken >= options.messages,
+            'nonsense',
+            f'{taken} messages taken by the server '
+            f'in {said["took"]:.0f} s; {dict(sorted(counted.found.items()))}',
+        )
         wrong = sum(count for status, count in said['http'].items() if int(status) >= 500)
-        bounds.hold(not wrong, 'HTTP', f'{sum(said["http"].values())} requests by status, 0 where '
-                    f'only closed: {said["http"]}')
+        bounds.hold(
+            not wrong,
+            'HTTP',
+            f'{sum(said["http"].values())} requests by status, 0 where only closed: {said["http"]}',
+        )
         bounds.hold(said['big'] == 1009, '10 MB message', f'closed with {said["big"]}')
         print(f'{"":7}slow reader: {slow["fps"]:.1f} frames a second')
-        bounds.hold(wild / calm - 1 <= SLOWER, 'p95 of the two good players',
-                    f'{wild / calm - 1:+.0%}')
+        bounds.hold(
+            wild / calm - 1 <= SLOWER, 'p95 of the two good players', f'{wild / calm - 1:+.0%}'
+        )
         left = len(one.house.sessions), count_tasks(one) - tasks
-        bounds.hold(left[0] == 0 and left[1] <= 0 and not any(one.engine.seats), 'left behind',
-                    f'{left[0]} sessions, {left[1]:+d} tasks, {open_files() - files:+d} open files')
+        bounds.hold(
+            left[0] == 0 and left[1] <= 0 and not any(one.engine.seats),
+            'left behind',
+            f'{left[0]} sessions, {left[1]:+d} tasks, {open_files() - files:+d} open files',
+        )
         grown = memory() - before
         bounds.hold(grown < GROWTH, 'memory', f'{grown / 2**20:+.1f} MiB')
         still(one, counted, bounds)
@@ -274,7 +318,7 @@ def soak(recipe, options, bounds: Bounds):
         clip = session_log.start_frames(engine.slots, one.house.folder, begun, None)
         first = statistics(clip[-1])
         print(f'{"":7}start clip: {spelt(first)}', flush=True)
-        engines.PAST_SECONDS *= FAST / engine.period    # as many moments as at its own pace
+        engines.PAST_SECONDS *= FAST / engine.period  # as many moments as at its own pace
         engine.period = FAST
         every, began = max(1, options.shifts // 20), time.monotonic()
         # A few more than are looked at: the player is still there at the last look.
@@ -286,28 +330,44 @@ def soak(recipe, options, bounds: Bounds):
                 session = sessions[0]
                 points.append((engine.shifts, memory()))
                 newest = statistics(decode(session.last.data))
-                print(f'{"":7}shift {engine.shifts}, frame {session.last.index}: {spelt(newest)}, '
-                      f'memory {points[-1][1] / 2**20:.1f} MiB', flush=True)
+                print(
+                    f'{"":7}shift {engine.shifts}, frame {session.last.index}: {spelt(newest)}, '
+                    f'memory {points[-1][1] / 2**20:.1f} MiB',
+                    flush=True,
+                )
                 whole = session.seat.frames, len(session.seat.log.symbols) * engine.slots.frames
             time.sleep(0.02)
         saw, took = end(player)[0], time.monotonic() - began
-        bounds.hold(engine.shifts >= options.shifts, 'shifts', f'{engine.shifts}, '
-                    f'{1e3 * took / engine.shifts:.1f} ms each')
-        bounds.hold(abs(whole[0] - whole[1]) <= engine.slots.frames, 'frame counter',
-                    f'{whole[0]} at frame {whole[1]} of the log; the player saw {saw["got"]} of '
-                    f'{saw["newest"] + 1}, in order')
-        bounds.hold(newest[1] > first[1] / 4 and newest[2] > first[2] / 4, 'pictures',
-                    f'{spelt(newest)} at the end, {spelt(first)} at the start')
-        late = np.array(points[len(points) // 2:], float)       # the past fills up before that
+        bounds.hold(
+            engine.shifts >= options.shifts,
+            'shifts',
+            f'{engine.shifts}, {1e3 * took / engine.shifts:.1f} ms each',
+        )
+        bounds.hold(
+            abs(whole[0] - whole[1]) <= engine.slots.frames,
+            'frame counter',
+            f'{whole[0]} at frame {whole[1]} of the log; the player saw {saw["got"]} of '
+            f'{saw["newest"] + 1}, in order',
+        )
+        bounds.hold(
+            newest[1] > first[1] / 4 and newest[2] > first[2] / 4,
+            'pictures',
+            f'{spelt(newest)} at the end, {spelt(first)} at the start',
+        )
+        late = np.array(points[len(points) // 2 :], float)  # the past fills up before that
         slope = np.polyfit(late[:, 0], late[:, 1], 1)[0] * 1000
-        bounds.hold(slope < SLOPE, 'memory', f'{slope / 1e6:+.3f} MB in 1,000 shifts, from shift '
-                    f'{late[0, 0]:.0f} on')
+        bounds.hold(
+            slope < SLOPE,
+            'memory',
+            f'{slope / 1e6:+.3f} MB in 1,000 shifts, from shift {late[0, 0]:.0f} on',
+        )
         still(one, counted, bounds)
 
 
 def decode(data: bytes) -> np.ndarray:
     """JPEG -> uint8 [H W 3]."""
     from PIL import Image
+
     return np.asarray(Image.open(io.BytesIO(data)))
 
 
@@ -329,24 +389,34 @@ def memory() -> int:
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('what', choices=('load', 'faults', 'soak'))
     parser.add_argument('--recipe', default=config.DEFAULT_WORLD)
     parser.add_argument('--weights')
     parser.add_argument('--entry', default='head')
     parser.add_argument('--seconds', type=float, default=30)
-    for name, usual in (('players', 8), ('together', 1), ('shifts', 20_000), ('connects', 200),
-                        ('messages', 10_000), ('requests', 1000)):
+    for name, usual in (
+        ('players', 8),
+        ('together', 1),
+        ('shifts', 20_000),
+        ('connects', 200),
+        ('messages', 10_000),
+        ('requests', 1000),
+    ):
         parser.add_argument(f'--{name}', type=int, default=usual)
     options = parser.parse_args()
     if options.what == 'faults' and options.players < FAULTY + 4:
-        parser.error(f'--players: got {options.players}, expected at least {FAULTY + 4}: two good '
-                     f'players, {FAULTY} faults, and places that lost players still hold')
+        parser.error(
+            f'--players: got {options.players}, expected at least {FAULTY + 4}: two good '
+            f'players, {FAULTY} faults, and places that lost players still hold'
+        )
     given = [f'--weights={options.weights}'] if options.weights else []
     bounds = Bounds()
     {'load': load, 'faults': faults, 'soak': soak}[options.what](
-        config.load(options.recipe, given), options, bounds)
+        config.load(options.recipe, given), options, bounds
+    )
     sys.exit(bounds.broken > 0)
 
 

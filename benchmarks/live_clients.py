@@ -21,8 +21,8 @@ import websockets
 
 JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None}
 KEYS = ('D', 'DL', 'DR', 'N', 'B')
-STORM = '?storm'                # marks the sockets whose messages the server's side counts
-COUNTED = '/counted'            # where it tells how many
+STORM = '?storm'  # marks the sockets whose messages the server's side counts
+COUNTED = '/counted'  # where it tells how many
 BIG = 10 * 2**20
 SIGHS = 'aé\u202e\U0001f697\0<"/..%\n'
 METHODS = ('GET', 'HEAD', 'POST', 'PUT', 'PATCH', 'DELETE', 'OPTIONS', 'TRACE', 'CONNECT', 'BREW')
@@ -56,8 +56,9 @@ async def play(port: int, seconds: float, seed: int, slow: bool = False) -> dict
             if now > press:
                 key, press = key + 1, now + chance.uniform(0.6, 1.4)
                 pressed[key] = now
-                await socket.send(json.dumps(
-                    {'type': 'keys', 'id': key, 'symbol': chance.choice(KEYS)}))
+                await socket.send(
+                    json.dumps({'type': 'keys', 'id': key, 'symbol': chance.choice(KEYS)})
+                )
             with contextlib.suppress(TimeoutError):
                 message = await asyncio.wait_for(socket.recv(), 1)
                 if isinstance(message, str):
@@ -90,8 +91,9 @@ async def last(port: int, frames: int) -> dict:
             if now > told + 0.2:
                 told, key = now, key + 1
                 await socket.send(json.dumps({'type': 'seen', 'frame': frame}))
-                await socket.send(json.dumps(
-                    {'type': 'keys', 'id': key, 'symbol': chance.choice(KEYS)}))
+                await socket.send(
+                    json.dumps({'type': 'keys', 'id': key, 'symbol': chance.choice(KEYS)})
+                )
         return {'got': got, 'newest': newest}
 
 
@@ -100,27 +102,48 @@ async def last(port: int, frames: int) -> dict:
 
 def garbage(chance: random.Random) -> bytes | str:
     """No message of ours."""
-    return chance.choice((
-        chance.randbytes(chance.randrange(200)), '{' * chance.randrange(1, 3000), '', 'null',
-        json.dumps({'type': chance.choice(['keys', 'rewind', 'x', None]),
-                    'id': chance.choice([1, -1, 1e300, None, []]), 'symbol': 'D'}),
-        json.dumps(JOIN | {'seed': chance.choice([-1, '1', 2**80])})))
+    return chance.choice(
+        (
+            chance.randbytes(chance.randrange(200)),
+            '{' * chance.randrange(1, 3000),
+            '',
+            'null',
+            json.dumps(
+                {
+                    'type': chance.choice(['keys', 'rewind', 'x', None]),
+                    'id': chance.choice([1, -1, 1e300, None, []]),
+                    'symbol': 'D',
+                }
+            ),
+            json.dumps(JOIN | {'seed': chance.choice([-1, '1', 2**80])}),
+        )
+    )
 
 
 def nonsense(chance: random.Random) -> str:
     """Every field as it should be, of values that mean nothing."""
     text = ''.join(chance.choices(SIGHS, k=chance.randrange(60)))
-    return json.dumps(chance.choice((
-        {'type': 'keys', 'id': chance.randrange(1, 2**31 - 1), 'symbol': text},
-        {'type': 'keys', 'id': chance.randrange(1, 2**31 - 1), 'symbol': chance.choice(KEYS)},
-        {'type': 'seen', 'frame': chance.randrange(2**53)},
-        {'type': 'seen', 'frame': chance.randrange(99)},
-        {'type': 'prompt', 'text': text},
-        {'type': 'restart', 'start': text, 'prompt': text, 'seed': chance.randrange(2**31)},
-        {'type': 'rewind', 'seconds': chance.randrange(1, 61)},
-        {'type': 'recall'}, {'type': 'keep'},
-        {'type': 'pause', 'on': chance.random() < 0.3},
-        {'type': 'record', 'on': chance.random() < 0.5})))
+    return json.dumps(
+        chance.choice(
+            (
+                {'type': 'keys', 'id': chance.randrange(1, 2**31 - 1), 'symbol': text},
+                {
+                    'type': 'keys',
+                    'id': chance.randrange(1, 2**31 - 1),
+                    'symbol': chance.choice(KEYS),
+                },
+                {'type': 'seen', 'frame': chance.randrange(2**53)},
+                {'type': 'seen', 'frame': chance.randrange(99)},
+                {'type': 'prompt', 'text': text},
+                {'type': 'restart', 'start': text, 'prompt': text, 'seed': chance.randrange(2**31)},
+                {'type': 'rewind', 'seconds': chance.randrange(1, 61)},
+                {'type': 'recall'},
+                {'type': 'keep'},
+                {'type': 'pause', 'on': chance.random() < 0.3},
+                {'type': 'record', 'on': chance.random() < 0.5},
+            )
+        )
+    )
 
 
 async def babble(port: int, seconds: float, count: int, sessions: list):
@@ -137,7 +160,7 @@ async def babble(port: int, seconds: float, count: int, sessions: list):
                 await socket.send(json.dumps(JOIN | {'seed': 1}))
                 welcome = json.loads(await socket.recv())
                 if welcome['type'] != 'welcome':
-                    await asyncio.sleep(0.3)            # the house is full for a moment
+                    await asyncio.sleep(0.3)  # the house is full for a moment
                     continue
                 sessions.append(welcome['session'])
                 reader = asyncio.create_task(drain(socket))
@@ -177,26 +200,60 @@ async def come_and_go(port: int, seconds: float, count: int) -> dict:
 
 def request(chance: random.Random, port: int, session: str) -> bytes:
     """HTTP of odd methods, paths, headers and bodies; some of it is for a session that lives."""
-    path = chance.choice((
-        '/', '/play', '/healthz', '*', '//evil', 'http://evil.example/', '/%00', '/é',
-        '/session/../../etc/passwd', '/session/%2e%2e%2f%2e%2e%2fetc%2fpasswd/replay',
-        '/' + 'a' * chance.randrange(100_000), '/session/' + 'b' * 4000 + '/world',
-        *(f'/session/{session}/{name}' for name in ('world', 'picture', 'replay', 'video', 'x'))))
+    path = chance.choice(
+        (
+            '/',
+            '/play',
+            '/healthz',
+            '*',
+            '//evil',
+            'http://evil.example/',
+            '/%00',
+            '/é',
+            '/session/../../etc/passwd',
+            '/session/%2e%2e%2f%2e%2e%2fetc%2fpasswd/replay',
+            '/' + 'a' * chance.randrange(100_000),
+            '/session/' + 'b' * 4000 + '/world',
+            *(
+                f'/session/{session}/{name}'
+                for name in ('world', 'picture', 'replay', 'video', 'x')
+            ),
+        )
+    )
     bomb = b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR' + struct.pack('>II', 60_000, 60_000) + b'\x08\2\0\0\0'
     tensors = b'{"__metadata__":{"format":"matrix_jax.world.1","log":"{}"}}'
-    body = chance.choice((b'', chance.randbytes(chance.randrange(5000)), bomb,
-                          struct.pack('<Q', len(tensors)) + tensors,
-                          struct.pack('<Q', 2**63) + chance.randbytes(64), b'5\r\nabc',
-                          base64.b64encode(os.urandom(300))))
+    body = chance.choice(
+        (
+            b'',
+            chance.randbytes(chance.randrange(5000)),
+            bomb,
+            struct.pack('<Q', len(tensors)) + tensors,
+            struct.pack('<Q', 2**63) + chance.randbytes(64),
+            b'5\r\nabc',
+            base64.b64encode(os.urandom(300)),
+        )
+    )
     whole = f'Content-Length: {len(body)}'
-    framing = chance.choice((*[whole] * 6, f'Content-Length: {len(body) + 50}',
-                             'Content-Length: -1',
-                             'Content-Length: x', 'Transfer-Encoding: chunked'))
+    framing = chance.choice(
+        (
+            *[whole] * 6,
+            f'Content-Length: {len(body) + 50}',
+            'Content-Length: -1',
+            'Content-Length: x',
+            'Transfer-Encoding: chunked',
+        )
+    )
     host = chance.choice((*[f'127.0.0.1:{port}'] * 6, 'evil.example', ''))
     head = f'{chance.choice(METHODS)} {path} HTTP/1.1\r\nHost: {host}\r\n{framing}\r\n'
-    more = chance.choice((*[''] * 8, 'x' * 20_000 + '\r\n', 'Range: bytes=9-1\r\n',
-                          'Upgrade: websocket\r\nConnection: Upgrade\r\n',
-                          'Origin: http://evil.example\r\n'))
+    more = chance.choice(
+        (
+            *[''] * 8,
+            'x' * 20_000 + '\r\n',
+            'Range: bytes=9-1\r\n',
+            'Upgrade: websocket\r\nConnection: Upgrade\r\n',
+            'Origin: http://evil.example\r\n',
+        )
+    )
     return (head + more + '\r\n').encode() + body
 
 
@@ -218,12 +275,13 @@ async def knock(port: int, seconds: float, count: int, sessions: list) -> dict:
 
 async def storm(port: int, options) -> dict:
     """All of it at once, spread over the time."""
-    await asyncio.sleep(1)                  # the good ones come first
+    await asyncio.sleep(1)  # the good ones come first
     seconds, began, sessions = options.seconds - 3, time.monotonic(), []
     going, _, knocked = await asyncio.gather(
         come_and_go(port, min(60, seconds), options.connects),
         babble(port, seconds, options.messages, sessions),
-        knock(port, seconds, options.requests, sessions))
+        knock(port, seconds, options.requests, sessions),
+    )
     async with websockets.connect(address(port), max_size=None) as socket:
         with contextlib.suppress(websockets.ConnectionClosed):
             await socket.send('x' * BIG)
@@ -238,16 +296,28 @@ async def run(options) -> list[dict]:
         return [await storm(port, options)]
     if options.what == 'last':
         return [await last(port, options.frames)]
-    return await asyncio.gather(*(play(port, options.seconds, options.seed + at,
-                                       options.what == 'slow') for at in range(options.players)))
+    return await asyncio.gather(
+        *(
+            play(port, options.seconds, options.seed + at, options.what == 'slow')
+            for at in range(options.players)
+        )
+    )
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('what', choices=('play', 'slow', 'storm', 'last'))
-    for name, usual in (('port', 8000), ('players', 1), ('seed', 0), ('frames', 1000),
-                        ('connects', 200), ('messages', 10_000), ('requests', 1000)):
+    for name, usual in (
+        ('port', 8000),
+        ('players', 1),
+        ('seed', 0),
+        ('frames', 1000),
+        ('connects', 200),
+        ('messages', 10_000),
+        ('requests', 1000),
+    ):
         parser.add_argument(f'--{name}', type=int, default=usual)
     parser.add_argument('--seconds', type=float, default=30)
     print(json.dumps(asyncio.run(run(parser.parse_args()))))

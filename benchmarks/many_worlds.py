@@ -57,7 +57,7 @@ class Player(threading.Thread):
 
 def shifts(data: bytes) -> int:
     """Shifts that were played when a `.world` file was made."""
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
     symbols = json.loads(header['__metadata__']['log'])['symbols']
     return sum(int(part.split('*')[1]) for part in symbols.split(',') if part)
 
@@ -65,8 +65,12 @@ def shifts(data: bytes) -> int:
 def worlds() -> list[str]:
     """Names of the actors of all worlds."""
     from ray.util import list_named_actors
-    return [one['name'] for one in list_named_actors(all_namespaces=True)
-            if one['name'].startswith(f'SERVE_REPLICA::{workers.NAME}#World#')]
+
+    return [
+        one['name']
+        for one in list_named_actors(all_namespaces=True)
+        if one['name'].startswith(f'SERVE_REPLICA::{workers.NAME}#World#')
+    ]
 
 
 def processes() -> set[str]:
@@ -92,13 +96,15 @@ def until(condition, seconds: float, what: str):
 def fps(players, seconds: float) -> list[float]:
     """Frames a second of each player, in the last seconds."""
     now = time.monotonic()
-    return [round(sum(when > now - seconds for when, _ in one.frames) / seconds, 1)
-            for one in players]
+    return [
+        round(sum(when > now - seconds for when, _ in one.frames) / seconds, 1) for one in players
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('--recipe', default=config.DEFAULT_WORLD)
     parser.add_argument('--weights')
     parser.add_argument('--worlds', default='1-3')
@@ -116,46 +122,68 @@ def main():
     began, before = time.monotonic(), processes()
     with workers.running(recipe, cfg, many) as book:
         import ray
-        print(f'ready after {time.monotonic() - began:.0f} s, {len(worlds())} of {most} worlds',
-              flush=True)
+
+        print(
+            f'ready after {time.monotonic() - began:.0f} s, {len(worlds())} of {most} worlds',
+            flush=True,
+        )
         players = []
         for seed in range(most * options.players):
             players.append(Player(port, seed))
             players[-1].start()
             until(lambda: players[-1].welcomes, 300, 'a place for a player')
             told = [note['message'] for _, note in players[-1].notes if note['type'] == 'waiting']
-            print(f'player {seed}: in after {players[-1].welcomes[0][0] - players[-1].asked:.2f} s '
-                  f'{told or ""}, {len(worlds())} worlds', flush=True)
+            print(
+                f'player {seed}: in after {players[-1].welcomes[0][0] - players[-1].asked:.2f} s '
+                f'{told or ""}, {len(worlds())} worlds',
+                flush=True,
+            )
         late = Player(port, 99)
         late.start()
         until(lambda: late.notes, 10, 'an answer to one player too many')
-        print(f'one too many: {late.notes[0][1]["message"]!r} after '
-              f'{1e3 * (late.notes[0][0] - late.asked):.0f} ms')
+        print(
+            f'one too many: {late.notes[0][1]["message"]!r} after '
+            f'{1e3 * (late.notes[0][0] - late.asked):.0f} ms'
+        )
         time.sleep(options.seconds)
         print('frames a second of each', fps(players, options.seconds), flush=True)
 
-        ray.kill(ray.get_actor(worlds()[0], 'serve'))           # at once, without a word
+        ray.kill(ray.get_actor(worlds()[0], 'serve'))  # at once, without a word
         dead = time.monotonic()
         print('killed one world')
         kept = {one: ray.get(book.find.remote(one.welcomes[-1][2]['session'])) for one in players}
         until(lambda: any(len(one.welcomes) > 1 for one in players), 300, 'a player back')
         time.sleep(1)
-        hit = [one for one in players if any(when > dead for when, note in one.notes
-                                             if note['type'] == 'waiting')]
+        hit = [
+            one
+            for one in players
+            if any(when > dead for when, note in one.notes if note['type'] == 'waiting')
+        ]
         for one in hit:
-            until(lambda one=one: len(one.welcomes) > 1 and len(one.frames)
-                  > one.welcomes[1][1] + 8, 300, 'a player back')
+            until(
+                lambda one=one: len(one.welcomes) > 1 and len(one.frames) > one.welcomes[1][1] + 8,
+                300,
+                'a player back',
+            )
             welcome = one.welcomes[1]
             last, first = one.frames[welcome[1] - 1], one.frames[welcome[1]]
             per = welcome[2]['shift_frames']
             lost = (last[1] + 1) / per - shifts(kept[one].data)
-            print(f'player {one.seed}: no picture for {first[0] - last[0]:.2f} s, goes on from '
-                  f'{lost * per / welcome[2]["fps"]:.2f} s before the last picture; its moment was '
-                  f'{dead - kept[one].taken:.2f} s old', flush=True)
+            print(
+                f'player {one.seed}: no picture for {first[0] - last[0]:.2f} s, goes on from '
+                f'{lost * per / welcome[2]["fps"]:.2f} s before the last picture; its moment was '
+                f'{dead - kept[one].taken:.2f} s old',
+                flush=True,
+            )
         others = [one for one in players if one not in hit]
-        print(f'{len(others)} others were not told anything:',
-              not any(note['type'] == 'waiting' and when > dead for one in others
-                      for when, note in one.notes))
+        print(
+            f'{len(others)} others were not told anything:',
+            not any(
+                note['type'] == 'waiting' and when > dead
+                for one in others
+                for when, note in one.notes
+            ),
+        )
         took = until(lambda: len(worlds()) >= most, 300, 'another world in its place')
         print(f'replaced: {len(worlds())} worlds again, {took:.0f} s later', flush=True)
         time.sleep(options.seconds)
@@ -167,8 +195,10 @@ def main():
             print(f'one player left: {len(worlds())} worlds after {took:.0f} s')
             until(lambda: fps(players[:1], 1)[0] > 0, 60, 'the last player to go on')
         began = time.monotonic()
-    print(f'stopped after {time.monotonic() - began:.0f} s; the last player was told '
-          f'{[note["message"] for _, note in players[0].notes][-2:]}')
+    print(
+        f'stopped after {time.monotonic() - began:.0f} s; the last player was told '
+        f'{[note["message"] for _, note in players[0].notes][-2:]}'
+    )
     print('processes left:', len(processes() - before))
 
 

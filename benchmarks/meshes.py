@@ -26,11 +26,14 @@ def main():
         folder = Path(folder)
         record(folder / 'data')
         train(folder / 'data', folder / 'one', STEPS, {'data': 1})
-        print(f'{"last loss; greatest difference":32}{"one":>12}{"mesh":>12}{"losses":>12}'
-              f'{"weights":>12}')
+        print(
+            f'{"last loss; greatest difference":32}{"one":>12}{"mesh":>12}{"losses":>12}'
+            f'{"weights":>12}'
+        )
         for mesh in parser.parse_args().meshes:
-            sizes = {axis: int(size) for axis, size in
-                     (part.split('=') for part in mesh.split(','))}
+            sizes = {
+                axis: int(size) for axis, size in (part.split('=') for part in mesh.split(','))
+            }
             train(folder / 'data', folder / mesh, STEPS, sizes)
             good.append(compare(mesh, folder / 'one', folder / mesh))
     print(f'{sum(good)} of {len(good)} equal within {TOLERANCE:g}')

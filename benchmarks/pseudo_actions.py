@@ -14,8 +14,8 @@ import numpy as np
 from matrix_jax.config import UsageError, main_guard
 from matrix_jax.data import curate, records
 
-LEARN = 60      # clips that the walker is found in
-RISE = 2.0      # units per frame: the camera is on a stair or a lift, or falls
+LEARN = 60  # clips that the walker is found in
+RISE = 2.0  # units per frame: the camera is on a stair or a lift, or falls
 
 
 def clips(data, split):
@@ -33,16 +33,21 @@ def first(clips, count):
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument('data', help='recordings of tools/collect.py vizdoom')
     data = parser.parse_args(argv).data
     learned, judged = first(clips(data, 'train'), LEARN), list(clips(data, 'heldout'))
     if not (learned and judged):
-        raise UsageError(f'{data}: got no clips with keys, mouse and poses in both splits, '
-                         'expected recordings of tools/collect.py vizdoom')
-    walkers = {'calibrated': curate.calibrate(learned),
-               'estimated': curate.estimate([clip.pose for clip in learned], learned[0].fps)}
+        raise UsageError(
+            f'{data}: got no clips with keys, mouse and poses in both splits, '
+            'expected recordings of tools/collect.py vizdoom'
+        )
+    walkers = {
+        'calibrated': curate.calibrate(learned),
+        'estimated': curate.estimate([clip.pose for clip in learned], learned[0].fps),
+    }
     truth = np.concatenate([clip.keyboard for clip in judged])
     turns = np.concatenate([clip.mouse for clip in judged])
     print(f'{len(judged)} held-out clips, {len(truth)} frames')
@@ -52,22 +57,34 @@ def main(argv):
             continue
         made = [curate.label(clip, walker) for clip in judged]
         found = np.concatenate([clip.keyboard for clip in made])
-        free = np.concatenate([~curate.blocked(clip.pose, clip.fps, clip.keyboard, walker)
-                               for clip in judged])
-        rise = np.concatenate([np.abs(np.diff(clip.pose[:, 2], prepend=clip.pose[0, 2])) > RISE
-                               for clip in judged])
+        free = np.concatenate(
+            [~curate.blocked(clip.pose, clip.fps, clip.keyboard, walker) for clip in judged]
+        )
+        rise = np.concatenate(
+            [np.abs(np.diff(clip.pose[:, 2], prepend=clip.pose[0, 2])) > RISE for clip in judged]
+        )
         print(f'{name}: speed {walker.speed:.0f} units a second, drag {walker.drag:.3f}')
-        for what, where in (('all frames', None), ('nothing in the way', free),
-                            ('nothing in the way, height changes', free & rise)):
+        for what, where in (
+            ('all frames', None),
+            ('nothing in the way', free),
+            ('nothing in the way, height changes', free & rise),
+        ):
             scores = curate.agreement(found, truth, where)
-            keys = '  '.join(f'{key} {one["recall"]:.3f}/{one["precision"]:.3f}'
-                             for key, one in scores.items() if key != 'all')
+            keys = '  '.join(
+                f'{key} {one["recall"]:.3f}/{one["precision"]:.3f}'
+                for key, one in scores.items()
+                if key != 'all'
+            )
             count = len(truth) if where is None else int(where.sum())
-            print(f'  {what}, {count} frames: all four keys right {scores["all"]["accuracy"]:.3f}; '
-                  f'recall/precision {keys}')
+            print(
+                f'  {what}, {count} frames: all four keys right {scores["all"]["accuracy"]:.3f}; '
+                f'recall/precision {keys}'
+            )
         error = np.abs(np.concatenate([clip.mouse for clip in made]) - turns)
-        print(f'  mouse: mean error {error.mean():.4f}, 99th percentile '
-              f'{np.quantile(error, 0.99):.4f}, of a mean turn of {np.abs(turns[:, 1]).mean():.3f}')
+        print(
+            f'  mouse: mean error {error.mean():.4f}, 99th percentile '
+            f'{np.quantile(error, 0.99):.4f}, of a mean turn of {np.abs(turns[:, 1]).mean():.3f}'
+        )
 
 
 if __name__ == '__main__':

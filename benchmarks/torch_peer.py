@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-LACKS = ['control blocks: end to end it computes less than ours',
-         'per-frame noise levels: it runs at one level per clip']
-PAIRS = ('one-by-one decoding of latent frames: it decodes two of them every second shift')
+LACKS = [
+    'control blocks: end to end it computes less than ours',
+    'per-frame noise levels: it runs at one level per clip',
+]
+PAIRS = 'one-by-one decoding of latent frames: it decodes two of them every second shift'
 
 
 def network(folder, dtype, device):
@@ -32,27 +34,36 @@ def network(folder, dtype, device):
 def decoder(folder, patch, dtype, device):
     """The decoder of the autoencoder alone, for pixels of `patch` x `patch`."""
     config = json.loads((folder / 'config.json').read_text())
-    config = {name: value for name, value in config.items()
-              if name not in ('patch_size', 'single_latent_frames')}
-    channels = config['out_channels'] * patch ** 2
+    config = {
+        name: value
+        for name, value in config.items()
+        if name not in ('patch_size', 'single_latent_frames')
+    }
+    channels = config['out_channels'] * patch**2
     net = diffusers.AutoencoderKLCogVideoX.from_config(
-        config | {'in_channels': channels, 'out_channels': channels}).decoder
-    net.load_state_dict({name.removeprefix('decoder.'): value
-                         for name, value in tensors(folder).items()})
+        config | {'in_channels': channels, 'out_channels': channels}
+    ).decoder
+    net.load_state_dict(
+        {name.removeprefix('decoder.'): value for name, value in tensors(folder).items()}
+    )
     return net.to(device, dtype).eval()
 
 
 def tensors(folder):
-    return {name: value for path in sorted(folder.glob('*.safetensors'))
-            for name, value in load_file(path).items()}
+    return {
+        name: value
+        for path in sorted(folder.glob('*.safetensors'))
+        for name, value in load_file(path).items()
+    }
 
 
 def pixels(frames, patch):
     """[B C F H W] -> [B F H W 3]."""
     batch, channels, count, height, width = frames.shape
-    split = frames.view(batch, patch, patch, channels // patch ** 2, count, height, width)
+    split = frames.view(batch, patch, patch, channels // patch**2, count, height, width)
     return split.permute(0, 4, 5, 1, 6, 2, 3).reshape(
-        batch, count, height * patch, width * patch, -1)
+        batch, count, height * patch, width * patch, -1
+    )
 
 
 class Peer:
@@ -77,10 +88,11 @@ class Peer:
     def shift(self, x, text):
         """One shift of the window -> (window, popped latents)."""
         context, size, level = (self.spec[n] for n in ('context', 'group_frames', 'level'))
-        windows = self.spec['windows']          # of each call, those of the guidance included
+        windows = self.spec['windows']  # of each call, those of the guidance included
         for _ in range(self.spec['calls']):
-            v, *others = self.denoise(torch.cat([x] * windows), torch.cat([text] * windows),
-                                      level).chunk(windows)
+            v, *others = self.denoise(
+                torch.cat([x] * windows), torch.cat([text] * windows), level
+            ).chunk(windows)
             for other in others:
                 v = v + 6 * (other - v)
             graded = 0.9 * x[:, context:] - 0.1 * v[:, context:]
@@ -97,10 +109,9 @@ class Peer:
 
 
 def stream(peer, x, text, decode=True, denoise=True):
-    """Seconds from one shift to the next [steps]; the decoder waits for an even number of latents.
-    """
+    """Seconds from one shift to the next [steps]; the decoder waits for an even number of latents."""
     spec, stamps, pending, cache, waiting = peer.spec, [], [], None, None
-    popped = x[:, :spec['group_frames']]
+    popped = x[:, : spec['group_frames']]
     for _ in range(spec['warmup'] + spec['steps'] + 1):
         if denoise:
             x, popped = peer.shift(x, text)
@@ -113,13 +124,13 @@ def stream(peer, x, text, decode=True, denoise=True):
         elif spec['device'] == 'cuda':
             torch.cuda.synchronize()
         stamps.append(time.perf_counter())
-    return np.diff(stamps)[-spec['steps']:]
+    return np.diff(stamps)[-spec['steps'] :]
 
 
 def main(folder):
     spec = json.loads((folder / 'spec.json').read_text())
     if spec['group_frames'] % 2:
-        spec['steps'] += spec['steps'] % 2          # whole pairs
+        spec['steps'] += spec['steps'] % 2  # whole pairs
     torch.set_num_threads(spec['threads'])
     torch.manual_seed(0)
     peer, given = Peer(folder, spec), np.load(folder / 'given.npz')
@@ -127,25 +138,40 @@ def main(folder):
         x = peer.tensor(given['latents'], peer.kinds[0]).permute(0, 1, 4, 2, 3).contiguous()
         text = peer.tensor(given['text'], peer.kinds[0])
         clip = peer.tensor(given['clip'], peer.kinds[1]).permute(0, 4, 1, 2, 3)
-        made = {'dit': peer.denoise(x, text, spec['level']).permute(0, 1, 3, 4, 2),
-                'vae': pixels(peer.decoder(clip)[0].float(), spec['patch'])}
+        made = {
+            'dit': peer.denoise(x, text, spec['level']).permute(0, 1, 3, 4, 2),
+            'vae': pixels(peer.decoder(clip)[0].float(), spec['patch']),
+        }
         np.savez(folder / 'made.npz', **{n: one.float().cpu().numpy() for n, one in made.items()})
         calls = []
         for _ in range(spec['warmup'] + spec['steps']):
             began = time.perf_counter()
             peer.denoise(x, text, spec['level']).cpu()
             calls.append(time.perf_counter() - began)
-        calls = np.asarray(calls[spec['warmup']:])
-        found = {'end_to_end': stream(peer, x, text), 'dit': stream(peer, x, text, decode=False),
-                 'vae': stream(peer, x, text, denoise=False)}
+        calls = np.asarray(calls[spec['warmup'] :])
+        found = {
+            'end_to_end': stream(peer, x, text),
+            'dit': stream(peer, x, text, decode=False),
+            'vae': stream(peer, x, text, denoise=False),
+        }
     frames = spec['group_frames'] * spec['frames_per_latent']
-    results = {name: {'fps': frames / seconds.mean(), 'mean_ms': 1e3 * seconds.mean(),
-                      'p50_ms': 1e3 * np.median(seconds), 'p95_ms': 1e3 * np.quantile(seconds, .95)}
-               for name, seconds in found.items()}
-    results |= {'dit_call': {'p50_ms': 1e3 * np.median(calls), 'mean_ms': 1e3 * calls.mean()},
-                'torch': torch.__version__, 'diffusers': diffusers.__version__,
-                'threads': torch.get_num_threads(), 'device': spec['device'],
-                'lacks': LACKS + [PAIRS] * (spec['group_frames'] % 2)}
+    results = {
+        name: {
+            'fps': frames / seconds.mean(),
+            'mean_ms': 1e3 * seconds.mean(),
+            'p50_ms': 1e3 * np.median(seconds),
+            'p95_ms': 1e3 * np.quantile(seconds, 0.95),
+        }
+        for name, seconds in found.items()
+    }
+    results |= {
+        'dit_call': {'p50_ms': 1e3 * np.median(calls), 'mean_ms': 1e3 * calls.mean()},
+        'torch': torch.__version__,
+        'diffusers': diffusers.__version__,
+        'threads': torch.get_num_threads(),
+        'device': spec['device'],
+        'lacks': LACKS + [PAIRS] * (spec['group_frames'] % 2),
+    }
     (folder / 'peer.json').write_text(json.dumps(results))
 
 

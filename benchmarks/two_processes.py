@@ -24,7 +24,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 STEPS = 10
-TOLERANCE = 1e-5     # relative: sums over two devices have another order
+TOLERANCE = 1e-5  # relative: sums over two devices have another order
 
 
 def record(folder):
@@ -34,10 +34,16 @@ def record(folder):
     def clip(index):
         frames = np.full((17, 32, 48, 3), 40 * index + 60, np.uint8)
         for moment, frame in enumerate(frames):
-            frame[8:20, moment:moment + 10] = 200
-        return records.Clip(frames=frames, controls=np.full(17, index, np.int8),
-                            caption='A car on a road.', theme='meadow', seed=index, fps=16,
-                            telemetry=np.zeros((17, len(records.TELEMETRY)), np.float32))
+            frame[8:20, moment : moment + 10] = 200
+        return records.Clip(
+            frames=frames,
+            controls=np.full(17, index, np.int8),
+            caption='A car on a road.',
+            theme='meadow',
+            seed=index,
+            fps=16,
+            telemetry=np.zeros((17, len(records.TELEMETRY)), np.float32),
+        )
 
     folder.mkdir()
     records.write_shard(folder / f'train-0{records.SUFFIX}', (clip(index) for index in range(3)))
@@ -57,20 +63,46 @@ def train(data, out, steps, mesh, processes=1, timeout=600):
         port = probe.getsockname()[1]
     devices = math.prod(mesh.values()) // processes
     environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu', 'JAX_DEFAULT_MATMUL_PRECISION': 'highest', 'PYTHONPATH': str(ROOT),
+        'JAX_PLATFORMS': 'cpu',
+        'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
+        'PYTHONPATH': str(ROOT),
         'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
-                     '--xla_backend_optimization_level=0'}
-    command = [sys.executable, ROOT / 'tools/train.py', 'the_matrix:TINY_SWIN', '--data', data,
-               '--out', out, '--train.batch', 8, '--train.steps', steps, '--train.save_every', 5,
-               '--stage.optimizer.learning_rate', 3e-3, '--stage.export', 'float32']
+        '--xla_backend_optimization_level=0',
+    }
+    command = [
+        sys.executable,
+        ROOT / 'tools/train.py',
+        'the_matrix:TINY_SWIN',
+        '--data',
+        data,
+        '--out',
+        out,
+        '--train.batch',
+        8,
+        '--train.steps',
+        steps,
+        '--train.save_every',
+        5,
+        '--stage.optimizer.learning_rate',
+        3e-3,
+        '--stage.export',
+        'float32',
+    ]
     for axis, size in mesh.items():
         command += [f'--mesh.{axis}', size]
     if processes > 1:
         command += ['--coordinator', f'localhost:{port}', '--processes', processes]
     began = time.time()
-    started = [subprocess.Popen(
-        list(map(str, command + ['--process', index] * (processes > 1))), env=environment,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for index in range(processes)]
+    started = [
+        subprocess.Popen(
+            list(map(str, command + ['--process', index] * (processes > 1))),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(processes)
+    ]
     said = []
     try:
         for index, one in enumerate(started):
@@ -89,20 +121,25 @@ def train(data, out, steps, mesh, processes=1, timeout=600):
 def losses(out):
     """Step -> loss, of the event files of a run."""
     from tensorboardX.proto.event_pb2 import Event
+
     found = {}
     for path in sorted(glob.glob(f'{out}/events*')):
         content = Path(path).read_bytes()
-        while content:       # length, its checksum, event, its checksum
+        while content:  # length, its checksum, event, its checksum
             size = int.from_bytes(content[:8], 'little')
-            event = Event.FromString(content[12:12 + size])
-            found.update((event.step, value.simple_value) for value in event.summary.value
-                         if value.tag == 'loss')
-            content = content[16 + size:]
+            event = Event.FromString(content[12 : 12 + size])
+            found.update(
+                (event.step, value.simple_value)
+                for value in event.summary.value
+                if value.tag == 'loss'
+            )
+            content = content[16 + size :]
     return found
 
 
 def weights(out):
     from matrix_jax.weights.diffusers_layout import read_component
+
     return dict(read_component(Path(out) / 'weights', 'transformer')[1])
 
 
@@ -115,8 +152,10 @@ def compare(name, one, two):
     mine, other = weights(one), weights(two)
     scale = max(np.abs(leaf).max() for leaf in mine.values())
     weight = max(np.abs(other[key] - leaf).max() for key, leaf in mine.items()) / scale
-    print(f'{name:32}{first[max(first)]:12.7f}{second[max(second)]:12.7f}{loss:12.1e}{weight:12.1e}',
-          flush=True)
+    print(
+        f'{name:32}{first[max(first)]:12.7f}{second[max(second)]:12.7f}{loss:12.1e}{weight:12.1e}',
+        flush=True,
+    )
     return loss <= TOLERANCE and weight <= 10 * TOLERANCE
 
 
@@ -135,10 +174,16 @@ def main():
         if 'goes on from step 5' not in said:
             sys.exit(f'the third run did not go on from step 5:\n{said}')
         print(f'{"":32}{"one":>12}{"two":>12}{"losses":>12}{"weights":>12}')
-        good = all([compare(f'{STEPS} steps', one, two),
-                    compare('5 steps as two, then 5 as one', one, moved)])
-        print(f'one process {alone:.0f} s, two processes {together:.0f} s; '
-              f'{"equal" if good else "NOT equal"} within {TOLERANCE:g}')
+        good = all(
+            [
+                compare(f'{STEPS} steps', one, two),
+                compare('5 steps as two, then 5 as one', one, moved),
+            ]
+        )
+        print(
+            f'one process {alone:.0f} s, two processes {together:.0f} s; '
+            f'{"equal" if good else "NOT equal"} within {TOLERANCE:g}'
+        )
     return 0 if good else 1
 
 

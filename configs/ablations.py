@@ -15,11 +15,13 @@ DEFAULT = 'SWIN'
 
 def _changed(recipe, stream=None, steps=300, **stage):
     run = load(recipe)
-    world = dataclasses.replace(run.world, stream=dataclasses.replace(
-        run.world.stream, **stream or {}))
+    world = dataclasses.replace(
+        run.world, stream=dataclasses.replace(run.world.stream, **stream or {})
+    )
     train = dataclasses.replace(run.train, steps=steps)
-    return dataclasses.replace(run, world=world, stage=dataclasses.replace(run.stage, **stage),
-                               train=train)
+    return dataclasses.replace(
+        run, world=world, stage=dataclasses.replace(run.stage, **stage), train=train
+    )
 
 
 def _swin(stream=None, **stage):
@@ -27,7 +29,7 @@ def _swin(stream=None, **stage):
     return _changed('carracing:SWIN', stream, recycle=0.0, **stage)
 
 
-SWIN = _swin()                  # what the others differ from
+SWIN = _swin()  # what the others differ from
 # Window and groups: one latent frame each, 20 solver steps from noise to picture in all of them.
 G2 = _swin({'groups': 2, 'head_group': 1})
 G8 = _swin({'groups': 8, 'steps': 24, 'head_group': 4})

@@ -30,43 +30,89 @@ from matrix_jax.worlds.the_matrix import Config
 DEFAULT = 'PLAY'
 # Three clean frames of context: one latent frame alone does not show speed and turn rate.
 WORLD = Config(
-    name='CarRacing', dit=dit.PRESETS['carracing'], text=t5.PRESETS['carracing'],
-    vae=vae.PRESETS['carracing'], control=clip.PRESETS['carracing'],
-    height=64, width=96, decode_chunk=1,
+    name='CarRacing',
+    dit=dit.PRESETS['carracing'],
+    text=t5.PRESETS['carracing'],
+    vae=vae.PRESETS['carracing'],
+    control=clip.PRESETS['carracing'],
+    height=64,
+    width=96,
+    decode_chunk=1,
     prompt='A red car drives on a grey road through a green meadow.',
-    stream=Swin(groups=4, group_frames=1, context=3, steps=20, solver='ddim', entry='head',
-                head_group=2))
+    stream=Swin(
+        groups=4, group_frames=1, context=3, steps=20, solver='ddim', entry='head', head_group=2
+    ),
+)
 
-MUON = Optimizer(kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
-                 weight_decay=0.0)
+MUON = Optimizer(
+    kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50, weight_decay=0.0
+)
 
 # Short clips first, because they are cheap; then clips of three encoder chunks, because all chunks
 # but the first are coded with the frames before them.
-VAE = Run(world=WORLD, data='data/carracing', stage=Autoencode(ema=0.99, optimizer=MUON),
-          train=Train(steps=5200, batch=2, save_every=200))
-VAE_LONG = Run(world=WORLD, data='data/carracing', stage=Autoencode(
-    frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)),
-    train=Train(steps=1400, batch=1, save_every=200))
+VAE = Run(
+    world=WORLD,
+    data='data/carracing',
+    stage=Autoencode(ema=0.99, optimizer=MUON),
+    train=Train(steps=5200, batch=2, save_every=200),
+)
+VAE_LONG = Run(
+    world=WORLD,
+    data='data/carracing',
+    stage=Autoencode(
+        frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)
+    ),
+    train=Train(steps=1400, batch=1, save_every=200),
+)
 # Stage 2: whole clips of two seconds from nothing but text and keys.
 BASE = Run(
     world=dataclasses.replace(WORLD, clip=Clip(steps=20, guidance=1.0, solver='ddim', longest=2)),
-    data='data/carracing', stage=WholeClip(
-        clip_frames=(33,), ema=0.995, text_dropout=0.05, train_encoders=True,
-        optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=900, batch=8))
-SWIN = Run(world=WORLD, data='data/carracing', stage=SwinDPM(
-    ema=0.995, text_dropout=0.05, condition_noise=100, late_binding=0.5, uniform=0.35,
-    recycle=1.0, train_encoders=True,
-    optimizer=dataclasses.replace(MUON, warmup=100)), train=Train(steps=4800, batch=8))
+    data='data/carracing',
+    stage=WholeClip(
+        clip_frames=(33,),
+        ema=0.995,
+        text_dropout=0.05,
+        train_encoders=True,
+        optimizer=dataclasses.replace(MUON, warmup=100),
+    ),
+    train=Train(steps=900, batch=8),
+)
+SWIN = Run(
+    world=WORLD,
+    data='data/carracing',
+    stage=SwinDPM(
+        ema=0.995,
+        text_dropout=0.05,
+        condition_noise=100,
+        late_binding=0.5,
+        uniform=0.35,
+        recycle=1.0,
+        train_encoders=True,
+        optimizer=dataclasses.replace(MUON, warmup=100),
+    ),
+    train=Train(steps=4800, batch=8),
+)
 # One network call per shift, learned from the stream of SWIN under guidance by its keys.
 STREAM = Run(
-    world=dataclasses.replace(WORLD, stream=dataclasses.replace(
-        WORLD.stream, steps=4, solver='lcm')),
-    data='data/carracing', stage=StreamConsistency(
-        ema=0.99, rollout=8, control_guidance=3.0, optimizer=dataclasses.replace(
-            MUON, learning_rate=5e-4, adam_rate=1e-4)), train=Train(steps=1500, batch=8))
+    world=dataclasses.replace(
+        WORLD, stream=dataclasses.replace(WORLD.stream, steps=4, solver='lcm')
+    ),
+    data='data/carracing',
+    stage=StreamConsistency(
+        ema=0.99,
+        rollout=8,
+        control_guidance=3.0,
+        optimizer=dataclasses.replace(MUON, learning_rate=5e-4, adam_rate=1e-4),
+    ),
+    train=Train(steps=1500, batch=8),
+)
 
 PLAY = Run(world=STREAM.world, weights='carracing')
 # Twenty steps from noise to picture, each of them twice: with the keys, and without.
-TEACHER = Run(world=dataclasses.replace(WORLD, stream=dataclasses.replace(
-    WORLD.stream, control_guidance=3.0)), weights='carracing_swin')
+TEACHER = Run(
+    world=dataclasses.replace(
+        WORLD, stream=dataclasses.replace(WORLD.stream, control_guidance=3.0)
+    ),
+    weights='carracing_swin',
+)
 CLIPS = Run(world=BASE.world, weights='carracing_base')

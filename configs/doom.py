@@ -36,47 +36,101 @@ DEFAULT = 'PLAY'
 IMAGE = Image(image=56, dim=64, heads=2, layers=3)
 # 60 tokens a latent frame; a block is one of them, 4 frames, and sees the eight (2 seconds) before
 # it. Published blocks are three: of so small a network the next quarter second is enough to ask.
-DIT = Dit(heads=4, head_dim=48, layers=6, mlp=576, time_dim=64, image_dim=IMAGE.dim,
-          image_length=IMAGE.tokens, local=9, actions=Actions(
-              end=3, embed=16, keyboard_width=128, mouse_width=128, heads=4, axes=(8, 12, 12),
-              gain=10.0, modulate=True))
+DIT = Dit(
+    heads=4,
+    head_dim=48,
+    layers=6,
+    mlp=576,
+    time_dim=64,
+    image_dim=IMAGE.dim,
+    image_length=IMAGE.tokens,
+    local=9,
+    actions=Actions(
+        end=3,
+        embed=16,
+        keyboard_width=128,
+        mouse_width=128,
+        heads=4,
+        axes=(8, 12, 12),
+        gain=10.0,
+        modulate=True,
+    ),
+)
 # Small frames need less noise than large ones: the shift is 3, and not 5.
-WORLD = Config(name='Doom', dit=DIT, vae=vae.PRESETS['doom'], image=IMAGE, height=96, width=160,
-               fps=16, flow=flow.Config(shift=3.0, weighting='even'), stream=Causal(
-                   frames=1, steps=(1000, 750, 500, 250), tell_last=True))
+WORLD = Config(
+    name='Doom',
+    dit=DIT,
+    vae=vae.PRESETS['doom'],
+    image=IMAGE,
+    height=96,
+    width=160,
+    fps=16,
+    flow=flow.Config(shift=3.0, weighting='even'),
+    stream=Causal(frames=1, steps=(1000, 750, 500, 250), tell_last=True),
+)
 
-MUON = Optimizer(kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50,
-                 weight_decay=0.0)
+MUON = Optimizer(
+    kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50, weight_decay=0.0
+)
 # Short clips first, because they are cheap; then longer ones, because all latent frames but the
 # first ones are coded with frames before them.
-VAE = Run(world=WORLD, data='data/doom', stage=Autoencode(ema=0.99, optimizer=MUON),
-          train=Train(steps=2400, batch=2, save_every=200))
-VAE_LONG = Run(world=WORLD, data='data/doom', stage=Autoencode(
-    frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)),
-    train=Train(steps=600, batch=1, save_every=100))
+VAE = Run(
+    world=WORLD,
+    data='data/doom',
+    stage=Autoencode(ema=0.99, optimizer=MUON),
+    train=Train(steps=2400, batch=2, save_every=200),
+)
+VAE_LONG = Run(
+    world=WORLD,
+    data='data/doom',
+    stage=Autoencode(
+        frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)
+    ),
+    train=Train(steps=600, batch=1, save_every=100),
+)
 FOUNDATION = Run(
-    world=dataclasses.replace(WORLD, clip=Clip(steps=20, longest=12), dit=dataclasses.replace(
-        DIT, local=None)),
-    data='data/doom', stage=Foundation(
-        ema=0.995, train_encoders=True, optimizer=dataclasses.replace(MUON, warmup=100)),
-    train=Train(steps=3000, batch=4, save_every=100))
+    world=dataclasses.replace(
+        WORLD, clip=Clip(steps=20, longest=12), dit=dataclasses.replace(DIT, local=None)
+    ),
+    data='data/doom',
+    stage=Foundation(
+        ema=0.995, train_encoders=True, optimizer=dataclasses.replace(MUON, warmup=100)
+    ),
+    train=Train(steps=3000, batch=4, save_every=100),
+)
 # Straight from recordings, for as many steps a block as time allows.
 CAUSAL = Run(
-    world=dataclasses.replace(WORLD, stream=dataclasses.replace(
-        WORLD.stream, steps=tuple(range(1000, 0, -125)))),
-    data='data/doom', stage=CausalFlow(
-        ema=0.995, train_encoders=True, history_noise=0.2,
-        optimizer=dataclasses.replace(MUON, warmup=100)),
-    train=Train(steps=3000, batch=4, save_every=100))
+    world=dataclasses.replace(
+        WORLD, stream=dataclasses.replace(WORLD.stream, steps=tuple(range(1000, 0, -125)))
+    ),
+    data='data/doom',
+    stage=CausalFlow(
+        ema=0.995,
+        train_encoders=True,
+        history_noise=0.2,
+        optimizer=dataclasses.replace(MUON, warmup=100),
+    ),
+    train=Train(steps=3000, batch=4, save_every=100),
+)
 SLOW = Optimizer(learning_rate=1e-4, schedule='cosine', warmup=20, weight_decay=0.0)
-ODE = Run(world=WORLD, data='data/doom', stage=ODEPairs(ema=0.99, points=5, paths=512,
-                                                        optimizer=SLOW),
-          train=Train(steps=1000, batch=8, save_every=100))
+ODE = Run(
+    world=WORLD,
+    data='data/doom',
+    stage=ODEPairs(ema=0.99, points=5, paths=512, optimizer=SLOW),
+    train=Train(steps=1000, batch=8, save_every=100),
+)
 # A guided teacher: what it asks for, the student then makes by itself, in half the calls.
-DMD = Run(world=WORLD, data='data/doom', stage=SelfForcing(
-    ratio=3, ema=0.98, action_guidance=1.5,
-    optimizer=Optimizer(learning_rate=5e-5, b1=0.0, b2=0.999, weight_decay=0.0),
-    critic=Optimizer(learning_rate=1e-4, b1=0.0, b2=0.999, weight_decay=0.0)),
-    train=Train(steps=600, batch=2, save_every=50))
+DMD = Run(
+    world=WORLD,
+    data='data/doom',
+    stage=SelfForcing(
+        ratio=3,
+        ema=0.98,
+        action_guidance=1.5,
+        optimizer=Optimizer(learning_rate=5e-5, b1=0.0, b2=0.999, weight_decay=0.0),
+        critic=Optimizer(learning_rate=1e-4, b1=0.0, b2=0.999, weight_decay=0.0),
+    ),
+    train=Train(steps=600, batch=2, save_every=50),
+)
 
 PLAY = Run(world=WORLD, weights='doom')

@@ -38,38 +38,89 @@ IMAGE = dataclasses.replace(clip_image.PRESETS['vit_h_14'], dtype='bfloat16')
 
 UNIVERSAL = Run(world=Config(vae=VAE, image=IMAGE))
 GTA_DRIVE = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['gta_drive'], mode='gta_drive'))
-TEMPLERUN = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['templerun'], mode='templerun',
-                             stream=Causal(steps=(1000, 750, 500, 250))))
-FOUNDATION = Run(world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'], clip=Clip()),
-                 stage=Foundation(clip_frames=81), train=Train(steps=120000, batch=64))
+TEMPLERUN = Run(
+    world=Config(
+        vae=VAE,
+        image=IMAGE,
+        dit=dit.PRESETS['templerun'],
+        mode='templerun',
+        stream=Causal(steps=(1000, 750, 500, 250)),
+    )
+)
+FOUNDATION = Run(
+    world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'], clip=Clip()),
+    stage=Foundation(clip_frames=81),
+    train=Train(steps=120000, batch=64),
+)
 # A student begins with the foundation's layers: all 30 have actions.
-_STUDENT = Config(vae=VAE, image=IMAGE, dit=dataclasses.replace(
-    dit.PRESETS['foundation'], local=6), stream=Causal(steps=(1000, 750, 500, 250)))
+_STUDENT = Config(
+    vae=VAE,
+    image=IMAGE,
+    dit=dataclasses.replace(dit.PRESETS['foundation'], local=6),
+    stream=Causal(steps=(1000, 750, 500, 250)),
+)
 _SLOW = Optimizer(learning_rate=2e-6, weight_decay=0.0)
-CAUSAL = Run(world=_STUDENT, stage=CausalFlow(clip_frames=81, optimizer=_SLOW),
-             train=Train(steps=6000, batch=64))
-ODE = Run(world=_STUDENT, stage=ODEPairs(clip_frames=81, optimizer=_SLOW),
-          train=Train(steps=3000, batch=64))
+CAUSAL = Run(
+    world=_STUDENT,
+    stage=CausalFlow(clip_frames=81, optimizer=_SLOW),
+    train=Train(steps=6000, batch=64),
+)
+ODE = Run(
+    world=_STUDENT,
+    stage=ODEPairs(clip_frames=81, optimizer=_SLOW),
+    train=Train(steps=3000, batch=64),
+)
 DMD = Run(world=_STUDENT, stage=SelfForcing(clip_frames=81), train=Train(steps=3000, batch=64))
 
 # Every part at test size: random weights, seconds to compile.
 _TINY_IMAGE = clip_image.PRESETS['tiny']
-_TINY_VAE = vae.Config(latent_channels=4, dim=4, multiples=(1, 2, 2), layers=1,
-                       halves_time=(True, True), latent_means=(), latent_stds=())
+_TINY_VAE = vae.Config(
+    latent_channels=4,
+    dim=4,
+    multiples=(1, 2, 2),
+    layers=1,
+    halves_time=(True, True),
+    latent_means=(),
+    latent_stds=(),
+)
 _TINY_DIT = dataclasses.replace(
-    dit.PRESETS['tiny'], layers=1, image_dim=_TINY_IMAGE.dim, image_length=_TINY_IMAGE.tokens,
-    actions=dataclasses.replace(dit.PRESETS['tiny'].actions, end=1))
-TINY = Run(world=Config(dit=_TINY_DIT, vae=_TINY_VAE, image=_TINY_IMAGE, height=16, width=24,
-                        stream=Causal(steps=(1000, 500))))
-TINY_RUN = dataclasses.replace(TINY, world=dataclasses.replace(
-    TINY.world, mode='templerun', dit=dataclasses.replace(_TINY_DIT, actions=dataclasses.replace(
-        _TINY_DIT.actions, keyboard=7, mouse=None))))
-TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(
-    TINY.world, clip=Clip(steps=2), dit=dataclasses.replace(_TINY_DIT, local=None)))
+    dit.PRESETS['tiny'],
+    layers=1,
+    image_dim=_TINY_IMAGE.dim,
+    image_length=_TINY_IMAGE.tokens,
+    actions=dataclasses.replace(dit.PRESETS['tiny'].actions, end=1),
+)
+TINY = Run(
+    world=Config(
+        dit=_TINY_DIT,
+        vae=_TINY_VAE,
+        image=_TINY_IMAGE,
+        height=16,
+        width=24,
+        stream=Causal(steps=(1000, 500)),
+    )
+)
+TINY_RUN = dataclasses.replace(
+    TINY,
+    world=dataclasses.replace(
+        TINY.world,
+        mode='templerun',
+        dit=dataclasses.replace(
+            _TINY_DIT, actions=dataclasses.replace(_TINY_DIT.actions, keyboard=7, mouse=None)
+        ),
+    ),
+)
+TINY_CLIP = dataclasses.replace(
+    TINY,
+    world=dataclasses.replace(
+        TINY.world, clip=Clip(steps=2), dit=dataclasses.replace(_TINY_DIT, local=None)
+    ),
+)
 _ONE = Train(steps=2, batch=2, log_every=1)
-_TINY_FEW = dict(clip_frames=21)      # two blocks
-TINY_FOUNDATION = dataclasses.replace(TINY_CLIP, train=_ONE, stage=Foundation(
-    **_TINY_FEW, train_encoders=True))
+_TINY_FEW = dict(clip_frames=21)  # two blocks
+TINY_FOUNDATION = dataclasses.replace(
+    TINY_CLIP, train=_ONE, stage=Foundation(**_TINY_FEW, train_encoders=True)
+)
 TINY_CAUSAL = dataclasses.replace(TINY, train=_ONE, stage=CausalFlow(**_TINY_FEW))
 TINY_ODE = dataclasses.replace(TINY, train=_ONE, stage=ODEPairs(**_TINY_FEW, points=2))
 TINY_DMD = dataclasses.replace(TINY, train=_ONE, stage=SelfForcing(**_TINY_FEW, ratio=2))

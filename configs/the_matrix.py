@@ -26,54 +26,109 @@ DEFAULT = 'STAGE4'
 # Its norms stay in float32.
 VAE = dataclasses.replace(vae.PRESETS['released'], single_latent_frames=4, dtype='bfloat16')
 
-PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)     # eight devices, 8 each
+PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)  # eight devices, 8 each
 
 # Stages 1 and 2 make whole clips of 65 frames; STAGE3 and STAGE4 stream.
-STAGE2 = Run(world=Config(vae=vae.PRESETS['released'],
-                          stream=Swin(groups=1, group_frames=16), clip=Clip()),
-             stage=ControlSFT(), train=PUBLISHED)
+STAGE2 = Run(
+    world=Config(vae=vae.PRESETS['released'], stream=Swin(groups=1, group_frames=16), clip=Clip()),
+    stage=ControlSFT(),
+    train=PUBLISHED,
+)
 STAGE1 = dataclasses.replace(
-    STAGE2, world=dataclasses.replace(STAGE2.world, dit=dit.PRESETS['2b']), stage=LoRA())
-STAGE3 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=4, steps=20, solver='dpm',
-                                               guidance=6.0)),
-             stage=SwinDPM(clip_frames=(33, 65)), train=PUBLISHED)
-STAGE4 = Run(world=Config(vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4, solver='lcm',
-                                               original_steps=40)),
-             stage=StreamConsistency(guidance=6.0, rollout=8), train=PUBLISHED)
+    STAGE2, world=dataclasses.replace(STAGE2.world, dit=dit.PRESETS['2b']), stage=LoRA()
+)
+STAGE3 = Run(
+    world=Config(
+        vae=VAE, stream=Swin(groups=4, group_frames=4, steps=20, solver='dpm', guidance=6.0)
+    ),
+    stage=SwinDPM(clip_frames=(33, 65)),
+    train=PUBLISHED,
+)
+STAGE4 = Run(
+    world=Config(
+        vae=VAE, stream=Swin(groups=4, group_frames=2, steps=4, solver='lcm', original_steps=40)
+    ),
+    stage=StreamConsistency(guidance=6.0, rollout=8),
+    train=PUBLISHED,
+)
 # The published interactive setting: one latent frame per shift, decoded one by one.
-LIVE = Run(world=Config(vae=VAE, decode_chunk=1,
-                        stream=Swin(groups=4, group_frames=1, steps=4, solver='lcm',
-                                    original_steps=40, entry='head')))
+LIVE = Run(
+    world=Config(
+        vae=VAE,
+        decode_chunk=1,
+        stream=Swin(
+            groups=4, group_frames=1, steps=4, solver='lcm', original_steps=40, entry='head'
+        ),
+    )
+)
 # The same on eight devices: five for the network, three for its decoder.
 LIVE8 = dataclasses.replace(LIVE, mesh=Mesh(pipeline='5dit_3vae'))
 # About 100 million parameters, for comparisons on a machine without a GPU: random weights.
-MEDIUM = Run(world=Config(
-    dit=dit.Config(heads=10, layers=12, time_dim=256, text_dim=64, text_length=64,
-                   spatial_scale=1.0, sample=(20, 12, 33),
-                   control=dit.Control(dim=64, start=6, end=12)),
-    vae=vae.Config(block_out_channels=(32, 64, 64, 128), layers_per_block=2, norm_groups=8,
-                   sample_height=96, sample_width=160),
-    text=t5.PRESETS['carracing'], control=clip.PRESETS['carracing'], height=96, width=160,
-    stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
+MEDIUM = Run(
+    world=Config(
+        dit=dit.Config(
+            heads=10,
+            layers=12,
+            time_dim=256,
+            text_dim=64,
+            text_length=64,
+            spatial_scale=1.0,
+            sample=(20, 12, 33),
+            control=dit.Control(dim=64, start=6, end=12),
+        ),
+        vae=vae.Config(
+            block_out_channels=(32, 64, 64, 128),
+            layers_per_block=2,
+            norm_groups=8,
+            sample_height=96,
+            sample_width=160,
+        ),
+        text=t5.PRESETS['carracing'],
+        control=clip.PRESETS['carracing'],
+        height=96,
+        width=160,
+        stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim'),
+    )
+)
 # Every part at test size: random weights, seconds to compile.
-TINY = Run(world=Config(
-    dit=dataclasses.replace(dit.PRESETS['tiny'], text_dim=16, text_length=12,
-                            control=dit.Control(dim=16, start=1, end=3)),
-    vae=dataclasses.replace(vae.PRESETS['tiny'], single_latent_frames=4),
-    text=t5.PRESETS['tiny'], control=clip.PRESETS['tiny'], height=32, width=48,
-    stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim')))
+TINY = Run(
+    world=Config(
+        dit=dataclasses.replace(
+            dit.PRESETS['tiny'],
+            text_dim=16,
+            text_length=12,
+            control=dit.Control(dim=16, start=1, end=3),
+        ),
+        vae=dataclasses.replace(vae.PRESETS['tiny'], single_latent_frames=4),
+        text=t5.PRESETS['tiny'],
+        control=clip.PRESETS['tiny'],
+        height=32,
+        width=48,
+        stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim'),
+    )
+)
 TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(TINY.world, clip=Clip(steps=2)))
 TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
 TINY_LORA = dataclasses.replace(
-    TINY, stage=LoRA(clip_frames=(9,), rank=4, alpha=4.0),
+    TINY,
+    stage=LoRA(clip_frames=(9,), rank=4, alpha=4.0),
     train=Train(steps=2, batch=2, log_every=1),
-    world=dataclasses.replace(TINY.world, dit=dataclasses.replace(TINY.world.dit, control=None)))
+    world=dataclasses.replace(TINY.world, dit=dataclasses.replace(TINY.world.dit, control=None)),
+)
 TINY_CONTROL = dataclasses.replace(TINY, stage=ControlSFT(clip_frames=(9,)), train=TINY_LORA.train)
 TINY_WHOLE = dataclasses.replace(TINY, stage=WholeClip(clip_frames=(9,)), train=TINY_LORA.train)
 TINY_SWIN = dataclasses.replace(
-    TINY, stage=SwinDPM(), train=Train(steps=2, batch=2, log_every=1),
-    world=dataclasses.replace(TINY.world, decode_chunk=1, stream=Swin(
-        groups=2, group_frames=1, steps=4, solver='ddim')))
+    TINY,
+    stage=SwinDPM(),
+    train=Train(steps=2, batch=2, log_every=1),
+    world=dataclasses.replace(
+        TINY.world, decode_chunk=1, stream=Swin(groups=2, group_frames=1, steps=4, solver='ddim')
+    ),
+)
 TINY_CONSISTENCY = dataclasses.replace(
-    TINY_SWIN, stage=StreamConsistency(points=2), world=dataclasses.replace(
-        TINY.world, decode_chunk=1, stream=Swin(groups=2, group_frames=1, steps=2, solver='lcm')))
+    TINY_SWIN,
+    stage=StreamConsistency(points=2),
+    world=dataclasses.replace(
+        TINY.world, decode_chunk=1, stream=Swin(groups=2, group_frames=1, steps=2, solver='lcm')
+    ),
+)

@@ -11,8 +11,10 @@ __all__ = ['TheMatrix', 'load']
 def __getattr__(name):
     if name == 'TheMatrix':
         from matrix_jax.pipelines.the_matrix import TheMatrix
+
         return TheMatrix
     if name == 'load':
         from matrix_jax.worlds import load
+
         return load
     raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -43,6 +43,7 @@ def at_least(field: str, value, lowest):
 class Train:
     """What the training loop does, whatever the stage; `keep` counts saved steps, and an update
     takes `accumulate` batches one after the other."""
+
     steps: int = 1000
     batch: int = 8
     accumulate: int = 1
@@ -73,6 +74,7 @@ class Run:
       keep_programs: whether compiled programs are kept in the user's cache folder.
       name: 'world:RECIPE', filled in by `load`.
     """
+
     world: Any
     stage: Any = None
     mesh: Mesh = Mesh()
@@ -107,8 +109,9 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Run:
     found = _recipes(module)
     name = (name or getattr(module, 'DEFAULT', '')).upper()
     if name not in found:
-        raise UsageError(f'unknown recipe {world}:{name}{_nearest(name, found)}; '
-                         f'{world} has: {", ".join(found)}')
+        raise UsageError(
+            f'unknown recipe {world}:{name}{_nearest(name, found)}; {world} has: {", ".join(found)}'
+        )
     run = dataclasses.replace(found[name], name=f'{world}:{name}')
     for field, text in _pairs(run, overrides):
         run = _replace(run, field.split('.'), text, f'--{field}')
@@ -117,8 +120,11 @@ def load(recipe: str | None = None, overrides: Sequence[str] = ()) -> Run:
 
 def list_recipes(world: str | None = None) -> list[str]:
     """Names of all recipes ('world:RECIPE'), or of one world's."""
-    return [f'{one}:{name}' for one in ([world] if world else _worlds())
-            for name in _recipes(_module(one))]
+    return [
+        f'{one}:{name}'
+        for one in ([world] if world else _worlds())
+        for name in _recipes(_module(one))
+    ]
 
 
 def describe(run: Run) -> str:
@@ -141,8 +147,10 @@ def _worlds() -> list[str]:
 
 def _module(world: str) -> types.ModuleType:
     if world not in _worlds():
-        raise UsageError(f'unknown world {world!r}{_nearest(world, _worlds())}; '
-                         f'there are: {", ".join(_worlds())}')
+        raise UsageError(
+            f'unknown world {world!r}{_nearest(world, _worlds())}; '
+            f'there are: {", ".join(_worlds())}'
+        )
     name = f'matrix_jax_recipes.{world}'
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, _folder() / f'{world}.py')
@@ -153,8 +161,11 @@ def _module(world: str) -> types.ModuleType:
 
 
 def _recipes(module: types.ModuleType) -> dict[str, Run]:
-    return {name: value for name, value in vars(module).items()
-            if name.isupper() and isinstance(value, Run)}
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if name.isupper() and isinstance(value, Run)
+    }
 
 
 # --- overrides -------------------------------------------------------------------------------
@@ -198,8 +209,10 @@ def _replace(owner, path: list[str], text: str, option: str):
     if rest:
         value = _replace(value, rest, text, option)
     elif dataclasses.is_dataclass(value):
-        raise UsageError(f'{option}: is a group; set one of its fields: '
-                         + ', '.join(f'{option}.{one}' for one in _names(value)))
+        raise UsageError(
+            f'{option}: is a group; set one of its fields: '
+            + ', '.join(f'{option}.{one}' for one in _names(value))
+        )
     else:
         value = _parse(_hints(owner)[name], text, value, option)
     try:
@@ -217,8 +230,10 @@ def _check_name(owner, name: str, option: str):
     names = _names(owner)
     if name not in names:
         near = names + (_names(owner.train) if isinstance(owner, Run) else [])
-        raise UsageError(f'{option}: no field {name!r}{_nearest(name, near)}; '
-                         f'fields of {type(owner).__name__}: {", ".join(names)}')
+        raise UsageError(
+            f'{option}: no field {name!r}{_nearest(name, near)}; '
+            f'fields of {type(owner).__name__}: {", ".join(names)}'
+        )
 
 
 def _parse(kind, text: str, current, option: str):
@@ -252,8 +267,10 @@ def _parse(kind, text: str, current, option: str):
             if math.isfinite(number):
                 return number
     else:
-        raise UsageError(f'{option}: a field of type {_type_name(kind)} is set in a recipe, '
-                         'not on the command line')
+        raise UsageError(
+            f'{option}: a field of type {_type_name(kind)} is set in a recipe, '
+            'not on the command line'
+        )
     raise UsageError(f'{option}: got {text!r}, expected {_type_name(kind)}')
 
 
@@ -262,8 +279,10 @@ def _parse_tuple(kinds, text: str, option: str) -> tuple:
     if not kinds or kinds[-1] is ...:
         kinds = (kinds[0] if kinds else str,) * len(parts)
     if len(kinds) != len(parts):
-        raise UsageError(f'{option}: got {text!r} with {len(parts)} values, '
-                         f'expected {len(kinds)} separated by commas')
+        raise UsageError(
+            f'{option}: got {text!r} with {len(parts)} values, '
+            f'expected {len(kinds)} separated by commas'
+        )
     return tuple(_parse(kind, part, None, option) for kind, part in zip(kinds, parts))
 
 
@@ -315,12 +334,16 @@ def _nearest(name: str, names) -> str:
 
 
 # What argparse says, and how all else here says it.
-SAID = (('^argument (.*?): invalid (int|float) value: (.*)', r'\1: got \3, expected \2'),
-        (r'^argument (.*?): invalid choice: (.*) \(choose from (.*)\)',
-         r'\1: got \2, expected one of \3'),
-        ('^argument (.*?): expected (.*)', r'\1: got nothing, expected \2'),
-        ('^the following arguments are required: (.*)', r'\1: got nothing, expected a value'),
-        ('^argument ', ''))
+SAID = (
+    ('^argument (.*?): invalid (int|float) value: (.*)', r'\1: got \3, expected \2'),
+    (
+        r'^argument (.*?): invalid choice: (.*) \(choose from (.*)\)',
+        r'\1: got \2, expected one of \3',
+    ),
+    ('^argument (.*?): expected (.*)', r'\1: got nothing, expected \2'),
+    ('^the following arguments are required: (.*)', r'\1: got nothing, expected a value'),
+    ('^argument ', ''),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -331,16 +354,28 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(
+            description=description,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
 
-    def run(self, argv: Sequence[str], recipe: str | None = None,
-            chosen: Callable = lambda options: None,
-            many: Callable | None = None) -> tuple[Any, Any]:
+    def run(
+        self,
+        argv: Sequence[str],
+        recipe: str | None = None,
+        chosen: Callable = lambda options: None,
+        many: Callable | None = None,
+    ) -> tuple[Any, Any]:
         """(options, run) of a command line; `recipe` is what no RECIPE means, unless
         `chosen(options)` gives another; with `many`, `many(list of RECIPE, overrides)`."""
-        self.add_argument('recipe', nargs='*' if many else '?', default=recipe, metavar='RECIPE',
-                          help='world:NAME from configs/' + (', or several' if many else ''))
+        self.add_argument(
+            'recipe',
+            nargs='*' if many else '?',
+            default=recipe,
+            metavar='RECIPE',
+            help='world:NAME from configs/' + (', or several' if many else ''),
+        )
         known, mine, overrides = self._option_string_actions, [], []
         bucket = mine
         for token in argv:
@@ -351,17 +386,25 @@ class Parser(argparse.ArgumentParser):
             bucket.append(token)
         if {'-h', '--help'} & set(mine):
             run = load(recipe if argv[0].startswith('-') else argv[0])
-            self.epilog = (f'recipes: {", ".join(list_recipes())}\n\n'
-                           f'fields of {run.name}, set with --field value:\n{describe(run)}')
+            self.epilog = (
+                f'recipes: {", ".join(list_recipes())}\n\n'
+                f'fields of {run.name}, set with --field value:\n{describe(run)}'
+            )
         options = self.parse_args(mine)
         try:
             return options, (many or load)(chosen(options) or options.recipe, overrides)
         except UsageError as error:
             # An option of the tool has no dot; a field of a group is no misspelled one.
-            wrong = [name for token in overrides if '.' not in (name := token.partition('=')[0])
-                     and name.startswith('--')]
-            near = [near for name in wrong for near in
-                    difflib.get_close_matches(name, list(known), 1, 0.75)]
+            wrong = [
+                name
+                for token in overrides
+                if '.' not in (name := token.partition('=')[0]) and name.startswith('--')
+            ]
+            near = [
+                near
+                for name in wrong
+                for near in difflib.get_close_matches(name, list(known), 1, 0.75)
+            ]
             hint = f' (the tool has an option {near[0]})' if near else ''
             raise UsageError(f'{error}{hint}') from error
 
@@ -397,7 +440,9 @@ def main_guard(main, argv: Sequence[str] | None = None):
         ours = type(error).__module__.partition('.')[0] == __name__.partition('.')[0]
         if isinstance(error, ValueError) and not ours:
             raise
-        print('error: ' + '; '.join(filter(None, map(str.strip, str(error).splitlines()))),
-              file=sys.stderr)
+        print(
+            'error: ' + '; '.join(filter(None, map(str.strip, str(error).splitlines()))),
+            file=sys.stderr,
+        )
         code = 2
     raise SystemExit(code or 0)

@@ -26,10 +26,17 @@ FPS = 16
 MIN_WIDTH = 384  # narrower videos are enlarged: 96x64 is a stamp on today's screens
 SUFFIXES = ('.mp4', '.gif')
 SIDES = {  # of a control symbol: the name of its key, and where that is (row, column)
-    'D': ('\u25b2', 0, 1), 'L': ('\u25c0', 1, 0), 'B': ('\u25bc', 1, 1), 'R': ('\u25b6', 1, 2)}
+    'D': ('\u25b2', 0, 1),
+    'L': ('\u25c0', 1, 0),
+    'B': ('\u25bc', 1, 1),
+    'R': ('\u25b6', 1, 2),
+}
 SHAPES = {  # names of keys that are drawn by their points
-    '\u25b2': ((.5, .26), (.78, .7), (.22, .7)), '\u25c0': ((.26, .5), (.7, .22), (.7, .78)),
-    '\u25bc': ((.5, .74), (.78, .3), (.22, .3)), '\u25b6': ((.74, .5), (.3, .22), (.3, .78))}
+    '\u25b2': ((0.5, 0.26), (0.78, 0.7), (0.22, 0.7)),
+    '\u25c0': ((0.26, 0.5), (0.7, 0.22), (0.7, 0.78)),
+    '\u25bc': ((0.5, 0.74), (0.78, 0.3), (0.22, 0.3)),
+    '\u25b6': ((0.74, 0.5), (0.3, 0.22), (0.3, 0.78)),
+}
 LIT, DARK, EDGE = (255, 214, 10, 245), (20, 20, 20, 130), (255, 255, 255, 200)
 
 
@@ -41,6 +48,7 @@ class Held(NamedTuple):
       lit: names of the keys that are pressed.
       stick: (up, right) of the mouse, small numbers, or None for no mouse.
     """
+
     pad: tuple[tuple[str, int, int], ...]
     lit: frozenset[str]
     stick: tuple[float, float] | None = None
@@ -63,13 +71,19 @@ def check_path(path: str | Path) -> Path:
     if path.is_dir():
         raise VideoError(f'{path}: is a folder, expected the name of a video file')
     if path.suffix.lower() not in SUFFIXES:
-        raise VideoError(f'{path}: got suffix {path.suffix or "none"!r}, '
-                         f'expected {" or ".join(SUFFIXES)}')
+        raise VideoError(
+            f'{path}: got suffix {path.suffix or "none"!r}, expected {" or ".join(SUFFIXES)}'
+        )
     return path
 
 
-def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = FPS,
-                keys: Iterable[Held | str] | None = None, min_width: int = MIN_WIDTH) -> int:
+def write_video(
+    path: str | Path,
+    frames: Iterable[np.ndarray],
+    fps: float = FPS,
+    keys: Iterable[Held | str] | None = None,
+    min_width: int = MIN_WIDTH,
+) -> int:
     """Writes frames; returns how many. Folders on the way are made.
 
     Args:
@@ -89,7 +103,7 @@ def write_video(path: str | Path, frames: Iterable[np.ndarray], fps: float = FPS
     try:
         count = write(part, itertools.chain([first], pictures), fps)
         part.replace(path)
-    except OSError as error:       # imageio's goes on for lines about its command
+    except OSError as error:  # imageio's goes on for lines about its command
         raise VideoError(f'{path}: could not be written ({_first_line(error)})') from error
     finally:
         part.unlink(missing_ok=True)
@@ -113,10 +127,17 @@ def write_image(path: str | Path, picture: np.ndarray):
 def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
     import imageio.v2 as imageio
 
-    writer = imageio.get_writer(path, format='FFMPEG', fps=fps, codec='libx264', quality=None,
-                                pixelformat='yuv420p', macro_block_size=1,
-                                ffmpeg_log_level='error',
-                                output_params=['-crf', '16', '-movflags', '+faststart'])
+    writer = imageio.get_writer(
+        path,
+        format='FFMPEG',
+        fps=fps,
+        codec='libx264',
+        quality=None,
+        pixelformat='yuv420p',
+        macro_block_size=1,
+        ffmpeg_log_level='error',
+        output_params=['-crf', '16', '-movflags', '+faststart'],
+    )
     count = 0
     with contextlib.closing(writer):  # the writer's own context stays open after an error
         for picture in pictures:
@@ -144,11 +165,13 @@ def _pictures(frames, keys, min_width: int) -> Iterator[np.ndarray]:
     for index, frame in enumerate(frames):
         frame = np.asarray(frame)
         if frame.dtype != np.uint8 or frame.ndim != 3 or frame.shape[2] != 3:
-            raise VideoError(f'frame {index}: got {frame.dtype}{list(frame.shape)}, '
-                             'expected uint8 [H W 3]')
+            raise VideoError(
+                f'frame {index}: got {frame.dtype}{list(frame.shape)}, expected uint8 [H W 3]'
+            )
         if frame.shape != (size := size or frame.shape):
-            raise VideoError(f'frame {index}: got {list(frame.shape)}, expected {list(size)} '
-                             'like the first')
+            raise VideoError(
+                f'frame {index}: got {list(frame.shape)}, expected {list(size)} like the first'
+            )
         held = next(keys, '')
         if held == '':
             raise VideoError(f'keys: got {index}, expected one per frame')
@@ -166,8 +189,9 @@ def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
 
 def arrows(symbol: str) -> Held:
     """The arrow pad under a control symbol: D lights up, B down, L left, R right; N nothing."""
-    return Held(tuple(SIDES.values()),
-                frozenset(SIDES[letter][0] for letter in symbol if letter in SIDES))
+    return Held(
+        tuple(SIDES.values()), frozenset(SIDES[letter][0] for letter in symbol if letter in SIDES)
+    )
 
 
 def draw_keys(picture: np.ndarray, held: Held | str) -> np.ndarray:
@@ -179,8 +203,8 @@ def draw_keys(picture: np.ndarray, held: Held | str) -> np.ndarray:
     rows, columns = pad.shape[:2]
     edge = max(2, height // 40)
     picture = picture.copy()
-    corner = picture[max(0, height - edge - rows):height - edge, edge:edge + columns]
-    pad = pad[-corner.shape[0]:, :corner.shape[1]]
+    corner = picture[max(0, height - edge - rows) : height - edge, edge : edge + columns]
+    pad = pad[-corner.shape[0] :, : corner.shape[1]]
     alpha = pad[..., 3:] / 255
     corner[:] = np.round(corner * (1 - alpha) + pad[..., :3] * alpha)
     return picture
@@ -195,24 +219,40 @@ def _pad(held: Held, cell: int) -> np.ndarray:
     image = Image.new('RGBA', (columns * big, 2 * big))
     draw = ImageDraw.Draw(image)
     for key, row, column in held.pad:
-        box = [column * big + big * .06, row * big + big * .06,
-               (column + 1) * big - big * .06, (row + 1) * big - big * .06]
+        box = [
+            column * big + big * 0.06,
+            row * big + big * 0.06,
+            (column + 1) * big - big * 0.06,
+            (row + 1) * big - big * 0.06,
+        ]
         face, ink = (LIT, (20, 20, 20, 255)) if key in held.lit else (DARK, (255, 255, 255, 170))
-        draw.rounded_rectangle(box, radius=big * .18, fill=face,
-                               outline=EDGE, width=max(1, big // 24))
+        draw.rounded_rectangle(
+            box, radius=big * 0.18, fill=face, outline=EDGE, width=max(1, big // 24)
+        )
         if key in SHAPES:
             draw.polygon([((column + x) * big, (row + y) * big) for x, y in SHAPES[key]], fill=ink)
         else:
-            draw.text(((column + .5) * big, (row + .5) * big), key, fill=ink, anchor='mm',
-                      font=ImageFont.load_default(big * .55))
+            draw.text(
+                ((column + 0.5) * big, (row + 0.5) * big),
+                key,
+                fill=ink,
+                anchor='mm',
+                font=ImageFont.load_default(big * 0.55),
+            )
     if held.stick is not None:
         # A knob that leans where the picture turns; a small movement already shows.
         up, right = (math.tanh(6 * one) for one in held.stick)
-        x, y = (4.05 + .55 * right) * big, (1 - .55 * up) * big
-        draw.ellipse([3.15 * big, .1 * big, 4.95 * big, 1.9 * big], fill=DARK, outline=EDGE,
-                     width=max(1, big // 24))
-        draw.ellipse([x - .28 * big, y - .28 * big, x + .28 * big, y + .28 * big],
-                     fill=LIT if up or right else (255, 255, 255, 170))
+        x, y = (4.05 + 0.55 * right) * big, (1 - 0.55 * up) * big
+        draw.ellipse(
+            [3.15 * big, 0.1 * big, 4.95 * big, 1.9 * big],
+            fill=DARK,
+            outline=EDGE,
+            width=max(1, big // 24),
+        )
+        draw.ellipse(
+            [x - 0.28 * big, y - 0.28 * big, x + 0.28 * big, y + 0.28 * big],
+            fill=LIT if up or right else (255, 255, 255, 170),
+        )
     return np.asarray(image.resize((columns * cell, 2 * cell), Image.Resampling.LANCZOS))
 
 
@@ -256,8 +296,20 @@ def check_whole(path: str | Path):
     """Raises VideoError if any part of a video is damaged; reading it would show broken frames."""
     import imageio_ffmpeg
 
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), '-v', 'error', '-nostdin', '-xerror',
-               '-i', str(_readable(path)), '-map', '0:v:0', '-f', 'null', '-']
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(),
+        '-v',
+        'error',
+        '-nostdin',
+        '-xerror',
+        '-i',
+        str(_readable(path)),
+        '-map',
+        '0:v:0',
+        '-f',
+        'null',
+        '-',
+    ]
     with _starting_ffmpeg():
         done = subprocess.run(command, capture_output=True)
     if done.returncode:
@@ -328,10 +380,14 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     from PIL import Image
 
     scale = max(height / frames.shape[1], width / frames.shape[2])
-    covered = resize(frames, max(height, round(frames.shape[1] * scale)),
-                     max(width, round(frames.shape[2] * scale)), Image.Resampling.BICUBIC)
+    covered = resize(
+        frames,
+        max(height, round(frames.shape[1] * scale)),
+        max(width, round(frames.shape[2] * scale)),
+        Image.Resampling.BICUBIC,
+    )
     top, left = (covered.shape[1] - height) // 2, (covered.shape[2] - width) // 2
-    return covered[:, top:top + height, left:left + width]
+    return covered[:, top : top + height, left : left + width]
 
 
 def resize(frames: np.ndarray, height: int, width: int, method: int | None = None) -> np.ndarray:
@@ -341,8 +397,9 @@ def resize(frames: np.ndarray, height: int, width: int, method: int | None = Non
     if frames.shape[1:3] == (height, width):
         return frames
     method = Image.Resampling.LANCZOS if method is None else method
-    return np.stack([np.asarray(Image.fromarray(frame).resize((width, height), method))
-                     for frame in frames])
+    return np.stack(
+        [np.asarray(Image.fromarray(frame).resize((width, height), method)) for frame in frames]
+    )
 
 
 def contact_sheet(frames: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
@@ -353,5 +410,5 @@ def contact_sheet(frames: Sequence[np.ndarray], columns: int, gap: int = 4) -> n
     for index, frame in enumerate(frames):
         y, x = divmod(index, columns)
         top, left = gap + y * (height + gap), gap + x * (width + gap)
-        sheet[top:top + height, left:left + width] = frame
+        sheet[top : top + height, left : left + width] = frame
     return sheet

@@ -29,9 +29,16 @@ def walked():
     return walk
 
 
-@pytest.mark.parametrize('folder, parts', [
-    (FOLDER, {'text_encoder', 'tokenizer', 'scheduler', 'control_encoder', 'control_tokenizer'}),
-    (WALK, {'image_encoder'})])
+@pytest.mark.parametrize(
+    'folder, parts',
+    [
+        (
+            FOLDER,
+            {'text_encoder', 'tokenizer', 'scheduler', 'control_encoder', 'control_tokenizer'},
+        ),
+        (WALK, {'image_encoder'}),
+    ],
+)
 def test_folder_is_complete_and_light(folder, parts):
     names = {path.name for path in folder.iterdir()}
     assert parts | {'transformer', 'vae', 'starts', 'model_index.json', 'card.md'} <= names
@@ -43,8 +50,9 @@ def test_same_seed_same_frames_and_keys_matter(opened):
     world, params = opened
 
     def drive(control, seed):
-        frames, clip = generate.generate(world, params, FOLDER, control=control, pad='hold',
-                                         length=2, seed=seed)
+        frames, clip = generate.generate(
+            world, params, FOLDER, control=control, pad='hold', length=2, seed=seed
+        )
         return np.stack(list(frames)), clip
 
     left, clip = drive('DL', 1)
@@ -52,7 +60,7 @@ def test_same_seed_same_frames_and_keys_matter(opened):
     assert clip.symbols == ['DL'] * 8
     np.testing.assert_array_equal(left, drive('DL', 1)[0])
     right = drive('DR', 1)[0]
-    assert np.abs(left.astype(int) - right).mean() > 2      # grey levels: the road turns away
+    assert np.abs(left.astype(int) - right).mean() > 2  # grey levels: the road turns away
     assert np.abs(left.astype(int) - drive('DL', 2)[0]).mean() > 0
 
 
@@ -82,12 +90,18 @@ def test_the_view_turns_as_asked(walked):
 
 def wandered(frames, most=8):
     """Mean columns that the picture moves to the right from frame to frame."""
-    rows = frames.mean(axis=(1, 3))        # what a column shows, whatever its height
+    rows = frames.mean(axis=(1, 3))  # what a column shows, whatever its height
     rows = rows - rows.mean(axis=1, keepdims=True)
     moves = range(-most, most + 1)
-    found = [min(moves, key=lambda by: np.abs(
-        after[most + by:len(after) - most + by] - before[most:-most]).mean())
-        for before, after in zip(rows, rows[1:], strict=False)]
+    found = [
+        min(
+            moves,
+            key=lambda by: np.abs(
+                after[most + by : len(after) - most + by] - before[most:-most]
+            ).mean(),
+        )
+        for before, after in zip(rows, rows[1:], strict=False)
+    ]
     return np.mean(found)
 
 

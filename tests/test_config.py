@@ -63,32 +63,36 @@ def test_recipes_are_read_from_a_folder(recipes, tmp_path):
     recipes.undo()
     recipes.setattr(config, '_folder', lambda: tmp_path)
     (tmp_path / 'toy.py').write_text(
-        'from matrix_jax.config import Run\nDEFAULT = "SMALL"\nSMALL = Run(world=None)\n')
+        'from matrix_jax.config import Run\nDEFAULT = "SMALL"\nSMALL = Run(world=None)\n'
+    )
     assert config.load('toy').name == 'toy:SMALL'
     assert config.list_recipes() == ['toy:SMALL']
     with pytest.raises(UsageError, match='unknown world'):
         config.load('../toy')
 
 
-@pytest.mark.parametrize('overrides, path, value', [
-    (['--mesh.seq', '4'], 'mesh.seq', 4),
-    (['--mesh.seq=4'], 'mesh.seq', 4),
-    (['--steps', '7'], 'train.steps', 7),
-    (['--train.log-every=5'], 'train.log_every', 5),
-    (['--world.dit.rate', '1e-3'], 'world.dit.rate', 1e-3),
-    (['--world.dit.dtype=bfloat16'], 'world.dit.dtype', 'bfloat16'),
-    (['--world.dit.width', '16'], 'world.dit.width', 16),
-    (['--world.dit.patch', '2, 4'], 'world.dit.patch', (2, 4)),
-    (['--world.dit.patch=(2,4)'], 'world.dit.patch', (2, 4)),
-    (['--world.dit.kernels=3,5,7'], 'world.dit.kernels', (3, 5, 7)),
-    (['--world.dit.cap=-1.5'], 'world.dit.cap', -1.5),
-    (['--world.dit.cap', 'none'], 'world.dit.cap', None),
-    (['--world.dit.remat', '--mesh.seq=2'], 'world.dit.remat', True),
-    (['--world.dit.remat', 'no'], 'world.dit.remat', False),
-    (['--world.size=48'], 'world.size', 48),
-    (['--weights', 'none'], 'weights', None),
-    (['--out', 'a=b/c'], 'out', 'a=b/c'),
-])
+@pytest.mark.parametrize(
+    'overrides, path, value',
+    [
+        (['--mesh.seq', '4'], 'mesh.seq', 4),
+        (['--mesh.seq=4'], 'mesh.seq', 4),
+        (['--steps', '7'], 'train.steps', 7),
+        (['--train.log-every=5'], 'train.log_every', 5),
+        (['--world.dit.rate', '1e-3'], 'world.dit.rate', 1e-3),
+        (['--world.dit.dtype=bfloat16'], 'world.dit.dtype', 'bfloat16'),
+        (['--world.dit.width', '16'], 'world.dit.width', 16),
+        (['--world.dit.patch', '2, 4'], 'world.dit.patch', (2, 4)),
+        (['--world.dit.patch=(2,4)'], 'world.dit.patch', (2, 4)),
+        (['--world.dit.kernels=3,5,7'], 'world.dit.kernels', (3, 5, 7)),
+        (['--world.dit.cap=-1.5'], 'world.dit.cap', -1.5),
+        (['--world.dit.cap', 'none'], 'world.dit.cap', None),
+        (['--world.dit.remat', '--mesh.seq=2'], 'world.dit.remat', True),
+        (['--world.dit.remat', 'no'], 'world.dit.remat', False),
+        (['--world.size=48'], 'world.size', 48),
+        (['--weights', 'none'], 'weights', None),
+        (['--out', 'a=b/c'], 'out', 'a=b/c'),
+    ],
+)
 def test_override_is_typed_by_its_field(overrides, path, value):
     found = config.load('carracing', overrides)
     for part in path.split('.'):
@@ -102,34 +106,43 @@ def test_last_override_wins_and_others_stay():
     assert run.world is RUN.world
 
 
-@pytest.mark.parametrize('recipe, overrides, words', [
-    ('carracng', [], ["unknown world 'carracng' (did you mean carracing?)", 'carracing, doom']),
-    ('carracing:SWIM', [], ['carracing:SWIM (did you mean SWIN?)', 'SWIN, VAE']),
-    ('doom', [], ['unknown recipe doom:', 'TINY']),
-    ('doom', ['x'], ['unknown recipe doom']),
-    ('carracing', ['--mesh.sequ=2'], ["--mesh.sequ: no field 'sequ' (did you mean seq?)",
-                                      'fields of Mesh: data, fsdp, tensor, seq']),
-    ('carracing', ['--stepz=2'], ["no field 'stepz' (did you mean steps?)"]),
-    ('carracing', ['--stage.groups=2'], ['--stage.groups: this recipe has none']),
-    ('carracing', ['--weights.x=2'], ["'tiny' has no fields"]),
-    ('carracing', ['--mesh=2'], ['--mesh: is a group', '--mesh.seq']),
-    ('carracing', ['--mesh.seq=two'], ["--mesh.seq: got 'two', expected int"]),
-    ('carracing', ['--mesh.seq=1.5'], ["got '1.5', expected int"]),
-    ('carracing', ['--mesh.seq'], ['--mesh.seq: needs a value']),
-    ('carracing', ['--mesh.seq=0'], ['--mesh.seq 0: mesh.seq: got 0, expected at least 1']),
-    ('carracing', ['--world.dit.rate=nan'], ["got 'nan', expected float"]),
-    ('carracing', ['--steps=-1'], ['train.steps: got -1, expected at least 0']),
-    ('carracing', ['--world.dit.patch=9'], ["got '9' with 1 values, expected 2"]),
-    ('carracing', ['--world.dit.dtype=int8'], ["got 'int8', expected float32 | bfloat16"]),
-    ('carracing', ['--world.dit.remat=maybe'], ["got 'maybe', expected bool"]),
-    ('carracing', ['--world.dit.width=3'], ['net.width: got 3, expected an even number']),
-    ('carracing', ['--world.dit.table=3'], ['type dict is set in a recipe']),
-    ('carracing', ['stray'], ["unexpected argument 'stray'"]),
-    ('carracing', ['--weights='], ["--weights: got '', expected a value, or none"]),
-    ('', [], ["RECIPE: got '', expected one of carracing, doom"]),
-    ('carracing:', [], ["RECIPE: got 'carracing:', expected"]),
-    (':VAE', [], ["RECIPE: got ':VAE', expected"]),
-])
+@pytest.mark.parametrize(
+    'recipe, overrides, words',
+    [
+        ('carracng', [], ["unknown world 'carracng' (did you mean carracing?)", 'carracing, doom']),
+        ('carracing:SWIM', [], ['carracing:SWIM (did you mean SWIN?)', 'SWIN, VAE']),
+        ('doom', [], ['unknown recipe doom:', 'TINY']),
+        ('doom', ['x'], ['unknown recipe doom']),
+        (
+            'carracing',
+            ['--mesh.sequ=2'],
+            [
+                "--mesh.sequ: no field 'sequ' (did you mean seq?)",
+                'fields of Mesh: data, fsdp, tensor, seq',
+            ],
+        ),
+        ('carracing', ['--stepz=2'], ["no field 'stepz' (did you mean steps?)"]),
+        ('carracing', ['--stage.groups=2'], ['--stage.groups: this recipe has none']),
+        ('carracing', ['--weights.x=2'], ["'tiny' has no fields"]),
+        ('carracing', ['--mesh=2'], ['--mesh: is a group', '--mesh.seq']),
+        ('carracing', ['--mesh.seq=two'], ["--mesh.seq: got 'two', expected int"]),
+        ('carracing', ['--mesh.seq=1.5'], ["got '1.5', expected int"]),
+        ('carracing', ['--mesh.seq'], ['--mesh.seq: needs a value']),
+        ('carracing', ['--mesh.seq=0'], ['--mesh.seq 0: mesh.seq: got 0, expected at least 1']),
+        ('carracing', ['--world.dit.rate=nan'], ["got 'nan', expected float"]),
+        ('carracing', ['--steps=-1'], ['train.steps: got -1, expected at least 0']),
+        ('carracing', ['--world.dit.patch=9'], ["got '9' with 1 values, expected 2"]),
+        ('carracing', ['--world.dit.dtype=int8'], ["got 'int8', expected float32 | bfloat16"]),
+        ('carracing', ['--world.dit.remat=maybe'], ["got 'maybe', expected bool"]),
+        ('carracing', ['--world.dit.width=3'], ['net.width: got 3, expected an even number']),
+        ('carracing', ['--world.dit.table=3'], ['type dict is set in a recipe']),
+        ('carracing', ['stray'], ["unexpected argument 'stray'"]),
+        ('carracing', ['--weights='], ["--weights: got '', expected a value, or none"]),
+        ('', [], ["RECIPE: got '', expected one of carracing, doom"]),
+        ('carracing:', [], ["RECIPE: got 'carracing:', expected"]),
+        (':VAE', [], ["RECIPE: got ':VAE', expected"]),
+    ],
+)
 def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
     with pytest.raises(UsageError) as error:
         config.load(recipe, overrides)
@@ -138,12 +151,20 @@ def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
     assert '\n' not in message
 
 
-@pytest.mark.parametrize('recipe, option', [
-    ('the_matrix:TINY', 'world.dit.heads'), ('the_matrix:TINY', 'world.dit.control.dim'),
-    ('the_matrix:TINY', 'world.vae.norm_groups'), ('the_matrix:TINY', 'world.text.heads'),
-    ('the_matrix:TINY', 'world.control.heads'), ('doom', 'world.dit.channels'),
-    ('doom', 'world.dit.actions.heads'), ('doom', 'world.image.patch'), ('doom', 'world.vae.dim'),
-])
+@pytest.mark.parametrize(
+    'recipe, option',
+    [
+        ('the_matrix:TINY', 'world.dit.heads'),
+        ('the_matrix:TINY', 'world.dit.control.dim'),
+        ('the_matrix:TINY', 'world.vae.norm_groups'),
+        ('the_matrix:TINY', 'world.text.heads'),
+        ('the_matrix:TINY', 'world.control.heads'),
+        ('doom', 'world.dit.channels'),
+        ('doom', 'world.dit.actions.heads'),
+        ('doom', 'world.image.patch'),
+        ('doom', 'world.vae.dim'),
+    ],
+)
 def test_sizes_are_at_least_one(recipes, recipe, option):
     recipes.undo()
     with pytest.raises(UsageError) as error:
@@ -167,22 +188,28 @@ def parser():
     return made
 
 
-@pytest.mark.parametrize('argv', [
-    ['carracing:VAE', '--length', '2', '--mesh.seq', '4', '--prompt=x'],
-    ['--length=2', '--mesh.seq=4', '--prompt', 'x', 'carracing:VAE'],
-])
+@pytest.mark.parametrize(
+    'argv',
+    [
+        ['carracing:VAE', '--length', '2', '--mesh.seq', '4', '--prompt=x'],
+        ['--length=2', '--mesh.seq=4', '--prompt', 'x', 'carracing:VAE'],
+    ],
+)
 def test_parser_splits_options_from_fields(argv):
     options, run = parser().run(argv)
     assert (options.length, options.prompt) == (2, 'x')
     assert (run.name, run.mesh.seq) == ('carracing:VAE', 4)
 
 
-@pytest.mark.parametrize('argv, words', [
-    (['--length', 'long'], "^--length: got 'long', expected float$"),
-    (['--lenght', '3'], 'the tool has an option --length'),
-    (['--length'], '^--length: got nothing, expected one argument$'),
-    (['--pad', 'up'], "^--pad: got 'up', expected one of 'random', 'hold'$"),
-])
+@pytest.mark.parametrize(
+    'argv, words',
+    [
+        (['--length', 'long'], "^--length: got 'long', expected float$"),
+        (['--lenght', '3'], 'the tool has an option --length'),
+        (['--length'], '^--length: got nothing, expected one argument$'),
+        (['--pad', 'up'], "^--pad: got 'up', expected one of 'random', 'hold'$"),
+    ],
+)
 def test_parser_errors_are_usage_errors(argv, words):
     with pytest.raises(UsageError, match=words):
         parser().run(argv)
@@ -196,14 +223,20 @@ def test_help_lists_options_recipes_and_fields(capsys):
     assert all(word in text for word in ('--length', 'carracing:VAE', '--world.dit.width'))
 
 
-@pytest.mark.parametrize('raised, code, line', [
-    (UsageError('mesh: too\n  many'), 2, 'error: mesh: too; many\n'),
-    (ConversionError('no key'), 2, 'error: no key\n'),
-    (PermissionError(13, 'Permission denied', 'x.mp4'), 2,
-     "error: [Errno 13] Permission denied: 'x.mp4'\n"),
-    (KeyboardInterrupt(), 130, 'interrupted\n'),
-    (None, 0, ''),
-])
+@pytest.mark.parametrize(
+    'raised, code, line',
+    [
+        (UsageError('mesh: too\n  many'), 2, 'error: mesh: too; many\n'),
+        (ConversionError('no key'), 2, 'error: no key\n'),
+        (
+            PermissionError(13, 'Permission denied', 'x.mp4'),
+            2,
+            "error: [Errno 13] Permission denied: 'x.mp4'\n",
+        ),
+        (KeyboardInterrupt(), 130, 'interrupted\n'),
+        (None, 0, ''),
+    ],
+)
 def test_main_guard(capsys, raised, code, line):
     def main(argv):
         assert argv == ['a']
@@ -227,7 +260,9 @@ def test_a_bug_keeps_its_traceback():
 
 
 def test_importing_config_imports_nothing_heavy():
-    code = ('import sys, matrix_jax.config\n'
-            "print(sorted({'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)))")
+    code = (
+        'import sys, matrix_jax.config\n'
+        "print(sorted({'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'

@@ -11,8 +11,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'matrix_jax'
 FILES = sorted(PACKAGE.rglob('*.py'))
-BASE = {'config', 'mesh', 'sharding', 'convert', 'leaves', 'sums', 'checkpoint', 'saves', 'video',
-        'controls', 'actions', 'programs', 'options'}
+BASE = {
+    'config',
+    'mesh',
+    'sharding',
+    'convert',
+    'leaves',
+    'sums',
+    'checkpoint',
+    'saves',
+    'video',
+    'controls',
+    'actions',
+    'programs',
+    'options',
+}
 NETS = {'vae', 'encoders', 'dit'}
 # What each part of the package may import besides itself. A stream is given its network, so that
 # it never imports one; whoever drives a world sees `worlds`.
@@ -28,8 +41,18 @@ ALLOWED = {
 ALLOWED |= dict.fromkeys(('train', 'serve', 'evals'), set(ALLOWED))
 ALLOWED |= dict.fromkeys(('generate', 'parity', 'released'), set(ALLOWED))
 ALLOWED |= {'benchmark': set(ALLOWED)}
-HEAVY = {'transformers', 'imageio', 'gymnasium', 'vizdoom', 'orbax', 'huggingface_hub',
-         'tensorboardX', 'starlette', 'uvicorn', 'ray'}
+HEAVY = {
+    'transformers',
+    'imageio',
+    'gymnasium',
+    'vizdoom',
+    'orbax',
+    'huggingface_hub',
+    'tensorboardX',
+    'starlette',
+    'uvicorn',
+    'ray',
+}
 
 
 def part(module: str) -> str:
@@ -47,12 +70,15 @@ def imports(path: Path, top_level_only: bool = False) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = path.relative_to(ROOT).parts[:-1]
-            base = list(package[:len(package) - node.level + 1]) if node.level else []
+            base = list(package[: len(package) - node.level + 1]) if node.level else []
             base += [node.module] if node.module else []
             module = '.'.join(base)
             # `from matrix_jax import video` names a module by its alias.
-            found |= ({f'{module}.{alias.name}' for alias in node.names}
-                      if module == 'matrix_jax' else {module})
+            found |= (
+                {f'{module}.{alias.name}' for alias in node.names}
+                if module == 'matrix_jax'
+                else {module}
+            )
     return found
 
 
@@ -61,46 +87,61 @@ def faults(module: str, names: set[str]) -> list[str]:
     mine = part(module)
     if mine not in ALLOWED:
         return [f'{module}: give {mine!r} a place in ALLOWED']
-    return [f'{module} imports {name}' for name in sorted(names)
-            if part(name) != mine and part(name) in set(ALLOWED) - ALLOWED[mine]
-            and name.split('.')[0] == 'matrix_jax']
+    return [
+        f'{module} imports {name}'
+        for name in sorted(names)
+        if part(name) != mine
+        and part(name) in set(ALLOWED) - ALLOWED[mine]
+        and name.split('.')[0] == 'matrix_jax'
+    ]
 
 
-@pytest.mark.parametrize('path', [path for path in FILES if path.parent != PACKAGE
-                                  or path.name != '__init__.py'],
-                         ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize(
+    'path',
+    [path for path in FILES if path.parent != PACKAGE or path.name != '__init__.py'],
+    ids=lambda path: str(path.relative_to(PACKAGE)),
+)
 def test_imports_go_one_way(path):
     module = '.'.join(path.relative_to(ROOT).with_suffix('').parts)
     names = imports(path)
     assert faults(module, names) == []
     assert not {name for name in names if name.split('.')[0] in ('torch', 'diffusers')}
-    assert not {name for name in imports(path, top_level_only=True)
-                if name.split('.')[0] in HEAVY}
+    assert not {name for name in imports(path, top_level_only=True) if name.split('.')[0] in HEAVY}
 
 
-@pytest.mark.parametrize('module, names, count', [
-    ('matrix_jax.nn.rope', {'matrix_jax.parallel.sharding', 'jax'}, 0),
-    ('matrix_jax.nn.rope', {'matrix_jax.dit.cogvideox'}, 1),
-    ('matrix_jax.stream.swin', {'matrix_jax.dit'}, 1),
-    ('matrix_jax.dit.actions', {'matrix_jax.dit.cogvideox', 'matrix_jax.vae'}, 1),
-    ('matrix_jax.worlds.base', {'matrix_jax.train.loop', 'matrix_jax.stream.base'}, 1),
-    ('matrix_jax.newcomer', set(), 1),
-])
+@pytest.mark.parametrize(
+    'module, names, count',
+    [
+        ('matrix_jax.nn.rope', {'matrix_jax.parallel.sharding', 'jax'}, 0),
+        ('matrix_jax.nn.rope', {'matrix_jax.dit.cogvideox'}, 1),
+        ('matrix_jax.stream.swin', {'matrix_jax.dit'}, 1),
+        ('matrix_jax.dit.actions', {'matrix_jax.dit.cogvideox', 'matrix_jax.vae'}, 1),
+        ('matrix_jax.worlds.base', {'matrix_jax.train.loop', 'matrix_jax.stream.base'}, 1),
+        ('matrix_jax.newcomer', set(), 1),
+    ],
+)
 def test_the_rule_itself(module, names, count):
     assert len(faults(module, names)) == count
 
 
 def test_importing_the_package_imports_nothing_heavy():
-    code = ('import sys, matrix_jax\n'
-            f"print(sorted({HEAVY | {'jax', 'flax', 'numpy', 'torch'}!r} & set(sys.modules)))")
+    code = (
+        'import sys, matrix_jax\n'
+        f'print(sorted({HEAVY | {"jax", "flax", "numpy", "torch"}!r} & set(sys.modules)))'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout.strip()) == (0, '[]'), done.stderr
 
 
 @pytest.mark.parametrize('tool', sorted((ROOT / 'tools').glob('*.py')), ids=lambda path: path.name)
 def test_every_tool_has_help(tool, tmp_path):
-    done = subprocess.run([sys.executable, tool, '--help'], capture_output=True, text=True,
-                          cwd=tmp_path, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    done = subprocess.run(
+        [sys.executable, tool, '--help'],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=os.environ | {'PYTHONPATH': str(ROOT)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith('usage:') and not done.stderr
     assert list(tmp_path.iterdir()) == []

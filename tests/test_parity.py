@@ -13,9 +13,12 @@ from matrix_jax import parity
 
 ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / 'tests' / 'goldens' / 'the_matrix'
-FILES = sorted(path for system in ('the_matrix', 'matrix_game_2', 'matrix_game_3')
-               for path in (GOLDENS.parent / system).iterdir()
-               if path.suffix in ('.safetensors', '.json'))
+FILES = sorted(
+    path
+    for system in ('the_matrix', 'matrix_game_2', 'matrix_game_3')
+    for path in (GOLDENS.parent / system).iterdir()
+    if path.suffix in ('.safetensors', '.json')
+)
 SMALL = GOLDENS / 'j_clip_text.safetensors'
 
 
@@ -30,7 +33,7 @@ def changed(path, folder, change, metadata=None):
     """A copy of a recording after `change(tensors)`."""
     content = path.read_bytes()
     size = struct.unpack('<Q', content[:8])[0]
-    header = json.loads(content[8:8 + size])['__metadata__'] | (metadata or {})
+    header = json.loads(content[8 : 8 + size])['__metadata__'] | (metadata or {})
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, folder / path.name, header)
@@ -53,22 +56,35 @@ def test_one_flipped_weight_is_named(tmp_path, capsys):
     def flip(tensors):
         weight = tensors['weights/text_model.encoder.layers.1.mlp.fc1.weight']
         weight[3, 2] = -weight[3, 2]
+
     assert tool(changed(SMALL, tmp_path, flip)) == 1
     out = capsys.readouterr().out
     assert '1 FAILED (j_clip_text: text_features)' in out
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda t: t.pop('weights/text_model.final_layer_norm.bias'),
-     'missing key text_model.final_layer_norm.bias'),
-    (lambda t: t.update({'weights/text_model.final_layer_norm.bais': np.zeros(16, 'f4')}),
-     'unknown key text_model.final_layer_norm.bais'),
-    (lambda t: t.update({'weights/text_projection.weight': np.zeros((10, 15), 'f4')}),
-     'text_projection.weight'),
-    (lambda t: t.update({'outputs/logits': np.zeros(3, 'f4')}), 'does not make it'),
-    (lambda t: t.update({'outputs/text_features': np.zeros((3, 9), 'f4')}),
-     'shape (3, 10), recorded (3, 9)'),
-    (lambda t: t.update({'outputs/text_features': np.full((3, 10), np.nan, 'f4')}), 'FAILED')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (
+            lambda t: t.pop('weights/text_model.final_layer_norm.bias'),
+            'missing key text_model.final_layer_norm.bias',
+        ),
+        (
+            lambda t: t.update({'weights/text_model.final_layer_norm.bais': np.zeros(16, 'f4')}),
+            'unknown key text_model.final_layer_norm.bais',
+        ),
+        (
+            lambda t: t.update({'weights/text_projection.weight': np.zeros((10, 15), 'f4')}),
+            'text_projection.weight',
+        ),
+        (lambda t: t.update({'outputs/logits': np.zeros(3, 'f4')}), 'does not make it'),
+        (
+            lambda t: t.update({'outputs/text_features': np.zeros((3, 9), 'f4')}),
+            'shape (3, 10), recorded (3, 9)',
+        ),
+        (lambda t: t.update({'outputs/text_features': np.full((3, 10), np.nan, 'f4')}), 'FAILED'),
+    ],
+)
 def test_faults_of_content_fail(tmp_path, capsys, change, message):
     assert tool(changed(SMALL, tmp_path, change)) == 1
     assert message in capsys.readouterr().out
@@ -87,17 +103,20 @@ def bad_files(folder):
     (folder / 'empty.safetensors').write_bytes(b'')
     yield folder / 'empty.safetensors', 'not a readable safetensors file'
     for name, change, metadata, message in (
-            ('system', {}, {'system': 'doom'}, 'cannot replay doom/clip_text, expected one of'),
-            ('config', {}, {'config': '{}'}, "config: no 'cfg'"),
-            ('json', {}, {'config': '{'}, 'metadata is not readable'),
-            ('lent', {}, {'weights': 'lost.safetensors'}, 'lost.safetensors: not a file'),
-            ('shape', {}, {'config': '[1]'}, 'metadata is not readable'),
-            ('input', {'inputs/input_ids': None}, {}, "inputs: no 'input_ids'"),
-            ('stray', {'extra': np.zeros(1)}, {}, "tensor 'extra'")):
+        ('system', {}, {'system': 'doom'}, 'cannot replay doom/clip_text, expected one of'),
+        ('config', {}, {'config': '{}'}, "config: no 'cfg'"),
+        ('json', {}, {'config': '{'}, 'metadata is not readable'),
+        ('lent', {}, {'weights': 'lost.safetensors'}, 'lost.safetensors: not a file'),
+        ('shape', {}, {'config': '[1]'}, 'metadata is not readable'),
+        ('input', {'inputs/input_ids': None}, {}, "inputs: no 'input_ids'"),
+        ('stray', {'extra': np.zeros(1)}, {}, "tensor 'extra'"),
+    ):
+
         def edit(tensors, change=change):
             tensors.update({key: value for key, value in change.items() if value is not None})
             for key in [key for key, value in change.items() if value is None]:
                 del tensors[key]
+
         (folder / name).mkdir()
         yield changed(SMALL, folder / name, edit, metadata), message
 

@@ -32,8 +32,19 @@ def run(tool, *argv):
 
 def test_generate_writes_the_same_frames_twice(tiny, start_image, tmp_path, compiled_once, capsys):
     def frames(name, *more):
-        code = run('generate', 'the_matrix:TINY', '--weights', tiny, '--image', start_image,
-                   '--length', 1, '--out', tmp_path / name, *more)
+        code = run(
+            'generate',
+            'the_matrix:TINY',
+            '--weights',
+            tiny,
+            '--image',
+            start_image,
+            '--length',
+            1,
+            '--out',
+            tmp_path / name,
+            *more,
+        )
         assert code == 0
         return video.read_video(tmp_path / name)
 
@@ -41,7 +52,7 @@ def test_generate_writes_the_same_frames_twice(tiny, start_image, tmp_path, comp
     printed = capsys.readouterr().out
     assert "the model reads 12 tokens; cut off: 's along a road.'" in printed
     assert f'{tmp_path / "a.mp4"}: 16 frames' in printed
-    assert first.shape == (16, 256, 384, 3)      # 32x48, enlarged to be seen
+    assert first.shape == (16, 256, 384, 3)  # 32x48, enlarged to be seen
     np.testing.assert_array_equal(frames('b.mp4', '--control', 'D,D,D,D'), first)
     left = frames('c.mp4', '--control', 'DL,DL,DL,DL,DL', '--no-overlay')
     assert 'the last 1 are not used' in capsys.readouterr().out
@@ -50,39 +61,66 @@ def test_generate_writes_the_same_frames_twice(tiny, start_image, tmp_path, comp
 
 
 def test_models_that_do_not_stream_make_a_whole_clip(tiny, tmp_path, compiled_once, capsys):
-    assert run('generate', 'the_matrix:TINY_CLIP', '--weights', tiny, '--length', 1,
-               '--out', tmp_path / 'a.mp4') == 0
+    assert (
+        run(
+            'generate',
+            'the_matrix:TINY_CLIP',
+            '--weights',
+            tiny,
+            '--length',
+            1,
+            '--out',
+            tmp_path / 'a.mp4',
+        )
+        == 0
+    )
     assert f'{tmp_path / "a.mp4"}: 17 frames' in capsys.readouterr().out
     assert video.read_video(tmp_path / 'a.mp4').shape == (17, 256, 384, 3)
 
 
-@pytest.mark.parametrize('argv, said', [
-    (['the_matrix:NONE'], 'unknown recipe the_matrix:NONE'),
-    (['the_matrx:TINY'], "unknown world 'the_matrx' (did you mean the_matrix?)"),
-    (['the_matrix:TINY', '--world.heigth', '32'], "no field 'heigth' (did you mean height?)"),
-    (['the_matrix:TINY', '--world.height', '33'], 'got 33x48 pixels, expected positive multiples'),
-    (['the_matrix:TINY', '--control', 'D,X,DL'], "'X' at position 2 of 3"),
-    (['the_matrix:TINY', '--control', 'D,D'], 'got 2 symbols, expected 4; positions 3 to 4'),
-    (['the_matrix:TINY', '--length', '0'], '--length: got 0'),
-    (['the_matrix:TINY', '--length', 'long'], "got 'long', expected whole seconds from 1 to 8640"),
-    (['the_matrix:TINY', '--length', ''], "--length: got '', expected whole seconds"),
-    (['the_matrix:TINY', '--control-seed', '-1'], '--control-seed: got -1, expected a whole'),
-    (['the_matrix:TINY', '--out', '/proc/x.mp4'], 'expected a place to write to; /'),
-    (['the_matrix:TINY', '--out', f'{__file__}/x/y.mp4'], 'test_tools.py is not a folder'),
-    (['the_matrix:TINY', '--world.dit.heads', '0'], 'heads: got 0, expected at least 1'),
-    (['the_matrix:'], "RECIPE: got 'the_matrix:'"),
-    ([''], "RECIPE: got ''"),
-    (['the_matrix:TINY', '--out', 'video.txt'], "got suffix '.txt', expected .mp4 or .gif"),
-    (['the_matrix:TINY'], 'needs --weights'),
-    (['the_matrix:TINY', '--weights', 'nowhere'], 'no folder nowhere'),
-    (['the_matrix:TINY', '--weights', 'TINY', '--image', 'nowhere.png'], 'nowhere.png: no such'),
-    (['the_matrix:TINY', '--weights', 'TINY', '--lora', 'nowhere'], 'nowhere: no such file'),
-    (['the_matrix:TINY', '--weights', 'TINY', '--lora', 'TINY'], 'no adapter; expected'),
-    (['the_matrix:TINY', '--weights', 'TINY'], 'give --video or --image'),
-    (['the_matrix:TINY_CLIP', '--weights', 'TINY', '--length', '5'], 'expected at most 4'),
-    (['the_matrix:TINY_CLIP', '--weights', 'TINY', '--image', 'a.png'], 'from the prompt alone'),
-    (['the_matrix:TINY', '--weights', 'TINY', '--mesh.fsdp', '16'], 'expected at most 8'),
-], ids=lambda value: value[-1] if isinstance(value, list) else '')
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['the_matrix:NONE'], 'unknown recipe the_matrix:NONE'),
+        (['the_matrx:TINY'], "unknown world 'the_matrx' (did you mean the_matrix?)"),
+        (['the_matrix:TINY', '--world.heigth', '32'], "no field 'heigth' (did you mean height?)"),
+        (
+            ['the_matrix:TINY', '--world.height', '33'],
+            'got 33x48 pixels, expected positive multiples',
+        ),
+        (['the_matrix:TINY', '--control', 'D,X,DL'], "'X' at position 2 of 3"),
+        (['the_matrix:TINY', '--control', 'D,D'], 'got 2 symbols, expected 4; positions 3 to 4'),
+        (['the_matrix:TINY', '--length', '0'], '--length: got 0'),
+        (
+            ['the_matrix:TINY', '--length', 'long'],
+            "got 'long', expected whole seconds from 1 to 8640",
+        ),
+        (['the_matrix:TINY', '--length', ''], "--length: got '', expected whole seconds"),
+        (['the_matrix:TINY', '--control-seed', '-1'], '--control-seed: got -1, expected a whole'),
+        (['the_matrix:TINY', '--out', '/proc/x.mp4'], 'expected a place to write to; /'),
+        (['the_matrix:TINY', '--out', f'{__file__}/x/y.mp4'], 'test_tools.py is not a folder'),
+        (['the_matrix:TINY', '--world.dit.heads', '0'], 'heads: got 0, expected at least 1'),
+        (['the_matrix:'], "RECIPE: got 'the_matrix:'"),
+        ([''], "RECIPE: got ''"),
+        (['the_matrix:TINY', '--out', 'video.txt'], "got suffix '.txt', expected .mp4 or .gif"),
+        (['the_matrix:TINY'], 'needs --weights'),
+        (['the_matrix:TINY', '--weights', 'nowhere'], 'no folder nowhere'),
+        (
+            ['the_matrix:TINY', '--weights', 'TINY', '--image', 'nowhere.png'],
+            'nowhere.png: no such',
+        ),
+        (['the_matrix:TINY', '--weights', 'TINY', '--lora', 'nowhere'], 'nowhere: no such file'),
+        (['the_matrix:TINY', '--weights', 'TINY', '--lora', 'TINY'], 'no adapter; expected'),
+        (['the_matrix:TINY', '--weights', 'TINY'], 'give --video or --image'),
+        (['the_matrix:TINY_CLIP', '--weights', 'TINY', '--length', '5'], 'expected at most 4'),
+        (
+            ['the_matrix:TINY_CLIP', '--weights', 'TINY', '--image', 'a.png'],
+            'from the prompt alone',
+        ),
+        (['the_matrix:TINY', '--weights', 'TINY', '--mesh.fsdp', '16'], 'expected at most 8'),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else '',
+)
 def test_generate_refuses(argv, said, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     argv = [str(tiny) if word == 'TINY' else word for word in argv]
@@ -104,27 +142,57 @@ def overwrite(folder, edit):
     (folder / WEIGHTS).write_bytes(edit((folder / WEIGHTS).read_bytes()))
 
 
-@pytest.mark.parametrize('damage, said', [
-    (lambda folder: (folder / WEIGHTS).unlink(), ['transformer: no weights']),
-    (lambda folder: shutil.rmtree(folder / 'vae'), ['no component vae']),
-    (lambda folder: overwrite(folder, lambda data: data[:-100]), ['truncated']),
-    (lambda folder: overwrite(folder, lambda data: data[:9] + b'#' * 50 + data[59:]), ['corrupt']),
-    (lambda folder: overwrite(folder, lambda data: pickle.dumps({'weight': 1})), ['pickle']),
-    (lambda folder: change(folder, lambda tensors: tensors.pop('proj_out.bias')),
-     ['missing key proj_out.bias']),
-    (lambda folder: change(folder, lambda tensors: tensors.update(
-        {'proj_out.bais': tensors.pop('proj_out.bias')})),
-     ['unknown key proj_out.bais', 'nearest: proj_out.bias']),
-    (lambda folder: (folder / 'transformer/config.json').write_text('{"num_layers": "four"}'),
-     ['transformer/config.json']),
-], ids=['missing', 'part', 'truncated', 'corrupt', 'pickle', 'less', 'renamed', 'config'])
+@pytest.mark.parametrize(
+    'damage, said',
+    [
+        (lambda folder: (folder / WEIGHTS).unlink(), ['transformer: no weights']),
+        (lambda folder: shutil.rmtree(folder / 'vae'), ['no component vae']),
+        (lambda folder: overwrite(folder, lambda data: data[:-100]), ['truncated']),
+        (
+            lambda folder: overwrite(folder, lambda data: data[:9] + b'#' * 50 + data[59:]),
+            ['corrupt'],
+        ),
+        (lambda folder: overwrite(folder, lambda data: pickle.dumps({'weight': 1})), ['pickle']),
+        (
+            lambda folder: change(folder, lambda tensors: tensors.pop('proj_out.bias')),
+            ['missing key proj_out.bias'],
+        ),
+        (
+            lambda folder: change(
+                folder,
+                lambda tensors: tensors.update({'proj_out.bais': tensors.pop('proj_out.bias')}),
+            ),
+            ['unknown key proj_out.bais', 'nearest: proj_out.bias'],
+        ),
+        (
+            lambda folder: (folder / 'transformer/config.json').write_text(
+                '{"num_layers": "four"}'
+            ),
+            ['transformer/config.json'],
+        ),
+    ],
+    ids=['missing', 'part', 'truncated', 'corrupt', 'pickle', 'less', 'renamed', 'config'],
+)
 def test_generate_refuses_damaged_weights(damage, said, tiny, start_image, tmp_path, capsys):
     folder = tmp_path / 'weights'
     shutil.copytree(tiny, folder)
     damage(folder)
     out = tmp_path / 'out' / 'video.mp4'
-    assert run('generate', 'the_matrix:TINY', '--weights', folder, '--image', start_image,
-               '--length', 1, '--out', out) == 2
+    assert (
+        run(
+            'generate',
+            'the_matrix:TINY',
+            '--weights',
+            folder,
+            '--image',
+            start_image,
+            '--length',
+            1,
+            '--out',
+            out,
+        )
+        == 2
+    )
     printed = capsys.readouterr()
     assert printed.err.startswith('error: ') and printed.err.count('\n') == 1
     assert all(word in printed.err for word in said), printed.err
@@ -149,8 +217,13 @@ def test_a_summary_counts_without_weights_or_devices(recipe, capsys):
     def summary(*mesh):
         assert run('generate', recipe, '--summary', *mesh) == 0
         lines = capsys.readouterr().out.splitlines()
-        return {line.split()[0]: (int(line.split()[1].replace(',', '')),
-                                  float(line.split()[3].replace(',', ''))) for line in lines}
+        return {
+            line.split()[0]: (
+                int(line.split()[1].replace(',', '')),
+                float(line.split()[3].replace(',', '')),
+            )
+            for line in lines
+        }
 
     one, many = summary(), summary('--mesh.fsdp', '8', '--mesh.tensor', '2')
     assert one['transformer'][0] == 2_009_546_304
@@ -164,8 +237,11 @@ def test_a_summary_counts_without_weights_or_devices(recipe, capsys):
 
 
 def content(folder):
-    return {str(path.relative_to(folder)): path.read_bytes()
-            for path in sorted(folder.rglob('*')) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob('*'))
+        if path.is_file()
+    }
 
 
 def test_convert_there_and_back_is_the_same_folder(tiny, tmp_path, capsys):
@@ -181,8 +257,21 @@ def test_convert_there_and_back_is_the_same_folder(tiny, tmp_path, capsys):
 def test_random_weights_follow_the_seed(tiny, tmp_path):
     assert run('convert', '--random', 'the_matrix:TINY', tmp_path / 'again') == 0
     assert content(tmp_path / 'again') == content(tiny)
-    assert run('convert', '--random', 'the_matrix:TINY', tmp_path / 'short', '--seed', 1,
-               '--layers', 2, '--text-layers', 1) == 0
+    assert (
+        run(
+            'convert',
+            '--random',
+            'the_matrix:TINY',
+            tmp_path / 'short',
+            '--seed',
+            1,
+            '--layers',
+            2,
+            '--text-layers',
+            1,
+        )
+        == 0
+    )
     tensors = load_file(tmp_path / 'short' / WEIGHTS)
     layers = {name.split('.')[1] for name in tensors if name.startswith('transformer_blocks.')}
     assert layers == {'0', '1'}
@@ -192,27 +281,39 @@ def test_random_weights_follow_the_seed(tiny, tmp_path):
     assert (tensors['proj_out.weight'] != same).any()
 
 
-@pytest.mark.parametrize('argv, said', [
-    (['TINY'], 'expected SRC and DST'),
-    (['TINY', 'TINY'], 'is there already'),
-    (['--random', 'the_matrix:TINY', 'new', '--layers', '0'], '--layers: got 0'),
-    (['--random', 'the_matrix:TINY', ''], "DST: got '', expected a new name"),
-    (['--random', 'the_matrix:TINY', 'empty/..'], "DST: got 'empty/..', expected a new name"),
-    (['--random', 'the_matrix:TINY', 'model.pth/new'], 'model.pth is not a folder'),
-    (['--random', 'the_matrix:TINY', 'new', '--seed', '-1'], '--seed: got -1, expected a whole'),
-    (['--random', 'doom', 'new', '--text-layers', '1'], '--text-layers: got 1, expected a world'),
-    (['TINY', 'new', '--recipe', 'doom'], 'got a CogVideoXTransformer3DModel, expected a C'),
-    (['TINY', ''], "DST: got '', expected a new name"),
-    (['nowhere', 'new'], 'no folder nowhere'),
-    (['empty', 'new'], 'expected parts in one of them'),
-    (['model.pth', 'new.safetensors'], 'a pickle needs torch'),
-    (['pickled', 'new'], 'a pickle needs torch'),
-])
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['TINY'], 'expected SRC and DST'),
+        (['TINY', 'TINY'], 'is there already'),
+        (['--random', 'the_matrix:TINY', 'new', '--layers', '0'], '--layers: got 0'),
+        (['--random', 'the_matrix:TINY', ''], "DST: got '', expected a new name"),
+        (['--random', 'the_matrix:TINY', 'empty/..'], "DST: got 'empty/..', expected a new name"),
+        (['--random', 'the_matrix:TINY', 'model.pth/new'], 'model.pth is not a folder'),
+        (
+            ['--random', 'the_matrix:TINY', 'new', '--seed', '-1'],
+            '--seed: got -1, expected a whole',
+        ),
+        (
+            ['--random', 'doom', 'new', '--text-layers', '1'],
+            '--text-layers: got 1, expected a world',
+        ),
+        (['TINY', 'new', '--recipe', 'doom'], 'got a CogVideoXTransformer3DModel, expected a C'),
+        (['TINY', ''], "DST: got '', expected a new name"),
+        (['nowhere', 'new'], 'no folder nowhere'),
+        (['empty', 'new'], 'expected parts in one of them'),
+        (['model.pth', 'new.safetensors'], 'a pickle needs torch'),
+        (['pickled', 'new'], 'a pickle needs torch'),
+    ],
+)
 def test_convert_refuses(argv, said, tiny, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec',
-                        lambda name, *more: None if name == 'torch' else find(name, *more))
+    monkeypatch.setattr(
+        importlib.util,
+        'find_spec',
+        lambda name, *more: None if name == 'torch' else find(name, *more),
+    )
     Path('empty').mkdir()
     Path('model.pth').write_bytes(pickle.dumps({'weight': 1}))
     shutil.copytree(tiny, 'pickled')
@@ -229,6 +330,7 @@ def test_convert_refuses(argv, said, tiny, tmp_path, monkeypatch, capsys):
 def test_convert_reads_pickles_of_tensors_alone(tiny, tmp_path):
     import torch
     from safetensors.torch import load_file as load_torch
+
     folder = tmp_path / 'pickled'
     shutil.copytree(tiny, folder)
     torch.save(load_torch(folder / WEIGHTS), (folder / WEIGHTS).with_suffix('.bin'))
@@ -243,21 +345,36 @@ def test_convert_reads_pickles_of_tensors_alone(tiny, tmp_path):
 # --- play ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('argv, said', [
-    (['--players', '99999999'], '--players: got 99999999, expected a whole number from 1 to 1024'),
-    (['--together', '0'], '--together: got 0'),
-    (['--players', '2', '--together', '3'], '--together: got 3, expected 1 to the players, 2'),
-    (['--drain', 'nan'], '--drain: got nan, expected --ray'),
-    (['--worlds', 'garbage', '--gpus', '1'],
-     '--worlds: got garbage and --gpus: got 1.0, expected --ray'),
-    (['--ray', '--drain', 'nan'], '--drain: got nan, expected at least 0'),
-    (['--ray', '--worlds', ''], "--worlds: got ''"),
-    (['carracing', 'carracing:PLAY'], 'RECIPE: got carracing:PLAY twice'),
-    (['carracing', 'carracing:CLIPS', '--ray'], '--ray: got 2 recipes, expected one with it'),
-    (['carracing', 'the_matrix:TINY'], 'the_matrix:TINY: brings no weights, expected the_matrix'),
-    (['carracing', 'the_matrix:TINY', '--weights', 'some'], '--weights: got 2 recipes, expected'),
-    (['carracing', 'the_matrix:NONE=some'], 'unknown recipe the_matrix:NONE'),
-], ids=lambda value: value[-1] if isinstance(value, list) else '')
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (
+            ['--players', '99999999'],
+            '--players: got 99999999, expected a whole number from 1 to 1024',
+        ),
+        (['--together', '0'], '--together: got 0'),
+        (['--players', '2', '--together', '3'], '--together: got 3, expected 1 to the players, 2'),
+        (['--drain', 'nan'], '--drain: got nan, expected --ray'),
+        (
+            ['--worlds', 'garbage', '--gpus', '1'],
+            '--worlds: got garbage and --gpus: got 1.0, expected --ray',
+        ),
+        (['--ray', '--drain', 'nan'], '--drain: got nan, expected at least 0'),
+        (['--ray', '--worlds', ''], "--worlds: got ''"),
+        (['carracing', 'carracing:PLAY'], 'RECIPE: got carracing:PLAY twice'),
+        (['carracing', 'carracing:CLIPS', '--ray'], '--ray: got 2 recipes, expected one with it'),
+        (
+            ['carracing', 'the_matrix:TINY'],
+            'the_matrix:TINY: brings no weights, expected the_matrix',
+        ),
+        (
+            ['carracing', 'the_matrix:TINY', '--weights', 'some'],
+            '--weights: got 2 recipes, expected',
+        ),
+        (['carracing', 'the_matrix:NONE=some'], 'unknown recipe the_matrix:NONE'),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else '',
+)
 def test_play_refuses_before_it_compiles(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert run('play', *argv) == 2
@@ -268,11 +385,14 @@ def test_play_refuses_before_it_compiles(argv, said, tmp_path, monkeypatch, caps
 
 def test_recipes_name_their_weights(tmp_path):
     runs = arguments.recipes(['the_matrix:TINY=a/b=c', 'carracing'], [])
-    assert [(run.name, run.weights) for run in runs] == [('the_matrix:TINY', 'a/b=c'),
-                                                         ('carracing:PLAY', 'carracing')]
+    assert [(run.name, run.weights) for run in runs] == [
+        ('the_matrix:TINY', 'a/b=c'),
+        ('carracing:PLAY', 'carracing'),
+    ]
     assert arguments.recipes([], []) == [config.load()]
     assert arguments.recipes(['the_matrix:TINY'], ['--weights', 'a', '--train.seed=3']) == [
-        config.load('the_matrix:TINY', ['--weights=a', '--train.seed=3'])]
+        config.load('the_matrix:TINY', ['--weights=a', '--train.seed=3'])
+    ]
 
 
 # --- train ---------------------------------------------------------------------------------------
@@ -287,8 +407,7 @@ def test_both_stages_train_one_after_the_other(clips, tmp_path, capsys):
     trained = json.loads((tmp_path / 'vae/weights/vae/config.json').read_text())
     assert trained['scaling_factor'] != 1.15258426
     assert not (tmp_path / 'vae/weights/transformer').exists()
-    train('the_matrix:TINY_SWIN', '--out', tmp_path / 'swin',
-          '--weights', tmp_path / 'vae/weights')
+    train('the_matrix:TINY_SWIN', '--out', tmp_path / 'swin', '--weights', tmp_path / 'vae/weights')
     run_ = config.load('the_matrix:TINY', ['--weights', str(tmp_path / 'swin/weights')])
     world, params = worlds.open_run(run_)
     assert world.cfg.vae.scaling_factor == trained['scaling_factor']
@@ -296,16 +415,24 @@ def test_both_stages_train_one_after_the_other(clips, tmp_path, capsys):
     assert list((tmp_path / 'swin').glob('events.*'))
 
 
-@pytest.mark.parametrize('argv, said', [
-    (['the_matrix:LIVE', '--data', '.'], 'has no training stage'),
-    (['the_matrix:TINY_VAE'], '--data: needs a folder'),
-    (['the_matrix:TINY_VAE', '--data', '.'], 'no train-*'),
-    (['the_matrix:TINY_VAE', '--data', '.', '--stage.ema', '2'], 'stage.ema: got 2'),
-    (['the_matrix:TINY_VAE', '--data', '.', '--out', __file__], 'test_tools.py is not a folder'),
-    (['the_matrix:TINY_VAE', '--data', 'CLIPS', '--process', '3'], '--coordinator: got None'),
-    (['the_matrix:TINY_VAE', '--data', 'CLIPS', '--processes', '1', '--process', '1'],
-     '--coordinator: got None, expected HOST:PORT'),
-])
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['the_matrix:LIVE', '--data', '.'], 'has no training stage'),
+        (['the_matrix:TINY_VAE'], '--data: needs a folder'),
+        (['the_matrix:TINY_VAE', '--data', '.'], 'no train-*'),
+        (['the_matrix:TINY_VAE', '--data', '.', '--stage.ema', '2'], 'stage.ema: got 2'),
+        (
+            ['the_matrix:TINY_VAE', '--data', '.', '--out', __file__],
+            'test_tools.py is not a folder',
+        ),
+        (['the_matrix:TINY_VAE', '--data', 'CLIPS', '--process', '3'], '--coordinator: got None'),
+        (
+            ['the_matrix:TINY_VAE', '--data', 'CLIPS', '--processes', '1', '--process', '1'],
+            '--coordinator: got None, expected HOST:PORT',
+        ),
+    ],
+)
 def test_train_refuses_before_there_are_weights(argv, said, clips, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delattr(worlds, 'start')

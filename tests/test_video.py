@@ -38,18 +38,21 @@ def test_picture_survives_the_codec(tmp_path):
     video.write_video(tmp_path / 'a.mp4', [frame] * 4)
     read = video.read_video(tmp_path / 'a.mp4')[0]
     error = read.astype(float) - video.enlarge(frame)
-    assert np.sqrt((error ** 2).mean()) < 4
-    assert np.abs(error.mean((0, 1))).max() < 2     # no channel swapped, no colour cast
+    assert np.sqrt((error**2).mean()) < 4
+    assert np.abs(error.mean((0, 1))).max() < 2  # no channel swapped, no colour cast
 
 
-@pytest.mark.parametrize('fps, count, expected', [
-    (16, None, list(range(20))),
-    (32, None, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
-    (32, 3, [0, 2, 4]),
-    (24, None, [0, 2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18]),
-    (8, 5, [0, 0, 1, 2, 2]),
-    (16, 99, list(range(20))),
-])
+@pytest.mark.parametrize(
+    'fps, count, expected',
+    [
+        (16, None, list(range(20))),
+        (32, None, [0, 2, 4, 6, 8, 10, 12, 14, 16, 18]),
+        (32, 3, [0, 2, 4]),
+        (24, None, [0, 2, 3, 4, 6, 8, 9, 10, 12, 14, 15, 16, 18]),
+        (8, 5, [0, 0, 1, 2, 2]),
+        (16, 99, list(range(20))),
+    ],
+)
 def test_read_picks_frames_at_16_per_second(tmp_path, fps, count, expected):
     video.write_video(tmp_path / 'a.mp4', ramp(20), fps=fps)
     assert levels(video.read_video(tmp_path / 'a.mp4', count=count)) == expected
@@ -66,15 +69,23 @@ def test_no_partial_file_after_a_failure(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('name, frames, keys, words', [
-    ('.', ramp(2), None, 'is a folder'),
-    ('a.avi', ramp(2), None, "got suffix '.avi', expected .mp4 or .gif"),
-    ('a', ramp(2), None, "got suffix 'none'"),
-    ('new/a.mp4', [], None, 'no frames'),
-    ('a.mp4', ramp(3), ['D', 'D'], 'keys: got 2, expected one per frame'),
-    ('a.mp4', ramp(1) + ramp(1, 32), None, r'frame 1: got \[32, 96, 3\], expected \[64, 96, 3\]'),
-    ('a.mp4', [np.zeros((4, 4, 3))], None, r'frame 0: got float64\[4, 4, 3\]'),
-])
+@pytest.mark.parametrize(
+    'name, frames, keys, words',
+    [
+        ('.', ramp(2), None, 'is a folder'),
+        ('a.avi', ramp(2), None, "got suffix '.avi', expected .mp4 or .gif"),
+        ('a', ramp(2), None, "got suffix 'none'"),
+        ('new/a.mp4', [], None, 'no frames'),
+        ('a.mp4', ramp(3), ['D', 'D'], 'keys: got 2, expected one per frame'),
+        (
+            'a.mp4',
+            ramp(1) + ramp(1, 32),
+            None,
+            r'frame 1: got \[32, 96, 3\], expected \[64, 96, 3\]',
+        ),
+        ('a.mp4', [np.zeros((4, 4, 3))], None, r'frame 0: got float64\[4, 4, 3\]'),
+    ],
+)
 def test_refused_before_anything_stays(tmp_path, name, frames, keys, words):
     with pytest.raises(VideoError, match=words):
         video.write_video(tmp_path / name, frames, keys=keys)
@@ -85,8 +96,12 @@ def test_refused_before_anything_stays(tmp_path, name, frames, keys, words):
 def test_unreadable_files_are_one_clear_line(tmp_path, read):
     (tmp_path / 'text.mp4').write_text('not a video at all')
     (tmp_path / 'empty.mp4').touch()
-    for name, words in (('text.mp4', 'not readable as a'), ('empty.mp4', 'not readable as a'),
-                        ('nowhere.mp4', 'no such file'), ('', 'is a folder')):
+    for name, words in (
+        ('text.mp4', 'not readable as a'),
+        ('empty.mp4', 'not readable as a'),
+        ('nowhere.mp4', 'no such file'),
+        ('', 'is a folder'),
+    ):
         with pytest.raises(VideoError, match=words) as error:
             read(tmp_path / name)
         assert '\n' not in str(error.value)
@@ -118,12 +133,16 @@ def test_fit_at_the_same_size_changes_nothing():
 
 def test_each_control_draws_its_own_keys():
     frame = np.full((256, 384, 3), 90, np.uint8)
-    drawn = {symbol: video.draw_keys(frame, symbol)
-             for symbol in ('D', 'DL', 'DR', 'B', 'BL', 'BR', 'N', 'NL', 'NR')}
+    drawn = {
+        symbol: video.draw_keys(frame, symbol)
+        for symbol in ('D', 'DL', 'DR', 'B', 'BL', 'BR', 'N', 'NL', 'NR')
+    }
     assert len({picture.tobytes() for picture in drawn.values()}) == 9
     assert (frame == 90).all()
-    lit = {symbol: int((picture[..., 0].astype(int) - picture[..., 2] > 150).sum())
-           for symbol, picture in drawn.items()}
+    lit = {
+        symbol: int((picture[..., 0].astype(int) - picture[..., 2] > 150).sum())
+        for symbol, picture in drawn.items()
+    }
     assert lit['N'] == 0 < lit['D'] < lit['DL']
     for picture in drawn.values():
         assert (picture[:150] == 90).all() and (picture[:, 200:] == 90).all()
@@ -132,8 +151,16 @@ def test_each_control_draws_its_own_keys():
 def test_a_keyboard_and_a_mouse_are_drawn():
     frame = np.full((96, 160, 3), 90, np.uint8)
     pad = (('W', 0, 1), ('A', 1, 0))
-    drawn = [video.draw_keys(frame, video.Held(pad, frozenset(lit), stick)) for lit, stick in (
-        ('W', None), ('A', None), ('', (0.0, 0.0)), ('', (0.1, 0.0)), ('', (0.0, -0.02)))]
+    drawn = [
+        video.draw_keys(frame, video.Held(pad, frozenset(lit), stick))
+        for lit, stick in (
+            ('W', None),
+            ('A', None),
+            ('', (0.0, 0.0)),
+            ('', (0.1, 0.0)),
+            ('', (0.0, -0.02)),
+        )
+    ]
     for index, one in enumerate(drawn):
         assert one.shape == frame.shape and np.array_equal(one[:70], frame[:70])
         assert not any(np.array_equal(one, other) for other in drawn[:index])

@@ -23,10 +23,17 @@ def main(argv):
     add('--steps', type=int, default=30, help='timed steps of the stream (default 30)')
     add('--warmup', type=int, default=3, help='steps before them (default 3)')
     add('--seed', type=int, default=0, help='of noise and random weights (default 0)')
-    add('--entries', help='where keys bind, for their latency: tail, head, both with a comma, or '
-        'none (default: all that the stream has)')
-    add('--peak-tflops', type=float, help='of one device by its data sheet, for the share that is '
-        'reached; with --count what every device reaches (default: 80%% of an H200)')
+    add(
+        '--entries',
+        help='where keys bind, for their latency: tail, head, both with a comma, or '
+        'none (default: all that the stream has)',
+    )
+    add(
+        '--peak-tflops',
+        type=float,
+        help='of one device by its data sheet, for the share that is '
+        'reached; with --count what every device reaches (default: 80%% of an H200)',
+    )
     add('--vs', choices=('torch',), help='the same network in diffusers, in the same run')
     add('--sweep', choices=('mesh',), help='1, 2, 4 and 8 devices of mesh.seq, and pipelines')
     add('--int8', action='store_true', help='the errors of 8-bit layers; no clocks')
@@ -37,12 +44,15 @@ def main(argv):
         raise config.UsageError(f'got --{" and --".join(chosen)}, expected one of them')
     with config.door():
         from matrix_jax.benchmark import run as calls
+
         entries = None if options.entries is None else tuple(options.entries.split(','))
         entries = () if entries == ('none',) else entries
-        settings = calls.Settings(options.steps, options.warmup, entries, options.seed,
-                                  options.peak_tflops)
-        text = calls.benchmark(run, settings, options.random, options.layers,
-                               chosen[0] if chosen else '')
+        settings = calls.Settings(
+            options.steps, options.warmup, entries, options.seed, options.peak_tflops
+        )
+        text = calls.benchmark(
+            run, settings, options.random, options.layers, chosen[0] if chosen else ''
+        )
     print(text)
 
 

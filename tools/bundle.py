@@ -1,6 +1,6 @@
 """Make a trained world ready to ship: weights in bfloat16 and held-out start clips.
 
-    tools/bundle.py carracing --weights runs/swin/weights --data data/carracing --out DIR
+tools/bundle.py carracing --weights runs/swin/weights --data data/carracing --out DIR
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 from matrix_jax import config
 from matrix_jax.cli.arguments import check_place
 
-LIMIT = 12 * 2**20      # bytes; a clone stays light
+LIMIT = 12 * 2**20  # bytes; a clone stays light
 
 
 def main(argv):
@@ -19,8 +19,9 @@ def main(argv):
     check_place('--out', run.out, folder=True)
     with config.door():
         from matrix_jax import worlds
-        from matrix_jax.weights import diffusers_layout
         from matrix_jax.data import start_clips
+        from matrix_jax.weights import diffusers_layout
+
         folder = diffusers_layout.resolve(run.weights)
         world, params = worlds.open_run(run)
         world.save(run.out, params, start=folder)

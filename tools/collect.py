@@ -33,14 +33,27 @@ def parse(argv):
     parser = config.Parser(__doc__)
     add = parser.add_argument
     add('env', metavar='ENV', nargs='?', help=f'a game: {" ".join(ENVIRONMENTS)}')
-    add('--videos', type=arguments.path, metavar='FOLDER',
-        help='unlabelled videos, in folders below too')
+    add(
+        '--videos',
+        type=arguments.path,
+        metavar='FOLDER',
+        help='unlabelled videos, in folders below too',
+    )
     add('--index', type=arguments.path, metavar='FILE', help='index of labelled videos, JSON')
     add('--out', required=True, type=arguments.path, help='folder of the shards; made if missing')
-    add('--workers', type=arguments.whole(1, 256), default=1,
-        help='processes (default 1, some hundred frames/s each of a game)')
-    add('--held-out', type=float, default=0.1, metavar='FRACTION',
-        help='share of tracks or videos that only heldout-* shards hold (default 0.1)')
+    add(
+        '--workers',
+        type=arguments.whole(1, 256),
+        default=1,
+        help='processes (default 1, some hundred frames/s each of a game)',
+    )
+    add(
+        '--held-out',
+        type=float,
+        default=0.1,
+        metavar='FRACTION',
+        help='share of tracks or videos that only heldout-* shards hold (default 0.1)',
+    )
     game = parser.add_argument_group('of a game').add_argument
     game('--hours', type=float, help='of play at 16 frames/s, both splits (default 1)')
     game('--themes', help="'all', or names with commas: meadow,snow,... or maze,...")
@@ -49,8 +62,12 @@ def parse(argv):
     files('--world', metavar='RECIPE', help='whose size and rate clips get (default carracing)')
     files('--caption', help='of videos without a .txt file (default none)')
     files('--shortest', type=float, metavar='SECONDS', help='that a clip lasts (default 2)')
-    files('--data-root', type=arguments.path, metavar='FOLDER',
-          help="that paths of an index start from (default the index's own)")
+    files(
+        '--data-root',
+        type=arguments.path,
+        metavar='FOLDER',
+        help="that paths of an index start from (default the index's own)",
+    )
     files('--frames', type=int, help='of each clip of an index (default 65)')
     return parser.parse_args(argv)
 
@@ -59,12 +76,17 @@ def main(argv):
     """Exit codes: 0 done, 2 bad input; after 130, Ctrl-C, the same command goes on."""
     args = parse(argv)
     with config.door():
-        sources = {'ENV': (args.env, GAME, game), '--videos': (args.videos, VIDEOS, videos),
-                   '--index': (args.index, INDEX, index)}
+        sources = {
+            'ENV': (args.env, GAME, game),
+            '--videos': (args.videos, VIDEOS, videos),
+            '--index': (args.index, INDEX, index),
+        }
         named = [name for name, (value, _, _) in sources.items() if value is not None]
         if len(named) != 1:
-            raise ValueError(f'got {" and ".join(named) or "nothing to read"}, expected one of '
-                             + ', '.join(sources))
+            raise ValueError(
+                f'got {" and ".join(named) or "nothing to read"}, expected one of '
+                + ', '.join(sources)
+            )
         _, defaults, make = sources[named[0]]
         for name in {**GAME, **VIDEOS, **INDEX}:
             if name not in defaults and getattr(args, name) is not None:
@@ -93,8 +115,9 @@ def videos(args) -> str:
     from matrix_jax.data import footage, records
 
     if not 0 < args.shortest <= 3600:
-        raise ValueError(f'--shortest: got {args.shortest:g}, expected seconds above 0, at most '
-                         '3600')
+        raise ValueError(
+            f'--shortest: got {args.shortest:g}, expected seconds above 0, at most 3600'
+        )
     sources = footage.find(args.videos, args.caption)
     size = _size(args.world)
     step = records.FRAMES_PER_LATENT

@@ -1,8 +1,8 @@
 """Measure a world: obedience to keys and mouse, reconstruction, drift, speed; tables and pictures.
 
-    tools/evaluate.py carracing:SWIN --weights runs/swin/weights --data data/carracing --out eval
-    tools/evaluate.py doom --weights runs/stream/weights --data data/doom --out eval
-    tools/evaluate.py --compare eval/teacher eval/student
+tools/evaluate.py carracing:SWIN --weights runs/swin/weights --data data/carracing --out eval
+tools/evaluate.py doom --weights runs/stream/weights --data data/doom --out eval
+tools/evaluate.py --compare eval/teacher eval/student
 """
 
 from matrix_jax import config
@@ -14,8 +14,11 @@ def main(argv):
     parser = config.Parser(__doc__)
     add = parser.add_argument
     add('--seconds', type=whole(1), help='length of streams under scripted keys (default 30)')
-    add('--drive-seconds', type=whole(1),
-        help='length of driven streams, or under recorded keys (default 60)')
+    add(
+        '--drive-seconds',
+        type=whole(1),
+        help='length of driven streams, or under recorded keys (default 60)',
+    )
     add('--long-seconds', type=whole(0), help='length of one more of these (default 0, none)')
     add('--streams', type=whole(1), help='streams per row of the tables (default 6, walking 4)')
     add('--eval-seed', type=whole(0, SEED), help='seed of starts, scripts and noise (default 0)')
@@ -25,6 +28,7 @@ def main(argv):
     if options.compare:
         with config.door():
             from matrix_jax.evals import tables
+
             print(tables.compare(options.compare))
         return
     if run.data is None:
@@ -34,9 +38,14 @@ def main(argv):
     with config.door():
         from matrix_jax import worlds
         from matrix_jax.evals import report
-        given = {'seconds': options.seconds, 'drive_seconds': options.drive_seconds,
-                 'streams': options.streams, 'seed': options.eval_seed,
-                 'long_seconds': options.long_seconds}
+
+        given = {
+            'seconds': options.seconds,
+            'drive_seconds': options.drive_seconds,
+            'streams': options.streams,
+            'seed': options.eval_seed,
+            'long_seconds': options.long_seconds,
+        }
         given = {name: value for name, value in given.items() if value is not None}
         cfg = report.settings(worlds.build(run.world), options.quick, **given)
         world, params = worlds.open_run(run)

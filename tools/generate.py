@@ -1,7 +1,7 @@
 """Generate a video: no arguments give 8 seconds of the bundled world under random keys.
 
-    tools/generate.py --control "D,D,DL,DL,DR" --pad hold --seed 3 --out drive.mp4
-    tools/generate.py doom --actions "W*24,W+right*48" --pad hold
+tools/generate.py --control "D,D,DL,DL,DR" --pad hold --seed 3 --out drive.mp4
+tools/generate.py doom --actions "W*24,W+right*48" --pad hold
 """
 
 from matrix_jax import config
@@ -13,14 +13,27 @@ def main(argv):
     parser = config.Parser(__doc__)
     add = parser.add_argument
     add('--prompt', help="what the world looks like (default: the world's own)")
-    add('--control', '--actions', metavar='CONTROLS', help='The Matrix: one symbol per quarter '
+    add(
+        '--control',
+        '--actions',
+        metavar='CONTROLS',
+        help='The Matrix: one symbol per quarter '
         'second, D B N, each alone or with L or R. Matrix-Game: actions such as W*24,W+right*12, '
-        'JSON, a file of either, or benchmark')
-    add('--control-seed', type=whole(0, SEED), default=42,
-        help='seed of random controls (default 42)')
+        'JSON, a file of either, or benchmark',
+    )
+    add(
+        '--control-seed',
+        type=whole(0, SEED),
+        default=42,
+        help='seed of random controls (default 42)',
+    )
     add('--pad', choices=('random', 'hold'), help='how to go on where the controls end')
-    add('--length', type=whole(1, 86400, 'whole seconds'), help='seconds (default: as many '
-        'as the controls last; without controls or with --pad 8, or the longest whole clip)')
+    add(
+        '--length',
+        type=whole(1, 86400, 'whole seconds'),
+        help='seconds (default: as many '
+        'as the controls last; without controls or with --pad 8, or the longest whole clip)',
+    )
     add('--seed', type=whole(0, SEED), default=42, help='seed of all noise (default 42)')
     add('--image', help='picture to start from')
     add('--video', help='clip to start from')
@@ -29,6 +42,7 @@ def main(argv):
     add('--summary', action='store_true', help='print the sizes of the recipe and stop')
     options, run = parser.run(argv, chosen=recipe_of_log)
     from matrix_jax.pipelines import generate
+
     with config.door():
         if options.summary:
             print(generate.summary(run))
@@ -41,6 +55,7 @@ def main(argv):
 def recipe_of_log(options):
     """The recipe of --replay, or None."""
     from matrix_jax.pipelines import generate
+
     return generate.recipe_of_log(options) if options.replay else None
 
 

@@ -14,10 +14,12 @@ from matrix_jax.cli.arguments import path
 def main(argv):
     """The exit code."""
     parser = config.Parser(__doc__)
-    parser.add_argument('files', nargs='+', metavar='FILE', type=path,
-                        help='recordings, safetensors or JSON')
+    parser.add_argument(
+        'files', nargs='+', metavar='FILE', type=path, help='recordings, safetensors or JSON'
+    )
     options = parser.parse_args(argv)
     from matrix_jax import parity
+
     return parity.run(options.files)
 
 

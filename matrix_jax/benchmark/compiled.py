@@ -13,14 +13,33 @@ import jax.numpy as jnp
 from matrix_jax.benchmark import target
 from matrix_jax.train import dry_run
 
-BYTES = {'pred': 1, 's8': 1, 'u8': 1, 's16': 2, 'u16': 2, 'f16': 2, 'bf16': 2, 's32': 4, 'u32': 4,
-         'f32': 4, 's64': 8, 'u64': 8, 'f64': 8, 'c64': 8}
+BYTES = {
+    'pred': 1,
+    's8': 1,
+    'u8': 1,
+    's16': 2,
+    'u16': 2,
+    'f16': 2,
+    'bf16': 2,
+    's32': 4,
+    'u32': 4,
+    'f32': 4,
+    's64': 8,
+    'u64': 8,
+    'f64': 8,
+    'c64': 8,
+}
 STABLE = {'i1': 'pred', 'i8': 's8', 'ui8': 'u8', 'i32': 's32', 'ui32': 'u32', 'i64': 's64'}
 # Bytes that each device sends per byte of the result, among n devices.
-SENT = {'all-gather': lambda n: (n - 1) / n, 'all-reduce': lambda n: 2 * (n - 1) / n,
-        'reduce-scatter': lambda n: n - 1, 'all-to-all': lambda n: (n - 1) / n,
-        'ragged-all-to-all': lambda n: (n - 1) / n, 'collective-broadcast': lambda n: 1,
-        'collective-permute': lambda n: 1}
+SENT = {
+    'all-gather': lambda n: (n - 1) / n,
+    'all-reduce': lambda n: 2 * (n - 1) / n,
+    'reduce-scatter': lambda n: n - 1,
+    'all-to-all': lambda n: (n - 1) / n,
+    'ragged-all-to-all': lambda n: (n - 1) / n,
+    'collective-broadcast': lambda n: 1,
+    'collective-permute': lambda n: 1,
+}
 
 
 # --- FLOPs -----------------------------------------------------------------------------------
@@ -36,7 +55,8 @@ def begin(world, once: bool = True):
     params, cond = target.parts(world), target.told(world)
     if once:
         params, cond = jax.eval_shape(
-            lambda params, cond: world.ready_with(world.quantize(params), cond), params, cond)
+            lambda params, cond: world.ready_with(world.quantize(params), cond), params, cond
+        )
     key = jax.eval_shape(lambda: jax.random.key(0))
     carry = jax.eval_shape(target.stream(world).init, params, cond, key)
     words = world.vocabulary
@@ -75,8 +95,15 @@ def weights(world, once: bool = True) -> dict[str, int]:
     def zeros(tree):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
 
-    return {name: argument_bytes(lambda part, name=name: world.stream().step(
-        zeros(params) | {name: part}, *zeros(given)), params[name]) for name in params}
+    return {
+        name: argument_bytes(
+            lambda part, name=name: world.stream().step(
+                zeros(params) | {name: part}, *zeros(given)
+            ),
+            params[name],
+        )
+        for name in params
+    }
 
 
 def argument_bytes(function, *arguments) -> int:
@@ -96,8 +123,12 @@ def argument_bytes(function, *arguments) -> int:
 def memory(compiled) -> int:
     """Bytes that a compiled program holds on a device while it runs, by XLA's account."""
     sizes = compiled.memory_analysis()
-    return (sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-            - sizes.alias_size_in_bytes)
+    return (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        - sizes.alias_size_in_bytes
+    )
 
 
 # --- the mesh --------------------------------------------------------------------------------
@@ -161,12 +192,14 @@ def _collective(line: str, devices: int) -> tuple[str, float]:
     match = re.match(r'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z-]+?)(-start)?\(', line)
     if not match or match[2] not in SENT:
         return '', 0.0
-    sizes = [BYTES.get(kind, 1) * math.prod(map(int, filter(None, dims.split(','))))
-             for kind, dims in re.findall(r'(\w+)\[([\d,]*)\]', match[1])]
+    sizes = [
+        BYTES.get(kind, 1) * math.prod(map(int, filter(None, dims.split(','))))
+        for kind, dims in re.findall(r'(\w+)\[([\d,]*)\]', match[1])
+    ]
     if match[3] and match[2] in ('all-gather', 'collective-permute') and len(sizes) > 1:
         # A start gives its operands, its results and, at times, handles.
-        operands = line[match.end():].split(')')[0].count('%')
-        sizes = sizes[operands:2 * operands]
+        operands = line[match.end() :].split(')')[0].count('%')
+        sizes = sizes[operands : 2 * operands]
     return match[2], sum(sizes) * SENT[match[2]](_group(line, devices))
 
 
@@ -183,8 +216,10 @@ def _group(line: str, devices: int) -> int:
         return devices
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
     # An axis, or a part of one: 'axis_2':(1)4 is 4 devices of it.
-    return math.prod(int(part or sizes[axis]) for axis, part in
-                     re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2]))
+    return math.prod(
+        int(part or sizes[axis])
+        for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+    )
 
 
 # --- compiling -------------------------------------------------------------------------------
@@ -197,13 +232,17 @@ def compile_seconds(build) -> tuple[dict[str, float], object]:
     The cache is the one on disk, in a folder of its own; both times include tracing anew.
     """
     from jax.experimental.compilation_cache import compilation_cache
-    wanted = {'jax_enable_compilation_cache': True,
-              'jax_persistent_cache_min_compile_time_secs': 0,
-              'jax_persistent_cache_min_entry_size_bytes': 0}
+
+    wanted = {
+        'jax_enable_compilation_cache': True,
+        'jax_persistent_cache_min_compile_time_secs': 0,
+        'jax_persistent_cache_min_entry_size_bytes': 0,
+    }
     names = ('jax_compilation_cache_dir', *wanted)
     before = {name: getattr(jax.config, name) for name in names}
     seconds, built = {}, None
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+
         def restore():
             for name, value in before.items():
                 jax.config.update(name, value)

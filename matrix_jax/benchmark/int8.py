@@ -10,18 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import worlds
-from matrix_jax.parallel import compilation, sharding
-from matrix_jax.weights import diffusers_layout
 from matrix_jax.benchmark import report
 from matrix_jax.benchmark import target as subjects
 from matrix_jax.config import UsageError
 from matrix_jax.controls.driving import SYMBOLS
+from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.base import rollout
+from matrix_jax.weights import diffusers_layout
 
 SHIFTS = 8
 HELD, OTHER = (SYMBOLS.index(symbol) for symbol in ('D', 'DL'))
-HEADER = ('blocks multiply in', 'MiB of the DiT', 'prediction: rms', 'largest', 'cosine',
-          'rms to bfloat16', f'latents of {SHIFTS} shifts: rms', 'rms to bfloat16')
+HEADER = (
+    'blocks multiply in',
+    'MiB of the DiT',
+    'prediction: rms',
+    'largest',
+    'cosine',
+    'rms to bfloat16',
+    f'latents of {SHIFTS} shifts: rms',
+    'rms to bfloat16',
+)
 
 
 def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> tuple[dict, str]:
@@ -57,28 +65,47 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
     rows = []
     for name, one in results.items():
         half = one['to_bfloat16']
-        rows.append([name, f'{one["bytes"] / report.MIB:,.1f}', f'{one["prediction"]["rms"]:.2e}',
-                     f'{one["prediction"]["largest"]:.2e}', f'{one["prediction"]["cosine"]:.6f}',
-                     f'{half["prediction"]["rms"]:.2e}', f'{one["latents"]["rms"]:.2e}',
-                     f'{half["latents"]["rms"]:.2e}'])
+        rows.append(
+            [
+                name,
+                f'{one["bytes"] / report.MIB:,.1f}',
+                f'{one["prediction"]["rms"]:.2e}',
+                f'{one["prediction"]["largest"]:.2e}',
+                f'{one["prediction"]["cosine"]:.6f}',
+                f'{half["prediction"]["rms"]:.2e}',
+                f'{one["latents"]["rms"]:.2e}',
+                f'{half["latents"]["rms"]:.2e}',
+            ]
+        )
     note = [f'Note: {report.RANDOM}.', ''] if random else []
-    return results, '\n'.join([
-        f'# {run.name}: 8-bit layers against float32 and bfloat16', '', 'Errors relative to '
-        'float32, or to bfloat16 where it says so: root mean square over root mean square, and '
-        'largest over largest.', '', *note, *report.table(HEADER, rows)]) + '\n'
+    return results, '\n'.join(
+        [
+            f'# {run.name}: 8-bit layers against float32 and bfloat16',
+            '',
+            'Errors relative to '
+            'float32, or to bfloat16 where it says so: root mean square over root mean square, and '
+            'largest over largest.',
+            '',
+            *note,
+            *report.table(HEADER, rows),
+        ]
+    ) + '\n'
 
 
 def check(name: str, cfg):
     """Raises UsageError for a world whose transformer has no 8-bit layers."""
     if not hasattr(cfg.dit, 'int8'):
-        raise UsageError(f'--int8: got {name}, expected a world of The Matrix (the transformer of '
-                         'this one has no 8-bit layers)')
+        raise UsageError(
+            f'--int8: got {name}, expected a world of The Matrix (the transformer of '
+            'this one has no 8-bit layers)'
+        )
 
 
 def play(cfg, dtype: str, int8: str, net, cond, seed: int):
     """({'prediction', 'latents'} of a stream of this arithmetic, bytes of its network)."""
-    world = worlds.build(dataclasses.replace(
-        cfg, dit=dataclasses.replace(cfg.dit, dtype=dtype, int8=int8)))
+    world = worlds.build(
+        dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, dtype=dtype, int8=int8))
+    )
     net = jax.tree.map(lambda leaf: leaf.astype(dtype), net)
     params = world.quantize({'transformer': net})
     stream, count = world.latents(), cfg.stream.group_frames
@@ -104,9 +131,12 @@ def against(made: dict, wanted: dict) -> dict[str, dict[str, float]]:
 
 def compare(got, want) -> dict[str, float]:
     """How far apart two arrays are."""
+
     def rms(x):
         return float(np.sqrt(np.mean(np.square(x))))
 
-    return {'rms': rms(got - want) / rms(want),
-            'largest': float(np.abs(got - want).max() / np.abs(want).max()),
-            'cosine': float(np.sum(got * want) / np.sqrt(np.sum(got * got) * np.sum(want * want)))}
+    return {
+        'rms': rms(got - want) / rms(want),
+        'largest': float(np.abs(got - want).max() / np.abs(want).max()),
+        'cosine': float(np.sum(got * want) / np.sqrt(np.sum(got * got) * np.sum(want * want))),
+    }

@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.parallel import compilation, sharding
 from matrix_jax.benchmark import target as subjects
 from matrix_jax.config import UsageError, at_least
+from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.pipeline import Pipeline
 from matrix_jax.stream.swin import ENTRIES
 
-VISIBLE = 1.0       # mean difference, in grey levels of 255, that counts as seen
-SETTLE = 2          # steps before a key changes, and those before all steps are alike
+VISIBLE = 1.0  # mean difference, in grey levels of 255, that counts as seen
+SETTLE = 2  # steps before a key changes, and those before all steps are alike
 KIB = 2**10
 
 
@@ -33,6 +33,7 @@ class Settings:
       seed: of the stream's noise, and of random weights.
       peak_tflops: of one device, for the share that is reached; None = not stated.
     """
+
     steps: int = 30
     warmup: int = 3
     entries: tuple[str, ...] | None = None
@@ -45,8 +46,9 @@ class Settings:
         at_least('--seed', self.seed, 0)
         unknown = [entry for entry in self.entries or () if entry not in ENTRIES]
         if unknown:
-            raise ValueError(f'--entries: got {unknown[0]!r}, expected some of '
-                             f'{", ".join(ENTRIES)}, or none')
+            raise ValueError(
+                f'--entries: got {unknown[0]!r}, expected some of {", ".join(ENTRIES)}, or none'
+            )
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float('inf'):
             raise ValueError(f'--peak-tflops: got {self.peak_tflops}, expected more than 0')
 
@@ -88,8 +90,9 @@ class Program:
             if subject.mesh.size > 1:
                 # A carry has to lie at the end of a step as it did at the start.
                 self._start = step(self.params, self.start(), *given)[0]
-                step = compilation.jit(function, donate_argnums=1,
-                                    out_shardings=(sharding.places(self._start), None))
+                step = compilation.jit(
+                    function, donate_argnums=1, out_shardings=(sharding.places(self._start), None)
+                )
             began = time.perf_counter()
             self._step = step.lower(self.params, self._start, *given).compile()
             self.seconds = time.perf_counter() - began
@@ -139,7 +142,7 @@ def network(subject, seed: int = 0) -> Program:
 
     def step(params, carry, control):
         carry, made = stream.step(params, carry, control)
-        return carry, made[0, -1, 0, 0]     # small, and there when the whole program is done
+        return carry, made[0, -1, 0, 0]  # small, and there when the whole program is done
 
     carry = subject.run(stream.init, subject.params, subject.cond, player(seed))
     return Program(subject, step, carry, subject.presses[0])
@@ -151,8 +154,10 @@ def decoder(subject) -> Program:
     world = subject.world
     part, stream = world.decoder(), world.cfg.stream
     # Whole on all devices, as the network hands them on.
-    before, latents = (subject.run(partial(subjects.clip_noise, world, count)) for count in (
-        stream.context, stream.step_frames))
+    before, latents = (
+        subject.run(partial(subjects.clip_noise, world, count))
+        for count in (stream.context, stream.step_frames)
+    )
     cache = subject.run(lambda *given: part.prefill(*given)[0], subject.params, before)
     return Program(subject, part.step, cache, latents)
 
@@ -174,16 +179,22 @@ def intervals(program: Program, settings: Settings, filling: int = 0) -> np.ndar
             stamps.append(time.perf_counter())
         waiting = output
     jax.block_until_ready(carry)
-    return np.diff(stamps)[-settings.steps:]
+    return np.diff(stamps)[-settings.steps :]
 
 
 def spread(seconds: np.ndarray) -> dict[str, float]:
     """Milliseconds: median, 95th percentile, mean, and jitter, the mean change from one step to the
     next."""
     jitter = np.abs(np.diff(seconds)).mean() if len(seconds) > 1 else 0.0
-    return {name: float(1e3 * value) for name, value in (
-        ('p50_ms', np.median(seconds)), ('p95_ms', np.quantile(seconds, 0.95)),
-        ('mean_ms', seconds.mean()), ('jitter_ms', jitter))}
+    return {
+        name: float(1e3 * value)
+        for name, value in (
+            ('p50_ms', np.median(seconds)),
+            ('p95_ms', np.quantile(seconds, 0.95)),
+            ('mean_ms', seconds.mean()),
+            ('jitter_ms', jitter),
+        )
+    }
 
 
 # --- from a key to a frame -------------------------------------------------------------------
@@ -208,7 +219,7 @@ def latency(subject, program: Program) -> dict:
     held, pressed = ([key] * settle + [one] * after for one in (key, other))
     (base, _), (again, _), (other, times) = (_play(program, keys) for keys in (held, held, pressed))
     noise = int(np.abs(base - again).max())
-    difference = np.abs(other - base)[settle:]                      # [steps B F H W 3]
+    difference = np.abs(other - base)[settle:]  # [steps B F H W 3]
     axes = (1, 3, 4, 5)
     seen = {'changed': difference.max(axes) > noise, 'visible': difference.mean(axes) >= VISIBLE}
     return {'noise': noise} | {name: _first(found, times[settle:]) for name, found in seen.items()}
@@ -256,11 +267,14 @@ def ceilings(dit: str, vae: str, seconds: float = 1.0) -> dict[str, float]:
     kernel = jax.random.normal(jax.random.key(2), (3, 3, 3, channels, channels), vae)
 
     def conv(x, kernel):
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1, 1), 'SAME',
-                                            dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1, 1), 'SAME', dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC')
+        )
 
-    return {'matmul': 2 * size**3 / fastest(jnp.matmul, (a, a), calls, seconds),
-            'conv': 2 * x.size * 27 * channels / fastest(conv, (x, kernel), calls, seconds)}
+    return {
+        'matmul': 2 * size**3 / fastest(jnp.matmul, (a, a), calls, seconds),
+        'conv': 2 * x.size * 27 * channels / fastest(conv, (x, kernel), calls, seconds),
+    }
 
 
 def fastest(function, given, calls: int, seconds: float) -> float:

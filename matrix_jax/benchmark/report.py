@@ -16,16 +16,24 @@ from matrix_jax.benchmark import compiled, measure, roofline
 from matrix_jax.nn.attention import route
 
 RANDOM = 'random weights: what is shown is speed, the frames mean nothing'
-BUSY = 0.1          # share of the cores at work for others above which figures are marked
-ENOUGH = 30         # steps below which figures are marked
-LOOK = 0.5          # seconds to look at that
+BUSY = 0.1  # share of the cores at work for others above which figures are marked
+ENOUGH = 30  # steps below which figures are marked
+LOOK = 0.5  # seconds to look at that
 TERA, GIB, MIB = 1e12, 2**30, 2**20
-LABELS = {'end_to_end': 'DiT + VAE + uint8 + host copy', 'dit': 'DiT',
-          'vae': 'VAE + uint8 + host copy'}
+LABELS = {
+    'end_to_end': 'DiT + VAE + uint8 + host copy',
+    'dit': 'DiT',
+    'vae': 'VAE + uint8 + host copy',
+}
 
 
-def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
-        keep=lambda results: None) -> dict:
+def run(
+    subject,
+    settings: measure.Settings,
+    work: dict[str, float],
+    say=print,
+    keep=lambda results: None,
+) -> dict:
     """Everything but the comparison.
 
     Args:
@@ -41,20 +49,32 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
     world, devices = subject.world, subject.devices
     frames, stream = roofline.frames(world.cfg), world.cfg.stream
     entries = measure.entries(stream, settings.entries)
-    results = {'recipe': subject.name, 'random_weights': subject.random, 'machine': machine(),
-               'settings': dataclasses.asdict(settings) | {'entries': entries},
-               'devices': devices['end_to_end'],
-               'devices_of': devices, 'exchange': exchange(subject),
-               'shape': shape(world, subject.params), 'frames_per_step': frames, 'flops': work}
+    results = {
+        'recipe': subject.name,
+        'random_weights': subject.random,
+        'machine': machine(),
+        'settings': dataclasses.asdict(settings) | {'entries': entries},
+        'devices': devices['end_to_end'],
+        'devices_of': devices,
+        'exchange': exchange(subject),
+        'shape': shape(world, subject.params),
+        'frames_per_step': frames,
+        'flops': work,
+    }
     say(f'compiling {subject.name} on {results["devices"]} device(s), cold and cached')
     seconds, program = compiled.compile_seconds(lambda: measure.whole(subject, None, settings.seed))
     names = ('dit', 'vae') if len(program.programs) > 1 else ('end_to_end',)
-    found = {name: compiled.collectives(one.as_text(), devices[name])
-             for name, one in zip(names, program.programs, strict=True)}
+    found = {
+        name: compiled.collectives(one.as_text(), devices[name])
+        for name, one in zip(names, program.programs, strict=True)
+    }
     # Programs of a pipeline run on devices of their own.
-    results |= {'compile_seconds': seconds, 'collectives': found,
-                'mesh_bytes': max(map(compiled.sent, found.values())),
-                'program_bytes': max(map(compiled.memory, program.programs))}
+    results |= {
+        'compile_seconds': seconds,
+        'collectives': found,
+        'mesh_bytes': max(map(compiled.sent, found.values())),
+        'program_bytes': max(map(compiled.memory, program.programs)),
+    }
     results |= {'parts': {}, 'latency': {}}
 
     def clock(name, build):
@@ -75,18 +95,24 @@ def run(subject, settings: measure.Settings, work: dict[str, float], say=print,
     # An entry that is not the recipe's needs a program of its own, and comes last.
     seed = settings.seed
     todo = [(press, stream.entry, lambda: program)] * (stream.entry in entries)
-    todo += [(clock, 'dit', lambda: measure.network(subject, seed)),
-             (clock, 'vae', lambda: measure.decoder(subject))]
-    todo += [(press, entry, lambda entry=entry: measure.whole(subject, entry, seed))
-             for entry in entries if entry != stream.entry]
+    todo += [
+        (clock, 'dit', lambda: measure.network(subject, seed)),
+        (clock, 'vae', lambda: measure.decoder(subject)),
+    ]
+    todo += [
+        (press, entry, lambda entry=entry: measure.whole(subject, entry, seed))
+        for entry in entries
+        if entry != stream.entry
+    ]
     for measured, name, build in todo:
         measured(name, build)
         keep(results)
     return results
 
 
-def speed(seconds: np.ndarray, frames: int, flops: float, devices: int,
-          settings: measure.Settings) -> dict:
+def speed(
+    seconds: np.ndarray, frames: int, flops: float, devices: int, settings: measure.Settings
+) -> dict:
     """Figures of one part from the seconds of its steps."""
     tflops = flops / seconds.mean() / TERA
     found = {'fps': frames / seconds.mean(), **measure.spread(seconds), 'tflops': tflops}
@@ -107,20 +133,27 @@ def machine() -> dict:
     """Where this runs, and how busy it was before."""
     device = jax.devices()[0]
     cores = len(os.sched_getaffinity(0))
-    return {'backend': device.platform, 'device': device.device_kind, 'cores': cores,
-            'processor': _processor(), 'jax': jax.__version__, 'busy': _busy(),
-            'xla_flags': os.environ.get('XLA_FLAGS', '')}
+    return {
+        'backend': device.platform,
+        'device': device.device_kind,
+        'cores': cores,
+        'processor': _processor(),
+        'jax': jax.__version__,
+        'busy': _busy(),
+        'xla_flags': os.environ.get('XLA_FLAGS', ''),
+    }
 
 
 def _busy() -> float:
     """Share of the machine's cores at work while this process waits."""
+
     def ticks():
         try:
             row = Path('/proc/stat').read_text().split('\n')[0].split()[1:]
         except OSError:
             return np.zeros(2)
         counts = np.asarray(row[:8], float)
-        return np.array([counts.sum(), counts[3] + counts[4]])      # all, idle
+        return np.array([counts.sum(), counts[3] + counts[4]])  # all, idle
 
     before = ticks()
     time.sleep(LOOK)
@@ -141,11 +174,19 @@ def shape(world, params) -> dict:
     cfg = world.cfg
     stream, size = cfg.stream, roofline.size(cfg)
     queries, keys = roofline.of(cfg).tokens(cfg.dit, stream.frames, *size)
-    return {'height': cfg.height, 'width': cfg.width, 'layers': cfg.dit.layers,
-            'dit_parameters': sum(leaf.size for leaf in jax.tree.leaves(params['transformer'])),
-            'tokens': queries, 'keys': keys, 'call_frames': stream.frames,
-            'step_frames': stream.step_frames, 'calls_per_step': stream.passes,
-            'dit_dtype': cfg.dit.dtype, 'vae_dtype': cfg.vae.dtype}
+    return {
+        'height': cfg.height,
+        'width': cfg.width,
+        'layers': cfg.dit.layers,
+        'dit_parameters': sum(leaf.size for leaf in jax.tree.leaves(params['transformer'])),
+        'tokens': queries,
+        'keys': keys,
+        'call_frames': stream.frames,
+        'step_frames': stream.step_frames,
+        'calls_per_step': stream.passes,
+        'dit_dtype': cfg.dit.dtype,
+        'vae_dtype': cfg.vae.dtype,
+    }
 
 
 # --- on paper --------------------------------------------------------------------------------
@@ -160,58 +201,107 @@ def markdown(results: dict) -> str:
     """The results as a short page."""
     shape, machine = results['shape'], results['machine']
     seen = f' that see {shape["keys"]}' * (shape['keys'] != shape['tokens'])
-    lines = [f'# {results["recipe"]}', '',
-             f'{shape["height"]}x{shape["width"]}, {shape["dit_parameters"] / 1e6:,.1f} M '
-             f'parameters in {shape["layers"]} layers ({shape["dit_dtype"]}, VAE '
-             f'{shape["vae_dtype"]}), {shape["tokens"]} tokens{seen}, {shape["calls_per_step"]} '
-             f'network call(s) and {results["frames_per_step"]} frames per step; '
-             f'{results["devices"]} x '
-             f'{machine["device"]} ({machine["processor"]}, {machine["cores"]} cores), jax '
-             f'{machine["jax"]}; {timed(results["settings"]["steps"])}.', '']
+    lines = [
+        f'# {results["recipe"]}',
+        '',
+        f'{shape["height"]}x{shape["width"]}, {shape["dit_parameters"] / 1e6:,.1f} M '
+        f'parameters in {shape["layers"]} layers ({shape["dit_dtype"]}, VAE '
+        f'{shape["vae_dtype"]}), {shape["tokens"]} tokens{seen}, {shape["calls_per_step"]} '
+        f'network call(s) and {results["frames_per_step"]} frames per step; '
+        f'{results["devices"]} x '
+        f'{machine["device"]} ({machine["processor"]}, {machine["cores"]} cores), jax '
+        f'{machine["jax"]}; {timed(results["settings"]["steps"])}.',
+        '',
+    ]
     missing = [LABELS[name] for name in LABELS if name not in results['parts']]
-    missing += [f'latency at the {entry}' for entry in results['settings']['entries']
-                if entry not in results['latency']]
+    missing += [
+        f'latency at the {entry}'
+        for entry in results['settings']['entries']
+        if entry not in results['latency']
+    ]
     if missing:
         lines += [f'Note: it did not come to: {"; ".join(missing)}.', '']
     if results['random_weights']:
         lines += [f'Note: {RANDOM}.', '']
     if machine['device'] == 'cpu':
-        lines += ['Note: FLOPs are those of plain convolutions; the CPU gets by with fewer '
-                  '(`nn/winograd.py`), so a share of the ceiling may be above 100 %.', '']
+        lines += [
+            'Note: FLOPs are those of plain convolutions; the CPU gets by with fewer '
+            '(`nn/winograd.py`), so a share of the ceiling may be above 100 %.',
+            '',
+        ]
     if machine['busy'] > BUSY:
-        lines += [f'Note: others kept {machine["busy"]:.0%} of the machine busy before the start; '
-                  'the clocks below are too slow.', '']
+        lines += [
+            f'Note: others kept {machine["busy"]:.0%} of the machine busy before the start; '
+            'the clocks below are too slow.',
+            '',
+        ]
     peak = results['settings']['peak_tflops']
-    header = ['part', 'fps', 'p50 ms', 'p95 ms', 'jitter ms', 'TFLOP per frame', 'TFLOP/s',
-              *([f'of {peak:g} TFLOP/s'] if peak else []), 'of its ceiling']
+    header = [
+        'part',
+        'fps',
+        'p50 ms',
+        'p95 ms',
+        'jitter ms',
+        'TFLOP per frame',
+        'TFLOP/s',
+        *([f'of {peak:g} TFLOP/s'] if peak else []),
+        'of its ceiling',
+    ]
     rows = []
     for name, one in results['parts'].items():
         work = results['flops']
         work = sum(work.values()) if name == 'end_to_end' else work[name]
         share = [f'{one["peak_share"]:.1%}'] if peak else []
         ours = at_best(results, name) / (one['mean_ms'] / 1e3)
-        rows.append([LABELS[name], f'{one["fps"]:.2f}', *(f'{one[key]:.1f}' for key in (
-            'p50_ms', 'p95_ms', 'jitter_ms')), f'{work / results["frames_per_step"] / TERA:.4g}',
-            f'{one["tflops"]:.4g}', *share, f'{ours:.1%}'])
+        rows.append(
+            [
+                LABELS[name],
+                f'{one["fps"]:.2f}',
+                *(f'{one[key]:.1f}' for key in ('p50_ms', 'p95_ms', 'jitter_ms')),
+                f'{work / results["frames_per_step"] / TERA:.4g}',
+                f'{one["tflops"]:.4g}',
+                *share,
+                f'{ours:.1%}',
+            ]
+        )
     lines += table(header, rows)
-    lines += ['', *table(['key binds at', 'first changed frame', 'visible frame', 'noise'], [
-        [entry, _when(one['changed']), _when(one['visible']), one['noise']]
-        for entry, one in results['latency'].items()])] if results['latency'] else []
+    lines += (
+        [
+            '',
+            *table(
+                ['key binds at', 'first changed frame', 'visible frame', 'noise'],
+                [
+                    [entry, _when(one['changed']), _when(one['visible']), one['noise']]
+                    for entry, one in results['latency'].items()
+                ],
+            ),
+        ]
+        if results['latency']
+        else []
+    )
     seconds, memory = results['compile_seconds'], results['memory']
     best = results['ceilings_tflops']
     held = f'{memory["process"] / GIB:.2f} GiB of the process'
     if 'device' in memory:
         held = f'{memory["device"] / GIB:.2f} GiB of the fullest device, {held}'
-    lines += ['', f'- compile of a step: {seconds["cold"]:.1f} s cold, {seconds["cached"]:.1f} s '
-              f'with a filled cache on disk', f'- memory: at most {held}; the step holds '
-              f'{results["program_bytes"] / GIB:.2f} GiB by the compiler',
-              f'- ceilings (one device, same run): a matrix product {best["matmul"]:.4g} TFLOP/s '
-              f'({shape["dit_dtype"]}), a convolution {best["conv"]:.4g} ({shape["vae_dtype"]})']
+    lines += [
+        '',
+        f'- compile of a step: {seconds["cold"]:.1f} s cold, {seconds["cached"]:.1f} s '
+        f'with a filled cache on disk',
+        f'- memory: at most {held}; the step holds '
+        f'{results["program_bytes"] / GIB:.2f} GiB by the compiler',
+        f'- ceilings (one device, same run): a matrix product {best["matmul"]:.4g} TFLOP/s '
+        f'({shape["dit_dtype"]}), a convolution {best["conv"]:.4g} ({shape["vae_dtype"]})',
+    ]
     for name, found in results['collectives'].items():
-        kinds = ', '.join(f'{one["count"]:g} {kind} ({one["bytes"] / MIB:.2f} MiB)'
-                          for kind, one in sorted(found.items()))
-        lines += [f'- over the mesh per step ({LABELS[name]}): {compiled.sent(found) / MIB:.2f} '
-                  f'MiB sent by each device{": " + kinds if kinds else ""}']
+        kinds = ', '.join(
+            f'{one["count"]:g} {kind} ({one["bytes"] / MIB:.2f} MiB)'
+            for kind, one in sorted(found.items())
+        )
+        lines += [
+            f'- over the mesh per step ({LABELS[name]}): {compiled.sent(found) / MIB:.2f} '
+            f'MiB sent by each device{": " + kinds if kinds else ""}'
+        ]
     return '\n'.join(lines) + '\n'
 
 
@@ -223,9 +313,12 @@ def timed(steps: int) -> str:
 def at_best(results: dict, part: str) -> float:
     """Seconds of a step of a part if all of it ran as its ceiling does."""
     ceilings = {'dit': 'matmul', 'vae': 'conv'}
-    seconds = {name: results['flops'][name] / results['devices_of'][name]
-               / (results['ceilings_tflops'][ceiling] * TERA)
-               for name, ceiling in ceilings.items()}
+    seconds = {
+        name: results['flops'][name]
+        / results['devices_of'][name]
+        / (results['ceilings_tflops'][ceiling] * TERA)
+        for name, ceiling in ceilings.items()
+    }
     # Both programs of a pipeline run at the same time.
     both = max if len(results['collectives']) > 1 else sum
     return seconds.get(part) or both(seconds.values())
@@ -241,8 +334,10 @@ def write(folder, results: dict, text: str):
     """`benchmark.json` and `benchmark.md`, each whole at any time."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (('benchmark.json', json.dumps(results, indent=1) + '\n'),
-                          ('benchmark.md', text)):
+    for name, content in (
+        ('benchmark.json', json.dumps(results, indent=1) + '\n'),
+        ('benchmark.md', text),
+    ):
         new = folder / f'.{name}'
         new.write_text(content)
         new.replace(folder / name)

@@ -44,8 +44,10 @@ def frames(cfg) -> int:
 def flops(cfg) -> dict[str, float]:
     """FLOPs of one step of a world's config: {'dit', 'vae'}."""
     stream, net = cfg.stream, of(cfg)
-    return {'dit': stream.passes * net.dit(cfg.dit, stream.frames, *size(cfg)),
-            'vae': stream.step_frames * net.vae(cfg.vae, *size(cfg))}
+    return {
+        'dit': stream.passes * net.dit(cfg.dit, stream.frames, *size(cfg)),
+        'vae': stream.step_frames * net.vae(cfg.vae, *size(cfg)),
+    }
 
 
 def bounds(cfg, mesh, rate: float, link: float) -> dict[str, dict[str, float]]:
@@ -62,12 +64,22 @@ def bounds(cfg, mesh, rate: float, link: float) -> dict[str, dict[str, float]]:
     stream, net, whole = cfg.stream, of(cfg), size(cfg)
     network, pictures = (one.seq for one in mesh.parts or (mesh, mesh))
     # What does not divide is padded: the busiest device has as much as the first.
-    share = {'dit': net.share(cfg.dit, stream.frames, *whole, network),
-             'vae': math.ceil(whole[0] / pictures) / whole[0]}
+    share = {
+        'dit': net.share(cfg.dit, stream.frames, *whole, network),
+        'vae': math.ceil(whole[0] / pictures) / whole[0],
+    }
     chunk = worlds.build(cfg).decode_chunk or stream.step_frames
-    sent = {'dit': stream.passes * net.exchanged(cfg.dit, stream.frames, *whole, network)[1],
-            'vae': stream.step_frames // chunk * net.bordered(cfg.vae, chunk, *whole, pictures)}
-    found = {part: {'seconds': work * share[part] / rate, 'bytes': sent[part],
-                    'sending': sent[part] / link} for part, work in flops(cfg).items()}
+    sent = {
+        'dit': stream.passes * net.exchanged(cfg.dit, stream.frames, *whole, network)[1],
+        'vae': stream.step_frames // chunk * net.bordered(cfg.vae, chunk, *whole, pictures),
+    }
+    found = {
+        part: {
+            'seconds': work * share[part] / rate,
+            'bytes': sent[part],
+            'sending': sent[part] / link,
+        }
+        for part, work in flops(cfg).items()
+    }
     both = [one['seconds'] + one['sending'] for one in found.values()]
     return found | {'fps': frames(cfg) / (max(both) if mesh.parts else sum(both))}

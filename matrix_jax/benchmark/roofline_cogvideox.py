@@ -17,7 +17,7 @@ def dit(cfg, frames: int, height: int, width: int, literal: bool = False) -> flo
     video, d = frames * (height // cfg.patch) * (width // cfg.patch), cfg.width
     tokens = video + cfg.text_length
     products = 4 * tokens * d * d + 8 * tokens * d * d + 2 * tokens * tokens * d
-    total = cfg.layers * products + 2 * video * cfg.patch ** 2 * cfg.channels * d
+    total = cfg.layers * products + 2 * video * cfg.patch**2 * cfg.channels * d
     if cfg.control:
         # Queries and outputs; keys and values are as few as symbols, and made once.
         keys = video if literal else frames
@@ -34,7 +34,7 @@ def decoder(cfg) -> tuple[list[Conv], list[int]]:
     def add(inner, outer, taps):
         convs.append(Conv(inner, outer, taps, frames, scale))
 
-    def norm(channels):     # scale and shift are read off the latents
+    def norm(channels):  # scale and shift are read off the latents
         norms.append(channels)
         convs.extend(2 * [Conv(z, channels, (1, 1, 1), 1, 1)])
 
@@ -56,10 +56,10 @@ def decoder(cfg) -> tuple[list[Conv], list[int]]:
             inner = outer
         if level < len(widths) - 1:
             scale *= 2
-            add(outer, outer, (1, 3, 3))        # per frame, before time doubles
+            add(outer, outer, (1, 3, 3))  # per frame, before time doubles
             frames *= 1 + cfg.halves_time(level)
     norm(inner)
-    add(inner, cfg.out_channels * cfg.patch_size ** 2, (3, 3, 3))
+    add(inner, cfg.out_channels * cfg.patch_size**2, (3, 3, 3))
     return convs, norms
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 class Conv(NamedTuple):
     """A convolution of a decoder: channels, taps, and its frames and pixels (in each direction) per
     frame and pixel of the latents."""
+
     inputs: int
     outputs: int
     taps: tuple[int, int, int]
@@ -19,8 +20,17 @@ class Conv(NamedTuple):
 
 def convolved(convs: Iterable[Conv], height: int, width: int) -> float:
     """FLOPs of convolutions for one latent frame of this size."""
-    return sum(2 * one.inputs * one.outputs * math.prod(one.taps) * one.frames * one.scale ** 2
-               * height * width for one in convs)
+    return sum(
+        2
+        * one.inputs
+        * one.outputs
+        * math.prod(one.taps)
+        * one.frames
+        * one.scale**2
+        * height
+        * width
+        for one in convs
+    )
 
 
 def rows_sent(convs: Iterable[Conv], frames: int, width: int, dtype: str) -> float:
@@ -35,7 +45,9 @@ def rows_sent(convs: Iterable[Conv], frames: int, width: int, dtype: str) -> flo
     """
     return size_of(dtype) * sum(
         2 * (frames * one.frames + one.taps[0] - 1) * width * one.scale * one.inputs
-        for one in convs if one.taps[1] > 1)
+        for one in convs
+        if one.taps[1] > 1
+    )
 
 
 def size_of(dtype: str) -> int:

@@ -22,8 +22,8 @@ def dit(cfg, frames: int, height: int, width: int) -> float:
     block += 2 * queries * d * d + 2 * queries * cfg.image_length * d
     block += 2 * queries * d * cfg.mlp
     total = cfg.layers * block
-    total += queries * cfg.patch ** 2 * (2 * cfg.channels + cfg.cond_channels) * d
-    total += frames * (cfg.time_dim + 7 * d) * d        # levels, and what they modulate
+    total += queries * cfg.patch**2 * (2 * cfg.channels + cfg.cond_channels) * d
+    total += frames * (cfg.time_dim + 7 * d) * d  # levels, and what they modulate
     if cfg.actions:
         size = cfg.actions
         total += (size.end - size.start) * action_block(cfg, frames, queries)
@@ -69,7 +69,7 @@ def decoder(cfg) -> list[Conv]:
     add(cfg.latent_channels, cfg.latent_channels, (1, 1, 1))
     add(cfg.latent_channels, inner, (3, 3, 3))
     resnet(inner, inner)
-    add(inner, 4 * inner, (1, 1, 1))        # projections of the attention
+    add(inner, 4 * inner, (1, 1, 1))  # projections of the attention
     resnet(inner, inner)
     for level, outer in enumerate(widths):
         for _ in range(cfg.layers + 1):
@@ -84,7 +84,7 @@ def decoder(cfg) -> list[Conv]:
         handed = inner if cfg.residual else inner // 2
         add(inner, handed, (1, 3, 3))
         inner = handed
-    add(inner, cfg.channels * cfg.patch_size ** 2, (3, 3, 3))
+    add(inner, cfg.channels * cfg.patch_size**2, (3, 3, 3))
     return convs
 
 
@@ -123,7 +123,9 @@ def bordered(cfg, frames: int, height: int, width: int, parts: int) -> float:
         return 0
     rows, chunks = math.ceil(height / parts), max(frames // cfg.chunk, 1)
     first = frames - cfg.chunk * (chunks - 1)
-    sent = sum(rows_sent(decoder(cfg), count, width, cfg.dtype)
-               for count in (first, *[cfg.chunk] * (chunks - 1)))
+    sent = sum(
+        rows_sent(decoder(cfg), count, width, cfg.dtype)
+        for count in (first, *[cfg.chunk] * (chunks - 1))
+    )
     seen = frames * rows * width * 2 * cfg.decoder_widths[0] * size_of(cfg.dtype)
     return sent + (parts - 1) * seen

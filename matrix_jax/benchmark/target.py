@@ -15,14 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import worlds
-from matrix_jax.parallel import compilation, sharding
-from matrix_jax.pipelines import generate
-from matrix_jax.weights import conversion, converter, diffusers_layout
 from matrix_jax.benchmark import roofline
 from matrix_jax.config import UsageError
+from matrix_jax.parallel import compilation, sharding
+from matrix_jax.pipelines import generate
 from matrix_jax.stream.base import Stream, started
+from matrix_jax.weights import conversion, converter, diffusers_layout
 
-RUNS = {'transformer': 'dit', 'vae': 'vae'}     # parts of a step, and their configs
+RUNS = {'transformer': 'dit', 'vae': 'vae'}  # parts of a step, and their configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Subject:
       cond: what the stream starts from, on the mesh.
       random: whether the weights are.
     """
+
     name: str
     world: Any
     params: dict
@@ -53,8 +54,10 @@ class Subject:
         params, decoder = self.world.apart(self.params)
         if decoder is None:
             return self, self
-        return (dataclasses.replace(self, params=params, decoder=self.mesh),
-                dataclasses.replace(self, params=decoder, mesh=self.decoder))
+        return (
+            dataclasses.replace(self, params=params, decoder=self.mesh),
+            dataclasses.replace(self, params=decoder, mesh=self.decoder),
+        )
 
     @property
     def devices(self) -> dict[str, int]:
@@ -95,10 +98,12 @@ def shape(run, random: bool = False, layers: int | None = None):
     cfg = converter.shorten(run.world, layers)
     world = worlds.build(cfg)
     if run.mesh.parts and world.one_mesh:
-        world.halves()      # says so
+        world.halves()  # says so
     if not world.endless:
-        raise UsageError(f'{run.name}: does not stream, expected a recipe that takes keys '
-                         '(such as the_matrix:STAGE4)')
+        raise UsageError(
+            f'{run.name}: does not stream, expected a recipe that takes keys '
+            '(such as the_matrix:STAGE4)'
+        )
     return cfg
 
 
@@ -125,8 +130,15 @@ def open_subject(run, random: bool = False, layers: int | None = None, seed: int
         world, params = worlds.open_run(run, apart=True)
         params = world.ready(params)
         cond = start(world, world.apart(params)[0], mesh, diffusers_layout.resolve(run.weights))
-    return Subject(run.name, world, params, mesh, decoder,
-                   jax.device_put(cond, sharding.replicated(mesh)), random)
+    return Subject(
+        run.name,
+        world,
+        params,
+        mesh,
+        decoder,
+        jax.device_put(cond, sharding.replicated(mesh)),
+        random,
+    )
 
 
 def start(world, params, mesh, folder):
@@ -193,8 +205,12 @@ def parts(world) -> dict:
     kept = {name: shapes[name] for name in RUNS}
     kept['vae'] = {'decoder': kept['vae']['decoder']}
     kinds = {name: getattr(world.cfg, field).dtype for name, field in RUNS.items()}
-    return {name: jax.tree.map(lambda leaf, kind=kinds[name]: jax.ShapeDtypeStruct(
-        leaf.shape, kind), tree) for name, tree in kept.items()}
+    return {
+        name: jax.tree.map(
+            lambda leaf, kind=kinds[name]: jax.ShapeDtypeStruct(leaf.shape, kind), tree
+        )
+        for name, tree in kept.items()
+    }
 
 
 def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
@@ -209,17 +225,26 @@ def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
     shapes = parts(world)
     letters = {name: conversion.axes(world.tables[name]) for name in shapes}
     letters['vae'] = {'decoder': letters['vae']['decoder']}
-    places = {name: sharding.shardings(letters[name], shapes[name],
-                                       decoder if decoder and name == 'vae' else mesh)
-              for name in shapes}
+    places = {
+        name: sharding.shardings(
+            letters[name], shapes[name], decoder if decoder and name == 'vae' else mesh
+        )
+        for name in shapes
+    }
     places = conversion.flatten(places)
     stacked = conversion.flatten(letters)
     key, drawn = jax.random.key(seed, impl='rbg'), {}
     for index, (path, leaf) in enumerate(conversion.flatten(shapes).items()):
         kind = path.rsplit('/', 1)[-1]
-        inner = leaf.shape[stacked[path][0] == 'layers':-1]
-        drawn[path] = _draw(jax.random.fold_in(key, index), kind, leaf.shape, leaf.dtype,
-                            math.prod(inner), places[path])
+        inner = leaf.shape[stacked[path][0] == 'layers' : -1]
+        drawn[path] = _draw(
+            jax.random.fold_in(key, index),
+            kind,
+            leaf.shape,
+            leaf.dtype,
+            math.prod(inner),
+            places[path],
+        )
     return conversion.unflatten(drawn)
 
 

@@ -22,26 +22,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.parallel import compilation
-from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.benchmark import measure, report
 from matrix_jax.config import UsageError
 from matrix_jax.dit import cogvideox as dit
+from matrix_jax.parallel import compilation
 from matrix_jax.vae import cogvideox as vae
+from matrix_jax.weights import conversion, diffusers_layout
 
 SCRIPT = Path(__file__).parents[2] / 'benchmarks' / 'torch_peer.py'
-LEVEL = 500         # noise level of the outputs that are compared
-LATENTS = 2         # latent frames of the decoding that is compared
+LEVEL = 500  # noise level of the outputs that are compared
+LATENTS = 2  # latent frames of the decoding that is compared
 
 
 def check(name: str, cfg):
     """Raises UsageError where the peer cannot run, or has no such network."""
     if not isinstance(cfg.dit, dit.Config):
-        raise UsageError(f'--vs torch: got {name}, expected a world of The Matrix (diffusers has '
-                         'the network of no other)')
+        raise UsageError(
+            f'--vs torch: got {name}, expected a world of The Matrix (diffusers has '
+            'the network of no other)'
+        )
     if cfg.dit.int8 != 'none':
-        raise UsageError(f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as the peer has '
-                         'no 8-bit layers')
+        raise UsageError(
+            f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as the peer has no 8-bit layers'
+        )
     lacking = [name for name in ('torch', 'diffusers') if importlib.util.find_spec(name) is None]
     if lacking:
         raise UsageError(f"--vs torch: needs {' and '.join(lacking)}: pip install -e '.[parity]'")
@@ -66,12 +69,15 @@ def run(subject, settings: measure.Settings) -> dict:
         done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
-            raise UsageError(f'--vs torch: the peer ended with exit code {done.returncode} '
-                             f'({reason})')
+            raise UsageError(
+                f'--vs torch: the peer ended with exit code {done.returncode} ({reason})'
+            )
         found = json.loads((folder / 'peer.json').read_text())
         with np.load(folder / 'made.npz') as made:
-            found['difference'] = {name: float(np.abs(made[name] - wanted[name]).max()
-                                               / np.abs(wanted[name]).max()) for name in wanted}
+            found['difference'] = {
+                name: float(np.abs(made[name] - wanted[name]).max() / np.abs(wanted[name]).max())
+                for name in wanted
+            }
     return found | {'plain_dit': measure.spread(seconds)}
 
 
@@ -79,12 +85,19 @@ def export(subject, folder: Path):
     """Writes the network without control and the decoder -> (its config, its parameters)."""
     world, params = subject.world, jax.tree.map(np.asarray, subject.params)
     cfg = dataclasses.replace(world.cfg.dit, control=None)
-    tensors = {name: value for name, value in conversion.to_torch(
-        world.tables['transformer'], params['transformer']).items() if 'control' not in name}
+    tensors = {
+        name: value
+        for name, value in conversion.to_torch(
+            world.tables['transformer'], params['transformer']
+        ).items()
+        if 'control' not in name
+    }
     diffusers_layout.write_component(folder, 'transformer', cfg.to_released(), tensors, dtype=None)
     rows = [row for row in world.tables['vae'] if row.path.startswith('decoder/')]
     decoder = conversion.to_torch(rows, {'decoder': params['vae']['decoder']})
-    diffusers_layout.write_component(folder, 'vae', world.cfg.vae.to_released(), decoder, dtype=None)
+    diffusers_layout.write_component(
+        folder, 'vae', world.cfg.vae.to_released(), decoder, dtype=None
+    )
     return cfg, conversion.to_jax(dit.weights(cfg), tensors, dit.shapes(cfg))
 
 
@@ -104,10 +117,13 @@ def imitate(subject, cfg, plain, settings: measure.Settings):
         seconds.append(time.perf_counter() - began)
     clip = latents[:, :LATENTS]
     frames = compilation.jit(lambda params, clip: vae.decode(world.cfg.vae, params, clip))(
-        subject.params['vae'], clip)
-    return ({'latents': latents, 'text': text, 'clip': clip},
-            {'dit': made, 'vae': np.asarray(frames, np.float32)},
-            np.asarray(seconds[settings.warmup:]))
+        subject.params['vae'], clip
+    )
+    return (
+        {'latents': latents, 'text': text, 'clip': clip},
+        {'dit': made, 'vae': np.asarray(frames, np.float32)},
+        np.asarray(seconds[settings.warmup :]),
+    )
 
 
 def specify(subject, cfg, settings: measure.Settings) -> dict:
@@ -115,29 +131,60 @@ def specify(subject, cfg, settings: measure.Settings) -> dict:
     world = subject.world
     stream, net = world.cfg.stream, world.cfg.vae
     calls = stream.steps // stream.groups
-    return {'steps': settings.steps, 'warmup': settings.warmup, 'level': LEVEL,
-            'calls': calls, 'windows': stream.passes // calls,
-            'context': stream.context, 'group_frames': stream.group_frames,
-            'frames_per_latent': world.cfg.frames_per_control, 'patch': net.patch_size,
-            'dit_dtype': cfg.dtype, 'vae_dtype': net.dtype,
-            'device': 'cuda' if jax.default_backend() == 'gpu' else 'cpu',
-            'threads': len(os.sched_getaffinity(0))}
+    return {
+        'steps': settings.steps,
+        'warmup': settings.warmup,
+        'level': LEVEL,
+        'calls': calls,
+        'windows': stream.passes // calls,
+        'context': stream.context,
+        'group_frames': stream.group_frames,
+        'frames_per_latent': world.cfg.frames_per_control,
+        'patch': net.patch_size,
+        'dit_dtype': cfg.dtype,
+        'vae_dtype': net.dtype,
+        'device': 'cuda' if jax.default_backend() == 'gpu' else 'cpu',
+        'threads': len(os.sched_getaffinity(0)),
+    }
 
 
 def markdown(results: dict) -> str:
     """The comparison as a part of the page."""
     ours, peer = results['parts'], results['torch']
-    rows = [[label, f'{ours[name]["fps"]:.2f}', f'{peer[name]["fps"]:.2f}',
-             f'{ours[name]["fps"] / peer[name]["fps"]:.2f}'] for name, label in (
-                 ('end_to_end', 'end to end, fps; ours with control blocks'),
-                 ('vae', 'VAE + uint8 + host copy, fps'))]
+    rows = [
+        [
+            label,
+            f'{ours[name]["fps"]:.2f}',
+            f'{peer[name]["fps"]:.2f}',
+            f'{ours[name]["fps"] / peer[name]["fps"]:.2f}',
+        ]
+        for name, label in (
+            ('end_to_end', 'end to end, fps; ours with control blocks'),
+            ('vae', 'VAE + uint8 + host copy, fps'),
+        )
+    ]
     mine, theirs = (1e3 / one['p50_ms'] for one in (peer['plain_dit'], peer['dit_call']))
-    rows.append(['the same DiT, calls/s; both without control', f'{mine:.3f}', f'{theirs:.3f}',
-                 f'{mine / theirs:.2f}'])
+    rows.append(
+        [
+            'the same DiT, calls/s; both without control',
+            f'{mine:.3f}',
+            f'{theirs:.3f}',
+            f'{mine / theirs:.2f}',
+        ]
+    )
     difference = ', '.join(f'{name} {value:.1e}' for name, value in peer['difference'].items())
-    return '\n'.join([
-        '', f'## Against torch {peer["torch"]}, diffusers {peer["diffusers"]} '
-        f'({peer["device"]}, {peer["threads"]} threads, scaled dot product attention)', '',
-        *report.table(['', 'ours', 'torch', 'ratio'], rows), '',
-        f'- largest difference of the outputs, relative: {difference}',
-        *(f'- the peer lacks {what}' for what in peer['lacks'])]) + '\n'
+    return (
+        '\n'.join(
+            [
+                '',
+                f'## Against torch {peer["torch"]}, diffusers {peer["diffusers"]} '
+                f'({peer["device"]}, {peer["threads"]} threads, scaled dot product attention)',
+                '',
+                *report.table(['', 'ours', 'torch', 'ratio'], rows),
+                '',
+                f'- largest difference of the outputs, relative: {difference}',
+                *(f'- the peer lacks {what}' for what in peer['lacks']),
+            ]
+        )
+        + '\n'
+    )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from matrix_jax.config import DEFAULT_WORLD, Run, UsageError, load
 
-SEED = 2**63 - 1     # the largest
+SEED = 2**63 - 1  # the largest
 
 
 def recipes(given: Sequence[str], overrides: Sequence[str]) -> list[Run]:
@@ -25,25 +25,33 @@ def recipes(given: Sequence[str], overrides: Sequence[str]) -> list[Run]:
     """
     many, runs = len(given) > 1, {}
     if many and overrides:
-        raise UsageError(f'{overrides[0].partition("=")[0]}: got {len(given)} recipes, expected '
-                         'one with it; RECIPE=WEIGHTS says where the weights of each are')
+        raise UsageError(
+            f'{overrides[0].partition("=")[0]}: got {len(given)} recipes, expected '
+            'one with it; RECIPE=WEIGHTS says where the weights of each are'
+        )
     for one in given or [DEFAULT_WORLD]:
         name, equals, weights = one.partition('=')
         run = load(name, [*overrides, f'--weights={weights}'] if equals else overrides)
         if run.name in runs:
             raise UsageError(f'RECIPE: got {run.name} twice, expected each at most once')
         if many and not run.weights:
-            raise UsageError(f'{run.name}: brings no weights, expected {run.name}=WEIGHTS, a '
-                             'folder in the released layout or a hub repository')
+            raise UsageError(
+                f'{run.name}: brings no weights, expected {run.name}=WEIGHTS, a '
+                'folder in the released layout or a hub repository'
+            )
         runs[run.name] = run
     return list(runs.values())
 
 
-def whole(lowest: int, highest: int | None = None,
-          what: str = 'a whole number') -> Callable[[str], int]:
+def whole(
+    lowest: int, highest: int | None = None, what: str = 'a whole number'
+) -> Callable[[str], int]:
     """The `type` of an option that is a whole number from `lowest` to `highest`."""
-    wanted = f'{what} of at least {lowest}' if highest is None else (
-        f'{what} from {lowest} to {highest}')
+    wanted = (
+        f'{what} of at least {lowest}'
+        if highest is None
+        else (f'{what} from {lowest} to {highest}')
+    )
 
     def parse(text: str) -> int:
         shown = repr(text) if len(text) <= 40 else f"'{text[:37]}...'"
@@ -74,6 +82,7 @@ def check_place(option: str, path: str | Path, folder: bool = False):
       path: what is to be made; folders on the way may be missing.
       folder: whether it is a folder, which then may be there.
     """
+
     def refuse(why):
         raise UsageError(f'{option}: got {str(path)!r}, expected a place to write to{why}')
 

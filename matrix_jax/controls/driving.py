@@ -24,11 +24,11 @@ PROMPTS = {
     'NR': 'The car is coasting in neutral and turning right.',
 }
 SYMBOLS = tuple(PROMPTS)
-NULL = len(SYMBOLS)         # index of the null control: the empty prompt, last row of a table
+NULL = len(SYMBOLS)  # index of the null control: the empty prompt, last row of a table
 NULL_PROMPT = ''
 PADS = ('random', 'hold')
 FRAMES_PER_CONTROL = 4
-BASE_SECONDS, FPS = 4, 16   # longest clip of the base stage
+BASE_SECONDS, FPS = 4, 16  # longest clip of the base stage
 
 
 class ControlError(ValueError):
@@ -42,20 +42,23 @@ def parse(signal: str) -> list[str]:
       ControlError: names each unknown symbol (the first few) and its position, counted from 1.
     """
     if not signal.strip():
-        raise ControlError(f'control: got no symbols, expected some of {", ".join(SYMBOLS)}, '
-                           'separated by commas')
+        raise ControlError(
+            f'control: got no symbols, expected some of {", ".join(SYMBOLS)}, separated by commas'
+        )
     symbols = [symbol.strip() for symbol in signal.split(',')]
     unknown = [(place, symbol) for place, symbol in enumerate(symbols, 1) if symbol not in PROMPTS]
     if unknown:
-        shown = ', '.join(f'{symbol!r} at position {place} of {len(symbols)}'
-                          for place, symbol in unknown[:3])
+        shown = ', '.join(
+            f'{symbol!r} at position {place} of {len(symbols)}' for place, symbol in unknown[:3]
+        )
         more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
         raise ControlError(f'control: unknown symbol {shown}{more}; expected {", ".join(SYMBOLS)}')
     return symbols
 
 
-def fit(symbols: Sequence[str], needed: int, pad: str | None = None,
-        seed: int = 42) -> tuple[list[str], str | None]:
+def fit(
+    symbols: Sequence[str], needed: int, pad: str | None = None, seed: int = 42
+) -> tuple[list[str], str | None]:
     """Exactly `needed` symbols.
 
     Args:
@@ -70,12 +73,19 @@ def fit(symbols: Sequence[str], needed: int, pad: str | None = None,
     Raises:
       ControlError: too few symbols and no padding.
     """
-    return fill(symbols, needed, pad,
-                lambda more: parse(generate_random_control_signal(more, seed)))
+    return fill(
+        symbols, needed, pad, lambda more: parse(generate_random_control_signal(more, seed))
+    )
 
 
-def fill(given: Sequence[str], needed: int, pad: str | None, random: Callable[[int], list[str]],
-         what: str = 'control', noun: str = 'symbols') -> tuple[list[str], str | None]:
+def fill(
+    given: Sequence[str],
+    needed: int,
+    pad: str | None,
+    random: Callable[[int], list[str]],
+    what: str = 'control',
+    noun: str = 'symbols',
+) -> tuple[list[str], str | None]:
     """`fit` of any vocabulary: `random(n)` makes n more."""
     if pad is not None and pad not in PADS:
         raise ControlError(f'pad: got {pad!r}, expected one of {", ".join(PADS)}')
@@ -85,8 +95,10 @@ def fill(given: Sequence[str], needed: int, pad: str | None, random: Callable[[i
         return given[:needed], note if got > needed else None
     missing = needed - got
     if pad is None:
-        raise ControlError(f'{what}: got {got} {noun}, expected {needed}; positions {got + 1} to '
-                           f'{needed} are missing (pad with {" or ".join(PADS)} if that is meant)')
+        raise ControlError(
+            f'{what}: got {got} {noun}, expected {needed}; positions {got + 1} to '
+            f'{needed} are missing (pad with {" or ".join(PADS)} if that is meant)'
+        )
     if pad == 'hold' and not given:
         raise ControlError(f"{what}: got no {noun}, 'hold' needs at least one")
     more = given[-1:] * missing if pad == 'hold' else random(missing)
@@ -103,9 +115,13 @@ def decode(indices) -> list[str]:
     return [(*SYMBOLS, NULL_PROMPT)[index] for index in np.asarray(indices).ravel()]
 
 
-def generate_random_control_signal(length: int, seed: int, repeat_lens: Sequence[int] = (2, 2, 2),
-                                   signal_choices: Sequence[str] = ('D', 'DR', 'DL'),
-                                   change_prob_increment: float = 0.2) -> str:
+def generate_random_control_signal(
+    length: int,
+    seed: int,
+    repeat_lens: Sequence[int] = (2, 2, 2),
+    signal_choices: Sequence[str] = ('D', 'DR', 'DL'),
+    change_prob_increment: float = 0.2,
+) -> str:
     """A random drive: choice 0, and between two stretches of it one of the other choices.
 
     Args:
@@ -121,8 +137,10 @@ def generate_random_control_signal(length: int, seed: int, repeat_lens: Sequence
     if length < 1:
         raise ControlError(f'length: got {length}, expected at least 1')
     if len(repeat_lens) != len(signal_choices):
-        raise ControlError(f'repeat_lens: got {len(repeat_lens)}, expected one for each of the '
-                           f'{len(signal_choices)} signal_choices')
+        raise ControlError(
+            f'repeat_lens: got {len(repeat_lens)}, expected one for each of the '
+            f'{len(signal_choices)} signal_choices'
+        )
     random = np.random.default_rng(seed)
     index, repeats, chance = 0, 0, change_prob_increment
     symbols = []
@@ -155,8 +173,9 @@ def base_signal(length: int, signal: str | None = None, seed: int = 42) -> str:
     return _padded(signal, needed, seed)
 
 
-def streaming_signal(signal: str, window_frames: int, groups: int, shifts: int,
-                     seed: int = 42) -> str:
+def streaming_signal(
+    signal: str, window_frames: int, groups: int, shifts: int, seed: int = 42
+) -> str:
     """A signal padded for `shifts` shifts of a window of `window_frames` pixel frames.
 
     PARITY: longer than what the shifts consume.
@@ -202,8 +221,9 @@ class Symbols:
           ControlError: it is none.
         """
         if text not in PROMPTS:
-            raise ControlError(f'control: unknown symbol {text[:40]!r}; expected '
-                               f'{", ".join(SYMBOLS)}')
+            raise ControlError(
+                f'control: unknown symbol {text[:40]!r}; expected {", ".join(SYMBOLS)}'
+            )
         return text
 
     def count(self, text: str) -> int | None:
@@ -244,13 +264,30 @@ class Symbols:
         word of its only held button, or its 'none'; how to `join` the words, and what to say if
         there are none; `mouse`: speed and limit, or None.
         """
-        sides = (('up', '\u25b2', 'Ahead', 0, 1, 'KeyW', 'ArrowUp'),
-                 ('left', '\u25c0', 'Left', 1, 0, 'KeyA', 'ArrowLeft'),
-                 ('down', '\u25bc', 'Back', 1, 1, 'KeyS', 'ArrowDown'),
-                 ('right', '\u25b6', 'Right', 1, 2, 'KeyD', 'ArrowRight'))
-        return {'buttons': [{'name': name, 'label': label, 'about': about, 'row': row,
-                             'column': column, 'codes': codes}
-                            for name, label, about, row, column, *codes in sides],
-                'axes': [{'none': 'N', 'keys': {'up': 'D', 'down': 'B'}},
-                         {'none': '', 'keys': {'left': 'L', 'right': 'R'}}],
-                'join': '', 'idle': 'N', 'hint': 'Hold W A S D or the arrows.', 'mouse': None}
+        sides = (
+            ('up', '\u25b2', 'Ahead', 0, 1, 'KeyW', 'ArrowUp'),
+            ('left', '\u25c0', 'Left', 1, 0, 'KeyA', 'ArrowLeft'),
+            ('down', '\u25bc', 'Back', 1, 1, 'KeyS', 'ArrowDown'),
+            ('right', '\u25b6', 'Right', 1, 2, 'KeyD', 'ArrowRight'),
+        )
+        return {
+            'buttons': [
+                {
+                    'name': name,
+                    'label': label,
+                    'about': about,
+                    'row': row,
+                    'column': column,
+                    'codes': codes,
+                }
+                for name, label, about, row, column, *codes in sides
+            ],
+            'axes': [
+                {'none': 'N', 'keys': {'up': 'D', 'down': 'B'}},
+                {'none': '', 'keys': {'left': 'L', 'right': 'R'}},
+            ],
+            'join': '',
+            'idle': 'N',
+            'hint': 'Hold W A S D or the arrows.',
+            'mouse': None,
+        }

@@ -25,11 +25,11 @@ from matrix_jax.controls.driving import ControlError, fill
 from matrix_jax.video import Held
 
 IDLE = 'idle'
-SPEED = 0.1                 # of a mouse word without an amount
-LIMIT = 1.0                 # of an amount
-MOUSE = {'up': (1, 0), 'down': (-1, 0), 'left': (0, -1), 'right': (0, 1)}   # pitch, yaw
+SPEED = 0.1  # of a mouse word without an amount
+LIMIT = 1.0  # of an amount
+MOUSE = {'up': (1, 0), 'down': (-1, 0), 'left': (0, -1), 'right': (0, 1)}  # pitch, yaw
 BENCHMARK = 'benchmark'
-BENCHMARK_FRAMES = 12       # of one action of a benchmark sequence
+BENCHMARK_FRAMES = 12  # of one action of a benchmark sequence
 MAX_FRAMES = 10**7
 FILE_BYTES = 2**24
 
@@ -46,13 +46,13 @@ class Mode:
       alone: whether at most one key is pressed at a time.
       pad: (letter, row, column) of each key on screen.
     """
+
     name: str
     keys: tuple[str | None, ...]
     mouse: bool = True
     letters: tuple[tuple[str, str], ...] = ()
     alone: bool = False
-    pad: tuple[tuple[str, int, int], ...] = (
-        ('W', 0, 1), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2))
+    pad: tuple[tuple[str, int, int], ...] = (('W', 0, 1), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2))
 
     @property
     def width(self) -> int:
@@ -66,20 +66,35 @@ class Mode:
 
 
 # A car is steered by the mouse: A and D are its left and right.
-MODES = {mode.name: mode for mode in (
-    Mode('universal', ('W', 'S', 'A', 'D')),
-    Mode('gta_drive', ('W', 'S'), letters=(('A', 'left'), ('D', 'right'))),
-    Mode('templerun', (None, 'jump', 'slide', 'turnleft', 'turnright', 'leftside', 'rightside'),
-         mouse=False, alone=True,
-         letters=(('W', 'jump'), ('S', 'slide'), ('Z', 'turnleft'), ('C', 'turnright'),
-                  ('A', 'leftside'), ('D', 'rightside'), ('nomove', IDLE)),
-         pad=(('Z', 0, 0), ('W', 0, 1), ('C', 0, 2), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2))))}
+MODES = {
+    mode.name: mode
+    for mode in (
+        Mode('universal', ('W', 'S', 'A', 'D')),
+        Mode('gta_drive', ('W', 'S'), letters=(('A', 'left'), ('D', 'right'))),
+        Mode(
+            'templerun',
+            (None, 'jump', 'slide', 'turnleft', 'turnright', 'leftside', 'rightside'),
+            mouse=False,
+            alone=True,
+            letters=(
+                ('W', 'jump'),
+                ('S', 'slide'),
+                ('Z', 'turnleft'),
+                ('C', 'turnright'),
+                ('A', 'leftside'),
+                ('D', 'rightside'),
+                ('nomove', IDLE),
+            ),
+            pad=(('Z', 0, 0), ('W', 0, 1), ('C', 0, 2), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2)),
+        ),
+    )
+}
 
 
 class Actions:
     """The vocabulary of a mode; see `controls.Symbols` for what all vocabularies have."""
 
-    frames = 1                # pixel frames that one action steers
+    frames = 1  # pixel frames that one action steers
     rest = IDLE
 
     def __init__(self, mode: str):
@@ -134,18 +149,30 @@ class Actions:
             if isinstance(entry, str):
                 entry = {'keys': entry}
             if not isinstance(entry, dict) or set(entry) - {'keys', 'mouse', 'frames'}:
-                raise ControlError(f'actions: entry {place}: expected text, or an object of keys, '
-                                   'mouse [pitch, yaw] and frames')
+                raise ControlError(
+                    f'actions: entry {place}: expected text, or an object of keys, '
+                    'mouse [pitch, yaw] and frames'
+                )
             keys, mouse = entry.get('keys', ''), entry.get('mouse', [0, 0])
             keys = '+'.join(map(str, keys)) if isinstance(keys, list) else keys
-            if not isinstance(keys, str) or not isinstance(mouse, list) or len(mouse) != 2 or any(
-                    type(one) not in (int, float) for one in mouse):
-                raise ControlError(f'actions: entry {place}: expected keys as text or a list of '
-                                   'words, and mouse as [pitch, yaw]')
+            if (
+                not isinstance(keys, str)
+                or not isinstance(mouse, list)
+                or len(mouse) != 2
+                or any(type(one) not in (int, float) for one in mouse)
+            ):
+                raise ControlError(
+                    f'actions: entry {place}: expected keys as text or a list of '
+                    'words, and mouse as [pitch, yaw]'
+                )
             keys, star, count = keys.partition('*')
             words = [keys.strip(), *_mouse_words(mouse)]
-            self._add(actions, '+'.join(filter(None, words)) or IDLE,
-                      str(entry.get('frames', count.strip() if star else 1)), place)
+            self._add(
+                actions,
+                '+'.join(filter(None, words)) or IDLE,
+                str(entry.get('frames', count.strip() if star else 1)),
+                place,
+            )
         return actions
 
     def _add(self, actions: list[str], text: str, count: str, place: int):
@@ -154,8 +181,10 @@ class Actions:
         except ControlError as error:
             raise ControlError(f'{error} (entry {place})') from None
         if not re.fullmatch(r'[1-9]\d{0,7}', count) or len(actions) + int(count) > MAX_FRAMES:
-            raise ControlError(f'actions: got {text.strip()}*{count} (entry {place}), expected a '
-                               f'number of frames, at most {MAX_FRAMES} in all')
+            raise ControlError(
+                f'actions: got {text.strip()}*{count} (entry {place}), expected a '
+                f'number of frames, at most {MAX_FRAMES} in all'
+            )
         actions += [action] * int(count)
 
     def count(self, text: str) -> int | None:
@@ -189,8 +218,9 @@ class Actions:
             if colon and not own.isdecimal():
                 raise ControlError(f'actions: got {text!r}, expected benchmark:SEED')
             return self.random(needed, int(own) if colon else seed), []
-        actions, note = fill(self.parse(text), needed, pad, lambda more: self.random(more, seed),
-                             'actions', 'frames')
+        actions, note = fill(
+            self.parse(text), needed, pad, lambda more: self.random(more, seed), 'actions', 'frames'
+        )
         return actions, [note] if note else []
 
     # --- benchmark sequences ---------------------------------------------------------------------
@@ -216,8 +246,14 @@ class Actions:
     def decode(self, vectors) -> list[str]:
         """The inverse of `encode`: actions of [N A], amounts of the mouse to four digits."""
         keys = len(self.mode.keys)
-        return [_spelled(self.mode, [word for word, down in zip(self.mode.keys, vector) if down],
-                         vector[keys:].tolist()) for vector in np.asarray(vectors, np.float32)]
+        return [
+            _spelled(
+                self.mode,
+                [word for word, down in zip(self.mode.keys, vector) if down],
+                vector[keys:].tolist(),
+            )
+            for vector in np.asarray(vectors, np.float32)
+        ]
 
     def held(self, action: str) -> Held:
         """What the overlay shows of an action."""
@@ -234,30 +270,62 @@ class Actions:
         """What a player's page offers: see `controls.Symbols.page`."""
         mode = self.mode
         means = {letter: letter for letter, *_ in mode.pad} | {
-            letter: word for letter, word in mode.letters if word != IDLE}
+            letter: word for letter, word in mode.letters if word != IDLE
+        }
         letters = [letter for letter, *_ in mode.pad]
         groups = [letters] if mode.alone else [['W', 'S'], ['A', 'D']]
-        buttons = [{'name': letter, 'label': letter, 'about': means[letter], 'row': row,
-                    'column': column, 'codes': [f'Key{letter}']}
-                   for letter, row, column in mode.pad]
-        axes = [{'none': '', 'keys': {letter: means[letter] for letter in group}}
-                for group in groups]
+        buttons = [
+            {
+                'name': letter,
+                'label': letter,
+                'about': means[letter],
+                'row': row,
+                'column': column,
+                'codes': [f'Key{letter}'],
+            }
+            for letter, row, column in mode.pad
+        ]
+        axes = [
+            {'none': '', 'keys': {letter: means[letter] for letter in group}} for group in groups
+        ]
         look = mode.mouse and not mode.letters
-        if not look:        # the arrows are free for the same keys
+        if not look:  # the arrows are free for the same keys
             arrows = {'W': 'ArrowUp', 'A': 'ArrowLeft', 'S': 'ArrowDown', 'D': 'ArrowRight'}
             for button in buttons:
                 button['codes'] += [arrows[button['name']]] if button['name'] in arrows else []
         else:
-            axes += [{'none': '', 'keys': {'look up': 'up', 'look down': 'down'}},
-                     {'none': '', 'keys': {'look left': 'left', 'look right': 'right'}}]
-            buttons += [{'name': f'look {side.lower()}', 'label': '', 'about': f'look {side}',
-                         'row': None, 'column': None, 'codes': [f'Arrow{side}']}
-                        for side in ('Up', 'Down', 'Left', 'Right')]
-        hint = 'Hold ' + ' '.join(letters) + (
-            '; the arrows look around, and so does the mouse: drag the picture, or click on it.'
-            if look else ' or the arrows.')
-        return {'buttons': buttons, 'axes': axes, 'join': '+', 'idle': IDLE, 'hint': hint,
-                'mouse': {'speed': SPEED, 'limit': 4 * SPEED} if look else None}
+            axes += [
+                {'none': '', 'keys': {'look up': 'up', 'look down': 'down'}},
+                {'none': '', 'keys': {'look left': 'left', 'look right': 'right'}},
+            ]
+            buttons += [
+                {
+                    'name': f'look {side.lower()}',
+                    'label': '',
+                    'about': f'look {side}',
+                    'row': None,
+                    'column': None,
+                    'codes': [f'Arrow{side}'],
+                }
+                for side in ('Up', 'Down', 'Left', 'Right')
+            ]
+        hint = (
+            'Hold '
+            + ' '.join(letters)
+            + (
+                '; the arrows look around, and so does the mouse: drag the picture, or click on it.'
+                if look
+                else ' or the arrows.'
+            )
+        )
+        return {
+            'buttons': buttons,
+            'axes': axes,
+            'join': '+',
+            'idle': IDLE,
+            'hint': hint,
+            'mouse': {'speed': SPEED, 'limit': 4 * SPEED} if look else None,
+        }
 
 
 def _benchmark(text: str) -> bool:
@@ -274,10 +342,14 @@ def _canonical(vocabulary: Actions, text: str) -> str:
         word = vocabulary._words.get(spelled.lower())
         if word is None:
             if spelled.lower() in MOUSE:
-                raise ControlError(f'actions: {spelled!r} moves the mouse, and {mode.name} has '
-                                   f'none; expected {_listed(vocabulary)}')
-            raise ControlError(f'actions: unknown action {spelled[:40]!r} of {mode.name}; expected '
-                               f'{_listed(vocabulary)}')
+                raise ControlError(
+                    f'actions: {spelled!r} moves the mouse, and {mode.name} has '
+                    f'none; expected {_listed(vocabulary)}'
+                )
+            raise ControlError(
+                f'actions: unknown action {spelled[:40]!r} of {mode.name}; expected '
+                f'{_listed(vocabulary)}'
+            )
         if word in found:
             raise ControlError(f'actions: got {word!r} twice in {text.strip()[:60]!r}')
         found[word] = SPEED if word in MOUSE and mode.mouse else 1.0
@@ -286,8 +358,14 @@ def _canonical(vocabulary: Actions, text: str) -> str:
     keys = [word for word in mode.keys if word in found]
     if (mode.alone and len(keys) > 1) or (IDLE in found and len(found) > 1):
         raise ControlError(f'actions: got {text.strip()[:60]!r}, expected one of them alone')
-    return _spelled(mode, keys, [sum(MOUSE[word][axis] * found[word] for word in MOUSE
-                                     if word in found) for axis in (0, 1)])
+    return _spelled(
+        mode,
+        keys,
+        [
+            sum(MOUSE[word][axis] * found[word] for word in MOUSE if word in found)
+            for axis in (0, 1)
+        ],
+    )
 
 
 def _spelled(mode: Mode, keys: Sequence[str | None], mouse) -> str:
@@ -303,8 +381,9 @@ def _amount(word: str, amount: str, mode: Mode) -> float:
     except ValueError:
         value = math.nan
     if not 0 < value <= LIMIT:
-        raise ControlError(f'actions: got {word}:{amount[:20]}, expected an amount above 0, at '
-                           f'most {LIMIT:g}')
+        raise ControlError(
+            f'actions: got {word}:{amount[:20]}, expected an amount above 0, at most {LIMIT:g}'
+        )
     return value
 
 
@@ -313,8 +392,9 @@ def _mouse_words(mouse) -> list[str]:
     words = []
     for value, names in zip(mouse, (('up', 'down'), ('right', 'left'))):
         if not abs(value) <= LIMIT:
-            raise ControlError(f'actions: got a mouse movement of {value}, expected at most '
-                               f'{LIMIT:g}')
+            raise ControlError(
+                f'actions: got a mouse movement of {value}, expected at most {LIMIT:g}'
+            )
         if round(abs(value), 4):
             amount = f'{round(abs(value), 4):g}'
             name = names[0] if value > 0 else names[1]
@@ -350,8 +430,12 @@ def _choices(mode: Mode) -> list[str]:
         moves = ['W', 'S']
         return camera * 2 + moves * 2 + [f'{move}+{look}' for move in moves for look in camera]
     moves = ['W', 'A', 'D', 'W+A', 'W+D']
-    return moves[3:] * 5 + camera * 5 + moves[:3] * 5 + [
-        f'{move}+{look}' for move in moves for look in camera]
+    return (
+        moves[3:] * 5
+        + camera * 5
+        + moves[:3] * 5
+        + [f'{move}+{look}' for move in moves for look in camera]
+    )
 
 
 def _listed(vocabulary: Actions) -> str:

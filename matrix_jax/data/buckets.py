@@ -36,8 +36,13 @@ class Buckets:
 
     def state(self) -> bytes:
         """The place in the data, as JSON bytes."""
-        return json.dumps({'drawn': self.drawn, 'seed': self.seed, 'buckets': [
-            json.loads(loader.state()) for loader in self.loaders]}).encode()
+        return json.dumps(
+            {
+                'drawn': self.drawn,
+                'seed': self.seed,
+                'buckets': [json.loads(loader.state()) for loader in self.loaders],
+            }
+        ).encode()
 
     def restore(self, state: bytes):
         """Goes on where `state` was taken.
@@ -48,8 +53,10 @@ class Buckets:
         saved = json.loads(state)
         count, seed = len(saved.get('buckets', [0])), saved.get('seed')
         if (count, seed) != (len(self.loaders), self.seed):
-            raise ValueError(f'buckets.restore: the state has {count} lengths and seed {seed}, '
-                             f'here are {len(self.loaders)} and seed {self.seed}')
+            raise ValueError(
+                f'buckets.restore: the state has {count} lengths and seed {seed}, '
+                f'here are {len(self.loaders)} and seed {self.seed}'
+            )
         for loader, part in zip(self.loaders, saved['buckets']):
             loader.restore(json.dumps(part).encode())
         self.drawn = saved['drawn']

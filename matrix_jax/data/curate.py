@@ -38,6 +38,7 @@ class Walker:
       still: mouse below which the view did not turn.
       smooth: frames, odd, of which the majority says whether a key is pressed.
     """
+
     speed: float
     drag: float = 0.0
     least: float = 0.4
@@ -45,8 +46,12 @@ class Walker:
     smooth: int = 3
 
     def __post_init__(self):
-        for name, low, high in (('speed', 1e-9, np.inf), ('drag', 0, 0.99), ('least', 0, 1),
-                                ('still', 0, 1)):
+        for name, low, high in (
+            ('speed', 1e-9, np.inf),
+            ('drag', 0, 0.99),
+            ('least', 0, 1),
+            ('still', 0, 1),
+        ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f'walker.{name}: got {value:g}, expected {low:g} .. {high:g}')
@@ -64,8 +69,11 @@ def label(clip: Clip, walker: Walker | None) -> Clip:
         raise RecordError('clip.pose: is unknown, expected the camera of every frame')
     if walker is None:
         return replace(clip, mouse=mouse(clip.pose, clip.fps))
-    return replace(clip, keyboard=keyboard(clip.pose, clip.fps, walker),
-                   mouse=mouse(clip.pose, clip.fps, walker.still))
+    return replace(
+        clip,
+        keyboard=keyboard(clip.pose, clip.fps, walker),
+        mouse=mouse(clip.pose, clip.fps, walker.still),
+    )
 
 
 def mouse(poses, fps: float, still: float = 0.004) -> np.ndarray:
@@ -148,8 +156,9 @@ def estimate(paths: Iterable[np.ndarray], fps: float, **fields) -> Walker | None
       fields: other attributes of the walker.
     """
     ways = [ground(path) * fps for path in paths]
-    before, after = (np.concatenate([way[part] for way in ways])
-                     for part in (slice(None, -1), slice(1, None)))
+    before, after = (
+        np.concatenate([way[part] for way in ways]) for part in (slice(None, -1), slice(1, None))
+    )
     speeds = np.hypot(*after.T)
     speeds = speeds[speeds > 0.2 * speeds.max(initial=1e-9)]
     if not len(speeds):
@@ -184,9 +193,11 @@ def agreement(found, truth, where=None) -> dict[str, dict[str, float]]:
     scores = {'all': {'accuracy': float((found == truth).all(axis=1).mean())}}
     for key, one, wanted in zip(KEYS, found.T, truth.T, strict=True):
         both = float((one & wanted).sum())
-        scores[key] = {'accuracy': float((one == wanted).mean()),
-                       'recall': both / max(int(wanted.sum()), 1),
-                       'precision': both / max(int(one.sum()), 1)}
+        scores[key] = {
+            'accuracy': float((one == wanted).mean()),
+            'recall': both / max(int(wanted.sum()), 1),
+            'precision': both / max(int(one.sum()), 1),
+        }
     return scores
 
 

@@ -52,67 +52,132 @@ class Theme(NamedTuple):
 THEMES = {
     'maze': Theme(
         (
-            Map('my_way_home', 'map01', (
-                'Walking through brown brick corridors between small bright rooms, first person.',
-                'A maze of brown bricks with coloured rooms, seen by someone who walks in it.')),
-            Map('health_gathering_supreme', 'map01', (
-                'Walking through a maze of grey stone on a green floor, first person.',
-                'Grey stone walls, a green floor and a dark sky, seen by a walker.')),
-            Map('deathmatch', 'map01', (
-                'Walking through a wide court of brown and pink bricks, first person.',
-                'Brick walls on a sandy floor under a dark blue sky, seen by a walker.')),
+            Map(
+                'my_way_home',
+                'map01',
+                (
+                    'Walking through brown brick corridors between small bright rooms, first person.',
+                    'A maze of brown bricks with coloured rooms, seen by someone who walks in it.',
+                ),
+            ),
+            Map(
+                'health_gathering_supreme',
+                'map01',
+                (
+                    'Walking through a maze of grey stone on a green floor, first person.',
+                    'Grey stone walls, a green floor and a dark sky, seen by a walker.',
+                ),
+            ),
+            Map(
+                'deathmatch',
+                'map01',
+                (
+                    'Walking through a wide court of brown and pink bricks, first person.',
+                    'Brick walls on a sandy floor under a dark blue sky, seen by a walker.',
+                ),
+            ),
         ),
         (
-            Map('multi_deathmatch', 'map01', (
-                'Walking through grey stone halls with lamps on the ceiling, first person.',
-                'Grey brick halls with crates and black screens, seen by a walker.')),
+            Map(
+                'multi_deathmatch',
+                'map01',
+                (
+                    'Walking through grey stone halls with lamps on the ceiling, first person.',
+                    'Grey brick halls with crates and black screens, seen by a walker.',
+                ),
+            ),
         ),
     ),
     # One place of few textures, for networks that have seen little.
     'garden': Theme(
         (
-            Map('health_gathering_supreme', 'map01', (
-                'Walking through a garden maze of grey stone walls on grass, first person.',
-                'Grey stone walls on green grass under a dark blue sky, seen by a walker.')),
+            Map(
+                'health_gathering_supreme',
+                'map01',
+                (
+                    'Walking through a garden maze of grey stone walls on grass, first person.',
+                    'Grey stone walls on green grass under a dark blue sky, seen by a walker.',
+                ),
+            ),
         ),
         (
-            Map('health_gathering', 'map01', (
-                'Walking over a lawn with low walls of mossy stone, first person.',
-                'Mossy stone walls around a lawn under a dark blue sky, seen by a walker.')),
+            Map(
+                'health_gathering',
+                'map01',
+                (
+                    'Walking over a lawn with low walls of mossy stone, first person.',
+                    'Mossy stone walls around a lawn under a dark blue sky, seen by a walker.',
+                ),
+            ),
         ),
     ),
     # One room of few textures, for networks that have seen little.
     'hall': Theme(
         (
-            Map('take_cover', 'map01', (
-                'Walking through an empty hall of pale bricks under a grey ceiling, first person.',
-                'Pale brick walls between a grey floor and a grey ceiling, seen by a walker.')),
+            Map(
+                'take_cover',
+                'map01',
+                (
+                    'Walking through an empty hall of pale bricks under a grey ceiling, first person.',
+                    'Pale brick walls between a grey floor and a grey ceiling, seen by a walker.',
+                ),
+            ),
         ),
         (
-            Map('defend_the_line', 'map01', (
-                'Walking through a wide empty hall of pale bricks, first person.',
-                'Brick walls of a wide grey hall, seen by someone who walks there.')),
+            Map(
+                'defend_the_line',
+                'map01',
+                (
+                    'Walking through a wide empty hall of pale bricks, first person.',
+                    'Brick walls of a wide grey hall, seen by someone who walks there.',
+                ),
+            ),
         ),
     ),
     'base': Theme(
         (
-            Map('freedoom2', 'MAP01', (
-                'Walking through a base of brown stone and grey machines, first person.',
-                'Brown halls with lamps and a dark garden outside, seen by a walker.')),
-            Map('freedoom2', 'MAP04', (
-                'Walking through a pale concrete base with green panels, first person.',
-                'White and grey halls of a base, seen by someone who walks there.')),
-            Map('freedoom2', 'MAP07', (
-                'Walking through grey stone halls with green slime behind windows, first person.',
-                'Grey halls and stairs of stone blocks, seen by a walker.')),
-            Map('freedoom1', 'E1M2', (
-                'Walking through a steel base with railings and signs, first person.',
-                'Grey steel rooms with green doors and bright lamps, seen by a walker.')),
+            Map(
+                'freedoom2',
+                'MAP01',
+                (
+                    'Walking through a base of brown stone and grey machines, first person.',
+                    'Brown halls with lamps and a dark garden outside, seen by a walker.',
+                ),
+            ),
+            Map(
+                'freedoom2',
+                'MAP04',
+                (
+                    'Walking through a pale concrete base with green panels, first person.',
+                    'White and grey halls of a base, seen by someone who walks there.',
+                ),
+            ),
+            Map(
+                'freedoom2',
+                'MAP07',
+                (
+                    'Walking through grey stone halls with green slime behind windows, first person.',
+                    'Grey halls and stairs of stone blocks, seen by a walker.',
+                ),
+            ),
+            Map(
+                'freedoom1',
+                'E1M2',
+                (
+                    'Walking through a steel base with railings and signs, first person.',
+                    'Grey steel rooms with green doors and bright lamps, seen by a walker.',
+                ),
+            ),
         ),
         (
-            Map('freedoom1', 'E1M5', (
-                'Walking through halls of tan bricks beside blue water, first person.',
-                'Tan brick halls of a base with water, seen by someone who walks there.')),
+            Map(
+                'freedoom1',
+                'E1M5',
+                (
+                    'Walking through halls of tan bricks beside blue water, first person.',
+                    'Tan brick halls of a base with water, seen by someone who walks there.',
+                ),
+            ),
         ),
     ),
 }
@@ -180,29 +245,53 @@ class Game:
         game.set_mode(vizdoom.Mode.PLAYER)
         game.set_window_visible(False)
         game.set_sound_enabled(False)
-        for layer in ('hud', 'weapon', 'crosshair', 'decals', 'particles', 'effects_sprites',
-                      'messages', 'corpses', 'screen_flashes'):
+        for layer in (
+            'hud',
+            'weapon',
+            'crosshair',
+            'decals',
+            'particles',
+            'effects_sprites',
+            'messages',
+            'corpses',
+            'screen_flashes',
+        ):
             getattr(game, f'set_render_{layer}')(False)
         game.set_depth_buffer_enabled(True)
         game.set_sectors_info_enabled(True)
         button, variable = vizdoom.Button, vizdoom.GameVariable
-        game.set_available_buttons([
-            button.MOVE_FORWARD, button.MOVE_BACKWARD, button.MOVE_LEFT, button.MOVE_RIGHT,
-            button.LOOK_UP_DOWN_DELTA, button.TURN_LEFT_RIGHT_DELTA])
-        game.set_available_game_variables([
-            variable.POSITION_X, variable.POSITION_Y, variable.CAMERA_POSITION_Z, variable.ANGLE,
-            variable.PITCH])
+        game.set_available_buttons(
+            [
+                button.MOVE_FORWARD,
+                button.MOVE_BACKWARD,
+                button.MOVE_LEFT,
+                button.MOVE_RIGHT,
+                button.LOOK_UP_DOWN_DELTA,
+                button.TURN_LEFT_RIGHT_DELTA,
+            ]
+        )
+        game.set_available_game_variables(
+            [
+                variable.POSITION_X,
+                variable.POSITION_Y,
+                variable.CAMERA_POSITION_Z,
+                variable.ANGLE,
+                variable.PITCH,
+            ]
+        )
         game.set_doom_skill(1)
         game.set_episode_timeout(0)
-        game.add_game_args('-nomonsters +movebob 0 +stillbob 0 +cl_showsecretmessage 0 '
-                           '+r_visibility 24')
+        game.add_game_args(
+            '-nomonsters +movebob 0 +stillbob 0 +cl_showsecretmessage 0 +r_visibility 24'
+        )
         with contextlib.chdir(self.folder.name):  # the engine leaves its settings where it starts
             game.init()
         self.open = level
         self.sectors = [
             (np.array([(line.x1, line.y1, line.x2, line.y2) for line in sector.lines]))
             for sector in game.get_state().sectors
-            if len(sector.lines) > 2 and sector.ceiling_height - sector.floor_height >= 72]
+            if len(sector.lines) > 2 and sector.ceiling_height - sector.floor_height >= 72
+        ]
         ends = np.concatenate(self.sectors)
         self.bounds = ends[:, :2].min(axis=0), ends[:, :2].max(axis=0)
         game.set_sectors_info_enabled(False)
@@ -261,7 +350,7 @@ class Game:
         horizon = depth.shape[0] / 2 + FOCAL * np.tan(self.pose()[4])
         row = int(np.clip(horizon, 0, depth.shape[0] - 51))
         columns = np.arange(8, depth.shape[1], 16)
-        ahead = depth[row:row + 20:4, columns].min(axis=0) * DEPTH
+        ahead = depth[row : row + 20 : 4, columns].min(axis=0) * DEPTH
         # What is lower than the eye hides in these rows; nearer than that, it is too high to climb.
         low = depth[row + 50, columns] * DEPTH
         ahead = np.where(low < 90, np.minimum(ahead, low), ahead)
@@ -283,7 +372,7 @@ def _inside(point, lines) -> bool:
 def _distance(point, lines) -> float:
     """From a point to the nearest of lines [N 4]."""
     start, along = lines[:, :2], lines[:, 2:] - lines[:, :2]
-    share = ((point - start) * along).sum(axis=1) / np.maximum((along ** 2).sum(axis=1), 1e-9)
+    share = ((point - start) * along).sum(axis=1) / np.maximum((along**2).sum(axis=1), 1e-9)
     nearest = start + np.clip(share, 0, 1)[:, None] * along
     return float(np.hypot(*(point - nearest).T).min())
 
@@ -311,10 +400,12 @@ def record(game: Game, seed: int, theme: str, frames: int, rng: np.random.Genera
     held = np.concatenate([[0], np.repeat(np.arange(1, len(actions)), FRAMES_PER_LATENT)])
     return Clip(
         frames=np.concatenate(pictures),
-        **unknown(len(held)) | {
+        **unknown(len(held))
+        | {
             'keyboard': np.array([keys for keys, _ in actions], np.int8)[held],
             'mouse': np.array([mouse for _, mouse in actions], np.float32)[held],
-            'pose': np.concatenate(poses).astype(np.float32)},
+            'pose': np.concatenate(poses).astype(np.float32),
+        },
         caption=level.captions[int(rng.integers(len(level.captions)))],
         theme=theme,
         seed=seed,

@@ -30,6 +30,7 @@ INTENTS = {'walk': 0.28, 'combine': 0.46, 'stand': 0.08, 'turn': 0.02, 'look': 0
 
 class Sight(NamedTuple):
     """Map units to the nearest wall [N] in directions [N], radians from ahead, left positive."""
+
     ahead: np.ndarray
     bearing: np.ndarray
 
@@ -72,8 +73,10 @@ class Explorer:
         if self.intent != 'look':
             # Back to the horizon, at the pace of a key.
             back = -self.pitch / TURN_RADIANS
-            self.mouse = (float(np.clip(back, -TURN, TURN)) if abs(back) > 0.004 else 0.0,
-                          self.mouse[1])
+            self.mouse = (
+                float(np.clip(back, -TURN, TURN)) if abs(back) > 0.004 else 0.0,
+                self.mouse[1],
+            )
         elif abs(self.pitch + self.mouse[0] * TURN_RADIANS) > PITCH_LIMIT:
             self.mouse = 0.0, self.mouse[1]
         return self.pressed()
@@ -92,8 +95,10 @@ class Explorer:
 
     def pressed(self):
         """What is held now, as `choose` gives it."""
-        return (np.array([key in self.keys for key in 'WSAD'], np.int8),
-                np.array(self.mouse, np.float32))
+        return (
+            np.array([key in self.keys for key in 'WSAD'], np.int8),
+            np.array(self.mouse, np.float32),
+        )
 
     def _blocks(self, low: float, high: float) -> int:
         return int(round(self.rng.uniform(low, high) / HOLD))
@@ -137,8 +142,11 @@ class Explorer:
         self.intent, self.left, self.turned = 'free', self._blocks(0.75, 2.5), 0
         open_left = sight.ahead[sight.bearing > 0].mean()
         open_right = sight.ahead[sight.bearing < 0].mean()
-        side = self._side() if abs(open_left - open_right) < 20 else (
-            -1 if open_left > open_right else 1)
+        side = (
+            self._side()
+            if abs(open_left - open_right) < 20
+            else (-1 if open_left > open_right else 1)
+        )
         self.keys = self._pick(AWAY)
         self.mouse = 0.0, side * max(self._speed(), 0.06)
 

@@ -40,6 +40,7 @@ class Footage:
       shortest: least frames of a clip.
       held_out: share of the videos in heldout-* shards.
     """
+
     height: int
     width: int
     fps: int = 16
@@ -56,9 +57,10 @@ class Footage:
         """The good clips of one video in order; `report` counts the others."""
         path = root / source.path
         rate = video.frame_rate(path)
-        if rate < self.fps / 2:      # every frame would stand still for two
-            raise video.VideoError(f'{path}: got {rate:g} frames per second, expected at least '
-                                   f'{self.fps / 2:g}')
+        if rate < self.fps / 2:  # every frame would stand still for two
+            raise video.VideoError(
+                f'{path}: got {rate:g} frames per second, expected at least {self.fps / 2:g}'
+            )
         video.check_whole(path)
         small = look(path, self.fps, self.height / self.width)
         report.seconds += len(small) / self.fps
@@ -85,8 +87,9 @@ def find(root: Path, caption: str = '') -> list[Source]:
     """
     if not root.is_dir():
         raise GatherError(f'--videos {root}: no such folder')
-    paths = sorted(path for path in root.rglob('*')
-                   if path.suffix.lower() in SUFFIXES and not path.is_dir())
+    paths = sorted(
+        path for path in root.rglob('*') if path.suffix.lower() in SUFFIXES and not path.is_dir()
+    )
     if not paths:
         raise GatherError(f'--videos {root}: no video in it ({" ".join(SUFFIXES)})')
     sources = []
@@ -108,17 +111,26 @@ def look(path: Path, fps: float, aspect: float) -> np.ndarray:
     for frame in video.read_frames(path, fps):
         height, width = frame.shape[:2]
         rows, columns = min(height, width * aspect), min(width, height / aspect)
-        box = ((width - columns) / 2, (height - rows) / 2,
-               (width + columns) / 2, (height + rows) / 2)
-        small.append(np.asarray(Image.fromarray(frame).resize(
-            LOOK[::-1], Image.Resampling.BOX, box)))
+        box = (
+            (width - columns) / 2,
+            (height - rows) / 2,
+            (width + columns) / 2,
+            (height + rows) / 2,
+        )
+        small.append(
+            np.asarray(Image.fromarray(frame).resize(LOOK[::-1], Image.Resampling.BOX, box))
+        )
     return np.stack(small)
 
 
 def differences(small: np.ndarray) -> np.ndarray:
     """Differences [F-1] of neighbouring small pictures [F h w 3], 0 to 1."""
-    return np.array([np.abs(after.astype(np.int16) - before).mean()
-                     for before, after in pairwise(small)]) / 255
+    return (
+        np.array(
+            [np.abs(after.astype(np.int16) - before).mean() for before, after in pairwise(small)]
+        )
+        / 255
+    )
 
 
 def shots(small: np.ndarray) -> list[tuple[int, int]]:
@@ -126,8 +138,9 @@ def shots(small: np.ndarray) -> list[tuple[int, int]]:
     change = differences(small)
     cuts = []
     for index in np.flatnonzero(change >= CUT):
-        around = np.delete(change[max(0, index - CUT_AROUND):index + CUT_AROUND + 1],
-                           min(index, CUT_AROUND))
+        around = np.delete(
+            change[max(0, index - CUT_AROUND) : index + CUT_AROUND + 1], min(index, CUT_AROUND)
+        )
         if change[index] >= CUT_RATIO * (np.median(around) if len(around) else 0):
             cuts.append(int(index) + 1)
     return list(pairwise([0, *cuts, len(small)]))

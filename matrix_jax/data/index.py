@@ -30,6 +30,7 @@ class Index:
       frames: F of every clip; the published stages read 17 to 65.
       held_out: share of the videos in heldout-* shards.
     """
+
     height: int
     width: int
     fps: int = 16
@@ -73,12 +74,12 @@ def sample(length: int, rate: float, frames: int, start: int, fps: float = 16) -
       fps: of the clip.
     """
     step = rate / fps
-    if (frames - 1) * step >= length:      # too short at this rate: spread over what there is
+    if (frames - 1) * step >= length:  # too short at this rate: spread over what there is
         return np.round(np.linspace(0, length - 1, frames)).astype(int)
     last = int(np.floor(length - (frames - 1) * step)) - 1
     start = max(0, min(start, last))
     chosen = np.round(np.arange(start, length, step))[:frames].astype(int)
-    return np.minimum(chosen, length - 1)      # rounding may reach one past the end
+    return np.minimum(chosen, length - 1)  # rounding may reach one past the end
 
 
 def label(signal: Sequence[str], chosen: np.ndarray, length: int) -> np.ndarray:
@@ -89,7 +90,7 @@ def label(signal: Sequence[str], chosen: np.ndarray, length: int) -> np.ndarray:
       chosen: indices [F] of the sampled frames.
       length: frames of the video.
     """
-    if length < len(chosen):      # PARITY: a video with too few frames drives straight on
+    if length < len(chosen):  # PARITY: a video with too few frames drives straight on
         return np.full(len(chosen), driving.SYMBOLS.index('D'), np.int8)
     every = records.FRAMES_PER_LATENT
     held = driving.encode([signal[min(index, len(signal) - 1)] for index in chosen[::every]])
@@ -110,15 +111,25 @@ def read(path: Path) -> list[Source]:
         raise GatherError(f'--index {path}: not JSON ({error})') from error
     listed = listed.get('list') if isinstance(listed, dict) else None
     if not isinstance(listed, list) or not listed:
-        raise GatherError(f'--index {path}: expected {{"list": [{{"path": ...}}, ...]}} with '
-                          'at least one entry')
-    faults = [f'entry {number}: {fault}' for number, entry in enumerate(listed)
-              for fault in _faults(entry)]
+        raise GatherError(
+            f'--index {path}: expected {{"list": [{{"path": ...}}, ...]}} with at least one entry'
+        )
+    faults = [
+        f'entry {number}: {fault}'
+        for number, entry in enumerate(listed)
+        for fault in _faults(entry)
+    ]
     if faults:
         raise GatherError(f'--index {path}: {"; ".join(faults)}')
-    return [Source(entry['path'], entry['caption'],
-                   tuple(_symbols(entry.get('control_signal_seq', ''))),
-                   entry.get('valid_frame_idx', 0)) for entry in listed]
+    return [
+        Source(
+            entry['path'],
+            entry['caption'],
+            tuple(_symbols(entry.get('control_signal_seq', ''))),
+            entry.get('valid_frame_idx', 0),
+        )
+        for entry in listed
+    ]
 
 
 def _symbols(signal: str) -> list[str]:
@@ -135,12 +146,15 @@ def _faults(entry) -> Iterator[str]:
             yield f'{key}: is missing, expected a string'
         elif not isinstance(entry[key], str) or (key == 'path' and not entry[key].strip()):
             yield f'{key}: got {_shown(entry[key])}, expected a string' + (
-                ' that names a video' if key == 'path' else '')
+                ' that names a video' if key == 'path' else ''
+            )
     signal = entry.get('control_signal_seq')
     if 'control_signal_seq' in entry:
         if not isinstance(signal, str) or not signal.strip():
-            yield (f'control_signal_seq: got {_shown(signal)}, expected symbols with commas, '
-                   'one per frame')
+            yield (
+                f'control_signal_seq: got {_shown(signal)}, expected symbols with commas, '
+                'one per frame'
+            )
         else:
             try:
                 driving.parse(signal)

@@ -40,6 +40,7 @@ class Source:
       signal: one control symbol per frame of the file, or none.
       start: frame of the file at which to begin.
     """
+
     path: str
     caption: str = ''
     signal: tuple[str, ...] = ()
@@ -57,6 +58,7 @@ class Report:
       dropped: clips left out, by reason.
       skipped: why, of each file that could not be read.
     """
+
     files: int = 0
     seconds: float = 0.0
     clips: int = 0
@@ -73,13 +75,16 @@ class Report:
     def text(self, fps: int) -> str:
         """Every skipped file, the counts by reason, and what was kept."""
         dropped = ', '.join(f'{why} {count}' for why, count in sorted(self.dropped.items()))
-        return '\n'.join([
-            *(f'skipped: {why}' for why in self.skipped.values()),
-            f'files: {self.files - len(self.skipped)} read, {len(self.skipped)} skipped',
-            f'clips: {self.clips} kept, {sum(self.dropped.values())} dropped'
-            + (f' ({dropped})' if dropped else ''),
-            f'{self.frames} frames, {self.frames / fps / 3600:.4f} hours of '
-            f'{self.seconds / 3600:.4f} read'])
+        return '\n'.join(
+            [
+                *(f'skipped: {why}' for why in self.skipped.values()),
+                f'files: {self.files - len(self.skipped)} read, {len(self.skipped)} skipped',
+                f'clips: {self.clips} kept, {sum(self.dropped.values())} dropped'
+                + (f' ({dropped})' if dropped else ''),
+                f'{self.frames} frames, {self.frames / fps / 3600:.4f} hours of '
+                f'{self.seconds / 3600:.4f} read',
+            ]
+        )
 
 
 def check(settings):
@@ -133,14 +138,20 @@ def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int
 
 def clip(frames: Sequence[np.ndarray], settings, source: Source, **known) -> records.Clip:
     """A clip of a video; `known` are its controls and telemetry."""
-    return records.Clip(np.stack(frames), caption=source.caption, theme=settings.kind,
-                        seed=_number(source.path), fps=settings.fps, **known)
+    return records.Clip(
+        np.stack(frames),
+        caption=source.caption,
+        theme=settings.kind,
+        seed=_number(source.path),
+        fps=settings.fps,
+        **known,
+    )
 
 
 def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[Source]]]:
     """(split, number, sources) of every shard. A video is in one split, whoever its neighbours."""
     paths = sorted({source.path for source in sources}, key=lambda path: (_number(path), path))
-    held = set(paths[:round(held_out * len(paths))])
+    held = set(paths[: round(held_out * len(paths))])
     for split in ('train', 'heldout'):
         group, weight, number = [], 0, 0
         for source, size in zip(sources, sizes):
@@ -171,7 +182,7 @@ def _shard(job) -> Report:
 
     found = clips()
     first = next(found, None)
-    if first is not None:      # a shard without clips counts as damaged
+    if first is not None:  # a shard without clips counts as damaged
         records.write_shard(path, itertools.chain([first], found))
     part = _report_path(path).with_suffix('.part')
     part.write_text(json.dumps(vars(report), indent=1, sort_keys=True) + '\n')
@@ -191,8 +202,10 @@ def _read_report(shard: Path) -> Report:
     except (ValueError, TypeError) as error:
         raise GatherError(f'{path}: not a report ({error}); delete it to make it anew') from error
     if report.clips and len(records.Shard(shard)) != report.clips:
-        raise GatherError(f'{shard}: got {len(records.Shard(shard))} clips, expected '
-                          f'{report.clips}; delete {path.name} to make it anew')
+        raise GatherError(
+            f'{shard}: got {len(records.Shard(shard))} clips, expected '
+            f'{report.clips}; delete {path.name} to make it anew'
+        )
     return report
 
 

@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.parallel import compilation
-from matrix_jax.weights import diffusers_layout
 from matrix_jax.data import records
 from matrix_jax.data.loader import EPOCHS, mirror, rows
+from matrix_jax.parallel import compilation
+from matrix_jax.weights import diffusers_layout
 
-CHUNK = 8       # frames of an encoder chunk
-TOGETHER = 8    # clips encoded side by side
+CHUNK = 8  # frames of an encoder chunk
+TOGETHER = 8  # clips encoded side by side
 
 
 class Store:
@@ -48,9 +48,10 @@ class Store:
         self.controls = np.concatenate([np.load(folder / 'controls.npy') for folder, _ in parts])
         self.actions = {}
         if any((folder / 'pose.npy').exists() for folder, _ in parts):
-            self.actions = {name: np.concatenate([_load_actions(folder, name)
-                                                  for folder, _ in parts])
-                            for name in records.ACTIONS}
+            self.actions = {
+                name: np.concatenate([_load_actions(folder, name) for folder, _ in parts])
+                for name in records.ACTIONS
+            }
         self.texts = sorted({text for meta in metas for text in meta['texts']})
         self.starts, self.captions, self.recordings, self.names = [0], [], [], []
         for meta, (_, names) in zip(metas, parts):
@@ -66,7 +67,7 @@ class Store:
         """Latents float16 [T H W C] from number `start` on, within one episode."""
         part = int(np.searchsorted(self._ends, start, 'right'))
         first = start - (int(self._ends[part - 1]) if part else 0)
-        return np.asarray(self._latents[part][first:first + frames])
+        return np.asarray(self._latents[part][first : first + frames])
 
 
 def _load_actions(folder, name):
@@ -92,8 +93,12 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
     encoder, parts = digest(params['vae']['encoder']), []
     for one in records.folders(data):
         opened = [records.Shard(shard) for shard in records.shards(Path(one), split)]
-        source = {'shards': [shard.digest() for shard in opened], 'mirror': world.cfg.mirror,
-                  **world.cfg.vae.normalisation, 'encoder': encoder}
+        source = {
+            'shards': [shard.digest() for shard in opened],
+            'mirror': world.cfg.mirror,
+            **world.cfg.vae.normalisation,
+            'encoder': encoder,
+        }
         name = hashlib.sha256(json.dumps(source).encode()).hexdigest()
         final = Path(folder) / name[:16] / split
         clips = [(shard, index) for shard in opened for index in range(len(shard))]
@@ -106,30 +111,36 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
 def digest(params) -> str:
     """Names weights, so that latents of other ones are not taken for theirs."""
     import jax
+
     leaves = (np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
     return hashlib.sha256(b''.join(leaves)).hexdigest()
 
 
 def _write(final, source, clips, world, params):
     """Makes one store. Clips are read when they are needed: a folder may be larger than memory."""
-    places = [(*clip, flip) for flip in ((False, True) if source['mirror'] else (False,))
-              for clip in clips]
+    places = [
+        (*clip, flip)
+        for flip in ((False, True) if source['mirror'] else (False,))
+        for clip in clips
+    ]
     captions, controls, actions = [], [], {name: [] for name in records.ACTIONS}
     known, per = False, records.FRAMES_PER_LATENT
     for shard, index, flip in places:
         clip = _read(shard, index, flip)
         size = world.cfg.height, world.cfg.width
         if clip.frames.shape[1:3] != size:
-            raise records.RecordError(f'{shard.path} record {index}: got frames '
-                                      f'{list(clip.frames.shape[1:3])}, expected {list(size)}, the '
-                                      "world's size")
+            raise records.RecordError(
+                f'{shard.path} record {index}: got frames '
+                f'{list(clip.frames.shape[1:3])}, expected {list(size)}, the '
+                "world's size"
+            )
         captions.append(clip.caption)
         # The encoder is causal, but its norms see a chunk: one that padding enters is cut.
         kept = 1 + (len(clip.frames) - 1) // CHUNK * (CHUNK // per)
         controls.append(clip.controls[::per][:kept])
         known |= any(map(clip.knows, records.ACTIONS))
         for name, made in actions.items():
-            value = getattr(clip, name)[:1 + per * (kept - 1)]
+            value = getattr(clip, name)[: 1 + per * (kept - 1)]
             value = np.concatenate([value[:1].repeat(per - 1, axis=0), value])
             made.append(rearrange(value, '(t f) a -> t f a', f=per))
     texts = sorted(set(captions))
@@ -141,14 +152,21 @@ def _write(final, source, clips, world, params):
             if filled is None:
                 shape = starts[-1], *one.shape[1:]
                 filled = np.lib.format.open_memmap(part / 'latents.npy', 'w+', np.float16, shape)
-            filled[start:end] = one[:end - start]
+            filled[start:end] = one[: end - start]
         filled.flush()
         np.save(part / 'controls.npy', np.concatenate(controls).astype(np.int8))
         for name, made in actions.items() if known else ():
             np.save(part / f'{name}.npy', np.concatenate(made))
-        (part / 'store.json').write_text(json.dumps(
-            {'source': source, 'starts': starts, 'texts': texts,
-             'captions': [texts.index(caption) for caption in captions]}))
+        (part / 'store.json').write_text(
+            json.dumps(
+                {
+                    'source': source,
+                    'starts': starts,
+                    'texts': texts,
+                    'captions': [texts.index(caption) for caption in captions],
+                }
+            )
+        )
 
     diffusers_layout.replace_folder(final, fill)
 
@@ -160,19 +178,24 @@ def _read(shard, index, flip):
 def _encode(places, world, params):
     """Yields float16 latents [T H W C] of each clip, several side by side, 8 frames a chunk."""
     from tqdm import tqdm
+
     step = compilation.jit(world.encode_step)
     for first in tqdm(range(0, len(places), TOGETHER), desc='encode', unit='batch'):
-        group = [_read(*place) for place in places[first:first + TOGETHER]]
+        group = [_read(*place) for place in places[first : first + TOGETHER]]
         count = len(group)
         group += group[-1:] * (TOGETHER - count)
         longest = max(1 + CHUNK, *(len(clip.frames) for clip in group))
         longest += -(longest - 1) % CHUNK
-        frames = np.stack([np.pad(clip.frames, ((0, longest - len(clip.frames)),) + ((0, 0),) * 3,
-                                  'edge') for clip in group])
-        cache, head = step(params, None, frames[:, :1 + CHUNK])
+        frames = np.stack(
+            [
+                np.pad(clip.frames, ((0, longest - len(clip.frames)),) + ((0, 0),) * 3, 'edge')
+                for clip in group
+            ]
+        )
+        cache, head = step(params, None, frames[:, : 1 + CHUNK])
         made = [np.asarray(head)]
         for start in range(1 + CHUNK, longest, CHUNK):
-            cache, more = step(params, cache, frames[:, start:start + CHUNK])
+            cache, more = step(params, cache, frames[:, start : start + CHUNK])
             made.append(np.asarray(more))
         yield from np.concatenate(made, axis=1).astype(np.float16)[:count]
 
@@ -183,19 +206,24 @@ class Batches:
     Whatever the number of processes, all of them draw the same batches, and each reads its own
     `rows`. `about` names what the batches follow from, `missing` what older states leave out of it.
     """
+
     missing = {}
 
     def __init__(self, batch: int, process: tuple[int, int], about: dict, draw, pools):
         """Args: `pools`, [(numbers to draw, weight)]; `draw`, drawn numbers -> batch."""
         import grain
+
         self.batch, self.about = batch, about
         self.share(*process)
-        mixed = [(grain.MapDataset.source(pool).seed(about['seed']).shuffle().repeat(EPOCHS),
-                  weight) for pool, weight in pools]
+        mixed = [
+            (grain.MapDataset.source(pool).seed(about['seed']).shuffle().repeat(EPOCHS), weight)
+            for pool, weight in pools
+        ]
         data = grain.MapDataset.mix(*zip(*mixed)) if len(mixed) > 1 else mixed[0][0]
         data = data.batch(batch).map(draw)
-        self.iterator = iter(data.to_iter_dataset(grain.ReadOptions(num_threads=1,
-                                                                    prefetch_buffer_size=4)))
+        self.iterator = iter(
+            data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        )
 
     def share(self, index: int, count: int):
         """From the first batch on, reads part `index` of `count` equal parts of each batch."""
@@ -220,8 +248,10 @@ class Batches:
         saved = {**self.missing, **json.loads(state)}
         for name, ours in self.about.items():
             if saved[name] != ours:
-                raise ValueError(f'latents.restore: the state has {name} {saved[name]}, '
-                                 f'here it is {ours}: the batches would differ')
+                raise ValueError(
+                    f'latents.restore: the state has {name} {saved[name]}, '
+                    f'here it is {ours}: the batches would differ'
+                )
         self.iterator.set_state(saved['grain'])
 
 
@@ -249,20 +279,36 @@ class Windows(Batches):
 
     missing = {'labelled': None, 'label_share': 1.0}
 
-    def __init__(self, store: Store, frames: int, batch: int, seed: int, ids,
-                 labelled: float | None = None, label_share: float = 1.0,
-                 process: tuple[int, int] = (0, 1)):
+    def __init__(
+        self,
+        store: Store,
+        frames: int,
+        batch: int,
+        seed: int,
+        ids,
+        labelled: float | None = None,
+        label_share: float = 1.0,
+        process: tuple[int, int] = (0, 1),
+    ):
         self.store, self.frames, self.names = store, frames, store.names
         self.ids = np.asarray(ids, np.int32)
         self.controls = _labels(store, label_share)
-        places = np.array([(start + offset, episode) for episode, (start, end)
-                           in enumerate(zip(store.starts, store.starts[1:]))
-                           for offset in range(end - start - frames + 1)])
+        places = np.array(
+            [
+                (start + offset, episode)
+                for episode, (start, end) in enumerate(zip(store.starts, store.starts[1:]))
+                for offset in range(end - start - frames + 1)
+            ]
+        )
         if not len(places):
             raise records.RecordError(f'latents: no episode has {frames} latent frames')
-        super().__init__(batch, process, {'places': len(places), 'seed': seed, 'labelled': labelled,
-                                          'label_share': label_share},
-                         self._windows, self._pools(places, labelled))
+        super().__init__(
+            batch,
+            process,
+            {'places': len(places), 'seed': seed, 'labelled': labelled, 'label_share': label_share},
+            self._windows,
+            self._pools(places, labelled),
+        )
 
     def _pools(self, places, labelled):
         """[(places, weight)] of the kinds of windows to draw from."""
@@ -273,34 +319,44 @@ class Windows(Batches):
         pools = {'labelled': (places[known], weight), 'unlabelled': (places[~known], 1000 - weight)}
         for kind, (pool, weight) in pools.items():
             if weight and not len(pool):
-                raise records.RecordError(f'stage.labelled: got {labelled:g}, but the data has no '
-                                          f'{kind} windows of {self.frames} latent frames')
+                raise records.RecordError(
+                    f'stage.labelled: got {labelled:g}, but the data has no '
+                    f'{kind} windows of {self.frames} latent frames'
+                )
         return [(pool, weight) for pool, weight in pools.values() if weight]
 
     def _windows(self, places):
         starts, episodes = places[self.rows].T
-        return {'latents': np.stack([self.store.cut(start, self.frames) for start in starts]),
-                'controls': np.stack([self.controls[start:start + self.frames]
-                                      for start in starts]).astype(np.int32),
-                'ids': self.ids[[self.store.captions[episode] for episode in episodes]],
-                'clip': episodes.astype(np.int32),
-                **{name: np.stack([self._frames(value, start) for start in starts])
-                   for name, value in self.store.actions.items()}}
+        return {
+            'latents': np.stack([self.store.cut(start, self.frames) for start in starts]),
+            'controls': np.stack(
+                [self.controls[start : start + self.frames] for start in starts]
+            ).astype(np.int32),
+            'ids': self.ids[[self.store.captions[episode] for episode in episodes]],
+            'clip': episodes.astype(np.int32),
+            **{
+                name: np.stack([self._frames(value, start) for start in starts])
+                for name, value in self.store.actions.items()
+            },
+        }
 
     def _frames(self, value, start):
         """Actions [F ...] of the frames of a window: one of its first latent frame, four of each
         other."""
-        window = rearrange(value[start:start + self.frames], 't f a -> (t f) a')
-        return window[records.FRAMES_PER_LATENT - 1:]
+        window = rearrange(value[start : start + self.frames], 't f a -> (t f) a')
+        return window[records.FRAMES_PER_LATENT - 1 :]
 
 
 def _labels(store: Store, share: float) -> np.ndarray:
     """Controls int8 [N] of a store, with the labels of a share of its recordings alone."""
-    known = {recording for recording, start in zip(store.recordings, store.starts)
-             if store.controls[start] != records.NULL}
+    known = {
+        recording
+        for recording, start in zip(store.recordings, store.starts)
+        if store.controls[start] != records.NULL
+    }
     # A hash, and no generator: the choice outlives versions of numpy.
     order = sorted(known, key=lambda one: hashlib.sha256(str(one).encode()).digest())
-    kept = set(order[:max(round(share * len(order)), int(share > 0))])
+    kept = set(order[: max(round(share * len(order)), int(share > 0))])
     controls = store.controls.copy()
     for recording, start, end in zip(store.recordings, store.starts, store.starts[1:]):
         if recording not in kept:

@@ -192,7 +192,10 @@ class Loader:
         self.batch = batch
         self.share(*process)
         self.elements = (
-            grain.MapDataset.source(_Numbered(self.clips)).seed(seed).shuffle().repeat(EPOCHS)
+            grain.MapDataset.source(_Numbered(self.clips))
+            .seed(seed)
+            .shuffle()
+            .repeat(EPOCHS)
             .random_map(self._example)
         )
         batches = grain.MapDataset.range(len(self.elements) // batch).map(self._batch)

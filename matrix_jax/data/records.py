@@ -85,8 +85,10 @@ class Clip:
             value = getattr(self, name)
             dtype = np.int8 if name == 'keyboard' else np.float32
             if value.shape != (count, width) or value.dtype != dtype:
-                raise RecordError(f'clip.{name}: got {value.dtype} {value.shape}, '
-                                  f'expected {np.dtype(dtype)} [{count} {width}]')
+                raise RecordError(
+                    f'clip.{name}: got {value.dtype} {value.shape}, '
+                    f'expected {np.dtype(dtype)} [{count} {width}]'
+                )
             if not (_missing(value).all() or np.isfinite(value).all() and self.knows(name)):
                 raise RecordError(f'clip.{name}: expected values for all frames or for none')
         if self.knows('keyboard') and not np.isin(self.keyboard, (0, 1)).all():
@@ -104,11 +106,13 @@ class Clip:
 
 def unknown(frames: int) -> dict[str, np.ndarray]:
     """What describes a clip of which only the picture is known."""
-    return {'controls': np.full(frames, NULL, np.int8),
-            'telemetry': np.full((frames, len(TELEMETRY)), np.nan, np.float32),
-            'keyboard': np.full((frames, len(KEYS)), UNPRESSED, np.int8),
-            'mouse': np.full((frames, 2), np.nan, np.float32),
-            'pose': np.full((frames, len(POSE)), np.nan, np.float32)}
+    return {
+        'controls': np.full(frames, NULL, np.int8),
+        'telemetry': np.full((frames, len(TELEMETRY)), np.nan, np.float32),
+        'keyboard': np.full((frames, len(KEYS)), UNPRESSED, np.int8),
+        'mouse': np.full((frames, 2), np.nan, np.float32),
+        'pose': np.full((frames, len(POSE)), np.nan, np.float32),
+    }
 
 
 def _missing(value) -> np.ndarray:

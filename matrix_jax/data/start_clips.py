@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import video
-from matrix_jax.weights import diffusers_layout
 from matrix_jax.data import records
+from matrix_jax.weights import diffusers_layout
 
 
 def write(data: str, folder: str, frames: int = 29, picture: bool = False):
@@ -48,12 +48,13 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
     def fill(part):
         listing = []
         for theme, (_, clip, start) in sorted(best.items()):
-            strip = clip.frames[start:start + (1 if picture else frames)]
+            strip = clip.frames[start : start + (1 if picture else frames)]
             strip = strip.reshape(-1, *clip.frames.shape[2:])
             video.write_image(part / f'{theme}.png', strip)
             words = sorted(_words(' '.join(captions[theme])) | _words(theme))
-            listing.append({'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption,
-                            'words': words})
+            listing.append(
+                {'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption, 'words': words}
+            )
         (part / 'starts.json').write_text(json.dumps(listing, indent=1) + '\n')
 
     diffusers_layout.replace_folder(Path(folder) / 'starts', fill)
@@ -73,8 +74,11 @@ def match(folder: str, prompt: str) -> str | None:
     starts = listing(folder)
     said = _words(prompt)
     uses = {word: sum(word in start['words'] for start in starts.values()) for word in said}
-    return max(starts, default=None, key=lambda theme: sum(
-        1 / uses[word] for word in said & set(starts[theme]['words'])))
+    return max(
+        starts,
+        default=None,
+        key=lambda theme: sum(1 / uses[word] for word in said & set(starts[theme]['words'])),
+    )
 
 
 def listing(folder: str) -> dict[str, dict]:
@@ -101,5 +105,8 @@ def _score(clip, cut: slice) -> float:
         yaw = first[records.POSE.index('yaw')]
         return float((last - first)[:2] @ (np.cos(yaw), np.sin(yaw)))
     columns = {name: clip.telemetry[cut, index] for index, name in enumerate(records.TELEMETRY)}
-    return (10 * columns['on_road'].min() - np.abs(columns['yaw_rate']).mean()
-            + 0.1 * min(columns['speed'].min(), 20))
+    return (
+        10 * columns['on_road'].min()
+        - np.abs(columns['yaw_rate']).mean()
+        + 0.1 * min(columns['speed'].min(), 20)
+    )

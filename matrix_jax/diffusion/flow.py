@@ -28,6 +28,7 @@ class Config:
       weighting: of the training loss over the table: 'bell', as published, or 'even'. A bell leaves
         out pure noise, where a network has nothing but its actions to go by.
     """
+
     shift: float = 5.0
     train_steps: int = 1000
     weighting: Literal['bell', 'even'] = 'bell'
@@ -49,6 +50,7 @@ class Table(NamedTuple):
       levels: what the network is told, 1000 sigma.
       weights: of the training loss, mean 1; of a bell largest in the middle.
     """
+
     sigmas: np.ndarray
     levels: np.ndarray
     weights: np.ndarray

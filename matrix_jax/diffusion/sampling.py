@@ -25,6 +25,7 @@ class Config:
       solver: 'ddim', 'dpm', or None for the scheduler's own.
       longest: seconds of the longest clip.
     """
+
     steps: int = 50
     guidance: float = 6.0
     dynamic_guidance: bool = True
@@ -50,8 +51,17 @@ def guidance_scales(cfg: Config, levels) -> np.ndarray:
     return 1 + cfg.guidance * (1 - np.cos(np.pi * turn)) / 2
 
 
-def sample(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable, params, noise,
-           draw: Callable, text, null_text=None, control=None):
+def sample(
+    cfg: Config,
+    scheduler: schedules.SchedulerConfig,
+    denoise: Callable,
+    params,
+    noise,
+    draw: Callable,
+    text,
+    null_text=None,
+    control=None,
+):
     """Denoises a whole clip in one scan.
 
     Args:
@@ -115,6 +125,7 @@ def guide(denoise, params, x, level, conditions, scales):
       conditions: (text [B L D], control [B T A] or None) each, every one adding to that before.
       scales: s_1, s_2, ..
     """
+
     def together(parts):
         # Those of an example are neighbours: examples that a mesh splits stay where they are, and
         # where there is one alone it splits its conditions.

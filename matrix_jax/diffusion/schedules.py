@@ -19,13 +19,29 @@ from matrix_jax.weights import conversion
 
 SPACINGS = ('trailing', 'leading', 'linspace')
 SOLVERS = {'ddim': 'CogVideoXDDIMScheduler', 'dpm': 'CogVideoXDPMScheduler'}
-FIXED = {'beta_schedule': 'scaled_linear', 'prediction_type': 'v_prediction', 'clip_sample': False,
-         'set_alpha_to_one': True}
-FIELDS = {'num_train_timesteps': 'train_steps', 'beta_start': 'beta_start', 'beta_end': 'beta_end',
-          'snr_shift_scale': 'snr_shift', 'rescale_betas_zero_snr': 'zero_terminal_snr',
-          'timestep_spacing': 'spacing', 'steps_offset': 'steps_offset'}
-IGNORED = ('clip_sample_range', 'sample_max_value', 'dynamic_thresholding_ratio',
-           'timestep_scaling', 'original_inference_steps', 'lcm_multiplier')
+FIXED = {
+    'beta_schedule': 'scaled_linear',
+    'prediction_type': 'v_prediction',
+    'clip_sample': False,
+    'set_alpha_to_one': True,
+}
+FIELDS = {
+    'num_train_timesteps': 'train_steps',
+    'beta_start': 'beta_start',
+    'beta_end': 'beta_end',
+    'snr_shift_scale': 'snr_shift',
+    'rescale_betas_zero_snr': 'zero_terminal_snr',
+    'timestep_spacing': 'spacing',
+    'steps_offset': 'steps_offset',
+}
+IGNORED = (
+    'clip_sample_range',
+    'sample_max_value',
+    'dynamic_thresholding_ratio',
+    'timestep_scaling',
+    'original_inference_steps',
+    'lcm_multiplier',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +58,7 @@ class SchedulerConfig:
       steps_offset: added to the levels of 'leading'.
       solver: 'ddim' or 'dpm', from the class name in the released file.
     """
+
     train_steps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -53,8 +70,9 @@ class SchedulerConfig:
 
     def __post_init__(self):
         if self.spacing not in SPACINGS:
-            raise ValueError(f'spacing: got {self.spacing!r}, '
-                             f'expected one of {", ".join(SPACINGS)}')
+            raise ValueError(
+                f'spacing: got {self.spacing!r}, expected one of {", ".join(SPACINGS)}'
+            )
         if self.solver not in SOLVERS:
             raise ValueError(f"solver: got {self.solver!r}, expected 'ddim' or 'dpm'")
 
@@ -67,8 +85,11 @@ class SchedulerConfig:
         """
         # Variants of a class (Swin, LCM) differ in their loops, not in the noise schedule.
         name = released.get('_class_name', SOLVERS['ddim'])
-        faults = [] if name.startswith('CogVideoX') else [
-            f'_class_name = {name!r} (expected a CogVideoX scheduler)']
+        faults = (
+            []
+            if name.startswith('CogVideoX')
+            else [f'_class_name = {name!r} (expected a CogVideoX scheduler)']
+        )
         known = {*FIELDS, *IGNORED}
         off = {key for key, value in released.items() if value in (None, False)}
         faults += conversion.config_faults(released, FIXED, known | off)
@@ -85,14 +106,15 @@ class SchedulerConfig:
 
 class Schedule(NamedTuple):
     """Device tables indexed by level, all float32 [train_steps]."""
+
     alphas_cumprod: jax.Array
-    signal: jax.Array       # sqrt(abar)
-    sigma: jax.Array        # sqrt(1 - abar)
+    signal: jax.Array  # sqrt(abar)
+    sigma: jax.Array  # sqrt(1 - abar)
 
 
 def alphas_cumprod(cfg: SchedulerConfig) -> np.ndarray:
     """abar in float64 on the host [train_steps]; level -1 (clean) is not part of it."""
-    betas = np.linspace(cfg.beta_start ** 0.5, cfg.beta_end ** 0.5, cfg.train_steps) ** 2
+    betas = np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.train_steps) ** 2
     abar = np.cumprod(1 - betas)
     abar = abar / (cfg.snr_shift + (1 - cfg.snr_shift) * abar)
     if cfg.zero_terminal_snr:
@@ -104,8 +126,9 @@ def alphas_cumprod(cfg: SchedulerConfig) -> np.ndarray:
 def make(cfg: SchedulerConfig) -> Schedule:
     """The device tables of a schedule."""
     abar = alphas_cumprod(cfg)
-    return Schedule(*(jnp.asarray(table, jnp.float32)
-                      for table in (abar, np.sqrt(abar), np.sqrt(1 - abar))))
+    return Schedule(
+        *(jnp.asarray(table, jnp.float32) for table in (abar, np.sqrt(abar), np.sqrt(1 - abar)))
+    )
 
 
 def add_noise(schedule: Schedule, x0, noise, levels):
@@ -127,8 +150,10 @@ def x0_from_v(schedule: Schedule, x, v, levels):
 
 
 def _at(schedule, levels):
-    return tuple(jnp.asarray(table)[levels][..., None, None, None]
-                 for table in (schedule.signal, schedule.sigma))
+    return tuple(
+        jnp.asarray(table)[levels][..., None, None, None]
+        for table in (schedule.signal, schedule.sigma)
+    )
 
 
 def timesteps(cfg: SchedulerConfig, steps: int) -> np.ndarray:
@@ -148,8 +173,10 @@ def timesteps(cfg: SchedulerConfig, steps: int) -> np.ndarray:
 def lcm_timesteps(steps: int, original: int, train_steps: int = 1000) -> np.ndarray:
     """Levels of a few-step run, picked from a teacher's `original` ones; descending [steps]."""
     if not 1 <= steps <= original <= train_steps:
-        raise ValueError(f'steps: got {steps} of {original} original ones, expected '
-                         f'1 <= steps <= original <= {train_steps}')
+        raise ValueError(
+            f'steps: got {steps} of {original} original ones, expected '
+            f'1 <= steps <= original <= {train_steps}'
+        )
     teacher = (np.arange(1, original + 1) * (train_steps // original) - 1)[::-1]
     return teacher[np.floor(np.linspace(0, original, steps, endpoint=False)).astype(np.int64)]
 
@@ -174,8 +201,9 @@ def grouped(levels, groups: int, group_frames: int, context: int = 1, context_le
     """
     levels = np.asarray(levels)
     if len(levels) % groups:
-        raise ValueError(f'steps: got {len(levels)}, '
-                         f'expected a multiple of the {groups} noise groups')
+        raise ValueError(
+            f'steps: got {len(levels)}, expected a multiple of the {groups} noise groups'
+        )
     rows = levels[::-1].reshape(groups, -1).T[::-1]
     rows = np.repeat(rows, group_frames, axis=1)
     return np.pad(rows, ((0, 0), (context, 0)), constant_values=context_level)

@@ -20,6 +20,7 @@ from matrix_jax.diffusion import schedules
 
 class Plan(NamedTuple):
     """Coefficients float32 [steps T] of every update of a run; a row of it drives one `step`."""
+
     signal: np.ndarray
     sigma: np.ndarray
     keep: np.ndarray
@@ -87,10 +88,10 @@ def dpm(abar, level, following, back=None) -> Plan:
     """
     here, there = _abar(abar, level), _abar(abar, following)
     with np.errstate(divide='ignore', invalid='ignore'):
-        decay = np.exp(_log_snr(here) - _log_snr(there))            # e^-h, 0 from pure noise
+        decay = np.exp(_log_snr(here) - _log_snr(there))  # e^-h, 0 from pure noise
         keep = np.sqrt((1 - there) / (1 - here)) * decay
         clean = -np.expm1(2 * np.log(decay)) * np.sqrt(there)
-        fresh = np.sqrt((1 - there) * (1 - decay ** 2))
+        fresh = np.sqrt((1 - there) * (1 - decay**2))
         past = np.zeros_like(clean)
         if back is not None and np.all(np.asarray(following) >= 0):
             # 1/(2r) with r = (lambda - lambda_back) / h; from pure noise r is infinite.
@@ -128,7 +129,8 @@ def lcm(scheduler: schedules.SchedulerConfig, rows, levels, phases: int) -> Plan
         raise ValueError(
             f'lcm: the step from level {levels[at]} to {following[at]} jumps over the phase '
             f'boundary {boundary[at]}; got levels {", ".join(map(str, levels))}, expected every '
-            f'boundary of {phases} phases among them (such as original_steps=40, steps={phases})')
+            f'boundary of {phases} phases among them (such as original_steps=40, steps={phases})'
+        )
     abar = schedules.alphas_cumprod(scheduler)
     skip, out = jump(abar, levels, boundary)
     # PARITY: the last phase lands at level 0 (sigma 0.05) but is noised up as if it were clean.

@@ -27,8 +27,10 @@ def log_counts(tokens: int, controls: int) -> np.ndarray:
       ValueError: the tokens are not a multiple of the controls.
     """
     if tokens % controls:
-        raise ValueError(f'control: got {controls} frames of control for {tokens} video tokens, '
-                         'expected one per latent frame')
+        raise ValueError(
+            f'control: got {controls} frames of control for {tokens} video tokens, '
+            'expected one per latent frame'
+        )
     repeats = tokens // controls
     seen = np.arange(tokens)[:, None] + 1 - np.arange(controls) * repeats
     with np.errstate(divide='ignore'):
@@ -50,6 +52,7 @@ def visibility(tokens: int, controls: int, recency: float | None = None) -> np.n
 
 class ControlEmbedding(nn.Module):
     """Three linear layers with SiLU between; embeds the control of each latent frame."""
+
     features: int
     dtype: Any = jnp.float32
 
@@ -69,6 +72,7 @@ class ControlBlock(nn.Module):
       eps: epsilon of the modulated norm.
       dtype: type of the multiplies and of the residual stream.
     """
+
     heads: int
     eps: float = 1e-5
     dtype: Any = jnp.float32
@@ -84,6 +88,7 @@ class ControlBlock(nn.Module):
         queries = token_layout.flatten(normed)
         if rows is None:
             keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
-        y = MultiHead(self.heads, dtype=self.dtype, name='attention')(queries, keys, counts,
-                                                                      rows=rows)
+        y = MultiHead(self.heads, dtype=self.dtype, name='attention')(
+            queries, keys, counts, rows=rows
+        )
         return (video + gate * token_layout.unflatten(y, video.shape[1])).astype(self.dtype)

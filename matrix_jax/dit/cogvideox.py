@@ -21,17 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights.conversion import Row, check_sizes, config_faults
 from matrix_jax.dit.actions import ControlEmbedding, visibility
 from matrix_jax.dit.cogvideox_layers import Block, SteeredLayer, stack
-from matrix_jax.dit.weight_rows import adaln_rows, attention_rows, linear_rows, norm_rows
 from matrix_jax.dit.segments import check_span, segments
+from matrix_jax.dit.weight_rows import adaln_rows, attention_rows, linear_rows, norm_rows
 from matrix_jax.nn import token_layout
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
 from matrix_jax.nn.precompute import COLLECTION, once
 from matrix_jax.nn.rope import scaled_positions, sincos_3d
 from matrix_jax.parallel.sharding import constrain
+from matrix_jax.weights.conversion import Row, check_sizes, config_faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +44,7 @@ class Control:
     frame to its embedded noise level: a product of control and place, which tells left from right,
     is then one layer deep.
     """
+
     dim: int = 768
     start: int = 15
     end: int = 30
@@ -81,6 +82,7 @@ class Config:
       exchange: what devices that share the tokens exchange in an attention: its 'heads', its
         'keys', or 'auto' (`nn.attention.route`).
     """
+
     heads: int = 30
     head_dim: int = 64
     channels: int = 16
@@ -104,8 +106,10 @@ class Config:
     def __post_init__(self):
         check_sizes(self)
         if self.width % 16:
-            raise ValueError(f'heads * head_dim: got {self.heads} * {self.head_dim}, expected a '
-                             'product that is a multiple of 16 (position codes)')
+            raise ValueError(
+                f'heads * head_dim: got {self.heads} * {self.head_dim}, expected a '
+                'product that is a multiple of 16 (position codes)'
+            )
         check_span('control', self.control, self.layers)
 
     @property
@@ -116,8 +120,11 @@ class Config:
     @property
     def int8_layers(self) -> tuple[str, ...]:
         """Patterns of the layers for `nn.linear.quantize`."""
-        return {'none': (), 'attention': ('*/attention/*',),
-                'blocks': ('*/attention/*', '*/mlp/*')}[self.int8]
+        return {
+            'none': (),
+            'attention': ('*/attention/*',),
+            'blocks': ('*/attention/*', '*/mlp/*'),
+        }[self.int8]
 
     @property
     def segments(self) -> dict[str, tuple[int, int]]:
@@ -134,18 +141,22 @@ class Config:
         released = {key: value for key, value in released.items() if not key.startswith('_')}
         faults = config_faults(released, FIXED, {*FIELDS, *CONTROL, *SAMPLE, *IGNORED})
         if released.get('out_channels', released.get('in_channels')) != released.get('in_channels'):
-            faults.append(f"out_channels = {released['out_channels']!r} (expected in_channels)")
+            faults.append(f'out_channels = {released["out_channels"]!r} (expected in_channels)')
         if faults:
             raise ValueError('transformer config: ' + '; '.join(faults))
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
         base = cls()
-        control = {ours: released[theirs] for theirs, ours in CONTROL.items()
-                   if released.get(theirs) is not None}
+        control = {
+            ours: released[theirs]
+            for theirs, ours in CONTROL.items()
+            if released.get(theirs) is not None
+        }
         if 'dim' in control:
             layers = fields.get('layers', base.layers)
             fields['control'] = Control(**{'start': 0, 'end': layers} | control)
-        fields['sample'] = tuple(released.get(key, default)
-                                 for key, default in zip(SAMPLE, base.sample, strict=True))
+        fields['sample'] = tuple(
+            released.get(key, default) for key, default in zip(SAMPLE, base.sample, strict=True)
+        )
         return cls(**fields)
 
     def to_released(self) -> dict:
@@ -157,37 +168,76 @@ class Config:
         if self.control:
             released |= {theirs: getattr(self.control, ours) for theirs, ours in CONTROL.items()}
             released['control_zero_init'] = True
-            if not self.control.modulate:      # a key of ours, absent from released files
+            if not self.control.modulate:  # a key of ours, absent from released files
                 del released['control_modulate']
         return {key: value for key, value in released.items() if value is not None}
 
 
 # Keys of the released config.json: our fields, those with one value that we implement, and those
 # without effect.
-FIELDS = {'num_attention_heads': 'heads', 'attention_head_dim': 'head_dim',
-          'in_channels': 'channels', 'num_layers': 'layers', 'time_embed_dim': 'time_dim',
-          'text_embed_dim': 'text_dim', 'max_text_seq_length': 'text_length', 'patch_size': 'patch',
-          'spatial_interpolation_scale': 'spatial_scale',
-          'temporal_interpolation_scale': 'temporal_scale', 'norm_eps': 'eps',
-          'cond_proj_dim': 'guidance_dim'}
-CONTROL = {'control_dim': 'dim', 'control_start_layer': 'start', 'control_end_layer': 'end',
-           'control_recency': 'recency', 'control_modulate': 'modulate'}
+FIELDS = {
+    'num_attention_heads': 'heads',
+    'attention_head_dim': 'head_dim',
+    'in_channels': 'channels',
+    'num_layers': 'layers',
+    'time_embed_dim': 'time_dim',
+    'text_embed_dim': 'text_dim',
+    'max_text_seq_length': 'text_length',
+    'patch_size': 'patch',
+    'spatial_interpolation_scale': 'spatial_scale',
+    'temporal_interpolation_scale': 'temporal_scale',
+    'norm_eps': 'eps',
+    'cond_proj_dim': 'guidance_dim',
+}
+CONTROL = {
+    'control_dim': 'dim',
+    'control_start_layer': 'start',
+    'control_end_layer': 'end',
+    'control_recency': 'recency',
+    'control_modulate': 'modulate',
+}
 SAMPLE = ('sample_width', 'sample_height', 'sample_frames')
-FIXED = {'flip_sin_to_cos': True, 'freq_shift': 0, 'dropout': 0.0, 'attention_bias': True,
-         'activation_fn': 'gelu-approximate', 'timestep_activation_fn': 'silu',
-         'norm_elementwise_affine': True, 'use_rotary_positional_embeddings': False,
-         'use_learned_positional_embeddings': False}
+FIXED = {
+    'flip_sin_to_cos': True,
+    'freq_shift': 0,
+    'dropout': 0.0,
+    'attention_bias': True,
+    'activation_fn': 'gelu-approximate',
+    'timestep_activation_fn': 'silu',
+    'norm_elementwise_affine': True,
+    'use_rotary_positional_embeddings': False,
+    'use_learned_positional_embeddings': False,
+}
 IGNORED = ('out_channels', 'temporal_compression_ratio', 'control_zero_init')
 
 PRESETS = {
-    'tiny': Config(heads=2, head_dim=16, channels=4, layers=4, time_dim=24, text_dim=20,
-                   text_length=7, control=Control(dim=10, start=1, end=3), sample=(12, 8, 17)),
+    'tiny': Config(
+        heads=2,
+        head_dim=16,
+        channels=4,
+        layers=4,
+        time_dim=24,
+        text_dim=20,
+        text_length=7,
+        control=Control(dim=10, start=1, end=3),
+        sample=(12, 8, 17),
+    ),
     '2b': Config(dtype='bfloat16', remat='block'),
     '2b_control': Config(dtype='bfloat16', remat='block', control=Control()),
-    'carracing': Config(heads=4, head_dim=44, channels=8, layers=6, time_dim=48, text_dim=64,
-                        text_length=64, patch=2, spatial_scale=1.0, sample=(12, 8, 33),
-                        scan_unroll=4,
-                        control=Control(64, 2, 6, recency=2.0, modulate=True)),
+    'carracing': Config(
+        heads=4,
+        head_dim=44,
+        channels=8,
+        layers=6,
+        time_dim=48,
+        text_dim=64,
+        text_length=64,
+        patch=2,
+        spatial_scale=1.0,
+        sample=(12, 8, 33),
+        scan_unroll=4,
+        control=Control(64, 2, 6, recency=2.0, modulate=True),
+    ),
 }
 
 
@@ -199,6 +249,7 @@ class DiT(nn.Module):
       ready: whether text is given as tokens (`embed_text`) and controls as symbols alone, as the
         rest of them is in the collection of `make_once`.
     """
+
     cfg: Config
     ready: bool = False
 
@@ -225,9 +276,13 @@ class DiT(nn.Module):
         grid = dict(p=cfg.patch, q=cfg.patch)
         frames, rows, columns = latents.shape[1], *(n // cfg.patch for n in latents.shape[2:4])
 
-        time = once(self, 'time', lambda: TimeEmbedding(
-            cfg.width, cfg.time_dim, cfg.guidance_dim, dtype, name='time_embedding')(
-                level, guidance))
+        time = once(
+            self,
+            'time',
+            lambda: TimeEmbedding(
+                cfg.width, cfg.time_dim, cfg.guidance_dim, dtype, name='time_embedding'
+            )(level, guidance),
+        )
         patches = rearrange(latents, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
         # Every device has the small latents; how tokens are split says nothing about those.
         patches = constrain(patches, 'batch', None, None, None)
@@ -235,12 +290,16 @@ class DiT(nn.Module):
         video = Linear(cfg.width, dtype=dtype, name='patch')(patches)
         video = video + token_layout.pad(positions(cfg, frames, rows, columns), 1).astype(dtype)
         text = constrain(token_layout.pad(text, 1), 'batch', 'tokens', None)
-        text = (text.astype(dtype) if self.ready else
-                Linear(cfg.width, dtype=dtype, name='text')(text))
+        text = (
+            text.astype(dtype) if self.ready else Linear(cfg.width, dtype=dtype, name='text')(text)
+        )
         steering = None
         if cfg.control:
-            embedded = once(self, 'control', lambda: ControlEmbedding(
-                cfg.width, dtype, name='control_embedding')(control))
+            embedded = once(
+                self,
+                'control',
+                lambda: ControlEmbedding(cfg.width, dtype, name='control_embedding')(control),
+            )
             if cfg.control.modulate:
                 time = time + Linear(cfg.time_dim, dtype=dtype, name='control_time')(embedded)
             count = (embedded if symbols is None else symbols).shape[1]
@@ -255,42 +314,54 @@ class DiT(nn.Module):
             tokens, _ = layers(cfg, rows * columns, name=name)(tokens, *given)
 
         video = LayerNorm(cfg.eps, name='norm_final')(tokens[0])
-        parts = once(self, 'parts', lambda: Linear(2 * cfg.width, name='modulation_out')(
-            jax.nn.silu(time)))
+        parts = once(
+            self, 'parts', lambda: Linear(2 * cfg.width, name='modulation_out')(jax.nn.silu(time))
+        )
         shift, scale = rearrange(parts, 'b t (c d) -> c b t 1 d', c=2)
         video = modulate(LayerNorm(cfg.eps, name='norm_out')(video), shift, scale)
-        patches = Linear(cfg.patch ** 2 * cfg.channels, dtype=dtype, name='out')(video)
+        patches = Linear(cfg.patch**2 * cfg.channels, dtype=dtype, name='out')(video)
         # Padding goes, and every device has all of the small prediction, by one exchange.
-        patches = constrain(patches, 'batch', None, None, None)[:, :, :rows * columns]
+        patches = constrain(patches, 'batch', None, None, None)[:, :, : rows * columns]
         v = rearrange(patches, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, **grid)
         return v.astype(jnp.float32)
 
 
 def positions(cfg: Config, frames: int, rows: int, columns: int) -> np.ndarray:
     """Position codes [T N/T D] of a window; its first frame is always frame 0."""
-    return sincos_3d(scaled_positions(frames, cfg.temporal_scale),
-                     scaled_positions(rows, cfg.spatial_scale),
-                     scaled_positions(columns, cfg.spatial_scale), cfg.width).astype(np.float32)
+    return sincos_3d(
+        scaled_positions(frames, cfg.temporal_scale),
+        scaled_positions(rows, cfg.spatial_scale),
+        scaled_positions(columns, cfg.spatial_scale),
+        cfg.width,
+    ).astype(np.float32)
 
 
 def check(cfg: Config, latents, text, level, control):
     """Raises ValueError where shapes do not fit the network."""
     batch, frames, height, width, channels = latents.shape
     if height % cfg.patch or width % cfg.patch or channels != cfg.channels:
-        raise ValueError(f'latents: got {latents.shape}, expected [B T H W {cfg.channels}] with '
-                         f'H and W multiples of {cfg.patch}')
+        raise ValueError(
+            f'latents: got {latents.shape}, expected [B T H W {cfg.channels}] with '
+            f'H and W multiples of {cfg.patch}'
+        )
     if text.shape[1:] != (cfg.text_length, cfg.text_dim) or text.shape[0] not in (1, batch):
-        raise ValueError(f'text: got {text.shape}, expected '
-                         f'({batch}, {cfg.text_length}, {cfg.text_dim}); pad, do not crop')
+        raise ValueError(
+            f'text: got {text.shape}, expected '
+            f'({batch}, {cfg.text_length}, {cfg.text_dim}); pad, do not crop'
+        )
     if level.shape[0] not in (1, batch) or level.shape[1] not in (1, frames):
         raise ValueError(f'level: got {level.shape}, expected ({batch}, {frames}) or ({batch},)')
     if (control is None) != (cfg.control is None):
-        raise ValueError(f'control: got {None if control is None else control.shape}, but the '
-                         f'network has {"no" if cfg.control is None else "its"} control blocks')
-    if control is not None and (control.shape[2] != cfg.control.dim
-                                or control.shape[0] not in (1, batch)):
-        raise ValueError(f'control: got {control.shape}, expected '
-                         f'({batch}, {frames}, {cfg.control.dim})')
+        raise ValueError(
+            f'control: got {None if control is None else control.shape}, but the '
+            f'network has {"no" if cfg.control is None else "its"} control blocks'
+        )
+    if control is not None and (
+        control.shape[2] != cfg.control.dim or control.shape[0] not in (1, batch)
+    ):
+        raise ValueError(
+            f'control: got {control.shape}, expected ({batch}, {frames}, {cfg.control.dim})'
+        )
 
 
 def embed_text(cfg: Config, params, text):
@@ -348,8 +419,9 @@ def init(cfg: Config, key, zero_init: bool = False) -> dict:
 
 def shapes(cfg: Config) -> dict:
     """Parameter tree of ShapeDtypeStructs; nothing is computed."""
-    return jax.eval_shape(lambda key: DiT(cfg).init(key, *_inputs(cfg))['params'],
-                          jax.random.key(0))
+    return jax.eval_shape(
+        lambda key: DiT(cfg).init(key, *_inputs(cfg))['params'], jax.random.key(0)
+    )
 
 
 def count(cfg: Config) -> int:
@@ -359,26 +431,33 @@ def count(cfg: Config) -> int:
 
 def _inputs(cfg: Config):
     control = jnp.zeros((1, 1, cfg.control.dim)) if cfg.control else None
-    return (jnp.zeros((1, 1, cfg.patch, cfg.patch, cfg.channels)),
-            jnp.zeros((1, cfg.text_length, cfg.text_dim)), jnp.zeros((1, 1)), control)
+    return (
+        jnp.zeros((1, 1, cfg.patch, cfg.patch, cfg.channels)),
+        jnp.zeros((1, cfg.text_length, cfg.text_dim)),
+        jnp.zeros((1, 1)),
+        control,
+    )
 
 
 def weights(cfg: Config) -> tuple[Row, ...]:
     """Weight table: released state dict <-> our tree."""
     patch = dict(p=cfg.patch, q=cfg.patch)
-    rows = [Row('patch_embed.proj.weight', 'patch/kernel', 'd c p q -> (p q c) d', sizes=patch),
-            Row('patch_embed.proj.bias', 'patch/bias', 'd -> d'),
-            *linear_rows('patch_embed.text_proj', 'text', 'i', 'd'),
-            *linear_rows('time_embedding.linear_1', 'time_embedding/linear_1', 'd', 'p'),
-            *linear_rows('time_embedding.linear_2', 'time_embedding/linear_2', 'i', 'p'),
-            *norm_rows('norm_final', 'norm_final', 'd'),
-            *norm_rows('norm_out.norm', 'norm_out', 'd'),
-            *linear_rows('norm_out.linear', 'modulation_out', 'p', 'd'),
-            Row('proj_out.weight', 'out/kernel', '(c p q) d -> d (p q c)', sizes=patch),
-            Row('proj_out.bias', 'out/bias', '(c p q) -> (p q c)', sizes=patch)]
+    rows = [
+        Row('patch_embed.proj.weight', 'patch/kernel', 'd c p q -> (p q c) d', sizes=patch),
+        Row('patch_embed.proj.bias', 'patch/bias', 'd -> d'),
+        *linear_rows('patch_embed.text_proj', 'text', 'i', 'd'),
+        *linear_rows('time_embedding.linear_1', 'time_embedding/linear_1', 'd', 'p'),
+        *linear_rows('time_embedding.linear_2', 'time_embedding/linear_2', 'i', 'p'),
+        *norm_rows('norm_final', 'norm_final', 'd'),
+        *norm_rows('norm_out.norm', 'norm_out', 'd'),
+        *linear_rows('norm_out.linear', 'modulation_out', 'p', 'd'),
+        Row('proj_out.weight', 'out/kernel', '(c p q) d -> d (p q c)', sizes=patch),
+        Row('proj_out.bias', 'out/bias', '(c p q) -> (p q c)', sizes=patch),
+    ]
     if cfg.guidance_dim is not None:
-        rows += [Row('time_embedding.cond_proj.weight', 'time_embedding/guidance/kernel',
-                     'd i -> i d')]
+        rows += [
+            Row('time_embedding.cond_proj.weight', 'time_embedding/guidance/kernel', 'd i -> i d')
+        ]
     for name, layers in cfg.segments.items():
         path = 'steered/block' if name == 'steered' else name
         torch = 'transformer_blocks.{i}'
@@ -392,6 +471,7 @@ def weights(cfg: Config) -> tuple[Row, ...]:
         rows += linear_rows('control_embedding.4', 'control_embedding/linear_3', 'd', 'o')
         if cfg.control.modulate:
             rows += linear_rows('control_time', 'control_time', 'd', 'p')
-        rows += attention_rows('control_blocks.{i}', 'steered/control',
-                           (0, cfg.control.end - cfg.control.start))
+        rows += attention_rows(
+            'control_blocks.{i}', 'steered/control', (0, cfg.control.end - cfg.control.start)
+        )
     return tuple(rows)

@@ -25,13 +25,19 @@ def stack(layer, cfg: Any, length: int, given: int):
     if cfg.remat != 'none':
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         layer = nn.remat(layer, prevent_cse=False, policy=kept if cfg.remat == 'dots' else None)
-    return nn.scan(layer, variable_axes={'params': 0, COLLECTION: 0}, split_rngs={'params': True},
-                   length=length, in_axes=(nn.broadcast,) * given,
-                   unroll=min(cfg.scan_unroll, length))
+    return nn.scan(
+        layer,
+        variable_axes={'params': 0, COLLECTION: 0},
+        split_rngs={'params': True},
+        length=length,
+        in_axes=(nn.broadcast,) * given,
+        unroll=min(cfg.scan_unroll, length),
+    )
 
 
 class SteeredLayer(nn.Module):
     """A block, then a control block."""
+
     cfg: Any
     places: int
 
@@ -39,13 +45,15 @@ class SteeredLayer(nn.Module):
     def __call__(self, tokens, time, steering):
         """Tokens (video [B T N/T D], text [B L D]), time [B T P], what steers -> tokens."""
         (video, text), _ = Block(self.cfg, self.places, name='block')(tokens, time)
-        video = ControlBlock(self.cfg.heads, self.cfg.eps, jnp.dtype(self.cfg.dtype),
-                             name='control')(video, steering[0], time, *steering[1:])
+        video = ControlBlock(
+            self.cfg.heads, self.cfg.eps, jnp.dtype(self.cfg.dtype), name='control'
+        )(video, steering[0], time, *steering[1:])
         return (video, text), None
 
 
 class Block(nn.Module):
     """Joint self-attention over text and video, then a shared MLP; both gated by the level."""
+
     cfg: Any
     places: int
 
@@ -61,13 +69,16 @@ class Block(nn.Module):
             *normed, gate, text_gate = PairedAdaLN(cfg.eps, name=norm)(video, text, time)
             y = branch(token_layout.join(*(x.astype(dtype) for x in normed)))
             video_y, text_y = token_layout.split(y, video.shape)
-            tokens = ((video + gate * video_y).astype(dtype),
-                      (text + text_gate * text_y).astype(dtype))
+            tokens = (
+                (video + gate * video_y).astype(dtype),
+                (text + text_gate * text_y).astype(dtype),
+            )
         return tokens, None
 
 
 class Mlp(nn.Module):
     """Two linear layers with a tanh-GELU between."""
+
     hidden: int
     dtype: Any = jnp.float32
 

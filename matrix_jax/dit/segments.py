@@ -19,5 +19,7 @@ def segments(layers: int, span, name: str) -> dict[str, tuple[int, int]]:
 def check_span(field: str, span, layers: int) -> None:
     """ValueError if the layers that differ, if any do, are not layers of the network."""
     if span and not 0 <= span.start < span.end <= layers:
-        raise ValueError(f'{field}: got layers [{span.start}, {span.end}), expected a range within '
-                         f'the {layers} layers')
+        raise ValueError(
+            f'{field}: got layers [{span.start}, {span.end}), expected a range within '
+            f'the {layers} layers'
+        )

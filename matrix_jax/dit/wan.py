@@ -29,26 +29,39 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from matrix_jax.weights.conversion import Prefix, Row
-from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sites, split
 from matrix_jax.dit.wan_config import PRESETS, Config, check
+from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
 from matrix_jax.nn.rope import level_code, rotate, turns_3d
 from matrix_jax.parallel.sharding import constrain
+from matrix_jax.weights.conversion import Prefix, Row
 
-__all__ = ['PRESETS', 'STILL', 'Caches', 'Config', 'DiT', 'advance', 'count', 'init_caches', 'laws',
-           'shapes', 'weights', 'windows']
+__all__ = [
+    'PRESETS',
+    'STILL',
+    'Caches',
+    'Config',
+    'DiT',
+    'advance',
+    'count',
+    'init_caches',
+    'laws',
+    'shapes',
+    'weights',
+    'windows',
+]
 
 
 @struct.dataclass
 class Scene:
     """What all layers are given: modulation [B T 6 D], image [B L D] or None where it is cached,
     windows of actions, who sees whom, and rotations of queries and keys."""
+
     time: Any
     image: Any
     mouse: Any
@@ -60,6 +73,7 @@ class Scene:
 
 class DiT(nn.Module):
     """The whole network: latents, levels, conditions and actions -> velocity."""
+
     cfg: Config
 
     def setup(self):
@@ -72,9 +86,9 @@ class DiT(nn.Module):
             self.action_embedding = ActionEmbedding(cfg.actions, cfg.width, dtype)
         for name, (start, stop) in cfg.segments.items():
             setattr(self, name, stack(cfg, stop - start)(cfg, name == 'acting'))
-        normal = nn.initializers.normal(cfg.width ** -0.5)
+        normal = nn.initializers.normal(cfg.width**-0.5)
         self.modulation_out = self.param('modulation_out', normal, (2, cfg.width))
-        self.out = Linear(cfg.patch ** 2 * cfg.channels, dtype=dtype)
+        self.out = Linear(cfg.patch**2 * cfg.channels, dtype=dtype)
 
     def __call__(self, latents, level, cond, image, mouse=None, keyboard=None, block=None):
         """Predicts the velocity of a whole clip.
@@ -94,14 +108,22 @@ class DiT(nn.Module):
         """
         cfg, frames = self.cfg, latents.shape[1]
         check(cfg, latents, level, cond, image, mouse, keyboard)
-        sight = Blocks(frames, block or frames, cfg.local if block else None,
-                       sites(cfg, *latents.shape[2:4]), cfg.exchange)
+        sight = Blocks(
+            frames,
+            block or frames,
+            cfg.local if block else None,
+            sites(cfg, *latents.shape[2:4]),
+            cfg.exchange,
+        )
         if cfg.actions:
             size = cfg.actions
-            mouse, keyboard = (actions if actions is None else windows(
-                actions, 0, frames, size.ratio, size.span) for actions in (mouse, keyboard))
-        v, _ = self._run(latents, level, cond, mouse, keyboard, sight, sight,
-                         image=self.image_embedding(image))
+            mouse, keyboard = (
+                actions if actions is None else windows(actions, 0, frames, size.ratio, size.span)
+                for actions in (mouse, keyboard)
+            )
+        v, _ = self._run(
+            latents, level, cond, mouse, keyboard, sight, sight, image=self.image_embedding(image)
+        )
         return v
 
     def cached(self, caches, latents, level, cond, mouse=None, keyboard=None):
@@ -117,35 +139,45 @@ class DiT(nn.Module):
         """
         cfg, frames = self.cfg, latents.shape[1]
         check(cfg, latents, level, cond, None, mouse, keyboard, window=True)
-        ring, action_ring = (Ring(caches.start, frames, cfg.local, sink,
-                                  sites(cfg, *latents.shape[2:4]), cfg.exchange)
-                             for sink in (cfg.sink, 0))
-        v, made = self._run(latents, level, cond, mouse, keyboard, ring, action_ring,
-                            caches=caches)
+        ring, action_ring = (
+            Ring(
+                caches.start, frames, cfg.local, sink, sites(cfg, *latents.shape[2:4]), cfg.exchange
+            )
+            for sink in (cfg.sink, 0)
+        )
+        v, made = self._run(latents, level, cond, mouse, keyboard, ring, action_ring, caches=caches)
 
         def write(past, new):
-            return split(past.replace(
-                video=past.video.put(new[0], ring.slots),
-                mouse=past.mouse and past.mouse.put(new[1][0], action_ring.slots),
-                keyboard=past.keyboard and past.keyboard.put(new[1][1], action_ring.slots)))
+            return split(
+                past.replace(
+                    video=past.video.put(new[0], ring.slots),
+                    mouse=past.mouse and past.mouse.put(new[1][0], action_ring.slots),
+                    keyboard=past.keyboard and past.keyboard.put(new[1][1], action_ring.slots),
+                )
+            )
 
-        return v, caches.replace(runs={name: write(past, made[name])
-                                       for name, past in caches.runs.items()})
+        return v, caches.replace(
+            runs={name: write(past, made[name]) for name, past in caches.runs.items()}
+        )
 
     def read_image(self, image, caches):
         """Caches that hold the keys and values of an image [B L Di], for `cached`."""
         tokens = self.image_embedding(image)
-        return caches.replace(runs={
-            name: split(past.replace(image=getattr(self, name).read_image(None, tokens)[1]))
-            for name, past in caches.runs.items()})
+        return caches.replace(
+            runs={
+                name: split(past.replace(image=getattr(self, name).read_image(None, tokens)[1]))
+                for name, past in caches.runs.items()
+            }
+        )
 
-    def _run(self, latents, level, cond, mouse, keyboard, sight, action_sight, image=None,
-             caches=None):
+    def _run(
+        self, latents, level, cond, mouse, keyboard, sight, action_sight, image=None, caches=None
+    ):
         """(v, keys and values by run of layers)."""
         cfg = self.cfg
         grid = dict(p=cfg.patch, q=cfg.patch)
 
-        def place(table):       # every device makes it whole and keeps its tokens' part
+        def place(table):  # every device makes it whole and keeps its tokens' part
             table = token_layout.pad(constrain(table, None, None, None), 1)
             return constrain(table, None, 'tokens', None)
 
@@ -158,9 +190,17 @@ class DiT(nn.Module):
             time = time + self.action_embedding(mouse, keyboard)
         modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
         scene = Scene(
-            rearrange(modulation, 'b t (c d) -> b t c d', c=6), image, mouse, keyboard, sight,
-            action_sight, [[place(part) for part in turns_3d(
-                places, rows, columns, cfg.head_dim)] for places in sight.places()])
+            rearrange(modulation, 'b t (c d) -> b t c d', c=6),
+            image,
+            mouse,
+            keyboard,
+            sight,
+            action_sight,
+            [
+                [place(part) for part in turns_3d(places, rows, columns, cfg.head_dim)]
+                for places in sight.places()
+            ],
+        )
 
         x = jnp.concatenate([latents, cond], axis=-1)
         x = rearrange(x, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
@@ -173,7 +213,7 @@ class DiT(nn.Module):
 
         shift, scale = rearrange(self.modulation_out + time[:, :, None], 'b t c d -> c b t 1 d')
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
-        x = constrain(x, 'batch', None, None, None)[:, :, :rows * columns]
+        x = constrain(x, 'batch', None, None, None)[:, :, : rows * columns]
         v = rearrange(x, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, **grid)
         return v.astype(jnp.float32), made
 
@@ -184,22 +224,32 @@ def stack(cfg: Config, length: int):
     if cfg.remat != 'none':
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         layer = nn.remat(layer, prevent_cse=False, policy=kept if cfg.remat == 'dots' else None)
-    lifted = dict(variable_axes={'params': 0, 'intermediates': 0}, split_rngs={'params': True},
-                  length=length, unroll=min(cfg.scan_unroll, length))
-    return nn.scan(layer, methods={
-        '__call__': dict(in_axes=(0, nn.broadcast), **lifted),
-        'read_image': dict(in_axes=nn.broadcast, **lifted)})
+    lifted = dict(
+        variable_axes={'params': 0, 'intermediates': 0},
+        split_rngs={'params': True},
+        length=length,
+        unroll=min(cfg.scan_unroll, length),
+    )
+    return nn.scan(
+        layer,
+        methods={
+            '__call__': dict(in_axes=(0, nn.broadcast), **lifted),
+            'read_image': dict(in_axes=nn.broadcast, **lifted),
+        },
+    )
 
 
 class Block(nn.Module):
     """Self-attention and MLP, modulated by the noise level; image and actions between."""
+
     cfg: Config
     acting: bool
 
     def setup(self):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
-        self.modulation = self.param('modulation', nn.initializers.normal(cfg.width ** -0.5),
-                                     (6, cfg.width))
+        self.modulation = self.param(
+            'modulation', nn.initializers.normal(cfg.width**-0.5), (6, cfg.width)
+        )
         self.attention = Projections(cfg)
         self.image_norm = LayerNorm(cfg.eps)
         self.image_attention = Projections(cfg)
@@ -224,8 +274,13 @@ class Block(nn.Module):
 
         acted = None
         if self.acting:
-            x, acted = self.actions(x, scene.mouse, scene.keyboard, scene.action_sight,
-                                    (past.mouse, past.keyboard) if past else (None, None))
+            x, acted = self.actions(
+                x,
+                scene.mouse,
+                scene.keyboard,
+                scene.action_sight,
+                (past.mouse, past.keyboard) if past else (None, None),
+            )
 
         y = self.up(modulate(standardize(x, eps), m[3], m[4]).astype(dtype))
         x = (x + m[5] * self.down(jax.nn.gelu(y, approximate=True))).astype(dtype)
@@ -235,8 +290,10 @@ class Block(nn.Module):
         """Keys and values of image tokens [B L D], as the y of a scan."""
         return carry, self.image_attention.keys(image[:, None])
 
+
 class Projections(nn.Module):
     """Around an attention: queries and keys with an RMS norm over all heads together, output."""
+
     cfg: Config
 
     def setup(self):
@@ -263,6 +320,7 @@ class Projections(nn.Module):
 
 class LevelEmbedding(nn.Module):
     """Noise levels [B T] -> embeddings [B T D] float32."""
+
     cfg: Config
 
     @nn.compact
@@ -275,6 +333,7 @@ class LevelEmbedding(nn.Module):
 
 class ImageEmbedding(nn.Module):
     """Image features [B L Di] -> context [B L D]."""
+
     cfg: Config
 
     @nn.compact
@@ -282,8 +341,9 @@ class ImageEmbedding(nn.Module):
         dtype = jnp.dtype(self.cfg.dtype)
         x = LayerNorm(1e-5, name='norm_in')(image)
         x = jax.nn.gelu(Linear(x.shape[-1], dtype=dtype, name='linear_1')(x), approximate=False)
-        x = LayerNorm(1e-5, name='norm_out')(Linear(self.cfg.width, dtype=dtype,
-                                                    name='linear_2')(x))
+        x = LayerNorm(1e-5, name='norm_out')(
+            Linear(self.cfg.width, dtype=dtype, name='linear_2')(x)
+        )
         return x.astype(dtype)
 
 
@@ -300,11 +360,17 @@ def standardize(x, eps):
 def shapes(cfg: Config) -> dict:
     """Parameter tree of ShapeDtypeStructs; nothing is computed."""
     size, frame = cfg.actions, (1, 1, cfg.patch, cfg.patch)
-    given = [jnp.zeros((*frame, cfg.channels)), jnp.zeros((1, 1)),
-             jnp.zeros((*frame, cfg.cond_channels)), jnp.zeros((1, 1, cfg.image_dim))]
+    given = [
+        jnp.zeros((*frame, cfg.channels)),
+        jnp.zeros((1, 1)),
+        jnp.zeros((*frame, cfg.cond_channels)),
+        jnp.zeros((1, 1, cfg.image_dim)),
+    ]
     if size:
-        given += [jnp.zeros((1, 1, size.mouse)) if size.mouse else None,
-                  jnp.zeros((1, 1, size.keyboard))]
+        given += [
+            jnp.zeros((1, 1, size.mouse)) if size.mouse else None,
+            jnp.zeros((1, 1, size.keyboard)),
+        ]
     return jax.eval_shape(lambda key: DiT(cfg).init(key, *given)['params'], jax.random.key(0))
 
 
@@ -315,31 +381,38 @@ def count(cfg: Config) -> int:
 
 def laws(cfg: Config) -> initializers.Laws:
     """How fresh parameters are drawn, where it is not by the defaults."""
-    return (('*modulation*', initializers.normal(cfg.width ** -0.5)),
-            ('time_embedding/*/kernel', initializers.normal(0.02)))
+    return (
+        ('*modulation*', initializers.normal(cfg.width**-0.5)),
+        ('time_embedding/*/kernel', initializers.normal(0.02)),
+    )
 
 
 # Output layers that start at zero, for training from nothing.
-STILL = (('out/kernel', initializers.zeros), ('*/actions/*/out/kernel', initializers.zeros),
-         ('action_embedding/linear_2/kernel', initializers.zeros))
+STILL = (
+    ('out/kernel', initializers.zeros),
+    ('*/actions/*/out/kernel', initializers.zeros),
+    ('action_embedding/linear_2/kernel', initializers.zeros),
+)
 
 
 def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
     """Weight table: released state dict <-> our tree."""
     patch = dict(t=1, p=cfg.patch, q=cfg.patch)
-    rows = [Prefix('model.'),
-            Row('patch_embedding.weight', 'patch/kernel', 'd c t p q -> (t p q c) d', sizes=patch),
-            Row('patch_embedding.bias', 'patch/bias', 'd -> d'),
-            *linear_rows('time_embedding.0', 'time_embedding/linear_1', 'i', 'o'),
-            *linear_rows('time_embedding.2', 'time_embedding/linear_2', 'd', 'o'),
-            *linear_rows('time_projection.1', 'time_projection', 'd', 'o'),
-            *norm_rows('img_emb.proj.0', 'image_embedding/norm_in', 'i'),
-            *linear_rows('img_emb.proj.1', 'image_embedding/linear_1', 'i', 'o'),
-            *linear_rows('img_emb.proj.3', 'image_embedding/linear_2', 'i', 'd'),
-            *norm_rows('img_emb.proj.4', 'image_embedding/norm_out', 'd'),
-            Row('head.modulation', 'modulation_out', '1 c d -> c d'),
-            *linear_rows('head.head', 'out', 'd', 'o')]
-    if cfg.actions and cfg.actions.modulate:        # ours: under our own name
+    rows = [
+        Prefix('model.'),
+        Row('patch_embedding.weight', 'patch/kernel', 'd c t p q -> (t p q c) d', sizes=patch),
+        Row('patch_embedding.bias', 'patch/bias', 'd -> d'),
+        *linear_rows('time_embedding.0', 'time_embedding/linear_1', 'i', 'o'),
+        *linear_rows('time_embedding.2', 'time_embedding/linear_2', 'd', 'o'),
+        *linear_rows('time_projection.1', 'time_projection', 'd', 'o'),
+        *norm_rows('img_emb.proj.0', 'image_embedding/norm_in', 'i'),
+        *linear_rows('img_emb.proj.1', 'image_embedding/linear_1', 'i', 'o'),
+        *linear_rows('img_emb.proj.3', 'image_embedding/linear_2', 'i', 'd'),
+        *norm_rows('img_emb.proj.4', 'image_embedding/norm_out', 'd'),
+        Row('head.modulation', 'modulation_out', '1 c d -> c d'),
+        *linear_rows('head.head', 'out', 'd', 'o'),
+    ]
+    if cfg.actions and cfg.actions.modulate:  # ours: under our own name
         for name in ('linear_1', 'linear_2'):
             rows += linear_rows(f'action_embedding.{name}', f'action_embedding/{name}', 'i', 'o')
     for path, layers in cfg.segments.items():
@@ -361,5 +434,7 @@ def _attention_rows(torch, path, layers):
     for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
         rows += linear_rows(f'{torch}.{theirs}', f'{path}/{ours}', 'd', 'k', layers)
     rows += linear_rows(f'{torch}.o', f'{path}/out', 'k', 'd', layers)
-    return rows + [Row(f'{torch}.norm_{theirs}.weight', f'{path}/{ours}_norm/scale', 'k -> k',
-                       layers) for theirs, ours in (('q', 'query'), ('k', 'key'))]
+    return rows + [
+        Row(f'{torch}.norm_{theirs}.weight', f'{path}/{ours}_norm/scale', 'k -> k', layers)
+        for theirs, ours in (('q', 'query'), ('k', 'key'))
+    ]

@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights.conversion import Row, check_sizes
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn.kv_cache import KVCache, attend_per_site
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.nn.rope import rates, rotate, turns
+from matrix_jax.weights.conversion import Row, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Actions:
       modulate: add the actions of each latent frame to its level embedding as well, so that all
         layers are told of them at once. Ours; published networks have no such weights.
     """
+
     start: int = 0
     end: int = 15
     keyboard: int = 4
@@ -69,8 +70,10 @@ class Actions:
         for name in ('keyboard_width', 'mouse_width'):
             width = getattr(self, name)
             if (name != 'mouse_width' or self.mouse) and width != self.heads * sum(self.axes):
-                raise ValueError(f'actions.{name}: got {width}, expected {self.heads} heads of '
-                                 f'{" + ".join(map(str, self.axes))} elements')
+                raise ValueError(
+                    f'actions.{name}: got {width}, expected {self.heads} heads of '
+                    f'{" + ".join(map(str, self.axes))} elements'
+                )
 
     def steps(self, frames: int) -> int:
         """Action frames in the window of this many latent frames."""
@@ -110,6 +113,7 @@ def grouped(cfg: Actions, window):
 
 class ActionEmbedding(nn.Module):
     """What is pressed while each latent frame is made, as a level embedding has it."""
+
     cfg: Actions
     width: int
     dtype: Any = jnp.float32
@@ -130,6 +134,7 @@ class ActionBlock(nn.Module):
       cfg: sizes.
       dtype: type of the multiplies and of the residual stream.
     """
+
     cfg: Actions
     dtype: Any = jnp.float32
 
@@ -151,12 +156,14 @@ class ActionBlock(nn.Module):
         if self.cfg.mouse:
             x, moved = MouseAttention(self.cfg, self.dtype, name='mouse')(x, mouse, sight, past[0])
         x, pressed = KeyboardAttention(self.cfg, self.dtype, name='keyboard')(
-            x, keyboard, sight, past[1])
+            x, keyboard, sight, past[1]
+        )
         return x, (moved, pressed)
 
 
 class MouseAttention(nn.Module):
     """Frames of a site look at one another, with the mouse mixed into all of them."""
+
     cfg: Actions
     dtype: Any = jnp.float32
 
@@ -170,7 +177,10 @@ class MouseAttention(nn.Module):
         y = LayerNorm(1e-5, name='norm')(Linear(cfg.mouse_width, dtype=dtype, name='linear_2')(y))
         q, k, v = rearrange(
             Linear(3 * cfg.mouse_width, use_bias=False, dtype=dtype, name='qkv')(y),
-            'b t n (c k e) -> c b t n k e', c=3, k=cfg.heads)
+            'b t n (c k e) -> c b t n k e',
+            c=3,
+            k=cfg.heads,
+        )
         q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
         y, new = look(cfg, q, KVCache(k.astype(dtype), v), sight, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
@@ -178,6 +188,7 @@ class MouseAttention(nn.Module):
 
 class KeyboardAttention(nn.Module):
     """Tokens look at what was pressed in their own frame's window and in earlier ones."""
+
     cfg: Actions
     dtype: Any = jnp.float32
 
@@ -191,7 +202,10 @@ class KeyboardAttention(nn.Module):
         q = rearrange(q, 'b t n (k e) -> b t n k e', k=cfg.heads)
         k, v = rearrange(
             Linear(2 * cfg.keyboard_width, use_bias=False, dtype=dtype, name='key_value')(keys),
-            'b t (c k e) -> c b t 1 k e', c=2, k=cfg.heads)
+            'b t (c k e) -> c b t 1 k e',
+            c=2,
+            k=cfg.heads,
+        )
         q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
         y, new = look(cfg, q, KVCache(k.astype(dtype), v), sight, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
@@ -213,10 +227,12 @@ def look(cfg: Actions, q, new: KVCache, sight, past):
     """Queries [B T n K E] look at keys of their own site -> ([B T n K*E], `new`)."""
     held = sight.recall(past, new)
     speeds = rates(cfg.axes[0] // 2, cfg.period)
-    own, theirs = (tuple(part[:, None] for part in turns(places, speeds))
-                   for places in sight.places())
-    y = attend_per_site(rotate(q, own).astype(new.k.dtype), rotate(held.k, theirs), held.v,
-                        sight.visible())
+    own, theirs = (
+        tuple(part[:, None] for part in turns(places, speeds)) for places in sight.places()
+    )
+    y = attend_per_site(
+        rotate(q, own).astype(new.k.dtype), rotate(held.k, theirs), held.v, sight.visible()
+    )
     return rearrange(y, 'b t n k e -> b t n (k e)'), new
 
 
@@ -228,13 +244,27 @@ def action_rows(cfg: Actions, torch, path, layers):
         rows += linear_rows(f'{torch}.mouse_mlp.2', f'{path}/mouse/linear_2', 'i', 'o', layers)
         rows += norm_rows(f'{torch}.mouse_mlp.3', f'{path}/mouse/norm', 'o', layers)
     named = [('mouse', {'t_qkv': 'qkv', 'proj_mouse': 'out'}, 'img_attn')] if cfg.mouse else []
-    named += [('keyboard', {'mouse_attn_q': 'query', 'keyboard_attn_kv': 'key_value',
-                            'proj_keyboard': 'out'}, 'key_attn')]
+    named += [
+        (
+            'keyboard',
+            {'mouse_attn_q': 'query', 'keyboard_attn_kv': 'key_value', 'proj_keyboard': 'out'},
+            'key_attn',
+        )
+    ]
     for branch, kernels, norms in named:
-        rows += [Row(f'{torch}.{theirs}.weight', f'{path}/{branch}/{ours}/kernel', 'o i -> i o',
-                     layers) for theirs, ours in kernels.items()]
-        rows += [Row(f'{torch}.{norms}_{theirs}_norm.weight', f'{path}/{branch}/{ours}_norm/scale',
-                     'e -> e', layers) for theirs, ours in (('q', 'query'), ('k', 'key'))]
+        rows += [
+            Row(f'{torch}.{theirs}.weight', f'{path}/{branch}/{ours}/kernel', 'o i -> i o', layers)
+            for theirs, ours in kernels.items()
+        ]
+        rows += [
+            Row(
+                f'{torch}.{norms}_{theirs}_norm.weight',
+                f'{path}/{branch}/{ours}_norm/scale',
+                'e -> e',
+                layers,
+            )
+            for theirs, ours in (('q', 'query'), ('k', 'key'))
+        ]
     rows += linear_rows(f'{torch}.keyboard_embed.0', f'{path}/keyboard/linear_1', 'i', 'o', layers)
     rows += linear_rows(f'{torch}.keyboard_embed.2', f'{path}/keyboard/linear_2', 'i', 'o', layers)
     return rows

@@ -26,6 +26,7 @@ class Past:
       keyboard: S frames of one site, likewise.
       image: the image's tokens, as one frame of L sites.
     """
+
     video: KVCache
     mouse: KVCache | None
     keyboard: KVCache | None
@@ -40,6 +41,7 @@ class Caches:
       runs: `Past` of each run of equal layers.
       start: first latent frame of the block that is being made, int32 [].
     """
+
     runs: dict[str, Past]
     start: Any
 
@@ -51,10 +53,12 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
       ValueError: the network has no window (`local`).
     """
     if cfg.local is None:
-        raise ValueError('local: got None, expected a number of latent frames (a network without '
-                         'a window cannot stream)')
+        raise ValueError(
+            'local: got None, expected a number of latent frames (a network without '
+            'a window cannot stream)'
+        )
     held = sites(cfg, height, width)
-    held += -held % ways('tokens')      # of padding, on a mesh
+    held += -held % ways('tokens')  # of padding, on a mesh
 
     def empty(layers, slots, places, heads, elements):
         shape = (layers, batch, slots, places, heads, elements)
@@ -67,11 +71,19 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
             theirs = (size.heads, sum(size.axes))
             mouse = empty(layers, cfg.local, held, *theirs) if size.mouse else None
             keyboard = empty(layers, cfg.local, 1, *theirs)
-        return split(Past(empty(layers, cfg.local, held, *own), mouse, keyboard,
-                          empty(layers, 1, cfg.image_length, *own)))
+        return split(
+            Past(
+                empty(layers, cfg.local, held, *own),
+                mouse,
+                keyboard,
+                empty(layers, 1, cfg.image_length, *own),
+            )
+        )
 
-    return Caches({name: past(name, stop - start) for name, (start, stop) in cfg.segments.items()},
-                  jnp.zeros((), jnp.int32))
+    return Caches(
+        {name: past(name, stop - start) for name, (start, stop) in cfg.segments.items()},
+        jnp.zeros((), jnp.int32),
+    )
 
 
 def sites(cfg: Config, height: int, width: int) -> int:
@@ -86,8 +98,14 @@ def advance(caches: Caches, count: int) -> Caches:
 
 def split(past: Past) -> Past:
     """Caches over the mesh: batch and heads, and the sites of a frame as its tokens."""
+
     def one(cache, sites):
         names = (None, 'batch', None, sites, 'heads', None)
         return jax.tree.map(lambda leaf: constrain(leaf, *names), cache)
-    return Past(one(past.video, 'rows'), one(past.mouse, 'rows'), one(past.keyboard, None),
-                one(past.image, None))
+
+    return Past(
+        one(past.video, 'rows'),
+        one(past.mouse, 'rows'),
+        one(past.keyboard, None),
+        one(past.image, None),
+    )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from matrix_jax.weights.conversion import check_sizes, config_faults
 from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import Actions
+from matrix_jax.weights.conversion import check_sizes, config_faults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Config:
       actions: keyboard and mouse, or None.
       dtype, remat, scan_unroll, exchange: how it runs, as in `cogvideox.Config`.
     """
+
     heads: int = 12
     head_dim: int = 128
     channels: int = 16
@@ -54,13 +55,17 @@ class Config:
     def __post_init__(self):
         check_sizes(self, zero=('sink',))
         if self.head_dim % 2 or self.head_dim < 6:
-            raise ValueError(f'head_dim: got {self.head_dim}, expected an even number from 6 on '
-                             '(pairs for frame, row and column)')
+            raise ValueError(
+                f'head_dim: got {self.head_dim}, expected an even number from 6 on '
+                '(pairs for frame, row and column)'
+            )
         if self.time_dim % 2:
             raise ValueError(f'time_dim: got {self.time_dim}, expected an even number')
         if self.local is not None and not 0 <= self.sink < self.local:
-            raise ValueError(f'sink: got {self.sink} latent frames, expected fewer than the '
-                             f'{self.local} of local')
+            raise ValueError(
+                f'sink: got {self.sink} latent frames, expected fewer than the '
+                f'{self.local} of local'
+            )
         check_span('actions', self.actions, self.layers)
 
     @property
@@ -80,13 +85,22 @@ class Config:
         Raises:
           ValueError: a key asks for maths that this network does not have.
         """
-        released = {key: value for key, value in released.items()
-                    if not key.startswith('_') and value is not None}
+        released = {
+            key: value
+            for key, value in released.items()
+            if not key.startswith('_') and value is not None
+        }
         told = released.get('action_config') or {}
         known = ('patch_size', *FIELDS, 'action_config', *IGNORED)
         faults = config_faults(released, FIXED, known)
-        known = ('patch_size', *ACTIONS, 'blocks', 'enable_mouse', 'img_hidden_size',
-                 'rope_dim_list')
+        known = (
+            'patch_size',
+            *ACTIONS,
+            'blocks',
+            'enable_mouse',
+            'img_hidden_size',
+            'rope_dim_list',
+        )
         faults += config_faults(told, FIXED_ACTIONS, known, 'action_config.')
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
         base = cls()
@@ -102,8 +116,10 @@ class Config:
         if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
             faults.append(f'patch_size = {patch} (expected [1, p, p])')
         if told and told.get('img_hidden_size', width) != width:
-            faults.append(f"action_config.img_hidden_size = {told['img_hidden_size']} (expected "
-                          f'dim = {width})')
+            faults.append(
+                f'action_config.img_hidden_size = {told["img_hidden_size"]} (expected '
+                f'dim = {width})'
+            )
         blocks = list(told.get('blocks', ()))
         if blocks != list(range(*(blocks[0], blocks[-1] + 1) if blocks else (0,))):
             faults.append(f'action_config.blocks = {blocks} (expected consecutive layers)')
@@ -121,20 +137,28 @@ class Config:
     def to_released(self) -> dict:
         """The config.json of this network."""
         ours = {'width': self.width, 'joined': self.channels + self.cond_channels} | {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
         ours['local'] = -1 if self.local is None else self.local
-        released = {'_class_name': 'CausalWanModel'} | FIXED | {
-            theirs: ours[name] for theirs, name in FIELDS.items()}
+        released = (
+            {'_class_name': 'CausalWanModel'}
+            | FIXED
+            | {theirs: ours[name] for theirs, name in FIELDS.items()}
+        )
         released['patch_size'] = [1, self.patch, self.patch]
         for key in [key for key, (name, usual) in OURS.items() if ours[name] == usual]:
             del released[key]
         if self.actions:
             size = self.actions
             told = FIXED_ACTIONS | {theirs: getattr(size, name) for theirs, name in ACTIONS.items()}
-            told |= {'blocks': list(range(size.start, size.end)), 'enable_mouse': bool(size.mouse),
-                     'img_hidden_size': self.width, 'rope_dim_list': list(size.axes),
-                     'mouse_qk_dim_list': list(size.axes),
-                     'patch_size': [1, self.patch, self.patch]}
+            told |= {
+                'blocks': list(range(size.start, size.end)),
+                'enable_mouse': bool(size.mouse),
+                'img_hidden_size': self.width,
+                'rope_dim_list': list(size.axes),
+                'mouse_qk_dim_list': list(size.axes),
+                'patch_size': [1, self.patch, self.patch],
+            }
             for key in [key for key, usual in OUR_ACTIONS.items() if told[key] == usual]:
                 del told[key]
             if not size.mouse:
@@ -145,25 +169,53 @@ class Config:
 
 # Keys of the released config.json: our fields, those with one value that we implement, and those
 # without effect. `width` and `joined` are sums of ours.
-OURS = {'image_dim': ('image_dim', 1280), 'image_length': ('image_length', 257)}   # not released
+OURS = {'image_dim': ('image_dim', 1280), 'image_length': ('image_length', 257)}  # not released
 OUR_ACTIONS = {'gain': 1.0, 'modulate': False}
-FIELDS = {'dim': 'width', 'num_heads': 'heads', 'in_dim': 'joined', 'out_dim': 'channels',
-          'num_layers': 'layers', 'ffn_dim': 'mlp', 'freq_dim': 'time_dim', 'eps': 'eps',
-          'local_attn_size': 'local', 'sink_size': 'sink', **{key: key for key in OURS}}
+FIELDS = {
+    'dim': 'width',
+    'num_heads': 'heads',
+    'in_dim': 'joined',
+    'out_dim': 'channels',
+    'num_layers': 'layers',
+    'ffn_dim': 'mlp',
+    'freq_dim': 'time_dim',
+    'eps': 'eps',
+    'local_attn_size': 'local',
+    'sink_size': 'sink',
+    **{key: key for key in OURS},
+}
 FIXED = {'model_type': 'i2v', 'qk_norm': True, 'cross_attn_norm': True}
 IGNORED = ('text_len', 'text_dim', 'inject_sample_info', 'window_size')
-ACTIONS = {'keyboard_dim_in': 'keyboard', 'mouse_dim_in': 'mouse', 'hidden_size': 'embed',
-           'keyboard_hidden_dim': 'keyboard_width', 'mouse_hidden_dim': 'mouse_width',
-           'heads_num': 'heads', 'vae_time_compression_ratio': 'ratio', 'windows_size': 'span',
-           'mouse_qk_dim_list': 'axes', 'rope_theta': 'period', **{key: key for key in OUR_ACTIONS}}
+ACTIONS = {
+    'keyboard_dim_in': 'keyboard',
+    'mouse_dim_in': 'mouse',
+    'hidden_size': 'embed',
+    'keyboard_hidden_dim': 'keyboard_width',
+    'mouse_hidden_dim': 'mouse_width',
+    'heads_num': 'heads',
+    'vae_time_compression_ratio': 'ratio',
+    'windows_size': 'span',
+    'mouse_qk_dim_list': 'axes',
+    'rope_theta': 'period',
+    **{key: key for key in OUR_ACTIONS},
+}
 FIXED_ACTIONS = {'enable_keyboard': True, 'qk_norm': True, 'qkv_bias': False}
 
 _RELEASED = dict(dtype='bfloat16', remat='block')
 PRESETS = {
-    'tiny': Config(heads=2, head_dim=12, channels=4, cond_channels=8, layers=3, mlp=32, time_dim=16,
-                   image_dim=10, image_length=5, local=4,
-                   actions=Actions(0, 2, embed=6, keyboard_width=32, mouse_width=32, heads=2,
-                                   axes=(8, 4, 4))),
+    'tiny': Config(
+        heads=2,
+        head_dim=12,
+        channels=4,
+        cond_channels=8,
+        layers=3,
+        mlp=32,
+        time_dim=16,
+        image_dim=10,
+        image_length=5,
+        local=4,
+        actions=Actions(0, 2, embed=6, keyboard_width=32, mouse_width=32, heads=2, axes=(8, 4, 4)),
+    ),
     'universal': Config(local=6, actions=Actions(), **_RELEASED),
     'gta_drive': Config(local=4, actions=Actions(keyboard=2), **_RELEASED),
     'templerun': Config(local=6, actions=Actions(keyboard=7, mouse=None), **_RELEASED),
@@ -175,8 +227,10 @@ def check(cfg: Config, latents, level, cond, image, mouse, keyboard, window: boo
     """Raises ValueError where shapes do not fit the network; `image` None is not looked at."""
     batch, frames, height, width, channels = latents.shape
     if height % cfg.patch or width % cfg.patch or channels != cfg.channels:
-        raise ValueError(f'latents: got {latents.shape}, expected [B T H W {cfg.channels}] with '
-                         f'H and W multiples of {cfg.patch}')
+        raise ValueError(
+            f'latents: got {latents.shape}, expected [B T H W {cfg.channels}] with '
+            f'H and W multiples of {cfg.patch}'
+        )
     want = (*latents.shape[:-1], cfg.cond_channels)
     if cond.shape != want:
         raise ValueError(f'cond: got {cond.shape}, expected {want}')
@@ -188,12 +242,19 @@ def check(cfg: Config, latents, level, cond, image, mouse, keyboard, window: boo
     widths = {'mouse': size and size.mouse, 'keyboard': size and size.keyboard}
     for name, given in (('mouse', mouse), ('keyboard', keyboard)):
         if (given is None) != (widths[name] is None):
-            raise ValueError(f'{name}: got {None if given is None else given.shape}, but the '
-                             f'network has {"no" if given is not None else "its"} {name}')
+            raise ValueError(
+                f'{name}: got {None if given is None else given.shape}, but the '
+                f'network has {"no" if given is not None else "its"} {name}'
+            )
         if given is None:
             continue
         steps = size.steps(frames) if window else size.ratio * (frames - 1) + 1
-        if given.shape[0] != batch or given.shape[2:] != (widths[name],) or (
-                given.shape[1] != steps):
-            raise ValueError(f'{name}: got {given.shape}, expected ({batch}, {steps}, '
-                             f'{widths[name]}) for {frames} latent frames')
+        if (
+            given.shape[0] != batch
+            or given.shape[2:] != (widths[name],)
+            or (given.shape[1] != steps)
+        ):
+            raise ValueError(
+                f'{name}: got {given.shape}, expected ({batch}, {steps}, '
+                f'{widths[name]}) for {frames} latent frames'
+            )

@@ -21,17 +21,22 @@ def attention_rows(torch, path, layers):
 
 def adaln_rows(torch, path, layers):
     """A norm and the linear layer that modulates it."""
-    return (linear_rows(f'{torch}.linear', f'{path}/linear', 'p', 'd', layers)
-            + norm_rows(f'{torch}.norm', f'{path}/norm', 'd', layers))
+    return linear_rows(f'{torch}.linear', f'{path}/linear', 'p', 'd', layers) + norm_rows(
+        f'{torch}.norm', f'{path}/norm', 'd', layers
+    )
 
 
 def linear_rows(torch, path, inner, outer, layers=None):
     """Kernel and bias of a linear layer from axis `inner` to `outer`."""
-    return [Row(f'{torch}.weight', f'{path}/kernel', f'{outer} {inner} -> {inner} {outer}', layers),
-            Row(f'{torch}.bias', f'{path}/bias', f'{outer} -> {outer}', layers)]
+    return [
+        Row(f'{torch}.weight', f'{path}/kernel', f'{outer} {inner} -> {inner} {outer}', layers),
+        Row(f'{torch}.bias', f'{path}/bias', f'{outer} -> {outer}', layers),
+    ]
 
 
 def norm_rows(torch, path, letter, layers=None):
     """Scale and bias of a norm over the axis `letter`."""
-    return [Row(f'{torch}.weight', f'{path}/scale', f'{letter} -> {letter}', layers),
-            Row(f'{torch}.bias', f'{path}/bias', f'{letter} -> {letter}', layers)]
+    return [
+        Row(f'{torch}.weight', f'{path}/scale', f'{letter} -> {letter}', layers),
+        Row(f'{torch}.bias', f'{path}/bias', f'{letter} -> {letter}', layers),
+    ]

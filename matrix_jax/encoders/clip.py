@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from matrix_jax.weights.conversion import Drop, Row, check_sizes
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
+from matrix_jax.weights.conversion import Drop, Row, check_sizes
 
 LEGACY_EOS = 2  # what old config files say; the end of text then is the largest id of a prompt
 MASKED = -1e30
@@ -38,6 +38,7 @@ class Config:
     `eos` is the id of the end of text; `dtype` the type of the multiplies and of the residual
     stream, as a numpy name.
     """
+
     vocab: int = 49408
     dim: int = 768
     layers: int = 12
@@ -53,8 +54,10 @@ class Config:
     def __post_init__(self):
         check_sizes(self, 'clip.', zero=('eos',))
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f'clip.activation: got {self.activation!r}, '
-                             f'expected one of {", ".join(ACTIVATIONS)}')
+            raise ValueError(
+                f'clip.activation: got {self.activation!r}, '
+                f'expected one of {", ".join(ACTIVATIONS)}'
+            )
         if self.dim % self.heads:
             raise ValueError(f'clip.heads: {self.heads} does not divide width {self.dim}')
 
@@ -76,15 +79,26 @@ class Config:
 
     def to_released(self) -> dict:
         """What config.json says of this tower."""
-        return {'_class_name': 'CLIPTextModelWithProjection',
-                'architectures': ['CLIPTextModelWithProjection'], 'model_type': 'clip_text_model',
-                **{key: getattr(self, name) for name, key in _NAMES.items()}}
+        return {
+            '_class_name': 'CLIPTextModelWithProjection',
+            'architectures': ['CLIPTextModelWithProjection'],
+            'model_type': 'clip_text_model',
+            **{key: getattr(self, name) for name, key in _NAMES.items()},
+        }
 
 
-_NAMES = {'vocab': 'vocab_size', 'dim': 'hidden_size', 'layers': 'num_hidden_layers',
-          'heads': 'num_attention_heads', 'mlp_dim': 'intermediate_size',
-          'positions': 'max_position_embeddings', 'projection': 'projection_dim',
-          'activation': 'hidden_act', 'eps': 'layer_norm_eps', 'eos': 'eos_token_id'}
+_NAMES = {
+    'vocab': 'vocab_size',
+    'dim': 'hidden_size',
+    'layers': 'num_hidden_layers',
+    'heads': 'num_attention_heads',
+    'mlp_dim': 'intermediate_size',
+    'positions': 'max_position_embeddings',
+    'projection': 'projection_dim',
+    'activation': 'hidden_act',
+    'eps': 'layer_norm_eps',
+    'eos': 'eos_token_id',
+}
 _SIZES = ('vocab', 'dim', 'layers', 'heads', 'mlp_dim', 'positions', 'projection')
 
 PRESETS = {
@@ -98,6 +112,7 @@ PRESETS = {
 
 class TextTower(nn.Module):
     """Token ids [B L] -> features [B A], not normalised."""
+
     cfg: Config
 
     @nn.compact
@@ -107,12 +122,18 @@ class TextTower(nn.Module):
         if length > cfg.positions:
             raise ValueError(f'clip: got {length} tokens, expected at most {cfg.positions}')
         tokens = self.param('token_embedding', nn.initializers.normal(0.02), (cfg.vocab, cfg.dim))
-        places = self.param('position_embedding', nn.initializers.normal(0.01),
-                            (cfg.positions, cfg.dim))
+        places = self.param(
+            'position_embedding', nn.initializers.normal(0.01), (cfg.positions, cfg.dim)
+        )
         x = (jnp.take(tokens, ids, axis=0) + places[:length]).astype(cfg.dtype)
         causal = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, MASKED)[None, None]
-        layers = nn.scan(Layer, variable_axes={'params': 0}, split_rngs={'params': True},
-                         in_axes=nn.broadcast, length=cfg.layers)
+        layers = nn.scan(
+            Layer,
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
+            in_axes=nn.broadcast,
+            length=cfg.layers,
+        )
         x, _ = layers(cfg, name='layers')(x, causal)
         x = LayerNorm(cfg.eps, name='final_norm')(x)
         end = jnp.argmax(ids if cfg.eos == LEGACY_EOS else ids == cfg.eos, axis=1)
@@ -122,6 +143,7 @@ class TextTower(nn.Module):
 
 class Layer(nn.Module):
     """Causal self-attention, then the feed-forward."""
+
     cfg: Config
 
     @nn.compact
@@ -156,12 +178,15 @@ def shapes(cfg: Config) -> dict:
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:
     """Torch names of `CLIPTextModelWithProjection`; the image half of a whole CLIP is dropped."""
+
     def both(torch, ours, layout):
         layers = (0, cfg.layers) if '{i}' in torch else None
         leaf = 'scale' if layout == 'd -> d' else 'kernel'
         out = layout[-1]
-        return (Row(f'text_model.{torch}.weight', f'{ours}/{leaf}', layout, layers=layers),
-                Row(f'text_model.{torch}.bias', f'{ours}/bias', f'{out} -> {out}', layers=layers))
+        return (
+            Row(f'text_model.{torch}.weight', f'{ours}/{leaf}', layout, layers=layers),
+            Row(f'text_model.{torch}.bias', f'{ours}/bias', f'{out} -> {out}', layers=layers),
+        )
 
     layer = 'encoder.layers.{i}.'
     return (

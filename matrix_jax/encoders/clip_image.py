@@ -19,16 +19,16 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights import conversion
-from matrix_jax.weights.conversion import Drop, Row, check_sizes
 from matrix_jax.nn import initializers
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
+from matrix_jax.weights import conversion
+from matrix_jax.weights.conversion import Drop, Row, check_sizes
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-SHARPNESS = -0.75      # the cubic coefficient of PyTorch's resize
+SHARPNESS = -0.75  # the cubic coefficient of PyTorch's resize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Config:
       eps: of the norms.
       dtype: type of the multiplies and of the residual stream, as a numpy name.
     """
+
     image: int = 224
     patch: int = 14
     dim: int = 1280
@@ -59,11 +60,13 @@ class Config:
         if self.dim % self.heads:
             raise ValueError(f'clip.heads: {self.heads} does not divide width {self.dim}')
         if self.image % self.patch:
-            raise ValueError(f'clip.image: got {self.image}, expected a multiple of patch '
-                             f'{self.patch}')
+            raise ValueError(
+                f'clip.image: got {self.image}, expected a multiple of patch {self.patch}'
+            )
         if self.layers < 2:
-            raise ValueError(f'clip.layers: got {self.layers}, expected at least 2, as the last '
-                             'one is not used')
+            raise ValueError(
+                f'clip.layers: got {self.layers}, expected at least 2, as the last one is not used'
+            )
 
     @property
     def tokens(self) -> int:
@@ -78,27 +81,35 @@ class Config:
           ValueError: a size is missing or a key is unknown.
         """
         faults = [f'missing {key}' for key in _NAMES if key not in released]
-        faults += [f'unknown key {key}' for key in released
-                   if key not in _NAMES and key not in _IGNORED and not key.startswith('_')]
+        faults += [
+            f'unknown key {key}'
+            for key in released
+            if key not in _NAMES and key not in _IGNORED and not key.startswith('_')
+        ]
         if faults:
             raise ValueError('image encoder config: ' + '; '.join(faults))
         return cls(**{name: released[key] for key, name in _NAMES.items()})
 
     def to_released(self) -> dict:
         """The `config.json` of this tower; the published file of weights comes without one."""
-        return {'_class_name': 'VisionTransformer',
-                **{key: getattr(self, name) for key, name in _NAMES.items()}}
+        return {
+            '_class_name': 'VisionTransformer',
+            **{key: getattr(self, name) for key, name in _NAMES.items()},
+        }
 
 
 # Arguments of the published network; the last is the width of a projection that is not used.
-_NAMES = {'image_size': 'image', 'patch_size': 'patch', 'dim': 'dim', 'num_heads': 'heads',
-          'num_layers': 'layers', 'mlp_ratio': 'mlp_ratio'}
+_NAMES = {
+    'image_size': 'image',
+    'patch_size': 'patch',
+    'dim': 'dim',
+    'num_heads': 'heads',
+    'num_layers': 'layers',
+    'mlp_ratio': 'mlp_ratio',
+}
 _IGNORED = ('out_dim',)
 
-PRESETS = {
-    'vit_h_14': Config(),
-    'tiny': Config(image=28, dim=16, heads=2, layers=3, mlp_ratio=2),
-}
+PRESETS = {'vit_h_14': Config(), 'tiny': Config(image=28, dim=16, heads=2, layers=3, mlp_ratio=2)}
 
 
 def pixels(cfg: Config, images):
@@ -133,14 +144,16 @@ def cubic(size: int, target: int) -> np.ndarray:
 
 class ImageTower(nn.Module):
     """Pictures [B image image 3] of `pixels` -> tokens [B 1+patches D] before the last layer."""
+
     cfg: Config
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         cfg = self.cfg
         if images.shape[1:] != (cfg.image, cfg.image, 3):
-            raise ValueError(f'clip: got pictures {images.shape}, expected '
-                             f'[B {cfg.image} {cfg.image} 3]')
+            raise ValueError(
+                f'clip: got pictures {images.shape}, expected [B {cfg.image} {cfg.image} 3]'
+            )
         patches = rearrange(images, 'b (h p) (w q) c -> b (h w) (p q c)', p=cfg.patch, q=cfg.patch)
         x = Linear(cfg.dim, use_bias=False, dtype=cfg.dtype, name='patch')(patches)
         normal = nn.initializers.normal(0.02)
@@ -149,13 +162,15 @@ class ImageTower(nn.Module):
         first = jnp.broadcast_to(first, (x.shape[0], 1, cfg.dim))
         x = jnp.concatenate([first, x], axis=1) + places.astype(cfg.dtype)
         x = LayerNorm(cfg.eps, name='norm_in')(x).astype(cfg.dtype)
-        layers = nn.scan(Layer, variable_axes={'params': 0}, split_rngs={'params': True},
-                         length=cfg.layers - 1)
+        layers = nn.scan(
+            Layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=cfg.layers - 1
+        )
         return layers(cfg, name='layers')(x)[0]
 
 
 class Layer(nn.Module):
     """Self-attention, then the feed-forward."""
+
     cfg: Config
 
     @nn.compact
@@ -183,8 +198,12 @@ LAWS = (('*_embedding', initializers.normal(0.02)),)
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters."""
-    return conversion.unflatten({path: initializers.draw(LAWS, path, leaf.shape, (seed,))
-                              for path, leaf in conversion.flatten(shapes(cfg)).items()})
+    return conversion.unflatten(
+        {
+            path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+            for path, leaf in conversion.flatten(shapes(cfg)).items()
+        }
+    )
 
 
 def shapes(cfg: Config) -> dict:
@@ -195,17 +214,24 @@ def shapes(cfg: Config) -> dict:
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:
     """Names of the published `.pth`; its text half, last layer and projection are dropped."""
+
     def rows(torch, ours, axes):
         layers = (0, cfg.layers - 1) if '{i}' in torch else None
         leaf, out = 'kernel' if '->' in axes else 'scale', axes[-1]
         kernel = axes if '->' in axes else f'{axes} -> {axes}'
-        return (Row(f'visual.{torch}.weight', f'{ours}/{leaf}', kernel, layers=layers),
-                Row(f'visual.{torch}.bias', f'{ours}/bias', f'{out} -> {out}', layers=layers))
+        return (
+            Row(f'visual.{torch}.weight', f'{ours}/{leaf}', kernel, layers=layers),
+            Row(f'visual.{torch}.bias', f'{ours}/bias', f'{out} -> {out}', layers=layers),
+        )
 
     layer = 'transformer.{i}.'
     return (
-        Row('visual.patch_embedding.weight', 'patch/kernel', 'd c p q -> (p q c) d',
-            sizes={'p': cfg.patch, 'q': cfg.patch}),
+        Row(
+            'visual.patch_embedding.weight',
+            'patch/kernel',
+            'd c p q -> (p q c) d',
+            sizes={'p': cfg.patch, 'q': cfg.patch},
+        ),
         Row('visual.cls_embedding', 'class_embedding', '1 1 d -> d'),
         Row('visual.pos_embedding', 'position_embedding', '1 s d -> s d'),
         *rows('pre_norm', 'norm_in', 'd'),

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights.conversion import Drop, Row, check_sizes
 from matrix_jax.nn import token_layout
 from matrix_jax.nn.attention import self_attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.parallel.sharding import constrain
+from matrix_jax.weights.conversion import Drop, Row, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Config:
 
     `dtype` is the type of the multiplies and of the residual stream, as a numpy name.
     """
+
     vocab: int = 32128
     dim: int = 4096
     layers: int = 24
@@ -56,8 +57,9 @@ class Config:
             if released.get(key, wanted) != wanted:
                 raise ValueError(f't5 config.json: {key} is {released[key]!r}, expected {wanted!r}')
         if 'feed_forward_proj' not in released:  # the format's own default is plain relu
-            raise ValueError(f"t5 config.json: no 'feed_forward_proj', expected "
-                             f"{_FIXED['feed_forward_proj']!r}")
+            raise ValueError(
+                f"t5 config.json: no 'feed_forward_proj', expected {_FIXED['feed_forward_proj']!r}"
+            )
         missing = [key for name, key in _NAMES.items() if name in _SIZES and key not in released]
         if missing:
             raise ValueError(f't5 config.json: missing {", ".join(missing)}')
@@ -66,14 +68,29 @@ class Config:
     def to_released(self) -> dict:
         """What `text_encoder/config.json` says of this encoder."""
         sizes = {key: getattr(self, name) for name, key in _NAMES.items()}
-        return {'_class_name': 'T5EncoderModel', 'architectures': ['T5EncoderModel'],
-                'model_type': 't5', 'is_encoder_decoder': False, 'pad_token_id': 0,
-                'eos_token_id': 1, **_FIXED, **sizes}
+        return {
+            '_class_name': 'T5EncoderModel',
+            'architectures': ['T5EncoderModel'],
+            'model_type': 't5',
+            'is_encoder_decoder': False,
+            'pad_token_id': 0,
+            'eos_token_id': 1,
+            **_FIXED,
+            **sizes,
+        }
 
 
-_NAMES = {'vocab': 'vocab_size', 'dim': 'd_model', 'layers': 'num_layers', 'heads': 'num_heads',
-          'head_dim': 'd_kv', 'mlp_dim': 'd_ff', 'buckets': 'relative_attention_num_buckets',
-          'max_distance': 'relative_attention_max_distance', 'eps': 'layer_norm_epsilon'}
+_NAMES = {
+    'vocab': 'vocab_size',
+    'dim': 'd_model',
+    'layers': 'num_layers',
+    'heads': 'num_heads',
+    'head_dim': 'd_kv',
+    'mlp_dim': 'd_ff',
+    'buckets': 'relative_attention_num_buckets',
+    'max_distance': 'relative_attention_max_distance',
+    'eps': 'layer_norm_epsilon',
+}
 _SIZES = ('vocab', 'dim', 'layers', 'heads', 'head_dim', 'mlp_dim')
 _FIXED = {'feed_forward_proj': 'gated-gelu', 'dense_act_fn': 'gelu_new', 'is_gated_act': True}
 
@@ -81,13 +98,15 @@ PRESETS = {
     'v1_1_xxl': Config(),
     # 259 ids: the bytes of UTF-8 after pad, end and unknown (`tokenizers.write_byte_tokenizer`).
     'carracing': Config(vocab=259, dim=64, layers=2, heads=4, head_dim=16, mlp_dim=128),
-    'tiny': Config(vocab=259, dim=16, layers=2, heads=2, head_dim=8, mlp_dim=32, buckets=8,
-                   max_distance=16),
+    'tiny': Config(
+        vocab=259, dim=16, layers=2, heads=2, head_dim=8, mlp_dim=32, buckets=8, max_distance=16
+    ),
 }
 
 
 class T5Encoder(nn.Module):
     """Token ids [B L] -> features [B L D]."""
+
     cfg: Config
 
     @nn.compact
@@ -98,17 +117,24 @@ class T5Encoder(nn.Module):
         table = self.param('embedding', nn.initializers.normal(1.0), (cfg.vocab, cfg.dim))
         x = jnp.take(table, ids, axis=0).astype(cfg.dtype)
         x = constrain(x, 'batch', 'tokens', None)
-        bias = self.param('relative_bias', nn.initializers.normal(cfg.dim ** -0.5),
-                          (cfg.buckets, cfg.heads))
+        bias = self.param(
+            'relative_bias', nn.initializers.normal(cfg.dim**-0.5), (cfg.buckets, cfg.heads)
+        )
         bias = rearrange(bias[relative_buckets(ids.shape[1], cfg)], 'n s k -> 1 k n s')
-        layers = nn.scan(Layer, variable_axes={'params': 0}, split_rngs={'params': True},
-                         in_axes=nn.broadcast, length=cfg.layers)
+        layers = nn.scan(
+            Layer,
+            variable_axes={'params': 0},
+            split_rngs={'params': True},
+            in_axes=nn.broadcast,
+            length=cfg.layers,
+        )
         x, _ = layers(cfg, length, name='layers')(x, bias)
         return constrain(rms_norm(cfg, 'final_norm')(x), 'batch', None, None)[:, :length]
 
 
 class Layer(nn.Module):
     """Self-attention, then the gated feed-forward; tokens from `length` on are padding."""
+
     cfg: Config
     length: int
 
@@ -161,7 +187,7 @@ def init(cfg: Config, key) -> dict:
     """Fresh float32 parameters."""
     params = T5Encoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))['params']
     # Logits are not scaled by 1/sqrt(E); the queries start smaller instead.
-    params['layers']['q']['kernel'] *= cfg.head_dim ** -0.5
+    params['layers']['q']['kernel'] *= cfg.head_dim**-0.5
     return params
 
 
@@ -176,14 +202,19 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
     stack = (0, cfg.layers)
 
     def rows(torch, names, layout):
-        return [Row(f'{layer}{torch}.{name}.weight', f'layers/{name}/kernel', layout, layers=stack)
-                for name in names]
+        return [
+            Row(f'{layer}{torch}.{name}.weight', f'layers/{name}/kernel', layout, layers=stack)
+            for name in names
+        ]
 
     return (
         Row('shared.weight', 'embedding', 'v d -> v d'),
         Drop('encoder.embed_tokens.weight', why='tied: the same tensor as shared.weight'),
-        Row('encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
-            'relative_bias', 'r k -> r k'),
+        Row(
+            'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
+            'relative_bias',
+            'r k -> r k',
+        ),
         *rows('0.SelfAttention', 'qkv', 'k d -> d k'),
         *rows('0.SelfAttention', 'o', 'd k -> k d'),
         Row(f'{layer}0.layer_norm.weight', 'layers/norm_attention/scale', 'd -> d', layers=stack),

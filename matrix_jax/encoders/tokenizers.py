@@ -13,13 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-CLASSES = {'T5Tokenizer': 'T5Tokenizer', 'T5TokenizerFast': 'T5Tokenizer',
-           'ByT5Tokenizer': 'ByT5Tokenizer',
-           'CLIPTokenizer': 'CLIPTokenizer', 'CLIPTokenizerFast': 'CLIPTokenizer'}
+CLASSES = {
+    'T5Tokenizer': 'T5Tokenizer',
+    'T5TokenizerFast': 'T5Tokenizer',
+    'ByT5Tokenizer': 'ByT5Tokenizer',
+    'CLIPTokenizer': 'CLIPTokenizer',
+    'CLIPTokenizerFast': 'CLIPTokenizer',
+}
 # A folder is complete with any one of these sets.
-FILES = {'T5Tokenizer': (('tokenizer.json',), ('spiece.model',)),
-         'ByT5Tokenizer': ((),),
-         'CLIPTokenizer': (('tokenizer.json',), ('vocab.json', 'merges.txt'))}
+FILES = {
+    'T5Tokenizer': (('tokenizer.json',), ('spiece.model',)),
+    'ByT5Tokenizer': ((),),
+    'CLIPTokenizer': (('tokenizer.json',), ('vocab.json', 'merges.txt')),
+}
 START, END = '<|startoftext|>', '<|endoftext|>'
 
 
@@ -39,8 +45,9 @@ def load(folder: str | Path):
     except (ValueError, AttributeError) as error:
         raise ValueError(f'tokenizer: {config} is not a JSON object ({error})') from None
     if name not in CLASSES:
-        raise ValueError(f'tokenizer: {config} names class {name!r}, '
-                         f'expected one of {", ".join(CLASSES)}')
+        raise ValueError(
+            f'tokenizer: {config} names class {name!r}, expected one of {", ".join(CLASSES)}'
+        )
     sets = FILES[CLASSES[name]]
     if not any(all((folder / file).is_file() for file in files) for files in sets):
         wanted = ', or '.join(' and '.join(files) for files in sets)
@@ -62,12 +69,14 @@ def byte_pair():
         return load(text), load(control)
 
 
-def encode(tokenizer, prompts: Sequence[str],
-           length: int | None) -> tuple[np.ndarray, tuple[str, ...]]:
+def encode(
+    tokenizer, prompts: Sequence[str], length: int | None
+) -> tuple[np.ndarray, tuple[str, ...]]:
     """Prompts -> ids [B L] int32 and, for each prompt, the text that did not fit ('' = all fits).
 
     L is `length`, padded or cut with the end-of-text token kept; None pads to the longest prompt.
     """
+
     def ids(**options):
         return tokenizer(list(prompts), verbose=False, **options)['input_ids']
 
@@ -75,17 +84,25 @@ def encode(tokenizer, prompts: Sequence[str],
         return np.asarray(ids(padding='longest'), np.int32), ('',) * len(prompts)
     kept = ids(padding='max_length', truncation=True, max_length=length)
     # The last id of every prompt is its end of text, which stays.
-    cut = tuple(tokenizer.decode(whole[length - 1:-1]) if len(whole) > length else ''
-                for whole in ids())
+    cut = tuple(
+        tokenizer.decode(whole[length - 1 : -1]) if len(whole) > length else '' for whole in ids()
+    )
     return np.asarray(kept, np.int32), cut
 
 
 def write_byte_tokenizer(folder: str | Path, length: int = 226) -> int:
     """Writes a ByT5 tokenizer, which has no vocabulary file. Returns its number of ids: 259."""
     special = {'pad_token': '<pad>', 'eos_token': '</s>', 'unk_token': '<unk>'}
-    _write(folder, tokenizer_config={'tokenizer_class': 'ByT5Tokenizer', 'extra_ids': 0,
-                                     'additional_special_tokens': [],
-                                     'model_max_length': length, **special})
+    _write(
+        folder,
+        tokenizer_config={
+            'tokenizer_class': 'ByT5Tokenizer',
+            'extra_ids': 0,
+            'additional_special_tokens': [],
+            'model_max_length': length,
+            **special,
+        },
+    )
     return 256 + len(special)
 
 
@@ -98,9 +115,17 @@ def write_clip_byte_tokenizer(folder: str | Path, length: int = 77) -> int:
     letters = _byte_letters()
     words = [*letters, *(letter + '</w>' for letter in letters), START, END]
     special = {'bos_token': START, 'eos_token': END, 'unk_token': END, 'pad_token': END}
-    _write(folder, tokenizer_config={'tokenizer_class': 'CLIPTokenizer', 'model_max_length': length,
-                                     'do_lower_case': True, **special},
-           special_tokens_map=special, vocab={word: i for i, word in enumerate(words)})
+    _write(
+        folder,
+        tokenizer_config={
+            'tokenizer_class': 'CLIPTokenizer',
+            'model_max_length': length,
+            'do_lower_case': True,
+            **special,
+        },
+        special_tokens_map=special,
+        vocab={word: i for i, word in enumerate(words)},
+    )
     Path(folder, 'merges.txt').write_text('#version: 0.2\n', encoding='utf-8')
     return len(words)
 

@@ -38,16 +38,26 @@ class Players:
       lag: shifts from an action to the first frames that it binds.
     """
 
-    def __init__(self, recipe, count: int, entry: str, together: int, prompt: str | None,
-                 start: str | None, whole: bool, opened=None):
+    def __init__(
+        self,
+        recipe,
+        count: int,
+        entry: str,
+        together: int,
+        prompt: str | None,
+        start: str | None,
+        whole: bool,
+        opened=None,
+    ):
         if opened is None:
             recipe = recipe if isinstance(recipe, config.Run) else config.load(recipe)
             with config.door():
                 given = server.Config(players=count, entry=entry, together=together)
             self.slots, self.folder = server.open_slots(recipe, given)
         elif opened[0].count < count:
-            raise config.UsageError(f'opened: got {opened[0].count} slots, expected at least '
-                                    f'{count}')
+            raise config.UsageError(
+                f'opened: got {opened[0].count} slots, expected at least {count}'
+            )
         else:
             self.slots, self.folder = opened[0].blank(), opened[1]
         self.count, self.whole, self.lag = count, whole, self.slots.lag
@@ -62,10 +72,14 @@ class Players:
         """A new stream for a player; the frames are those that it continues."""
         choice = self._choice | (options or {})
         if set(choice) != CHOICES:
-            raise config.UsageError(f'options: got {", ".join(sorted(set(choice) - CHOICES))}; '
-                                    f'expected {" and ".join(sorted(CHOICES))}')
+            raise config.UsageError(
+                f'options: got {", ".join(sorted(set(choice) - CHOICES))}; '
+                f'expected {" and ".join(sorted(CHOICES))}'
+            )
         condition, self.frames[index] = self._condition(**choice)
-        self.slots.write(index, self.slots.begin(condition, int(random.integers(session_log.MAX_SEED))))
+        self.slots.write(
+            index, self.slots.begin(condition, int(random.integers(session_log.MAX_SEED)))
+        )
 
     def shift(self, actions, active) -> np.ndarray:
         """One shift of the active players [N] -> bool [N], whose world is no longer finite."""
@@ -73,10 +87,10 @@ class Players:
         for index, action in enumerate(actions):
             symbols[index] = self.slots.encode(self.choices[int(action)])
         mask = np.zeros(self.slots.count, bool)
-        mask[:self.count] = active
+        mask[: self.count] = active
         frames, finite = self.slots.step(symbols, mask)
-        self.frames[active] = np.asarray(frames)[:self.count][active]
-        return ~np.asarray(finite)[:self.count] & active
+        self.frames[active] = np.asarray(frames)[: self.count][active]
+        return ~np.asarray(finite)[: self.count] & active
 
     def observe(self) -> np.ndarray:
         """uint8 [N H W 3], or [N F H W 3] if whole."""
@@ -87,7 +101,7 @@ class Players:
         prompt, start = session_log.choose(self.slots.world, self.folder, prompt, start)
         clip = session_log.start_frames(self.slots, self.folder, start, None)
         per = self.slots.world.vocabulary.frames
-        shown = 1 + (cfg.stream.context - 1) * per          # the stream continues these
+        shown = 1 + (cfg.stream.context - 1) * per  # the stream continues these
         last = clip[np.maximum(np.arange(shown - frames, shown), 0)]
         return self.slots.condition(prompt, clip)[0], last
 
@@ -97,8 +111,9 @@ def _classes() -> dict:
     try:
         import gymnasium
     except ImportError:
-        raise config.UsageError('environments need gymnasium: pip install '
-                                "'matrix_jax[data]'") from None
+        raise config.UsageError(
+            "environments need gymnasium: pip install 'matrix_jax[data]'"
+        ) from None
 
     class WorldEnv(gymnasium.Env):
         """One player.
@@ -112,15 +127,26 @@ def _classes() -> dict:
           render_mode: None or 'rgb_array', which gives the last frame.
         """
 
-        def __init__(self, recipe=config.DEFAULT_WORLD, *, prompt=None, start=None, entry='head',
-                     whole=False, reward=None, render_mode=None, opened=None):
+        def __init__(
+            self,
+            recipe=config.DEFAULT_WORLD,
+            *,
+            prompt=None,
+            start=None,
+            entry='head',
+            whole=False,
+            reward=None,
+            render_mode=None,
+            opened=None,
+        ):
             _check_mode(render_mode)
             self.players = Players(recipe, 1, entry, 1, prompt, start, whole, opened)
             self.metadata, self.render_mode = self.players.metadata, render_mode
             self.reward = reward or (lambda before, action, after: 0.0)
             self.action_space = gymnasium.spaces.Discrete(len(self.players.choices))
             self.observation_space = gymnasium.spaces.Box(
-                0, 255, self.players.observe().shape[1:], np.uint8)
+                0, 255, self.players.observe().shape[1:], np.uint8
+            )
             self._seen = None
 
         def reset(self, *, seed=None, options=None):
@@ -157,28 +183,47 @@ def _classes() -> dict:
           The others as of `WorldEnv`; `reward` is called for each player.
         """
 
-        def __init__(self, num_envs, recipe=config.DEFAULT_WORLD, *, together=None, prompt=None,
-                     start=None, entry='head', whole=False, reward=None, render_mode=None,
-                     opened=None):
+        def __init__(
+            self,
+            num_envs,
+            recipe=config.DEFAULT_WORLD,
+            *,
+            together=None,
+            prompt=None,
+            start=None,
+            entry='head',
+            whole=False,
+            reward=None,
+            render_mode=None,
+            opened=None,
+        ):
             _check_mode(render_mode)
-            self.players = Players(recipe, num_envs, entry, together or num_envs, prompt, start,
-                                   whole, opened)
+            self.players = Players(
+                recipe, num_envs, entry, together or num_envs, prompt, start, whole, opened
+            )
             self.num_envs, self.render_mode = num_envs, render_mode
             self.metadata = self.players.metadata | {
-                'autoreset_mode': gymnasium.vector.AutoresetMode.NEXT_STEP}
+                'autoreset_mode': gymnasium.vector.AutoresetMode.NEXT_STEP
+            }
             self.reward = reward or (lambda before, action, after: 0.0)
             batched = gymnasium.vector.utils.batch_space
             self.single_action_space = gymnasium.spaces.Discrete(len(self.players.choices))
             self.action_space = batched(self.single_action_space, num_envs)
             self.single_observation_space = gymnasium.spaces.Box(
-                0, 255, self.players.observe().shape[1:], np.uint8)
+                0, 255, self.players.observe().shape[1:], np.uint8
+            )
             self.observation_space = batched(self.single_observation_space, num_envs)
             self._randoms, self._seen = [None] * num_envs, None
 
         def reset(self, *, seed=None, options=None):
             """`seed` is one for all, which counts on, or a list -> (observations, info)."""
-            seeds = (list(range(seed, seed + self.num_envs)) if isinstance(seed, int)
-                     else [None] * self.num_envs if seed is None else list(seed))
+            seeds = (
+                list(range(seed, seed + self.num_envs))
+                if isinstance(seed, int)
+                else [None] * self.num_envs
+                if seed is None
+                else list(seed)
+            )
             if len(seeds) != self.num_envs:
                 raise config.UsageError(f'seed: got {len(seeds)}, expected {self.num_envs}')
             for index, one in enumerate(seeds):
@@ -200,10 +245,17 @@ def _classes() -> dict:
             self._over = self.players.shift(actions, going)
             before, self._seen = self._seen, self.players.observe()
             self._shift = np.where(going, self._shift + 1, 0)
-            rewards = [self.reward(*row) if on else 0.0
-                       for on, *row in zip(going, before, actions, self._seen)]
-            return (self._seen.copy(), np.array(rewards, np.float64), self._over.copy(),
-                    np.zeros(self.num_envs, bool), self._info())
+            rewards = [
+                self.reward(*row) if on else 0.0
+                for on, *row in zip(going, before, actions, self._seen)
+            ]
+            return (
+                self._seen.copy(),
+                np.array(rewards, np.float64),
+                self._over.copy(),
+                np.zeros(self.num_envs, bool),
+                self._info(),
+            )
 
         def render(self):
             """The last frame of each player."""
@@ -211,12 +263,16 @@ def _classes() -> dict:
 
         def _info(self):
             known = np.ones(self.num_envs, bool)
-            return {'shift': self._shift.copy(), '_shift': known,
-                    'lag': np.full(self.num_envs, self.players.lag), '_lag': known}
+            return {
+                'shift': self._shift.copy(),
+                '_shift': known,
+                'lag': np.full(self.num_envs, self.players.lag),
+                '_lag': known,
+            }
 
     found = {one.__name__: one for one in (WorldEnv, WorldVectorEnv)}
     for name, one in found.items():
-        one.__qualname__ = name            # so that they pickle by name
+        one.__qualname__ = name  # so that they pickle by name
     return found
 
 

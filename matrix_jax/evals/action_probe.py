@@ -17,8 +17,12 @@ import numpy as np
 from matrix_jax.data.records import KEYS, Clip
 from matrix_jax.evals import control
 
-AXES = {'yaw': {1: 'right', 0: 'none', -1: 'left'}, 'pitch': {1: 'up', 0: 'none', -1: 'down'},
-        'ahead': {1: 'W', 0: 'none', -1: 'S'}, 'side': {1: 'D', 0: 'none', -1: 'A'}}
+AXES = {
+    'yaw': {1: 'right', 0: 'none', -1: 'left'},
+    'pitch': {1: 'up', 0: 'none', -1: 'down'},
+    'ahead': {1: 'W', 0: 'none', -1: 'S'},
+    'side': {1: 'D', 0: 'none', -1: 'A'},
+}
 STILL = 0.02  # of the mouse: below, it is not asked to turn
 W, S, A, D = (KEYS.index(key) for key in 'WSAD')
 
@@ -26,6 +30,7 @@ W, S, A, D = (KEYS.index(key) for key in 'WSAD')
 @dataclasses.dataclass(frozen=True)
 class Config(control.Config):
     """The probe of keyboard and mouse; `scale` is of AXES, a turning key and a key."""
+
     scale: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)
     steps: int = 2400
     parity: ClassVar[tuple[int, ...]] = (-1, 1, 1, -1)
@@ -40,14 +45,18 @@ def axes(keyboard, mouse) -> np.ndarray:
 
 def examples(cfg: Config, clips: Iterable, skip: int = 0) -> control.Examples:
     """Windows of clips (frames uint8 [F H W 3], axes [F 4]); see `control.examples`."""
-    return control.examples(cfg, ((frames, asked, asked) for frames, asked in clips), skip,
-                            range(len(AXES)))
+    return control.examples(
+        cfg, ((frames, asked, asked) for frames, asked in clips), skip, range(len(AXES))
+    )
 
 
 def recorded(clips: Iterable[Clip]):
     """(frames, axes) of the clips whose keys and mouse are known."""
-    return ((clip.frames, axes(clip.keyboard, clip.mouse)) for clip in clips
-            if clip.knows('keyboard') and clip.knows('mouse'))
+    return (
+        (clip.frames, axes(clip.keyboard, clip.mouse))
+        for clip in clips
+        if clip.knows('keyboard') and clip.knows('mouse')
+    )
 
 
 def sides(asked) -> np.ndarray:
@@ -55,14 +64,19 @@ def sides(asked) -> np.ndarray:
     return (np.sign(asked) * (np.abs(asked) >= STILL)).astype(int)
 
 
-def train(cfg: Config, data: control.Examples, windows: int = 3000,
-          progress: Callable = lambda steps: steps):
+def train(
+    cfg: Config,
+    data: control.Examples,
+    windows: int = 3000,
+    progress: Callable = lambda steps: steps,
+):
     """(parameters, limits [4] that tell each axis' sides from none) of a probe for examples."""
     params = control.train(cfg, data, progress)
     some = control.sample(data, windows)
     found = control.read(cfg, params, some) / cfg.scale
-    return params, [control.threshold(*one) for one in zip(found.T, sides(some.controls).T,
-                                                           strict=True)]
+    return params, [
+        control.threshold(*one) for one in zip(found.T, sides(some.controls).T, strict=True)
+    ]
 
 
 def obedience(cfg: Config, probe, data: control.Examples) -> dict[str, dict[str, float]]:
@@ -80,6 +94,7 @@ def obedience(cfg: Config, probe, data: control.Examples) -> dict[str, dict[str,
         side = sides(data.controls)[:, index]
         result[name] = control.score(found[:, index], side, limits[index], names)
         if side.any():
-            result[name]['slope'] = float(found[:, index] @ asked[:, index]
-                                          / (asked[:, index] @ asked[:, index]))
+            result[name]['slope'] = float(
+                found[:, index] @ asked[:, index] / (asked[:, index] @ asked[:, index])
+            )
     return result

@@ -41,6 +41,7 @@ class Config:
       seed: of starts, scripts and noise.
       probe: the inverse-dynamics probe.
     """
+
     seconds: int = 30
     drive_seconds: int = 60
     long_seconds: int = 0
@@ -57,8 +58,9 @@ class Config:
 
 def quick(cfg: Config) -> Config:
     """A look in a few minutes; the numbers are rough."""
-    return dataclasses.replace(cfg, seconds=8, drive_seconds=15, streams=2, clips=3,
-                               times=(1.0, 4.0, 8.0))
+    return dataclasses.replace(
+        cfg, seconds=8, drive_seconds=15, streams=2, clips=3, times=(1.0, 4.0, 8.0)
+    )
 
 
 def recorded(world, data: str, cfg: Config) -> Clips:
@@ -69,8 +71,10 @@ def recorded(world, data: str, cfg: Config) -> Clips:
     """
     stream = world.cfg.stream
     if stream.group_frames != 1:
-        raise UsageError(f'stream.group_frames: got {stream.group_frames}, expected 1: the driver '
-                         'presses a key per latent frame')
+        raise UsageError(
+            f'stream.group_frames: got {stream.group_frames}, expected 1: the driver '
+            'presses a key per latent frame'
+        )
     return Clips(data, 'heldout', cfg.clip_frames, THEMES, cache=False)
 
 
@@ -101,9 +105,18 @@ def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, ou
     loop, drives = closed_loop(world, params, game, starts, cfg)
     yield 'closed_loop', loop
     measures = [driver.measures(start.theme) for start in starts]
-    yield 'drive_drift', {name: drifts.seconds(
-        [frames for frames, _ in drives[name]], [frames for frames, _ in drives['game']],
-        measures, world.cfg.fps) for name in ('world', 'game')}
+    yield (
+        'drive_drift',
+        {
+            name: drifts.seconds(
+                [frames for frames, _ in drives[name]],
+                [frames for frames, _ in drives['game']],
+                measures,
+                world.cfg.fps,
+            )
+            for name in ('world', 'game')
+        },
+    )
     draw_drives(drives, cfg, world.cfg.fps, out)
     if cfg.long_seconds:
         yield 'long', long_drive(world, params, game, starts[:1], cfg, out)
@@ -120,23 +133,29 @@ def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: 
         train = control.examples(cfg.probe, map(_example, _each(recorded)))
         params = control.train(cfg.probe, train, bar('probe'))
         some = control.sample(train, cfg.windows)
-        limit = control.threshold(control.read(cfg.probe, params, some)[:, 0],
-                                  control.STEER[some.controls])
+        limit = control.threshold(
+            control.read(cfg.probe, params, some)[:, 0], control.STEER[some.controls]
+        )
         control.save(path, cfg.probe, params, limit)
         found = params, limit
     params, limit = found
     clips = list(_each(held_out))
     scores = {}
-    for name, given in (('real', [_example(clip) for clip in clips]),
-                        ('reconstructed', _rebuilt_examples(clips, rebuilt, context, cfg))):
+    for name, given in (
+        ('real', [_example(clip) for clip in clips]),
+        ('reconstructed', _rebuilt_examples(clips, rebuilt, context, cfg)),
+    ):
         test = control.sample(control.examples(cfg.probe, given), cfg.windows)
         seen = control.read(cfg.probe, params, test)
         error = seen - test.truth
         fit = float(np.sum(seen[:, 0] * test.truth[:, 0]) / np.sum(test.truth[:, 0] ** 2))
         side = control.STEER[test.controls]
-        scores[name] = {**control.score(seen[:, 0], side, limit), 'yaw_slope': fit,
-                        'yaw_error': float(np.abs(error[:, 0]).mean()),
-                        'speed_error': float(np.abs(error[:, 1]).mean())}
+        scores[name] = {
+            **control.score(seen[:, 0], side, limit),
+            'yaw_slope': fit,
+            'yaw_error': float(np.abs(error[:, 0]).mean()),
+            'speed_error': float(np.abs(error[:, 1]).mean()),
+        }
     return found, {'threshold': limit, **scores}
 
 
@@ -152,8 +171,11 @@ def _rebuilt_examples(clips, rebuilt, context: int, cfg: Config):
     first = FRAMES_PER_CONTROL * (context - 1) + 1
     for index, frames in zip(spread(clips, len(rebuilt)), rebuilt, strict=True):
         clip = clips[index]
-        yield (np.concatenate([clip.frames[:first], frames]), clip.controls[:cfg.clip_frames],
-               clip.telemetry[:cfg.clip_frames])
+        yield (
+            np.concatenate([clip.frames[:first], frames]),
+            clip.controls[: cfg.clip_frames],
+            clip.telemetry[: cfg.clip_frames],
+        )
 
 
 # --- scripted keys ---------------------------------------------------------------------------
@@ -178,12 +200,17 @@ def obedience(cfg: Config, probe, scripted: dict[str, Scripted], context: int) -
 
 def _obeyed(made, real, controls, limit) -> dict:
     pedals = np.array([SYMBOLS[index][0] for index in controls])
-    speeds = {pedal: [float(seen[pedals == pedal, 1].mean()) for seen in (made, real)]
-              for pedal in np.unique(pedals)}
+    speeds = {
+        pedal: [float(seen[pedals == pedal, 1].mean()) for seen in (made, real)]
+        for pedal in np.unique(pedals)
+    }
     side = control.STEER[controls]
-    return {'generated': control.score(made[:, 0], side, limit),
-            'real': control.score(real[:, 0], side, limit),
-            **control.gain(made[:, 0], real[:, 0], side), 'speed': speeds}
+    return {
+        'generated': control.score(made[:, 0], side, limit),
+        'real': control.score(real[:, 0], side, limit),
+        **control.gain(made[:, 0], real[:, 0], side),
+        'speed': speeds,
+    }
 
 
 def drift(scripted: dict[str, Scripted], starts, fps: int) -> dict:
@@ -191,14 +218,17 @@ def drift(scripted: dict[str, Scripted], starts, fps: int) -> dict:
     measures = [driver.measures(start.theme) for start in starts]
     result = {}
     for name, one in scripted.items():
-        made, real = one.made[:, one.context:], one.real[:, one.context:]
-        result[name] = {'generated': drifts.seconds(made, real, measures, fps),
-                        'real': drifts.seconds(real, real, measures, fps)}
+        made, real = one.made[:, one.context :], one.real[:, one.context :]
+        result[name] = {
+            'generated': drifts.seconds(made, real, measures, fps),
+            'real': drifts.seconds(real, real, measures, fps),
+        }
     return result
 
 
-def fidelity(cfg: Config, probe, scripted: dict[str, Scripted], held_out: Clips,
-             context: int) -> dict:
+def fidelity(
+    cfg: Config, probe, scripted: dict[str, Scripted], held_out: Clips, context: int
+) -> dict:
     """RFD, the Frechet distance on the probe's own features, and seams; each with its ceiling.
 
     The ceiling of the RFD is that of held-out clips to the game under the same keys.
@@ -211,29 +241,45 @@ def fidelity(cfg: Config, probe, scripted: dict[str, Scripted], held_out: Clips,
 
     found = {}
     for kind in ('made', 'real'):
-        found[kind] = features([(frames, indices(keys), None) for one in scripted.values()
-                                for frames, keys in zip(getattr(one, kind), one.keys, strict=True)],
-                               context + cfg.settle)
+        found[kind] = features(
+            [
+                (frames, indices(keys), None)
+                for one in scripted.values()
+                for frames, keys in zip(getattr(one, kind), one.keys, strict=True)
+            ],
+            context + cfg.settle,
+        )
     clips = features(map(_example, _each(held_out)), 0)
     shift = FRAMES_PER_CONTROL
-    return {'rfd': drifts.frechet(found['made'], found['real']),
-            'rfd_real': drifts.frechet(clips, found['real']),
-            **{name: drifts.seams(getattr(scripted['mixed'], kind)[:, scripted['mixed'].context:],
-                                  shift)
-               for name, kind in (('seams', 'made'), ('seams_real', 'real'))}}
+    return {
+        'rfd': drifts.frechet(found['made'], found['real']),
+        'rfd_real': drifts.frechet(clips, found['real']),
+        **{
+            name: drifts.seams(
+                getattr(scripted['mixed'], kind)[:, scripted['mixed'].context :], shift
+            )
+            for name, kind in (('seams', 'made'), ('seams_real', 'real'))
+        },
+    }
 
 
 def speed(world, params, game, start, cfg: Config, shifts: int = 40) -> dict:
     """Frames per second of one stream on this machine, after compilation, decoder included."""
     streams = Streams(world, params, 'head')
     frames, keys, _ = driver.begin(game, start, world.cfg.stream.frames)
-    carry = streams.start([driver.THEMES[start.theme].captions[0]], frames[None],
-                          indices(keys[:streams.cfg.remembered])[None], cfg.seed)
+    carry = streams.start(
+        [driver.THEMES[start.theme].captions[0]],
+        frames[None],
+        indices(keys[: streams.cfg.remembered])[None],
+        cfg.seed,
+    )
     straight = np.full((1, 1), SYMBOLS.index('D'), np.int32)
     found = streams.pace(carry, straight, straight, shifts)
-    return {'fps': found['fps'],
-            'calls_per_shift': world.cfg.stream.steps // world.cfg.stream.groups,
-            'shift_ms': found['shift_ms']}
+    return {
+        'fps': found['fps'],
+        'calls_per_shift': world.cfg.stream.steps // world.cfg.stream.groups,
+        'shift_ms': found['shift_ms'],
+    }
 
 
 # --- the closed loop -------------------------------------------------------------------------
@@ -248,11 +294,14 @@ def closed_loop(world, params, game, starts, cfg: Config):
     drives, truth, seen = {}, [], []
     # The world is entered where its window's newest clean frame is: the same place in the game.
     ahead = stream.frames - stream.context
-    for name, way, key in (('game', plain, None), ('game, late keys', lagged, None),
-                           ('game, D held', plain, 'D')):
+    for name, way, key in (
+        ('game', plain, None),
+        ('game, late keys', lagged, None),
+        ('game, D held', plain, 'D'),
+    ):
         drives[name] = []
         for start in starts:
-            place = dataclasses.replace(start, keys=start.keys[:len(start.keys) - ahead + way.lag])
+            place = dataclasses.replace(start, keys=start.keys[: len(start.keys) - ahead + way.lag])
             frames, telemetry, keys = driver.drive_game(game, place, way, holds, key)
             drives[name].append((frames, keys))
             truth.append(telemetry[:, 0] >= 0.5)
@@ -260,16 +309,23 @@ def closed_loop(world, params, game, starts, cfg: Config):
     begun = [driver.begin(game, start, stream.frames) for start in starts]
     for name, key in (('world', None), ('world, D held', 'D')):
         drives[name] = drive_world(streams, starts, begun, lagged, holds, key, cfg.seed)
-    scores = {name: _mean([driver.judge(frames, start.theme)
-                           for (frames, _), start in zip(videos, starts, strict=True)])
-              for name, videos in drives.items()}
+    scores = {
+        name: _mean(
+            [
+                driver.judge(frames, start.theme)
+                for (frames, _), start in zip(videos, starts, strict=True)
+            ]
+        )
+        for name, videos in drives.items()
+    }
     scores['judge_agrees'] = float(np.mean(np.concatenate(truth) == np.concatenate(seen)))
     scores['seconds'] = cfg.drive_seconds
     return scores, drives
 
 
-def drive_world(streams: Streams, starts, begun, cfg: driver.Config, holds: int, key: str | None,
-                seed: int):
+def drive_world(
+    streams: Streams, starts, begun, cfg: driver.Config, holds: int, key: str | None, seed: int
+):
     """Drives the world from starts -> per stream (frames uint8 [F H W 3], keys).
 
     Args:
@@ -280,9 +336,11 @@ def drive_world(streams: Streams, starts, begun, cfg: driver.Config, holds: int,
     clips = np.stack([frames for frames, _, _ in begun])
     symbols = [keys for _, keys, _ in begun]
     last = per * (context - 1)
-    drivers = [driver.FrameDriver(cfg, start.theme, keys[context:context + lag], states[last, 2])
-               for start, keys, (_, _, states) in zip(starts, symbols, begun, strict=True)]
-    pressed = [keys[context:context + lag] for keys in symbols]
+    drivers = [
+        driver.FrameDriver(cfg, start.theme, keys[context : context + lag], states[last, 2])
+        for start, keys, (_, _, states) in zip(starts, symbols, begun, strict=True)
+    ]
+    pressed = [keys[context : context + lag] for keys in symbols]
 
     def choose(_, newest):
         views = clips[:, last] if newest is None else newest[:, -1]
@@ -291,7 +349,7 @@ def drive_world(streams: Streams, starts, begun, cfg: driver.Config, holds: int,
         return np.stack([indices(keys[-1:]) for keys in pressed])
 
     prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
-    first = np.stack([indices(keys[:streams.cfg.remembered]) for keys in symbols])
+    first = np.stack([indices(keys[: streams.cfg.remembered]) for keys in symbols])
     shown = streams.run(streams.start(prompts, clips, first, seed), choose, holds, bar('drive'))
     return [(frames, keys[:holds]) for frames, keys in zip(shown, pressed, strict=True)]
 
@@ -303,14 +361,21 @@ def long_drive(world, params, game, starts, cfg: Config, out: Path) -> dict:
     lagged = driver.Config(cruise=cfg.cruise, lag=streams.lag)
     holds = cfg.long_seconds * fps // FRAMES_PER_CONTROL
     begun = [driver.begin(game, start, stream.frames) for start in starts]
-    (frames, _), = drive_world(streams, starts, begun, lagged, holds, None, cfg.seed)
+    ((frames, _),) = drive_world(streams, starts, begun, lagged, holds, None, cfg.seed)
     found = drifts.seconds([frames], [begun[0][0]], [driver.measures(starts[0].theme)], fps)
     found['on_road'] = by_second(driver.on_road(frames, starts[0].theme), fps).tolist()
     times = np.linspace(2, cfg.long_seconds, 16)
     video.write_image(out / 'long.png', sheet([frames], times, fps, width=160))
-    return {'seconds': cfg.long_seconds, **{
-        name: [round(float(np.mean(values[at:at + 60])), 3)
-               for at in range(0, cfg.long_seconds, 60)] for name, values in found.items()}}
+    return {
+        'seconds': cfg.long_seconds,
+        **{
+            name: [
+                round(float(np.mean(values[at : at + 60])), 3)
+                for at in range(0, cfg.long_seconds, 60)
+            ]
+            for name, values in found.items()
+        },
+    }
 
 
 def _mean(scores: list[dict]) -> dict:
@@ -324,13 +389,15 @@ def _mean(scores: list[dict]) -> dict:
 def draw_scripts(scripted: dict[str, Scripted], cfg: Config, fps: int, out: Path):
     """One contact sheet per start: a row per script, a column per time; and those of the game."""
     per = FRAMES_PER_CONTROL
-    keys = {name: [np.repeat(keys, per)[per - 1:] for keys in one.keys]
-            for name, one in scripted.items()}
+    keys = {
+        name: [np.repeat(keys, per)[per - 1 :] for keys in one.keys]
+        for name, one in scripted.items()
+    }
     for index in range(len(scripted['left'].made)):
-        rows = [one.made[index, one.context:] for one in scripted.values()]
-        drawn = [list(keys[name][index][one.context:]) for name, one in scripted.items()]
+        rows = [one.made[index, one.context :] for one in scripted.values()]
+        drawn = [list(keys[name][index][one.context :]) for name, one in scripted.items()]
         video.write_image(out / f'scripts-{index}.png', sheet(rows, cfg.times, fps, drawn))
-        rows = [one.real[index, one.context:] for one in scripted.values()]
+        rows = [one.real[index, one.context :] for one in scripted.values()]
         video.write_image(out / f'scripts-{index}-real.png', sheet(rows, cfg.times, fps, drawn))
 
 

@@ -43,6 +43,7 @@ class Config:
       parity: what a mirror makes of each: 1 or -1.
       steps, batch, learning_rate, seed: of the training.
     """
+
     frames: int = 9
     shrink: int = 2
     widths: tuple[int, ...] = (24, 48, 64)
@@ -58,6 +59,7 @@ class Config:
 class Probe(nn.Module):
     """Grey windows [B H W F] in [0, 1] -> (turn rate, speed) [B 2], or what else the config has a
     scale for, in units of `cfg.scale`."""
+
     cfg: Config
 
     def setup(self):
@@ -90,6 +92,7 @@ class Examples:
       truth: float32 [M 2], mean turn rate and speed over that latent frame, or what the probe reads
         in their place; nan if unknown.
     """
+
     grey: np.ndarray
     ends: np.ndarray
     controls: np.ndarray
@@ -103,8 +106,9 @@ def shrink(frames, factor: int) -> np.ndarray:
     return np.round(grey).astype(np.uint8)
 
 
-def examples(cfg: Config, clips: Iterable, skip: int = 0,
-             columns: Sequence[int] = MOTION) -> Examples:
+def examples(
+    cfg: Config, clips: Iterable, skip: int = 0, columns: Sequence[int] = MOTION
+) -> Examples:
     """Windows of all latent frames of clips that have `cfg.frames` frames up to their own end.
 
     Args:
@@ -120,8 +124,10 @@ def examples(cfg: Config, clips: Iterable, skip: int = 0,
         first = max(-(-(cfg.frames - 1) // per), skip, 1)
         last = per * np.arange(first, len(controls))
         if len(frames) < 1 + per * (len(controls) - 1):
-            raise ValueError(f'examples: got {len(frames)} frames for {len(controls)} controls, '
-                             f'expected {1 + per * (len(controls) - 1)}')
+            raise ValueError(
+                f'examples: got {len(frames)} frames for {len(controls)} controls, '
+                f'expected {1 + per * (len(controls) - 1)}'
+            )
         grey.append(shrink(frames, cfg.shrink))
         ends.append(start + last)
         keys.append(controls[first:])
@@ -163,6 +169,7 @@ def train(cfg: Config, data: Examples, progress: Callable = lambda steps: steps)
         def loss(params):
             found = net.apply({'params': params}, x)
             return optax.huber_loss(found, target, delta=0.3).mean()
+
         value, grads = jax.value_and_grad(loss)(params)
         updates, state = optimizer.update(grads, state, params)
         return optax.apply_updates(params, updates), state, value
@@ -238,8 +245,12 @@ def score(turn, side, limit: float, names: dict[int, str] = SIDES) -> dict[str, 
     """
     found = steers(turn, limit)
     sides = {names[one]: float(np.mean(found[side == one] == one)) for one in np.unique(side)}
-    return {'accuracy': float(np.mean(found == side)), 'balanced': balanced(found, side),
-            'shuffled': shuffled(found, side), **sides}
+    return {
+        'accuracy': float(np.mean(found == side)),
+        'balanced': balanced(found, side),
+        'shuffled': shuffled(found, side),
+        **sides,
+    }
 
 
 def gain(turn, reference, side) -> dict[str, float]:
@@ -265,8 +276,11 @@ def save(path, cfg: Config, params, limit):
     """Writes a trained probe to one file; `limit` is one threshold or a list of them."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    state = {'config': repr(cfg), 'threshold': np.asarray(limit, float).tolist(),
-             'params': jax.tree.map(np.asarray, params)}
+    state = {
+        'config': repr(cfg),
+        'threshold': np.asarray(limit, float).tolist(),
+        'params': jax.tree.map(np.asarray, params),
+    }
     part = path.with_suffix('.part')
     part.write_bytes(serialization.msgpack_serialize(state))
     part.replace(path)
@@ -281,4 +295,3 @@ def load(path, cfg: Config):
     if state['config'] != repr(cfg):
         return None
     return state['params'], state['threshold']
-

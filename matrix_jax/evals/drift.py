@@ -12,8 +12,13 @@ import numpy as np
 from matrix_jax.evals.video import by_second
 
 # Of linear sRGB (D65) to XYZ, over the white point: CIE 1976 L*a*b*.
-XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
-                [0.0193339, 0.1191920, 0.9503041]]) / np.array([[0.95047], [1.0], [1.08883]])
+XYZ = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
+) / np.array([[0.95047], [1.0], [1.08883]])
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -22,8 +27,10 @@ def lab(colors) -> np.ndarray:
     light = np.asarray(colors, np.float64) / 255
     light = np.where(light <= 0.04045, light / 12.92, ((light + 0.055) / 1.055) ** 2.4)
     x, y, z = np.moveaxis(light @ XYZ.T, -1, 0)
-    x, y, z = (np.where(part > 216 / 24389, np.cbrt(part), (24389 / 27 * part + 16) / 116)
-               for part in (x, y, z))
+    x, y, z = (
+        np.where(part > 216 / 24389, np.cbrt(part), (24389 / 27 * part + 16) / 116)
+        for part in (x, y, z)
+    )
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
@@ -37,10 +44,11 @@ def sharpness(frames) -> np.ndarray:
 
 
 def change(frames) -> np.ndarray:
-    """Frames uint8 [F H W 3] -> how far each is from the one before [F], 0 .. 255; 0 of the first.
-    """
-    steps = [np.abs(np.subtract(after, before, dtype=np.float32)).mean()
-             for before, after in zip(frames, frames[1:], strict=False)]
+    """Frames uint8 [F H W 3] -> how far each is from the one before [F], 0 .. 255; 0 of the first."""
+    steps = [
+        np.abs(np.subtract(after, before, dtype=np.float32)).mean()
+        for before, after in zip(frames, frames[1:], strict=False)
+    ]
     return np.array([0, *steps], np.float32)
 
 
@@ -49,8 +57,12 @@ def mean_color(frames) -> np.ndarray:
     return frames.reshape(len(frames), -1, 3).mean(axis=1)
 
 
-def seconds(videos: Sequence[np.ndarray], reference: Sequence[np.ndarray],
-            own: Sequence[Mapping[str, Callable]], fps: int) -> dict[str, list[float]]:
+def seconds(
+    videos: Sequence[np.ndarray],
+    reference: Sequence[np.ndarray],
+    own: Sequence[Mapping[str, Callable]],
+    fps: int,
+) -> dict[str, list[float]]:
     """Means over videos, by second.
 
     Args:
@@ -66,8 +78,10 @@ def seconds(videos: Sequence[np.ndarray], reference: Sequence[np.ndarray],
     for frames, real, measures in zip(videos, reference, own, strict=True):
         shown = by_second(mean_color(frames).T, fps).T
         apart = lab(shown) - lab(mean_color(real).mean(axis=0))
-        values = {name: by_second(measure(frames), fps)
-                  for name, measure in (*measures.items(), ('sharpness', sharpness))}
+        values = {
+            name: by_second(measure(frames), fps)
+            for name, measure in (*measures.items(), ('sharpness', sharpness))
+        }
         for name, value in (*values.items(), ('color', np.linalg.norm(apart, axis=-1))):
             found.setdefault(name, []).append(value)
     return {name: np.mean(values, axis=0).round(3).tolist() for name, values in found.items()}

@@ -36,7 +36,7 @@ def classes(frames, theme: str) -> np.ndarray:
     """Pixels uint8 [... 3] -> index of the nearest colour of `palette` [...]."""
     colors = palette(theme)
     # |x - c|^2 less |x|^2, which is the same for all colours.
-    return np.argmin((colors ** 2).sum(-1) - 2 * (frames.astype(np.float32) @ colors.T), axis=-1)
+    return np.argmin((colors**2).sum(-1) - 2 * (frames.astype(np.float32) @ colors.T), axis=-1)
 
 
 def road(frames, theme: str) -> np.ndarray:
@@ -74,15 +74,18 @@ def car_seen(frames, least: float = 5) -> np.ndarray:
 def measures(theme: str) -> dict:
     """What `drift.seconds` measures besides: road (share of the picture), car (share of frames that
     show it) and palette (share of pixels near the theme's colours)."""
-    return {'road': partial(road_area, theme=theme), 'car': car_seen,
-            'palette': partial(palette_match, theme=theme)}
+    return {
+        'road': partial(road_area, theme=theme),
+        'car': car_seen,
+        'palette': partial(palette_match, theme=theme),
+    }
 
 
 def palette_match(frames, theme: str, near: float = 40.0) -> np.ndarray:
     """Frames uint8 [... H W 3] -> share of pixels near road, ground or patch colour [...]."""
     colors, pixels = palette(theme)[:3], frames.astype(np.float32)
-    apart = (pixels ** 2).sum(-1) + ((colors ** 2).sum(-1) - 2 * pixels @ colors.T).min(-1)
-    return (apart < near ** 2).mean(axis=(-2, -1))
+    apart = (pixels**2).sum(-1) + ((colors**2).sum(-1) - 2 * pixels @ colors.T).min(-1)
+    return (apart < near**2).mean(axis=(-2, -1))
 
 
 # --- the driver ------------------------------------------------------------------------------
@@ -99,6 +102,7 @@ class Config:
       holds: key holds of a plan beyond the lag.
       change: cost of each change of the steering key.
     """
+
     lag: int = 0
     cruise: float = 20.0
     holds: int = 3
@@ -143,10 +147,11 @@ class FrameDriver:
         """(first steering of the best plan, its mean cost) on a road mask [H W]."""
         given = [steering(symbol) for symbol in self.given]
         plans = np.concatenate(
-            [np.broadcast_to(given, (len(self.plans), len(given))), self.plans], axis=1)
-        points = paths(plans, self.speed)[:, 2 * len(given):]
+            [np.broadcast_to(given, (len(self.plans), len(given))), self.plans], axis=1
+        )
+        points = paths(plans, self.speed)[:, 2 * len(given) :]
         cost = off_road(mask, points)
-        change = np.abs(np.diff(plans[:, max(len(given) - 1, 0):], axis=1)).sum(axis=1)
+        change = np.abs(np.diff(plans[:, max(len(given) - 1, 0) :], axis=1)).sum(axis=1)
         total = cost + self.cfg.change * (change + 0.5 * np.abs(self.plans).mean(axis=1))
         best = int(np.argmin(total))
         return int(self.plans[best, 0]), float(cost[best])
@@ -192,7 +197,7 @@ def off_road(mask, points) -> np.ndarray:
     if not len(where):
         return np.zeros(len(points))
     offsets = points.reshape(-1, 1, 2).astype(np.float32) - where.astype(np.float32)
-    apart = np.sqrt((offsets ** 2).sum(-1).min(axis=-1)).reshape(points.shape[:2])
+    apart = np.sqrt((offsets**2).sum(-1).min(axis=-1)).reshape(points.shape[:2])
     row, column = np.round(points).astype(int).transpose(2, 0, 1)
     near = np.minimum(blur(mask, 6)[row, column], 0.5)
     wide = blur(mask, 8)[row, column]
@@ -205,8 +210,12 @@ def blur(mask, radius: int) -> np.ndarray:
     total = np.pad(mask.astype(np.float32), radius, mode='edge').cumsum(0).cumsum(1)
     total = np.pad(total, ((1, 0), (1, 0)))
     height, width = mask.shape
-    return (total[size:size + height, size:size + width] - total[:height, size:size + width]
-            - total[size:size + height, :width] + total[:height, :width]) / size ** 2
+    return (
+        total[size : size + height, size : size + width]
+        - total[:height, size : size + width]
+        - total[size : size + height, :width]
+        + total[:height, :width]
+    ) / size**2
 
 
 # --- the real game ---------------------------------------------------------------------------
@@ -220,6 +229,7 @@ class Start:
       seed, theme, place: of the track, the colours, the share of the lap.
       keys: what the driver with the truth pressed until here; the last ones are drawn.
     """
+
     seed: int
     theme: str
     place: float
@@ -257,7 +267,7 @@ def begin(game, start: Start, shown: int):
         picture, state = game.hold(key)
         frames.append(picture)
         states.append(state)
-    return np.concatenate(frames), list(start.keys[hidden - 1:]), np.concatenate(states)
+    return np.concatenate(frames), list(start.keys[hidden - 1 :]), np.concatenate(states)
 
 
 def play(game, keys):

@@ -24,13 +24,18 @@ from matrix_jax.evals import drift as drifts
 from matrix_jax.evals.video import Streams, bar, sheet, spread
 
 NAME = 'walking'
-HELD = {'forward': 'W', 'turn left': 'left', 'turn right': 'right', 'strafe left': 'A',
-        'strafe right': 'D'}
+HELD = {
+    'forward': 'W',
+    'turn left': 'left',
+    'turn right': 'right',
+    'strafe left': 'A',
+    'strafe right': 'D',
+}
 SCRIPTS = (*HELD, 'mouse', 'mixed')
-SPANS = (4, 15, 30)     # seconds that part a stream for its obedience
-LONG_SPANS = (15, 30)   # and for the RFD, which needs many windows
-SHORTEST = 4            # seconds of a part
-TURNS = (0.04, 0.2)             # of the mouse in the script `mouse`: half to twice a turning key
+SPANS = (4, 15, 30)  # seconds that part a stream for its obedience
+LONG_SPANS = (15, 30)  # and for the RFD, which needs many windows
+SHORTEST = 4  # seconds of a part
+TURNS = (0.04, 0.2)  # of the mouse in the script `mouse`: half to twice a turning key
 MEASURES = {'change': drifts.change}
 
 
@@ -49,6 +54,7 @@ class Config:
       seed: of scripts and noise.
       probe: the inverse-dynamics probe.
     """
+
     seconds: int = 30
     drive_seconds: int = 60
     long_seconds: int = 0
@@ -63,8 +69,9 @@ class Config:
 
 def quick(cfg: Config) -> Config:
     """A look in a few minutes; the numbers are rough."""
-    return dataclasses.replace(cfg, seconds=8, drive_seconds=15, streams=2, clips=3,
-                               times=(0.5, 4.0, 8.0))
+    return dataclasses.replace(
+        cfg, seconds=8, drive_seconds=15, streams=2, clips=3, times=(0.5, 4.0, 8.0)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Walks:
       asked: the same along `walk.AXES`, float32 [B F 4].
       frames: uint8 [B F H W 3].
     """
+
     texts: list[list[str]]
     asked: np.ndarray
     frames: np.ndarray
@@ -110,16 +118,20 @@ def recorded(world, data: str, cfg: Config) -> Known:
     """
     mode = world.vocabulary.mode
     if mode.keys != KEYS or not mode.mouse:
-        raise UsageError(f'world.mode: got {mode.name}, expected one of the keys '
-                         f'{" ".join(KEYS)} and a mouse: the probe reads these')
+        raise UsageError(
+            f'world.mode: got {mode.name}, expected one of the keys '
+            f'{" ".join(KEYS)} and a mouse: the probe reads these'
+        )
     clips = Known(Clips(data, 'heldout', cfg.clip_frames, cache=False))
     if not len(clips):
         raise UsageError(f'--data: {data}: no held-out clip whose keys and mouse are known')
     (_, height, width, _), fps = clips[0].frames.shape, clips[0].fps
     ours = world.cfg
     if (height, width, fps) != (ours.height, ours.width, ours.fps):
-        raise UsageError(f'--data: {data}: got clips of {height}x{width} at {fps} fps, expected '
-                         f'{ours.height}x{ours.width} at {ours.fps} as this world makes them')
+        raise UsageError(
+            f'--data: {data}: got clips of {height}x{width} at {fps} fps, expected '
+            f'{ours.height}x{ours.width} at {ours.fps} as this world makes them'
+        )
     return clips
 
 
@@ -142,9 +154,17 @@ def sections(world, params, data: str, held_out: Known, rebuilt, cfg: Config, ou
     streams = Streams(world, params)
     starts = begin(held_out, cfg.streams)
     yield 'speed', speed(streams, held_out[starts[0]])
-    walks = {name: follow(streams, held_out, starts, name, cfg.seconds if name in HELD
-                          or name == 'mouse' else cfg.drive_seconds, cfg.seed)
-             for name in SCRIPTS}
+    walks = {
+        name: follow(
+            streams,
+            held_out,
+            starts,
+            name,
+            cfg.seconds if name in HELD or name == 'mouse' else cfg.drive_seconds,
+            cfg.seed,
+        )
+        for name in SCRIPTS
+    }
     yield 'obedience', {name: obedience(cfg, probe, one, fps) for name, one in walks.items()}
     shown = [held_out[index].frames for index in starts]
     yield 'drift', drift(walks, shown, fps)
@@ -161,15 +181,28 @@ def probes(cfg: Config, data: str, held_out: Known, rebuilt, out: Path):
     """((params, limits), scores on real frames); a trained probe is kept in `out`."""
     path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
     if found is None:
-        train = action_probe.examples(cfg.probe, action_probe.recorded(Known(Clips(data, cache=False))))
+        train = action_probe.examples(
+            cfg.probe, action_probe.recorded(Known(Clips(data, cache=False)))
+        )
         found = action_probe.train(cfg.probe, train, cfg.windows, bar('probe'))
         control.save(path, cfg.probe, *found)
     behind = zip((held_out[index] for index in spread(held_out, cfg.clips)), rebuilt, strict=True)
-    given = {'real': action_probe.recorded(held_out), 'reconstructed': [
-        (np.concatenate([clip.frames[:cfg.clip_frames - len(frames)], frames]),
-         action_probe.axes(clip.keyboard, clip.mouse)[:cfg.clip_frames]) for clip, frames in behind]}
-    scores = {name: action_probe.obedience(cfg.probe, found, control.sample(
-        action_probe.examples(cfg.probe, clips), cfg.windows)) for name, clips in given.items()}
+    given = {
+        'real': action_probe.recorded(held_out),
+        'reconstructed': [
+            (
+                np.concatenate([clip.frames[: cfg.clip_frames - len(frames)], frames]),
+                action_probe.axes(clip.keyboard, clip.mouse)[: cfg.clip_frames],
+            )
+            for clip, frames in behind
+        ],
+    }
+    scores = {
+        name: action_probe.obedience(
+            cfg.probe, found, control.sample(action_probe.examples(cfg.probe, clips), cfg.windows)
+        )
+        for name, clips in given.items()
+    }
     return found, {'limits': list(map(float, found[1])), **scores}
 
 
@@ -197,8 +230,11 @@ def script(vocabulary, clips: Known, start: int, name: str, count: int, seed: in
     while len(texts) < count:
         # Both ways for as long: what stood ahead is ahead again.
         turn, way = rng.uniform(*TURNS), rng.permutation(['left', 'right'])
-        for word, amount, holds in (*((one, turn, int(rng.integers(4, 9))) for one in way),
-                                    ('up', TURNS[0], 2), ('down', TURNS[0], 2)):
+        for word, amount, holds in (
+            *((one, turn, int(rng.integers(4, 9))) for one in way),
+            ('up', TURNS[0], 2),
+            ('down', TURNS[0], 2),
+        ):
             texts += [vocabulary.canonical(f'{word}:{amount:.2f}')] * (FRAMES_PER_LATENT * holds)
     return texts[:count]
 
@@ -209,18 +245,21 @@ def recorded_actions(vocabulary, clips: Known, start: int, count: int) -> list[s
     while sum(map(len, vectors)) < count:
         clip = clips[index % len(clips)]
         # The first frame of a clip belongs to the latent frame before the others.
-        vectors.append(np.concatenate([clip.keyboard, clip.mouse], axis=1)[bool(vectors):])
+        vectors.append(np.concatenate([clip.keyboard, clip.mouse], axis=1)[bool(vectors) :])
         index += 1
     return vocabulary.decode(np.concatenate(vectors)[:count])
 
 
-def follow(streams: Streams, clips: Known, starts: list[int], name: str, seconds: int,
-           seed: int) -> Walks:
+def follow(
+    streams: Streams, clips: Known, starts: list[int], name: str, seconds: int, seed: int
+) -> Walks:
     """The streams of a script."""
     world, count = streams.world, streams.world.needed(seconds)
-    texts = [script(world.vocabulary, clips, start, name, count, seed + index)
-             for index, start in enumerate(starts)]
-    pictures = np.stack([clips[start].frames[:world.start_frames] for start in starts])
+    texts = [
+        script(world.vocabulary, clips, start, name, count, seed + index)
+        for index, start in enumerate(starts)
+    ]
+    pictures = np.stack([clips[start].frames[: world.start_frames] for start in starts])
     frames = streams.follow(pictures, texts, seed, bar(name))
     vectors = np.stack([world.vocabulary.encode(one) for one in texts])
     keys = len(KEYS)
@@ -231,11 +270,15 @@ def follow(streams: Streams, clips: Known, starts: list[int], name: str, seconds
 def speed(streams: Streams, clip: Clip, steps: int = 20) -> dict:
     """Frames per second of one stream on this machine, after compilation, decoder included."""
     world = streams.world
-    given, _ = world.inputs(world.cfg.prompt, clip.frames[:world.start_frames], [])
-    first, others = (world.vocabulary.encode(['W'] * count)[None]
-                     for count in (world.first_controls, world.cfg.stream.taken))
-    return {**streams.pace(streams.enter(given, 0), first, others, steps),
-            'calls_per_shift': world.cfg.stream.passes}
+    given, _ = world.inputs(world.cfg.prompt, clip.frames[: world.start_frames], [])
+    first, others = (
+        world.vocabulary.encode(['W'] * count)[None]
+        for count in (world.first_controls, world.cfg.stream.taken)
+    )
+    return {
+        **streams.pace(streams.enter(given, 0), first, others, steps),
+        'calls_per_shift': world.cfg.stream.passes,
+    }
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -251,24 +294,34 @@ def windows(cfg: Config, one: Walks, fps: int, first: int = 0, last: int | None 
     """The probe's windows of streams, between two seconds."""
     per = FRAMES_PER_LATENT
     end = len(one.frames[0]) if last is None else 1 + last * fps // per * per
-    return action_probe.examples(cfg.probe, [(frames[:end], asked[:end]) for frames, asked in zip(
-        one.frames, one.asked, strict=True)], -(-first * fps // per))
+    return action_probe.examples(
+        cfg.probe,
+        [(frames[:end], asked[:end]) for frames, asked in zip(one.frames, one.asked, strict=True)],
+        -(-first * fps // per),
+    )
 
 
 def obedience(cfg: Config, probe, one: Walks, fps: int) -> dict:
     """`walk.obedience` of streams: `all`, and by seconds such as `0-4`."""
-    return {'all': action_probe.obedience(cfg.probe, probe, windows(cfg, one, fps)),
-            **{f'{first}-{last}': action_probe.obedience(cfg.probe, probe,
-                                                 windows(cfg, one, fps, first, last))
-               for first, last in spans(one.frames.shape[1] / fps, SPANS)}}
+    return {
+        'all': action_probe.obedience(cfg.probe, probe, windows(cfg, one, fps)),
+        **{
+            f'{first}-{last}': action_probe.obedience(
+                cfg.probe, probe, windows(cfg, one, fps, first, last)
+            )
+            for first, last in spans(one.frames.shape[1] / fps, SPANS)
+        },
+    }
 
 
 def drift(walks: dict[str, Walks], shown, fps: int) -> dict:
     """Per script `drift.seconds`, colours against the clips `shown` that the streams begin like;
     and those clips' own, as `real`."""
     own = [MEASURES] * len(shown)
-    return {**{name: drifts.seconds(one.frames, shown, own, fps) for name, one in walks.items()},
-            'real': drifts.seconds(shown, shown, own, fps)}
+    return {
+        **{name: drifts.seconds(one.frames, shown, own, fps) for name, one in walks.items()},
+        'real': drifts.seconds(shown, shown, own, fps),
+    }
 
 
 def fidelity(cfg: Config, probe, mixed: Walks, held_out: Known, shown, stream, fps: int) -> dict:
@@ -280,8 +333,10 @@ def fidelity(cfg: Config, probe, mixed: Walks, held_out: Known, shown, stream, f
     """
     params, _ = probe
     clips = list(action_probe.recorded(held_out))
-    parts = {f'{first}-{last}': windows(cfg, mixed, fps, first, last)
-             for first, last in spans(len(mixed.frames[0]) / fps, LONG_SPANS)}
+    parts = {
+        f'{first}-{last}': windows(cfg, mixed, fps, first, last)
+        for first, last in spans(len(mixed.frames[0]) / fps, LONG_SPANS)
+    }
     halves = [action_probe.examples(cfg.probe, half) for half in (clips[::2], clips[1::2] or clips)]
     count = min(cfg.windows, *(len(data.ends) for data in (*parts.values(), *halves)))
 
@@ -290,11 +345,13 @@ def fidelity(cfg: Config, probe, mixed: Walks, held_out: Known, shown, stream, f
 
     real = features(action_probe.examples(cfg.probe, clips))
     first = stream.first_actions
-    return {'rfd': {name: drifts.frechet(features(data), real) for name, data in parts.items()},
-            'rfd_real': drifts.frechet(*map(features, halves)), 'windows': count,
-            'seams': drifts.seams(mixed.frames[:, first:], stream.block_actions),
-            'seams_real': drifts.seams([frames[first:] for frames in shown],
-                                       stream.block_actions)}
+    return {
+        'rfd': {name: drifts.frechet(features(data), real) for name, data in parts.items()},
+        'rfd_real': drifts.frechet(*map(features, halves)),
+        'windows': count,
+        'seams': drifts.seams(mixed.frames[:, first:], stream.block_actions),
+        'seams_real': drifts.seams([frames[first:] for frames in shown], stream.block_actions),
+    }
 
 
 def long_walk(streams: Streams, held_out: Known, starts: list[int], cfg: Config, out: Path) -> dict:
@@ -302,11 +359,19 @@ def long_walk(streams: Streams, held_out: Known, starts: list[int], cfg: Config,
     fps = streams.world.cfg.fps
     one = follow(streams, held_out, starts, 'mixed', cfg.long_seconds, cfg.seed)
     found = drifts.seconds(one.frames, [held_out[starts[0]].frames], [MEASURES], fps)
-    video.write_image(out / 'long.png', sheet(one.frames, np.linspace(2, cfg.long_seconds, 16), fps,
-                                              width=160))
-    return {'seconds': cfg.long_seconds, **{
-        name: [round(float(np.mean(values[at:at + 60])), 3)
-               for at in range(0, cfg.long_seconds, 60)] for name, values in found.items()}}
+    video.write_image(
+        out / 'long.png', sheet(one.frames, np.linspace(2, cfg.long_seconds, 16), fps, width=160)
+    )
+    return {
+        'seconds': cfg.long_seconds,
+        **{
+            name: [
+                round(float(np.mean(values[at : at + 60])), 3)
+                for at in range(0, cfg.long_seconds, 60)
+            ]
+            for name, values in found.items()
+        },
+    }
 
 
 # --- pictures ------------------------------------------------------------------------------------
@@ -315,17 +380,31 @@ def long_walk(streams: Streams, held_out: Known, starts: list[int], cfg: Config,
 def draw(vocabulary, walks: dict[str, Walks], shown, cfg: Config, fps: int, out: Path):
     """`scripts-I.png` of each start, a row per script; `mixed.png`, streams above their recordings;
     `drive.png`, all of `mixed`; and its first stream as a video."""
-    held = {name: [[vocabulary.held(text) for text in texts] for texts in one.texts]
-            for name, one in walks.items()}
+    held = {
+        name: [[vocabulary.held(text) for text in texts] for texts in one.texts]
+        for name, one in walks.items()
+    }
     for index in range(len(shown)):
-        video.write_image(out / f'scripts-{index}.png', sheet(
-            [one.frames[index] for one in walks.values()], cfg.times, fps,
-            [one[index] for one in held.values()]))
+        video.write_image(
+            out / f'scripts-{index}.png',
+            sheet(
+                [one.frames[index] for one in walks.values()],
+                cfg.times,
+                fps,
+                [one[index] for one in held.values()],
+            ),
+        )
     mixed, keys = walks['mixed'].frames, held['mixed']
     length = min(len(frames) for frames in (*shown, *mixed))
     pairs = [frames[:length] for both in zip(mixed, shown, strict=True) for frames in both]
-    video.write_image(out / 'mixed.png', sheet(
-        pairs, np.linspace(0.5, length / fps, 6), fps, [one for one in keys for _ in range(2)]))
-    video.write_image(out / 'drive.png', sheet(
-        mixed, np.linspace(2, len(mixed[0]) / fps, 8), fps, keys, width=160))
+    video.write_image(
+        out / 'mixed.png',
+        sheet(
+            pairs, np.linspace(0.5, length / fps, 6), fps, [one for one in keys for _ in range(2)]
+        ),
+    )
+    video.write_image(
+        out / 'drive.png',
+        sheet(mixed, np.linspace(2, len(mixed[0]) / fps, 8), fps, keys, width=160),
+    )
     video.write_video(out / 'mixed.mp4', mixed[0], fps, keys[0])

@@ -17,9 +17,9 @@ import json
 import time
 from pathlib import Path
 
-from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.config import UsageError
 from matrix_jax.controls.driving import Symbols
+from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.evals import carracing, first_person, tables
 from matrix_jax.evals.video import psnr, rebuild
 
@@ -67,8 +67,9 @@ def evaluate(world, params, data: str, out, cfg, log=print) -> dict:
         (out / 'results.json').write_text(json.dumps(results, indent=1))
         log(f'[{time.perf_counter() - began:5.0f} s] {name}: {json.dumps(value)[:400]}')
 
-    rebuilt, originals = rebuild(world, params, held_out, cfg.clips, cfg.clip_frames,
-                                 *ours.shape(world))
+    rebuilt, originals = rebuild(
+        world, params, held_out, cfg.clips, cfg.clip_frames, *ours.shape(world)
+    )
     done('reconstruction', {'psnr': psnr(zip(originals, rebuilt, strict=True))})
     for name, value in ours.sections(world, params, data, held_out, rebuilt, cfg, out):
         done(name, value)

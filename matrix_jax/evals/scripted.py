@@ -30,6 +30,7 @@ class Scripted:
       telemetry: of the real game [B F 6].
       context: frames that both share.
     """
+
     keys: list[list[str]]
     real: np.ndarray
     made: np.ndarray
@@ -83,19 +84,29 @@ def run(world, params, game, starts, seconds: int, seed: int, bar=None) -> dict[
     count = seconds * world.cfg.fps // per
     found = {}
     for name in SCRIPTS:
-        new = [script(name, max(count, stream.frames), seed + index)
-               for index in range(len(starts))]
-        played = [play(game, start, stream.context, keys, mirror=index % 2 == 1)
-                  for index, (start, keys) in enumerate(zip(starts, new, strict=True))]
+        new = [
+            script(name, max(count, stream.frames), seed + index) for index in range(len(starts))
+        ]
+        played = [
+            play(game, start, stream.context, keys, mirror=index % 2 == 1)
+            for index, (start, keys) in enumerate(zip(starts, new, strict=True))
+        ]
         real = np.stack([frames for frames, _, _ in played])
         keys = [before + after for (_, _, before), after in zip(played, new, strict=True)]
         prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
-        made = streams.script(prompts, real[:, :1 + per * (stream.frames - 1)],
-                              np.stack([indices(one) for one in keys]), count, seed, bar(name))
+        made = streams.script(
+            prompts,
+            real[:, : 1 + per * (stream.frames - 1)],
+            np.stack([indices(one) for one in keys]),
+            count,
+            seed,
+            bar(name),
+        )
         context, length = real.shape[1] - per * len(new[0]), per * count
-        real = real[:, :context + length]
+        real = real[:, : context + length]
         made = np.concatenate([real[:, :context], made], axis=1)
-        states = np.stack([states for _, states, _ in played])[:, :context + length]
-        found[name] = Scripted([one[:stream.context + count] for one in keys], real, made, states,
-                               context)
+        states = np.stack([states for _, states, _ in played])[:, : context + length]
+        found[name] = Scripted(
+            [one[: stream.context + count] for one in keys], real, made, states, context
+        )
     return found

@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.controls import driving as vocabulary
 from matrix_jax import video
+from matrix_jax.controls import driving as vocabulary
 from matrix_jax.parallel import compilation
 from matrix_jax.stream import swin
 
-CHUNK = 8    # frames that are encoded together
+CHUNK = 8  # frames that are encoded together
 
 
 class Streams:
@@ -51,16 +51,22 @@ class Streams:
           symbols: int [B R], controls of the window's slots but its newest group.
           seed: of all noise.
         """
-        return self.enter((self.world.tokenize(prompts), frames, np.asarray(symbols, np.int32)),
-                          seed)
+        return self.enter(
+            (self.world.tokenize(prompts), frames, np.asarray(symbols, np.int32)), seed
+        )
 
     def enter(self, given: tuple, seed: int):
         """Carry of B streams, from what the world's `condition` takes."""
         keys = jax.random.split(jax.random.key(seed), len(given[0]))
         return self._init(self.params, self._condition(self.params, *given), keys)
 
-    def follow(self, frames, texts: Sequence[Sequence[str]], seed: int,
-               progress: Callable = lambda steps: steps) -> np.ndarray:
+    def follow(
+        self,
+        frames,
+        texts: Sequence[Sequence[str]],
+        seed: int,
+        progress: Callable = lambda steps: steps,
+    ) -> np.ndarray:
         """Frames uint8 [B F H W 3] of whole videos under known controls of any vocabulary.
 
         Args:
@@ -69,8 +75,10 @@ class Streams:
           seed: of all noise.
         """
         known, steps = zip(*map(self.world.split, texts), strict=True)
-        given = [self.world.inputs(self.world.cfg.prompt, clip, one)[0]
-                 for clip, one in zip(frames, known, strict=True)]
+        given = [
+            self.world.inputs(self.world.cfg.prompt, clip, one)[0]
+            for clip, one in zip(frames, known, strict=True)
+        ]
         carry = self.enter(tuple(map(np.concatenate, zip(*given, strict=True))), seed)
         encode, shown = self.world.vocabulary.encode, []
         for index in progress(range(len(steps[0]))):
@@ -109,8 +117,15 @@ class Streams:
         median = float(np.median(np.diff(took)[5:]))
         return {'fps': frames.shape[1] / median, 'shift_ms': 1000 * median}
 
-    def script(self, prompts, frames, symbols, shifts: int, seed: int,
-               progress: Callable = lambda steps: steps):
+    def script(
+        self,
+        prompts,
+        frames,
+        symbols,
+        shifts: int,
+        seed: int,
+        progress: Callable = lambda steps: steps,
+    ):
         """Frames uint8 [B F H W 3] under known controls.
 
         Args:
@@ -128,6 +143,7 @@ class Streams:
 def bar(name: str) -> Callable:
     """What wraps a range of steps in a progress bar that vanishes at its end."""
     from tqdm import tqdm
+
     return partial(tqdm, desc=name, leave=False, dynamic_ncols=True)
 
 
@@ -146,7 +162,7 @@ def rebuild(world, params, clips, count: int, frames: int, context: int, group: 
     """
     original = np.stack([clips[index].frames[:frames] for index in spread(clips, count)])
     made = reconstruct(world, params, original, context, group)
-    return made, original[:, -made.shape[1]:]
+    return made, original[:, -made.shape[1] :]
 
 
 def indices(keys: Sequence[str]) -> np.ndarray:
@@ -168,16 +184,16 @@ def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
     decoder = world.decoder()
     encode, step = compilation.jit(world.encode_step), compilation.jit(decoder.step)
     # Compiled chunks called one by one: XLA's CPU convolutions are many times slower in a loop.
-    cache, latents = encode(params, None, frames[:, :1 + CHUNK])
+    cache, latents = encode(params, None, frames[:, : 1 + CHUNK])
     made = [latents]
     for start in range(1 + CHUNK, frames.shape[1], CHUNK):
-        cache, latents = encode(params, cache, frames[:, start:start + CHUNK])
+        cache, latents = encode(params, cache, frames[:, start : start + CHUNK])
         made.append(latents)
     latents = jnp.concatenate(made, axis=1)
     cache, _ = compilation.jit(decoder.prefill)(params, latents[:, :context])
     shown = []
     for start in range(context, latents.shape[1], group):
-        cache, part = step(params, cache, latents[:, start:start + group])
+        cache, part = step(params, cache, latents[:, start : start + group])
         shown.append(np.asarray(part))
     return np.concatenate(shown, axis=1)
 
@@ -187,11 +203,16 @@ def psnr(pairs) -> float:
     errors = [np.square(np.subtract(a, b, dtype=np.float32)) for a, b in pairs]
     total = sum(error.sum(dtype=np.float64) for error in errors)
     mean = total / sum(error.size for error in errors)
-    return float(10 * np.log10(255 ** 2 / mean)) if mean else float('inf')
+    return float(10 * np.log10(255**2 / mean)) if mean else float('inf')
 
 
-def sheet(rows: Sequence[np.ndarray], times: Sequence[float], fps: int,
-          keys: Sequence[Sequence] | None = None, width: int = 192) -> np.ndarray:
+def sheet(
+    rows: Sequence[np.ndarray],
+    times: Sequence[float],
+    fps: int,
+    keys: Sequence[Sequence] | None = None,
+    width: int = 192,
+) -> np.ndarray:
     """Contact sheet uint8 [H W 3]: a row per video, a column per time.
 
     Args:
@@ -212,4 +233,4 @@ def by_second(values, fps: int) -> np.ndarray:
     """Values of frames [... F] -> means of whole seconds [... S]."""
     values = np.asarray(values, np.float64)
     count = values.shape[-1] // fps
-    return values[..., :count * fps].reshape(*values.shape[:-1], count, fps).mean(axis=-1)
+    return values[..., : count * fps].reshape(*values.shape[:-1], count, fps).mean(axis=-1)

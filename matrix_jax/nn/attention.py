@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from matrix_jax.parallel import sharding
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.nn.precompute import once
+from matrix_jax.parallel import sharding
 
-LOGITS = 2**28     # logits of one block of queries, where a device has to hold them
+LOGITS = 2**28  # logits of one block of queries, where a device has to hold them
 QUERIES = ('batch', 'tokens', 'heads', None)
 
 
@@ -35,8 +35,15 @@ def attention(q, k, v, bias=None, scale=None):
       [B N K E], in the type of v.
     """
     keys = ('batch', None, 'heads', None)
-    return _spread(partial(_local, scale=_scale(scale, q)), (QUERIES, keys, keys),
-                   ('batch', 'heads', 'tokens', None), q, k, v, bias)
+    return _spread(
+        partial(_local, scale=_scale(scale, q)),
+        (QUERIES, keys, keys),
+        ('batch', 'heads', 'tokens', None),
+        q,
+        k,
+        v,
+        bias,
+    )
 
 
 def self_attention(q, k, v, bias=None, scale=None, real=None, exchange='auto'):
@@ -59,8 +66,7 @@ def self_attention(q, k, v, bias=None, scale=None, real=None, exchange='auto'):
         function, biases = _by_heads, ('batch', split, None, None)
     else:
         function, biases = _by_keys, ('batch', 'heads', 'tokens', None)
-    return _spread(partial(function, scale=scale, real=real), (QUERIES,) * 3, biases,
-                   q, k, v, bias)
+    return _spread(partial(function, scale=scale, real=real), (QUERIES,) * 3, biases, q, k, v, bias)
 
 
 def route(heads: int, parts: int, exchange: str = 'auto', tensor: int = 1) -> str:
@@ -83,8 +89,10 @@ def route(heads: int, parts: int, exchange: str = 'auto', tensor: int = 1) -> st
         raise ValueError(f"exchange: got {exchange!r}, expected 'auto', 'heads' or 'keys'")
     mine = heads // tensor if heads % tensor == 0 else heads
     if exchange == 'heads' and mine % parts:
-        raise ValueError(f"exchange: got 'heads', expected 'keys' or 'auto', as {mine} heads do "
-                         f'not divide by mesh.seq = {parts}')
+        raise ValueError(
+            f"exchange: got 'heads', expected 'keys' or 'auto', as {mine} heads do "
+            f'not divide by mesh.seq = {parts}'
+        )
     return 'keys' if exchange == 'keys' or mine % parts else 'heads'
 
 
@@ -95,7 +103,7 @@ def _scale(scale, q):
 def _spread(function, names, biases, q, k, v, bias):
     """`function` on every device; `biases` names the axes of a whole bias."""
     given = (q, k, v) if bias is None else (q, k, v, jnp.asarray(bias))
-    names = (*names, biases[len(biases) - given[-1].ndim:])[:len(given)]
+    names = (*names, biases[len(biases) - given[-1].ndim :])[: len(given)]
     return sharding.spread(function, names, 0)(*given)
 
 
@@ -129,8 +137,12 @@ def _local(q, k, v, bias=None, *, scale):
 
 def _plain(q, k, v, scale):
     """Attention without a bias on one device, by the kernel that it has."""
-    fused = (q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] % 8 == 0
-             and q.shape[-1] <= 128 and jax.default_backend() == 'gpu')
+    fused = (
+        q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
+        and jax.default_backend() == 'gpu'
+    )
     if fused:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation='cudnn')
     batch, tokens, heads, _ = q.shape
@@ -163,6 +175,7 @@ class MultiHead(nn.Module):
       dtype: type of the multiplies.
       exchange: how tokens that a mesh splits see each other (`route`).
     """
+
     heads: int
     eps: float = 1e-6
     dtype: Any = jnp.float32

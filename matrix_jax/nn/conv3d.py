@@ -45,6 +45,7 @@ class CausalConv3d(nn.Module):
       kernel: odd sizes (kt, kh, kw).
       dtype: type of the multiply, of the output and of the carried context.
     """
+
     features: int
     kernel: tuple[int, int, int] = (3, 3, 3)
     dtype: Any = jnp.float32
@@ -68,11 +69,12 @@ class CausalConv3d(nn.Module):
                 context = jnp.repeat(x[:, :1], past, axis=1)
             x = jnp.concatenate([context.astype(self.dtype), x], axis=1)
         y = conv3d(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
-        return y, x[:, x.shape[1] - past:]
+        return y, x[:, x.shape[1] - past :]
 
 
 class Downsample2d(nn.Module):
     """Halves height and width: a 3x3 convolution of stride 2, padded on the right and bottom."""
+
     features: int
     dtype: Any = jnp.float32
 
@@ -87,6 +89,7 @@ class Downsample2d(nn.Module):
 
 class Upsample2d(nn.Module):
     """Doubles height and width: nearest neighbours, then a 3x3 convolution."""
+
     features: int
     dtype: Any = jnp.float32
 
@@ -118,14 +121,15 @@ def conv3d(x, kernel):
     x, height = spatial.bordered(x, kh // 2, kh // 2)
     pad = (height, (kw // 2, kw // 2))
     if not on_cpu():
-        return lax.conv_general_dilated(x, kernel, (1, 1, 1), ((0, 0), *pad),
-                                        dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'))
+        return lax.conv_general_dilated(
+            x, kernel, (1, 1, 1), ((0, 0), *pad), dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC')
+        )
     frames = x.shape[1] - kt + 1
     m = winograd.best(frames)
     # Few channels are copied more than multiplied, and bfloat16 has too few digits for differences.
     if kt == winograd.TAPS and m > 1 and x.shape[-1] > 16 and x.dtype == jnp.float32:
         return winograd.convolve(x, kernel, m, lambda x, kernel: conv2d(x, kernel, pad))
-    x = jnp.concatenate([x[:, tap:tap + frames] for tap in range(kt)], axis=-1)
+    x = jnp.concatenate([x[:, tap : tap + frames] for tap in range(kt)], axis=-1)
     return conv2d(x, rearrange(kernel, 't h w i o -> h w (t i) o'), pad)
 
 
@@ -143,22 +147,34 @@ def doubled2d(x, kernel):
     x, height = spatial.bordered(x, 1, 1)
     x = jnp.pad(x, ((0, 0), (0, 0), height, (1, 1), (0, 0)))
 
-    def halves(kernel):     # of the first axis: for the even and for the odd pixels
-        return (jnp.stack([kernel[0], kernel[1] + kernel[2]]),
-                jnp.stack([kernel[0] + kernel[1], kernel[2]]))
+    def halves(kernel):  # of the first axis: for the even and for the odd pixels
+        return (
+            jnp.stack([kernel[0], kernel[1] + kernel[2]]),
+            jnp.stack([kernel[0] + kernel[1], kernel[2]]),
+        )
 
-    quarters = [lax.conv_general_dilated(
-        rearrange(x[:, :, p:p + rows_ + 1, q:q + columns + 1], 'b t h w c -> (b t) h w c'),
-        part.swapaxes(0, 1), (1, 1), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    quarters = [
+        lax.conv_general_dilated(
+            rearrange(x[:, :, p : p + rows_ + 1, q : q + columns + 1], 'b t h w c -> (b t) h w c'),
+            part.swapaxes(0, 1),
+            (1, 1),
+            'VALID',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
         for p, half in enumerate(halves(kernel))
-        for q, part in enumerate(halves(half.swapaxes(0, 1)))]
+        for q, part in enumerate(halves(half.swapaxes(0, 1)))
+    ]
     return rearrange(quarters, '(p q) (b t) h w c -> b t (h p) (w q) c', p=2, b=x.shape[0])
 
 
 def conv2d(x, kernel, pad, stride=1):
     """Frame by frame: [B T H W in], [kh kw in out] -> [B T H' W' out]."""
     x, height = spatial.bordered(x, *pad[0])
-    y = lax.conv_general_dilated(rearrange(x, 'b t h w c -> (b t) h w c'), kernel,
-                                 (stride, stride), (height, pad[1]),
-                                 dimension_numbers=('NHWC', 'HWIO', 'NHWC'))
+    y = lax.conv_general_dilated(
+        rearrange(x, 'b t h w c -> (b t) h w c'),
+        kernel,
+        (stride, stride),
+        (height, pad[1]),
+        dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    )
     return rearrange(y, '(b t) h w c -> b t h w c', b=x.shape[0])

@@ -35,8 +35,9 @@ def normal(std: float) -> Law:
 
 def uniform(scale: float = 1.0) -> Law:
     """Uniform numbers of variance scale / fan-in, where a kernel's last axis is its output."""
-    return lambda random, shape: _uniform(random, shape,
-                                          math.sqrt(3 * scale / math.prod(shape[:-1])))
+    return lambda random, shape: _uniform(
+        random, shape, math.sqrt(3 * scale / math.prod(shape[:-1]))
+    )
 
 
 def xavier(scale: float = 1.0) -> Law:
@@ -52,8 +53,9 @@ def kernel(random, shape):
 DEFAULTS: Laws = (('*bias', zeros), ('*scale', ones), ('*kernel', kernel))
 
 
-def draw(laws: Laws, path: str, shape: Sequence[int], seed: Sequence[int],
-         layer: int | None = None):
+def draw(
+    laws: Laws, path: str, shape: Sequence[int], seed: Sequence[int], layer: int | None = None
+):
     """One leaf, float32, or one layer of a stacked one.
 
     Args:

@@ -26,13 +26,15 @@ from matrix_jax.nn.attention import attention, self_attention
 @struct.dataclass
 class KVCache:
     """Keys and values of S frames of N sites, [... B S N K E]; layers may be stacked in front."""
+
     k: Any
     v: Any
 
     def put(self, new: KVCache, slots) -> KVCache:
         """With frames [... B T N K E] in their slots [T]."""
         return jax.tree.map(
-            lambda old, now: old.at[..., slots, :, :, :].set(now.astype(old.dtype)), self, new)
+            lambda old, now: old.at[..., slots, :, :, :].set(now.astype(old.dtype)), self, new
+        )
 
 
 @struct.dataclass
@@ -46,6 +48,7 @@ class Blocks:
       sites: of a frame, without the padding of a mesh; None = all.
       exchange: what devices that share the sites exchange (`nn.attention.route`).
     """
+
     frames: int = struct.field(pytree_node=False)
     block: int = struct.field(pytree_node=False)
     local: int | None = struct.field(pytree_node=False, default=None)
@@ -54,17 +57,23 @@ class Blocks:
 
     def __post_init__(self):
         if self.block < 1 or self.frames % self.block:
-            raise ValueError(f'block: got {self.block} frames, expected a divisor of the '
-                             f'{self.frames} latent frames')
+            raise ValueError(
+                f'block: got {self.block} frames, expected a divisor of the '
+                f'{self.frames} latent frames'
+            )
         if self.local is not None and self.local < self.block:
-            raise ValueError(f'local: got a window of {self.local} latent frames, expected at '
-                             f'least the {self.block} of a block')
+            raise ValueError(
+                f'local: got a window of {self.local} latent frames, expected at '
+                f'least the {self.block} of a block'
+            )
 
     def spans(self) -> list[tuple[int, int, int]]:
         """(first key, first query, end of both) of each block, in frames."""
         ends = range(self.block, self.frames + 1, self.block)
-        return [(0 if self.local is None else max(end - self.local, 0), end - self.block, end)
-                for end in ends]
+        return [
+            (0 if self.local is None else max(end - self.local, 0), end - self.block, end)
+            for end in ends
+        ]
 
     def places(self):
         """Positions of queries [T] and keys [T]."""
@@ -84,8 +93,13 @@ class Blocks:
     def attend(self, q, k, v):
         """[B T N K E] and keys [B T N K E] -> [B T N K E], over all sites."""
         see = partial(attend_each_other, sites=self.sites, exchange=self.exchange)
-        return jnp.concatenate([see(q[:, start:end], k[:, first:end], v[:, first:end])
-                                for first, start, end in self.spans()], axis=1)
+        return jnp.concatenate(
+            [
+                see(q[:, start:end], k[:, first:end], v[:, first:end])
+                for first, start, end in self.spans()
+            ],
+            axis=1,
+        )
 
 
 @struct.dataclass
@@ -99,6 +113,7 @@ class Ring:
       sink: first frames of the stream, which are never replaced.
       sites, exchange: as for `Blocks`.
     """
+
     start: Any
     frames: int = struct.field(pytree_node=False)
     size: int = struct.field(pytree_node=False)
@@ -108,8 +123,10 @@ class Ring:
 
     def __post_init__(self):
         if self.frames > self.size - self.sink:
-            raise ValueError(f'local: got {self.size} cached latent frames with {self.sink} of '
-                             f'them kept, expected room for the {self.frames} of a block')
+            raise ValueError(
+                f'local: got {self.size} cached latent frames with {self.sink} of '
+                f'them kept, expected room for the {self.frames} of a block'
+            )
 
     @property
     def end(self):
@@ -131,8 +148,7 @@ class Ring:
 
     def places(self):
         """Positions of queries [T] and keys [S], relative to the window."""
-        return (np.arange(self.size - self.frames, self.size),
-                self.held() - (self.end - self.size))
+        return (np.arange(self.size - self.frames, self.size), self.held() - (self.end - self.size))
 
     def visible(self):
         """bool [1 S]: which slots are filled."""
@@ -148,6 +164,7 @@ class Ring:
 
         def filling(q, k, v):
             return see(q, k, v, self.visible())
+
         # A stream spends its life with full caches, and there no bias bars the fast kernels.
         return jax.lax.cond(self.end >= self.size, see, filling, q, k, v)
 
@@ -166,8 +183,9 @@ def attend_per_site(q, k, v, visible):
     """
     keys = 'bske' if k.shape[2] < q.shape[2] else 'bsnke'
     k, v = (x if keys == 'bsnke' else x[:, :, 0] for x in (k, v))
-    logits = jnp.einsum(f'btnke,{keys}->bnkts', q * q.shape[-1] ** -0.5, k,
-                        preferred_element_type=jnp.float32)
+    logits = jnp.einsum(
+        f'btnke,{keys}->bnkts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
+    )
     weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
     return jnp.einsum(f'bnkts,{keys}->btnke', weights.astype(v.dtype), v)
 

@@ -29,6 +29,7 @@ class Int8:
       values: int8 [... in out]. First, as flax compares the first leaf with the layer's shape.
       scale: float32 [... out].
     """
+
     values: jax.Array
     scale: jax.Array
 
@@ -48,6 +49,7 @@ class Linear(nn.Module):
       use_bias: whether a bias is added.
       dtype: type of the multiply and of the output.
     """
+
     features: int
     use_bias: bool = True
     dtype: Any = jnp.float32
@@ -55,8 +57,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[... in] -> [... features]."""
-        kernel = self.param('kernel', nn.initializers.xavier_uniform(),
-                            (x.shape[-1], self.features))
+        kernel = self.param(
+            'kernel', nn.initializers.xavier_uniform(), (x.shape[-1], self.features)
+        )
         if isinstance(kernel, Int8):
             y = multiply(x, kernel).astype(self.dtype)
         else:
@@ -85,8 +88,10 @@ def quantize(params: Mapping, layers: Sequence[str]) -> dict:
         chosen = [path for path in flat if fnmatch.fnmatchcase(path, f'{pattern}/kernel')]
         if not chosen:
             raise ValueError(f'int8: got {pattern!r}, which fits no linear layer')
-        flat |= {path: flat[path] if isinstance(flat[path], Int8) else to_int8(flat[path])
-                 for path in chosen}
+        flat |= {
+            path: flat[path] if isinstance(flat[path], Int8) else to_int8(flat[path])
+            for path in chosen
+        }
     return conversion.unflatten(flat)
 
 
@@ -102,7 +107,7 @@ def rows_to_int8(x):
     """Activations [... in] -> (int8 [... in], float32 scale of each token [... 1])."""
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis=-1, keepdims=True)
-    factor = MAX / jnp.where(largest > 0, largest, MAX)      # a token of zeros stays one
+    factor = MAX / jnp.where(largest > 0, largest, MAX)  # a token of zeros stays one
     # PARITY: towards zero, not to the nearest.
     return jnp.trunc(x * factor).astype(jnp.int8), 1 / factor
 

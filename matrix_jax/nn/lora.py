@@ -26,22 +26,24 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.nn import initializers
+from matrix_jax.weights import conversion, diffusers_layout
 
 FILE = 'pytorch_lora_weights.safetensors'
-PEFT = ('adapter_model.safetensors', 'adapter_config.json')     # of a folder that peft writes
-METADATA = 'lora_adapter_metadata'      # diffusers: the settings as JSON in the file's header
+PEFT = ('adapter_model.safetensors', 'adapter_config.json')  # of a folder that peft writes
+METADATA = 'lora_adapter_metadata'  # diffusers: the settings as JSON in the file's header
 PREFIXES = ('base_model.model.', 'diffusion_model.')
 # The published targets: attention of the blocks of the base model, not of the control blocks.
-TARGETS = tuple(f'transformer_blocks.*.attn1.{name}' for name in ('to_q', 'to_k', 'to_v',
-                                                                 'to_out.0'))
+TARGETS = tuple(
+    f'transformer_blocks.*.attn1.{name}' for name in ('to_q', 'to_k', 'to_v', 'to_out.0')
+)
 KEY = re.compile(r'(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.\w+)?\.weight|(?P<alpha>alpha))')
 
 
 @dataclasses.dataclass(frozen=True)
 class Module:
     """A linear layer by its torch name: the leaf of ours that holds it, and where in its stack."""
+
     path: str
     row: conversion.Row
     index: int
@@ -51,16 +53,25 @@ def modules(table: conversion.Table) -> dict[str, Module]:
     """Torch module name -> place, of every layer of a weight table that can be adapted."""
     found = {}
     for row in table:
-        linear = isinstance(row, conversion.Row) and re.fullmatch(r'(\w+) (\w+) -> \2 \1', row.layout)
+        linear = isinstance(row, conversion.Row) and re.fullmatch(
+            r'(\w+) (\w+) -> \2 \1', row.layout
+        )
         if linear and row.path.endswith('/kernel'):
             for index, key in enumerate(row.keys()):
-                found[key.removesuffix('.weight')] = Module(row.path.removesuffix('/kernel'), row,
-                                                            index)
+                found[key.removesuffix('.weight')] = Module(
+                    row.path.removesuffix('/kernel'), row, index
+                )
     return found
 
 
-def init(table: conversion.Table, shapes: Mapping, rank: int, alpha: float, seed: int,
-         targets: Sequence[str] = TARGETS) -> dict:
+def init(
+    table: conversion.Table,
+    shapes: Mapping,
+    rank: int,
+    alpha: float,
+    seed: int,
+    targets: Sequence[str] = TARGETS,
+) -> dict:
     """A fresh adapter, float32 numpy: `a` random as in peft, `b` zero, so that it changes nothing.
 
     Args:
@@ -80,14 +91,19 @@ def init(table: conversion.Table, shapes: Mapping, rank: int, alpha: float, seed
             continue
         *stack, inner, outer = flat[f'{module.path}/kernel'].shape
         if rank > min(inner, outer):
-            raise ValueError(f'rank: got {rank}, expected at most {min(inner, outer)}, the width '
-                             f'of {name}')
+            raise ValueError(
+                f'rank: got {rank}, expected at most {min(inner, outer)}, the width of {name}'
+            )
         law = initializers.uniform(1 / 3)
-        draws = [initializers.draw((('*', law),), f'{module.path}/a', (inner, rank), (seed,), index)
-                 for index in range(math.prod(stack))]
-        leaves[module.path] = {'a': np.reshape(draws, (*stack, inner, rank)),
-                               'b': np.zeros((*stack, rank, outer), np.float32),
-                               'alpha': np.full(stack, alpha, np.float32)}
+        draws = [
+            initializers.draw((('*', law),), f'{module.path}/a', (inner, rank), (seed,), index)
+            for index in range(math.prod(stack))
+        ]
+        leaves[module.path] = {
+            'a': np.reshape(draws, (*stack, inner, rank)),
+            'b': np.zeros((*stack, rank, outer), np.float32),
+            'alpha': np.full(stack, alpha, np.float32),
+        }
     if not leaves:
         raise ValueError(f'targets: got {", ".join(targets)}, which fit no linear layer')
     return conversion.unflatten(leaves)
@@ -110,7 +126,10 @@ def axes(kernels: Mapping) -> dict:
         if path.endswith('/kernel'):
             *stack, inner, outer = letters
             found[path.removesuffix('/kernel')] = {
-                'a': (*stack, inner, '_'), 'b': (*stack, '_', outer), 'alpha': tuple(stack)}
+                'a': (*stack, inner, '_'),
+                'b': (*stack, '_', outer),
+                'alpha': tuple(stack),
+            }
     return conversion.unflatten(found)
 
 
@@ -126,8 +145,12 @@ def _leaves(adapter: Mapping) -> dict[str, dict]:
 # --- files -----------------------------------------------------------------------------------
 
 
-def read(path: str | os.PathLike, table: conversion.Table, shapes: Mapping,
-         component: str = 'transformer') -> dict:
+def read(
+    path: str | os.PathLike,
+    table: conversion.Table,
+    shapes: Mapping,
+    component: str = 'transformer',
+) -> dict:
     """An adapter from a file of diffusers or peft, or from the folder of one; numpy.
 
     Layers of a stack that the file leaves out are zero. Ranks may differ from layer to layer.
@@ -153,8 +176,12 @@ def read(path: str | os.PathLike, table: conversion.Table, shapes: Mapping,
         raise conversion.ConversionError(f'{path}: {error}') from error
 
 
-def write(path: str | os.PathLike, adapter: Mapping, table: conversion.Table,
-          component: str = 'transformer') -> Path:
+def write(
+    path: str | os.PathLike,
+    adapter: Mapping,
+    table: conversion.Table,
+    component: str = 'transformer',
+) -> Path:
     """Writes an adapter as diffusers does, with its settings in the header; the file appears at
     once. Layers that `read` found no tensors for are left out."""
     from safetensors.numpy import save_file
@@ -173,11 +200,22 @@ def write(path: str | os.PathLike, adapter: Mapping, table: conversion.Table,
     if not tensors:
         raise ValueError('adapter: every alpha is zero, so there is nothing to write')
     (rank, rank_pattern), (alpha, alpha_pattern) = map(_pattern, (ranks, alphas))
-    settings = {'peft_type': 'LORA', 'r': rank, 'lora_alpha': alpha,
-                'target_modules': sorted(ranks), 'rank_pattern': rank_pattern,
-                'alpha_pattern': alpha_pattern}
-    header = {'format': 'pt', METADATA: json.dumps(
-        {f'{component}.{key}': value for key, value in settings.items()}, indent=2, sort_keys=True)}
+    settings = {
+        'peft_type': 'LORA',
+        'r': rank,
+        'lora_alpha': alpha,
+        'target_modules': sorted(ranks),
+        'rank_pattern': rank_pattern,
+        'alpha_pattern': alpha_pattern,
+    }
+    header = {
+        'format': 'pt',
+        METADATA: json.dumps(
+            {f'{component}.{key}': value for key, value in settings.items()},
+            indent=2,
+            sort_keys=True,
+        ),
+    }
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}')
@@ -205,7 +243,7 @@ def _settings(path: Path, metadata: Mapping[str, str], component: str) -> dict:
     """The settings that come with a file, by peft's names; empty if there are none."""
     try:
         if METADATA in metadata:
-            told = json.loads(metadata[METADATA])     # of a pipeline, or of one network
+            told = json.loads(metadata[METADATA])  # of a pipeline, or of one network
             found = {key.removeprefix(f'{component}.'): value for key, value in told.items()}
         elif path.name == PEFT[0] and path.with_name(PEFT[1]).is_file():
             found = json.loads(path.with_name(PEFT[1]).read_text(encoding='utf-8'))
@@ -213,13 +251,15 @@ def _settings(path: Path, metadata: Mapping[str, str], component: str) -> dict:
             return {}
         alphas = [found.get('lora_alpha', 1), *(found.get('alpha_pattern') or {}).values()]
     except (ValueError, AttributeError, OSError) as error:
-        raise conversion.ConversionError(f'the settings of the adapter are not readable ({error})'
-                                      ) from error
+        raise conversion.ConversionError(
+            f'the settings of the adapter are not readable ({error})'
+        ) from error
     if not all(isinstance(alpha, (int, float)) and math.isfinite(alpha) for alpha in alphas):
         raise conversion.ConversionError(f'lora_alpha: got {alphas}, expected numbers')
     if found.get('use_dora'):
-        raise conversion.ConversionError('use_dora: this adapter rescales its weights (DoRA), which '
-                                      'is not implemented')
+        raise conversion.ConversionError(
+            'use_dora: this adapter rescales its weights (DoRA), which is not implemented'
+        )
     return found
 
 
@@ -260,8 +300,10 @@ def _to_jax(tensors, settings, table, flat, component) -> dict:
         rank = len(part['A']) if part['A'].ndim else 0
         shapes = tuple(part['A'].shape), tuple(part['B'].shape)
         if shapes != ((rank, inner), (outer, rank)) or not rank:
-            faults.append(f'{name}: got A {shapes[0]} and B {shapes[1]}, expected (r, {inner}) and '
-                          f'({outer}, r)')
+            faults.append(
+                f'{name}: got A {shapes[0]} and B {shapes[1]}, expected (r, {inner}) and '
+                f'({outer}, r)'
+            )
             continue
         if 'alpha' in part and part['alpha'].size != 1:
             faults.append(f'{name}.alpha: got shape {part["alpha"].shape}, expected one number')
@@ -271,23 +313,29 @@ def _to_jax(tensors, settings, table, flat, component) -> dict:
     if not (tensors or faults):
         faults = ['no tensors']
     if faults:
-        more = f'; and {len(faults) - conversion.SHOWN} more' if len(faults) > conversion.SHOWN else ''
-        raise conversion.ConversionError(f'{len(faults)} adapter fault(s): '
-                                      + '; '.join(faults[:conversion.SHOWN]) + more)
-    return conversion.unflatten({path: _stacked(layers, flat[f'{path}/kernel'].shape)
-                              for path, layers in leaves.items()})
+        more = (
+            f'; and {len(faults) - conversion.SHOWN} more' if len(faults) > conversion.SHOWN else ''
+        )
+        raise conversion.ConversionError(
+            f'{len(faults)} adapter fault(s): ' + '; '.join(faults[: conversion.SHOWN]) + more
+        )
+    return conversion.unflatten(
+        {path: _stacked(layers, flat[f'{path}/kernel'].shape) for path, layers in leaves.items()}
+    )
 
 
 def _stacked(layers: Mapping[int, tuple], shape: Sequence[int]) -> dict:
     """Leaves of a stack; smaller ranks are filled up with zeros, and so is alpha in proportion."""
     *stack, inner, outer = shape
     rank = max(a.shape[1] for a, _, _ in layers.values())
-    made = {'a': np.zeros((*stack, inner, rank), np.float32),
-            'b': np.zeros((*stack, rank, outer), np.float32),
-            'alpha': np.zeros(stack, np.float32)}
+    made = {
+        'a': np.zeros((*stack, inner, rank), np.float32),
+        'b': np.zeros((*stack, rank, outer), np.float32),
+        'alpha': np.zeros(stack, np.float32),
+    }
     for index, (a, b, alpha) in layers.items():
         at = index if stack else ()
-        made['a'][at][:, :a.shape[1]] = a
-        made['b'][at][:a.shape[1]] = b
+        made['a'][at][:, : a.shape[1]] = a
+        made['b'][at][: a.shape[1]] = b
         made['alpha'][at] = alpha * rank / a.shape[1]
     return made

@@ -16,6 +16,7 @@ from matrix_jax.nn.rope import timestep_code
 
 class LayerNorm(nn.Module):
     """Affine LayerNorm over the last axis; statistics, parameters and output in float32."""
+
     eps: float = 1e-5
 
     @nn.compact
@@ -26,8 +27,9 @@ class LayerNorm(nn.Module):
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        return centred * jax.lax.rsqrt(variance + self.eps) * scale.astype(jnp.float32) \
-            + bias.astype(jnp.float32)
+        return centred * jax.lax.rsqrt(variance + self.eps) * scale.astype(
+            jnp.float32
+        ) + bias.astype(jnp.float32)
 
 
 def modulate(x, shift, scale):
@@ -44,6 +46,7 @@ class TimeEmbedding(nn.Module):
       guidance: width A of a guidance code that is projected and added, or None.
       dtype: type that the code is rounded to, and of the multiplies.
     """
+
     code_width: int
     features: int
     guidance: int | None = None
@@ -56,8 +59,9 @@ class TimeEmbedding(nn.Module):
         if self.guidance is not None:
             if guidance is None:  # the layer stays, so that its weights load; it adds zero
                 guidance = jnp.zeros((1, 1, self.guidance))
-            code = code + Linear(self.code_width, use_bias=False, dtype=self.dtype,
-                                 name='guidance')(guidance)
+            code = code + Linear(
+                self.code_width, use_bias=False, dtype=self.dtype, name='guidance'
+            )(guidance)
         hidden = jax.nn.silu(Linear(self.features, dtype=self.dtype, name='linear_1')(code))
         return Linear(self.features, dtype=self.dtype, name='linear_2')(hidden).astype(jnp.float32)
 
@@ -68,6 +72,7 @@ class PairedAdaLN(nn.Module):
     Attributes:
       eps: epsilon of the norm.
     """
+
     eps: float = 1e-5
 
     @nn.compact
@@ -84,10 +89,15 @@ class PairedAdaLN(nn.Module):
         """
         width = video.shape[-1]
         parts = once(self, 'parts', lambda: Linear(6 * width, name='linear')(jax.nn.silu(time)))
-        shift, scale, gate = rearrange(parts[..., :3 * width], 'b t (c d) -> c b t 1 d', c=3)
+        shift, scale, gate = rearrange(parts[..., : 3 * width], 'b t (c d) -> c b t 1 d', c=3)
         # PARITY: tokens without a frame follow the last frame, which is the noisiest one.
-        side_shift, side_scale, side_gate = rearrange(parts[:, -1, 3 * width:],
-                                                      'b (c d) -> c b 1 d', c=3)
+        side_shift, side_scale, side_gate = rearrange(
+            parts[:, -1, 3 * width :], 'b (c d) -> c b 1 d', c=3
+        )
         norm = LayerNorm(self.eps, name='norm')
-        return (modulate(norm(video), shift, scale), modulate(norm(side), side_shift, side_scale),
-                gate, side_gate)
+        return (
+            modulate(norm(video), shift, scale),
+            modulate(norm(side), side_shift, side_scale),
+            gate,
+            side_gate,
+        )

@@ -31,8 +31,10 @@ def sincos_3d(frames, rows, columns, width: int) -> np.ndarray:
       ValueError: the width does not split into these even parts.
     """
     if width % 16:
-        raise ValueError(f'sincos_3d.width: got {width}, expected a multiple of 16 '
-                         '(1/4 frame, 3/8 column, 3/8 row; each half sine, half cosine)')
+        raise ValueError(
+            f'sincos_3d.width: got {width}, expected a multiple of 16 '
+            '(1/4 frame, 3/8 column, 3/8 row; each half sine, half cosine)'
+        )
     grid = (len(frames), len(rows), len(columns))
     temporal = sincos(frames, width // 4)[:, None, None]
     # PARITY: the "height half" of the released table holds the column, and it comes first.
@@ -50,8 +52,9 @@ def scaled_positions(count: int, scale: float) -> np.ndarray:
 def timestep_code(level, width: int):
     """Noise levels [...] (0 .. 999) -> [... width] float32, cosines first."""
     half = width // 2
-    frequencies = _exp(np.float32(-math.log(PERIOD)) * np.arange(half, dtype=np.float32)
-                       / np.float32(half))
+    frequencies = _exp(
+        np.float32(-math.log(PERIOD)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    )
     angles = jnp.asarray(level, jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
@@ -59,8 +62,9 @@ def timestep_code(level, width: int):
 def guidance_code(scale, width: int):
     """Guidance scales [...] -> [... width] float32, sines first; an odd width ends in a zero."""
     half = width // 2
-    frequencies = _exp(np.arange(half, dtype=np.float32)
-                       * np.float32(-math.log(PERIOD) / (half - 1)))
+    frequencies = _exp(
+        np.arange(half, dtype=np.float32) * np.float32(-math.log(PERIOD) / (half - 1))
+    )
     angles = jnp.asarray(scale, jnp.float32)[..., None] * 1000.0 * frequencies
     code = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
     return jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, width % 2)])
@@ -82,7 +86,7 @@ def turns(positions, speeds: np.ndarray):
         return np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
     cos, sin = (make((*positions.shape, len(speeds))) for make in (jnp.ones, jnp.zeros))
     for power in range(4):
-        angles = np.arange(256)[:, None] * (256.0 ** power * speeds)
+        angles = np.arange(256)[:, None] * (256.0**power * speeds)
         digit = (jnp.abs(positions) >> (8 * power)) & 255
         more_cos = jnp.asarray(np.cos(angles), jnp.float32)[digit]
         more_sin = jnp.asarray(np.sin(angles), jnp.float32)[digit]
@@ -97,14 +101,23 @@ def turns_3d(frames, rows: int, columns: int, width: int):
     """
     third = width // 6
     grid = (len(frames), rows, columns)
-    parts = zip((frames, np.arange(rows), np.arange(columns)),
-                (width // 2 - 2 * third, third, third),
-                ('t p -> t 1 1 p', 'h p -> 1 h 1 p', 'w p -> 1 1 w p'), strict=True)
-    axes = [[rearrange(part, layout) for part in turns(positions, rates(pairs))]
-            for positions, pairs, layout in parts]
-    return tuple(rearrange(
-        jnp.concatenate([jnp.broadcast_to(part, grid + part.shape[-1:]) for part in parts], -1),
-        't h w p -> t (h w) p') for parts in zip(*axes, strict=True))
+    parts = zip(
+        (frames, np.arange(rows), np.arange(columns)),
+        (width // 2 - 2 * third, third, third),
+        ('t p -> t 1 1 p', 'h p -> 1 h 1 p', 'w p -> 1 1 w p'),
+        strict=True,
+    )
+    axes = [
+        [rearrange(part, layout) for part in turns(positions, rates(pairs))]
+        for positions, pairs, layout in parts
+    ]
+    return tuple(
+        rearrange(
+            jnp.concatenate([jnp.broadcast_to(part, grid + part.shape[-1:]) for part in parts], -1),
+            't h w p -> t (h w) p',
+        )
+        for parts in zip(*axes, strict=True)
+    )
 
 
 def rotate(x, turn):
@@ -126,8 +139,10 @@ def level_code(level, width: int):
     whole = jnp.floor(level)
     cos, sin = turns(whole.astype(jnp.int32), speeds)
     rest = (level - whole)[..., None] * speeds.astype(np.float32)
-    return jnp.concatenate([cos * jnp.cos(rest) - sin * jnp.sin(rest),
-                            sin * jnp.cos(rest) + cos * jnp.sin(rest)], axis=-1)
+    return jnp.concatenate(
+        [cos * jnp.cos(rest) - sin * jnp.sin(rest), sin * jnp.cos(rest) + cos * jnp.sin(rest)],
+        axis=-1,
+    )
 
 
 def _exp(exponents):

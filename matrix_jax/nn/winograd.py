@@ -62,14 +62,17 @@ def convolve(x, kernel, m: int, frames: Callable):
     count = x.shape[1] - TAPS + 1
     tiles = -(-count // m)
     x = jnp.pad(x, ((0, 0), (0, tiles * m - count), *((0, 0),) * (x.ndim - 2)))
-    moved = [x[:, shift:shift + (tiles - 1) * m + 1:m] for shift in range(m + 2)]
-    products = [frames(part, tap)
-                for part, tap in zip(_combined(inputs, moved), _combined(taps, list(kernel)))]
+    moved = [x[:, shift : shift + (tiles - 1) * m + 1 : m] for shift in range(m + 2)]
+    products = [
+        frames(part, tap)
+        for part, tap in zip(_combined(inputs, moved), _combined(taps, list(kernel)))
+    ]
     y = jnp.stack(_combined(outputs, products), axis=2)
     return y.reshape(y.shape[0], tiles * m, *y.shape[3:])[:, :count]
 
 
 def _combined(table: np.ndarray, parts: list) -> list:
     """Sums of the parts, one for each row of weights."""
-    return [sum(part * float(weight) for weight, part in zip(row, parts) if weight)
-            for row in table]
+    return [
+        sum(part * float(weight) for weight, part in zip(row, parts) if weight) for row in table
+    ]

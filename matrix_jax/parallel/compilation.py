@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from pathlib import Path
 
-LIMIT = 4 * 2**30       # bytes; the programs that were not used for longest go first
+LIMIT = 4 * 2**30  # bytes; the programs that were not used for longest go first
 
 # XLA's CPU compiler hands products and convolutions to YNNPACK, which runs most of a convolution on
 # one core; Eigen, which it had before, shares each among all. Sums stay with YNNPACK.
@@ -30,6 +30,7 @@ def jit(function, once: bool = False, **settings):
       **settings: of `jax.jit`.
     """
     import jax
+
     return jax.jit(function, compiler_options=options(once), **settings)
 
 
@@ -39,6 +40,7 @@ def options(once: bool = False) -> dict | None:
     once, and if the compiler knows them. A setting of the same name in `XLA_FLAGS` stays in force.
     """
     import jax
+
     if jax.default_backend() != 'cpu':
         return None
     given = os.environ.get('XLA_FLAGS', '')
@@ -48,7 +50,7 @@ def options(once: bool = False) -> dict | None:
         return None
     try:
         jax.jit(lambda x: x, compiler_options=wanted)(0)
-    except jax.errors.JaxRuntimeError:      # of another version
+    except jax.errors.JaxRuntimeError:  # of another version
         return None
     return wanted
 
@@ -57,7 +59,7 @@ def cores() -> int:
     """Cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:      # not on this system
+    except AttributeError:  # not on this system
         return os.cpu_count() or 1
 
 
@@ -78,20 +80,21 @@ def keep(wanted: bool = True):
     """
     import jax
     from jax.experimental.compilation_cache import compilation_cache
+
     config = jax.config
     if not wanted or config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     place = folder()
     try:
         place.mkdir(parents=True, exist_ok=True)
-        place.chmod(0o700)      # programs are run as they are found
+        place.chmod(0o700)  # programs are run as they are found
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError:
         return
     config.update('jax_compilation_cache_dir', str(place))
     config.update('jax_compilation_cache_max_size', LIMIT)
-    compilation_cache.reset_cache()         # jax looks for a folder only once
+    compilation_cache.reset_cache()  # jax looks for a folder only once
     warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 
 

@@ -17,6 +17,7 @@ class Mesh:
     `pipeline` is for streams, in place of the axes: '5dit_3vae' gives five devices to the network
     and three more to its decoder, which then work at the same time; '1' has all devices do both.
     """
+
     data: int = 1
     fsdp: int = 1
     tensor: int = 1
@@ -30,12 +31,16 @@ class Mesh:
         if self.pipeline == '1':
             return
         if not self.parts:
-            raise ValueError(f'mesh.pipeline: got {self.pipeline!r}, expected the devices of both '
-                             "parts, such as '5dit_3vae' or '6dit_2vae', or '1'")
+            raise ValueError(
+                f'mesh.pipeline: got {self.pipeline!r}, expected the devices of both '
+                "parts, such as '5dit_3vae' or '6dit_2vae', or '1'"
+            )
         if set(self.axes.values()) != {1}:
             sizes = ', '.join(f'mesh.{name} {size}' for name, size in self.axes.items() if size > 1)
-            raise ValueError(f'mesh.pipeline: got {self.pipeline} with {sizes}, expected one of '
-                             'them: a pipeline says what all of its devices do')
+            raise ValueError(
+                f'mesh.pipeline: got {self.pipeline} with {sizes}, expected one of '
+                'them: a pipeline says what all of its devices do'
+            )
 
     @property
     def axes(self) -> dict[str, int]:

@@ -32,10 +32,16 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from matrix_jax.parallel.mesh import AXES
 
-RULES = {'batch': ('data', 'fsdp'), 'rows': 'seq', 'tokens': 'seq', 'heads': 'tensor',
-         'mlp': 'tensor', 'embed': 'fsdp',
-         # Heads of a device that has traded its tokens for them.
-         'shared heads': ('tensor', 'seq')}
+RULES = {
+    'batch': ('data', 'fsdp'),
+    'rows': 'seq',
+    'tokens': 'seq',
+    'heads': 'tensor',
+    'mlp': 'tensor',
+    'embed': 'fsdp',
+    # Heads of a device that has traded its tokens for them.
+    'shared heads': ('tensor', 'seq'),
+}
 LETTERS = {'b': 'batch', 'n': 'tokens', 'd': 'embed', 'k': 'heads', 'm': 'mlp'}
 
 
@@ -50,8 +56,10 @@ def make_mesh(shape, devices=None) -> Mesh:
       ValueError: the shape asks for more devices than there are, or for a pipeline.
     """
     if shape.pipeline != '1':
-        raise ValueError(f'mesh.pipeline: got {shape.pipeline}, expected 1: only streams that are '
-                         'generated or played run in two parts')
+        raise ValueError(
+            f'mesh.pipeline: got {shape.pipeline}, expected 1: only streams that are '
+            'generated or played run in two parts'
+        )
     sizes = tuple(getattr(shape, axis) for axis in AXES)
     devices = jax.devices() if devices is None else devices
     count = int(np.prod(sizes))
@@ -71,10 +79,12 @@ def make_meshes(shape, devices=None) -> tuple[Mesh, Mesh]:
         return (make_mesh(shape, devices),) * 2
     devices = jax.devices() if devices is None else devices
     if shape.devices > len(devices):
-        raise ValueError(f'mesh.pipeline: got {shape.pipeline} = {shape.devices} devices, '
-                         f'expected at most {len(devices)}')
+        raise ValueError(
+            f'mesh.pipeline: got {shape.pipeline} = {shape.devices} devices, '
+            f'expected at most {len(devices)}'
+        )
     network, decoder = shape.parts
-    return make_mesh(network, devices), make_mesh(decoder, devices[network.devices:])
+    return make_mesh(network, devices), make_mesh(decoder, devices[network.devices :])
 
 
 def abstract_mesh(shape) -> AbstractMesh:
@@ -104,9 +114,11 @@ def put(tree, places):
       tree: arrays that are the same in every process.
       places: tree of shardings of the same structure.
     """
+
     def one(leaf, place):
         leaf = np.asarray(leaf)
         return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+
     return jax.tree.map(one, tree, places)
 
 
@@ -126,12 +138,15 @@ def mesh_of(tree) -> Mesh | None:
 
 def named(tree) -> str:
     """The devices that a tree of arrays lies on, such as 'cpu' or 'NVIDIA H200 data=2 seq=4'."""
-    mesh, arrays = mesh_of(tree), [leaf for leaf in jax.tree.leaves(tree)
-                                   if isinstance(leaf, jax.Array)]
+    mesh, arrays = (
+        mesh_of(tree),
+        [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)],
+    )
     devices = arrays[0].devices() if arrays else jax.devices()
     sizes = mesh.shape.items() if mesh else ()
-    return ' '.join([next(iter(devices)).device_kind,
-                     *(f'{axis}={size}' for axis, size in sizes if size > 1)])
+    return ' '.join(
+        [next(iter(devices)).device_kind, *(f'{axis}={size}' for axis, size in sizes if size > 1)]
+    )
 
 
 def places(tree):
@@ -147,17 +162,17 @@ def places(tree):
 
 def made(compiled):
     """Tree of ShapeDtypeStructs of what a compiled program gives, with where it will lie."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                                          sharding=leaf.sharding),
-                        compiled.out_info)
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+        compiled.out_info,
+    )
 
 
 # --- inside a program ------------------------------------------------------------------------
 
 
 def ways(name: str) -> int:
-    """Parts that the mesh in force makes of an axis; 1 without one, or in the program of a device.
-    """
+    """Parts that the mesh in force makes of an axis; 1 without one, or in the program of a device."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty or mesh.manual_axes else _ways(name, mesh)
 
@@ -185,14 +200,19 @@ def spread(function, arguments, result):
       arguments: one tuple of logical names per argument.
       result: index of the argument that the result is shaped and split like.
     """
+
     def call(*arrays):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return function(*arrays)
-        specs = tuple(fitting(names, array.shape, mesh)
-                      for names, array in zip(arguments, arrays, strict=True))
-        return jax.shard_map(function, in_specs=specs, out_specs=specs[result],
-                             check_vma=False)(*arrays)
+        specs = tuple(
+            fitting(names, array.shape, mesh)
+            for names, array in zip(arguments, arrays, strict=True)
+        )
+        return jax.shard_map(function, in_specs=specs, out_specs=specs[result], check_vma=False)(
+            *arrays
+        )
+
     return call
 
 
@@ -210,8 +230,10 @@ def gather(x, name: str, axis: int):
 
 def fitting(names, shape, mesh) -> PartitionSpec:
     """`spec` of the axes of an array that divide evenly over a mesh."""
-    return spec(name if size % _ways(name, mesh) == 0 else None
-                for name, size in zip(names, shape, strict=True))
+    return spec(
+        name if size % _ways(name, mesh) == 0 else None
+        for name, size in zip(names, shape, strict=True)
+    )
 
 
 def _ways(name, mesh) -> int:
@@ -230,6 +252,7 @@ def shardings(axes, shapes, mesh: Mesh):
       shapes: tree of arrays or ShapeDtypeStructs of the same structure.
       mesh: the mesh. An axis that does not divide evenly stays whole.
     """
+
     def one(letters, leaf):
         names = []
         for letter, size in zip(letters, leaf.shape, strict=True):
@@ -237,4 +260,5 @@ def shardings(axes, shapes, mesh: Mesh):
             free = rule is not None and rule not in names
             names.append(rule if free and size % mesh.shape[rule] == 0 else None)
         return NamedSharding(mesh, PartitionSpec(*names))
+
     return jax.tree.map(one, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))

@@ -35,6 +35,7 @@ class Share:
       held: rows of a device at that size; the last devices may hold rows below the picture, which
         nothing reads.
     """
+
     axis: str
     count: int
     total: int
@@ -96,10 +97,11 @@ def split(function, params, cache, x, unit: int = 1):
             _share.reset(token)
 
     place = sharding.fitting(('batch', None, 'rows', None, None), x.shape, mesh)
-    cache, y = jax.shard_map(own, in_specs=(jax.P(), place, place), out_specs=place,
-                             check_vma=False)(params, cache, x)
+    cache, y = jax.shard_map(
+        own, in_specs=(jax.P(), place, place), out_specs=place, check_vma=False
+    )(params, cache, x)
     if not share.even:
-        y = y[:, :, :y.shape[2] * total // (count * share.held)]
+        y = y[:, :, : y.shape[2] * total // (count * share.held)]
     return cache, y
 
 

@@ -18,18 +18,28 @@ import numpy as np
 from matrix_jax.parity import layers, streaming, the_matrix, wan, wan22, wan_dit
 from matrix_jax.parity.record import BadInput, Record, read
 
-SYSTEMS = (('the_matrix', the_matrix), ('matrix_game_2', wan), ('matrix_game_2', wan_dit),
-           ('matrix_game_2', streaming), ('matrix_game_3', layers), ('matrix_game_3', wan22))
-REPLAYS = {(system, kind): function for system, replays in SYSTEMS
-           for kind, function in replays.REPLAYS.items()}
+SYSTEMS = (
+    ('the_matrix', the_matrix),
+    ('matrix_game_2', wan),
+    ('matrix_game_2', wan_dit),
+    ('matrix_game_2', streaming),
+    ('matrix_game_3', layers),
+    ('matrix_game_3', wan22),
+)
+REPLAYS = {
+    (system, kind): function
+    for system, replays in SYSTEMS
+    for kind, function in replays.REPLAYS.items()
+}
 
-INFORMATIONAL = 'inter'           # activations inside the reference, to bisect with
+INFORMATIONAL = 'inter'  # activations inside the reference, to bisect with
 HEADER = f'{"file":<34} {"output":<44} {"max abs":>9} {"max rel":>9} {"tolerance":>12}  ok'
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One output compared: largest difference, also relative to the largest recorded value."""
+
     output: str
     max_abs: float
     max_rel: float
@@ -51,11 +61,17 @@ def tolerance(record: Record, name: str, want: np.ndarray) -> tuple[float, float
     return record.atol, record.rtol, f'{record.atol:.0e}'
 
 
-ABSOLUTE = (('schedulers', 'table_alphas_cumprod', 2e-6), ('embeddings', 'pos3d_', 1e-6),
-            ('embeddings', 'timestep_', 1e-4), ('embeddings', 'guidance_', 2e-3))
+ABSOLUTE = (
+    ('schedulers', 'table_alphas_cumprod', 2e-6),
+    ('embeddings', 'pos3d_', 1e-6),
+    ('embeddings', 'timestep_', 1e-4),
+    ('embeddings', 'guidance_', 2e-3),
+)
 # Losses and gradients have no scale of their own.
-RELATIVE = (('train_loss', 'table_(loss|per_sample_loss)', 1e-4),
-            ('train_loss', 'table_weights|table_grad|grad_norm', 1e-3))
+RELATIVE = (
+    ('train_loss', 'table_(loss|per_sample_loss)', 1e-4),
+    ('train_loss', 'table_weights|table_grad|grad_norm', 1e-3),
+)
 
 
 def compare(record: Record, got: Mapping[str, np.ndarray]) -> list[Line]:
@@ -68,15 +84,26 @@ def compare(record: Record, got: Mapping[str, np.ndarray]) -> list[Line]:
             lines.append(Line(name, np.nan, np.nan, '-', False, 'this library does not make it'))
             continue
         want, ours = np.asarray(want), np.asarray(got[name])
-        if want.dtype.kind not in 'fciu':       # texts; None stands for no text
+        if want.dtype.kind not in 'fciu':  # texts; None stands for no text
             wrong = sum(map(lambda pair: pair[0] != pair[1], zip(want, ours, strict=True)))
-            lines.append(Line(name, wrong, wrong / len(want), 'exact', not wrong,
-                              f'{wrong} of {len(want)} differ' if wrong else ''))
+            lines.append(
+                Line(
+                    name,
+                    wrong,
+                    wrong / len(want),
+                    'exact',
+                    not wrong,
+                    f'{wrong} of {len(want)} differ' if wrong else '',
+                )
+            )
             continue
         atol, rtol, said = tolerance(record, name, want)
         if ours.shape != want.shape:
-            lines.append(Line(name, np.nan, np.nan, said, False,
-                              f'shape {ours.shape}, recorded {want.shape}'))
+            lines.append(
+                Line(
+                    name, np.nan, np.nan, said, False, f'shape {ours.shape}, recorded {want.shape}'
+                )
+            )
             continue
         want = want.astype(np.float64)
         error = np.abs(ours.astype(np.float64) - want)
@@ -98,8 +125,9 @@ def replay(record: Record) -> list[Line]:
     function = REPLAYS.get((record.system, record.kind))
     if function is None:
         known = ', '.join('/'.join(pair) for pair in sorted(REPLAYS))
-        raise BadInput(f'{record.path}: cannot replay {record.system}/{record.kind}, '
-                       f'expected one of {known}')
+        raise BadInput(
+            f'{record.path}: cannot replay {record.system}/{record.kind}, expected one of {known}'
+        )
     with jax.default_matmul_precision('highest'):
         return compare(record, function(record))
 
@@ -123,14 +151,25 @@ def run(paths: Sequence[str | Path], out=None, err=None) -> int:
             failed.append(name)
             continue
         for line in lines:
-            print(f'{name:<34} {line.output:<44} {line.max_abs:>9.1e} {line.max_rel:>9.1e} '
-                  f'{line.tolerance:>12}  {"ok" if line.ok else "FAILED"} {line.note}'.rstrip(),
-                  file=out, flush=True)
+            print(
+                f'{name:<34} {line.output:<44} {line.max_abs:>9.1e} {line.max_rel:>9.1e} '
+                f'{line.tolerance:>12}  {"ok" if line.ok else "FAILED"} {line.note}'.rstrip(),
+                file=out,
+                flush=True,
+            )
             failed += [] if line.ok else [f'{name}: {line.output}']
         total += len(lines)
-    print(f'{total} outputs of {len(paths)} files: '
-          + (f'{len(failed)} FAILED ({"; ".join(failed)})' if failed else
-             'not all could be read' if code else 'all hold'), file=out)
+    print(
+        f'{total} outputs of {len(paths)} files: '
+        + (
+            f'{len(failed)} FAILED ({"; ".join(failed)})'
+            if failed
+            else 'not all could be read'
+            if code
+            else 'all hold'
+        ),
+        file=out,
+    )
     return code or (1 if failed else 0)
 
 

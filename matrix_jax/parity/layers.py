@@ -27,15 +27,19 @@ def int8_linear(record: Record) -> dict[str, np.ndarray]:
     half = linear.Int8(kernel.values, kernel.scale.astype(jnp.bfloat16).astype(jnp.float32))
     rounded = jnp.sign(x) * jnp.floor(jnp.abs(x) / scale + 0.5)
     made = {
-        'weight_int8': kernel.values.T, 'weight_scales': kernel.scale,
-        'x_int8': values, 'x_scales': scale[:, 0], 'acc_int32': sums(values),
+        'weight_int8': kernel.values.T,
+        'weight_scales': kernel.scale,
+        'x_int8': values,
+        'x_scales': scale[:, 0],
+        'acc_int32': sums(values),
         'out_f32_nobias': layer({'kernel': kernel}, jnp.float32, False),
         'out_f32_nobias_bf16_scales': layer({'kernel': half}, jnp.float32, False),
         'out_bf16_path': layer({'kernel': kernel, 'bias': bias}, jnp.bfloat16),
         'fallback_dequant_f32': layer({'kernel': kernel.kernel(), 'bias': bias}, jnp.float32),
         'float_reference': layer({'kernel': weight.T, 'bias': bias}, jnp.float32),
         'x_int8_rounded_alt': rounded,
-        'out_f32_nobias_rounded_alt': sums(rounded.astype(jnp.int8)) * scale * kernel.scale}
+        'out_f32_nobias_rounded_alt': sums(rounded.astype(jnp.int8)) * scale * kernel.scale,
+    }
     return {name: np.asarray(value, np.float32) for name, value in made.items()}
 
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 from einops import rearrange
 
-SYSTEM = 'the_matrix'                               # of JSON files, which do not say
+SYSTEM = 'the_matrix'  # of JSON files, which do not say
 PREFIXES = ('weights/', 'inputs/', 'outputs/')
-EXPECTED = ('grad_norm', 'guidance_per_step')       # results that a file keeps in its config
+EXPECTED = ('grad_norm', 'guidance_per_step')  # results that a file keeps in its config
 
 
 class BadInput(ValueError):
@@ -39,6 +39,7 @@ class Fields(dict):
 @dataclasses.dataclass(frozen=True)
 class Record:
     """One recording."""
+
     path: Path
     system: str
     kind: str
@@ -63,9 +64,17 @@ def read(path: str | Path) -> Record:
     if 'weights' in metadata:
         lent = _read_tensors(path.parent / metadata['weights'])[1]
         tensors |= {name: lent[name] for name in lent if name.startswith('weights/')}
-    parts = [Fields(f'{path}: {prefix[:-1]}', {name.removeprefix(prefix): tensor
-                                              for name, tensor in tensors.items()
-                                              if name.startswith(prefix)}) for prefix in PREFIXES]
+    parts = [
+        Fields(
+            f'{path}: {prefix[:-1]}',
+            {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            },
+        )
+        for prefix in PREFIXES
+    ]
     strange = [name for name in tensors if not name.startswith(PREFIXES)]
     if strange:
         raise BadInput(f'{path}: tensor {strange[0]!r}, expected names in {", ".join(PREFIXES)}')
@@ -86,6 +95,7 @@ def _read_tensors(path: Path) -> tuple[Fields, dict]:
     """(metadata, tensors by name) of a safetensors file."""
     _check_file(path)
     from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(path, 'np') as file:
             metadata = Fields(f'{path}: metadata', file.metadata() or {})
@@ -109,8 +119,10 @@ def _read_signals(path: Path) -> Record:
     if not isinstance(content, dict) or not set(known) & set(content):
         raise BadInput(f'{path}: expected a JSON object with {" or ".join(known)}')
     try:
-        cases = {name: [Fields(f'{path}: {name}', case) for case in content.get(name, ())]
-                 for name in known}
+        cases = {
+            name: [Fields(f'{path}: {name}', case) for case in content.get(name, ())]
+            for name in known
+        }
     except (TypeError, ValueError):
         raise BadInput(f'{path}: expected lists of JSON objects') from None
     outputs = {'random': [case['out'] for case in cases[known[0]]]}
@@ -118,8 +130,15 @@ def _read_signals(path: Path) -> Record:
         outputs[name] = [case[name] for case in cases[known[1]]]
     outputs = {name: values for name, values in outputs.items() if values}
     empty = Fields(str(path), {})
-    return Record(path, SYSTEM, 'control_signals', Fields(str(path), cases), empty, empty,
-                  Fields(f'{path}: outputs', outputs))
+    return Record(
+        path,
+        SYSTEM,
+        'control_signals',
+        Fields(str(path), cases),
+        empty,
+        empty,
+        Fields(f'{path}: outputs', outputs),
+    )
 
 
 def video(x) -> np.ndarray:

@@ -62,8 +62,9 @@ class Bench:
         plan = solvers.lcm(self.cfg, levels[None], self.lcm_table(steps, original), int(phases))
         row = solvers.Plan(*(column[0] for column in plan))
         if what == 'denoised':
-            skip, out = (self.lcm_coefficient(steps, original, phases, name)
-                         for name in ('cskip', 'cout'))
+            skip, out = (
+                self.lcm_coefficient(steps, original, phases, name) for name in ('cskip', 'cout')
+            )
             row = row._replace(keep=np.float32(skip), clean=np.float32(out), fresh=0 * row.fresh)
         return torch_video(solvers.step(row, solvers.init(x), x, v, noise)[1])
 
@@ -71,8 +72,9 @@ class Bench:
         uniform = family in ('ddim', 'dpm')
         levels = to_levels(self.given['t_uniform' if uniform else 't_perframe'])
         function = {'add_noise': schedules.add_noise, 'velocity': schedules.velocity}[what]
-        return torch_video(function(schedules.make(self.cfg), self.video('x0'),
-                                     self.video('noise'), levels))
+        return torch_video(
+            function(schedules.make(self.cfg), self.video('x0'), self.video('noise'), levels)
+        )
 
     def uniform(self, solver, steps, index, order, what):
         levels, index = schedules.timesteps(self.cfg, int(steps))[:, None], int(index)
@@ -82,8 +84,9 @@ class Bench:
     def window(self, solver, steps, which, order, what):
         name = f'swin_{steps}_{which}'
         back = self.given[f'{name}_tback'] if order == 'second' else None
-        return self.step({'swin': 'dpm', 'swinddim': 'ddim'}[solver], steps,
-                         self.given[f'{name}_t'], back, what)
+        return self.step(
+            {'swin': 'dpm', 'swinddim': 'ddim'}[solver], steps, self.given[f'{name}_t'], back, what
+        )
 
     def window_row(self, steps, index, what):
         rows, index = self.given['swin2_grouped_t'], int(index)
@@ -92,10 +95,14 @@ class Bench:
     def step(self, solver, steps, level, back, what):
         following = level - self.cfg.train_steps // int(steps)
         history = self.video('old_pred') if back is not None else 0 * self.video('x')
-        plan = (solvers.ddim(self.abar, level, following) if solver == 'ddim' else
-                solvers.dpm(self.abar, level, following, back))
-        x0, x = solvers.step(plan, history, self.video('x'), self.video('model_output'),
-                             self.video('noise'))
+        plan = (
+            solvers.ddim(self.abar, level, following)
+            if solver == 'ddim'
+            else solvers.dpm(self.abar, level, following, back)
+        )
+        x0, x = solvers.step(
+            plan, history, self.video('x'), self.video('model_output'), self.video('noise')
+        )
         return torch_video({'prev': x, 'x0': x0}[what])
 
 

@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.weights import conversion
 from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.diffusion import flow
 from matrix_jax.dit import wan
 from matrix_jax.parity.record import Record, clip, torch_clip, video
 from matrix_jax.parity.wan_dit import layer_caches
 from matrix_jax.stream import causal
+from matrix_jax.weights import conversion
 from matrix_jax.worlds.matrix_game_2 import network
 
 # Recordings are tiny: compiling takes far longer than running, so the compiler is to hurry.
@@ -24,18 +24,25 @@ compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimizatio
 
 def scheduler(record: Record) -> dict:
     """Tables, warped step lists and conversions, one level per sample."""
-    cfg = flow.Config(shift=record.config['shift'],
-                      train_steps=record.config['num_train_timesteps'])
+    cfg = flow.Config(
+        shift=record.config['shift'], train_steps=record.config['num_train_timesteps']
+    )
     table, given = flow.table(cfg), record.inputs
     levels = given['t']
     sigmas = flow.sigma_at(table, levels)
-    got = {'sigmas': table.sigmas, 'timesteps': table.levels, 'training_weights': table.weights,
-           'sigma_nearest': sigmas, 'training_weight_at_t': flow.weight_at(table, levels),
-           'add_noise': flow.add_noise(sigmas, given['x0'], given['noise']),
-           'x0_from_flow': flow.x0_from_v(sigmas, given['xt'], given['flow']),
-           'flow_from_x0': flow.v_from_x0(sigmas, given['xt'], given['x0']),
-           'euler_step': flow.euler(sigmas, flow.next_sigma(table, levels), given['xt'],
-                                    given['flow'])}
+    got = {
+        'sigmas': table.sigmas,
+        'timesteps': table.levels,
+        'training_weights': table.weights,
+        'sigma_nearest': sigmas,
+        'training_weight_at_t': flow.weight_at(table, levels),
+        'add_noise': flow.add_noise(sigmas, given['x0'], given['noise']),
+        'x0_from_flow': flow.x0_from_v(sigmas, given['xt'], given['flow']),
+        'flow_from_x0': flow.v_from_x0(sigmas, given['xt'], given['x0']),
+        'euler_step': flow.euler(
+            sigmas, flow.next_sigma(table, levels), given['xt'], given['flow']
+        ),
+    }
     for mode, steps in record.config['lists'].items():
         got[f'warped_{mode}'] = flow.warp(cfg, steps)
         got[f'sigma_at_warped_{mode}'] = flow.sigma_at(table, got[f'warped_{mode}'])
@@ -45,14 +52,19 @@ def scheduler(record: Record) -> dict:
 def sampler(record: Record) -> dict:
     """The streaming loop with all its noise given, after an initial clip if there is one."""
     told, given = record.config, record.inputs
-    cfg = wan.Config.from_released(told['model'] | {'image_dim': told['clip_dim'],
-                                                    'image_length': told['clip_tokens']})
+    cfg = wan.Config.from_released(
+        told['model'] | {'image_dim': told['clip_dim'], 'image_length': told['clip_tokens']}
+    )
     params = {'transformer': conversion.to_jax(wan.weights(cfg), record.weights, wan.shapes(cfg))}
     schedule = flow.Config(shift=told['timestep_shift'])
     size = told['num_frame_per_block']
-    stream = causal.Config(frames=size, steps=tuple(told['denoising_step_list']),
-                           context_level=told['context_noise'], window=cfg.actions.span,
-                           ratio=cfg.actions.ratio)
+    stream = causal.Config(
+        frames=size,
+        steps=tuple(told['denoising_step_list']),
+        context_level=told['context_noise'],
+        window=cfg.actions.span,
+        ratio=cfg.actions.ratio,
+    )
     table, levels = causal.rows(stream, schedule), flow.table(schedule)
     actions = [given[name] for name in ('keyboard_cond', 'mouse_cond') if name in given]
     actions = np.concatenate(actions, axis=-1)
@@ -60,8 +72,9 @@ def sampler(record: Record) -> dict:
     noise = clip(given['noise'])
     fed = 0 if initial is None else initial.shape[1] // size
     blocks = fed + noise.shape[1] // size
-    renoise = video(given['renoise']).reshape(blocks - fed, len(stream.steps) - 1, 1, size,
-                                              *noise.shape[2:])
+    renoise = video(given['renoise']).reshape(
+        blocks - fed, len(stream.steps) - 1, 1, size, *noise.shape[2:]
+    )
     calls = len(table.level) * (blocks - fed) + fed
     net = network(cfg)
 
@@ -69,45 +82,63 @@ def sampler(record: Record) -> dict:
         caches, seen, count = caches
         v, caches = net.denoise(params, caches, x, level, cond, actions)
         x0 = flow.x0_from_v(flow.sigma_at(levels, level), x, v)
-        return v, (caches, (seen[0].at[count].set(x0), seen[1].at[count].set(level[0, 0])),
-                   count + 1)
+        return v, (
+            caches,
+            (seen[0].at[count].set(x0), seen[1].at[count].set(level[0, 0])),
+            count + 1,
+        )
 
     def read(params, cond):
         shape = (calls, 1, size, *cond.latents.shape[2:4], net.channels)
         return net.read(params, cond), (jnp.zeros(shape), jnp.zeros([calls])), jnp.int32(0)
 
-    recording = net._replace(denoise=denoise, read=read, advance=lambda caches, frames: (
-        net.advance(caches[0], frames), *caches[1:]))
+    recording = net._replace(
+        denoise=denoise,
+        read=read,
+        advance=lambda caches, frames: (net.advance(caches[0], frames), *caches[1:]),
+    )
 
     @compiled
     def roll(params):
         cond = causal.Cond(latents=clip(given['cond_concat']), image=given['visual_context'])
-        carry = causal.start(stream, recording, params, cond,
-                             jax.random.split(jax.random.key(0), 1))
+        carry = causal.start(
+            stream, recording, params, cond, jax.random.split(jax.random.key(0), 1)
+        )
         latents = []
         for block in range(blocks):
             if block:
                 last = stream.first_actions + block * stream.block_actions
-                control = actions[:, last - stream.block_actions:last]
+                control = actions[:, last - stream.block_actions : last]
             else:
-                carry, control = causal.begin(stream, carry, actions[:, :stream.first_actions])
+                carry, control = causal.begin(stream, carry, actions[:, : stream.first_actions])
             if block < fed:
-                latents.append(initial[:, block * size:(block + 1) * size])
+                latents.append(initial[:, block * size : (block + 1) * size])
                 carry = causal.feed(stream, table, recording, params, carry, control, latents[-1])
             else:
                 start = (block - fed) * size
-                carry, made = causal.block(stream, table, recording, params, carry, control,
-                                           noise[:, start:start + size], renoise[block - fed])
+                carry, made = causal.block(
+                    stream,
+                    table,
+                    recording,
+                    params,
+                    carry,
+                    control,
+                    noise[:, start : start + size],
+                    renoise[block - fed],
+                )
                 latents.append(made)
         return jnp.concatenate(latents, axis=1), carry.caches
 
     latents, (caches, (x0, called), _) = roll(params)
     grid = noise.shape[2] // cfg.patch, noise.shape[3] // cfg.patch
     kept = layer_caches(cfg, caches.replace(start=caches.start - size), size, grid, 0)
-    return {'cache_k_layer0': kept['cache_k'],
-            'latents': torch_clip(latents), 'call_timesteps': called,
-            'pred_x0_all_calls': np.moveaxis(np.asarray(x0), -1, 2),
-            'denoising_step_list_warped': flow.warp(schedule, stream.steps)}
+    return {
+        'cache_k_layer0': kept['cache_k'],
+        'latents': torch_clip(latents),
+        'call_timesteps': called,
+        'pred_x0_all_calls': np.moveaxis(np.asarray(x0), -1, 2),
+        'denoising_step_list_warped': flow.warp(schedule, stream.steps),
+    }
 
 
 def bench_actions(record: Record) -> dict:

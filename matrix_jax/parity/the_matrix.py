@@ -12,7 +12,6 @@ import numpy as np
 from einops import rearrange, reduce
 
 from matrix_jax.controls import driving
-from matrix_jax.weights import conversion
 from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
@@ -25,6 +24,7 @@ from matrix_jax.stream import swin
 from matrix_jax.train import denoise as training
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.vae.tiling import Tiles
+from matrix_jax.weights import conversion
 
 # Recordings are tiny: compiling takes far longer than running, so the compiler is to hurry.
 compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -36,11 +36,13 @@ def transformer(record: Record) -> dict:
     given = record.inputs
     latents, levels = video(given['hidden_states']), to_levels(given['timestep'])
     guidance = given.get('timestep_cond')
-    if guidance is not None:        # one row per sample and frame, or one for all
-        guidance = guidance.reshape(-1, levels.shape[1] if len(guidance) > 1 else 1,
-                                    guidance.shape[-1])
-    v = compiled(_denoise(cfg))(params, latents, levels, given['encoder_hidden_states'],
-                      given.get('control_emb'), guidance)
+    if guidance is not None:  # one row per sample and frame, or one for all
+        guidance = guidance.reshape(
+            -1, levels.shape[1] if len(guidance) > 1 else 1, guidance.shape[-1]
+        )
+    v = compiled(_denoise(cfg))(
+        params, latents, levels, given['encoder_hidden_states'], given.get('control_emb'), guidance
+    )
     return {'sample': torch_video(v)}
 
 
@@ -50,8 +52,10 @@ def video_autoencoder(record: Record) -> dict:
     encode, decode = vae.encode, vae.decode
     if record.config.get('tiling'):
         told = record.config
-        sizes = (tuple(told[f'tile_{space}_min_{side}'] for side in ('height', 'width'))
-                 for space in ('sample', 'latent'))
+        sizes = (
+            tuple(told[f'tile_{space}_min_{side}'] for side in ('height', 'width'))
+            for space in ('sample', 'latent')
+        )
         tiles = Tiles(*sizes, tuple(told['overlap']))
         encode = functools.partial(vae.encode_tiled, tiles=tiles)
         decode = functools.partial(vae.decode_tiled, tiles=tiles)
@@ -59,8 +63,11 @@ def video_autoencoder(record: Record) -> dict:
     mean, logvar = compiled(functools.partial(encode, cfg))(params, to_clip(given['x']))
     sample = vae.sample(mean, logvar, to_clip(given['posterior_noise']))
     frames = compiled(functools.partial(decode, cfg))(params, to_clip(given['z']))
-    return {'moments': torch_clip(jnp.concatenate([mean, logvar], axis=-1)),
-            'sample': torch_clip(sample), 'decoded': torch_clip(frames)}
+    return {
+        'moments': torch_clip(jnp.concatenate([mean, logvar], axis=-1)),
+        'sample': torch_clip(sample),
+        'decoded': torch_clip(frames),
+    }
 
 
 def vae_stream(record: Record) -> dict:
@@ -68,14 +75,16 @@ def vae_stream(record: Record) -> dict:
     cfg, params = _vae(record)
     latents = to_clip(record.inputs['z'])
     decode = compiled(functools.partial(vae.decode, cfg))
-    got = {'full': torch_clip(decode(params, latents)),
-           'single_latent': torch_clip(decode(params, latents[:, :1]))}
+    got = {
+        'full': torch_clip(decode(params, latents)),
+        'single_latent': torch_clip(decode(params, latents[:, :1])),
+    }
     steps = compiled(functools.partial(vae.step, cfg))
     cache, start = None, 0
     for index, size in enumerate(record.config['chunks']):
         run = steps if index else compiled(functools.partial(vae.prefill, cfg))
         given = (cache,) if index else ()
-        cache, frames = run(params, *given, latents[:, start:start + size])
+        cache, frames = run(params, *given, latents[:, start : start + size])
         got[f'chunk{index}'] = torch_clip(frames)
         start += size
     for name, leaf in conversion.flatten(cache).items():
@@ -87,8 +96,12 @@ def vae_stream(record: Record) -> dict:
 def vae_sliced_decode(record: Record) -> dict:
     """Decoding of a long clip in overlapping windows; the file keeps parts of the frames."""
     cfg, params = _vae(record)
-    decode = functools.partial(vae.decode_sliced, cfg, window=record.config['decode_window'],
-                               overlap=record.config['overlap_latents'])
+    decode = functools.partial(
+        vae.decode_sliced,
+        cfg,
+        window=record.config['decode_window'],
+        overlap=record.config['overlap_latents'],
+    )
     frames = compiled(decode)(params, video(record.inputs['latents']) / cfg.scaling_factor)
     got = {'frame_mean': reduce(frames, 'b f h w c -> b f', 'mean')}
     for name in record.outputs:
@@ -105,23 +118,38 @@ def swin_stream(record: Record) -> dict:
     scheduler = schedules.SchedulerConfig.from_released(told['sched'])
     few_steps = told.get('original_inference_steps')
     stream = swin.Config(
-        groups=told['num_noise_groups'], group_frames=told['window_size'],
-        steps=told['num_inference_steps'], guidance=told.get('guidance_scale') or 1.0,
-        solver=told.get('sampler', 'lcm' if few_steps else 'dpm'), original_steps=few_steps or 40,
-        lcm_multiplier=told.get('lcm_multiplier') or 1)
+        groups=told['num_noise_groups'],
+        group_frames=told['window_size'],
+        steps=told['num_inference_steps'],
+        guidance=told.get('guidance_scale') or 1.0,
+        solver=told.get('sampler', 'lcm' if few_steps else 'dpm'),
+        original_steps=few_steps or 40,
+        lcm_multiplier=told.get('lcm_multiplier') or 1,
+    )
     shifts = told['num_sample_groups']
-    symbols = _symbols(told)[None, :swin.needed_controls(stream, shifts)]
+    symbols = _symbols(told)[None, : swin.needed_controls(stream, shifts)]
     first, rest = swin.split_controls(stream, symbols, shifts)
     guided = stream.guidance > 1
     latents = video(given['latents'])
-    cond = swin.Cond(latents=latents, text=given['prompt_embeds'], controls=first,
-                     control_table=given['control_embeddings'],
-                     null_text=given['negative_prompt_embeds'] if guided else None)
+    cond = swin.Cond(
+        latents=latents,
+        text=given['prompt_embeds'],
+        controls=first,
+        control_table=given['control_embeddings'],
+        null_text=given['negative_prompt_embeds'] if guided else None,
+    )
     table, schedule = swin.tables(stream, scheduler), schedules.make(scheduler)
-    carry = swin.start(stream, table, schedule, cond, jax.random.split(jax.random.key(0), 1),
-                       video(given['noise_init']))
-    noise = [video(given[name]) if name in given else None
-             for name in ('noise_step', 'noise_append')]
+    carry = swin.start(
+        stream,
+        table,
+        schedule,
+        cond,
+        jax.random.split(jax.random.key(0), 1),
+        video(given['noise_init']),
+    )
+    noise = [
+        video(given[name]) if name in given else None for name in ('noise_step', 'noise_append')
+    ]
     denoise = _denoise(cfg)
 
     @compiled
@@ -129,16 +157,25 @@ def swin_stream(record: Record) -> dict:
         def advance(carry, now):
             after, popped = swin.shift(stream, table, schedule, denoise, params, carry, *now)
             return after, (carry.window, popped)
+
         return jax.lax.scan(advance, carry, now)[1]
 
     windows, popped = roll(params, carry, (rest, *noise))
     text = jnp.concatenate([cond.null_text, cond.text]) if guided else cond.text
     control = carry.control_table[swin.bind(stream, carry.controls, rest[0])]
-    v = compiled(denoise)(params, *(jnp.repeat(part, len(text), axis=0) for part in (
-        carry.window, table.levels[:1])), text, jnp.repeat(control, len(text), axis=0))
-    return {'first_noisy_window': torch_video(carry.window), 'first_model_out': torch_video(v),
-            'timesteps_used': table.levels, 'window_before_shift': torch_video(windows),
-            'dequeued': rearrange(popped, 's b t h w c -> b (s t) c h w')}
+    v = compiled(denoise)(
+        params,
+        *(jnp.repeat(part, len(text), axis=0) for part in (carry.window, table.levels[:1])),
+        text,
+        jnp.repeat(control, len(text), axis=0),
+    )
+    return {
+        'first_noisy_window': torch_video(carry.window),
+        'first_model_out': torch_video(v),
+        'timesteps_used': table.levels,
+        'window_before_shift': torch_video(windows),
+        'dequeued': rearrange(popped, 's b t h w c -> b (s t) c h w'),
+    }
 
 
 def text_to_video(record: Record) -> dict:
@@ -146,17 +183,32 @@ def text_to_video(record: Record) -> dict:
     cfg, params = _dit(record)
     told, given = record.config, record.inputs
     scheduler = schedules.SchedulerConfig.from_released(told['sched'])
-    run = sampling.Config(steps=told['num_inference_steps'], guidance=told['guidance_scale'],
-                          dynamic_guidance=told['use_dynamic_cfg'], solver=told['sampler'])
+    run = sampling.Config(
+        steps=told['num_inference_steps'],
+        guidance=told['guidance_scale'],
+        dynamic_guidance=told['use_dynamic_cfg'],
+        solver=told['sampler'],
+    )
     control = given['control_embeddings'][_symbols(told)][None] if cfg.control else None
     noise = video(given['noise_step']) if 'noise_step' in given else None
-    latents = compiled(lambda params: sampling.sample(
-        run, scheduler, _denoise(cfg), params, video(given['noise_init']),
-        lambda index: jnp.asarray(noise)[index], given['prompt_embeds'],
-        given.get('negative_prompt_embeds'), control))(params)
+    latents = compiled(
+        lambda params: sampling.sample(
+            run,
+            scheduler,
+            _denoise(cfg),
+            params,
+            video(given['noise_init']),
+            lambda index: jnp.asarray(noise)[index],
+            given['prompt_embeds'],
+            given.get('negative_prompt_embeds'),
+            control,
+        )
+    )(params)
     levels = schedules.timesteps(scheduler, run.steps)
-    return {'latents': torch_video(latents),
-            'guidance_per_step': sampling.guidance_scales(run, levels)}
+    return {
+        'latents': torch_video(latents),
+        'guidance_per_step': sampling.guidance_scales(run, levels),
+    }
 
 
 def train_loss(record: Record) -> dict:
@@ -169,26 +221,34 @@ def train_loss(record: Record) -> dict:
     levels = np.broadcast_to(to_levels(given['timesteps']), clean.shape[:2])
     counted = np.ones(clean.shape[1], np.float32)
     if told['stage'] >= 3:
-        counted[0] = 0          # the condition frame
+        counted[0] = 0  # the condition frame
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         def denoise(noisy, levels):
-            return _denoise(cfg)(params, noisy, levels, given['prompt_embeds'],
-                                 given.get('control_emb'))
+            return _denoise(cfg)(
+                params, noisy, levels, given['prompt_embeds'], given.get('control_emb')
+            )
+
         return training.denoise_loss(schedule, denoise, clean, noise, levels, counted)
 
     (value, aux), gradients = compiled(loss)(params)
     gradients = conversion.to_torch(dit.weights(cfg), gradients)
     # Stage 2 trains its control modules only.
-    trained = [gradient for name, gradient in gradients.items()
-               if told['stage'] != 2 or 'control' in name]
+    trained = [
+        gradient for name, gradient in gradients.items() if told['stage'] != 2 or 'control' in name
+    ]
     weights = aux['weights'][:, :1] if per_sample else aux['weights']
-    return {'model_output': torch_video(aux['v']), 'noisy': torch_video(aux['noisy']),
-            'x0_pred': torch_video(aux['x0']), 'table_weights': weights.reshape(-1),
-            'table_loss': value.reshape(1), 'table_per_sample_loss': aux['per_sample'],
-            'grad_norm': np.sqrt(sum(np.square(part, dtype=np.float64).sum() for part in trained)),
-            **{f'table_grad.{name}': gradient for name, gradient in gradients.items()}}
+    return {
+        'model_output': torch_video(aux['v']),
+        'noisy': torch_video(aux['noisy']),
+        'x0_pred': torch_video(aux['x0']),
+        'table_weights': weights.reshape(-1),
+        'table_loss': value.reshape(1),
+        'table_per_sample_loss': aux['per_sample'],
+        'grad_norm': np.sqrt(sum(np.square(part, dtype=np.float64).sum() for part in trained)),
+        **{f'table_grad.{name}': gradient for name, gradient in gradients.items()},
+    }
 
 
 def embeddings(record: Record) -> dict:
@@ -196,26 +256,36 @@ def embeddings(record: Record) -> dict:
     got = {}
     for name in record.outputs:
         if part := re.fullmatch(r'(timestep|guidance)_emb_dim(\d+)', name):
-            code, values = {'timestep': (rope.timestep_code, 't'),
-                            'guidance': (rope.guidance_code, 'w')}[part[1]]
+            code, values = {
+                'timestep': (rope.timestep_code, 't'),
+                'guidance': (rope.guidance_code, 'w'),
+            }[part[1]]
             got[name] = code(record.inputs[values], int(part[2]))
         elif part := re.fullmatch(r'pos3d_D(\d+)_W(\d+)_H(\d+)_T(\d+)_s([\d.]+)_t([\d.]+)', name):
             width, columns, rows, frames = map(int, part.groups()[:4])
             space, time = map(float, part.groups()[4:])
             got[name] = rope.sincos_3d(
-                *(rope.scaled_positions(*axis)
-                  for axis in ((frames, time), (rows, space), (columns, space))), width)
+                *(
+                    rope.scaled_positions(*axis)
+                    for axis in ((frames, time), (rows, space), (columns, space))
+                ),
+                width,
+            )
     return got
 
 
 def t5_encoder(record: Record) -> dict:
     """Text features."""
     cfg = t5.Config.from_released(record.config['cfg'])
-    tied = [record.weights[name] for name in ('shared.weight', 'encoder.embed_tokens.weight')
-            if name in record.weights]
+    tied = [
+        record.weights[name]
+        for name in ('shared.weight', 'encoder.embed_tokens.weight')
+        if name in record.weights
+    ]
     if len(tied) == 2 and not np.array_equal(*tied):
-        raise conversion.ConversionError('encoder.embed_tokens.weight differs from shared.weight, '
-                                      'to which it is tied')
+        raise conversion.ConversionError(
+            'encoder.embed_tokens.weight differs from shared.weight, to which it is tied'
+        )
     params = conversion.to_jax(t5.weights(cfg), record.weights, t5.shapes(cfg))
     features = compiled(t5.T5Encoder(cfg).apply)({'params': params}, _ids(record))
     return {'last_hidden_state': features}
@@ -231,10 +301,21 @@ def clip_text(record: Record) -> dict:
 
 def control_signals(record: Record) -> dict:
     """Random control strings, and the padding of the published call."""
-    random = [driving.generate_random_control_signal(
-        *(case[name] for name in ('length', 'seed', 'repeat_lens', 'signal_choices',
-                                  'change_prob_increment')))
-        for case in record.config['generate_random_control_signal']]
+    random = [
+        driving.generate_random_control_signal(
+            *(
+                case[name]
+                for name in (
+                    'length',
+                    'seed',
+                    'repeat_lens',
+                    'signal_choices',
+                    'change_prob_increment',
+                )
+            )
+        )
+        for case in record.config['generate_random_control_signal']
+    ]
     frames, base, streaming = [], [], []
     for case in record.config['generate_padding']:
         length, seed = case['length'], case['control_seed']
@@ -243,10 +324,17 @@ def control_signals(record: Record) -> dict:
         needed = (frames[-1] - 1) // driving.FRAMES_PER_CONTROL + 1
         base.append(','.join(signal.split(',')[:needed]))
         # A clip that the base stage makes whole is not streamed.
-        streaming.append(None if length <= driving.BASE_SECONDS else driving.streaming_signal(
-            signal, frames[-1], 4, case['num_sample_groups'], seed))
-    return {'random': random, 'base_frames': frames, 'base_signal': base,
-            'streaming_signal': streaming}
+        streaming.append(
+            None
+            if length <= driving.BASE_SECONDS
+            else driving.streaming_signal(signal, frames[-1], 4, case['num_sample_groups'], seed)
+        )
+    return {
+        'random': random,
+        'base_frames': frames,
+        'base_signal': base,
+        'streaming_signal': streaming,
+    }
 
 
 def _ids(record: Record):
@@ -267,6 +355,7 @@ def _dit(record: Record):
 def _denoise(cfg: dit.Config):
     def denoise(params, x, level, text, control, guidance=None):
         return dit.DiT(cfg).apply({'params': params}, x, text, level, control, guidance)
+
     return denoise
 
 
@@ -284,8 +373,16 @@ def _vae(record: Record):
 
 
 REPLAYS = {
-    'transformer': transformer, 'vae': video_autoencoder, 'vae_stream': vae_stream,
-    'vae_sliced_decode': vae_sliced_decode, 'schedulers': schedulers, 'swin': swin_stream,
-    'text_to_video': text_to_video, 'train_loss': train_loss, 'embeddings': embeddings,
-    't5_encoder': t5_encoder, 'clip_text': clip_text, 'control_signals': control_signals,
+    'transformer': transformer,
+    'vae': video_autoencoder,
+    'vae_stream': vae_stream,
+    'vae_sliced_decode': vae_sliced_decode,
+    'schedulers': schedulers,
+    'swin': swin_stream,
+    'text_to_video': text_to_video,
+    'train_loss': train_loss,
+    'embeddings': embeddings,
+    't5_encoder': t5_encoder,
+    'clip_text': clip_text,
+    'control_signals': control_signals,
 }

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights import conversion
 from matrix_jax.dit import wan, wan_actions
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring
 from matrix_jax.nn.rope import rates, rotate, turns, turns_3d
 from matrix_jax.parity.record import Record, clip, torch_clip
+from matrix_jax.weights import conversion
 
 # Recordings are tiny: compiling takes far longer than running, so the compiler is to hurry.
 compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
@@ -23,12 +23,17 @@ def action(record: Record) -> dict:
     """An action module alone, on a whole clip."""
     net, params, given = _actions(record)
     frames = record.config['grid'][0]
-    sights = {'y_causal': Blocks(frames, record.config['num_frame_per_block'],
-                                 record.config['local_attn_size']),
-              'y_bidirectional': Blocks(frames, frames)}
+    sights = {
+        'y_causal': Blocks(
+            frames, record.config['num_frame_per_block'], record.config['local_attn_size']
+        ),
+        'y_bidirectional': Blocks(frames, frames),
+    }
     x, mouse, keyboard = (_tokens(record, record.inputs['x']), *given(0, frames))
-    got = {name: _flat(compiled(net.apply)({'params': params}, x, mouse, keyboard, sight)[0])
-           for name, sight in sights.items()}
+    got = {
+        name: _flat(compiled(net.apply)({'params': params}, x, mouse, keyboard, sight)[0])
+        for name, sight in sights.items()
+    }
     return got | {'block_causal_mask': sights['y_causal'].visible()}
 
 
@@ -38,31 +43,35 @@ def action_cached(record: Record) -> dict:
     told, inputs = record.config, record.inputs
     (frames, rows, columns), size = told['grid'], told['local_attn_size']
     count, cfg = told['num_frame_per_block'], net.cfg
-    held = [KVCache(*(jnp.zeros((1, size, sites, cfg.heads, sum(cfg.axes))) for _ in 'kv'))
-            for sites in (rows * columns, 1)]
+    held = [
+        KVCache(*(jnp.zeros((1, size, sites, cfg.heads, sum(cfg.axes))) for _ in 'kv'))
+        for sites in (rows * columns, 1)
+    ]
     held[0] = held[0] if cfg.mouse else None
 
     @compiled
     def call(start, x, mouse, keyboard, held):
         ring = Ring(start, count, size)
         y, new = net.apply({'params': params}, x, mouse, keyboard, ring, held)
-        return y, [past and past.put(now, ring.slots)
-                   for past, now in zip(held, new, strict=True)]
+        return y, [past and past.put(now, ring.slots) for past, now in zip(held, new, strict=True)]
 
     got = {}
     for block in range(frames // count):
         span = slice(block * count, (block + 1) * count)
         for index, x in enumerate((inputs['x'] + 0.3 * inputs['x_delta'], inputs['x'])):
-            y, held = call(jnp.int32(span.start), _tokens(record, x)[:, span],
-                           *given(span.start, count), held)
+            y, held = call(
+                jnp.int32(span.start), _tokens(record, x)[:, span], *given(span.start, count), held
+            )
             got[f'y_block{block}_call{index}'] = _flat(y)
         ends = [span.stop, min(span.stop, size)]
         got[f'idx_block{block}'] = np.array(ends + (ends if cfg.mouse else [0, 0]))
     ring = Ring(jnp.int32(span.start), count, size)
     for name, cache in zip(('mouse', 'keyboard'), held, strict=True):
         if cache:
-            got |= {f'{name}_cache_{part}': leaf
-                    for part, leaf in _action_cache(cfg, ring, cache).items()}
+            got |= {
+                f'{name}_cache_{part}': leaf
+                for part, leaf in _action_cache(cfg, ring, cache).items()
+            }
     return got
 
 
@@ -76,19 +85,35 @@ def dit_whole(record: Record) -> dict:
     @compiled
     def call(params, *given):
         return wan.DiT(cfg).apply(
-            {'params': params}, *given, block=block, mutable='intermediates',
-            capture_intermediates=lambda module, method: method == '__call__' and (
-                type(module) is wan.Block or module.path in [(part,) for part in parts]))
+            {'params': params},
+            *given,
+            block=block,
+            mutable='intermediates',
+            capture_intermediates=lambda module, method: (
+                method == '__call__'
+                and (type(module) is wan.Block or module.path in [(part,) for part in parts])
+            ),
+        )
 
     latents = clip(inputs['x'])
-    v, made = call(params, latents, inputs['t'], clip(inputs['cond_concat']),
-                   inputs['visual_context'], inputs.get('mouse_cond'), inputs['keyboard_cond'])
+    v, made = call(
+        params,
+        latents,
+        inputs['t'],
+        clip(inputs['cond_concat']),
+        inputs['visual_context'],
+        inputs.get('mouse_cond'),
+        inputs['keyboard_cond'],
+    )
     made = made['intermediates']
     patches, modulation, image = (made[part]['__call__'][0] for part in parts)
     rows, frames = latents.shape[2] // cfg.patch, latents.shape[1]
-    got = {'flow': torch_clip(v), 'img_context': image,
-           'patch_embedding': rearrange(patches, 'b t (h w) d -> b d t h w', h=rows),
-           'time_projection': rearrange(modulation, 'b t d -> (b t) d')}
+    got = {
+        'flow': torch_clip(v),
+        'img_context': image,
+        'patch_embedding': rearrange(patches, 'b t (h w) d -> b d t h w', h=rows),
+        'time_projection': rearrange(modulation, 'b t d -> (b t) d'),
+    }
     for name, (start, _) in cfg.segments.items():
         for layer, tokens in enumerate(made[name]['__call__'][0][0], start):
             got[f'after_block{layer}'] = _flat(tokens)
@@ -108,23 +133,28 @@ def dit_cached(record: Record) -> dict:
     calls.append((clip(inputs['x0']), float(told['context_noise'])))
     cond = clip(inputs['cond_concat'])
     batch, frames, height, width, _ = cond.shape
-    sites = height * width // cfg.patch ** 2
+    sites = height * width // cfg.patch**2
     call = compiled(functools.partial(net.apply, method='cached'))
     caches = compiled(functools.partial(net.apply, method='read_image'))(
-        {'params': params}, inputs['visual_context'], wan.init_caches(cfg, batch, height, width))
+        {'params': params}, inputs['visual_context'], wan.init_caches(cfg, batch, height, width)
+    )
     got = {}
     for block in range(frames // count):
         span = slice(block * count, (block + 1) * count)
-        seen = [part if part is None else wan.windows(part, span.start, count) for part in (
-            inputs.get('mouse_cond'), inputs['keyboard_cond'])]
+        seen = [
+            part if part is None else wan.windows(part, span.start, count)
+            for part in (inputs.get('mouse_cond'), inputs['keyboard_cond'])
+        ]
         for index, (latents, level) in enumerate(calls):
             levels = np.full((batch, count), level, np.float32)
-            v, caches = call({'params': params}, caches, latents[:, span], levels, cond[:, span],
-                             *seen)
+            v, caches = call(
+                {'params': params}, caches, latents[:, span], levels, cond[:, span], *seen
+            )
             got[f'flow_block{block}_call{index}'] = torch_clip(v)
         ends = np.array([span.stop, min(span.stop, cfg.local)])
         got[f'idx_block{block}'] = np.concatenate(
-            [ends * sites, ends * bool(cfg.actions.mouse), ends])
+            [ends * sites, ends * bool(cfg.actions.mouse), ends]
+        )
         caches, last = wan.advance(caches, count), caches
     grid = height // cfg.patch, width // cfg.patch
     for name in record.outputs:
@@ -136,20 +166,25 @@ def dit_cached(record: Record) -> dict:
 
 def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: int) -> dict:
     """Caches of a layer as the reference has them."""
-    name, start = next((name, start) for name, (start, stop) in cfg.segments.items()
-                       if start <= layer < stop)
+    name, start = next(
+        (name, start) for name, (start, stop) in cfg.segments.items() if start <= layer < stop
+    )
     past = jax.tree.map(lambda leaf: leaf[layer - start], caches.runs[name])
     ring, action_ring = (Ring(caches.start, count, cfg.local, sink) for sink in (cfg.sink, 0))
     kept, frames = _in_order(ring, past.video)
     k = rotate(kept.k, turns_3d(frames, *grid, cfg.head_dim))
     made = {'cache_k': k, 'cache_v': kept.v}
-    made = {kind: rearrange(_padded(leaf, cfg.local), 'b s n k e -> b (s n) k e')
-            for kind, leaf in made.items()}
+    made = {
+        kind: rearrange(_padded(leaf, cfg.local), 'b s n k e -> b (s n) k e')
+        for kind, leaf in made.items()
+    }
     made |= {'cross_k': past.image.k[:, 0], 'cross_v': past.image.v[:, 0]}
     for kind, cache in (('mouse', past.mouse), ('keyboard', past.keyboard)):
         if cache:
-            made |= {f'{kind}_cache_{part}': leaf
-                     for part, leaf in _action_cache(cfg.actions, action_ring, cache).items()}
+            made |= {
+                f'{kind}_cache_{part}': leaf
+                for part, leaf in _action_cache(cfg.actions, action_ring, cache).items()
+            }
     return made
 
 
@@ -158,13 +193,15 @@ def _action_cache(cfg: wan_actions.Actions, ring: Ring, cache: KVCache) -> dict:
     kept, frames = _in_order(ring, cache)
     turn = turns(frames, rates(cfg.axes[0] // 2, cfg.period))
     k = rotate(kept.k, tuple(part[:, None] for part in turn))
-    return {name: rearrange(_padded(leaf, ring.size), 'b s n k e -> (b n) s k e')
-            for name, leaf in (('k', k), ('v', kept.v))}
+    return {
+        name: rearrange(_padded(leaf, ring.size), 'b s n k e -> (b n) s k e')
+        for name, leaf in (('k', k), ('v', kept.v))
+    }
 
 
 def _in_order(ring: Ring, cache: KVCache):
     """The filled slots from the oldest frame on, and the frames."""
-    held = np.asarray(ring.held())[:int(ring.end)]
+    held = np.asarray(ring.held())[: int(ring.end)]
     order = np.argsort(held)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:, order], cache), held[order]
 
@@ -183,23 +220,30 @@ def _flat(x):
 
 
 def _actions(record: Record):
-    """(network, parameters, `(start, count) -> windows of mouse and keyboard`) of an action module.
-    """
+    """(network, parameters, `(start, count) -> windows of mouse and keyboard`) of an action module."""
     told = record.config['action_config']
-    cfg = wan.Config.from_released({
-        'dim': told['img_hidden_size'], 'num_heads': 1, 'num_layers': 1 + max(told['blocks']),
-        'action_config': told}).actions
+    cfg = wan.Config.from_released(
+        {
+            'dim': told['img_hidden_size'],
+            'num_heads': 1,
+            'num_layers': 1 + max(told['blocks']),
+            'action_config': told,
+        }
+    ).actions
     name, net = 'blocks.{i}.action_model', wan_actions.ActionBlock(cfg)
     tensors = {f'blocks.0.action_model.{key}': tensor for key, tensor in record.weights.items()}
     inputs = record.inputs
 
     def given(start, count):
-        return [part if part is None else wan.windows(part, start, count, cfg.ratio, cfg.span)
-                for part in (inputs.get('mouse_cond'), inputs['keyboard_cond'])]
+        return [
+            part if part is None else wan.windows(part, start, count, cfg.ratio, cfg.span)
+            for part in (inputs.get('mouse_cond'), inputs['keyboard_cond'])
+        ]
 
     shapes = jax.eval_shape(
         lambda key: net.init(key, _tokens(record, inputs['x'])[:, :1], *given(0, 1), Blocks(1, 1)),
-        jax.random.key(0))['params']
+        jax.random.key(0),
+    )['params']
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes)
     rows = wan_actions.action_rows(cfg, name, 'layers', (0, 1))
     params = conversion.to_jax(rows, tensors, {'layers': stacked})['layers']
@@ -208,10 +252,16 @@ def _actions(record: Record):
 
 def _dit(record: Record):
     told = record.config
-    cfg = wan.Config.from_released(dict(told['model']) | {
-        'image_dim': told['clip_dim'], 'image_length': told['clip_tokens']})
+    cfg = wan.Config.from_released(
+        dict(told['model']) | {'image_dim': told['clip_dim'], 'image_length': told['clip_tokens']}
+    )
     return cfg, conversion.to_jax(wan.weights(cfg), record.weights, wan.shapes(cfg))
 
 
-REPLAYS = {'action': action, 'action_cached': action_cached, 'dit_causal': dit_whole,
-           'dit_bidirectional': dit_whole, 'dit_cached': dit_cached}
+REPLAYS = {
+    'action': action,
+    'action_cached': action_cached,
+    'dit_causal': dit_whole,
+    'dit_bidirectional': dit_whole,
+    'dit_cached': dit_cached,
+}

@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from matrix_jax import config, video
-from matrix_jax.parallel import compilation, sharding
-from matrix_jax.weights import diffusers_layout
+from matrix_jax.cli.arguments import check_place
 from matrix_jax.config import UsageError
 from matrix_jax.data import start_clips
-from matrix_jax.cli.arguments import check_place
+from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.pipeline import Pipeline
+from matrix_jax.weights import diffusers_layout
 
-DEFAULT_LENGTH, LONGEST = 8, 24 * 3600      # seconds
+DEFAULT_LENGTH, LONGEST = 8, 24 * 3600  # seconds
 
 
 @dataclasses.dataclass
@@ -34,6 +34,7 @@ class Clip:
       compile_seconds: time to compile everything and to encode the start clip.
       run_seconds: time of all steps so far, copies to the host included.
     """
+
     symbols: list[str]
     notes: list[str]
     compile_seconds: float = 0.0
@@ -62,8 +63,9 @@ def plan(world, length: int | None, control: str | None, control_seed: int, pad:
         count = world.vocabulary.count(control)
     if count:
         if count * world.vocabulary.frames > LONGEST * world.cfg.fps:
-            raise UsageError(f'--control: got {count} controls, expected a video of at most '
-                             f'{LONGEST} seconds')
+            raise UsageError(
+                f'--control: got {count} controls, expected a video of at most {LONGEST} seconds'
+            )
         return world.vocabulary.read(control, world.whole(count), pad='hold')
     if length is None:
         length = min(DEFAULT_LENGTH, world.longest or DEFAULT_LENGTH)
@@ -79,10 +81,14 @@ def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bo
     """
     cfg, count = world.cfg, world.start_frames
     if source is not None:
-        frames = world.fit(video.read_image(source)[None] if is_image
-                           else video.read_video(source, cfg.fps, count))
+        frames = world.fit(
+            video.read_image(source)[None] if is_image else video.read_video(source, cfg.fps, count)
+        )
         return np.concatenate([frames, np.repeat(frames[-1:], max(count - len(frames), 0), 0)])
-    for place in (folder, diffusers_layout.ASSETS / cfg.name.lower()):   # fresh weights have no clips
+    for place in (
+        folder,
+        diffusers_layout.ASSETS / cfg.name.lower(),
+    ):  # fresh weights have no clips
         frames = start_clips.choose(place, prompt, cfg.height, cfg.width)
         if frames is not None:
             break
@@ -147,8 +153,9 @@ class Player:
             if steps and self._pipeline:
                 self._pipeline.compile(self.params, carry, self._encoded(steps[0]))
             elif steps and not isinstance(self._step, jax.stages.Compiled):
-                step = compilation.jit(self._step, donate_argnums=1,
-                                    out_shardings=(sharding.places(carry), None))
+                step = compilation.jit(
+                    self._step, donate_argnums=1, out_shardings=(sharding.places(carry), None)
+                )
                 self._step = step.lower(self.params, carry, self._encoded(steps[0])).compile()
         return carry, frames
 
@@ -161,8 +168,9 @@ class Player:
         return self.world.vocabulary.encode(given)[None]
 
 
-def stream_frames(player: Player, carry, steps: list[list[str]], clip: Clip,
-                  first=None) -> Iterator[np.ndarray]:
+def stream_frames(
+    player: Player, carry, steps: list[list[str]], clip: Clip, first=None
+) -> Iterator[np.ndarray]:
     """Yields frames uint8 [H W 3] one by one, copying one step while the next is computed.
 
     Args:
@@ -182,10 +190,21 @@ def stream_frames(player: Player, carry, steps: list[list[str]], clip: Clip,
         waiting = frames
 
 
-def generate(world, params, folder, *, prompt: str | None = None, control: str | None = None,
-             length: int | None = None, seed: int = 42, control_seed: int = 42,
-             pad: str | None = None, image: str | None = None, video_path: str | None = None,
-             say=lambda line: None):
+def generate(
+    world,
+    params,
+    folder,
+    *,
+    prompt: str | None = None,
+    control: str | None = None,
+    length: int | None = None,
+    seed: int = 42,
+    control_seed: int = 42,
+    pad: str | None = None,
+    image: str | None = None,
+    video_path: str | None = None,
+    say=lambda line: None,
+):
     """Plans, compiles and starts a clip.
 
     Args:
@@ -263,10 +282,13 @@ def recipe_of_log(options) -> str:
       UsageError: the user names another one.
     """
     from matrix_jax.serve.runtime import session_log
+
     played = session_log.read(options.replay).recipe
     if options.recipe and config.load(options.recipe).name != played:
-        raise UsageError(f'--replay: got the recipe {options.recipe}, expected {played[:60]}, in '
-                         f'which {options.replay} was played; it may be left out')
+        raise UsageError(
+            f'--replay: got the recipe {options.recipe}, expected {played[:60]}, in '
+            f'which {options.replay} was played; it may be left out'
+        )
     return played
 
 
@@ -277,16 +299,22 @@ def replayed(run, options):
     """
     from matrix_jax import worlds
     from matrix_jax.serve.runtime import session_log
+
     log = session_log.read(options.replay)
-    given = [f'--{name}' for name in ('prompt', 'control', 'image', 'video', 'pad')
-             if getattr(options, name) is not None]
+    given = [
+        f'--{name}'
+        for name in ('prompt', 'control', 'image', 'video', 'pad')
+        if getattr(options, name) is not None
+    ]
     if given:
         raise UsageError(f'--replay: got {", ".join(given)} as well, which the session decides')
     began = time.perf_counter()
     slots = session_log.compile_for(*worlds.open_run(run, apart=run.world.clip is None), log)
-    clip = Clip([symbol for symbol in log.symbols for _ in range(slots.group)],
-                list(filter(None, [session_log.difference(slots, log)])),
-                compile_seconds=time.perf_counter() - began)
+    clip = Clip(
+        [symbol for symbol in log.symbols for _ in range(slots.group)],
+        list(filter(None, [session_log.difference(slots, log)])),
+        compile_seconds=time.perf_counter() - began,
+    )
 
     def frames():
         began = time.perf_counter()
@@ -300,6 +328,7 @@ def replayed(run, options):
 def summary(run) -> str:
     """Parameters, and memory per device of the run's mesh, which may be more than there are."""
     from matrix_jax import worlds
+
     return worlds.build(run.world).summary(sharding.abstract_mesh(run.mesh))
 
 
@@ -308,6 +337,7 @@ def to_file(run, options):
     from tqdm import tqdm
 
     from matrix_jax import worlds
+
     name = run.name.replace(':', '-').lower()
     path = video.check_path(run.out or f'outputs/{name}-{options.seed}.mp4')
     check_place('--out', path)
@@ -315,21 +345,35 @@ def to_file(run, options):
         frames, clip = replayed(run, options)
         world = worlds.build(run.world)
     else:
-        plan(worlds.build(run.world), options.length, options.control, options.control_seed,
-             options.pad)
+        plan(
+            worlds.build(run.world),
+            options.length,
+            options.control,
+            options.control_seed,
+            options.pad,
+        )
         world, params = worlds.open_run(run, apart=run.world.clip is None)
         frames, clip = generate(
-            world, params, diffusers_layout.resolve(run.weights), prompt=options.prompt,
-            control=options.control, length=options.length, seed=options.seed,
-            control_seed=options.control_seed, pad=options.pad, image=options.image,
-            video_path=options.video, say=print)
+            world,
+            params,
+            diffusers_layout.resolve(run.weights),
+            prompt=options.prompt,
+            control=options.control,
+            length=options.length,
+            seed=options.seed,
+            control_seed=options.control_seed,
+            pad=options.pad,
+            image=options.image,
+            video_path=options.video,
+            say=print,
+        )
     for note in clip.notes:
         print(f'note: {note}')
     vocabulary = world.vocabulary
     per = vocabulary.frames
     # The first latent frame of a whole clip is a single frame.
     keys = [vocabulary.held(symbol) for symbol in clip.symbols for _ in range(per)]
-    keys = keys[per - 1:] if world.cfg.clip else keys
+    keys = keys[per - 1 :] if world.cfg.clip else keys
     total, keys = len(keys), None if options.no_overlay else keys
     with tqdm(frames, total=total, unit='frame', dynamic_ncols=True) as bar:
         count = video.write_video(path, bar, world.cfg.fps, keys)

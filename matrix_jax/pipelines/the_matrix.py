@@ -16,10 +16,10 @@ import numpy as np
 from matrix_jax import config, video
 from matrix_jax.controls import driving
 from matrix_jax.parallel import compilation
-from matrix_jax.weights import diffusers_layout
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
+from matrix_jax.weights import diffusers_layout
 from matrix_jax.worlds import open_run
 
 
@@ -39,9 +39,17 @@ class TheMatrix:
         for path in filter(None, self.paths.values()):
             diffusers_layout.resolve(path)
 
-    def generate(self, prompt: str, length: int = 4, control_signal: str | None = None,
-                 control_seed: int = 42, output_folder: str = './', guidance_scale: float = 6.0,
-                 seed: int = 42, gpu_id: int = 0) -> str:
+    def generate(
+        self,
+        prompt: str,
+        length: int = 4,
+        control_signal: str | None = None,
+        control_seed: int = 42,
+        output_folder: str = './',
+        guidance_scale: float = 6.0,
+        seed: int = 42,
+        gpu_id: int = 0,
+    ) -> str:
         """Writes a video and returns its path.
 
         Args:
@@ -64,18 +72,29 @@ class TheMatrix:
         driving.parse(signal)
         long = length > driving.BASE_SECONDS
         if long and not self.paths['STAGE3']:
-            raise config.UsageError(f'length: got {length}, which needs a streaming_model_path '
-                                    f'(more than {driving.BASE_SECONDS} seconds)')
+            raise config.UsageError(
+                f'length: got {length}, which needs a streaming_model_path '
+                f'(more than {driving.BASE_SECONDS} seconds)'
+            )
         devices = jax.devices()
         if not 0 <= gpu_id < len(devices):
             raise config.UsageError(f'gpu_id: got {gpu_id}, expected 0 to {len(devices) - 1}')
         folder = Path(output_folder).expanduser()
         with jax.default_device(devices[gpu_id]):
-            path = self._base(folder / 'base_video.mp4', prompt, signal, length, guidance_scale,
-                              seed)
+            path = self._base(
+                folder / 'base_video.mp4', prompt, signal, length, guidance_scale, seed
+            )
             if long:
-                path = self._stream(path, folder / 'final_video.mp4', prompt, signal, length,
-                                    control_seed, guidance_scale, seed)
+                path = self._stream(
+                    path,
+                    folder / 'final_video.mp4',
+                    prompt,
+                    signal,
+                    length,
+                    control_seed,
+                    guidance_scale,
+                    seed,
+                )
         return os.fspath(path)
 
     def _open(self, stage: str):
@@ -106,8 +125,9 @@ class TheMatrix:
         frames = video.read_video(base, cfg.fps, window)
         frames = video.resize(frames, cfg.height, cfg.width)
         shifts = length * cfg.fps // (cfg.frames_per_control * settings.group_frames)
-        symbols = driving.parse(driving.streaming_signal(
-            signal, window, settings.groups, shifts, control_seed))
+        symbols = driving.parse(
+            driving.streaming_signal(signal, window, settings.groups, shifts, control_seed)
+        )
         first, steps = swin.split_controls(settings, driving.encode(symbols)[None], shifts)
 
         @jax.jit
@@ -118,7 +138,8 @@ class TheMatrix:
             made = vae.unscaled(cfg.vae, streams.join(made))
             return world.to_uint8(vae.decode_sliced(cfg.vae, params['vae'], made))
 
-        made = make(params, world.tokenize([prompt]), frames[None], first, steps,
-                    jax.random.key(seed))
+        made = make(
+            params, world.tokenize([prompt]), frames[None], first, steps, jax.random.key(seed)
+        )
         video.write_video(path, np.asarray(made)[0], cfg.fps, min_width=1)
         return path

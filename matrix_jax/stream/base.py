@@ -24,6 +24,7 @@ class Stream(NamedTuple):
         another length than that of `step`, and its carry is what `step` takes and returns.
       step: `(params, carry, control) -> (carry, output)`; every leaf keeps shape and type.
     """
+
     init: Callable
     prefill: Callable
     step: Callable
@@ -36,6 +37,7 @@ class Decoder(NamedTuple):
       prefill: `(params, latents [B T H W C]) -> (cache, frames [B F H W 3])` for the first chunk.
       step: `(params, cache, latents) -> (cache, frames)`.
     """
+
     prefill: Callable
     step: Callable
 
@@ -61,6 +63,7 @@ def chain(stream: Stream, decoder: Decoder, first: int = 1, warm: Callable | Non
       warm: `cond -> latents` that the decoder starts on in `init`; then `prefill` is `step`, and
         `first` does not count.
     """
+
     def init(params, cond, key):
         return stream.init(params, cond, key), decoder.prefill(params, warm(cond))[0]
 

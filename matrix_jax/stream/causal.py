@@ -40,6 +40,7 @@ class Config:
       action_guidance: how far a call goes from what it would make of a block at rest to what it
         makes under the block's actions; 1 is no further, as published. Any other doubles the calls.
     """
+
     frames: int = 3
     steps: tuple[int, ...] = (1000, 666, 333)
     context_level: float = 0.0
@@ -58,12 +59,13 @@ class Config:
         if self.context_level < 0:
             raise ValueError(f'stream.context_level: got {self.context_level}, expected >= 0')
         if self.action_guidance < 1:
-            raise ValueError(f'stream.action_guidance: got {self.action_guidance:g}, expected at '
-                             'least 1')
+            raise ValueError(
+                f'stream.action_guidance: got {self.action_guidance:g}, expected at least 1'
+            )
 
-    context = 1     # latent frames of the start that a stream goes on from: the picture
-    lag = 0         # steps from the one that takes an action to the one that shows it
-    entry = 'block'     # where actions bind: in the block that takes them; there is no queue
+    context = 1  # latent frames of the start that a stream goes on from: the picture
+    lag = 0  # steps from the one that takes an action to the one that shows it
+    entry = 'block'  # where actions bind: in the block that takes them; there is no queue
 
     @property
     def passes(self) -> int:
@@ -114,6 +116,7 @@ class Cond:
         them stands for all that follow.
       image: features of the start picture [B L D], which the caches read once.
     """
+
     latents: jax.Array
     image: jax.Array
 
@@ -129,6 +132,7 @@ class Carry:
       key: uint32 [B 2], raw key data of each player.
       block: int32 [B], blocks made so far.
     """
+
     caches: Any
     condition: jax.Array
     past: jax.Array
@@ -140,6 +144,7 @@ class Carry:
 class Rows:
     """Host table of the calls on a block, float32 [calls]: the level that the network is told, the
     sigma at which its answer is read, and the sigma that the clean estimate is noised to."""
+
     level: np.ndarray
     sigma: np.ndarray
     following: np.ndarray
@@ -153,8 +158,11 @@ def rows(cfg: Config, schedule: flow.Config) -> Rows:
     levels = flow.warp(schedule, cfg.steps)
     sigmas = levels / np.float32(1000)
     # The last call changes nothing in the block: at sigma 0 the clean estimate is the block.
-    return Rows(np.append(levels, np.float32(cfg.context_level)), np.append(sigmas, np.float32(0)),
-                np.append(sigmas[1:], np.float32([0, 0])))
+    return Rows(
+        np.append(levels, np.float32(cfg.context_level)),
+        np.append(sigmas, np.float32(0)),
+        np.append(sigmas[1:], np.float32([0, 0])),
+    )
 
 
 class Network(NamedTuple):
@@ -169,6 +177,7 @@ class Network(NamedTuple):
       channels: width C of latents.
       actions: width A of an action.
     """
+
     denoise: Callable
     read: Callable
     advance: Callable
@@ -200,8 +209,9 @@ def make(cfg: Config, schedule: flow.Config, net: Network, table: Rows | None = 
 
     def make_block(params, carry: Carry, control):
         shape = (cfg.frames, *carry.condition.shape[2:4], net.channels)
-        drawn = normal(fold(jax.random.wrap_key_data(carry.key), carry.block),
-                       (len(cfg.steps), *shape))
+        drawn = normal(
+            fold(jax.random.wrap_key_data(carry.key), carry.block), (len(cfg.steps), *shape)
+        )
         drawn = jnp.moveaxis(drawn, 1, 0)
         return block(cfg, table, net, params, carry, control, drawn[0], drawn[1:])
 
@@ -222,8 +232,9 @@ def guided(cfg: Config, net: Network, rest) -> Network:
         v, kept = net.denoise(params, caches, x, level, cond, actions)
 
         def push(v):
-            still, _ = net.denoise(params, caches, x, level, cond,
-                                   actions.at[:, -cfg.block_actions:].set(rest))
+            still, _ = net.denoise(
+                params, caches, x, level, cond, actions.at[:, -cfg.block_actions :].set(rest)
+            )
             return still + cfg.action_guidance * (v - still)
 
         # Who reads a clean block asks for no velocity.
@@ -236,10 +247,14 @@ def start(cfg: Config, net: Network, params, cond: Cond, keys) -> Carry:
     """Carry of a new stream."""
     batch, condition = len(cond.latents), jnp.asarray(cond.latents)
     if cfg.tell_last:
-        condition = tell(condition, condition[:, :1, ..., -net.channels:])
-    return Carry(caches=net.read(params, cond), condition=condition,
-                 past=jnp.zeros([batch, cfg.remembered, net.actions], jnp.float32),
-                 key=jax.random.key_data(keys), block=jnp.zeros([batch], jnp.int32))
+        condition = tell(condition, condition[:, :1, ..., -net.channels :])
+    return Carry(
+        caches=net.read(params, cond),
+        condition=condition,
+        past=jnp.zeros([batch, cfg.remembered, net.actions], jnp.float32),
+        key=jax.random.key_data(keys),
+        block=jnp.zeros([batch], jnp.int32),
+    )
 
 
 def begin(cfg: Config, carry: Carry, control):
@@ -248,8 +263,10 @@ def begin(cfg: Config, carry: Carry, control):
     control = jnp.asarray(control, jnp.float32)
     still = jnp.broadcast_to(control[:, :1], carry.past.shape)
     missing = cfg.block_actions - cfg.first_actions
-    return (carry.replace(past=still),
-            jnp.concatenate([still[:, :1].repeat(missing, axis=1), control], axis=1))
+    return (
+        carry.replace(past=still),
+        jnp.concatenate([still[:, :1].repeat(missing, axis=1), control], axis=1),
+    )
 
 
 def block(cfg: Config, table: Rows, net: Network, params, carry: Carry, control, noise, renoise):
@@ -265,14 +282,23 @@ def block(cfg: Config, table: Rows, net: Network, params, carry: Carry, control,
       (carry, clean latents [B T H W C]).
     """
     zeros = jnp.zeros((2, *noise.shape), noise.dtype)
-    return _advance(cfg, table, net, params, carry, control, noise,
-                    jnp.concatenate([renoise, zeros]))
+    return _advance(
+        cfg, table, net, params, carry, control, noise, jnp.concatenate([renoise, zeros])
+    )
 
 
 def feed(cfg: Config, table: Rows, net: Network, params, carry: Carry, control, latents):
     """The carry after reading a clean block [B T H W C] that was made elsewhere; see `block`."""
-    return _advance(cfg, table[-1:], net, params, carry, control, latents,
-                    jnp.zeros((1, *latents.shape), latents.dtype))[0]
+    return _advance(
+        cfg,
+        table[-1:],
+        net,
+        params,
+        carry,
+        control,
+        latents,
+        jnp.zeros((1, *latents.shape), latents.dtype),
+    )[0]
 
 
 def _advance(cfg, table, net, params, carry, control, x, noises):
@@ -281,8 +307,12 @@ def _advance(cfg, table, net, params, carry, control, x, noises):
     told = carry.condition
     if cfg.tell_last:
         told = tell(told, x[:, -1:])
-    return carry.replace(caches=net.advance(caches, cfg.frames), past=actions[:, -cfg.remembered:],
-                         condition=told, block=carry.block + 1), x
+    return carry.replace(
+        caches=net.advance(caches, cfg.frames),
+        past=actions[:, -cfg.remembered :],
+        condition=told,
+        block=carry.block + 1,
+    ), x
 
 
 def walk(table: Rows, net: Network, params, caches, x, noises, cond, actions):
@@ -296,6 +326,7 @@ def walk(table: Rows, net: Network, params, caches, x, noises, cond, actions):
     Returns:
       (caches, x).
     """
+
     def call(state, now):
         caches, x = state
         level, sigma, following, noise = now
@@ -312,7 +343,7 @@ def tell(condition, latents):
     """Conditions [B T H W C'] with other latents, their last C channels: of each frame [B T H W C],
     or one for all."""
     latents = jnp.broadcast_to(latents, (*condition.shape[:-1], latents.shape[-1]))
-    return jnp.concatenate([condition[..., :-latents.shape[-1]], latents], axis=-1)
+    return jnp.concatenate([condition[..., : -latents.shape[-1]], latents], axis=-1)
 
 
 def tell_blocks(cfg: Config, condition, clean):
@@ -324,8 +355,8 @@ def tell_blocks(cfg: Config, condition, clean):
     """
     if not cfg.tell_last:
         return condition
-    first = condition[:, :1, ..., -clean.shape[-1]:]
-    last = jnp.concatenate([first, clean[:, cfg.frames - 1:-1:cfg.frames]], axis=1)
+    first = condition[:, :1, ..., -clean.shape[-1] :]
+    last = jnp.concatenate([first, clean[:, cfg.frames - 1 : -1 : cfg.frames]], axis=1)
     return tell(condition, jnp.repeat(last, cfg.frames, axis=1))
 
 

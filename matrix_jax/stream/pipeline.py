@@ -17,7 +17,7 @@ import jax
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.base import Decoder, Stream
 
-AHEAD = 2       # one shift in each part
+AHEAD = 2  # one shift in each part
 
 
 class Pipeline:
@@ -34,13 +34,15 @@ class Pipeline:
       ahead: shifts that may be under way; one more waits until the oldest has its frames.
     """
 
-    def __init__(self, stream: Stream, decoder: Decoder, warm: Callable, params,
-                 ahead: int = AHEAD):
+    def __init__(
+        self, stream: Stream, decoder: Decoder, warm: Callable, params, ahead: int = AHEAD
+    ):
         self.stream, self.decoder, self.params, self.ahead = stream, decoder, params[1], ahead
         self._meshes = [jax.tree.leaves(part)[0].sharding.mesh for part in params]
         self._whole = [sharding.replicated(one) for one in self._meshes]
-        self._start = compilation.jit(lambda *given: (stream.init(*given), warm(given[1])),
-                                   out_shardings=self._whole[0])
+        self._start = compilation.jit(
+            lambda *given: (stream.init(*given), warm(given[1])), out_shardings=self._whole[0]
+        )
         self._fill = compilation.jit(lambda *given: decoder.prefill(*given)[0])
         self._make = self._decode = None
         self._flying: collections.deque = collections.deque()
@@ -66,13 +68,15 @@ class Pipeline:
         # A carry lies after a step as before it, or the next step would be another program.
         lies = [jax.tree.map(lambda leaf: leaf.sharding, part) for part in carry]
         with sharding.within(self._meshes[0]):
-            make = compilation.jit(self.stream.step, donate_argnums=1,
-                                out_shardings=(lies[0], self._whole[0]))
+            make = compilation.jit(
+                self.stream.step, donate_argnums=1, out_shardings=(lies[0], self._whole[0])
+            )
             self._make = make.lower(params, carry[0], control).compile()
         latents = self._crossed(sharding.made(self._make)[1])
         with sharding.within(self._meshes[1]):
-            decode = compilation.jit(self.decoder.step, donate_argnums=1,
-                                  out_shardings=(lies[1], None))
+            decode = compilation.jit(
+                self.decoder.step, donate_argnums=1, out_shardings=(lies[1], None)
+            )
             self._decode = decode.lower(self.params, carry[1], latents).compile()
 
     @property
@@ -94,8 +98,10 @@ class Pipeline:
 
     def _crossed(self, latents):
         """Shapes of `_cross`."""
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=self._whole[1]), latents)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=self._whole[1]),
+            latents,
+        )
 
     def _cross(self, latents):
         """Latents on the decoder's mesh; every device has all of them, so that none takes a detour

@@ -45,6 +45,7 @@ class Config:
       renoise_condition: whether popped frames are noised to `condition_level` when they become the
         condition, as in training. The reference does not.
     """
+
     groups: int = 4
     group_frames: int = 2
     context: int = 1
@@ -64,15 +65,20 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f'stream.{name}: got {getattr(self, name)}, expected at least 1')
         if self.steps < 1 or self.steps % self.groups:
-            raise ValueError(f'stream.steps: got {self.steps}, expected a positive multiple of '
-                             f'groups = {self.groups} (each shift makes steps / groups)')
+            raise ValueError(
+                f'stream.steps: got {self.steps}, expected a positive multiple of '
+                f'groups = {self.groups} (each shift makes steps / groups)'
+            )
         for name, known in (('solver', SOLVERS), ('entry', ENTRIES)):
             if getattr(self, name) not in known:
-                raise ValueError(f'stream.{name}: got {getattr(self, name)!r}, '
-                                 f'expected one of {", ".join(known)}')
+                raise ValueError(
+                    f'stream.{name}: got {getattr(self, name)!r}, '
+                    f'expected one of {", ".join(known)}'
+                )
         if self.entry == 'head' and not 0 <= self.head_group < self.groups:
-            raise ValueError(f'stream.head_group: got {self.head_group}, '
-                             f'expected 0 to {self.groups - 1}')
+            raise ValueError(
+                f'stream.head_group: got {self.head_group}, expected 0 to {self.groups - 1}'
+            )
         for name in ('guidance', 'control_guidance'):
             if not 0 <= getattr(self, name) <= 100:
                 raise ValueError(f'stream.{name}: got {getattr(self, name)}, expected 0 to 100')
@@ -137,6 +143,7 @@ class Cond:
       controls: symbol indices of the first `cfg.remembered` slots, int32 [B R].
       null_text: like text or [1 L D], of the negative prompt; only needed if guidance is on.
     """
+
     latents: jax.Array
     text: jax.Array
     control_table: jax.Array
@@ -157,6 +164,7 @@ class Carry:
       key: uint32 [B 2], raw key data of each player.
       shift: int32 [B], shifts made so far.
     """
+
     window: jax.Array
     controls: jax.Array
     text: jax.Array
@@ -169,6 +177,7 @@ class Carry:
 @dataclasses.dataclass(frozen=True)
 class Tables:
     """Host tables of one shift: levels int32 [inner T], and coefficients [inner G*group_frames]."""
+
     levels: np.ndarray
     plan: solvers.Plan
 
@@ -189,7 +198,7 @@ def tables(cfg: Config, scheduler: schedules.SchedulerConfig) -> Tables:
         scheduler = dataclasses.replace(scheduler, spacing='trailing')
         levels = schedules.timesteps(scheduler, cfg.steps)
     rows = schedules.grouped(levels, cfg.groups, cfg.group_frames, cfg.context, cfg.condition_level)
-    graded = rows[:, cfg.context:]
+    graded = rows[:, cfg.context :]
     if cfg.solver == 'lcm':
         plan = solvers.lcm(scheduler, graded, levels, cfg.groups * cfg.lcm_multiplier)
     else:
@@ -220,12 +229,16 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
     def step(params, carry: Carry, control):
         batch, _, *frame = carry.window.shape
         if control.shape != (batch, cfg.group_frames):
-            raise ValueError(f'control: got {control.shape}, expected [B group_frames] = '
-                             f'{(batch, cfg.group_frames)}')
+            raise ValueError(
+                f'control: got {control.shape}, expected [B group_frames] = '
+                f'{(batch, cfg.group_frames)}'
+            )
         size, graded = cfg.group_frames, cfg.frames - cfg.context
         inner = len(table.levels) if table.plan.noisy else 0
-        noise = normal(fold(jax.random.wrap_key_data(carry.key), carry.shift + 1),
-                        (size * (1 + cfg.renoise_condition) + inner * graded, *frame))
+        noise = normal(
+            fold(jax.random.wrap_key_data(carry.key), carry.shift + 1),
+            (size * (1 + cfg.renoise_condition) + inner * graded, *frame),
+        )
         append, renoise, noises = jnp.split(noise, [size, noise.shape[1] - inner * graded], axis=1)
         noises = rearrange(noises, 'b (i t) h w c -> i b t h w c', i=inner) if inner else None
         return shift(cfg, table, schedule, denoise, params, carry, control, noises, append, renoise)
@@ -235,21 +248,36 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
 
 def start(cfg: Config, table: Tables, schedule, cond: Cond, keys, noise) -> Carry:
     """Carry of a new stream from clean latents and noise [B T H W C]."""
-    latents = jnp.asarray(cond.latents, jnp.float32)[:, :cfg.frames]
+    latents = jnp.asarray(cond.latents, jnp.float32)[:, : cfg.frames]
     batch, given = latents.shape[:2]
     latents = jnp.pad(latents, ((0, 0), (0, cfg.frames - given)) + ((0, 0),) * 3)
     window = schedules.add_noise(schedule, latents, noise, table.levels[:1])
     null_text = cond.null_text
     if null_text is not None:
         null_text = jnp.broadcast_to(null_text, cond.text.shape)
-    return Carry(window=window, controls=jnp.asarray(cond.controls, jnp.int32),
-                 text=jnp.asarray(cond.text), null_text=null_text,
-                 control_table=jnp.asarray(cond.control_table), key=jax.random.key_data(keys),
-                 shift=jnp.zeros([batch], jnp.int32))
+    return Carry(
+        window=window,
+        controls=jnp.asarray(cond.controls, jnp.int32),
+        text=jnp.asarray(cond.text),
+        null_text=null_text,
+        control_table=jnp.asarray(cond.control_table),
+        key=jax.random.key_data(keys),
+        shift=jnp.zeros([batch], jnp.int32),
+    )
 
 
-def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, control,
-          noise_step, noise_append, noise_condition=None):
+def shift(
+    cfg: Config,
+    table: Tables,
+    schedule,
+    denoise,
+    params,
+    carry: Carry,
+    control,
+    noise_step,
+    noise_append,
+    noise_condition=None,
+):
     """One shift with its noise given; `make(...).step` draws the noise and calls this.
 
     Args:
@@ -266,8 +294,9 @@ def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, c
     condition, graded = jnp.split(carry.window, [cfg.context], axis=1)
 
     null_control = jnp.broadcast_to(carry.control_table[-1], embedded.shape)
-    conditions, scales = sampling.conditions(carry.text, carry.null_text, embedded, null_control,
-                                             cfg.guidance, cfg.control_guidance)
+    conditions, scales = sampling.conditions(
+        carry.text, carry.null_text, embedded, null_control, cfg.guidance, cfg.control_guidance
+    )
 
     def advance(state, now):
         history, graded = state
@@ -275,7 +304,7 @@ def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, c
         x = jnp.concatenate([condition, graded], axis=1)
         level = jnp.broadcast_to(level, x.shape[:2])
         v = sampling.guide(denoise, params, x, level, conditions, scales)
-        return solvers.step(row, history, graded, v[:, cfg.context:], noise), None
+        return solvers.step(row, history, graded, v[:, cfg.context :], noise), None
 
     state = (solvers.init(graded), graded)
     (_, graded), _ = jax.lax.scan(advance, state, (table.levels, table.plan, noise_step))
@@ -285,10 +314,11 @@ def shift(cfg: Config, table: Tables, schedule, denoise, params, carry: Carry, c
     if cfg.renoise_condition:
         level = np.full([1, cfg.group_frames], cfg.condition_level)
         newest = schedules.add_noise(schedule, popped, noise_condition, level)
-    condition = jnp.concatenate([condition, newest], axis=1)[:, -cfg.context:]
+    condition = jnp.concatenate([condition, newest], axis=1)[:, -cfg.context :]
     window = jnp.concatenate([condition, rest, noise_append], axis=1)
-    return carry.replace(window=window, controls=slots[:, cfg.group_frames:],
-                         shift=carry.shift + 1), popped
+    return carry.replace(
+        window=window, controls=slots[:, cfg.group_frames :], shift=carry.shift + 1
+    ), popped
 
 
 def bind(cfg: Config, remembered, control):
@@ -299,7 +329,7 @@ def bind(cfg: Config, remembered, control):
     """
     room = cfg.frames - cfg.entry_slot - cfg.group_frames
     held = jnp.repeat(control[:, -1:], room, axis=1)
-    return jnp.concatenate([remembered[:, :cfg.entry_slot], control, held], axis=1)
+    return jnp.concatenate([remembered[:, : cfg.entry_slot], control, held], axis=1)
 
 
 def split_controls(cfg: Config, symbols, shifts: int):
@@ -317,11 +347,12 @@ def split_controls(cfg: Config, symbols, shifts: int):
     symbols = np.asarray(symbols, np.int32)
     needed = needed_controls(cfg, shifts)
     if symbols.shape[1] < needed:
-        raise ValueError(f'controls: got {symbols.shape[1]}, expected at least {needed} '
-                         f'for {shifts} shifts')
+        raise ValueError(
+            f'controls: got {symbols.shape[1]}, expected at least {needed} for {shifts} shifts'
+        )
     starts = cfg.entry_slot + cfg.group_frames * np.arange(shifts)
     steps = symbols[:, starts[:, None] + np.arange(cfg.group_frames)]
-    return symbols[:, :cfg.remembered], np.moveaxis(steps, 1, 0)
+    return symbols[:, : cfg.remembered], np.moveaxis(steps, 1, 0)
 
 
 def whole_video(cfg: Config, symbols: list[str]) -> tuple[list[str], list[list[str]]]:
@@ -331,9 +362,10 @@ def whole_video(cfg: Config, symbols: list[str]) -> tuple[list[str], list[list[s
     it stands for.
     """
     known = symbols[:1] * cfg.context + symbols + symbols[-1:] * (cfg.frames - cfg.context)
-    steps = known[cfg.remembered:][:len(symbols)]
-    return known[:cfg.remembered], [steps[at:at + cfg.group_frames]
-                                    for at in range(0, len(steps), cfg.group_frames)]
+    steps = known[cfg.remembered :][: len(symbols)]
+    return known[: cfg.remembered], [
+        steps[at : at + cfg.group_frames] for at in range(0, len(steps), cfg.group_frames)
+    ]
 
 
 def needed_controls(cfg: Config, shifts: int) -> int:
@@ -354,12 +386,17 @@ def check(cfg: Config, cond: Cond):
         raise ValueError(f'cond.latents: got {np.shape(cond.latents)}, expected [B T H W C]')
     batch = cond.latents.shape[0]
     if cond.controls.shape != (batch, cfg.remembered):
-        raise ValueError(f'cond.controls: got {cond.controls.shape}, expected '
-                         f'{(batch, cfg.remembered)} (all window frames but the last group)')
+        raise ValueError(
+            f'cond.controls: got {cond.controls.shape}, expected '
+            f'{(batch, cfg.remembered)} (all window frames but the last group)'
+        )
     if np.ndim(cond.text) != 3 or cond.text.shape[0] != batch:
         raise ValueError(f'cond.text: got {np.shape(cond.text)}, expected [{batch} L D]')
     given = np.shape(cond.null_text) if cond.null_text is not None else ()
     if (cfg.guidance > 1 or given) and (
-            given[1:] != cond.text.shape[1:] or given[:1] not in ((1,), (batch,))):
-        raise ValueError(f'cond.null_text: got {given or None}, expected {cond.text.shape} '
-                         f'(guidance is {cfg.guidance})')
+        given[1:] != cond.text.shape[1:] or given[:1] not in ((1,), (batch,))
+    ):
+        raise ValueError(
+            f'cond.null_text: got {given or None}, expected {cond.text.shape} '
+            f'(guidance is {cfg.guidance})'
+        )

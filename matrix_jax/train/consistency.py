@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.weights import conversion
 from matrix_jax.diffusion import sampling, schedules, solvers
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import Denoising
+from matrix_jax.weights import conversion
 
 
 class Tables(NamedTuple):
@@ -32,6 +32,7 @@ class Tables(NamedTuple):
     `skip` and `out` jump from a point to the phase boundary, `plan` is the teacher's step to the
     next point, `weights` [G*W] balance the groups.
     """
+
     levels: np.ndarray
     skip: np.ndarray
     out: np.ndarray
@@ -39,8 +40,9 @@ class Tables(NamedTuple):
     weights: np.ndarray
 
 
-def tables(stream: swin.Config, scheduler: schedules.SchedulerConfig, points: int,
-           balance: float) -> Tables:
+def tables(
+    stream: swin.Config, scheduler: schedules.SchedulerConfig, points: int, balance: float
+) -> Tables:
     """Tables of a shift of `points` equal steps, noisiest first."""
     width = scheduler.train_steps // stream.groups
     below = np.arange(points, 0, -1) * width // points - 1
@@ -53,8 +55,13 @@ def tables(stream: swin.Config, scheduler: schedules.SchedulerConfig, points: in
     skip, out = solvers.jump(abar, graded, boundary)
     levels = np.pad(graded, ((0, 0), (stream.context, 0)), constant_values=stream.condition_level)
     weights = out[0] ** (-2 * balance)
-    return Tables(levels.astype(np.int32), skip.astype(np.float32), out.astype(np.float32),
-                  solvers.ddim(abar, graded, following), (weights / weights.mean()).astype('f4'))
+    return Tables(
+        levels.astype(np.int32),
+        skip.astype(np.float32),
+        out.astype(np.float32),
+        solvers.ddim(abar, graded, following),
+        (weights / weights.mean()).astype('f4'),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +82,7 @@ class StreamConsistency(Denoising):
         before the teacher shows the next one. 0 = recorded windows only.
       rollout_share: share of updates on such windows.
     """
+
     objective: Literal['shift', 'window'] = 'shift'
     points: int = 5
     guidance: float = 1.0
@@ -88,22 +96,32 @@ class StreamConsistency(Denoising):
     def __post_init__(self):
         super().__post_init__()
         if self.objective not in ('shift', 'window'):
-            raise ValueError(f"stage.objective: got {self.objective!r}, expected 'shift' or "
-                             "'window'")
-        for name, low, high in (('points', 1, 250), ('guidance', 0, 100),
-                                ('control_guidance', 0, 100), ('balance', 0, 1),
-                                ('start_share', 0, 1), ('rollout', 0, 1000),
-                                ('rollout_share', 0, 1)):
+            raise ValueError(
+                f"stage.objective: got {self.objective!r}, expected 'shift' or 'window'"
+            )
+        for name, low, high in (
+            ('points', 1, 250),
+            ('guidance', 0, 100),
+            ('control_guidance', 0, 100),
+            ('balance', 0, 1),
+            ('start_share', 0, 1),
+            ('rollout', 0, 1000),
+            ('rollout_share', 0, 1),
+        ):
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ValueError(f'stage.{name}: got {value}, expected {low} to {high}')
         if self.rollout and self.objective == 'window':
-            raise ValueError(f"stage.rollout: got {self.rollout}, expected 0 with objective "
-                             "'window' (its points lie on paths of recorded clips)")
+            raise ValueError(
+                f'stage.rollout: got {self.rollout}, expected 0 with objective '
+                "'window' (its points lie on paths of recorded clips)"
+            )
         for name in ('train_encoders', 'clip_frames'):
             if getattr(self, name):
-                raise ValueError(f'stage.{name}: got {getattr(self, name)}, expected none: the '
-                                 'student reads what its teacher reads')
+                raise ValueError(
+                    f'stage.{name}: got {getattr(self, name)}, expected none: the '
+                    'student reads what its teacher reads'
+                )
 
     def start(self, world, params, seed):
         params = super().start(world, params, seed)
@@ -120,8 +138,10 @@ class StreamConsistency(Denoising):
     def loader(self, world, params, data, batch, seed, cache):
         stream = world.cfg.stream
         if (stream.solver, stream.steps) != ('lcm', stream.groups):
-            raise ValueError(f"stream: got solver {stream.solver!r} with {stream.steps} steps, "
-                             f"expected 'lcm' with groups = {stream.groups} steps")
+            raise ValueError(
+                f'stream: got solver {stream.solver!r} with {stream.steps} steps, '
+                f"expected 'lcm' with groups = {stream.groups} steps"
+            )
         return super().loader(world, params, data, batch, seed, cache)
 
     def loss(self, world, params, batch, key):
@@ -140,8 +160,13 @@ class StreamConsistency(Denoising):
             given = {**params, 'transformer': params['teacher']}
             null_control = jnp.broadcast_to(carry.control_table[-1], control.shape)
             conditions, scales = sampling.conditions(
-                text, jnp.broadcast_to(null_text, text.shape), control, null_control,
-                self.guidance, self.control_guidance)
+                text,
+                jnp.broadcast_to(null_text, text.shape),
+                control,
+                null_control,
+                self.guidance,
+                self.control_guidance,
+            )
             return sampling.guide(world.denoise, given, x, level, conditions, scales)
 
         carry = self._start(world, params, batch, keys[0], text, table)
@@ -153,23 +178,24 @@ class StreamConsistency(Denoising):
             return jnp.concatenate([condition, x], axis=1)
 
         def jumped(params, x, row):
-            v = student(params, whole(x), row.levels, control)[:, stream.context:]
+            v = student(params, whole(x), row.levels, control)[:, stream.context :]
             x0 = _column(row.plan.signal) * x - _column(row.plan.sigma) * v
             return _column(row.skip) * x + _column(row.out) * x0
 
         def taught(x, row):
-            v = teacher(whole(x), row.levels, control)[:, stream.context:]
+            v = teacher(whole(x), row.levels, control)[:, stream.context :]
             return solvers.step(row.plan, solvers.init(x), x, v)[1]
 
         if self.objective == 'shift':
             row = _row(table, jnp.zeros(1, jnp.int32))
-            target = jax.lax.scan(lambda x, i: (taught(x, _row(table, i[None])), None), x,
-                                  jnp.arange(self.points))[0]
+            target = jax.lax.scan(
+                lambda x, i: (taught(x, _row(table, i[None])), None), x, jnp.arange(self.points)
+            )[0]
         else:
             point = jax.random.randint(keys[2], (x.shape[0],), 0, self.points)
             first = jax.random.uniform(keys[3], point.shape) < self.start_share
             point = jnp.where(first, 0, point)
-            x = self._noised(world, batch, keys[0], table, point)[:, stream.context:]
+            x = self._noised(world, batch, keys[0], table, point)[:, stream.context :]
             row, last = _row(table, point), point == self.points - 1
             reached = taught(x, row)
             target = jumped(params, reached, _row(table, jnp.where(last, 0, point + 1)))
@@ -187,7 +213,7 @@ class StreamConsistency(Denoising):
     def _noised(self, world, batch, key, table, point):
         """Windows [B T H W C] of recorded latents at points [B] of the shift."""
         stream = world.cfg.stream
-        clean = batch['latents'][:, :stream.frames].astype(jnp.float32)
+        clean = batch['latents'][:, : stream.frames].astype(jnp.float32)
         noise = jax.random.normal(key, clean.shape)
         return schedules.add_noise(world.schedule, clean, noise, jnp.asarray(table.levels)[point])
 
@@ -196,10 +222,14 @@ class StreamConsistency(Denoising):
         size = batch['controls'].shape[0]
         first = jnp.zeros([size], jnp.int32)
         return swin.Carry(
-            window=self._noised(world, batch, key, table, first), text=text, null_text=None,
-            controls=batch['controls'][:, :world.cfg.stream.remembered],
-            control_table=world.embed_controls(params), shift=first,
-            key=jax.random.key_data(jax.random.split(key, size)))
+            window=self._noised(world, batch, key, table, first),
+            text=text,
+            null_text=None,
+            controls=batch['controls'][:, : world.cfg.stream.remembered],
+            control_table=world.embed_controls(params),
+            shift=first,
+            key=jax.random.key_data(jax.random.split(key, size)),
+        )
 
     def _rolled(self, world, params, batch, key, carry):
         """(carry, controls [B T] of its next shift) after some shifts of the student's own."""
@@ -217,11 +247,23 @@ class StreamConsistency(Denoising):
         carry, params = jax.lax.stop_gradient((carry, params))
 
         def advance(shift, carry):
-            noise = jax.random.normal(jax.random.fold_in(keys[0], shift),
-                                      (shape[0], size * (1 + stream.renoise_condition), *shape[2:]))
+            noise = jax.random.normal(
+                jax.random.fold_in(keys[0], shift),
+                (shape[0], size * (1 + stream.renoise_condition), *shape[2:]),
+            )
             append, renoise = jnp.split(noise, [size], axis=1)
-            return swin.shift(stream, plan, world.schedule, world.denoise, params, carry,
-                              control(shift), None, append, renoise)[0]
+            return swin.shift(
+                stream,
+                plan,
+                world.schedule,
+                world.denoise,
+                params,
+                carry,
+                control(shift),
+                None,
+                append,
+                renoise,
+            )[0]
 
         count = jax.random.randint(keys[1], (), 1, self.rollout + 1)
         count = jnp.where(jax.random.uniform(keys[2]) < self.rollout_share, count, 0)

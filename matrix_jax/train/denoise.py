@@ -31,6 +31,7 @@ class Denoising(Stage):
       clip_frames: pixel frames F of the examples, 1 + 4k each; a batch has one of these lengths.
         Without any, it is that of the stream's window.
     """
+
     control_dropout: float = 0.1
     text_dropout: float = 0.0
     labelled: float | None = None
@@ -47,8 +48,10 @@ class Denoising(Stage):
             self.check_shares('labelled')
         for frames in self.clip_frames:
             if frames < 5 or (frames - 1) % 4:
-                raise ValueError(f'stage.clip_frames: got {frames}, expected 1 + 4k with k of at '
-                                 'least 1 (whole latent frames)')
+                raise ValueError(
+                    f'stage.clip_frames: got {frames}, expected 1 + 4k with k of at '
+                    'least 1 (whole latent frames)'
+                )
 
     def check_shares(self, *names: str):
         """Raises ValueError unless the fields are shares of a whole."""
@@ -70,19 +73,27 @@ class Denoising(Stage):
     def loader(self, world, params, data, batch, seed, cache):
         from matrix_jax.data import latents
         from matrix_jax.data.buckets import Buckets
+
         store = latents.encode(data, world, params, cache)
         ids = world.tokenize(store.texts)
-        made = [latents.Windows(store, length, batch, seed, ids, self.labelled, self.label_share)
-                for length in self.lengths(world)]
+        made = [
+            latents.Windows(store, length, batch, seed, ids, self.labelled, self.label_share)
+            for length in self.lengths(world)
+        ]
         return made[0] if len(made) == 1 else Buckets(made, seed)
 
     def example(self, world, batch):
         cfg, frames = world.cfg, max(self.lengths(world))
         rows, columns = (side // cfg.vae.spatial_compression for side in (cfg.height, cfg.width))
-        shapes = {'latents': ('float16', frames, rows, columns, cfg.dit.channels),
-                  'controls': ('int32', frames), 'ids': ('int32', cfg.dit.text_length)}
-        return {name: jax.ShapeDtypeStruct((batch, *shape), dtype)
-                for name, (dtype, *shape) in shapes.items()}
+        shapes = {
+            'latents': ('float16', frames, rows, columns, cfg.dit.channels),
+            'controls': ('int32', frames),
+            'ids': ('int32', cfg.dit.text_length),
+        }
+        return {
+            name: jax.ShapeDtypeStruct((batch, *shape), dtype)
+            for name, (dtype, *shape) in shapes.items()
+        }
 
     def conditions(self, world, params, ids, controls, keys):
         """What the network is told, with the shares of dropout.
@@ -136,5 +147,11 @@ def denoise_loss(schedule, denoise, latents, noise, levels, counted, seen=None):
     error = weights * counted * jnp.square(x0 - latents).mean(axis=(2, 3, 4))
     per_sample = error.sum(axis=1) / counted.sum(axis=1)
     target = schedules.velocity(schedule, latents, noise, levels)
-    return per_sample.mean(), {'noisy': noisy, 'v': v, 'target': target, 'x0': x0,
-                               'weights': weights, 'per_sample': per_sample}
+    return per_sample.mean(), {
+        'noisy': noisy,
+        'v': v,
+        'target': target,
+        'x0': x0,
+        'weights': weights,
+        'per_sample': per_sample,
+    }

@@ -22,15 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights import conversion
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import causal
 from matrix_jax.train import optim
 from matrix_jax.train.flow_matching import FlowMatching, flow_loss
 from matrix_jax.train.optim import Optimizer
+from matrix_jax.weights import conversion
 
-TOWER = 'judges_image'      # what teacher and critic see a picture with, if it is not the student's
+TOWER = 'judges_image'  # what teacher and critic see a picture with, if it is not the student's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +48,7 @@ class SelfForcing(FlowMatching):
       random_exit: draw the call whose clean estimate is the block; else it is the last one.
       lowest, highest: shares of noise at which teacher and critic are asked.
     """
+
     optimizer: Optimizer = Optimizer(learning_rate=2e-6, b1=0.0, b2=0.999, weight_decay=0.01)
     critic: Optimizer = Optimizer(learning_rate=4e-7, b1=0.0, b2=0.999, weight_decay=0.01)
     ema: float = 0.99
@@ -64,14 +65,18 @@ class SelfForcing(FlowMatching):
         if self.ratio < 1:
             raise ValueError(f'stage.ratio: got {self.ratio}, expected at least 1')
         if self.action_guidance < 1:
-            raise ValueError(f'stage.action_guidance: got {self.action_guidance:g}, expected at '
-                             'least 1')
+            raise ValueError(
+                f'stage.action_guidance: got {self.action_guidance:g}, expected at least 1'
+            )
         if not 0 < self.lowest < self.highest <= 1:
-            raise ValueError(f'stage.lowest: got {self.lowest} to {self.highest}, expected a range '
-                             'within 0 to 1')
+            raise ValueError(
+                f'stage.lowest: got {self.lowest} to {self.highest}, expected a range within 0 to 1'
+            )
         if self.train_encoders:
-            raise ValueError('stage.train_encoders: got True, expected False: the student reads '
-                             'what its teacher reads')
+            raise ValueError(
+                'stage.train_encoders: got True, expected False: the student reads '
+                'what its teacher reads'
+            )
 
     def start(self, world, params, seed):
         params = super().start(world, params, seed)
@@ -85,10 +90,12 @@ class SelfForcing(FlowMatching):
         return {**params, 'teacher': judges, 'critic': judges}
 
     def axes(self, world):
-        network, tower = (conversion.axes(world.tables[name])
-                          for name in ('transformer', 'image_encoder'))
+        network, tower = (
+            conversion.axes(world.tables[name]) for name in ('transformer', 'image_encoder')
+        )
         return super().axes(world) | conversion.flatten(
-            {'teacher': network, 'critic': network, TOWER: tower})
+            {'teacher': network, 'critic': network, TOWER: tower}
+        )
 
     def trainable(self, path):
         return _role(path) in ('student', 'critic')
@@ -96,8 +103,13 @@ class SelfForcing(FlowMatching):
     def transform(self, axes, steps):
         # Each role's schedule ends with the run.
         turns = {'student': -(-steps // self.ratio), 'critic': steps}
-        return optim.by_turns({name: optim.make(settings, turns[name], axes) for name, settings in
-                               (('student', self.optimizer), ('critic', self.critic))}, _role)
+        return optim.by_turns(
+            {
+                name: optim.make(settings, turns[name], axes)
+                for name, settings in (('student', self.optimizer), ('critic', self.critic))
+            },
+            _role,
+        )
 
     def loss(self, world, params, batch, key):
         keys = jax.random.split(key, 3)
@@ -113,8 +125,15 @@ class SelfForcing(FlowMatching):
         loss = jax.lax.cond(
             turn,
             lambda: self.matching(world, params, clip(params), judged, batch['actions'], keys[2]),
-            lambda: self.criticism(world, params, clip(jax.lax.stop_gradient(params)), judged,
-                                   batch['actions'], keys[2]))
+            lambda: self.criticism(
+                world,
+                params,
+                clip(jax.lax.stop_gradient(params)),
+                judged,
+                batch['actions'],
+                keys[2],
+            ),
+        )
         return loss, {'student': turn.astype(jnp.float32)}
 
     def rollout(self, world, params, given, actions, key):
@@ -123,13 +142,16 @@ class SelfForcing(FlowMatching):
         table = causal.rows(stream, world.cfg.flow)
         last = len(stream.steps) - 1
         end = jax.random.randint(keys[0], (), 0, last + 1) if self.random_exit else last
-        made = world.latents(change=lambda net: truncated(net, jnp.asarray(table.level)[end]),
-                             table=ended(table, end))
+        made = world.latents(
+            change=lambda net: truncated(net, jnp.asarray(table.level)[end]),
+            table=ended(table, end),
+        )
         carry = made.init(params, given, keys[1])
-        carry, head = made.prefill(params, carry, actions[:, :stream.first_actions])
-        self.blocks(world)      # a clip is whole blocks
-        controls = rearrange(actions[:, stream.first_actions:], 'b (s f) a -> s b f a',
-                             f=stream.block_actions)
+        carry, head = made.prefill(params, carry, actions[:, : stream.first_actions])
+        self.blocks(world)  # a clip is whole blocks
+        controls = rearrange(
+            actions[:, stream.first_actions :], 'b (s f) a -> s b f a', f=stream.block_actions
+        )
         _, tail = streams.rollout(made, params, carry, controls)
         return jnp.concatenate([head, streams.join(tail)], axis=1)
 
@@ -141,8 +163,14 @@ class SelfForcing(FlowMatching):
         noisy = flow.add_noise(sigma, clip, jax.random.normal(keys[1], clip.shape))
 
         def clean(role, actions):
-            v = world.denoise({**params, 'transformer': params[role]}, noisy, 1000 * sigma, given,
-                              actions, self._block(world))
+            v = world.denoise(
+                {**params, 'transformer': params[role]},
+                noisy,
+                1000 * sigma,
+                given,
+                actions,
+                self._block(world),
+            )
             return flow.x0_from_v(sigma, noisy, v)
 
         real, fake = clean('teacher', actions), clean('critic', actions)
@@ -162,13 +190,22 @@ class SelfForcing(FlowMatching):
         given = self._told(world, given, clip)
         sigma = self._drawn(world, keys[0], clip)
         entry = flow.nearest(flow.table(world.cfg.flow), 1000 * sigma)
-        return flow_loss(world, {**params, 'transformer': params['critic']}, clip, given, actions,
-                         entry, keys[1], self._block(world))
+        return flow_loss(
+            world,
+            {**params, 'transformer': params['critic']},
+            clip,
+            given,
+            actions,
+            entry,
+            keys[1],
+            self._block(world),
+        )
 
     def finish(self, world, params, loader):
         """Drops teacher and critic, and what they see with."""
-        return world, {name: part for name, part in params.items()
-                       if name not in ('teacher', 'critic', TOWER)}
+        return world, {
+            name: part for name, part in params.items() if name not in ('teacher', 'critic', TOWER)
+        }
 
     def _drawn(self, world, key, clip):
         """Shares of noise [B T], one for a clip."""
@@ -187,6 +224,7 @@ class SelfForcing(FlowMatching):
 def truncated(net: causal.Network, level) -> causal.Network:
     """The same network, with a gradient through the call at one level, and of its answer alone:
     not through what it is given, nor through what the caches keep."""
+
     def denoise(params, caches, x, levels, cond, actions):
         caches, x, cond = jax.lax.stop_gradient((caches, x, cond))
 
@@ -195,8 +233,12 @@ def truncated(net: causal.Network, level) -> causal.Network:
             return v, jax.lax.stop_gradient(kept)
 
         # Where the branch has no gradient, nothing is computed backwards.
-        return jax.lax.cond(levels.reshape(-1)[0] == level, call,
-                            lambda params: call(jax.lax.stop_gradient(params)), params)
+        return jax.lax.cond(
+            levels.reshape(-1)[0] == level,
+            call,
+            lambda params: call(jax.lax.stop_gradient(params)),
+            params,
+        )
 
     return net._replace(denoise=denoise)
 
@@ -205,15 +247,19 @@ def ended(table: causal.Rows, end) -> causal.Rows:
     """The calls of a block whose clean estimate of call `end` is the block: all behind it read the
     clean block, as the last one does, and change nothing."""
     call = jnp.arange(len(table.level))
-    return causal.Rows(jnp.where(call <= end, table.level, table.level[-1]),
-                       jnp.where(call <= end, table.sigma, 0.0),
-                       jnp.where(call < end, table.following, 0.0))
+    return causal.Rows(
+        jnp.where(call <= end, table.level, table.level[-1]),
+        jnp.where(call <= end, table.sigma, 0.0),
+        jnp.where(call < end, table.following, 0.0),
+    )
 
 
 def _equal(some, others) -> bool:
     """Whether two trees hold the same numbers; shapes alone do not."""
-    return all(not isinstance(b, jax.ShapeDtypeStruct) and np.array_equal(a, b)
-               for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True))
+    return all(
+        not isinstance(b, jax.ShapeDtypeStruct) and np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
+    )
 
 
 def _role(path: str) -> str:

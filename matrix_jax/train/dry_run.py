@@ -16,10 +16,10 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from matrix_jax import worlds
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import conversion
 from matrix_jax.nn import conv3d
+from matrix_jax.parallel import sharding
 from matrix_jax.train import program
+from matrix_jax.weights import conversion
 
 FLAG = '--xla_force_host_platform_device_count'
 MIB, GIGA = 2**20, 10**9
@@ -46,42 +46,60 @@ def report(run) -> str:
     state = jax.eval_shape(made.start, params)
     batch = run.stage.example(world, made.examples)
     began = time.time()
-    lowered = made.lower(_placed(state, made.places),
-                         _placed(batch, sharding.batch_sharding(made.mesh)))
+    lowered = made.lower(
+        _placed(state, made.places), _placed(batch, sharding.batch_sharding(made.mesh))
+    )
     lowering, began = time.time() - began, time.time()
     memory = lowered.compile().memory_analysis()
     compiling = time.time() - began
     # Of the examples that one device has: a larger batch would be cut into smaller blocks.
     ways = run.mesh.data * run.mesh.fsdp
     work = ways * flops(made.update, state, run.stage.example(world, made.examples // ways))
-    rows = [*sizes(state, made.places).items(),
-            ('activations, gradients and work space', memory.temp_size_in_bytes),
-            ('in all', memory.argument_size_in_bytes + memory.output_size_in_bytes
-             + memory.temp_size_in_bytes - memory.alias_size_in_bytes)]
+    rows = [
+        *sizes(state, made.places).items(),
+        ('activations, gradients and work space', memory.temp_size_in_bytes),
+        (
+            'in all',
+            memory.argument_size_in_bytes
+            + memory.output_size_in_bytes
+            + memory.temp_size_in_bytes
+            - memory.alias_size_in_bytes,
+        ),
+    ]
     mesh = ' x '.join(f'{axis}={size}' for axis, size in made.mesh.shape.items() if size > 1)
-    return '\n'.join([
-        f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, {made.examples} '
-        f'examples per update, {_count(state.student):,} of {_count(params):,} parameters train',
-        'per device:', *(f'  {name:40}{size / MIB:>12,.1f} MiB' for name, size in rows),
-        f'FLOPs per update: {work / GIGA:,.1f} G in all, {work / made.mesh.size / GIGA:,.1f} G per '
-        'device',
-        f'(lowered in {lowering:.0f} s, compiled in {compiling:.0f} s; nothing was allocated)'])
+    return '\n'.join(
+        [
+            f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, {made.examples} '
+            f'examples per update, {_count(state.student):,} of {_count(params):,} parameters train',
+            'per device:',
+            *(f'  {name:40}{size / MIB:>12,.1f} MiB' for name, size in rows),
+            f'FLOPs per update: {work / GIGA:,.1f} G in all, {work / made.mesh.size / GIGA:,.1f} G per '
+            'device',
+            f'(lowered in {lowering:.0f} s, compiled in {compiling:.0f} s; nothing was allocated)',
+        ]
+    )
 
 
 def _start(run, world):
-    """ShapeDtypeStructs of a stage's start: what trains in float32, the rest as the network runs.
-    """
+    """ShapeDtypeStructs of a stage's start: what trains in float32, the rest as the network runs."""
     dtype, stage = world.cfg.dit.dtype, run.stage
     flat = conversion.flatten(stage.start(world, world.shapes(), run.train.seed))
-    return conversion.unflatten({path: jax.ShapeDtypeStruct(
-        leaf.shape, 'float32' if stage.trainable(path) else dtype) for path, leaf in flat.items()})
+    return conversion.unflatten(
+        {
+            path: jax.ShapeDtypeStruct(leaf.shape, 'float32' if stage.trainable(path) else dtype)
+            for path, leaf in flat.items()
+        }
+    )
 
 
 def _placed(tree, places):
     if isinstance(places, jax.sharding.Sharding):
         places = jax.tree.map(lambda _: places, tree)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype,
-                                                                 sharding=place), tree, places)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        places,
+    )
 
 
 def sizes(state, places) -> dict[str, int]:
@@ -91,12 +109,26 @@ def sizes(state, places) -> dict[str, int]:
       state: `state.TrainState` of ShapeDtypeStructs.
       places: their shardings.
     """
+
     def one(role):
-        return sum(jax.tree.leaves(jax.tree.map(
-            lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
-            getattr(state, role), getattr(places, role))))
-    return {'parameters': one('student'), 'average of them': one('ema'), 'optimizer': one('opt'),
-            'frozen weights': one('frozen')}
+        return sum(
+            jax.tree.leaves(
+                jax.tree.map(
+                    lambda leaf, place: (
+                        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                    ),
+                    getattr(state, role),
+                    getattr(places, role),
+                )
+            )
+        )
+
+    return {
+        'parameters': one('student'),
+        'average of them': one('ema'),
+        'optimizer': one('opt'),
+        'frozen weights': one('frozen'),
+    }
 
 
 def _count(tree) -> int:

@@ -29,6 +29,7 @@ class FlowMatching(Stage):
       clip_frames: pixel frames F = 1 + 4k of a clip.
       train_encoders: train the image tower too (first stage of a bundled world).
     """
+
     clip_frames: int = 45
     train_encoders: bool = False
 
@@ -37,8 +38,10 @@ class FlowMatching(Stage):
     def __post_init__(self):
         super().__post_init__()
         if self.clip_frames < 5 or (self.clip_frames - 1) % 4:
-            raise ValueError(f'stage.clip_frames: got {self.clip_frames}, expected 1 + 4k with k '
-                             'of at least 1 (whole latent frames)')
+            raise ValueError(
+                f'stage.clip_frames: got {self.clip_frames}, expected 1 + 4k with k '
+                'of at least 1 (whole latent frames)'
+            )
 
     def trainable(self, path):
         component = path.split('/')[0]
@@ -56,31 +59,41 @@ class FlowMatching(Stage):
         """
         frames, block = self.frames(world), world.cfg.stream.frames
         if frames % block:
-            raise ValueError(f'stage.clip_frames: got {self.clip_frames}, which are {frames} '
-                             f'latent frames, expected whole blocks of {block}')
+            raise ValueError(
+                f'stage.clip_frames: got {self.clip_frames}, which are {frames} '
+                f'latent frames, expected whole blocks of {block}'
+            )
         return frames // block
 
     def loader(self, world, params, data, batch, seed, cache):
         from matrix_jax.data import image_clips
-        return image_clips.Batches(image_clips.encode(data, world, params, cache, self.clip_frames), batch,
-                              seed)
+
+        return image_clips.Batches(
+            image_clips.encode(data, world, params, cache, self.clip_frames), batch, seed
+        )
 
     def example(self, world, batch):
         cfg, frames = world.cfg, self.frames(world)
         scale = cfg.vae.spatial_compression
         rows, columns = cfg.height // scale, cfg.width // scale
         width = cfg.dit.actions.keyboard + (cfg.dit.actions.mouse or 0)
-        shapes = {'latents': ('float16', frames, rows, columns, cfg.dit.channels),
-                  'told': ('float16', frames, rows, columns, cfg.dit.cond_channels),
-                  'picture': ('uint8', cfg.height, cfg.width, 3),
-                  'actions': ('float32', self.clip_frames, width)}
-        return {name: jax.ShapeDtypeStruct((batch, *shape), dtype)
-                for name, (dtype, *shape) in shapes.items()}
+        shapes = {
+            'latents': ('float16', frames, rows, columns, cfg.dit.channels),
+            'told': ('float16', frames, rows, columns, cfg.dit.cond_channels),
+            'picture': ('uint8', cfg.height, cfg.width, 3),
+            'actions': ('float32', self.clip_frames, width),
+        }
+        return {
+            name: jax.ShapeDtypeStruct((batch, *shape), dtype)
+            for name, (dtype, *shape) in shapes.items()
+        }
 
     def given(self, world, params, batch) -> Cond:
         """What a network is told of the pictures of a batch."""
-        return Cond(latents=batch['told'].astype(jnp.float32),
-                    image=world.look(params, batch['picture'][:, None]))
+        return Cond(
+            latents=batch['told'].astype(jnp.float32),
+            image=world.look(params, batch['picture'][:, None]),
+        )
 
     def told(self, world, given: Cond, clean) -> Cond:
         """What a network that makes blocks is told of a clip with latents `clean` [B T H W C]."""
@@ -96,8 +109,9 @@ class Foundation(FlowMatching):
         clean = batch['latents'].astype(jnp.float32)
         entry = jax.random.randint(keys[0], (len(clean), 1), 0, world.cfg.flow.train_steps)
         entry = jnp.broadcast_to(entry, clean.shape[:2])
-        return flow_loss(world, params, clean, self.given(world, params, batch), batch['actions'],
-                         entry, keys[1]), {}
+        return flow_loss(
+            world, params, clean, self.given(world, params, batch), batch['actions'], entry, keys[1]
+        ), {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +123,7 @@ class CausalFlow(FlowMatching):
       history_noise: greatest sigma of noise on these, of which the network is not told: what a
         stream reads is its own work.
     """
+
     clean: float = 0.5
     history_noise: float = 0.0
 
@@ -133,13 +148,15 @@ class CausalFlow(FlowMatching):
         blur = self.history_noise * each(jax.random.uniform(keys[3], (size, count)))
         told = flow.add_noise(blur, clean, jax.random.normal(keys[5], clean.shape))
         given = self.told(world, self.given(world, params, batch), told)
-        loss = flow_loss(world, params, clean, given, batch['actions'], entry, keys[4], block,
-                         history, blur)
+        loss = flow_loss(
+            world, params, clean, given, batch['actions'], entry, keys[4], block, history, blur
+        )
         return loss, {'history': history.mean()}
 
 
-def flow_loss(world, params, clean, cond: Cond, actions, entry, key, block=None, history=None,
-              blur=0.0):
+def flow_loss(
+    world, params, clean, cond: Cond, actions, entry, key, block=None, history=None, blur=0.0
+):
     """Weighted error of the velocity of noised clips.
 
     Args:

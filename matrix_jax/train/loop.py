@@ -14,13 +14,13 @@ import time
 import jax
 import numpy as np
 
-from matrix_jax.weights import training_state
 from matrix_jax.train import multihost, program
 from matrix_jax.train import state as states
 from matrix_jax.train.nan_guard import Guard
 from matrix_jax.train.scalars import Scalars
+from matrix_jax.weights import training_state
 
-STOPPED = 75         # exit code after SIGTERM: state is saved, start again to go on
+STOPPED = 75  # exit code after SIGTERM: state is saved, start again to go on
 
 
 def fit(run, world, params) -> dict:
@@ -44,8 +44,9 @@ def fit(run, world, params) -> dict:
     params = stage.start(world, params, train.seed)
     made = program.build(run, world, params)
     with multihost.first_alone():
-        loader = stage.loader(world, params, run.data, made.examples, train.seed,
-                              os.path.join(run.out, 'cache'))
+        loader = stage.loader(
+            world, params, run.data, made.examples, train.seed, os.path.join(run.out, 'cache')
+        )
     if made.share != (0, 1):
         loader.share(*made.share)
     state = made.init(params)
@@ -57,8 +58,9 @@ def fit(run, world, params) -> dict:
         print(f'{run.out}: goes on from step {restored[0]}', file=sys.stderr)
     guard = Guard(getattr(loader, 'names', None), extra.get('refused', 0))
     try:
-        result = _loop(train, state, loader, made, saver, run.out, guard,
-                       extra.get('loss', float('nan')))
+        result = _loop(
+            train, state, loader, made, saver, run.out, guard, extra.get('loss', float('nan'))
+        )
     finally:
         saver.close()
     state = result.pop('state')
@@ -74,6 +76,7 @@ def fit(run, world, params) -> dict:
 
 def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
     from tqdm import tqdm
+
     start = int(state.step)
     stop = []
     previous = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
@@ -82,12 +85,18 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
 
     def save(index):
         guard.settle()
-        saver.save(index, state, {'data': loader.state().decode(), 'loss': loss,
-                                  'refused': guard.refused})
+        saver.save(
+            index, state, {'data': loader.state().decode(), 'loss': loss, 'refused': guard.refused}
+        )
 
     try:
-        with tqdm(total=train.steps, initial=start, unit='step', dynamic_ncols=True,
-                  disable=not multihost.first()) as bar:
+        with tqdm(
+            total=train.steps,
+            initial=start,
+            unit='step',
+            dynamic_ncols=True,
+            disable=not multihost.first(),
+        ) as bar:
             for index in range(start, train.steps):
                 batch = dict(next(loader))
                 clips = batch.pop('clip', None)
@@ -101,8 +110,7 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
                     finite = [one for one in jax.device_get(losses) if np.isfinite(one)]
                     loss = float(np.mean(finite)) if finite else float('nan')
                     losses = []
-                    values = {name: float(value)
-                              for name, value in jax.device_get(metrics).items()}
+                    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
                     bar.set_postfix(loss=f'{loss:.4f}')
                     scalars.write(done, {**values, 'loss': loss, 'refused': guard.refused})
                 stopping = multihost.anyone(bool(stop))
@@ -114,5 +122,10 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
     finally:
         signal.signal(signal.SIGTERM, previous)
         scalars.close()
-    return {'step': max(start, train.steps), 'loss': loss, 'refused': guard.refused,
-            'seconds': time.time() - began, 'state': state}
+    return {
+        'step': max(start, train.steps),
+        'loss': loss,
+        'refused': guard.refused,
+        'seconds': time.time() - began,
+        'state': state,
+    }

@@ -14,12 +14,16 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-ENVIRONMENT = {'coordinator': 'JAX_COORDINATOR_ADDRESS', 'processes': 'JAX_NUM_PROCESSES',
-               'process': 'JAX_PROCESS_ID'}
+ENVIRONMENT = {
+    'coordinator': 'JAX_COORDINATOR_ADDRESS',
+    'processes': 'JAX_NUM_PROCESSES',
+    'process': 'JAX_PROCESS_ID',
+}
 
 
-def settings(coordinator: str | None = None, processes: int | None = None,
-             process: int | None = None) -> dict | None:
+def settings(
+    coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> dict | None:
     """What `join` takes, before anything is read; None where this process is alone.
 
     What is not given comes from `ENVIRONMENT`; where that is empty too, this process is alone.
@@ -81,6 +85,7 @@ def meet(name: str):
     """Returns when all processes are here."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
+
         multihost_utils.sync_global_devices(name)
 
 
@@ -89,6 +94,7 @@ def anyone(flag: bool) -> bool:
     if jax.process_count() == 1:
         return flag
     from jax.experimental import multihost_utils
+
     return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
@@ -97,5 +103,12 @@ def fetch(tree):
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils
-    return jax.tree.map(lambda leaf: np.asarray(multihost_utils.process_allgather(leaf, tiled=True)
-                                                if not leaf.is_fully_addressable else leaf), tree)
+
+    return jax.tree.map(
+        lambda leaf: np.asarray(
+            multihost_utils.process_allgather(leaf, tiled=True)
+            if not leaf.is_fully_addressable
+            else leaf
+        ),
+        tree,
+    )

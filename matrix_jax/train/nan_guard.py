@@ -11,8 +11,8 @@ import sys
 
 import jax
 
-MAX_SKIPPED = 3     # refused updates in a row before a run gives up
-SHOWN = 8           # clips of a batch that a message names
+MAX_SKIPPED = 3  # refused updates in a row before a run gives up
+SHOWN = 8  # clips of a batch that a message names
 
 
 class Diverged(RuntimeError):
@@ -53,6 +53,7 @@ class Guard:
 
     def _look(self, step, clips, metrics):
         from tqdm import tqdm
+
         found = jax.device_get([metrics[name] for name in ('loss', 'grad_norm', 'skipped')])
         loss, norm, skipped = (value.item() for value in found)
         if not skipped:
@@ -62,8 +63,9 @@ class Guard:
         line = f'step {step} (loss {loss:g}, gradient {norm:g}): {self._named(clips)}'
         self._row.append(line)
         if skipped >= MAX_SKIPPED:
-            raise Diverged(f'{skipped} updates in a row were not finite; their clips: '
-                           + '; '.join(self._row))
+            raise Diverged(
+                f'{skipped} updates in a row were not finite; their clips: ' + '; '.join(self._row)
+            )
         tqdm.write(f'an update that is not finite was left out: {line}', file=sys.stderr)
 
     def _named(self, clips) -> str:
@@ -71,5 +73,6 @@ class Guard:
             return 'unknown'
         numbers = dict.fromkeys(int(one) for one in clips)
         shown = [self.names[one] if self.names else str(one) for one in list(numbers)[:SHOWN]]
-        return ', '.join(shown) + (f' and {len(numbers) - SHOWN} more'
-                                   if len(numbers) > SHOWN else '')
+        return ', '.join(shown) + (
+            f' and {len(numbers) - SHOWN} more' if len(numbers) > SHOWN else ''
+        )

@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.parallel import compilation
-from matrix_jax.weights import diffusers_layout
 from matrix_jax.data import image_clips, latents
 from matrix_jax.diffusion import flow
+from matrix_jax.parallel import compilation
 from matrix_jax.stream import causal
 from matrix_jax.train.flow_matching import FlowMatching
+from matrix_jax.weights import diffusers_layout
 
-TOGETHER = 8    # paths walked side by side
+TOGETHER = 8  # paths walked side by side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,7 @@ class ODEPairs(FlowMatching):
       points: steps of the teacher between two levels of the student.
       paths: how many clips a path is walked for; None = for all.
     """
+
     points: int = 12
     paths: int | None = None
 
@@ -64,17 +65,24 @@ class ODEPairs(FlowMatching):
         drawn = jnp.repeat(drawn, stream.frames, axis=1)
         x = jnp.take_along_axis(path, drawn[:, None, :, None, None, None], axis=1)[:, 0]
         given = self.told(world, self.given(world, params, batch), path[:, -1])
-        v = world.denoise(params, x, jnp.asarray(table.level)[drawn], given, batch['actions'],
-                          stream.frames)
+        v = world.denoise(
+            params, x, jnp.asarray(table.level)[drawn], given, batch['actions'], stream.frames
+        )
         error = jnp.square(flow.x0_from_v(jnp.asarray(table.sigma)[drawn], x, v) - path[:, -1])
         return error.mean(), {}
 
     def _walked(self, world, params, store, count: int, seed: int, cache):
         """Paths float16 [M S+1 T H W C] of the first `count` clips of a store, walked once."""
-        about = {'steps': world.cfg.stream.steps, 'shift': world.cfg.flow.shift,
-                 'points': self.points, 'count': count, 'seed': seed, 'clips': store.folder.name,
-                 'teacher': latents.digest(params['transformer']),
-                 'image_encoder': latents.digest(params['image_encoder'])}
+        about = {
+            'steps': world.cfg.stream.steps,
+            'shift': world.cfg.flow.shift,
+            'points': self.points,
+            'count': count,
+            'seed': seed,
+            'clips': store.folder.name,
+            'teacher': latents.digest(params['transformer']),
+            'image_encoder': latents.digest(params['image_encoder']),
+        }
         name = hashlib.sha256(json.dumps(about).encode()).hexdigest()
         final = Path(cache) / f'paths-{name[:16]}'
 
@@ -89,6 +97,7 @@ class ODEPairs(FlowMatching):
 
         def fill(part):
             from tqdm import tqdm
+
             shape = count, len(world.cfg.stream.steps) + 1, *store.latents.shape[1:]
             made = np.lib.format.open_memmap(part / 'path.npy', 'w+', np.float16, shape)
             step = compilation.jit(walk)
@@ -96,7 +105,7 @@ class ODEPairs(FlowMatching):
                 chosen = np.minimum(np.arange(first, first + TOGETHER), count - 1)
                 batch = {name: getattr(store, name)[chosen] for name in image_clips.ARRAYS}
                 key = jax.random.fold_in(jax.random.key(seed), first)
-                made[first:first + TOGETHER] = step(params, batch, key)[:count - first]
+                made[first : first + TOGETHER] = step(params, batch, key)[: count - first]
             made.flush()
 
         if not (final / 'path.npy').exists():

@@ -23,6 +23,7 @@ class Optimizer:
       schedule: 'constant', or 'cosine' down to `floor` times the peak at `Train.steps`.
       warmup: steps of linear rise.
     """
+
     kind: Literal['adamw', 'muon'] = 'adamw'
     learning_rate: float = 1e-5
     adam_rate: float = 1e-3
@@ -52,8 +53,11 @@ class Optimizer:
 
 def rate(cfg: Optimizer, peak: float, steps: int) -> optax.Schedule:
     """Learning rate by step."""
-    body = (optax.constant_schedule(peak) if cfg.schedule == 'constant' else
-            optax.cosine_decay_schedule(peak, max(steps - cfg.warmup, 1), alpha=cfg.floor))
+    body = (
+        optax.constant_schedule(peak)
+        if cfg.schedule == 'constant'
+        else optax.cosine_decay_schedule(peak, max(steps - cfg.warmup, 1), alpha=cfg.floor)
+    )
     if not cfg.warmup:
         return body
     return optax.join_schedules([optax.linear_schedule(0.0, peak, cfg.warmup), body], [cfg.warmup])
@@ -72,14 +76,24 @@ def make(cfg: Optimizer, steps: int, axes: Mapping[str, tuple[str, ...]]):
     if cfg.kind == 'adamw':
         body = optax.adamw(peak, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
     else:
+
         def dimensions(params):
             # optax also asks about the tree in which Adam's leaves are masked away.
-            return {path: _matrix(path, getattr(leaf, 'ndim', 0), axes.get(path, ()))
-                    for path, leaf in params.items()}
+            return {
+                path: _matrix(path, getattr(leaf, 'ndim', 0), axes.get(path, ()))
+                for path, leaf in params.items()
+            }
 
-        body = muon(peak, beta=cfg.b2, weight_decay=cfg.weight_decay, adam_b1=cfg.b1, adam_b2=0.99,
-                    adam_learning_rate=rate(cfg, cfg.adam_rate, steps), consistent_rms=0.2,
-                    muon_weight_dimension_numbers=dimensions)
+        body = muon(
+            peak,
+            beta=cfg.b2,
+            weight_decay=cfg.weight_decay,
+            adam_b1=cfg.b1,
+            adam_b2=0.99,
+            adam_learning_rate=rate(cfg, cfg.adam_rate, steps),
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=dimensions,
+        )
     return optax.chain(optax.clip_by_global_norm(cfg.clip), body)
 
 
@@ -91,16 +105,20 @@ def by_turns(members: Mapping[str, optax.GradientTransformation], role):
       members: role -> optimizer.
       role: path -> role.
     """
+
     def resting(inner):
         def update(updates, state, params=None):
             turn = optax.global_norm(updates) != 0
             made = inner.update(updates, state, params)
             still = jax.tree.map(jnp.zeros_like, made[0]), state
             return jax.tree.map(lambda new, old: jnp.where(turn, new, old), made, still)
+
         return optax.GradientTransformation(inner.init, update)
 
-    return optax.multi_transform({name: resting(inner) for name, inner in members.items()},
-                                 lambda params: {path: role(path) for path in params})
+    return optax.multi_transform(
+        {name: resting(inner) for name, inner in members.items()},
+        lambda params: {path: role(path) for path in params},
+    )
 
 
 def _matrix(path: str, ndim: int, letters: tuple[str, ...]):

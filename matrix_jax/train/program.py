@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from matrix_jax.parallel import compilation, sharding
-from matrix_jax.weights import conversion
 from matrix_jax.train import state as states
+from matrix_jax.weights import conversion
 
 
 class Program(NamedTuple):
@@ -33,6 +33,7 @@ class Program(NamedTuple):
       update: `step` before compilation.
       lower: `lower(state, batch)` lowers `step` for arrays or ShapeDtypeStructs.
     """
+
     mesh: jax.sharding.Mesh
     examples: int
     share: tuple[int, int]
@@ -60,15 +61,18 @@ def build(run, world, params: Mapping) -> Program:
     check(run)
     mesh = sharding.make_mesh(run.mesh)
     if jax.process_count() > 1 and mesh.size != jax.device_count():
-        raise ValueError(f'mesh: got {mesh.size} devices, expected all {jax.device_count()} of the '
-                         f'{jax.process_count()} processes')
+        raise ValueError(
+            f'mesh: got {mesh.size} devices, expected all {jax.device_count()} of the '
+            f'{jax.process_count()} processes'
+        )
     axes = stage.axes(world)
     tx = stage.transform(axes, train.steps)
     start = partial(states.init, trainable=stage.trainable, tx=tx, seed=train.seed)
     places = states.shardings(jax.eval_shape(start, params), axes, mesh)
     update = states.make_step(partial(stage.loss, world), tx, stage.ema, train.accumulate)
-    jitted = compilation.jit(update, donate_argnums=0,
-                          out_shardings=(places, sharding.replicated(mesh)))
+    jitted = compilation.jit(
+        update, donate_argnums=0, out_shardings=(places, sharding.replicated(mesh))
+    )
     split, examples = sharding.batch_sharding(mesh), train.batch * train.accumulate
     share = _share(split, examples)
 
@@ -78,31 +82,49 @@ def build(run, world, params: Mapping) -> Program:
         return jax.jit(start, out_shardings=places)(conversion.unflatten(given))
 
     def put(batch):
-        return {name: jax.make_array_from_process_local_data(
-            split, np.asarray(leaf), (len(leaf) * share[1], *leaf.shape[1:]))
-            for name, leaf in batch.items()}
+        return {
+            name: jax.make_array_from_process_local_data(
+                split, np.asarray(leaf), (len(leaf) * share[1], *leaf.shape[1:])
+            )
+            for name, leaf in batch.items()
+        }
 
     def within(function):
         def call(state, batch):
             with jax.set_mesh(mesh):
                 return function(state, batch)
+
         return call
 
-    return Program(mesh, examples, share, places, start, init, put, within(jitted), update,
-                   within(jitted.lower))
+    return Program(
+        mesh,
+        examples,
+        share,
+        places,
+        start,
+        init,
+        put,
+        within(jitted),
+        update,
+        within(jitted.lower),
+    )
 
 
 def check(run):
     """Raises ValueError unless each batch splits evenly over the mesh."""
     ways = run.mesh.data * run.mesh.fsdp
     if run.train.batch % ways:
-        raise ValueError(f'train.batch: got {run.train.batch}, expected a multiple of mesh.data x '
-                         f'mesh.fsdp = {run.mesh.data} x {run.mesh.fsdp} = {ways}')
+        raise ValueError(
+            f'train.batch: got {run.train.batch}, expected a multiple of mesh.data x '
+            f'mesh.fsdp = {run.mesh.data} x {run.mesh.fsdp} = {ways}'
+        )
 
 
 def _share(split, examples: int) -> tuple[int, int]:
     """(index, count) of the equal parts of a batch of which this process holds one."""
-    spans = [index[0].indices(examples)[:2]
-             for index in split.addressable_devices_indices_map((examples,)).values()]
+    spans = [
+        index[0].indices(examples)[:2]
+        for index in split.addressable_devices_indices_map((examples,)).values()
+    ]
     start, stop = min(start for start, _ in spans), max(stop for _, stop in spans)
     return start // (stop - start), examples // (stop - start)

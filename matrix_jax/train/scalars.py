@@ -19,6 +19,7 @@ class Scalars:
 
     def __init__(self, folder: str, active: bool = True):
         from tensorboardX.event_file_writer import EventsWriter
+
         os.makedirs(folder, exist_ok=True)
         self.folder, self.failed = folder, False
         self._writer = EventsWriter(os.path.join(folder, 'events')) if active else None
@@ -27,17 +28,21 @@ class Scalars:
         """Adds one value of each name."""
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
+
         if self._writer is None:
             return
-        summary = Summary(value=[Summary.Value(tag=name, simple_value=value)
-                                 for name, value in values.items()])
+        summary = Summary(
+            value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        )
         try:
             self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
             self._writer.flush()
         except OSError as error:
             if not self.failed:
-                print(f'{self.folder}: scalars could not be written ({error.strerror})',
-                      file=sys.stderr)
+                print(
+                    f'{self.folder}: scalars could not be written ({error.strerror})',
+                    file=sys.stderr,
+                )
             self.failed = True
 
     def close(self):

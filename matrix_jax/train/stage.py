@@ -9,9 +9,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from matrix_jax.weights import conversion
 from matrix_jax.train import optim
 from matrix_jax.train.optim import Optimizer
+from matrix_jax.weights import conversion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,11 +23,12 @@ class Stage:
       ema: decay of the exported average.
       export: type of the exported weights; 'float32' keeps every bit.
     """
+
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
     export: Literal['bfloat16', 'float32'] = 'bfloat16'
 
-    components = ()   # parts of the world whose parameters the loss reads
+    components = ()  # parts of the world whose parameters the loss reads
 
     def __post_init__(self):
         if not 0 <= self.ema < 1:

@@ -32,6 +32,7 @@ class TrainState:
       opt: optimizer state of `student`.
       key: uint32 [2], raw key of the run; a step folds in its index.
     """
+
     step: jax.Array
     skipped: jax.Array
     student: dict
@@ -48,14 +49,21 @@ def init(params: Mapping, trainable: Callable[[str], bool], tx, seed: int) -> Tr
       ValueError: nothing trains.
     """
     flat = flatten(params)
-    student = {path: jnp.asarray(leaf, jnp.float32)
-               for path, leaf in flat.items() if trainable(path)}
+    student = {
+        path: jnp.asarray(leaf, jnp.float32) for path, leaf in flat.items() if trainable(path)
+    }
     if not student:
         raise ValueError('stage: no parameter trains; expected at least one trainable path')
     frozen = {path: jnp.asarray(leaf) for path, leaf in flat.items() if path not in student}
-    return TrainState(step=jnp.int32(0), skipped=jnp.int32(0), student=student,
-                      ema=jax.tree.map(jnp.copy, student), frozen=frozen, opt=tx.init(student),
-                      key=jax.random.key_data(jax.random.key(seed)))
+    return TrainState(
+        step=jnp.int32(0),
+        skipped=jnp.int32(0),
+        student=student,
+        ema=jax.tree.map(jnp.copy, student),
+        frozen=frozen,
+        opt=tx.init(student),
+        key=jax.random.key_data(jax.random.key(seed)),
+    )
 
 
 def shardings(state, axes: Mapping[str, tuple[str, ...]], mesh):
@@ -69,12 +77,14 @@ def shardings(state, axes: Mapping[str, tuple[str, ...]], mesh):
       axes: path -> axis letters (`convert.axes`, flattened).
       mesh: the mesh.
     """
+
     def one(path, leaf):
         names = [entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)]
         letters = axes.get(names[-1]) if names else None
         if letters is None or len(letters) != leaf.ndim:
             return sharding.replicated(mesh)
         return sharding.shardings(letters, leaf, mesh)
+
     return jax.tree_util.tree_map_with_path(one, state)
 
 
@@ -97,12 +107,14 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
     A step whose loss or gradient is not finite leaves parameters, average and optimizer untouched
     and counts in `skipped`.
     """
+
     def step(state: TrainState, batch):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def gradient(batch, key):
             def compute(student):
                 return loss(unflatten({**state.frozen, **student}), batch, key)
+
             return jax.value_and_grad(compute, has_aux=True)(state.student)
 
         (value, metrics), grads = _accumulated(gradient, batch, key, accumulate)
@@ -113,11 +125,17 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)).astype(jnp.float32)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, student)
         student, ema, opt = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), (student, ema, opt),
-            (state.student, state.ema, state.opt))
+            lambda new, old: jnp.where(finite, new, old),
+            (student, ema, opt),
+            (state.student, state.ema, state.opt),
+        )
         state = state.replace(
-            step=state.step + 1, skipped=jnp.where(finite, 0, state.skipped + 1),
-            student=student, ema=ema, opt=opt)
+            step=state.step + 1,
+            skipped=jnp.where(finite, 0, state.skipped + 1),
+            student=student,
+            ema=ema,
+            opt=opt,
+        )
         return state, {'loss': value, 'grad_norm': norm, 'skipped': state.skipped, **metrics}
 
     return step

@@ -41,6 +41,7 @@ class SwinDPM(Denoising):
       late_binding: share of samples whose noisiest slots hold the control of the stream's entry
         slot, as in play, where later controls are not known yet. 0 switches it off (reference).
     """
+
     uniform: float = 0.0
     condition_noise: int = 0
     recycle: float = 0.0
@@ -50,8 +51,9 @@ class SwinDPM(Denoising):
         super().__post_init__()
         self.check_shares('late_binding', 'uniform')
         if not 0 <= self.condition_noise < 250:
-            raise ValueError(f'stage.condition_noise: got {self.condition_noise}, '
-                             'expected 0 to 249')
+            raise ValueError(
+                f'stage.condition_noise: got {self.condition_noise}, expected 0 to 249'
+            )
         if not 0 <= self.recycle <= 4:
             raise ValueError(f'stage.recycle: got {self.recycle}, expected 0 to 4')
 
@@ -59,15 +61,17 @@ class SwinDPM(Denoising):
         stream, made = world.cfg.stream, super().lengths(world)
         for frames, length in zip(self.clip_frames, made):
             if length <= stream.context or (length - stream.context) % stream.groups:
-                raise ValueError(f'stage.clip_frames: got {frames}, which is {length} latent '
-                                 f'frames, expected context = {stream.context} and a multiple '
-                                 f'of groups = {stream.groups}')
+                raise ValueError(
+                    f'stage.clip_frames: got {frames}, which is {length} latent '
+                    f'frames, expected context = {stream.context} and a multiple '
+                    f'of groups = {stream.groups}'
+                )
         return made
 
     def loss(self, world, params, batch, key):
         keys, schedule = jax.random.split(key, 9), world.schedule
         clean = batch['latents'].astype(jnp.float32)
-        stream = world.cfg.stream       # with groups as wide as this batch has them
+        stream = world.cfg.stream  # with groups as wide as this batch has them
         width = (clean.shape[1] - stream.context) // stream.groups
         stream = dataclasses.replace(stream, group_frames=width)
         size, context = clean.shape[0], stream.context
@@ -101,6 +105,7 @@ class SwinDPM(Denoising):
     def _recycled(self, schedule, denoise, clean, noise, levels, context, key):
         """Clean latents whose condition frames carry errors that the network itself makes."""
         from matrix_jax.diffusion import schedules
+
         noisy = schedules.add_noise(schedule, clean, noise, levels)
         x0 = schedules.x0_from_v(schedule, noisy, denoise(noisy, levels), levels)
         error = jax.lax.stop_gradient(x0 - clean)[:, context:]
@@ -115,5 +120,5 @@ class SwinDPM(Denoising):
 
 def played(stream, controls):
     """Controls [B T] of a window as a stream has them when its newest control is the last known."""
-    newest = controls[:, stream.entry_slot:stream.entry_slot + stream.group_frames]
-    return swin.bind(stream, controls[:, :stream.remembered], newest)
+    newest = controls[:, stream.entry_slot : stream.entry_slot + stream.group_frames]
+    return swin.bind(stream, controls[:, : stream.remembered], newest)

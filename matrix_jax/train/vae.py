@@ -28,6 +28,7 @@ class Autoencode(Stage):
       train_encoder: whether the encoder trains too. If not, latents stay the ones that a stream
         has learned.
     """
+
     frames: int = 9
     kl: float = 1e-5
     edges: float = 0.5
@@ -38,14 +39,17 @@ class Autoencode(Stage):
     def __post_init__(self):
         super().__post_init__()
         if self.frames < 9 or (self.frames - 1) % 8:
-            raise ValueError(f'stage.frames: got {self.frames}, expected 1 + 8k with k of at least '
-                             '1 (whole encoder chunks)')
+            raise ValueError(
+                f'stage.frames: got {self.frames}, expected 1 + 8k with k of at least '
+                '1 (whole encoder chunks)'
+            )
 
     def trainable(self, path):
         return self.train_encoder or path.startswith('vae/decoder/')
 
     def loader(self, world, params, data, batch, seed, cache):
         from matrix_jax.data.loader import Loader
+
         return Loader(data, self.frames, batch, seed, mirror=0.5 if world.cfg.mirror else 0.0)
 
     def example(self, world, batch):
@@ -59,7 +63,7 @@ class Autoencode(Stage):
         mean, logvar = net.encode(cfg, params['vae'], frames)
         noise = jax.random.normal(key, mean.shape)
         made = net.decode_streamed(cfg, params['vae'], mean + jnp.exp(0.5 * logvar) * noise)
-        error = made - frames[:, -made.shape[1]:]
+        error = made - frames[:, -made.shape[1] :]
         edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in (2, 3))
         square = jnp.square(error).mean()
         kl = 0.5 * (jnp.square(mean) + jnp.exp(logvar) - 1 - logvar).mean()
@@ -79,6 +83,7 @@ class Autoencode(Stage):
             frames = next(loader)['frames'].astype(np.float32) / 127.5 - 1
             means.append(np.asarray(encode(params['vae'], frames)))
         means = np.concatenate(means)
-        cfg, made = net.standardised(cfg, params['vae'], means.mean(axis=(0, 1, 2, 3)),
-                                     means.std(axis=(0, 1, 2, 3)))
+        cfg, made = net.standardised(
+            cfg, params['vae'], means.mean(axis=(0, 1, 2, 3)), means.std(axis=(0, 1, 2, 3))
+        )
         return world.replace(vae=cfg), {**params, 'vae': made}

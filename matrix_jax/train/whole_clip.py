@@ -14,14 +14,15 @@ import os
 import jax
 import jax.numpy as jnp
 
-from matrix_jax.weights import conversion
 from matrix_jax.nn import lora
 from matrix_jax.train.denoise import Denoising, denoise_loss
+from matrix_jax.weights import conversion
 
 
 @dataclasses.dataclass(frozen=True)
 class WholeClip(Denoising):
     """Denoising of whole clips; everything trains."""
+
     clip_frames: tuple[int, ...] = (65,)
 
     def loss(self, world, params, batch, key):
@@ -42,6 +43,7 @@ class WholeClip(Denoising):
 @dataclasses.dataclass(frozen=True)
 class ControlSFT(WholeClip):
     """Stage 2: only the control path trains, from a model that it does not change at first."""
+
     clip_frames: tuple[int, ...] = (21, 65)
 
     def trainable(self, path):
@@ -61,16 +63,19 @@ class LoRA(WholeClip):
       rank: r of the adapter.
       alpha: its update is scaled by alpha / rank.
     """
+
     clip_frames: tuple[int, ...] = (17, 33, 65)
-    control_dropout: float = 1.0    # a network with control blocks sees the null control
+    control_dropout: float = 1.0  # a network with control blocks sees the null control
     rank: int = 256
     alpha: float = 256.0
 
     def __post_init__(self):
         super().__post_init__()
         if self.train_encoders:
-            raise ValueError('stage.train_encoders: got True, expected False (an adapter changes '
-                             'the transformer alone)')
+            raise ValueError(
+                'stage.train_encoders: got True, expected False (an adapter changes '
+                'the transformer alone)'
+            )
         if self.rank < 1:
             raise ValueError(f'stage.rank: got {self.rank}, expected at least 1')
         if not 0 < self.alpha < float('inf'):

@@ -6,14 +6,15 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-UNROLLED = 4      # chunks of a clip that are not worth a loop
+UNROLLED = 4  # chunks of a clip that are not worth a loop
 
 
 def check_latents(latents, channels: int) -> None:
     """ValueError if what is to be decoded is not [B T h w C] of that many channels, T > 0."""
     if latents.ndim != 5 or latents.shape[-1] != channels or not latents.shape[1]:
-        raise ValueError(f'vae.decode: got latents {latents.shape}, expected [B T h w {channels}] '
-                         'with T > 0')
+        raise ValueError(
+            f'vae.decode: got latents {latents.shape}, expected [B T h w {channels}] with T > 0'
+        )
 
 
 def chunked(run, cache, x, size: int):

@@ -23,13 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights import conversion
 from matrix_jax.nn import initializers
 from matrix_jax.parallel import spatial
 from matrix_jax.vae.chunks import check_latents, chunked
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
 from matrix_jax.vae.cogvideox_layers import weights as weights  # the table, for whoever loads
 from matrix_jax.vae.tiling import Tiles, covers, tiled, windowed
+from matrix_jax.weights import conversion
 
 ENCODE_CHUNK = 8  # frames
 DECODE_CHUNK = 2  # latent frames
@@ -59,6 +59,7 @@ class Config:
         `temporal_compression` (stages 3 and 4, which stream one latent frame at a time).
       dtype: type of the convolutions and of the cache, as a numpy name.
     """
+
     in_channels: int = 3
     out_channels: int = 3
     latent_channels: int = 16
@@ -80,18 +81,26 @@ class Config:
         object.__setattr__(self, 'latent_means', tuple(self.latent_means))
         conversion.check_sizes(self, 'vae.', zero=('layers_per_block',))
         if len(self.latent_means) not in (0, self.latent_channels):
-            raise ValueError(f'vae.latent_means: got {len(self.latent_means)} numbers, expected '
-                             f'none, or one for each of the {self.latent_channels} channels')
+            raise ValueError(
+                f'vae.latent_means: got {len(self.latent_means)} numbers, expected '
+                f'none, or one for each of the {self.latent_channels} channels'
+            )
         for width in self.block_out_channels:
             if width % self.norm_groups:
-                raise ValueError(f'vae.block_out_channels: got {self.block_out_channels}, expected '
-                                 f'multiples of norm_groups = {self.norm_groups}')
+                raise ValueError(
+                    f'vae.block_out_channels: got {self.block_out_channels}, expected '
+                    f'multiples of norm_groups = {self.norm_groups}'
+                )
         if self.temporal_compression not in [2**n for n in range(len(self.block_out_channels))]:
-            raise ValueError(f'vae.temporal_compression: got {self.temporal_compression}, expected '
-                             f'a power of two within {len(self.block_out_channels) - 1} halvings')
+            raise ValueError(
+                f'vae.temporal_compression: got {self.temporal_compression}, expected '
+                f'a power of two within {len(self.block_out_channels) - 1} halvings'
+            )
         if self.single_latent_frames not in (1, self.temporal_compression):
-            raise ValueError(f'vae.single_latent_frames: got {self.single_latent_frames}, expected '
-                             f'1 or temporal_compression = {self.temporal_compression}')
+            raise ValueError(
+                f'vae.single_latent_frames: got {self.single_latent_frames}, expected '
+                f'1 or temporal_compression = {self.temporal_compression}'
+            )
 
     @property
     def spatial_compression(self) -> int:
@@ -115,20 +124,25 @@ class Config:
           ValueError: a key asks for maths that this network does not have.
         """
         levels = len(released.get('block_out_channels', cls.block_out_channels))
-        fixed = FIXED | {'down_block_types': ['CogVideoXDownBlock3D'] * levels,
-                         'up_block_types': ['CogVideoXUpBlock3D'] * levels}
+        fixed = FIXED | {
+            'down_block_types': ['CogVideoXDownBlock3D'] * levels,
+            'up_block_types': ['CogVideoXUpBlock3D'] * levels,
+        }
         if faults := conversion.config_faults(released, fixed, {*FIELDS, *IGNORED}):
             raise ValueError('vae config: ' + '; '.join(faults))
-        return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
-                      if theirs in released})
+        return cls(
+            **{ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
+        )
 
     def to_released(self) -> dict:
         """The `vae/config.json` of this network."""
         levels = len(self.block_out_channels)
         released = {'_class_name': 'AutoencoderKLCogVideoX'} | FIXED
         released |= {theirs: _plain(getattr(self, ours)) for theirs, ours in FIELDS.items()}
-        return released | {'down_block_types': ['CogVideoXDownBlock3D'] * levels,
-                           'up_block_types': ['CogVideoXUpBlock3D'] * levels}
+        return released | {
+            'down_block_types': ['CogVideoXDownBlock3D'] * levels,
+            'up_block_types': ['CogVideoXUpBlock3D'] * levels,
+        }
 
 
 def _plain(value):
@@ -137,26 +151,47 @@ def _plain(value):
 
 # Keys of the released config.json: ours, those with one value we implement, those without effect.
 # The last three but the sample sizes are ours, absent from released files.
-FIELDS = {'in_channels': 'in_channels', 'out_channels': 'out_channels',
-          'latent_channels': 'latent_channels', 'block_out_channels': 'block_out_channels',
-          'layers_per_block': 'layers_per_block', 'norm_num_groups': 'norm_groups',
-          'norm_eps': 'norm_eps', 'temporal_compression_ratio': 'temporal_compression',
-          'scaling_factor': 'scaling_factor', 'patch_size': 'patch_size',
-          'latent_means': 'latent_means',
-          'sample_height': 'sample_height', 'sample_width': 'sample_width',
-          'single_latent_frames': 'single_latent_frames'}
+FIELDS = {
+    'in_channels': 'in_channels',
+    'out_channels': 'out_channels',
+    'latent_channels': 'latent_channels',
+    'block_out_channels': 'block_out_channels',
+    'layers_per_block': 'layers_per_block',
+    'norm_num_groups': 'norm_groups',
+    'norm_eps': 'norm_eps',
+    'temporal_compression_ratio': 'temporal_compression',
+    'scaling_factor': 'scaling_factor',
+    'patch_size': 'patch_size',
+    'latent_means': 'latent_means',
+    'sample_height': 'sample_height',
+    'sample_width': 'sample_width',
+    'single_latent_frames': 'single_latent_frames',
+}
 FIXED = {'act_fn': 'silu', 'use_quant_conv': False, 'use_post_quant_conv': False}
 IGNORED = ('force_upcast', 'shift_factor', 'latents_mean', 'latents_std', 'invert_scale_latents')
 
 PRESETS = {
     'released': Config(),
     # For tests: a frame of 16x24 is enough.
-    'tiny': Config(latent_channels=4, block_out_channels=(4, 4, 8, 8), layers_per_block=1,
-                   norm_groups=2, sample_height=32, sample_width=48),
+    'tiny': Config(
+        latent_channels=4,
+        block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1,
+        norm_groups=2,
+        sample_height=32,
+        sample_width=48,
+    ),
     # A 64x96 game on a laptop CPU: 2x2 pixels make one, because convolutions of a few channels on
     # full-size frames cost as much as those of many channels on halved ones.
-    'carracing': Config(latent_channels=8, block_out_channels=(16, 32, 64), layers_per_block=1,
-                        norm_groups=4, sample_height=64, sample_width=96, patch_size=2),
+    'carracing': Config(
+        latent_channels=8,
+        block_out_channels=(16, 32, 64),
+        layers_per_block=1,
+        norm_groups=4,
+        sample_height=64,
+        sample_width=96,
+        patch_size=2,
+    ),
 }
 
 
@@ -169,10 +204,16 @@ def encode(cfg: Config, params, frames):
       ValueError: the frames do not fit the network.
     """
     scale = cfg.spatial_compression
-    if frames.ndim != 5 or frames.shape[-1] != cfg.in_channels or not frames.shape[1] or (
-            frames.shape[2] % scale or frames.shape[3] % scale):
-        raise ValueError(f'vae.encode: got frames {frames.shape}, expected [B F H W '
-                         f'{cfg.in_channels}] with F > 0 and H, W multiples of {scale}')
+    if (
+        frames.ndim != 5
+        or frames.shape[-1] != cfg.in_channels
+        or not frames.shape[1]
+        or (frames.shape[2] % scale or frames.shape[3] % scale)
+    ):
+        raise ValueError(
+            f'vae.encode: got frames {frames.shape}, expected [B F H W '
+            f'{cfg.in_channels}] with F > 0 and H, W multiples of {scale}'
+        )
     return encode_chunks(cfg, params, frames)
 
 
@@ -194,11 +235,16 @@ def encode_step(cfg: Config, params, cache, frames):
     frames = rearrange(frames, 'b f (h p) (w q) c -> b f h w (p q c)', p=p, q=p)
 
     def run(params, cache, frames):
-        return chunked(lambda cache, chunk: net.apply({'params': params}, chunk, cache), cache,
-                       frames, ENCODE_CHUNK)
+        return chunked(
+            lambda cache, chunk: net.apply({'params': params}, chunk, cache),
+            cache,
+            frames,
+            ENCODE_CHUNK,
+        )
 
-    cache, moments = spatial.split(run, params['encoder'], cache, frames.astype(cfg.dtype),
-                                unit=cfg.spatial_compression // p)
+    cache, moments = spatial.split(
+        run, params['encoder'], cache, frames.astype(cfg.dtype), unit=cfg.spatial_compression // p
+    )
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return cache, mean, jnp.clip(logvar, -30, 20)
 
@@ -258,8 +304,12 @@ def step(cfg: Config, params, cache, latents):
     net = Decoder(cfg)
 
     def run(params, cache, latents):
-        return chunked(lambda cache, chunk: net.apply({'params': params}, chunk, cache), cache,
-                       latents, DECODE_CHUNK)
+        return chunked(
+            lambda cache, chunk: net.apply({'params': params}, chunk, cache),
+            cache,
+            latents,
+            DECODE_CHUNK,
+        )
 
     cache, frames = spatial.split(run, params['decoder'], cache, latents.astype(cfg.dtype))
     p = cfg.patch_size
@@ -272,8 +322,8 @@ def decode_streamed(cfg: Config, params, latents):
     one latent frame per chunk, from an empty cache behind the first."""
     cache, frames = prefill(cfg, params, latents[:, 1:2])
     parts = [frames]
-    for index in range(2, latents.shape[1]):      # not a scan: convolutions are slow in a CPU loop
-        cache, frames = step(cfg, params, cache, latents[:, index:index + 1])
+    for index in range(2, latents.shape[1]):  # not a scan: convolutions are slow in a CPU loop
+        cache, frames = step(cfg, params, cache, latents[:, index : index + 1])
         parts.append(frames)
     return jnp.concatenate(parts, axis=1)
 
@@ -294,9 +344,11 @@ def encode_tiled(cfg: Config, params, frames, tiles: Tiles | None = None):
     moments = tiled(run, frames, tiles.sample, tiles.latent, tiles.overlap)
     want = tuple(size // cfg.spatial_compression for size in frames.shape[2:4])
     if moments.shape[2:4] != want:
-        raise ValueError(f'vae.encode_tiled: got {tiles} for frames {frames.shape}, expected '
-                         f'strides of whole latent pixels: these make latents of '
-                         f'{moments.shape[2:4]}, not {want}')
+        raise ValueError(
+            f'vae.encode_tiled: got {tiles} for frames {frames.shape}, expected '
+            f'strides of whole latent pixels: these make latents of '
+            f'{moments.shape[2:4]}, not {want}'
+        )
     return tuple(jnp.split(moments, 2, axis=-1))
 
 
@@ -305,8 +357,9 @@ def decode_tiled(cfg: Config, params, latents, tiles: Tiles | None = None):
     tiles = tiles or Tiles.of(cfg)
     if covers(tiles.latent, latents):
         return decode(cfg, params, latents)
-    return tiled(lambda tile: decode(cfg, params, tile), latents, tiles.latent, tiles.sample,
-                 tiles.overlap)
+    return tiled(
+        lambda tile: decode(cfg, params, tile), latents, tiles.latent, tiles.sample, tiles.overlap
+    )
 
 
 def decode_sliced(cfg: Config, params, latents, window: int = 128, overlap: int = 4, decode=decode):
@@ -315,8 +368,13 @@ def decode_sliced(cfg: Config, params, latents, window: int = 128, overlap: int 
     Each window starts from an empty cache; the frames of the overlap are taken from the window
     before. `decode` decodes one window (cfg, params, latents -> frames).
     """
-    return windowed(lambda part: decode(cfg, params, part), latents, window, overlap,
-                    cfg.temporal_compression * overlap)
+    return windowed(
+        lambda part: decode(cfg, params, part),
+        latents,
+        window,
+        overlap,
+        cfg.temporal_compression * overlap,
+    )
 
 
 def standardised(cfg: Config, params, means, stds):
@@ -335,8 +393,10 @@ def standardised(cfg: Config, params, means, stds):
         elif LATENT_INPUT.search(path):
             flat[path] = leaf * stds[:, None]
     means = [round(float(one), 4) for one in means / stds]
-    return (dataclasses.replace(cfg, scaling_factor=1.0, latent_means=means),
-            conversion.unflatten(flat))
+    return (
+        dataclasses.replace(cfg, scaling_factor=1.0, latent_means=means),
+        conversion.unflatten(flat),
+    )
 
 
 # Kernels that read latents: of the first convolution and of the modulated norms.
@@ -348,8 +408,12 @@ LAWS = (('*/conv_y/bias', initializers.ones), ('*/conv_[by]/kernel', initializer
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
-    return conversion.unflatten({path: initializers.draw(LAWS, path, leaf.shape, (seed,))
-                              for path, leaf in conversion.flatten(shapes(cfg)).items()})
+    return conversion.unflatten(
+        {
+            path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+            for path, leaf in conversion.flatten(shapes(cfg)).items()
+        }
+    )
 
 
 def shapes(cfg: Config) -> dict:
@@ -359,5 +423,7 @@ def shapes(cfg: Config) -> dict:
     frames = jnp.zeros((1, 1, size, size, cfg.in_channels * cfg.patch_size**2), cfg.dtype)
     latents = jnp.zeros((1, 1, 1, 1, cfg.latent_channels), cfg.dtype)
     key = jax.random.key(0)
-    return {'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
-            'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params']}
+    return {
+        'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
+        'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params'],
+    }

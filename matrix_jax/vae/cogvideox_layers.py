@@ -13,13 +13,14 @@ import jax.numpy as jnp
 from einops import rearrange, repeat
 from jax import lax
 
-from matrix_jax.weights.conversion import Row
-from matrix_jax.parallel import spatial
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
+from matrix_jax.parallel import spatial
+from matrix_jax.weights.conversion import Row
 
 
 class Encoder(nn.Module):
     """One chunk of frames -> moments of its latent frames."""
+
     cfg: Any
 
     @nn.compact
@@ -30,7 +31,8 @@ class Encoder(nn.Module):
         for level, width in enumerate(cfg.block_out_channels):
             name = f'down_{level}'
             x, new[name] = Level(cfg, width, cfg.layers_per_block, name=name)(
-                x, None, old.get(name))
+                x, None, old.get(name)
+            )
             if level < len(cfg.block_out_channels) - 1:
                 x = halve_time(x) if cfg.halves_time(level) else x
                 x = Downsample2d(width, dtype=cfg.dtype, name=f'downsample_{level}')(x)
@@ -42,6 +44,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """One chunk of latent frames -> its frames."""
+
     cfg: Any
 
     @nn.compact
@@ -54,7 +57,8 @@ class Decoder(nn.Module):
         for level, width in enumerate(widths):
             name = f'up_{level}'
             x, new[name] = Level(cfg, width, cfg.layers_per_block + 1, name=name)(
-                x, z, old.get(name))
+                x, z, old.get(name)
+            )
             if level < len(widths) - 1:
                 # The convolution is per frame, so doubling time behind it gives the same for less.
                 x = Upsample2d(width, dtype=cfg.dtype, name=f'upsample_{level}')(x)
@@ -67,6 +71,7 @@ class Decoder(nn.Module):
 
 class Level(nn.Module):
     """Residual blocks of one frame size."""
+
     cfg: Any
     features: int
     layers: int
@@ -78,12 +83,14 @@ class Level(nn.Module):
         for layer in range(self.layers):
             name = f'resnet_{layer}'
             x, new[name] = Resnet(self.cfg, self.features, name=name)(
-                x, z, None if cache is None else cache[name])
+                x, z, None if cache is None else cache[name]
+            )
         return x, new
 
 
 class Resnet(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))); the norms look at the latents if there are any."""
+
     cfg: Any
     features: int
 
@@ -106,6 +113,7 @@ class Resnet(nn.Module):
 
 class GroupNorm(nn.Module):
     """Group norm over time, height and width of the chunk; statistics in float32."""
+
     cfg: Any
 
     @nn.compact
@@ -130,6 +138,7 @@ class GroupNorm(nn.Module):
 
 class SpatialNorm(nn.Module):
     """Group norm with a scale and a shift that are read off the latents."""
+
     cfg: Any
 
     @nn.compact
@@ -153,8 +162,9 @@ def nearest(z, shape):
     """
     if shape[1] % 2 and shape[1] > 1:
         rest = (shape[0], shape[1] - 1, *shape[2:])
-        return jnp.concatenate([nearest(z[:, :1], (shape[0], 1, *shape[2:])),
-                                nearest(z[:, 1:], rest)], axis=1)
+        return jnp.concatenate(
+            [nearest(z[:, :1], (shape[0], 1, *shape[2:])), nearest(z[:, 1:], rest)], axis=1
+        )
     for axis in (1, 2, 3):  # one by one: the gradient of a joint repetition is half as fast
         z = jnp.repeat(z, shape[axis] // z.shape[axis], axis=axis)
     return z
@@ -178,18 +188,25 @@ def double_time(cfg: Any, x):
 
 def weights(cfg: Any) -> tuple[Row, ...]:
     """Torch names of `AutoencoderKLCogVideoX`."""
+
     def conv_rows(torch, path, kernel='o i t h w -> t h w i o'):
-        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
-                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+        return [
+            Row(f'{torch}.weight', f'{path}/kernel', kernel),
+            Row(f'{torch}.bias', f'{path}/bias', 'o -> o'),
+        ]
 
     def norm_rows(torch, path):
         if torch.startswith('encoder'):
-            return [Row(f'{torch}.weight', f'{path}/scale', 'o -> o'),
-                    Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
-        return [Row(f'{torch}.norm_layer.weight', f'{path}/norm/scale', 'o -> o'),
-                Row(f'{torch}.norm_layer.bias', f'{path}/norm/bias', 'o -> o'),
-                *conv_rows(f'{torch}.conv_y.conv', f'{path}/conv_y'),
-                *conv_rows(f'{torch}.conv_b.conv', f'{path}/conv_b')]
+            return [
+                Row(f'{torch}.weight', f'{path}/scale', 'o -> o'),
+                Row(f'{torch}.bias', f'{path}/bias', 'o -> o'),
+            ]
+        return [
+            Row(f'{torch}.norm_layer.weight', f'{path}/norm/scale', 'o -> o'),
+            Row(f'{torch}.norm_layer.bias', f'{path}/norm/bias', 'o -> o'),
+            *conv_rows(f'{torch}.conv_y.conv', f'{path}/conv_y'),
+            *conv_rows(f'{torch}.conv_b.conv', f'{path}/conv_b'),
+        ]
 
     def level_rows(torch, path, layers, changes):
         spatial = []
@@ -204,17 +221,20 @@ def weights(cfg: Any) -> tuple[Row, ...]:
 
     made, widths = [], cfg.block_out_channels
     for net, block, sampler, levels, layers in (
-            ('encoder', 'down', 'downsample', widths, cfg.layers_per_block),
-            ('decoder', 'up', 'upsample', widths[::-1], cfg.layers_per_block + 1)):
+        ('encoder', 'down', 'downsample', widths, cfg.layers_per_block),
+        ('decoder', 'up', 'upsample', widths[::-1], cfg.layers_per_block + 1),
+    ):
         made += conv_rows(f'{net}.conv_in.conv', f'{net}/conv_in')
         made += level_rows(f'{net}.mid_block', f'{net}/mid', 2, False)
         for level, width in enumerate(levels):
             torch = f'{net}.{block}_blocks.{level}'
-            made += level_rows(torch, f'{net}/{block}_{level}', layers,
-                               width != levels[max(level - 1, 0)])
+            made += level_rows(
+                torch, f'{net}/{block}_{level}', layers, width != levels[max(level - 1, 0)]
+            )
             if level < len(levels) - 1:
-                made += conv_rows(f'{torch}.{sampler}rs.0.conv',
-                                  f'{net}/{sampler}_{level}', 'o i h w -> h w i o')
+                made += conv_rows(
+                    f'{torch}.{sampler}rs.0.conv', f'{net}/{sampler}_{level}', 'o i h w -> h w i o'
+                )
         made += norm_rows(f'{net}.norm_out', f'{net}/norm_out')
         made += conv_rows(f'{net}.conv_out.conv', f'{net}/conv_out')
     return tuple(made)

@@ -1,7 +1,7 @@
 """What tells a video model its first frame: the picture, latents of it and a mask.
 
-    picture -> pixels            cropped to the shape of the video, resized, in [-1, 1]
-    pixels -> mask + latents     of a clip that shows the picture once and is grey ever after
+picture -> pixels            cropped to the shape of the video, resized, in [-1, 1]
+pixels -> mask + latents     of a clip that shows the picture once and is grey ever after
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ def fit(picture, height: int, width: int) -> np.ndarray:
       ValueError: it is no picture, or has no pixels.
     """
     from PIL import Image
+
     picture = np.asarray(picture)
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
         raise ValueError(f'picture: got {picture.dtype} {picture.shape}, expected uint8 [H W 3]')

@@ -16,6 +16,7 @@ class Tiles:
       latent: height, width of a tile in latent pixels.
       overlap: share of the height, of the width.
     """
+
     sample: tuple[int, int]
     latent: tuple[int, int]
     overlap: tuple[float, float] = (1 / 6, 1 / 5)
@@ -52,14 +53,14 @@ def tiled(run, x, source, target, overlap):
     for top in range(0, x.shape[2], strides[0]):
         row = []
         for index, left in enumerate(range(0, x.shape[3], strides[1])):
-            tile = run(x[:, :, top:top + source[0], left:left + source[1]])
+            tile = run(x[:, :, top : top + source[0], left : left + source[1]])
             # PARITY: the neighbours are blended themselves already, corners hence more than once.
             if above is not None:
                 tile = blend(above[index], tile, blends[0], axis=2)
             if row:
                 tile = blend(row[-1], tile, blends[1], axis=3)
             row.append(tile)
-        rows.append(jnp.concatenate([tile[:, :, :limits[0], :limits[1]] for tile in row], axis=3))
+        rows.append(jnp.concatenate([tile[:, :, : limits[0], : limits[1]] for tile in row], axis=3))
         above = row
     return jnp.concatenate(rows, axis=2)
 
@@ -83,7 +84,7 @@ def windowed(run, latents, window: int, overlap: int, drop: int):
     """
     total, start, parts = latents.shape[1], 0, []
     while start + window <= total:
-        parts.append(run(latents[:, start:start + window]))
+        parts.append(run(latents[:, start : start + window]))
         start += window - overlap
     if start + overlap < total or not parts:
         parts.append(run(latents[:, start:]))

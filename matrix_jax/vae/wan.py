@@ -20,30 +20,150 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.weights import conversion
 from matrix_jax.nn import initializers
 from matrix_jax.parallel import spatial
 from matrix_jax.vae.chunks import check_latents, chunked
 from matrix_jax.vae.wan_layers import Decoder, Encoder
 from matrix_jax.vae.wan_layers import weights as weights  # the table, for whoever loads
+from matrix_jax.weights import conversion
 
 # Of the latents of the released networks, as measured by their authors.
-MEANS = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
-         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
-STDS = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
-        3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
-MEANS_2_2 = (-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557,
-             -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-             -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
-             -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-             -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748,
-             0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667)
-STDS_2_2 = (0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013,
-            0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-            0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
-            0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-            0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887,
-            0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744)
+MEANS = (
+    -0.7571,
+    -0.7089,
+    -0.9113,
+    0.1075,
+    -0.1745,
+    0.9653,
+    -0.1517,
+    1.5508,
+    0.4134,
+    -0.0715,
+    0.5517,
+    -0.3632,
+    -0.1922,
+    -0.9497,
+    0.2503,
+    -0.2921,
+)
+STDS = (
+    2.8184,
+    1.4541,
+    2.3275,
+    2.6558,
+    1.2196,
+    1.7708,
+    2.6052,
+    2.0743,
+    3.2687,
+    2.1526,
+    2.8652,
+    1.5579,
+    1.6382,
+    1.1253,
+    2.8251,
+    1.9160,
+)
+MEANS_2_2 = (
+    -0.2289,
+    -0.0052,
+    -0.1323,
+    -0.2339,
+    -0.2799,
+    0.0174,
+    0.1838,
+    0.1557,
+    -0.1382,
+    0.0542,
+    0.2813,
+    0.0891,
+    0.1570,
+    -0.0098,
+    0.0375,
+    -0.1825,
+    -0.2246,
+    -0.1207,
+    -0.0698,
+    0.5109,
+    0.2665,
+    -0.2108,
+    -0.2158,
+    0.2502,
+    -0.2055,
+    -0.0322,
+    0.1109,
+    0.1567,
+    -0.0729,
+    0.0899,
+    -0.2799,
+    -0.1230,
+    -0.0313,
+    -0.1649,
+    0.0117,
+    0.0723,
+    -0.2839,
+    -0.2083,
+    -0.0520,
+    0.3748,
+    0.0152,
+    0.1957,
+    0.1433,
+    -0.2944,
+    0.3573,
+    -0.0548,
+    -0.1681,
+    -0.0667,
+)
+STDS_2_2 = (
+    0.4765,
+    1.0364,
+    0.4514,
+    1.1677,
+    0.5313,
+    0.4990,
+    0.4818,
+    0.5013,
+    0.8158,
+    1.0344,
+    0.5894,
+    1.0901,
+    0.6885,
+    0.6165,
+    0.8454,
+    0.4978,
+    0.5759,
+    0.3523,
+    0.7135,
+    0.6804,
+    0.5833,
+    1.4146,
+    0.8986,
+    0.5659,
+    0.7069,
+    0.5338,
+    0.4889,
+    0.4917,
+    0.4069,
+    0.4999,
+    0.6866,
+    0.4093,
+    0.5709,
+    0.6065,
+    0.6415,
+    0.4944,
+    0.5726,
+    1.2042,
+    0.5458,
+    1.6887,
+    0.3971,
+    1.0600,
+    0.3943,
+    0.5537,
+    0.5444,
+    0.4089,
+    0.7468,
+    0.7744,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +191,7 @@ class Config:
       chunk: latent frames that are coded at once: memory against loops, the result is the same.
       dtype: type of the convolutions and of the cache, as a numpy name.
     """
+
     channels: int = 3
     latent_channels: int = 16
     dim: int = 96
@@ -92,18 +213,24 @@ class Config:
             object.__setattr__(self, name, tuple(getattr(self, name)))
         conversion.check_sizes(self, 'vae.')
         if len(self.halves_time) != self.levels - 1:
-            raise ValueError(f'vae.halves_time: got {len(self.halves_time)} values, expected '
-                             f'{self.levels - 1}, one for each level that halves the frame')
+            raise ValueError(
+                f'vae.halves_time: got {len(self.halves_time)} values, expected '
+                f'{self.levels - 1}, one for each level that halves the frame'
+            )
         for name in ('latent_means', 'latent_stds'):
             if len(getattr(self, name)) not in (0, self.latent_channels):
-                raise ValueError(f'vae.{name}: got {len(getattr(self, name))} numbers, expected '
-                                 f'none, or one for each of the {self.latent_channels} channels')
+                raise ValueError(
+                    f'vae.{name}: got {len(getattr(self, name))} numbers, expected '
+                    f'none, or one for each of the {self.latent_channels} channels'
+                )
         if min(self.latent_stds, default=1) <= 0:
             raise ValueError(f'vae.latent_stds: got {min(self.latent_stds)}, expected more than 0')
         odd = [width for width in self.decoder_widths[:-1] if width % 2]
         if odd and not self.residual:
-            raise ValueError(f'vae.dim: got a decoder level of {odd[0]} channels, expected an even '
-                             'number, as it is halved with the next level')
+            raise ValueError(
+                f'vae.dim: got a decoder level of {odd[0]} channels, expected an even '
+                'number, as it is halved with the next level'
+            )
 
     @property
     def levels(self) -> int:
@@ -145,13 +272,13 @@ class Config:
     def settled(self) -> int:
         """Number of the first latent frame that knows nothing of the first frame of the clip: where
         all others are alike, so are the latent frames from there on."""
-        reach, step = 2, 1        # frames that are looked back on; frames of a step at this level
+        reach, step = 2, 1  # frames that are looked back on; frames of a step at this level
         for halves in (*self.halves_time, False):
             reach += 4 * self.layers * step
             if halves:
                 reach += 2 * step
                 step *= 2
-        return (reach + 10 * step) // step + 1      # two residual blocks and the last convolution
+        return (reach + 10 * step) // step + 1  # two residual blocks and the last convolution
 
     @classmethod
     def from_released(cls, released: dict) -> Config:
@@ -162,28 +289,52 @@ class Config:
         """
         if faults := conversion.config_faults(released, FIXED, FIELDS):
             raise ValueError('vae config: ' + '; '.join(faults))
-        return cls(**{ours: released[theirs] for theirs, ours in FIELDS.items()
-                      if theirs in released})
+        return cls(
+            **{ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
+        )
 
     def to_released(self) -> dict:
         """The `config.json` of this network; the published file of weights comes without one."""
         values = {theirs: getattr(self, ours) for theirs, ours in FIELDS.items()}
-        return {'_class_name': 'WanVAE', **FIXED,
-                **{key: list(value) if isinstance(value, tuple) else value
-                   for key, value in values.items()}}
+        return {
+            '_class_name': 'WanVAE',
+            **FIXED,
+            **{
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in values.items()
+            },
+        }
 
 
 # Arguments of the published network under their names, then ours.
-FIELDS = {'dim': 'dim', 'dec_dim': 'decoder_dim', 'z_dim': 'latent_channels',
-          'dim_mult': 'multiples', 'num_res_blocks': 'layers', 'temperal_downsample': 'halves_time',
-          'latents_mean': 'latent_means', 'latents_std': 'latent_stds', 'in_channels': 'channels',
-          'patch_size': 'patch_size', 'norm_eps': 'norm_eps', 'residual': 'residual',
-          'time_sees_first': 'time_sees_first'}
+FIELDS = {
+    'dim': 'dim',
+    'dec_dim': 'decoder_dim',
+    'z_dim': 'latent_channels',
+    'dim_mult': 'multiples',
+    'num_res_blocks': 'layers',
+    'temperal_downsample': 'halves_time',
+    'latents_mean': 'latent_means',
+    'latents_std': 'latent_stds',
+    'in_channels': 'channels',
+    'patch_size': 'patch_size',
+    'norm_eps': 'norm_eps',
+    'residual': 'residual',
+    'time_sees_first': 'time_sees_first',
+}
 FIXED = {'attn_scales': [], 'dropout': 0.0}
 
-WAN_2_2 = Config(latent_channels=48, dim=160, decoder_dim=256, patch_size=2, residual=True,
-                 time_sees_first=True, norm_eps=1e-6, latent_means=MEANS_2_2,
-                 latent_stds=STDS_2_2)
+WAN_2_2 = Config(
+    latent_channels=48,
+    dim=160,
+    decoder_dim=256,
+    patch_size=2,
+    residual=True,
+    time_sees_first=True,
+    norm_eps=1e-6,
+    latent_means=MEANS_2_2,
+    latent_stds=STDS_2_2,
+)
 PRESETS = {
     'wan_2_1': Config(),
     # 2.2 as Matrix-Game 3.0 runs it, and its two decoders of fewer channels.
@@ -191,11 +342,27 @@ PRESETS = {
     'light': dataclasses.replace(WAN_2_2, decoder_dim=128),
     'light_v2': dataclasses.replace(WAN_2_2, decoder_dim=64),
     # A 96x160 game on a laptop CPU, where long chunks cost no memory and loops cost time.
-    'doom': Config(dim=16, multiples=(1, 2, 4), layers=1, halves_time=(True, True), patch_size=2,
-                   norm_eps=1e-6, latent_means=(), latent_stds=(), chunk=8),
+    'doom': Config(
+        dim=16,
+        multiples=(1, 2, 4),
+        layers=1,
+        halves_time=(True, True),
+        patch_size=2,
+        norm_eps=1e-6,
+        latent_means=(),
+        latent_stds=(),
+        chunk=8,
+    ),
     # For tests: a frame of 8x12 is enough.
-    'tiny': Config(latent_channels=4, dim=4, multiples=(1, 2), layers=1, halves_time=(True,),
-                   latent_means=(), latent_stds=()),
+    'tiny': Config(
+        latent_channels=4,
+        dim=4,
+        multiples=(1, 2),
+        layers=1,
+        halves_time=(True,),
+        latent_means=(),
+        latent_stds=(),
+    ),
 }
 
 
@@ -222,14 +389,27 @@ def encode_step(cfg: Config, params, cache, frames):
     """
     scale, time = cfg.spatial_compression, cfg.temporal_compression
     alone = 1 if cache is None else 0
-    if (frames.ndim != 5 or frames.shape[-1] != cfg.channels or frames.shape[1] < alone or (
-            frames.shape[1] - alone) % time or frames.shape[2] % scale or frames.shape[3] % scale):
-        raise ValueError(f'vae.encode: got frames {frames.shape}, expected [B F H W '
-                         f'{cfg.channels}] with F = {alone} + {time}k and H, W multiples of '
-                         f'{scale}')
+    if (
+        frames.ndim != 5
+        or frames.shape[-1] != cfg.channels
+        or frames.shape[1] < alone
+        or (frames.shape[1] - alone) % time
+        or frames.shape[2] % scale
+        or frames.shape[3] % scale
+    ):
+        raise ValueError(
+            f'vae.encode: got frames {frames.shape}, expected [B F H W '
+            f'{cfg.channels}] with F = {alone} + {time}k and H, W multiples of '
+            f'{scale}'
+        )
     frames = patched(frames, cfg.patch_size).astype(cfg.dtype)
-    cache, moments = spatial.split(_coded(Encoder(cfg), cfg.chunk * time), params['encoder'], cache,
-                                frames, unit=scale // cfg.patch_size)
+    cache, moments = spatial.split(
+        _coded(Encoder(cfg), cfg.chunk * time),
+        params['encoder'],
+        cache,
+        frames,
+        unit=scale // cfg.patch_size,
+    )
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
     return cache, mean, jnp.clip(logvar, -30, 20)
 
@@ -237,13 +417,15 @@ def encode_step(cfg: Config, params, cache, frames):
 def scaled(cfg: Config, latents):
     """Latents [B T h w C] of this network -> those of a diffusion model."""
     return (latents - np.asarray(cfg.latent_means or 0, np.float32)) / np.asarray(
-        cfg.latent_stds or 1, np.float32)
+        cfg.latent_stds or 1, np.float32
+    )
 
 
 def unscaled(cfg: Config, latents):
     """The inverse of `scaled`."""
     return latents * np.asarray(cfg.latent_stds or 1, np.float32) + np.asarray(
-        cfg.latent_means or 0, np.float32)
+        cfg.latent_means or 0, np.float32
+    )
 
 
 def decode(cfg: Config, params, latents):
@@ -255,7 +437,7 @@ def decode(cfg: Config, params, latents):
     return prefill(cfg, params, latents)[1]
 
 
-decode_streamed = decode      # what a stream shows of a clip: the same, whatever its chunks
+decode_streamed = decode  # what a stream shows of a clip: the same, whatever its chunks
 
 
 def prefill(cfg: Config, params, latents):
@@ -275,8 +457,9 @@ def step(cfg: Config, params, cache, latents):
       ValueError: the latents do not fit the network.
     """
     check_latents(latents, cfg.latent_channels)
-    cache, frames = spatial.split(_coded(Decoder(cfg), cfg.chunk), params['decoder'], cache,
-                               latents.astype(cfg.dtype))
+    cache, frames = spatial.split(
+        _coded(Decoder(cfg), cfg.chunk), params['decoder'], cache, latents.astype(cfg.dtype)
+    )
     return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
 
 
@@ -293,6 +476,7 @@ def unpatched(frames, p: int):
 def _coded(net, size: int):
     """(params, cache, [B F ...]) through a network: the first of a clip alone, the others `size` at
     a time."""
+
     def code(params, cache, x):
         def run(cache, chunk):
             return net.apply({'params': params}, chunk, cache)
@@ -319,13 +503,17 @@ def standardised(cfg: Config, params, means, stds):
     return dataclasses.replace(cfg, latent_means=means, latent_stds=stds), params
 
 
-LAWS = ()       # how parameters start, beyond the common laws of `nn.fresh`
+LAWS = ()  # how parameters start, beyond the common laws of `nn.fresh`
 
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
-    return conversion.unflatten({path: initializers.draw(LAWS, path, leaf.shape, (seed,))
-                              for path, leaf in conversion.flatten(shapes(cfg)).items()})
+    return conversion.unflatten(
+        {
+            path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+            for path, leaf in conversion.flatten(shapes(cfg)).items()
+        }
+    )
 
 
 def shapes(cfg: Config) -> dict:
@@ -334,5 +522,7 @@ def shapes(cfg: Config) -> dict:
     frames = jnp.zeros((1, 1, size, size, cfg.channels * cfg.patch_size**2), cfg.dtype)
     latents = jnp.zeros((1, 1, 1, 1, cfg.latent_channels), cfg.dtype)
     key = jax.random.key(0)
-    return {'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
-            'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params']}
+    return {
+        'encoder': jax.eval_shape(Encoder(cfg).init, key, frames)['params'],
+        'decoder': jax.eval_shape(Decoder(cfg).init, key, latents)['params'],
+    }

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 from einops import rearrange, reduce
 from jax import lax
 
-from matrix_jax.weights.conversion import Row
-from matrix_jax.parallel import spatial
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
 from matrix_jax.nn.linear import Linear
+from matrix_jax.parallel import spatial
+from matrix_jax.weights.conversion import Row
 
 
 class Encoder(nn.Module):
     """A chunk of frames -> moments of its latent frames."""
+
     cfg: Any
 
     @nn.compact
@@ -41,6 +42,7 @@ class Encoder(nn.Module):
 
 class Decoder(nn.Module):
     """A chunk of latent frames -> its frames."""
+
     cfg: Any
 
     @nn.compact
@@ -62,6 +64,7 @@ class Decoder(nn.Module):
 
 class Down(nn.Module):
     """One frame size of the encoder; all but the last end in halves."""
+
     cfg: Any
     level: int
 
@@ -71,8 +74,7 @@ class Down(nn.Module):
         cfg, old, new, entry = self.cfg, cache or {}, {}, x
         for layer in range(cfg.layers):
             name = f'resnet_{layer}'
-            x, new[name] = Resnet(cfg, cfg.encoder_widths[self.level], name=name)(
-                x, old.get(name))
+            x, new[name] = Resnet(cfg, cfg.encoder_widths[self.level], name=name)(x, old.get(name))
         space, time = 1, 1
         if self.level < cfg.levels - 1:
             x = Downsample2d(x.shape[-1], dtype=cfg.dtype, name='resample')(x)
@@ -85,6 +87,7 @@ class Down(nn.Module):
 
 class Up(nn.Module):
     """One frame size of the decoder; all but the last end in doubles."""
+
     cfg: Any
     level: int
 
@@ -94,23 +97,24 @@ class Up(nn.Module):
         cfg, old, new, entry = self.cfg, cache or {}, {}, x
         for layer in range(cfg.layers + 1):
             name = f'resnet_{layer}'
-            x, new[name] = Resnet(cfg, cfg.decoder_widths[self.level], name=name)(
-                x, old.get(name))
+            x, new[name] = Resnet(cfg, cfg.decoder_widths[self.level], name=name)(x, old.get(name))
         if self.level == cfg.levels - 1:
             return x, new
         time = 2 if cfg.doubles_time[self.level] else 1
         if time == 2:
             x, new['time'] = DoubleTime(cfg.time_sees_first, cfg.dtype, name='time')(
-                x, old.get('time'))
+                x, old.get('time')
+            )
         width = x.shape[-1] if cfg.residual else x.shape[-1] // 2
         x = Upsample2d(width, dtype=cfg.dtype, name='resample')(x)
-        if cfg.residual:       # the copies that the first frame has too many are the first ones
-            x = x + unfolded(entry, width, time, 2)[:, -x.shape[1]:]
+        if cfg.residual:  # the copies that the first frame has too many are the first ones
+            x = x + unfolded(entry, width, time, 2)[:, -x.shape[1] :]
         return x, new
 
 
 class Middle(nn.Module):
     """Residual block, attention, residual block at the smallest frame size."""
+
     cfg: Any
 
     @nn.compact
@@ -125,6 +129,7 @@ class Middle(nn.Module):
 
 class Resnet(nn.Module):
     """shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))."""
+
     cfg: Any
     features: int
 
@@ -136,7 +141,8 @@ class Resnet(nn.Module):
         for part in ('1', '2'):
             h = nn.silu(RMSNorm(cfg.norm_eps, name=f'norm{part}')(h))
             h, new[f'conv{part}'] = conv(cfg, self.features, f'conv{part}')(
-                h, old.get(f'conv{part}'))
+                h, old.get(f'conv{part}')
+            )
         if x.shape[-1] != self.features:
             x = Linear(self.features, dtype=cfg.dtype, name='shortcut')(x)
         return x + h, new
@@ -144,6 +150,7 @@ class Resnet(nn.Module):
 
 class Attention(nn.Module):
     """x + attention(norm(x)) within each frame, one head."""
+
     cfg: Any
 
     @nn.compact
@@ -152,15 +159,19 @@ class Attention(nn.Module):
         cfg, width = self.cfg, x.shape[-1]
         h = Linear(3 * width, dtype=cfg.dtype, name='qkv')(RMSNorm(cfg.norm_eps, name='norm')(x))
         q, seen = h[..., :width], spatial.whole(h[..., width:])
-        q, k, v = (rearrange(part, 'b t h w c -> (b t) (h w) 1 c')
-                   for part in (q, seen[..., :width], seen[..., width:]))
-        h = rearrange(attention(q, k, v), '(b t) (h w) 1 c -> b t h w c', t=x.shape[1],
-                      h=x.shape[2])
+        q, k, v = (
+            rearrange(part, 'b t h w c -> (b t) (h w) 1 c')
+            for part in (q, seen[..., :width], seen[..., width:])
+        )
+        h = rearrange(
+            attention(q, k, v), '(b t) (h w) 1 c -> b t h w c', t=x.shape[1], h=x.shape[2]
+        )
         return x + Linear(width, dtype=cfg.dtype, name='proj')(h)
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * scale over the channels, in float32."""
+
     eps: float
 
     @nn.compact
@@ -174,6 +185,7 @@ class RMSNorm(nn.Module):
 
 class HalveTime(nn.Module):
     """Two frames to one, by a convolution over time; the first frame of a clip stays alone."""
+
     dtype: Any
 
     @nn.compact
@@ -188,6 +200,7 @@ class HalveTime(nn.Module):
 
 class DoubleTime(nn.Module):
     """One frame to two, by a convolution over time; the first frame of a clip stays alone."""
+
     sees_first: bool
     dtype: Any
 
@@ -230,7 +243,7 @@ def taps(layer, width: int, features: int, dtype):
     def run(x, stride):
         """[B T' H W in], unpadded -> [B T H W out]."""
         stop = x.shape[1] - 2
-        x = jnp.concatenate([x[:, tap:stop + tap:stride] for tap in range(3)], axis=-1)
+        x = jnp.concatenate([x[:, tap : stop + tap : stride] for tap in range(3)], axis=-1)
         return x @ rearrange(kernel, 't i o -> (t i) o') + bias
 
     return run
@@ -241,7 +254,7 @@ def conv(cfg: Any, features: int, name: str):
     layer = CausalConv3d(features, dtype=cfg.dtype, name=name)
 
     def run(x, context):
-        if context is None:      # zeros are before the first frame
+        if context is None:  # zeros are before the first frame
             context = jnp.zeros((x.shape[0], 2, *x.shape[2:]), cfg.dtype)
         return layer(x, context)
 
@@ -250,9 +263,12 @@ def conv(cfg: Any, features: int, name: str):
 
 def weights(cfg: Any) -> tuple[Row, ...]:
     """Names of the published `.pth` of either version."""
+
     def both(torch, path, kernel):
-        return [Row(f'{torch}.weight', f'{path}/kernel', kernel),
-                Row(f'{torch}.bias', f'{path}/bias', 'o -> o')]
+        return [
+            Row(f'{torch}.weight', f'{path}/kernel', kernel),
+            Row(f'{torch}.bias', f'{path}/bias', 'o -> o'),
+        ]
 
     def conv(torch, path):
         return both(torch, path, 'o i t h w -> t h w i o')
@@ -261,29 +277,37 @@ def weights(cfg: Any) -> tuple[Row, ...]:
         return [Row(f'{torch}.gamma', f'{path}/scale', f'{axes} -> c')]
 
     def resnet(torch, path, changes=False):
-        return [*norm(f'{torch}.residual.0', f'{path}/norm1'),
-                *conv(f'{torch}.residual.2', f'{path}/conv1'),
-                *norm(f'{torch}.residual.3', f'{path}/norm2'),
-                *conv(f'{torch}.residual.6', f'{path}/conv2'),
-                *(both(f'{torch}.shortcut', f'{path}/shortcut', 'o i 1 1 1 -> i o')
-                  if changes else ())]
+        return [
+            *norm(f'{torch}.residual.0', f'{path}/norm1'),
+            *conv(f'{torch}.residual.2', f'{path}/conv1'),
+            *norm(f'{torch}.residual.3', f'{path}/norm2'),
+            *conv(f'{torch}.residual.6', f'{path}/conv2'),
+            *(both(f'{torch}.shortcut', f'{path}/shortcut', 'o i 1 1 1 -> i o') if changes else ()),
+        ]
 
     def network(net, ours, theirs, layers, widths, times, entering):
-        made = [*conv(f'{net}.conv1', f'{net}/conv_in'),
-                *resnet(f'{net}.middle.0', f'{net}/mid/resnet_0'),
-                *norm(f'{net}.middle.1.norm', f'{net}/mid/attention/norm', 'c 1 1'),
-                *both(f'{net}.middle.1.to_qkv', f'{net}/mid/attention/qkv', 'o i 1 1 -> i o'),
-                *both(f'{net}.middle.1.proj', f'{net}/mid/attention/proj', 'o i 1 1 -> i o'),
-                *resnet(f'{net}.middle.2', f'{net}/mid/resnet_1'),
-                *norm(f'{net}.head.0', f'{net}/norm_out'),
-                *conv(f'{net}.head.2', f'{net}/conv_out')]
+        made = [
+            *conv(f'{net}.conv1', f'{net}/conv_in'),
+            *resnet(f'{net}.middle.0', f'{net}/mid/resnet_0'),
+            *norm(f'{net}.middle.1.norm', f'{net}/mid/attention/norm', 'c 1 1'),
+            *both(f'{net}.middle.1.to_qkv', f'{net}/mid/attention/qkv', 'o i 1 1 -> i o'),
+            *both(f'{net}.middle.1.proj', f'{net}/mid/attention/proj', 'o i 1 1 -> i o'),
+            *resnet(f'{net}.middle.2', f'{net}/mid/resnet_1'),
+            *norm(f'{net}.head.0', f'{net}/norm_out'),
+            *conv(f'{net}.head.2', f'{net}/conv_out'),
+        ]
         for level, width in enumerate(widths):
             path = f'{net}/{ours}_{level}'
-            names = [f'{net}.{theirs}.{level}.{theirs}.{part}' if cfg.residual else
-                     f'{net}.{theirs}.{level * (layers + 1) + part}' for part in range(layers + 1)]
+            names = [
+                f'{net}.{theirs}.{level}.{theirs}.{part}'
+                if cfg.residual
+                else f'{net}.{theirs}.{level * (layers + 1) + part}'
+                for part in range(layers + 1)
+            ]
             for layer in range(layers):
-                made += resnet(names[layer], f'{path}/resnet_{layer}',
-                               not layer and width != entering[level])
+                made += resnet(
+                    names[layer], f'{path}/resnet_{layer}', not layer and width != entering[level]
+                )
             if level < cfg.levels - 1:
                 torch = names[layers]
                 made += both(f'{torch}.resample.1', f'{path}/resample', 'o i h w -> h w i o')
@@ -292,9 +316,19 @@ def weights(cfg: Any) -> tuple[Row, ...]:
         return made
 
     down, up = cfg.encoder_widths, cfg.decoder_widths
-    return (*network('encoder', 'down', 'downsamples', cfg.layers, down, cfg.halves_time,
-                     (down[0], *down)),
-            *both('conv1', 'encoder/moments', 'o i 1 1 1 -> i o'),
-            *both('conv2', 'decoder/latents', 'o i 1 1 1 -> i o'),
-            *network('decoder', 'up', 'upsamples', cfg.layers + 1, up, cfg.doubles_time,
-                     (up[0], *(width if cfg.residual else width // 2 for width in up))))
+    return (
+        *network(
+            'encoder', 'down', 'downsamples', cfg.layers, down, cfg.halves_time, (down[0], *down)
+        ),
+        *both('conv1', 'encoder/moments', 'o i 1 1 1 -> i o'),
+        *both('conv2', 'decoder/latents', 'o i 1 1 1 -> i o'),
+        *network(
+            'decoder',
+            'up',
+            'upsamples',
+            cfg.layers + 1,
+            up,
+            cfg.doubles_time,
+            (up[0], *(width if cfg.residual else width // 2 for width in up)),
+        ),
+    )

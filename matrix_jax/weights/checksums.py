@@ -25,12 +25,13 @@ def write(folder: Path):
 
 
 def faults(folder: Path) -> list[str] | None:
-    """What differs from `folder/sums.json`, one 'path: what' each; None if there is no such file.
-    """
+    """What differs from `folder/sums.json`, one 'path: what' each; None if there is no such file."""
     folder = Path(folder)
     try:
-        sums = {name: (int(size), int(crc)) for name, (size, crc)
-                in json.loads((folder / FILE).read_text(encoding='utf-8')).items()}
+        sums = {
+            name: (int(size), int(crc))
+            for name, (size, crc) in json.loads((folder / FILE).read_text(encoding='utf-8')).items()
+        }
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, AttributeError, OSError):

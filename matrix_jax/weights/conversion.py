@@ -37,6 +37,7 @@ class Row:
       layers: (start, stop) of '{i}'; our leaf then stacks them on a new leading axis.
       sizes: sizes of axes that the pattern splits, as ((letter, size), ...) or a dict.
     """
+
     torch: str
     path: str
     layout: str
@@ -71,6 +72,7 @@ class Row:
 @dataclasses.dataclass(frozen=True)
 class Drop:
     """A torch key (with '{i}' or '*') that has no place in our tree, and why."""
+
     torch: str
     why: str
 
@@ -82,6 +84,7 @@ class Drop:
 class Prefix:
     """What all torch keys of a file may begin with: the name of a wrapper around the network. It is
     taken off in reading, and not written."""
+
     text: str
 
     def names(self, keys) -> dict[str, str]:
@@ -126,13 +129,16 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict
         if missing or not keys:
             continue
         try:
-            parts = [rearrange(np.asarray(tensors[key]), row.layout, **dict(row.sizes))
-                     for key in keys]
+            parts = [
+                rearrange(np.asarray(tensors[key]), row.layout, **dict(row.sizes)) for key in keys
+            ]
             leaf = np.stack(parts) if row.layers is not None else parts[0]
         except Exception as error:  # einops and numpy name the shapes, not the key
             got = ', '.join(sorted({str(tuple(tensors[key].shape)) for key in keys}))
-            faults.append(f'{row.torch}: shape {got} does not fit layout {row.layout!r} '
-                          f'({str(error).strip().splitlines()[-1]})')
+            faults.append(
+                f'{row.torch}: shape {got} does not fit layout {row.layout!r} '
+                f'({str(error).strip().splitlines()[-1]})'
+            )
             continue
         if row.path in leaves:
             faults.append(f'{row.path}: written twice (table error at {row.torch})')
@@ -140,12 +146,15 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict
         if expected is not None and row.path in expected:
             want = tuple(expected[row.path].shape)
             if tuple(leaf.shape) != want:
-                faults.append(f'{row.torch}: got {tuple(leaf.shape)} for {row.path}, '
-                              f'expected {want}')
+                faults.append(
+                    f'{row.torch}: got {tuple(leaf.shape)} for {row.path}, expected {want}'
+                )
     if expected is not None and not faults:
         faults += [f'{path}: no row writes it' for path in sorted(set(expected) - set(leaves))]
-        faults += [f'{path}: not a parameter of this network'
-                   for path in sorted(set(leaves) - set(expected))]
+        faults += [
+            f'{path}: not a parameter of this network'
+            for path in sorted(set(leaves) - set(expected))
+        ]
     if faults:
         more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
         raise ConversionError(f'{len(faults)} weight fault(s): ' + '; '.join(faults[:SHOWN]) + more)
@@ -177,8 +186,9 @@ def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     leaves = flatten(params)
     rows = [entry for entry in table if isinstance(entry, Row) and entry.keys()]
     paths = {row.path for row in rows}
-    faults = [f'{path}: no row writes it{_nearest(path, paths)}'
-              for path in leaves if path not in paths]
+    faults = [
+        f'{path}: no row writes it{_nearest(path, paths)}' for path in leaves if path not in paths
+    ]
     faults += [f'{path}: missing in the tree' for path in sorted(paths - set(leaves))]
     if faults:
         raise ConversionError(f'{len(faults)} weight fault(s): ' + '; '.join(faults[:SHOWN]))
@@ -206,12 +216,21 @@ def config_faults(released: Mapping, fixed: Mapping, known, where: str = '') -> 
       known: the other keys.
       where: goes before each key.
     """
-    asked = {key: list(value) if isinstance(value, tuple) else value
-             for key, value in released.items() if not key.startswith('_') and value is not None}
-    faults = [f'{where}{key} = {asked[key]!r} (expected {want!r})' for key, want in fixed.items()
-              if asked.get(key, want) != want]
-    return faults + [f'{where}{key} = {value!r} (unknown key)' for key, value in asked.items()
-                     if key not in fixed and key not in known]
+    asked = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in released.items()
+        if not key.startswith('_') and value is not None
+    }
+    faults = [
+        f'{where}{key} = {asked[key]!r} (expected {want!r})'
+        for key, want in fixed.items()
+        if asked.get(key, want) != want
+    ]
+    return faults + [
+        f'{where}{key} = {value!r} (unknown key)'
+        for key, value in asked.items()
+        if key not in fixed and key not in known
+    ]
 
 
 def check_sizes(cfg, where: str = '', zero: Sequence[str] = ()):

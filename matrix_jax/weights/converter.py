@@ -20,13 +20,13 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax import worlds
-from matrix_jax.weights import conversion, diffusers_layout, training_state
-from matrix_jax.config import UsageError
 from matrix_jax.cli.arguments import check_place
+from matrix_jax.config import UsageError
+from matrix_jax.weights import conversion, diffusers_layout, training_state
 
 PARAMS = 'params'
 PICKLES = ('.bin', '.pth', '.pt')
-RANDOM_SHARD = 10**9     # bytes that are drawn before they are written
+RANDOM_SHARD = 10**9  # bytes that are drawn before they are written
 
 
 def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Path], None]) -> str:
@@ -52,21 +52,32 @@ def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Pat
     source = diffusers_layout.resolve(source)
     parts = worlds.build(world_cfg).parts
     ours = [part for part in parts if (source / part.folder / PARAMS).is_dir()]
-    released = [part for part in parts
-                if part not in ours and (source / part.folder / 'config.json').is_file()]
+    released = [
+        part
+        for part in parts
+        if part not in ours and (source / part.folder / 'config.json').is_file()
+    ]
     if not (ours or released) or (ours and released):
-        raise UsageError(f'{source}: got {len(released)} parts in the released layout and '
-                         f'{len(ours)} in ours, expected parts in one of them '
-                         f'({", ".join(part.folder for part in parts)})')
+        raise UsageError(
+            f'{source}: got {len(released)} parts in the released layout and '
+            f'{len(ours)} in ours, expected parts in one of them '
+            f'({", ".join(part.folder for part in parts)})'
+        )
 
     def fill(folder):
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=_weight_files)
         world = worlds.describe(world_cfg, source)
         for part in ours:
-            tensors = conversion.to_torch(part.weights(getattr(world.cfg, part.field)),
-                                       _read_ours(source / part.folder))
-            diffusers_layout.write_component(folder, part.folder,
-                                       diffusers_layout.read_config(source, part.folder), tensors, None)
+            tensors = conversion.to_torch(
+                part.weights(getattr(world.cfg, part.field)), _read_ours(source / part.folder)
+            )
+            diffusers_layout.write_component(
+                folder,
+                part.folder,
+                diffusers_layout.read_config(source, part.folder),
+                tensors,
+                None,
+            )
         for part in released:
             with _plain_part(source, part.folder, unpickle) as plain:
                 params = world.load(plain, only=(part.folder,))[part.folder]
@@ -74,11 +85,13 @@ def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Pat
 
     diffusers_layout.replace_folder(Path(target), fill)
     return f'{target}: {", ".join(part.folder for part in ours or released)} ' + (
-        'in the released layout' if ours else 'as orbax trees')
+        'in the released layout' if ours else 'as orbax trees'
+    )
 
 
-def write_random(world_cfg, folder: str, seed: int, layers: int | None = None,
-                 text_layers: int | None = None) -> str:
+def write_random(
+    world_cfg, folder: str, seed: int, layers: int | None = None, text_layers: int | None = None
+) -> str:
     """Writes a folder of random weights in the released layout, with byte tokenizers.
 
     Tensors are drawn while they are written, so that the folder may be larger than the memory.
@@ -99,9 +112,13 @@ def write_random(world_cfg, folder: str, seed: int, layers: int | None = None,
             for row, shape, draw in world.draws(part, seed, still=False):
                 for key, layer in zip(row.keys(), range(*row.layers) if row.layers else (None,)):
                     tensors[key] = Drawn(row, shape, draw, layer)
-            diffusers_layout.write_component(fresh, part.folder,
-                                       getattr(world.cfg, part.field).to_released(), tensors,
-                                       shard_size=RANDOM_SHARD)
+            diffusers_layout.write_component(
+                fresh,
+                part.folder,
+                getattr(world.cfg, part.field).to_released(),
+                tensors,
+                shard_size=RANDOM_SHARD,
+            )
         world.save(fresh, {})
 
     diffusers_layout.replace_folder(Path(folder), fill)
@@ -121,16 +138,26 @@ def shorten(cfg, layers: int | None, text_layers: int | None = None):
         name = 'control' if hasattr(cfg.dit, 'control') else 'actions'
         span, whole = getattr(cfg.dit, name), cfg.dit.layers
         if span:
-            span = dataclasses.replace(span, start=span.start * layers // whole,
-                                       end=math.ceil(span.end * layers / whole))
+            span = dataclasses.replace(
+                span, start=span.start * layers // whole, end=math.ceil(span.end * layers / whole)
+            )
         cfg = dataclasses.replace(
-            cfg, dit=dataclasses.replace(cfg.dit, layers=layers, **{name: span}))
+            cfg, dit=dataclasses.replace(cfg.dit, layers=layers, **{name: span})
+        )
         # Of a tower of images, the last layer is not used.
-        counts |= {name: max(least, min(layers, getattr(cfg, name).layers))
-                   for name, least in (('control', 1), ('image', 2)) if hasattr(cfg, name)}
-    return dataclasses.replace(cfg, **{
-        name: dataclasses.replace(getattr(cfg, name), layers=count)
-        for name, count in counts.items() if count is not None and hasattr(cfg, name)})
+        counts |= {
+            name: max(least, min(layers, getattr(cfg, name).layers))
+            for name, least in (('control', 1), ('image', 2))
+            if hasattr(cfg, name)
+        }
+    return dataclasses.replace(
+        cfg,
+        **{
+            name: dataclasses.replace(getattr(cfg, name), layers=count)
+            for name, count in counts.items()
+            if count is not None and hasattr(cfg, name)
+        },
+    )
 
 
 def _check_new(target: str):
@@ -150,7 +177,7 @@ class Drawn:
     def __init__(self, row: conversion.Row, shape, draw, layer):
         self._sizes = conversion.merged_sizes(row, shape)
         self._row, self._draw, self._layer = row, draw, layer
-        empty = np.broadcast_to(np.float32(0), shape)      # no memory behind it
+        empty = np.broadcast_to(np.float32(0), shape)  # no memory behind it
         self.shape = rearrange(empty, row.inverse(), **self._sizes).shape
 
     def __array__(self, dtype=None, copy=None):
@@ -168,18 +195,27 @@ def _from_pickle(world_cfg, source: Path, target: Path, unpickle) -> str:
     world = worlds.build(world_cfg)
     part = next((part for part in world.parts if part.folder == target.name), None)
     if part is None:
-        raise UsageError(f'{target}: a single pickle becomes a .safetensors file, or a part of the '
-                         f'recipe ({", ".join(part.folder for part in world.parts)})')
+        raise UsageError(
+            f'{target}: a single pickle becomes a .safetensors file, or a part of the '
+            f'recipe ({", ".join(part.folder for part in world.parts)})'
+        )
     cfg = getattr(world.cfg, part.field)
     table = part.weights(cfg)
     with tempfile.TemporaryDirectory() as copy:
         unpickle(source, Path(copy) / 'model.safetensors')
         try:
-            params = conversion.to_jax(table, diffusers_layout.Tensors(Path(copy)), part.shapes(cfg))
+            params = conversion.to_jax(
+                table, diffusers_layout.Tensors(Path(copy)), part.shapes(cfg)
+            )
         except conversion.ConversionError as error:
             raise conversion.ConversionError(f'{source}: {error}') from error
-        diffusers_layout.write_component(target.parent, target.name, cfg.to_released(),
-                                   conversion.to_torch(table, params), dtype=None)
+        diffusers_layout.write_component(
+            target.parent,
+            target.name,
+            cfg.to_released(),
+            conversion.to_torch(table, params),
+            dtype=None,
+        )
     return f'{target}: {part.folder} of {source}'
 
 

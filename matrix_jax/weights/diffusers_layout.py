@@ -23,7 +23,7 @@ from matrix_jax.config import UsageError
 ASSETS = Path(__file__).parent / 'assets'
 STEMS = ('diffusion_pytorch_model', 'model')  # names that diffusers and transformers give
 SHARD_SIZE = 5 * 10**9
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)     # no room left
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room left
 HUB_FILES = ('*.json', '*.safetensors', '*.model', '*.txt')
 
 
@@ -52,13 +52,17 @@ def resolve(weights: str) -> Path:
         _check_no_run(path)
         return path
     if path.exists():
-        raise CheckpointError(f'weights: {text} is a file, expected a folder in the released '
-                              'layout (tools/convert.py makes one)')
+        raise CheckpointError(
+            f'weights: {text} is a file, expected a folder in the released '
+            'layout (tools/convert.py makes one)'
+        )
     match = re.fullmatch(r'([\w-][\w.-]*/[\w-][\w.-]*)(/[\w./-]+)?(@[\w./-]+)?', text)
     if not match or '..' in text:
         bundled = ', '.join(sorted(one.name for one in ASSETS.glob('[!_.]*') if one.is_dir()))
-        raise CheckpointError(f'weights: no folder {text}; expected a folder, a hub repository '
-                              f'owner/name, or a bundled name ({bundled or "none here"})')
+        raise CheckpointError(
+            f'weights: no folder {text}; expected a folder, a hub repository '
+            f'owner/name, or a bundled name ({bundled or "none here"})'
+        )
     return _download(match[1], (match[2] or '').strip('/'), (match[3] or '@')[1:] or None)
 
 
@@ -67,9 +71,14 @@ def _check_no_run(folder: Path):
     if not (folder / 'state').is_dir() or any(folder.glob('*/config.json')):
         return
     weights = folder / 'weights'
-    raise CheckpointError(f'weights: {folder} is the folder of a training run; ' + (
-        f'its weights are in {weights}' if weights.is_dir() else
-        'it has none yet: start the same training again to finish it'))
+    raise CheckpointError(
+        f'weights: {folder} is the folder of a training run; '
+        + (
+            f'its weights are in {weights}'
+            if weights.is_dir()
+            else 'it has none yet: start the same training again to finish it'
+        )
+    )
 
 
 def _download(repo: str, folder: str, revision: str | None) -> Path:
@@ -82,7 +91,8 @@ def _download(repo: str, folder: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()
         raise CheckpointError(
             f'weights: {repo} is neither a folder here nor a hub repository that can be reached '
-            f'({type(error).__name__}: {reason[0] if reason else "no reason given"})') from error
+            f'({type(error).__name__}: {reason[0] if reason else "no reason given"})'
+        ) from error
     if not (root / folder).is_dir():
         raise CheckpointError(f'weights: the hub repository {repo} has no folder {folder}')
     return root / folder
@@ -138,8 +148,10 @@ class Tensors(Mapping[str, np.ndarray]):
                 self._files[name] = file
         if listed is not None and listed != set(self._files):
             lost, extra = sorted(listed - set(self._files)), sorted(set(self._files) - listed)
-            raise CheckpointError(f'{folder}: shards and index differ: '
-                                  f'missing {some(lost)}; not in the index {some(extra)}')
+            raise CheckpointError(
+                f'{folder}: shards and index differ: '
+                f'missing {some(lost)}; not in the index {some(extra)}'
+            )
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self._files[name].get_tensor(name)
@@ -157,14 +169,17 @@ def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
     indices = [folder / f'{stem}.safetensors.index.json' for stem in STEMS]
     found = [path for path in single + indices if path.exists()]
     if len(found) > 1:
-        raise CheckpointError(f'{folder}: got {" and ".join(path.name for path in found)}, '
-                              'expected one of them')
+        raise CheckpointError(
+            f'{folder}: got {" and ".join(path.name for path in found)}, expected one of them'
+        )
     if not found:
         pickles = [path.name for path in folder.iterdir() if path.suffix in ('.bin', '.pth', '.pt')]
         raise CheckpointError(
             f'{folder}: {some(pickles)} is a pickle, which is not read here; '
-            'tools/convert.py makes safetensors of it' if pickles else
-            f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an index.json')
+            'tools/convert.py makes safetensors of it'
+            if pickles
+            else f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an index.json'
+        )
     if found[0] in single:
         return found, None
     weight_map = read_json(folder, '', found[0].name).get('weight_map')
@@ -202,10 +217,13 @@ def _diagnose(path: Path) -> str | None:
     size = path.stat().st_size
     with path.open('rb') as file:
         head = file.read(64)
-    if head[:2] == b'PK' or (head[:1] == b'\x80' and head[1:2] in (b'\2', b'\3', b'\4', b'\5')
-                             and head[8:9] != b'{'):
-        return ('a PyTorch pickle under a .safetensors name; it can run code, so it is not read '
-                '(tools/convert.py makes safetensors of it)')
+    if head[:2] == b'PK' or (
+        head[:1] == b'\x80' and head[1:2] in (b'\2', b'\3', b'\4', b'\5') and head[8:9] != b'{'
+    ):
+        return (
+            'a PyTorch pickle under a .safetensors name; it can run code, so it is not read '
+            '(tools/convert.py makes safetensors of it)'
+        )
     if head.startswith(b'version https://git-lfs'):
         return 'a git-lfs pointer, not the file itself; fetch it with git lfs pull'
     header = int.from_bytes(head[:8], 'little')
@@ -233,9 +251,14 @@ def some(names: list[str], shown: int = 5) -> str:
 # --- writing the released layout -------------------------------------------------------------
 
 
-def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
-                    tensors: Mapping[str, Any], dtype: str | None = 'bfloat16',
-                    shard_size: int = SHARD_SIZE) -> Path:
+def write_component(
+    folder: str | Path,
+    name: str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Any],
+    dtype: str | None = 'bfloat16',
+    shard_size: int = SHARD_SIZE,
+) -> Path:
     """Writes one component, which appears at once; floating tensors are stored in `dtype`, with
     None in their own."""
     import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
@@ -256,15 +279,22 @@ def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
         used += size
     # What transformers writes names its architectures; its files have another stem.
     stem = STEMS[1] if 'architectures' in config else STEMS[0]
-    files = ([f'{stem}.safetensors'] if len(shards) == 1 else
-             [f'{stem}-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)])
+    files = (
+        [f'{stem}.safetensors']
+        if len(shards) == 1
+        else [f'{stem}-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
+    )
 
     def fill(target: Path):
         write_json(target, 'config.json', config)
         total = 0
         for file, keys in zip(files, shards):
-            arrays = {key: np.ascontiguousarray(np.asarray(tensors[key]), stored(tensors[key]))
-                      .reshape(tensors[key].shape) for key in keys}
+            arrays = {
+                key: np.ascontiguousarray(np.asarray(tensors[key]), stored(tensors[key])).reshape(
+                    tensors[key].shape
+                )
+                for key in keys
+            }
             total += sum(array.nbytes for array in arrays.values())
             try:
                 save_file(arrays, target / file, metadata={'format': 'pt'})
@@ -272,8 +302,11 @@ def write_component(folder: str | Path, name: str, config: Mapping[str, Any],
                 raise SaveError(f'{folder}/{name}: could not be written ({error})') from error
         if len(files) > 1:
             weight_map = {key: file for file, keys in zip(files, shards) for key in keys}
-            write_json(target, f'{stem}.safetensors.index.json',
-                       {'metadata': {'total_size': total}, 'weight_map': weight_map})
+            write_json(
+                target,
+                f'{stem}.safetensors.index.json',
+                {'metadata': {'total_size': total}, 'weight_map': weight_map},
+            )
 
     return replace_folder(Path(folder) / name, fill)
 

@@ -27,13 +27,16 @@ def targets(tree) -> dict[str, Any]:
 
 def from_plain(tree, flat: Mapping[str, Any]):
     """The inverse of `to_plain`: a tree with the structure and kinds of leaves of `tree`."""
-    return jax.tree.unflatten(jax.tree.structure(tree),
-                              [_like(leaf, flat[name]) for name, leaf in _named(tree)])
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [_like(leaf, flat[name]) for name, leaf in _named(tree)]
+    )
 
 
 def _named(tree) -> list[tuple[str, Any]]:
-    return [(jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
 
 
 def _is_key(leaf) -> bool:

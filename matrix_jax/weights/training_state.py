@@ -39,31 +39,38 @@ class Checkpoints:
             raise CheckpointError(f'{folder}: is a file, expected a folder for training state')
         self.folder = folder
         self._ocp = ocp
-        self._started = None     # the step whose save was started last
+        self._started = None  # the step whose save was started last
         self._failed = False
         # What orbax logs as an error it also raises, and here that becomes one line.
         logging.getLogger('absl').addFilter(_not_from_orbax)
         self._manager = ocp.CheckpointManager(
             folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep, save_interval_steps=every,
-                                                 cleanup_tmp_directories=True),
-            item_handlers={'state': _summed(ocp.StandardCheckpointHandler()),
-                           'extra': _summed(ocp.JsonCheckpointHandler())})
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, save_interval_steps=every, cleanup_tmp_directories=True
+            ),
+            item_handlers={
+                'state': _summed(ocp.StandardCheckpointHandler()),
+                'extra': _summed(ocp.JsonCheckpointHandler()),
+            },
+        )
 
     def latest(self) -> int | None:
         """The newest complete step."""
         self.wait()
         return self._manager.latest_step()
 
-    def save(self, step: int, state, extra: Mapping[str, Any] | None = None,
-             force: bool = False) -> bool:
+    def save(
+        self, step: int, state, extra: Mapping[str, Any] | None = None, force: bool = False
+    ) -> bool:
         """Starts to save a step; False if it is not due, or is there already."""
         self.wait()
         if step in self._manager.all_steps():
             return False
         args = self._ocp.args
-        items = args.Composite(state=args.StandardSave(plain_leaves.to_plain(state)),
-                               extra=args.JsonSave(dict(extra or {})))
+        items = args.Composite(
+            state=args.StandardSave(plain_leaves.to_plain(state)),
+            extra=args.JsonSave(dict(extra or {})),
+        )
         self._started = step
         with self._saving():
             return self._manager.save(step, force=force, args=items)
@@ -86,16 +93,19 @@ class Checkpoints:
             return None
         step = steps[-1] if step is None else step
         if step not in steps:
-            raise CheckpointError(f'{self.folder}: no step {step}; there are '
-                                  + (', '.join(map(str, steps)) or 'none'))
+            raise CheckpointError(
+                f'{self.folder}: no step {step}; there are '
+                + (', '.join(map(str, steps)) or 'none')
+            )
         if faults := self._faults(step):
             raise CheckpointError(f'{faults[0]}; {self._way_on(step, steps)}')
         with self._reading(step, steps):
             metadata = self._manager.item_metadata(step)['state']
         if metadata is None:
             raise CheckpointError(f'{self.folder}: step {step} is no training state')
-        saved = {name: (tuple(leaf.shape), np.dtype(leaf.dtype))
-                 for name, leaf in metadata.tree.items()}
+        saved = {
+            name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in metadata.tree.items()
+        }
         if abstract_state is None:
             targets = {name: np.empty(*leaf) for name, leaf in saved.items()}
         else:
@@ -106,8 +116,11 @@ class Checkpoints:
         with self._reading(step, steps):
             found = self._manager.restore(step, args=items)
         flat = dict(found['state'])
-        state = (conversion.unflatten(flat) if abstract_state is None
-                 else plain_leaves.from_plain(abstract_state, flat))
+        state = (
+            conversion.unflatten(flat)
+            if abstract_state is None
+            else plain_leaves.from_plain(abstract_state, flat)
+        )
         return step, state, found['extra']
 
     def wait(self):
@@ -124,9 +137,9 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception if self._failed else ()):    # told already
+            with contextlib.suppress(Exception if self._failed else ()):  # told already
                 self._manager.close()
-            if self._failed:        # make room; the next start clears what is written even now
+            if self._failed:  # make room; the next start clears what is written even now
                 for part in self.folder.glob('*.orbax-checkpoint-tmp*'):
                     shutil.rmtree(part, ignore_errors=True)
 
@@ -137,20 +150,27 @@ class Checkpoints:
             yield
         except Exception as error:  # the writers below raise OSError, ValueError and their own
             self._failed = True
-            whole = self._whole(sorted(int(path.name) for path in self.folder.iterdir()
-                                       if path.name.isdigit()))
+            whole = self._whole(
+                sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+            )
             raise SaveError(
                 f'{self.folder}: step {self._started} could not be saved ({_reason(error)}); '
-                + ('no step was saved before' if whole is None else
-                   f'step {whole} is whole, and the next start goes on from it')) from error
+                + (
+                    'no step was saved before'
+                    if whole is None
+                    else f'step {whole} is whole, and the next start goes on from it'
+                )
+            ) from error
 
     @contextlib.contextmanager
     def _reading(self, step: int, steps):
         try:
             yield
         except Exception as error:  # each reader below raises its own kinds
-            raise CheckpointError(f'{self.folder / str(step)}: not readable ({_reason(error)}); '
-                                  f'{self._way_on(step, steps)}') from error
+            raise CheckpointError(
+                f'{self.folder / str(step)}: not readable ({_reason(error)}); '
+                f'{self._way_on(step, steps)}'
+            ) from error
 
     def _faults(self, step: int) -> list[str] | None:
         """What is wrong with the files of a step, as far as its checksums tell; None if it has none
@@ -159,8 +179,11 @@ class Checkpoints:
         found = [checksums.faults(item) for item in items]
         if found == [None, None]:
             return None
-        return [fault for item, faults in zip(items, found)
-                for fault in ([f'{item / checksums.FILE}: missing'] if faults is None else faults)]
+        return [
+            fault
+            for item, faults in zip(items, found)
+            for fault in ([f'{item / checksums.FILE}: missing'] if faults is None else faults)
+        ]
 
     def _whole(self, steps) -> int | None:
         """The newest of `steps` whose files are as they were written, as far as that is known."""
@@ -182,7 +205,7 @@ def _summed(handler):
         finish(directory)
         checksums.write(Path(directory))
 
-    handler.finalize = finalize     # its class is how orbax finds the arguments that it takes
+    handler.finalize = finalize  # its class is how orbax finds the arguments that it takes
     return handler
 
 
@@ -201,12 +224,17 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
 
 
 def _compare(where: str, saved: Mapping[str, Any], targets: Mapping[str, Any]):
-    wrong = [f'{name}: got {saved[name][1]}{list(saved[name][0])}, '
-             f'expected {targets[name].dtype}{list(targets[name].shape)}'
-             for name in sorted(set(saved) & set(targets))
-             if saved[name] != (tuple(targets[name].shape), np.dtype(targets[name].dtype))]
+    wrong = [
+        f'{name}: got {saved[name][1]}{list(saved[name][0])}, '
+        f'expected {targets[name].dtype}{list(targets[name].shape)}'
+        for name in sorted(set(saved) & set(targets))
+        if saved[name] != (tuple(targets[name].shape), np.dtype(targets[name].dtype))
+    ]
     lost, extra = sorted(set(targets) - set(saved)), sorted(set(saved) - set(targets))
-    faults = ([f'missing {some(lost)}'] * bool(lost) + [f'unknown {some(extra)}'] * bool(extra)
-              + wrong[:5])
+    faults = (
+        [f'missing {some(lost)}'] * bool(lost)
+        + [f'unknown {some(extra)}'] * bool(extra)
+        + wrong[:5]
+    )
     if faults:
         raise CheckpointError(f'{where} does not fit this recipe: {"; ".join(faults)}')

@@ -39,6 +39,7 @@ def load(name: str = 'carracing', weights: str | None = None, mesh=None):
       UsageError, CheckpointError, ConversionError: all ValueErrors of one line.
     """
     from matrix_jax import config
+
     run = config.load(name)
     return open_run(dataclasses.replace(run, weights=weights or run.weights, mesh=mesh or run.mesh))
 
@@ -57,9 +58,11 @@ def open_run(run, apart: bool = False):
     from matrix_jax import config
     from matrix_jax.parallel import compilation, sharding
     from matrix_jax.weights import diffusers_layout
+
     if not run.weights:
-        raise config.UsageError(f'{run.name}: needs --weights, a folder in the released layout or '
-                                'a hub repository')
+        raise config.UsageError(
+            f'{run.name}: needs --weights, a folder in the released layout or a hub repository'
+        )
     compilation.keep(run.keep_programs)
     make = sharding.make_meshes if apart else sharding.make_mesh
     mesh = make(run.mesh)
@@ -77,6 +80,7 @@ def start(run):
     from matrix_jax import config
     from matrix_jax.parallel import compilation
     from matrix_jax.weights import diffusers_layout
+
     compilation.keep(run.keep_programs)
     world = build(run.world)
     if run.weights is None:
@@ -87,13 +91,15 @@ def start(run):
     world = found.grown(run.world).with_tokenizers(folder)
     borrowed = world.borrowed(folder)
     if borrowed and getattr(run.stage, 'train_encoders', False):
-        raise config.UsageError(f'stage.train_encoders: got True, expected False, as {folder} '
-                                'leaves its control encoder to another place')
+        raise config.UsageError(
+            f'stage.train_encoders: got True, expected False, as {folder} '
+            'leaves its control encoder to another place'
+        )
     have = tuple(part.folder for part in world.parts if world.has(folder, part.folder))
-    lacking = tuple(part.folder for part in world.parts
-                    if part.folder not in (*have, *borrowed))
-    params = _adapt(run, found, lambda: (found.init(run.train.seed, only=lacking)
-                                         | found.load(folder, only=have)))
+    lacking = tuple(part.folder for part in world.parts if part.folder not in (*have, *borrowed))
+    params = _adapt(
+        run, found, lambda: found.init(run.train.seed, only=lacking) | found.load(folder, only=have)
+    )
     return world, world.widen(params, found, run.train.seed)
 
 
@@ -107,6 +113,7 @@ def _adapt(run, world, load):
     import jax
 
     from matrix_jax.nn import lora
+
     name = 'transformer'
     adapter = lora.read(run.lora, world.tables[name], world.shapes()[name])
     params = load()

@@ -39,10 +39,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.nn import initializers, linear
+from matrix_jax.parallel import sharding
 from matrix_jax.stream import base as streams
+from matrix_jax.weights import conversion, diffusers_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +57,7 @@ class Part:
       laws: config -> laws of fresh parameters (`nn.fresh`), beyond the common ones.
       still: laws before those, with which training starts.
     """
+
     field: str
     folder: str
     weights: Callable[[Any], conversion.Table]
@@ -69,13 +70,13 @@ class Parts:
     """Base of worlds: `self.cfg` and the class attribute `parts`."""
 
     parts: tuple[Part, ...] = ()
-    extras: tuple[str, ...] = ()     # folders without weights: tokenizers, scheduler
+    extras: tuple[str, ...] = ()  # folders without weights: tokenizers, scheduler
 
     reads_text = False
-    filling = 0     # steps of a stream that remember less than those after them
-    one_mesh = False    # whether both halves of a step share their devices, so that no pipeline is
-    autoencoder: Any = None                 # the module of the part 'vae'
-    decode_chunk: int | None = None         # latent frames decoded at once; None = those of a step
+    filling = 0  # steps of a stream that remember less than those after them
+    one_mesh = False  # whether both halves of a step share their devices, so that no pipeline is
+    autoencoder: Any = None  # the module of the part 'vae'
+    decode_chunk: int | None = None  # latent frames decoded at once; None = those of a step
 
     @property
     def first_controls(self) -> int:
@@ -103,8 +104,9 @@ class Parts:
         """Parameter tree of ShapeDtypeStructs by part; nothing is allocated."""
         return {part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.parts}
 
-    def init(self, seed: int, still: bool = True, only: tuple[str, ...] | None = None,
-             paths: str = '*') -> dict:
+    def init(
+        self, seed: int, still: bool = True, only: tuple[str, ...] | None = None, paths: str = '*'
+    ) -> dict:
         """Fresh float32 numpy parameters by part.
 
         Args:
@@ -158,8 +160,9 @@ class Parts:
                 _, tensors = diffusers_layout.read_component(*place)
                 cfg = getattr(self.cfg, part.field)
                 try:
-                    params[part.folder] = conversion.to_jax(part.weights(cfg), tensors,
-                                                         _shapes(part, cfg))
+                    params[part.folder] = conversion.to_jax(
+                        part.weights(cfg), tensors, _shapes(part, cfg)
+                    )
                 except conversion.ConversionError as error:
                     raise conversion.ConversionError(f'{"/".join(place)}: {error}') from error
         return params
@@ -169,8 +172,7 @@ class Parts:
         return str(folder), name
 
     def borrowed(self, folder: str) -> tuple[str, ...]:
-        """Components that a weights folder leaves to another place, from where `place` reads them.
-        """
+        """Components that a weights folder leaves to another place, from where `place` reads them."""
         return ()
 
     def lies(self, folder: str, name: str) -> bool:
@@ -198,8 +200,9 @@ class Parts:
             cfg = getattr(self.cfg, part.field)
             if part.folder in params and part.folder not in borrowed:
                 tensors = conversion.to_torch(part.weights(cfg), params[part.folder])
-                diffusers_layout.write_component(folder, part.folder, cfg.to_released(), tensors,
-                                           dtype=dtype)
+                diffusers_layout.write_component(
+                    folder, part.folder, cfg.to_released(), tensors, dtype=dtype
+                )
             elif origin and (origin / part.folder).is_dir():
                 _copy(origin / part.folder, Path(folder) / part.folder)
         extras = [name for name in self.extras if name not in borrowed]
@@ -210,7 +213,9 @@ class Parts:
                 self.write_extra(name, os.path.join(folder, name))
         present = [part.folder for part in self.parts if (Path(folder) / part.folder).is_dir()]
         index = {name: ['matrix_jax', name] for name in (*present, *extras)}
-        diffusers_layout.write_json(folder, 'model_index.json', {'_class_name': self.cfg.name, **index})
+        diffusers_layout.write_json(
+            folder, 'model_index.json', {'_class_name': self.cfg.name, **index}
+        )
 
     def write_extra(self, name: str, folder: str):
         """Writes one of `extras` from scratch."""
@@ -236,8 +241,9 @@ class Parts:
     def encode_step(self, params, cache, frames):
         """One chunk of a long clip: frames uint8 [B F H W 3] -> (cache, latents [B T H W C])."""
         cfg = self.cfg.vae
-        cache, mean, _ = self.autoencoder.encode_step(cfg, params['vae'], cache,
-                                                      self.pixels(frames))
+        cache, mean, _ = self.autoencoder.encode_step(
+            cfg, params['vae'], cache, self.pixels(frames)
+        )
         return cache, self.autoencoder.scaled(cfg, mean)
 
     def decoder(self) -> streams.Decoder:
@@ -272,7 +278,8 @@ class Parts:
         places = sharding.shardings(axes, params, mesh)
         if decoder not in (None, mesh):
             places['vae']['decoder'] = sharding.shardings(
-                axes['vae']['decoder'], params['vae']['decoder'], decoder)
+                axes['vae']['decoder'], params['vae']['decoder'], decoder
+            )
         return jax.device_put(params, places)
 
     def apart(self, params):
@@ -287,18 +294,21 @@ class Parts:
 
     def quantize(self, params):
         """Parameters with the layers that the configs of the parts name in 8 bits."""
-        chosen = {part.folder: getattr(getattr(self.cfg, part.field), 'int8_layers', ())
-                  for part in self.parts}
-        return {name: linear.quantize(tree, chosen[name]) if chosen.get(name) else tree
-                for name, tree in params.items()}
+        chosen = {
+            part.folder: getattr(getattr(self.cfg, part.field), 'int8_layers', ())
+            for part in self.parts
+        }
+        return {
+            name: linear.quantize(tree, chosen[name]) if chosen.get(name) else tree
+            for name, tree in params.items()
+        }
 
     def ready(self, params):
         """Parameters for streaming, with what no step of the stream changes."""
         return params
 
     def ready_with(self, params, cond):
-        """(parameters, condition) for streaming, of a condition made with others than `ready` ones.
-        """
+        """(parameters, condition) for streaming, of a condition made with others than `ready` ones."""
         return self.ready(params), cond
 
     def summary(self, mesh) -> str:
@@ -307,6 +317,7 @@ class Parts:
         Args:
           mesh: a mesh, or an abstract one (`sharding.abstract_mesh`) of devices that are not here.
         """
+
         def line(name, count, mine):
             return f'{name:16}{count:>15,} parameters{mine * 2 / 2**20:>11,.1f} MiB per device'
 
@@ -327,9 +338,11 @@ def check_frames(cfg) -> None:
     """ValueError if the networks of a world's config cannot make its frames."""
     scale = cfg.vae.spatial_compression * cfg.dit.patch
     if cfg.height <= 0 or cfg.width <= 0 or cfg.height % scale or cfg.width % scale:
-        raise ValueError(f'world: got {cfg.height}x{cfg.width} pixels, expected positive '
-                         f'multiples of {scale} (VAE {cfg.vae.spatial_compression}, patch '
-                         f'{cfg.dit.patch})')
+        raise ValueError(
+            f'world: got {cfg.height}x{cfg.width} pixels, expected positive '
+            f'multiples of {scale} (VAE {cfg.vae.spatial_compression}, patch '
+            f'{cfg.dit.patch})'
+        )
     if cfg.fps <= 0:
         raise ValueError(f'world.fps: got {cfg.fps}, expected at least 1')
 
@@ -344,9 +357,12 @@ def read_config(part_config, folder: str, name: str):
     released = diffusers_layout.read_config(folder, name)
     try:
         cfg = part_config.from_released(released)
-        wrong = [f'{field.name}: got {getattr(cfg, field.name)!r}, expected {kind.__name__}'
-                 for field in dataclasses.fields(cfg) if (kind := type(field.default)) in (int, str)
-                 and type(getattr(cfg, field.name)) is not kind]
+        wrong = [
+            f'{field.name}: got {getattr(cfg, field.name)!r}, expected {kind.__name__}'
+            for field in dataclasses.fields(cfg)
+            if (kind := type(field.default)) in (int, str)
+            and type(getattr(cfg, field.name)) is not kind
+        ]
         if wrong:
             raise ValueError('; '.join(wrong))
     except (ValueError, TypeError) as error:
@@ -354,7 +370,8 @@ def read_config(part_config, folder: str, name: str):
         said = str(error)
         if found not in (None, wanted):
             said = f'got a {found}, expected a {wanted} by the recipe' + (
-                '' if isinstance(error, TypeError) else f': {said}')
+                '' if isinstance(error, TypeError) else f': {said}'
+            )
         raise diffusers_layout.CheckpointError(f'{folder}/{name}/config.json: {said}') from error
     return cfg
 
@@ -376,11 +393,13 @@ def read_parts(world: Parts, folder: str, whole: bool, kept: Mapping[str, tuple[
             mine = getattr(world.cfg, part.field)
             read = read_config(type(mine), *world.place(folder, part.folder))
             found[part.field] = dataclasses.replace(
-                read, **{name: getattr(mine, name) for name in kept.get(part.field, ())})
+                read, **{name: getattr(mine, name) for name in kept.get(part.field, ())}
+            )
     return found
 
 
 def _copy(source: Path, target: Path):
     if source.resolve() != target.resolve():
         diffusers_layout.replace_folder(
-            target, lambda part: shutil.copytree(source, part, dirs_exist_ok=True))
+            target, lambda part: shutil.copytree(source, part, dirs_exist_ok=True)
+        )

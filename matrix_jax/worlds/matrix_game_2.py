@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.config import UsageError
+from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.diffusion import flow
 from matrix_jax.dit import wan as dit
 from matrix_jax.encoders import clip_image
@@ -30,8 +30,11 @@ from matrix_jax.vae import wan as vae
 from matrix_jax.worlds.base import Part, Parts, check_frames, read_parts
 
 # Where the published folder has the transformer of each mode; ours is called 'transformer'.
-PUBLISHED = {'universal': 'base_distilled_model', 'gta_drive': 'gta_distilled_model',
-             'templerun': 'templerun_distilled_model'}
+PUBLISHED = {
+    'universal': 'base_distilled_model',
+    'gta_drive': 'gta_distilled_model',
+    'templerun': 'templerun_distilled_model',
+}
 FOUNDATION = 'base_model'
 
 
@@ -43,6 +46,7 @@ class Clip:
       steps: network calls.
       longest: latent frames of the longest clip.
     """
+
     steps: int = 50
     longest: int = 21
 
@@ -68,6 +72,7 @@ class Config:
       prompt: which of the start pictures is the usual one; the networks read no text.
       mirror: whether a mirrored clip with mirrored keys and mouse is a valid example.
     """
+
     dit: dit.Config = dit.PRESETS['universal']
     vae: vae.Config = vae.PRESETS['wan_2_1']
     image: clip_image.Config = clip_image.PRESETS['vit_h_14']
@@ -85,28 +90,41 @@ class Config:
     def __post_init__(self):
         keys, told = Actions(self.mode).mode, self.dit.actions
         if told is None or (told.keyboard, bool(told.mouse)) != (len(keys.keys), keys.mouse):
-            raise ValueError(f'world.mode: got {self.mode}, which has {len(keys.keys)} keys and '
-                             f'{"a" if keys.mouse else "no"} mouse; the network expects '
-                             f'{told and (told.keyboard, told.mouse)}')
+            raise ValueError(
+                f'world.mode: got {self.mode}, which has {len(keys.keys)} keys and '
+                f'{"a" if keys.mouse else "no"} mouse; the network expects '
+                f'{told and (told.keyboard, told.mouse)}'
+            )
         check_frames(self)
         if (self.dit.local is None) != (self.clip is not None):
-            raise ValueError(f'world.clip: got {self.clip}, but the network has '
-                             f'{"no" if self.dit.local is None else "a"} window (dit.local)')
+            raise ValueError(
+                f'world.clip: got {self.clip}, but the network has '
+                f'{"no" if self.dit.local is None else "a"} window (dit.local)'
+            )
         ratios = {self.vae.temporal_compression, told.ratio, self.stream.ratio}
         if len(ratios) > 1 or told.span != self.stream.window:
-            raise ValueError(f'world.stream: got ratio {self.stream.ratio} and window '
-                             f'{self.stream.window}, expected {self.vae.temporal_compression} of '
-                             f'the VAE, and {told.ratio} and {told.span} of the network')
+            raise ValueError(
+                f'world.stream: got ratio {self.stream.ratio} and window '
+                f'{self.stream.window}, expected {self.vae.temporal_compression} of '
+                f'the VAE, and {told.ratio} and {told.span} of the network'
+            )
 
 
 class World(Parts):
     """Pure functions of parameters around `Config`; nothing here holds weights."""
 
     autoencoder = vae
-    parts = (Part('dit', 'transformer', dit.weights, dit.shapes, dit.laws, still=dit.STILL),
-             Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
-             Part('image', 'image_encoder', clip_image.weights, clip_image.shapes,
-                  lambda cfg: clip_image.LAWS))
+    parts = (
+        Part('dit', 'transformer', dit.weights, dit.shapes, dit.laws, still=dit.STILL),
+        Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
+        Part(
+            'image',
+            'image_encoder',
+            clip_image.weights,
+            clip_image.shapes,
+            lambda cfg: clip_image.LAWS,
+        ),
+    )
 
     @functools.cached_property
     def vocabulary(self) -> Actions:
@@ -116,8 +134,11 @@ class World(Parts):
     def place(self, folder, name):
         """The published folder holds the transformers of all modes."""
         published = FOUNDATION if self.cfg.clip else PUBLISHED[self.cfg.mode]
-        if name == 'transformer' and not (Path(folder) / name).is_dir() and (
-                Path(folder) / published).is_dir():
+        if (
+            name == 'transformer'
+            and not (Path(folder) / name).is_dir()
+            and (Path(folder) / published).is_dir()
+        ):
             name = published
         return super().place(folder, name)
 
@@ -126,8 +147,8 @@ class World(Parts):
 
     # --- what a video needs ----------------------------------------------------------------------
 
-    start_frames = 1        # it begins with a picture
-    one_mesh = True         # the first block is not made like the others
+    start_frames = 1  # it begins with a picture
+    one_mesh = True  # the first block is not made like the others
 
     @property
     def filling(self) -> int:
@@ -148,8 +169,10 @@ class World(Parts):
     def needed(self, length: int) -> int:
         """Actions of a video of at least that many seconds."""
         if self.longest and length > self.longest:
-            raise UsageError(f'--length: got {length}, expected at most {self.longest}: this '
-                             'model makes whole clips (the distilled ones stream)')
+            raise UsageError(
+                f'--length: got {length}, expected at most {self.longest}: this '
+                'model makes whole clips (the distilled ones stream)'
+            )
         return self.whole(length * self.cfg.fps)
 
     def whole(self, count: int) -> int:
@@ -165,15 +188,19 @@ class World(Parts):
             return first + block * max(0, -(-(count - first) // block))
         most = 1 + cfg.stream.ratio * (cfg.clip.longest - 1)
         if count > most:
-            raise UsageError(f'actions: got {count} frames, expected at most {most}: this model '
-                             'makes whole clips (the distilled ones stream)')
+            raise UsageError(
+                f'actions: got {count} frames, expected at most {most}: this model '
+                'makes whole clips (the distilled ones stream)'
+            )
         return 1 + cfg.stream.ratio * (-(-(count - 1) // cfg.stream.ratio))
 
     def split(self, actions: list[str]):
         """Actions of a whole video -> (none for its start, those of each block)."""
         first, block = self.cfg.stream.first_actions, self.cfg.stream.block_actions
-        return [], [actions[:first], *(actions[at:at + block]
-                                       for at in range(first, len(actions), block))]
+        return [], [
+            actions[:first],
+            *(actions[at : at + block] for at in range(first, len(actions), block)),
+        ]
 
     @property
     def first_controls(self) -> int:
@@ -206,8 +233,9 @@ class World(Parts):
 
     def look(self, params, frames):
         """Features of pictures uint8 [B 1 H W 3]: [B L D]."""
-        return clip_image.encode(self.cfg.image, params['image_encoder'],
-                                 start.pixels(frames[:, 0]))
+        return clip_image.encode(
+            self.cfg.image, params['image_encoder'], start.pixels(frames[:, 0])
+        )
 
     # --- pixels and latents ----------------------------------------------------------------------
 
@@ -232,11 +260,20 @@ class World(Parts):
           block: latent frames that are made together; None = every frame sees all.
         """
         keyboard, mouse = split_actions(self.cfg.dit, actions)
-        return dit.DiT(self.cfg.dit).apply({'params': params['transformer']}, x, level,
-                                           cond.latents, cond.image, mouse, keyboard, block)
+        return dit.DiT(self.cfg.dit).apply(
+            {'params': params['transformer']},
+            x,
+            level,
+            cond.latents,
+            cond.image,
+            mouse,
+            keyboard,
+            block,
+        )
 
-    def latents(self, *, change=lambda net: net,
-                table: causal.Rows | None = None) -> streams.Stream:
+    def latents(
+        self, *, change=lambda net: net, table: causal.Rows | None = None
+    ) -> streams.Stream:
         """The stream before its decoder: actions in, latents [B T H W C] out.
 
         Args:
@@ -244,8 +281,9 @@ class World(Parts):
           table: the calls of a block, if they are others than `causal.rows`.
         """
         cfg = self.cfg
-        net = causal.guided(cfg.stream, change(network(cfg.dit)),
-                            self.vocabulary.encode([self.vocabulary.rest])[0])
+        net = causal.guided(
+            cfg.stream, change(network(cfg.dit)), self.vocabulary.encode([self.vocabulary.rest])[0]
+        )
         return causal.make(cfg.stream, cfg.flow, net, table)
 
     def stream(self, entry: str | None = None) -> streams.Stream:
@@ -286,16 +324,25 @@ def network(cfg: dit.Config) -> causal.Network:
 
     def denoise(params, caches, x, level, cond, actions):
         keyboard, mouse = split_actions(cfg, actions)
-        return net.apply({'params': params['transformer']}, caches, x, level, cond, mouse, keyboard,
-                         method='cached')
+        return net.apply(
+            {'params': params['transformer']},
+            caches,
+            x,
+            level,
+            cond,
+            mouse,
+            keyboard,
+            method='cached',
+        )
 
     def read(params, cond):
         batch, _, height, width, _ = cond.latents.shape
         caches = dit.init_caches(cfg, batch, height, width)
         return net.apply({'params': params['transformer']}, cond.image, caches, method='read_image')
 
-    return causal.Network(denoise, read, dit.advance, cfg.channels,
-                          cfg.actions.keyboard + (cfg.actions.mouse or 0))
+    return causal.Network(
+        denoise, read, dit.advance, cfg.channels, cfg.actions.keyboard + (cfg.actions.mouse or 0)
+    )
 
 
 def split_actions(cfg: dit.Config, actions):
@@ -310,9 +357,16 @@ def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
     Training may begin a stream with a network of whole clips, which only lacks the window, and
     whole clips with one that streams.
     """
-    found = read_parts(World(cfg), folder, whole, {
-        'dit': ('dtype', 'remat', 'scan_unroll', 'exchange'), 'vae': ('dtype', 'chunk'),
-        'image': ('dtype',)})
+    found = read_parts(
+        World(cfg),
+        folder,
+        whole,
+        {
+            'dit': ('dtype', 'remat', 'scan_unroll', 'exchange'),
+            'vae': ('dtype', 'chunk'),
+            'image': ('dtype',),
+        },
+    )
     if not whole and 'dit' in found and (cfg.dit.local is None) != (found['dit'].local is None):
         found['dit'] = dataclasses.replace(found['dit'], local=cfg.dit.local, sink=cfg.dit.sink)
     return dataclasses.replace(cfg, **found)

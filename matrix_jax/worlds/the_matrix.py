@@ -20,9 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import video
-from matrix_jax.controls import driving
-from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.config import UsageError
+from matrix_jax.controls import driving
 from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
@@ -30,6 +29,7 @@ from matrix_jax.nn import initializers, precompute
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
+from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.worlds.base import Part, Parts, check_frames, read_parts
 
 
@@ -49,6 +49,7 @@ class Config:
       prompt: default prompt.
       control_weights: where control prompts are encoded if the folder has no `control_encoder`.
     """
+
     dit: dit.Config = dit.PRESETS['2b_control']
     vae: vae.Config = vae.PRESETS['released']
     text: t5.Config = t5.PRESETS['v1_1_xxl']
@@ -68,8 +69,10 @@ class Config:
     def __post_init__(self):
         check_frames(self)
         if self.decode_chunk not in (1, 2) or self.stream.group_frames % self.decode_chunk:
-            raise ValueError(f'world.decode_chunk: got {self.decode_chunk}, expected 1, or 2 with '
-                             f'an even stream.group_frames (got {self.stream.group_frames})')
+            raise ValueError(
+                f'world.decode_chunk: got {self.decode_chunk}, expected 1, or 2 with '
+                f'an even stream.group_frames (got {self.stream.group_frames})'
+            )
 
     @property
     def frames_per_control(self) -> int:
@@ -80,17 +83,42 @@ class Config:
 class World(Parts):
     """Pure functions of parameters around `Config`; nothing here holds weights."""
 
-    parts = (Part('dit', 'transformer', dit.weights, dit.shapes, still=(
-                 ('*norm?/linear/*', initializers.zeros), ('modulation_out/*', initializers.zeros),
-                 ('out/*', initializers.zeros))),
-             Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
-             # Logits of T5 are not scaled by 1/sqrt(E); its queries start smaller instead.
-             Part('text', 'text_encoder', t5.weights, t5.shapes, lambda cfg: (
-                 ('embedding', initializers.normal(1.0)), ('relative_bias', initializers.normal(cfg.dim ** -0.5)),
-                 ('layers/q/kernel', initializers.xavier(1 / cfg.head_dim)))),
-             Part('control', 'control_encoder', clip.weights, clip.shapes, lambda cfg: (
-                 ('token_embedding', initializers.normal(0.02)),
-                 ('position_embedding', initializers.normal(0.01)))))
+    parts = (
+        Part(
+            'dit',
+            'transformer',
+            dit.weights,
+            dit.shapes,
+            still=(
+                ('*norm?/linear/*', initializers.zeros),
+                ('modulation_out/*', initializers.zeros),
+                ('out/*', initializers.zeros),
+            ),
+        ),
+        Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
+        # Logits of T5 are not scaled by 1/sqrt(E); its queries start smaller instead.
+        Part(
+            'text',
+            'text_encoder',
+            t5.weights,
+            t5.shapes,
+            lambda cfg: (
+                ('embedding', initializers.normal(1.0)),
+                ('relative_bias', initializers.normal(cfg.dim**-0.5)),
+                ('layers/q/kernel', initializers.xavier(1 / cfg.head_dim)),
+            ),
+        ),
+        Part(
+            'control',
+            'control_encoder',
+            clip.weights,
+            clip.shapes,
+            lambda cfg: (
+                ('token_embedding', initializers.normal(0.02)),
+                ('position_embedding', initializers.normal(0.01)),
+            ),
+        ),
+    )
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')
     vocabulary = driving.Symbols()
     reads_text = True
@@ -131,8 +159,10 @@ class World(Parts):
         if cfg.clip is None:
             return self.whole(math.ceil(length * cfg.fps / cfg.frames_per_control))
         if length > self.longest:
-            raise UsageError(f'--length: got {length}, expected at most {self.longest}: '
-                             'this model denoises whole clips (stages 3 and 4 stream)')
+            raise UsageError(
+                f'--length: got {length}, expected at most {self.longest}: '
+                'this model denoises whole clips (stages 3 and 4 stream)'
+            )
         return 1 + length * cfg.fps // cfg.frames_per_control
 
     def whole(self, count: int) -> int:
@@ -150,7 +180,7 @@ class World(Parts):
     def inputs(self, prompt: str, frames, symbols: list[str] | None = None):
         """What `condition`, or for whole clips `sample_clip`, takes of a prompt, a start clip uint8
         [F H W 3] and the first symbols or all -> (inputs, the prompt's unread end)."""
-        symbols = symbols or ['D'] * self.cfg.stream.remembered     # nobody has steered yet
+        symbols = symbols or ['D'] * self.cfg.stream.remembered  # nobody has steered yet
         ids, cut = self.tokenize_and_cut([prompt])
         ids, indices = np.asarray(ids, np.int32), driving.encode(symbols)[None]
         return (ids, indices) if self.cfg.clip else (ids, np.asarray(frames)[None], indices), cut[0]
@@ -158,8 +188,7 @@ class World(Parts):
     # --- text and control --------------------------------------------------------------------
 
     def with_tokenizers(self, folder: str | None):
-        """Reads the tokenizers of a weights folder; None = byte tokenizers, as bundled worlds have.
-        """
+        """Reads the tokenizers of a weights folder; None = byte tokenizers, as bundled worlds have."""
         if folder is None:
             self.tokenizer, self.control_tokenizer = tokenizers.byte_pair()
         else:
@@ -167,7 +196,8 @@ class World(Parts):
             self.control_tokenizer = None
             if self.cfg.dit.control:
                 self.control_tokenizer = tokenizers.load(
-                    Path(*self.place(folder, 'control_tokenizer')))
+                    Path(*self.place(folder, 'control_tokenizer'))
+                )
         return self
 
     def place(self, folder, name):
@@ -184,7 +214,8 @@ class World(Parts):
     def has(self, folder, name):
         """A network without control needs no encoder of control prompts."""
         return super().has(folder, name) or (
-            self.cfg.dit.control is not None and name in self.borrowed(folder))
+            self.cfg.dit.control is not None and name in self.borrowed(folder)
+        )
 
     def grown(self, cfg):
         """A base model without control blocks gets those of `cfg`."""
@@ -240,8 +271,9 @@ class World(Parts):
 
     def embed_controls(self, params):
         """Control table [10 A]: the nine controls in vocabulary order, then null."""
-        return clip.TextTower(self.cfg.control).apply({'params': params['control_encoder']},
-                                                      self.control_ids)
+        return clip.TextTower(self.cfg.control).apply(
+            {'params': params['control_encoder']}, self.control_ids
+        )
 
     # --- the stream --------------------------------------------------------------------------
 
@@ -254,7 +286,9 @@ class World(Parts):
         if precompute.COLLECTION not in params:
             return self.net.apply(net, x, text, level, control)
         step = jnp.argmax((self.levels == level[:1]).all(axis=1))
-        net[precompute.COLLECTION] = jax.tree.map(lambda leaf: leaf[step], params[precompute.COLLECTION])
+        net[precompute.COLLECTION] = jax.tree.map(
+            lambda leaf: leaf[step], params[precompute.COLLECTION]
+        )
         return dit.DiT(self.cfg.dit, ready=True).apply(net, x, text, level, symbols=control)
 
     @property
@@ -281,20 +315,25 @@ class World(Parts):
         def make(params, table):
             table = self.embed_controls(params) if table is None else table
             net = params['transformer']
-            return jax.lax.map(lambda level: dit.make_once(self.cfg.dit, net, level, table),
-                               jnp.asarray(self.levels))
+            return jax.lax.map(
+                lambda level: dit.make_once(self.cfg.dit, net, level, table),
+                jnp.asarray(self.levels),
+            )
 
-        needed = {name: params[name] for name in ('transformer', 'control_encoder')
-                  if name in params}
+        needed = {
+            name: params[name] for name in ('transformer', 'control_encoder') if name in params
+        }
         return params | {precompute.COLLECTION: make(needed, table)}
 
     def ready_with(self, params, cond):
         params = self.ready(params, cond.control_table)
         if precompute.COLLECTION in params:
             cond = dataclasses.replace(
-                cond, text=self.as_tokens(params, cond.text),
+                cond,
+                text=self.as_tokens(params, cond.text),
                 null_text=self.as_tokens(params, cond.null_text),
-                control_table=self.control_table(params))
+                control_table=self.control_table(params),
+            )
         return params, cond
 
     def latents(self, *, entry: str | None = None) -> streams.Stream:
@@ -317,8 +356,11 @@ class World(Parts):
         """What `stream` is made of: `stream` of latents, `decoder`, and `warm`, condition ->
         latents that the decoder starts on."""
         context = self.cfg.stream.context
-        return {'stream': self.latents(entry=entry), 'decoder': self.decoder(),
-                'warm': lambda cond: cond.latents[:, :context]}
+        return {
+            'stream': self.latents(entry=entry),
+            'decoder': self.decoder(),
+            'warm': lambda cond: cond.latents[:, :context],
+        }
 
     def sample_clip(self, params, ids, symbols, key):
         """A whole clip from nothing: -> frames uint8 [B F H W 3].
@@ -331,17 +373,32 @@ class World(Parts):
         """
         cfg, batch = self.cfg, len(ids)
         scale = cfg.vae.spatial_compression
-        shape = (batch, symbols.shape[1], cfg.height // scale, cfg.width // scale,
-                 cfg.vae.latent_channels)
+        shape = (
+            batch,
+            symbols.shape[1],
+            cfg.height // scale,
+            cfg.width // scale,
+            cfg.vae.latent_channels,
+        )
 
         def draw(index):
             return jax.random.normal(jax.random.fold_in(key, index + 1), shape)
 
         control = self.embed_controls(params)[symbols] if cfg.dit.control else None
-        null_text = jnp.broadcast_to(self.embed_ids(params, self.empty_ids),
-                                     (batch, cfg.dit.text_length, cfg.dit.text_dim))
-        made = sampling.sample(cfg.clip, cfg.scheduler, self.denoise, params, draw(-1), draw,
-                               self.embed_ids(params, ids), null_text, control)
+        null_text = jnp.broadcast_to(
+            self.embed_ids(params, self.empty_ids), (batch, cfg.dit.text_length, cfg.dit.text_dim)
+        )
+        made = sampling.sample(
+            cfg.clip,
+            cfg.scheduler,
+            self.denoise,
+            params,
+            draw(-1),
+            draw,
+            self.embed_ids(params, ids),
+            null_text,
+            control,
+        )
         return self.to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
 
     def condition(self, params, ids, frames, symbols) -> swin.Cond:
@@ -354,9 +411,12 @@ class World(Parts):
           symbols: int32 [B T], controls of the first window but its newest group.
         """
         return swin.Cond(
-            latents=self.encode_frames(params, frames), text=self.embed_ids(params, ids),
+            latents=self.encode_frames(params, frames),
+            text=self.embed_ids(params, ids),
             null_text=self.embed_ids(params, self.empty_ids),
-            control_table=self.control_table(params), controls=jnp.asarray(symbols, jnp.int32))
+            control_table=self.control_table(params),
+            controls=jnp.asarray(symbols, jnp.int32),
+        )
 
     def control_table(self, params):
         """What a stream looks symbols up in: their vectors, or where `params` are `ready`, which
@@ -369,7 +429,9 @@ class World(Parts):
 
     def write_extra(self, name, folder):
         if name == 'scheduler':
-            diffusers_layout.write_json(folder, 'scheduler_config.json', self.cfg.scheduler.to_released())
+            diffusers_layout.write_json(
+                folder, 'scheduler_config.json', self.cfg.scheduler.to_released()
+            )
         elif name == 'tokenizer':
             tokenizers.write_byte_tokenizer(folder)
         else:
@@ -384,9 +446,15 @@ def read_folder(cfg: Config, folder: str, whole: bool = False) -> Config:
       folder: in the released layout.
       whole: whether every part is to be loaded; else the parts that are not there are the recipe's.
     """
-    fields = read_parts(World(cfg), folder, whole, {
-        'dit': ('dtype', 'remat', 'scan_unroll', 'int8', 'exchange'),
-        'vae': ('dtype', 'single_latent_frames')})
+    fields = read_parts(
+        World(cfg),
+        folder,
+        whole,
+        {
+            'dit': ('dtype', 'remat', 'scan_unroll', 'int8', 'exchange'),
+            'vae': ('dtype', 'single_latent_frames'),
+        },
+    )
     if whole or (Path(folder) / 'scheduler').is_dir():
         released = diffusers_layout.read_json(folder, 'scheduler', 'scheduler_config.json')
         fields['scheduler'] = schedules.SchedulerConfig.from_released(released)

@@ -13,14 +13,14 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from matrix_jax import config, worlds
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import conversion, converter
 from matrix_jax.benchmark import compiled, int8, roofline, roofline_cogvideox, roofline_wan, target
 from matrix_jax.nn import conv3d
+from matrix_jax.parallel import sharding
 from matrix_jax.train import dry_run
 from matrix_jax.vae import cogvideox, wan
+from matrix_jax.weights import conversion, converter
 
-WIDE = 24       # channels, enough for the detours of the CPU
+WIDE = 24  # channels, enough for the detours of the CPU
 
 
 def split_program(turns):
@@ -28,10 +28,15 @@ def split_program(turns):
     mesh = Mesh(np.array(jax.devices()[:4]), 'a')
 
     def one(x, _):
-        total = jax.shard_map(lambda part: jax.lax.psum(part, 'a'), mesh=mesh,
-                              in_specs=PartitionSpec('a'), out_specs=PartitionSpec())(x)
+        total = jax.shard_map(
+            lambda part: jax.lax.psum(part, 'a'),
+            mesh=mesh,
+            in_specs=PartitionSpec('a'),
+            out_specs=PartitionSpec(),
+        )(x)
         return jax.lax.with_sharding_constraint(
-            x + jnp.tile(jnp.sin(total), (4, 1)), NamedSharding(mesh, PartitionSpec('a'))), None
+            x + jnp.tile(jnp.sin(total), (4, 1)), NamedSharding(mesh, PartitionSpec('a'))
+        ), None
 
     x = jax.ShapeDtypeStruct((8, 16), 'float32', sharding=NamedSharding(mesh, PartitionSpec('a')))
     loop = jax.jit(lambda x: jax.lax.scan(one, x, length=turns)[0])
@@ -46,35 +51,65 @@ def test_a_collective_in_a_loop_counts_as_often_as_it_turns(turns):
     assert found['all-reduce']['bytes'] == turns * 2 * 16 * 4 * 2 * 3 / 4
 
 
-@pytest.mark.parametrize('line, kind, sent', [
-    ('%a = f32[8,16]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}', 'all-gather', 512 / 2),
-    ('%a = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4]',
-     'all-gather', 32 * 3 / 4),
-    ('%a = (f32[4]{0}, f32[4]{0}) all-to-all(%x, %y), replica_groups={{0,1}}', 'all-to-all', 16),
-    ('ROOT %a = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), '
-     'source_target_pairs={{0,1}}', 'collective-permute', 16),
-    ("%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}", 'all-gather',
-     512 * 3 / 4),
-    ("%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}",
-     'all-gather', 512 * 3 / 4),
-    ('%a = bf16[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]', 'reduce-scatter', 24),
-    ('%a = f32[4]{0} all-gather-done(%x)', '', 0),
-    ('%all-reduce.1 = f32[4]{0} add(%x, %y)', '', 0)])
+@pytest.mark.parametrize(
+    'line, kind, sent',
+    [
+        ('%a = f32[8,16]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}', 'all-gather', 512 / 2),
+        (
+            '%a = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4]',
+            'all-gather',
+            32 * 3 / 4,
+        ),
+        (
+            '%a = (f32[4]{0}, f32[4]{0}) all-to-all(%x, %y), replica_groups={{0,1}}',
+            'all-to-all',
+            16,
+        ),
+        (
+            'ROOT %a = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), '
+            'source_target_pairs={{0,1}}',
+            'collective-permute',
+            16,
+        ),
+        (
+            "%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}",
+            'all-gather',
+            512 * 3 / 4,
+        ),
+        (
+            "%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}",
+            'all-gather',
+            512 * 3 / 4,
+        ),
+        ('%a = bf16[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]', 'reduce-scatter', 24),
+        ('%a = f32[4]{0} all-gather-done(%x)', '', 0),
+        ('%all-reduce.1 = f32[4]{0} add(%x, %y)', '', 0),
+    ],
+)
 def test_bytes_that_a_device_sends(line, kind, sent):
     text = f'ENTRY %main (x: f32[4]) -> f32[4] {{\n  {line}\n}}\n'
     found = compiled.collectives(text, 8)
     assert found == ({kind: {'count': 1, 'bytes': sent}} if kind else {})
 
 
-@pytest.mark.parametrize('branches', [
-    'true_computation=%few, false_computation=%many', 'branch_computations={%few, %many}'])
+@pytest.mark.parametrize(
+    'branches',
+    ['true_computation=%few, false_computation=%many', 'branch_computations={%few, %many}'],
+)
 def test_of_two_branches_the_one_that_sends_more_counts(branches):
-    text = '\n'.join([
-        '%few (x: f32[4]) -> f32[4] {', '  %a = f32[4]{0} all-gather(%x), replica_groups={{0,1}}',
-        '}', '%many (x: f32[4]) -> f32[4] {',
-        '  %a = f32[8]{0} all-gather(%x), replica_groups={{0,1}}', '}',
-        'ENTRY %main (x: f32[4]) -> f32[4] {',
-        f'  %c = f32[4]{{0}} conditional(%p, %x, %x), {branches}', '}'])
+    text = '\n'.join(
+        [
+            '%few (x: f32[4]) -> f32[4] {',
+            '  %a = f32[4]{0} all-gather(%x), replica_groups={{0,1}}',
+            '}',
+            '%many (x: f32[4]) -> f32[4] {',
+            '  %a = f32[8]{0} all-gather(%x), replica_groups={{0,1}}',
+            '}',
+            'ENTRY %main (x: f32[4]) -> f32[4] {',
+            f'  %c = f32[4]{{0}} conditional(%p, %x, %x), {branches}',
+            '}',
+        ]
+    )
     assert compiled.collectives(text, 2) == {'all-gather': {'count': 1, 'bytes': 16}}
 
 
@@ -130,8 +165,10 @@ def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
 
 def test_a_guided_stream_counts_no_guidance_where_it_has_none():
     """Four calls are guided, the one that reads the clean block is not: nine passes."""
-    cfg = config.load('doom', ['--world.height', '32', '--world.width', '48',
-                               '--world.stream.action_guidance', '1.5']).world
+    cfg = config.load(
+        'doom',
+        ['--world.height', '32', '--world.width', '48', '--world.stream.action_guidance', '1.5'],
+    ).world
     plain = dataclasses.replace(cfg, stream=dataclasses.replace(cfg.stream, action_guidance=1.0))
     guided, plain = (compiled.flops_of(one)['dit'] for one in (cfg, plain))
     assert guided == pytest.approx(9 / 5 * plain, rel=0.01)
@@ -145,9 +182,15 @@ def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
         assert 1 <= work[part] / least < 1.1, part
     assert work['dit'] < anew['dit'] and work['vae'] == anew['vae']
     shapes = conversion.flatten(target.parts(worlds.build(cfg))['transformer'])
-    made = [path for path in shapes if re.search(
-        '^text/|^time_embedding|^control_embedding|^modulation_out|norm[12]/linear|'
-        'control/attention/(key|key_norm|value)/', path)]
+    made = [
+        path
+        for path in shapes
+        if re.search(
+            '^text/|^time_embedding|^control_embedding|^modulation_out|norm[12]/linear|'
+            'control/attention/(key|key_norm|value)/',
+            path,
+        )
+    ]
     spared = sum(shapes[path].size * shapes[path].dtype.itemsize for path in made)
     assert before['transformer'] - read['transformer'] == spared > 0
     assert read['once'] > 0 and 'once' not in before and read['vae'] == before['vae'] > 0
@@ -183,14 +226,23 @@ def sent_by(jaxpr):
     return total
 
 
-MATRIX = dataclasses.replace(config.load('the_matrix:TINY').world.vae, block_out_channels=(4, 8),
-                             temporal_compression=2, single_latent_frames=2)
+MATRIX = dataclasses.replace(
+    config.load('the_matrix:TINY').world.vae,
+    block_out_channels=(4, 8),
+    temporal_compression=2,
+    single_latent_frames=2,
+)
 
 
-@pytest.mark.parametrize('net, count, cfg, latents', [
-    (cogvideox, roofline_cogvideox, MATRIX, 2), (wan, roofline_wan, wan.PRESETS['tiny'], 3),
-    (wan, roofline_wan, dataclasses.replace(wan.PRESETS['tiny'], chunk=1), 2)],
-    ids=['the_matrix', 'matrix_game_2', 'chunks'])
+@pytest.mark.parametrize(
+    'net, count, cfg, latents',
+    [
+        (cogvideox, roofline_cogvideox, MATRIX, 2),
+        (wan, roofline_wan, wan.PRESETS['tiny'], 3),
+        (wan, roofline_wan, dataclasses.replace(wan.PRESETS['tiny'], chunk=1), 2),
+    ],
+    ids=['the_matrix', 'matrix_game_2', 'chunks'],
+)
 @pytest.mark.parametrize('parts, dtype', [(6, 'bfloat16'), (5, 'float32')])
 def test_rows_that_devices_send_are_those_of_the_program(net, count, cfg, latents, parts, dtype):
     """Of a step that continues a stream; where rows do not divide as well."""
@@ -212,8 +264,9 @@ def test_what_bounds_a_mesh():
     assert whole['dit']['seconds'] == pytest.approx(work['dit'] * 1550 / 12376 / 1e15)
     assert split['vae']['seconds'] == pytest.approx(work['vae'] / 2 / 1e15)
     assert split['fps'] == 8 / (split['vae']['seconds'] + split['vae']['sending'])
-    assert whole['fps'] == 8 / sum(whole[part][what] for part in work
-                                   for what in ('seconds', 'sending'))
+    assert whole['fps'] == 8 / sum(
+        whole[part][what] for part in work for what in ('seconds', 'sending')
+    )
     alone = roofline.bounds(cfg, config.Mesh(), 1e15, 450e9)
     assert alone['fps'] == pytest.approx(8 / (sum(work.values()) / 1e15))
     assert not alone['dit']['bytes'] and not alone['vae']['bytes']
@@ -233,23 +286,31 @@ def test_a_loop_within_a_loop_of_one_turn_counts():
         return jax.lax.scan(inner, x, jnp.ones((5, 8, 8)))[0], None
 
     for turns in (1, 3):
-        work = dry_run.flops(lambda x, n=turns: jax.lax.scan(outer, x, length=n)[0], np.ones((8, 8)))
+        work = dry_run.flops(
+            lambda x, n=turns: jax.lax.scan(outer, x, length=n)[0], np.ones((8, 8))
+        )
         assert work == pytest.approx(turns * 5 * 2 * 8**3, rel=0.05)
 
 
-@pytest.mark.parametrize('function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.doubled2d, (3, 3))],
-                         ids=['conv3d', 'doubled2d'])
+@pytest.mark.parametrize(
+    'function, taps',
+    [(conv3d.conv3d, (3, 3, 3)), (conv3d.doubled2d, (3, 3))],
+    ids=['conv3d', 'doubled2d'],
+)
 def test_a_count_takes_no_detour_of_the_cpu(function, taps):
     """There float32 of many channels is convolved with fewer multiplies; what counts is the plain
     sum, whatever the type."""
+
     def given(dtype):
-        return (jax.ShapeDtypeStruct((1, 6, 8, 8, WIDE), dtype),
-                jax.ShapeDtypeStruct((*taps, WIDE, WIDE), dtype))
+        return (
+            jax.ShapeDtypeStruct((1, 6, 8, 8, WIDE), dtype),
+            jax.ShapeDtypeStruct((*taps, WIDE, WIDE), dtype),
+        )
 
     counted, half = (dry_run.flops(function, *given(dtype)) for dtype in ('float32', 'bfloat16'))
     assert counted == half
     pixels = np.prod(jax.eval_shape(function, *given('float32')).shape[1:4])
-    assert 0.8 < counted / (2 * pixels * np.prod(taps) * WIDE**2) <= 1      # without the borders
+    assert 0.8 < counted / (2 * pixels * np.prod(taps) * WIDE**2) <= 1  # without the borders
     taken = jax.jit(function).lower(*given('float32')).cost_analysis()['flops']
     assert taken < 0.7 * counted
 
@@ -282,5 +343,7 @@ def test_random_parameters_keep_variances_and_lie_where_they_belong():
     assert kernel.std() * kernel.shape[1] ** 0.5 == pytest.approx(1, abs=0.05)
     assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
     assert set(params['vae']) == {'decoder'}
-    np.testing.assert_array_equal(target.draw(world, mesh)['transformer']['out']['kernel'],
-                                  params['transformer']['out']['kernel'])
+    np.testing.assert_array_equal(
+        target.draw(world, mesh)['transformer']['out']['kernel'],
+        params['transformer']['out']['kernel'],
+    )

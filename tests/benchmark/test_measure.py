@@ -5,9 +5,9 @@ import types
 import numpy as np
 import pytest
 
-from matrix_jax.controls import driving
 from matrix_jax.benchmark import measure, report
 from matrix_jax.benchmark import target as subjects
+from matrix_jax.controls import driving
 from matrix_jax.stream import causal, swin
 
 FRAMES = 2
@@ -52,7 +52,7 @@ def test_latency_names_the_first_frame_that_differs():
 
 
 def test_what_two_equal_runs_differ_by_is_no_change():
-    found = measure.latency(example(groups=4), Delayed(3, noise=20))     # nine calls per run
+    found = measure.latency(example(groups=4), Delayed(3, noise=20))  # nine calls per run
     assert found['noise'] == 20
     assert found['changed']['steps'] == 3
 
@@ -66,12 +66,12 @@ def test_a_key_waits_until_all_steps_are_alike():
 
     pressed = []
     found = measure.latency(example(filling=7), Counted(3))
-    assert pressed.index(True) % len(pressed[:len(pressed) // 3]) == measure.SETTLE + 7
+    assert pressed.index(True) % len(pressed[: len(pressed) // 3]) == measure.SETTLE + 7
     assert (found['visible']['steps'], found['visible']['frame']) == (3, 1)
 
 
 def test_entries_are_those_of_the_stream():
-    few = swin.Config(groups=2)         # whose head would be its group 2
+    few = swin.Config(groups=2)  # whose head would be its group 2
     assert measure.entries(few, None) == ['tail'] and measure.entries(few, ()) == []
     assert measure.entries(swin.Config(), None) == ['tail', 'head']
     assert measure.entries(causal.Config(), ('tail', 'head')) == ['block']
@@ -108,10 +108,16 @@ def test_figures_of_a_part():
     assert found['tflops'] == pytest.approx(2) and found['peak_share'] == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize('fields, said', [
-    ({'steps': 0}, '--steps: got 0'), ({'warmup': 0}, '--warmup: got 0'),
-    ({'entries': ('middle',)}, "--entries: got 'middle'"),
-    ({'peak_tflops': 0.0}, '--peak-tflops: got 0.0'), ({'seed': -1}, '--seed: got -1')])
+@pytest.mark.parametrize(
+    'fields, said',
+    [
+        ({'steps': 0}, '--steps: got 0'),
+        ({'warmup': 0}, '--warmup: got 0'),
+        ({'entries': ('middle',)}, "--entries: got 'middle'"),
+        ({'peak_tflops': 0.0}, '--peak-tflops: got 0.0'),
+        ({'seed': -1}, '--seed: got -1'),
+    ],
+)
 def test_settings_are_checked(fields, said):
     with pytest.raises(ValueError, match=said):
         measure.Settings(**fields)

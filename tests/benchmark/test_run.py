@@ -10,15 +10,27 @@ import numpy as np
 import pytest
 
 from matrix_jax import config
-from matrix_jax.weights import conversion, diffusers_layout
-from matrix_jax.benchmark import measure, report, run as calls, target, torch_baseline
+from matrix_jax.benchmark import measure, report, target, torch_baseline
+from matrix_jax.benchmark import run as calls
 from matrix_jax.dit import cogvideox as dit
+from matrix_jax.weights import conversion, diffusers_layout
 
 ROOT = Path(__file__).parents[2]
 # Seconds to compile: two levels of the autoencoder, two groups of the window.
-SMALL = ['--world.vae.single_latent_frames', '1', '--world.vae.temporal_compression', '2',
-         '--world.vae.block_out_channels', '4,4', '--world.vae.single_latent_frames', '2',
-         '--world.height', '8', '--world.width', '12']
+SMALL = [
+    '--world.vae.single_latent_frames',
+    '1',
+    '--world.vae.temporal_compression',
+    '2',
+    '--world.vae.block_out_channels',
+    '4,4',
+    '--world.vae.single_latent_frames',
+    '2',
+    '--world.height',
+    '8',
+    '--world.width',
+    '12',
+]
 
 
 def run(*argv):
@@ -32,8 +44,26 @@ def run(*argv):
 
 
 def test_a_benchmark_of_random_weights(tmp_path, capsys):
-    assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--layers', 2, '--steps', 3, '--warmup',
-               1, '--entries', 'tail', '--peak-tflops', 1, '--out', tmp_path) == 0
+    assert (
+        run(
+            'the_matrix:TINY_SWIN',
+            *SMALL,
+            '--random',
+            '--layers',
+            2,
+            '--steps',
+            3,
+            '--warmup',
+            1,
+            '--entries',
+            'tail',
+            '--peak-tflops',
+            1,
+            '--out',
+            tmp_path,
+        )
+        == 0
+    )
     found = json.loads((tmp_path / 'benchmark.json').read_text())
     parts = found['parts']
     assert all(one['fps'] > 0 and one['p95_ms'] >= one['p50_ms'] for one in parts.values())
@@ -54,8 +84,9 @@ def test_a_benchmark_of_random_weights(tmp_path, capsys):
 
 def test_a_benchmark_of_keyboard_and_mouse(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report.measure, 'ceilings', lambda *kinds: {'matmul': 1e9, 'conv': 1e9})
-    assert run('matrix_game_2:TINY', '--random', '--steps', 2, '--warmup', 1, '--out',
-               tmp_path) == 0
+    assert (
+        run('matrix_game_2:TINY', '--random', '--steps', 2, '--warmup', 1, '--out', tmp_path) == 0
+    )
     found = json.loads((tmp_path / 'benchmark.json').read_text())
     assert all(one['fps'] > 0 for one in found['parts'].values()) and len(found['parts']) == 3
     shape = found['shape']
@@ -71,16 +102,22 @@ def test_a_benchmark_of_keyboard_and_mouse(tmp_path, capsys, monkeypatch):
 
 
 def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
-    assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--layers', 2, '--int8', '--out',
-               tmp_path) == 0
+    assert (
+        run('the_matrix:TINY_SWIN', *SMALL, '--random', '--layers', 2, '--int8', '--out', tmp_path)
+        == 0
+    )
     found = json.loads((tmp_path / 'benchmark.json').read_text())
     exact, half, attention, blocks = found.values()
     assert exact['prediction']['rms'] == 0 < half['prediction']['rms'] < 0.05
     assert 0 < attention['prediction']['rms'] < blocks['prediction']['rms'] < 0.1
     assert blocks['bytes'] < attention['bytes'] < exact['bytes']
     assert half['to_bfloat16']['latents']['rms'] == 0 < exact['to_bfloat16']['latents']['rms']
-    assert (0 < attention['to_bfloat16']['prediction']['rms']
-            < blocks['to_bfloat16']['prediction']['rms'] < 0.1)
+    assert (
+        0
+        < attention['to_bfloat16']['prediction']['rms']
+        < blocks['to_bfloat16']['prediction']['rms']
+        < 0.1
+    )
     page = (tmp_path / 'benchmark.md').read_text()
     assert 'int8 (attention) and float32' in page and page.strip() in capsys.readouterr().out
 
@@ -104,17 +141,22 @@ def test_a_count_prints_the_floor(capsys, monkeypatch):
 
 def test_keyboard_and_mouse_on_a_mesh(monkeypatch):
     monkeypatch.setattr(report.measure, 'ceilings', lambda *kinds: {'matmul': 1e9, 'conv': 1e9})
-    monkeypatch.setattr(report.compiled, 'compile_seconds',
-                        lambda build: ({'cold': 2.0, 'cached': 1.0}, build()))
-    given = target.open_subject(config.load('matrix_game_2:TINY', ['--mesh.seq', '2']),
-                                 random=True)
+    monkeypatch.setattr(
+        report.compiled, 'compile_seconds', lambda build: ({'cold': 2.0, 'cached': 1.0}, build())
+    )
+    given = target.open_subject(config.load('matrix_game_2:TINY', ['--mesh.seq', '2']), random=True)
     seen = []
     timed = measure.intervals
-    monkeypatch.setattr(report.measure, 'intervals', lambda *given: seen.append(given[2]) or timed(
-        *given))
+    monkeypatch.setattr(
+        report.measure, 'intervals', lambda *given: seen.append(given[2]) or timed(*given)
+    )
     monkeypatch.setattr(type(given.world), 'filling', 3)
-    found = report.run(given, measure.Settings(steps=1, warmup=1, entries=()),
-                       {'dit': 1e6, 'vae': 3e6}, say=lambda line: None)
+    found = report.run(
+        given,
+        measure.Settings(steps=1, warmup=1, entries=()),
+        {'dit': 1e6, 'vae': 3e6},
+        say=lambda line: None,
+    )
     assert set(found['parts']) == {'end_to_end', 'dit', 'vae'} and found['exchange'] == 'heads'
     assert seen == [3, 3, 3]
     # Queries, what is remembered, and the results, in each call of its layer.
@@ -124,14 +166,22 @@ def test_keyboard_and_mouse_on_a_mesh(monkeypatch):
 
 def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
     monkeypatch.setattr(report.measure, 'ceilings', lambda *kinds: {'matmul': 1e9, 'conv': 1e9})
-    monkeypatch.setattr(report.compiled, 'compile_seconds',
-                        lambda build: ({'cold': 2.0, 'cached': 1.0}, build()))
-    given = target.open_subject(config.load(
-        'the_matrix:TINY_SWIN', [*SMALL, '--mesh.pipeline', '2dit_3vae']), random=True, layers=1)
+    monkeypatch.setattr(
+        report.compiled, 'compile_seconds', lambda build: ({'cold': 2.0, 'cached': 1.0}, build())
+    )
+    given = target.open_subject(
+        config.load('the_matrix:TINY_SWIN', [*SMALL, '--mesh.pipeline', '2dit_3vae']),
+        random=True,
+        layers=1,
+    )
     pages = []
-    found = report.run(given, measure.Settings(steps=2, warmup=1, entries=()),
-                       {'dit': 1e6, 'vae': 3e6}, say=lambda line: None,
-                       keep=lambda found: pages.append(report.markdown(found)))
+    found = report.run(
+        given,
+        measure.Settings(steps=2, warmup=1, entries=()),
+        {'dit': 1e6, 'vae': 3e6},
+        say=lambda line: None,
+        keep=lambda found: pages.append(report.markdown(found)),
+    )
     # What is measured is there before the rest is.
     assert len(pages) == 3 and pages[-1] == report.markdown(found)
     for page, rest in zip(pages, ('DiT; VAE + uint8 + host copy', 'VAE + uint8 + host copy')):
@@ -148,36 +198,54 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
     assert 'per step (VAE + uint8' in report.markdown(found)
 
 
-@pytest.mark.parametrize('argv, said', [
-    (['the_matrix:TINY'], 'needs --weights FOLDER, or --random'),
-    (['carracing', '--layers', '2'], '--layers: got 2 without --random'),
-    (['the_matrix:TINY', '--random', '--layers', '0'], '--layers: got 0'),
-    (['the_matrix:TINY', '--random', '--lora', 'x'], '--lora: got an adapter'),
-    (['the_matrix:STAGE2', '--random'], 'the_matrix:STAGE2: does not stream'),
-    (['the_matrix:TINY_LORA', '--random'], 'does not stream'),
-    (['carracing', '--steps', '0'], '--steps: got 0'),
-    (['carracing', '--entries', 'tail,side'], "--entries: got 'side'"),
-    (['carracing', '--entries', ''], "--entries: got ''"),
-    (['carracing', '--peak-tflops', '-1'], '--peak-tflops: got -1'),
-    (['carracing', '--vs', 'jax'], "--vs: got 'jax', expected one of 'torch'"),
-    (['doom:FOUNDATION', '--random'], 'doom:FOUNDATION: does not stream'),
-    (['doom', '--vs', 'torch'], '--vs torch: got doom:PLAY, expected a world of The Matrix'),
-    (['doom', '--int8'], '--int8: got doom:PLAY, expected a world of The Matrix'),
-    (['matrix_game_2:TINY', '--random', '--mesh.pipeline', '2dit_3vae'], 'streams on one mesh'),
-    (['the_matrix:TINY', '--random', '--world.stream.groups', '2', '--world.stream.steps', '2',
-      '--entries', 'head'], '--entries head: stream.head_group: got 2, expected 0 to 1'),
-    (['carracing', '--vs', 'torch'], '--vs torch: needs torch and diffusers: pip install'),
-    (['carracing', '--vs', 'torch', '--sweep', 'mesh'], 'got --vs and --sweep'),
-    (['carracing', '--int8', '--count'], 'got --int8 and --count'),
-    (['the_matrix:TINY', '--random', '--mesh.seq', '16'], 'expected at most 8'),
-    (['carracing', '--out', 'FILE'], 'is a file, expected a folder'),
-], ids=lambda value: value[-1] if isinstance(value, list) else '')
+@pytest.mark.parametrize(
+    'argv, said',
+    [
+        (['the_matrix:TINY'], 'needs --weights FOLDER, or --random'),
+        (['carracing', '--layers', '2'], '--layers: got 2 without --random'),
+        (['the_matrix:TINY', '--random', '--layers', '0'], '--layers: got 0'),
+        (['the_matrix:TINY', '--random', '--lora', 'x'], '--lora: got an adapter'),
+        (['the_matrix:STAGE2', '--random'], 'the_matrix:STAGE2: does not stream'),
+        (['the_matrix:TINY_LORA', '--random'], 'does not stream'),
+        (['carracing', '--steps', '0'], '--steps: got 0'),
+        (['carracing', '--entries', 'tail,side'], "--entries: got 'side'"),
+        (['carracing', '--entries', ''], "--entries: got ''"),
+        (['carracing', '--peak-tflops', '-1'], '--peak-tflops: got -1'),
+        (['carracing', '--vs', 'jax'], "--vs: got 'jax', expected one of 'torch'"),
+        (['doom:FOUNDATION', '--random'], 'doom:FOUNDATION: does not stream'),
+        (['doom', '--vs', 'torch'], '--vs torch: got doom:PLAY, expected a world of The Matrix'),
+        (['doom', '--int8'], '--int8: got doom:PLAY, expected a world of The Matrix'),
+        (['matrix_game_2:TINY', '--random', '--mesh.pipeline', '2dit_3vae'], 'streams on one mesh'),
+        (
+            [
+                'the_matrix:TINY',
+                '--random',
+                '--world.stream.groups',
+                '2',
+                '--world.stream.steps',
+                '2',
+                '--entries',
+                'head',
+            ],
+            '--entries head: stream.head_group: got 2, expected 0 to 1',
+        ),
+        (['carracing', '--vs', 'torch'], '--vs torch: needs torch and diffusers: pip install'),
+        (['carracing', '--vs', 'torch', '--sweep', 'mesh'], 'got --vs and --sweep'),
+        (['carracing', '--int8', '--count'], 'got --int8 and --count'),
+        (['the_matrix:TINY', '--random', '--mesh.seq', '16'], 'expected at most 8'),
+        (['carracing', '--out', 'FILE'], 'is a file, expected a folder'),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else '',
+)
 def test_the_tool_refuses(argv, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path('FILE').write_text('')
     lookup = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *rest: (
-        None if name in ('torch', 'diffusers') else lookup(name, *rest)))
+    monkeypatch.setattr(
+        importlib.util,
+        'find_spec',
+        lambda name, *rest: None if name in ('torch', 'diffusers') else lookup(name, *rest),
+    )
     assert run(*argv) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: ') and error.count('\n') == 1 and said in error
@@ -190,10 +258,14 @@ def test_a_process_of_its_own_sees_the_devices_it_is_given():
 
 def results(devices, fps):
     part = {'fps': fps}
-    return {'devices': devices, 'exchange': 'keys' * (devices > 1),
-            'mesh_bytes': 2**20 * (devices - 1), 'program_bytes': 2**30,
-            'parts': dict.fromkeys(('end_to_end', 'dit', 'vae'), part),
-            'machine': {'device': 'cpu', 'processor': 'x', 'cores': 2, 'busy': 0.0}}
+    return {
+        'devices': devices,
+        'exchange': 'keys' * (devices > 1),
+        'mesh_bytes': 2**20 * (devices - 1),
+        'program_bytes': 2**30,
+        'parts': dict.fromkeys(('end_to_end', 'dit', 'vae'), part),
+        'machine': {'device': 'cpu', 'processor': 'x', 'cores': 2, 'busy': 0.0},
+    }
 
 
 def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
@@ -206,14 +278,18 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
         if parts and parts[1].seq == 2:
             raise BrokenProcessPool('ended abruptly.\nwhile running')
         assert arguments[0].mesh.devices == devices and not arguments[1].entries
-        return results(devices, 10 * devices ** 0.5)
+        return results(devices, 10 * devices**0.5)
 
     monkeypatch.setattr(calls, 'apart', apart)
     given, pages = config.load('the_matrix:TINY'), []
-    found, page = calls.sweep(given, measure.Settings(), True, None,
-                              lambda found, page: pages.append(page))
-    rows = [[cell.strip() for cell in line.strip('|').split('|')]
-            for line in page.splitlines() if line.startswith('|')][2:]
+    found, page = calls.sweep(
+        given, measure.Settings(), True, None, lambda found, page: pages.append(page)
+    )
+    rows = [
+        [cell.strip() for cell in line.strip('|').split('|')]
+        for line in page.splitlines()
+        if line.startswith('|')
+    ][2:]
     names = ['seq=1', 'seq=2', 'seq=4', '5dit_3vae']
     assert [row[0] for row in rows] == names == list(found['sweep'])
     assert [row[2] for row in rows[:2]] == ['nothing', 'keys']
@@ -227,7 +303,11 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
 
 def test_a_sweep_leaves_out_what_a_world_cannot_do():
     assert list(calls.meshes(config.load('matrix_game_2:TINY').world)) == [
-        'seq=1', 'seq=2', 'seq=4', 'seq=8']
+        'seq=1',
+        'seq=2',
+        'seq=4',
+        'seq=8',
+    ]
     assert calls.meshes(config.load('the_matrix:TINY').world) == calls.SWEEP
 
 
@@ -255,8 +335,10 @@ def test_the_peer_gets_our_weights_without_control(tmp_path):
     assert all(name.startswith('decoder.') for name in decoder)
 
 
-@pytest.mark.skipif(None in map(importlib.util.find_spec, ('torch', 'diffusers')),
-                    reason='needs torch and diffusers')
+@pytest.mark.skipif(
+    None in map(importlib.util.find_spec, ('torch', 'diffusers')),
+    reason='needs torch and diffusers',
+)
 def test_the_peer_computes_what_ours_does():
     given = target.open_subject(config.load('the_matrix:TINY'), random=True)
     found = torch_baseline.run(given, measure.Settings(steps=2, warmup=1))

@@ -12,8 +12,12 @@ GOLDENS = pathlib.Path(__file__).parent / 'goldens' / 'the_matrix'
 
 def test_replays_the_reference_signals():
     lines = parity.replay(parity.read(GOLDENS / 'g_control_signals.json'))
-    assert {line.output for line in lines} == {'random', 'base_frames', 'base_signal',
-                                               'streaming_signal'}
+    assert {line.output for line in lines} == {
+        'random',
+        'base_frames',
+        'base_signal',
+        'streaming_signal',
+    }
     assert [line for line in lines if not line.ok] == []
 
 
@@ -29,13 +33,17 @@ def test_parse_forgives_spaces_only():
     assert driving.parse(' D, DL ,NR') == ['D', 'DL', 'NR']
 
 
-@pytest.mark.parametrize('signal, words', [
-    ('D,X,DL', ("'X' at position 2 of 3", 'D, DL, DR, B')),
-    ('D,DL,', ("'' at position 3 of 3",)),
-    ('d', ("'d' at position 1 of 1",)),
-    ('Q,' * 5 + 'D', ("'Q' at position 3 of 6", 'and 2 more')),
-    ('', ('no symbols',)),
-    (' ', ('no symbols',))])
+@pytest.mark.parametrize(
+    'signal, words',
+    [
+        ('D,X,DL', ("'X' at position 2 of 3", 'D, DL, DR, B')),
+        ('D,DL,', ("'' at position 3 of 3",)),
+        ('d', ("'d' at position 1 of 1",)),
+        ('Q,' * 5 + 'D', ("'Q' at position 3 of 6", 'and 2 more')),
+        ('', ('no symbols',)),
+        (' ', ('no symbols',)),
+    ],
+)
 def test_unknown_symbols_are_named(signal, words):
     with pytest.raises(ControlError) as error:
         driving.parse(signal)
@@ -61,12 +69,16 @@ def test_one_symbol_per_latent_frame():
     assert driving.one_per_latent(['D'] * 4 + ['B'] * 4 + ['N']) == ['D', 'B', 'N']
 
 
-@pytest.mark.parametrize('call', [
-    lambda: driving.fit(['D'], 2, pad='mirror'),
-    lambda: driving.generate_random_control_signal(0, 1),
-    lambda: driving.generate_random_control_signal(3, 1, repeat_lens=(2, 2)),
-    lambda: driving.base_frames(0),
-    lambda: driving.fit([], 2, pad='hold')])
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda: driving.fit(['D'], 2, pad='mirror'),
+        lambda: driving.generate_random_control_signal(0, 1),
+        lambda: driving.generate_random_control_signal(3, 1, repeat_lens=(2, 2)),
+        lambda: driving.base_frames(0),
+        lambda: driving.fit([], 2, pad='hold'),
+    ],
+)
 def test_bad_values_are_refused(call):
     with pytest.raises(ControlError, match='(?s)got .*(expected|needs)'):
         call()

@@ -5,29 +5,38 @@ import json
 import numpy as np
 import pytest
 
-from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.controls.driving import ControlError
+from matrix_jax.controls.keyboard_mouse import Actions
 
 UNIVERSAL, DRIVE, RUN = map(Actions, ('universal', 'gta_drive', 'templerun'))
 
 
-@pytest.mark.parametrize('vocabulary, text, want', [
-    (UNIVERSAL, 'W*2,W+right*1,idle', ['W', 'W', 'W+right', 'idle']),
-    (UNIVERSAL, ' d + w, LEFT+up:0.05 ', ['W+D', 'up:0.05+left']),
-    (UNIVERSAL, 'left+right, right:0.1\nA*2', ['idle', 'right', 'A', 'A']),
-    (DRIVE, 'w+a*2,D:0.3', ['W+left', 'W+left', 'right:0.3']),
-    (RUN, 'w*2,turnleft,nomove,D', ['jump', 'jump', 'turnleft', 'idle', 'rightside']),
-    (UNIVERSAL, '[{"keys": ["W", "A"], "mouse": [0.05, -0.1], "frames": 2}, "S*2", {}]',
-     ['W+A+up:0.05+left'] * 2 + ['S', 'S', 'idle']),
-    (UNIVERSAL, '{"actions": ["W", {"mouse": [0, 0.1]}]}', ['W', 'right'])])
+@pytest.mark.parametrize(
+    'vocabulary, text, want',
+    [
+        (UNIVERSAL, 'W*2,W+right*1,idle', ['W', 'W', 'W+right', 'idle']),
+        (UNIVERSAL, ' d + w, LEFT+up:0.05 ', ['W+D', 'up:0.05+left']),
+        (UNIVERSAL, 'left+right, right:0.1\nA*2', ['idle', 'right', 'A', 'A']),
+        (DRIVE, 'w+a*2,D:0.3', ['W+left', 'W+left', 'right:0.3']),
+        (RUN, 'w*2,turnleft,nomove,D', ['jump', 'jump', 'turnleft', 'idle', 'rightside']),
+        (
+            UNIVERSAL,
+            '[{"keys": ["W", "A"], "mouse": [0.05, -0.1], "frames": 2}, "S*2", {}]',
+            ['W+A+up:0.05+left'] * 2 + ['S', 'S', 'idle'],
+        ),
+        (UNIVERSAL, '{"actions": ["W", {"mouse": [0, 0.1]}]}', ['W', 'right']),
+    ],
+)
 def test_one_spelling_for_each_action(vocabulary, text, want):
     assert vocabulary.parse(text) == want
     assert [vocabulary.canonical(action) for action in want] == want
 
 
 def test_what_the_network_gets():
-    np.testing.assert_array_equal(UNIVERSAL.encode(['W+D', 'down:0.5+left', 'idle']), np.float32(
-        [[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, -0.5, -0.1], [0] * 6]))
+    np.testing.assert_array_equal(
+        UNIVERSAL.encode(['W+D', 'down:0.5+left', 'idle']),
+        np.float32([[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, -0.5, -0.1], [0] * 6]),
+    )
     np.testing.assert_array_equal(DRIVE.encode(['S+right']), np.float32([[0, 1, 0, 0.1]]))
     np.testing.assert_array_equal(RUN.encode(['idle', 'turnright']), np.eye(7)[[0, 4]])
     for vocabulary in (UNIVERSAL, DRIVE, RUN):
@@ -36,8 +45,11 @@ def test_what_the_network_gets():
 
 
 def test_what_the_network_gets_is_spelled_again():
-    for vocabulary, texts in ((UNIVERSAL, ['W+D+up:0.05+left', 'idle', 'right:0.1234']),
-                              (DRIVE, ['S+right']), (RUN, ['idle', 'turnright'])):
+    for vocabulary, texts in (
+        (UNIVERSAL, ['W+D+up:0.05+left', 'idle', 'right:0.1234']),
+        (DRIVE, ['S+right']),
+        (RUN, ['idle', 'turnright']),
+    ):
         assert vocabulary.decode(vocabulary.encode(texts)) == texts
 
 
@@ -50,7 +62,9 @@ def test_a_file_is_read(tmp_path):
 
 def test_as_many_actions_as_needed():
     assert UNIVERSAL.read('W*5', 3) == (
-        ['W'] * 3, ['actions: 5 frames, 3 needed; the last 2 are not used'])
+        ['W'] * 3,
+        ['actions: 5 frames, 3 needed; the last 2 are not used'],
+    )
     assert UNIVERSAL.read('S,W', 4, pad='hold')[0] == ['S', 'W', 'W', 'W']
     assert UNIVERSAL.read(None, 33, seed=5) == UNIVERSAL.read('benchmark:5', 33)
     assert UNIVERSAL.read('W', 33, pad='random', seed=5)[0][1:] == UNIVERSAL.random(32, 5)
@@ -58,19 +72,36 @@ def test_as_many_actions_as_needed():
         UNIVERSAL.read('W*2', 4)
 
 
-@pytest.mark.parametrize('vocabulary, text, words', [
-    (RUN, 'W+right', "'right' moves the mouse, and templerun has none; expected jump, .*entry 1"),
-    (RUN, 'W,[0]', 'unknown action'), (RUN, 'jump+slide', 'expected one of them alone'),
-    (RUN, '[{"mouse": [0, 0.1]}]', 'moves the mouse'),
-    (UNIVERSAL, 'W,hop', "unknown action 'hop' of universal; expected W, S, .*entry 2"),
-    (UNIVERSAL, 'W+idle', 'alone'), (UNIVERSAL, 'W+w', 'twice'), (UNIVERSAL, 'W:2', 'no amount'),
-    (UNIVERSAL, 'right:7', 'above 0, at most 1'), (UNIVERSAL, 'right:nan', 'above 0'),
-    (UNIVERSAL, 'W*0', 'a number of frames'), (UNIVERSAL, 'W*99999999', 'a number of frames'),
-    (UNIVERSAL, '', 'got none'), (UNIVERSAL, 'W,,W', "unknown action ''"),
-    (UNIVERSAL, 'none.json', 'none.json: not readable'), (UNIVERSAL, '[3]', 'entry 1: expected'),
-    (UNIVERSAL, '{', 'not readable JSON'), (UNIVERSAL, '[]', 'expected a JSON list'),
-    (UNIVERSAL, '[{"keys": "W", "frames": 1.5}]', 'a number of frames'),
-    (UNIVERSAL, '[{"mouse": [0, 2]}]', 'at most 1'), (UNIVERSAL, 'benchmark:x', 'benchmark:SEED')])
+@pytest.mark.parametrize(
+    'vocabulary, text, words',
+    [
+        (
+            RUN,
+            'W+right',
+            "'right' moves the mouse, and templerun has none; expected jump, .*entry 1",
+        ),
+        (RUN, 'W,[0]', 'unknown action'),
+        (RUN, 'jump+slide', 'expected one of them alone'),
+        (RUN, '[{"mouse": [0, 0.1]}]', 'moves the mouse'),
+        (UNIVERSAL, 'W,hop', "unknown action 'hop' of universal; expected W, S, .*entry 2"),
+        (UNIVERSAL, 'W+idle', 'alone'),
+        (UNIVERSAL, 'W+w', 'twice'),
+        (UNIVERSAL, 'W:2', 'no amount'),
+        (UNIVERSAL, 'right:7', 'above 0, at most 1'),
+        (UNIVERSAL, 'right:nan', 'above 0'),
+        (UNIVERSAL, 'W*0', 'a number of frames'),
+        (UNIVERSAL, 'W*99999999', 'a number of frames'),
+        (UNIVERSAL, '', 'got none'),
+        (UNIVERSAL, 'W,,W', "unknown action ''"),
+        (UNIVERSAL, 'none.json', 'none.json: not readable'),
+        (UNIVERSAL, '[3]', 'entry 1: expected'),
+        (UNIVERSAL, '{', 'not readable JSON'),
+        (UNIVERSAL, '[]', 'expected a JSON list'),
+        (UNIVERSAL, '[{"keys": "W", "frames": 1.5}]', 'a number of frames'),
+        (UNIVERSAL, '[{"mouse": [0, 2]}]', 'at most 1'),
+        (UNIVERSAL, 'benchmark:x', 'benchmark:SEED'),
+    ],
+)
 def test_what_cannot_be_read_is_named(vocabulary, text, words):
     with pytest.raises(ControlError, match=words) as caught:
         vocabulary.read(text, 1)

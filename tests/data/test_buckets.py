@@ -54,8 +54,9 @@ def test_processes_share_every_length():
     assert {part.rows for part in loader.loaders} == {(1, 2)} and loader.names == ('clip',)
 
 
-@pytest.mark.parametrize('state', [made(lengths=(5, 9)).state(), made(seed=3).state(),
-                                   b'{"places": 4, "seed": 0}'])
+@pytest.mark.parametrize(
+    'state', [made(lengths=(5, 9)).state(), made(seed=3).state(), b'{"places": 4, "seed": 0}']
+)
 def test_a_state_of_other_lengths_is_refused(state):
     with pytest.raises(ValueError, match='here are 3 and seed 0'):
         made().restore(state)

@@ -16,8 +16,9 @@ GAME = 'CarRacing-v3'
 
 
 def tool(*arguments):
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], capture_output=True,
-                          text=True)
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)], capture_output=True, text=True
+    )
 
 
 def settings(hours=0.002, themes='snow,night', seed=3, held_out=0.5):
@@ -25,22 +26,32 @@ def settings(hours=0.002, themes='snow,night', seed=3, held_out=0.5):
 
 
 def test_help_imports_neither_the_game_nor_jax():
-    code = ('import runpy, sys; sys.argv = ["collect.py", "--help"]\n'
-            f'try: runpy.run_path({str(TOOL)!r}, run_name="__main__")\n'
-            'except SystemExit as end: assert not end.code\n'
-            'assert not {"jax", "gymnasium", "pygame", "numpy"} & set(sys.modules)')
+    code = (
+        'import runpy, sys; sys.argv = ["collect.py", "--help"]\n'
+        f'try: runpy.run_path({str(TOOL)!r}, run_name="__main__")\n'
+        'except SystemExit as end: assert not end.code\n'
+        'assert not {"jax", "gymnasium", "pygame", "numpy"} & set(sys.modules)'
+    )
     subprocess.run([sys.executable, '-c', code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'hours': 0}, '--hours: got 0'), ({'hours': float('nan')}, '--hours: got nan'),
-    ({'hours': float('inf')}, '--hours: got inf'), ({'hours': -1}, '--hours: got -1'),
-    ({'held_out': 1}, '--held-out: got 1'), ({'held_out': -0.1}, '--held-out: got -0.1'),
-    ({'held_out': float('nan')}, '--held-out: got nan'),
-    ({'seed': -1}, '--seed: got -1'), ({'seed': 2 ** 32}, '--seed: got'),
-    ({'themes': 'snow,mars'}, '--themes: got .*meadow'), ({'themes': ''}, '--themes: got'),
-    ({'themes': 'snow,snow'}, '--themes: got'),
-])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'hours': 0}, '--hours: got 0'),
+        ({'hours': float('nan')}, '--hours: got nan'),
+        ({'hours': float('inf')}, '--hours: got inf'),
+        ({'hours': -1}, '--hours: got -1'),
+        ({'held_out': 1}, '--held-out: got 1'),
+        ({'held_out': -0.1}, '--held-out: got -0.1'),
+        ({'held_out': float('nan')}, '--held-out: got nan'),
+        ({'seed': -1}, '--seed: got -1'),
+        ({'seed': 2**32}, '--seed: got'),
+        ({'themes': 'snow,mars'}, '--themes: got .*meadow'),
+        ({'themes': ''}, '--themes: got'),
+        ({'themes': 'snow,snow'}, '--themes: got'),
+    ],
+)
 def test_settings_are_checked(change, message):
     with pytest.raises(ValueError, match=message):
         settings(**change)
@@ -71,13 +82,18 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path):
         collect.claim(settings(), tmp_path / 'a')
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (('Pong-v5',), "ENV: got 'Pong-v5'"), ((GAME, '--workers', 0), '--workers: got 0'),
-    ((GAME, '--hours', 'inf'), '--hours: got inf'),
-    ((GAME, '--hours', 'abc'), "error: --hours: got 'abc', expected float"),
-    ((GAME, '--out'), 'error: --out: got nothing, expected one argument'),
-    ((GAME, '--out', __file__), 'test_collect.py is not a folder'),
-    ((GAME, '--seed', -1), '--seed: got -1, expected a whole number from 0 to 4294967295')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (('Pong-v5',), "ENV: got 'Pong-v5'"),
+        ((GAME, '--workers', 0), '--workers: got 0'),
+        ((GAME, '--hours', 'inf'), '--hours: got inf'),
+        ((GAME, '--hours', 'abc'), "error: --hours: got 'abc', expected float"),
+        ((GAME, '--out'), 'error: --out: got nothing, expected one argument'),
+        ((GAME, '--out', __file__), 'test_collect.py is not a folder'),
+        ((GAME, '--seed', -1), '--seed: got -1, expected a whole number from 0 to 4294967295'),
+    ],
+)
 def test_tool_says_one_line_and_writes_nothing(tmp_path, arguments, message):
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
     done = tool('--out', tmp_path / 'out', *arguments)
@@ -104,7 +120,7 @@ def test_recorded_clips_hold_what_the_captions_say(recorded):
             assert clip.frames.shape[1:] == (64, 96, 3) and clip.fps == 16
             blocks = clip.controls[1:].reshape(-1, 4)
             assert (blocks == blocks[:, :1]).all()
-            assert clip.telemetry[0, 0] > 0         # starts on the road
+            assert clip.telemetry[0, 0] > 0  # starts on the road
             assert clip.theme in clip.caption or clip.theme == 'desert'
             ground = np.median(clip.frames.astype(float), axis=(0, 1, 2)).mean()
             assert ground > 150 if clip.theme == 'snow' else ground < 100
@@ -132,6 +148,7 @@ def test_restart_records_only_what_is_missing(recorded):
 def test_keys_do_what_they_say():
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
     from matrix_jax.data.carracing import TOP_SPEED, Game
+
     game = Game()
     yaw, speed = {}, {}
     for key in CONTROLS:
@@ -148,12 +165,13 @@ def test_keys_do_what_they_say():
     frame = game.frame()
     assert frame.shape == (64, 96, 3) and frame.dtype == np.uint8
     red = frame[51, 48].astype(int)
-    assert red[0] > red[1:].max() + 60          # the car is in its place
+    assert red[0] > red[1:].max() + 60  # the car is in its place
 
 
 def test_sixteen_frames_are_fifty_physics_steps():
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
     from matrix_jax.data.carracing import Game
+
     game = Game()
     game.reset(seed=7, theme='meadow')
     before = game.env.t
@@ -169,6 +187,7 @@ def test_sixteen_frames_are_fifty_physics_steps():
 def test_following_driver_stays_on_the_road():
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
     from matrix_jax.data.carracing import Driver, Game
+
     game = Game()
     game.reset(seed=3, theme='meadow', start=0.3, backwards=True)
     driver = Driver(game, np.random.default_rng(0))

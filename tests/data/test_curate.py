@@ -40,9 +40,14 @@ def walk(keys, mouse, walker=GAME, tilt=0.0):
 def clip(seed, **changes):
     keys, mouse = script(seed, **changes)
     count = len(keys)
-    return Clip(frames=np.zeros((count, 2, 2, 3), np.uint8), caption='', theme='', seed=seed,
-                fps=FPS, **unknown(count) | {'keyboard': keys, 'mouse': mouse,
-                                             'pose': walk(keys, mouse)})
+    return Clip(
+        frames=np.zeros((count, 2, 2, 3), np.uint8),
+        caption='',
+        theme='',
+        seed=seed,
+        fps=FPS,
+        **unknown(count) | {'keyboard': keys, 'mouse': mouse, 'pose': walk(keys, mouse)},
+    )
 
 
 def unlabelled(made):
@@ -84,7 +89,7 @@ def test_who_climbs_a_path_presses_forward_wherever_the_camera_tilts(tilt):
     mouse = np.zeros((40, 2), np.float32)
     mouse[10:20, 0] = np.sign(tilt) * 0.1
     poses = walk(keys, mouse, tilt=tilt)
-    poses[:, :2] *= np.cos(np.arctan(tilt))      # at the same pace along the slope
+    poses[:, :2] *= np.cos(np.arctan(tilt))  # at the same pace along the slope
     np.testing.assert_array_equal(curate.keyboard(poses, FPS, GAME)[1:], keys[1:])
     np.testing.assert_allclose(curate.mouse(poses, FPS)[1:], mouse[1:], atol=1e-4)
 
@@ -102,7 +107,7 @@ def test_who_runs_into_a_wall_does_not_press_back():
 def test_noise_of_a_tracked_camera_presses_little():
     noise = np.random.default_rng(0).normal(scale=[0.3, 0.3, 0.3, 1e-3, 1e-3, 1e-3], size=(201, 6))
     keys, mouse = script(1)
-    poses = walk(keys, mouse) + noise[:len(keys)]
+    poses = walk(keys, mouse) + noise[: len(keys)]
     sharp = replace(GAME, smooth=5, still=0.01)
     found = curate.agreement(curate.keyboard(poses, FPS, sharp), keys)
     assert found['all']['accuracy'] > 0.85
@@ -157,11 +162,15 @@ def test_cameras_become_poses():
         curate.cameras(np.eye(3))
 
 
-@pytest.mark.parametrize('fields, message', [
-    ({'speed': 0}, 'walker.speed: got 0'), ({'speed': 1, 'drag': 1}, 'walker.drag: got 1'),
-    ({'speed': 1, 'smooth': 2}, 'walker.smooth: got 2, expected an odd'),
-    ({'speed': 1, 'least': -1}, 'walker.least: got -1'),
-])
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'speed': 0}, 'walker.speed: got 0'),
+        ({'speed': 1, 'drag': 1}, 'walker.drag: got 1'),
+        ({'speed': 1, 'smooth': 2}, 'walker.smooth: got 2, expected an odd'),
+        ({'speed': 1, 'least': -1}, 'walker.least: got -1'),
+    ],
+)
 def test_wrong_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Walker(**fields)

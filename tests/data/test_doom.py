@@ -41,8 +41,14 @@ def held(game, keys, mouse=(0, 0), frames=6):
 
 
 def test_keys_move_and_stand_for_their_directions(hall):
-    for keys, way in {'W': (1, 0), 'S': (-1, 0), 'A': (0, 1), 'D': (0, -1),
-                      'WA': (1, 1), 'SD': (-1, -1)}.items():
+    for keys, way in {
+        'W': (1, 0),
+        'S': (-1, 0),
+        'A': (0, 1),
+        'D': (0, -1),
+        'WA': (1, 1),
+        'SD': (-1, -1),
+    }.items():
         hall.game.send_game_command('warp 300 300')
         hall._act(doom.STILL, 40)
         moved = held(hall, keys)[:2]
@@ -66,8 +72,10 @@ def test_a_turn_moves_the_picture_and_stillness_does_not(hall):
     assert np.abs(still[1:].astype(int) - still[:1]).mean() < 2
     turned, _ = hall.hold(NONE, (0, 0.1), frames=2)
     # 3.75 degrees a frame are 5.2 of 80 pixels of focal length in the middle of the picture.
-    shifts = [np.abs(turned[1, :, 60:100].astype(int) - turned[0, :, 60 + s:100 + s]).mean()
-              for s in range(-8, 9)]
+    shifts = [
+        np.abs(turned[1, :, 60:100].astype(int) - turned[0, :, 60 + s : 100 + s]).mean()
+        for s in range(-8, 9)
+    ]
     assert np.argmin(shifts) - 8 == 5
 
 
@@ -132,7 +140,7 @@ def test_clips_hold_keys_mouse_and_pose(recorded):
 def test_keys_and_mouse_are_found_in_poses_alone(recorded):
     for split in ('train', 'heldout'):
         clip = Shard(recorded / '1' / f'{split}-00000.array_record')[0]
-        walker = curate.Walker(speed=267.0, drag=0.829)      # as `calibrate` finds in an hour
+        walker = curate.Walker(speed=267.0, drag=0.829)  # as `calibrate` finds in an hour
         nothing = records.unknown(len(clip.frames))
         bare = replace(clip, keyboard=nothing['keyboard'], mouse=nothing['mouse'])
         found = curate.label(bare, walker)

@@ -17,8 +17,14 @@ def explore(count, seed=0, ahead=lambda bearing: np.full(40, 900.0), moves=True)
     for _ in range(count):
         keys, mouse = explorer.choose(Sight(ahead(BEARING), BEARING))
         made.append((''.join(key for key, held in zip('WSAD', keys) if held), *mouse))
-        pose = pose + [60 * bool(moves and keys.any()), 0, 0, -mouse[1] * TURN_RADIANS,
-                       mouse[0] * TURN_RADIANS, 0]
+        pose = pose + [
+            60 * bool(moves and keys.any()),
+            0,
+            0,
+            -mouse[1] * TURN_RADIANS,
+            mouse[0] * TURN_RADIANS,
+            0,
+        ]
         explorer.moved(np.tile(pose, (4, 1)))
     return made, pose
 
@@ -64,7 +70,8 @@ def test_it_lets_go_where_keys_move_nothing():
             run = 1
     moving, _ = explore(600)
     assert np.mean([bool(keys) for keys, _, _ in made]) < np.mean(
-        [bool(keys) for keys, _, _ in moving])
+        [bool(keys) for keys, _, _ in moving]
+    )
 
 
 @pytest.mark.parametrize('seed', [0, 5])

@@ -17,7 +17,7 @@ def scene(seed, count, speed=1, height=36, width=64):
     """Frames [F H W 3] of a camera that pans over blurred random blocks."""
     blocks = np.random.default_rng(seed).integers(30, 230, (6, 40, 3)).astype(np.uint8)
     wide = video.resize(blocks[None], height, 40 * 16)[0]
-    return np.stack([wide[:, speed * index:speed * index + width] for index in range(count)])
+    return np.stack([wide[:, speed * index : speed * index + width] for index in range(count)])
 
 
 def write(path, frames, fps=16):
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
     (folder / 'broken.mp4').write_text('no video')
     whole = (folder / 'b.mp4').read_bytes()
     middle = len(whole) // 2
-    (folder / 'hole.mp4').write_bytes(whole[:middle] + bytes(2000) + whole[middle + 2000:])
+    (folder / 'hole.mp4').write_bytes(whole[:middle] + bytes(2000) + whole[middle + 2000 :])
     (folder / 'empty.mkv').touch()
     (folder / 'notes.txt').write_text('no video either')
     return folder
@@ -64,13 +64,17 @@ def small(*parts):
     return video.resize(frames, *footage.LOOK)
 
 
-@pytest.mark.parametrize('parts, found', [
-    ([(1, 20, 1)], [(0, 20)]),
-    ([(1, 20, 1), (2, 30, 1)], [(0, 20), (20, 50)]),
-    ([(1, 20, 1), (2, 1, 1), (1, 20, 1)], [(0, 20), (20, 21), (21, 41)]),     # a flash
-    ([(1, 60, 9)], [(0, 60)]),                                                # a fast pan
-    ([(1, 30, 6), (2, 30, 6)], [(0, 30), (30, 60)]),
-    ([(1, 1, 1)], [(0, 1)])])
+@pytest.mark.parametrize(
+    'parts, found',
+    [
+        ([(1, 20, 1)], [(0, 20)]),
+        ([(1, 20, 1), (2, 30, 1)], [(0, 20), (20, 50)]),
+        ([(1, 20, 1), (2, 1, 1), (1, 20, 1)], [(0, 20), (20, 21), (21, 41)]),  # a flash
+        ([(1, 60, 9)], [(0, 60)]),  # a fast pan
+        ([(1, 30, 6), (2, 30, 6)], [(0, 30), (30, 60)]),
+        ([(1, 1, 1)], [(0, 1)]),
+    ],
+)
 def test_shots(parts, found):
     assert footage.shots(small(*(scene(*part) for part in parts))) == found
 
@@ -79,9 +83,15 @@ def test_the_fast_pan_is_above_the_bound_alone():
     assert footage.differences(small(scene(1, 60, 9))).max() > footage.CUT
 
 
-@pytest.mark.parametrize('frames, fault', [
-    (scene(1, 20), ''), (scene(1, 20) // 20, 'dark'), (scene(1, 20) // 16 + 128, 'flat'),
-    (np.repeat(scene(1, 1), 20, axis=0), 'static')])
+@pytest.mark.parametrize(
+    'frames, fault',
+    [
+        (scene(1, 20), ''),
+        (scene(1, 20) // 20, 'dark'),
+        (scene(1, 20) // 16 + 128, 'flat'),
+        (np.repeat(scene(1, 1), 20, axis=0), 'static'),
+    ],
+)
 def test_faults(frames, fault):
     assert footage.fault(small(frames)) == fault
 
@@ -93,7 +103,7 @@ def test_pieces_are_whole_latent_frames():
 
 def test_a_look_shows_what_the_clip_will_show(tmp_path):
     frames = scene(1, 2, height=64, width=64)
-    frames[:, :8] = frames[:, -8:] = 0      # cropped away
+    frames[:, :8] = frames[:, -8:] = 0  # cropped away
     write(tmp_path / 'a.mp4', frames)
     shown = footage.look(tmp_path / 'a.mp4', 16, 32 / 48)
     fitted = video.fit(video.read_video(tmp_path / 'a.mp4'), 32, 48)
@@ -137,9 +147,11 @@ def test_a_restart_makes_only_what_is_missing(folder, tmp_path, monkeypatch):
     first = make(folder, tmp_path, held_out=0.375)
     before = contents(tmp_path)
     assert [name for name in sorted(before) if name.endswith('record')] == [
-        'heldout-00000.array_record', 'train-00000.array_record']
-    assert sum(name.endswith('.json') for name in before) == 1 + 5      # with the manifest
-    (tmp_path / 'train-00000.json').unlink()      # killed between the shard and its report
+        'heldout-00000.array_record',
+        'train-00000.array_record',
+    ]
+    assert sum(name.endswith('.json') for name in before) == 1 + 5  # with the manifest
+    (tmp_path / 'train-00000.json').unlink()  # killed between the shard and its report
     (tmp_path / 'heldout-00000.array_record').unlink()
     (tmp_path / 'heldout-00000.json').unlink()
     times = (tmp_path / 'train-00001.json').stat().st_mtime_ns
@@ -153,11 +165,14 @@ def test_a_restart_makes_only_what_is_missing(folder, tmp_path, monkeypatch):
 
 
 def test_a_video_is_in_one_split():
-    sources = [ingest.Source(f'{name}.mp4', start=start)
-               for name in 'abcdefghij' for start in (0, 9)]
+    sources = [
+        ingest.Source(f'{name}.mp4', start=start) for name in 'abcdefghij' for start in (0, 9)
+    ]
     groups = list(ingest._groups(sources, [1] * 20, 0.3))
-    paths = {split: {one.path for which, _, group in groups if which == split for one in group}
-             for split in ('train', 'heldout')}
+    paths = {
+        split: {one.path for which, _, group in groups if which == split for one in group}
+        for split in ('train', 'heldout')
+    }
     assert len(paths['heldout']) == 3 and not paths['heldout'] & paths['train']
     assert sum(len(group) for _, _, group in groups) == 20
 
@@ -177,8 +192,24 @@ def test_other_videos_are_refused(folder, made, tmp_path):
 
 
 def test_the_tool_counts_and_names(folder, tmp_path, capsys):
-    assert run('collect', '--videos', folder, '--out', tmp_path / 'out', '--world',
-               'the_matrix:TINY', '--held-out', 0, '--caption', 'Footage.', '--shortest', 2) == 0
+    assert (
+        run(
+            'collect',
+            '--videos',
+            folder,
+            '--out',
+            tmp_path / 'out',
+            '--world',
+            'the_matrix:TINY',
+            '--held-out',
+            0,
+            '--caption',
+            'Footage.',
+            '--shortest',
+            2,
+        )
+        == 0
+    )
     said = capsys.readouterr().out
     assert 'files: 5 read, 4 skipped' in said and 'skipped: empty.mkv: not' in said
     assert 'clips: 3 kept, 4 dropped (dark 1, flat 1, short 1, static 1)' in said
@@ -186,24 +217,28 @@ def test_the_tool_counts_and_names(folder, tmp_path, capsys):
     assert (manifest['height'], manifest['width'], manifest['shortest']) == (32, 48, 33)
 
 
-@pytest.mark.parametrize('given, said', [
-    (('--videos', 'VIDEOS/below/none'), 'no such folder'),
-    (('--videos', 'EMPTY'), 'no video in it'),
-    (('--videos', 'BROKEN'), 'no clip was kept; skipped: '),
-    (('--videos', 'VIDEOS', '--hours', '1'), '--hours: is not an option with --videos'),
-    (('--videos', 'VIDEOS', '--frames', '65'), '--frames: is not an option with --videos'),
-    (('--videos', 'VIDEOS', '--shortest', '0'), '--shortest: got 0'),
-    (('--videos', 'VIDEOS', '--shortest', '99'), '--shortest: got 1585 frames'),
-    (('--videos', 'VIDEOS', '--shortest', '1e300'), '--shortest: got 1e+300, expected seconds'),
-    (('--videos', ''), "--videos: got '', expected a path"),
-    (('--videos', 'VIDEOS', '--out', 'BROKEN/a.mp4'), 'a.mp4 is not a folder'),
-    (('--videos', 'VIDEOS', '--out', ''), "--out: got '', expected a path"),
-    (('--videos', 'VIDEOS', '--held-out', '1'), '--held-out: got 1'),
-    (('--videos', 'VIDEOS', '--workers', '0'), '--workers: got 0'),
-    (('--videos', 'VIDEOS', '--world', 'mars'), "unknown world 'mars'"),
-    (('CarRacing-v3', '--videos', 'VIDEOS'), 'got ENV and --videos, expected one of'),
-    (('CarRacing-v3', '--caption', 'x'), '--caption: is not an option with ENV'),
-    ((), 'got nothing to read')])
+@pytest.mark.parametrize(
+    'given, said',
+    [
+        (('--videos', 'VIDEOS/below/none'), 'no such folder'),
+        (('--videos', 'EMPTY'), 'no video in it'),
+        (('--videos', 'BROKEN'), 'no clip was kept; skipped: '),
+        (('--videos', 'VIDEOS', '--hours', '1'), '--hours: is not an option with --videos'),
+        (('--videos', 'VIDEOS', '--frames', '65'), '--frames: is not an option with --videos'),
+        (('--videos', 'VIDEOS', '--shortest', '0'), '--shortest: got 0'),
+        (('--videos', 'VIDEOS', '--shortest', '99'), '--shortest: got 1585 frames'),
+        (('--videos', 'VIDEOS', '--shortest', '1e300'), '--shortest: got 1e+300, expected seconds'),
+        (('--videos', ''), "--videos: got '', expected a path"),
+        (('--videos', 'VIDEOS', '--out', 'BROKEN/a.mp4'), 'a.mp4 is not a folder'),
+        (('--videos', 'VIDEOS', '--out', ''), "--out: got '', expected a path"),
+        (('--videos', 'VIDEOS', '--held-out', '1'), '--held-out: got 1'),
+        (('--videos', 'VIDEOS', '--workers', '0'), '--workers: got 0'),
+        (('--videos', 'VIDEOS', '--world', 'mars'), "unknown world 'mars'"),
+        (('CarRacing-v3', '--videos', 'VIDEOS'), 'got ENV and --videos, expected one of'),
+        (('CarRacing-v3', '--caption', 'x'), '--caption: is not an option with ENV'),
+        ((), 'got nothing to read'),
+    ],
+)
 def test_wrong_options_are_one_line_and_write_nothing(folder, tmp_path, capsys, given, said):
     (tmp_path / 'empty').mkdir()
     (tmp_path / 'broken').mkdir()

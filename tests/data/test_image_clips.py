@@ -15,8 +15,9 @@ PARAMS = {'vae': {'encoder': {'kernel': np.ones(2)}}}
 class World:
     """Stands in for a world: a latent frame is the mean of two halves of its last frame."""
 
-    cfg = types.SimpleNamespace(mirror=True, height=8, width=8,
-                                vae=types.SimpleNamespace(normalisation={}))
+    cfg = types.SimpleNamespace(
+        mirror=True, height=8, width=8, vae=types.SimpleNamespace(normalisation={})
+    )
     vocabulary = Actions('universal')
     calls = 0
 
@@ -34,7 +35,8 @@ def clip(index, count, **more):
     frames[:, :, :4] = (10 * index + np.arange(count))[:, None, None, None]
     known = records.unknown(count) | {
         'keyboard': np.tile(np.int8([1, 0, 0, 1]), (count, 1)),
-        'mouse': np.stack([np.arange(count), np.ones(count)], 1).astype(np.float32)}
+        'mouse': np.stack([np.arange(count), np.ones(count)], 1).astype(np.float32),
+    }
     return records.Clip(frames=frames, caption='a', theme='b', seed=index, fps=16, **known | more)
 
 
@@ -50,12 +52,16 @@ def test_clips_are_cut_encoded_and_turned(recorded, tmp_path):
     store = image_clips.encode(recorded, World(), PARAMS, tmp_path / 'cache', 9)
     # Of 33 frames there are clips from 0, 12 and 24; of 13 one.
     assert [name.split(' record ')[1] for name in store.names] == [
-        '0 frame 0', '0 frame 12 mirrored', '0 frame 24', '1 frame 0 mirrored']
+        '0 frame 0',
+        '0 frame 12 mirrored',
+        '0 frame 24',
+        '1 frame 0 mirrored',
+    ]
     assert store.latents.shape == (4, 3, 1, 2, 3) and store.latents.dtype == np.float16
     np.testing.assert_array_equal(store.latents[2, :, 0, :, 0], [[24, 0], [28, 0], [32, 0]])
     np.testing.assert_array_equal(store.latents[1, :, 0, :, 0], [[0, 12], [0, 16], [0, 20]])
     np.testing.assert_array_equal(store.actions[2, 3], [1, 0, 0, 1, 27, 1])
-    np.testing.assert_array_equal(store.actions[1, 3], [1, 0, 1, 0, 15, -1])    # D is A there
+    np.testing.assert_array_equal(store.actions[1, 3], [1, 0, 1, 0, 15, -1])  # D is A there
     assert store.picture[2].max() == 24 and store.told.shape == (4, 3, 1, 2, 1)
     calls = World.calls
     image_clips.encode(recorded, World(), PARAMS, tmp_path / 'cache', 9)
@@ -85,8 +91,10 @@ def test_what_cannot_be_used_is_named(recorded, tmp_path):
     dumb = tmp_path / 'dumb'
     dumb.mkdir()
     unknown = records.unknown(9)
-    records.write_shard(dumb / f'train-0{records.SUFFIX}', iter([clip(
-        0, 9, keyboard=unknown['keyboard'], mouse=unknown['mouse'])]))
+    records.write_shard(
+        dumb / f'train-0{records.SUFFIX}',
+        iter([clip(0, 9, keyboard=unknown['keyboard'], mouse=unknown['mouse'])]),
+    )
     with pytest.raises(records.RecordError, match='without keys without mouse'):
         image_clips.encode(dumb, World(), PARAMS, tmp_path / 'cache', 9)
     with pytest.raises(ValueError, match='world.mode: got keys'):

@@ -15,8 +15,9 @@ PARAMS = {'vae': {'encoder': {'kernel': np.ones(2)}}}
 class World:
     """Stands in for a world: a latent frame is the mean colour of its last frame."""
 
-    cfg = types.SimpleNamespace(mirror=True, height=8, width=8,
-                                vae=types.SimpleNamespace(normalisation={}))
+    cfg = types.SimpleNamespace(
+        mirror=True, height=8, width=8, vae=types.SimpleNamespace(normalisation={})
+    )
     calls = 0
 
     def encode_step(self, params, cache, frames):
@@ -33,8 +34,14 @@ def clip(index, count, labelled=True, size=8):
     known = records.unknown(count)
     if labelled:
         known['controls'] = np.full(count, 1, np.int8)
-    return records.Clip(frames=frames, caption=f'c{index % 2}' if labelled else '',
-                        theme='meadow', seed=index, fps=16, **known)
+    return records.Clip(
+        frames=frames,
+        caption=f'c{index % 2}' if labelled else '',
+        theme='meadow',
+        seed=index,
+        fps=16,
+        **known,
+    )
 
 
 @pytest.fixture
@@ -50,8 +57,10 @@ def recorded(tmp_path):
 def footage(tmp_path):
     folder = tmp_path / 'footage'
     folder.mkdir()
-    records.write_shard(folder / f'train-0{records.SUFFIX}',
-                        (clip(50 + index, 33, labelled=False) for index in range(2)))
+    records.write_shard(
+        folder / f'train-0{records.SUFFIX}',
+        (clip(50 + index, 33, labelled=False) for index in range(2)),
+    )
     return folder
 
 
@@ -87,12 +96,13 @@ def test_windows_hold_the_actions_of_their_frames(recorded, tmp_path):
         clip(9, count, labelled=False),
         keyboard=np.tile(np.array([1, 0, 1, 0], np.int8), (count, 1)),
         mouse=np.arange(2 * count, dtype=np.float32).reshape(count, 2),
-        pose=np.arange(count, dtype=np.float32)[:, None].repeat(6, 1))
+        pose=np.arange(count, dtype=np.float32)[:, None].repeat(6, 1),
+    )
     records.write_shard(folder / f'train-0{records.SUFFIX}', [walk])
     store = latents.encode([folder, recorded], World(), PARAMS, tmp_path / 'cache')
     batch = next(latents.Windows(store, 4, 24, 0, np.zeros((3, 1), int)))
     assert batch['keyboard'].shape == (24, 13, 4) and batch['pose'].shape == (24, 13, 6)
-    walked = batch['clip'] < 2      # the walk and its mirror image
+    walked = batch['clip'] < 2  # the walk and its mirror image
     assert walked.any() and np.isnan(batch['mouse'][~walked]).all()
     pitch, yaw = batch['mouse'][walked, :, 0], batch['mouse'][walked, :, 1]
     # A window from latent frame s on begins with pixel frame 4 s.
@@ -129,8 +139,11 @@ def test_windows_resume_exactly_and_refuse_other_data(recorded, tmp_path):
 
 def test_clips_of_another_size_are_refused(recorded, tmp_path):
     records.write_shard(recorded / f'train-1{records.SUFFIX}', [clip(0, 33, size=16)])
-    with pytest.raises(records.RecordError, match=r'train-1.*record 0: got frames \[16, 8\], '
-                                                  r'expected \[8, 8\]'):
+    with pytest.raises(
+        records.RecordError,
+        match=r'train-1.*record 0: got frames \[16, 8\], '
+        r'expected \[8, 8\]',
+    ):
         latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
     assert not (tmp_path / 'cache').exists()
 
@@ -149,8 +162,8 @@ def test_folders_are_encoded_by_themselves_and_joined(recorded, footage, tmp_pat
         for episode, start in enumerate(store.starts[:-1]):
             at = both.starts[first + episode]
             np.testing.assert_array_equal(both.cut(at, 3), store.cut(start, 3))
-    assert set(both.controls[:both.starts[6]]) == {1, 2}
-    assert set(both.controls[both.starts[6]:]) == {records.NULL}
+    assert set(both.controls[: both.starts[6]]) == {1, 2}
+    assert set(both.controls[both.starts[6] :]) == {records.NULL}
 
 
 def drawn(store, count=6, **settings):
@@ -162,8 +175,9 @@ def drawn(store, count=6, **settings):
 
 
 @pytest.mark.parametrize('labelled, wanted', [(1.0, 4), (0.75, 3), (0.5, 2), (0.0, 0)])
-def test_every_batch_holds_the_share_of_labelled_windows(recorded, footage, tmp_path, labelled,
-                                                         wanted):
+def test_every_batch_holds_the_share_of_labelled_windows(
+    recorded, footage, tmp_path, labelled, wanted
+):
     store = latents.encode([recorded, footage], World(), PARAMS, tmp_path / 'cache')
     batches, _ = drawn(store, labelled=labelled)
     for batch in batches:
@@ -173,9 +187,11 @@ def test_every_batch_holds_the_share_of_labelled_windows(recorded, footage, tmp_
 
 def test_without_a_share_windows_come_as_they_lie(recorded, footage, tmp_path):
     store = latents.encode([recorded, footage], World(), PARAMS, tmp_path / 'cache')
-    places = [(clip, offset) for clip, (start, end)
-              in enumerate(zip(store.starts, store.starts[1:], strict=False))
-              for offset in range(end - start - 3)]
+    places = [
+        (clip, offset)
+        for clip, (start, end) in enumerate(zip(store.starts, store.starts[1:], strict=False))
+        for offset in range(end - start - 3)
+    ]
     batches, _ = drawn(store, count=len(places) // 4)
     seen = sorted(int(clip) for batch in batches for clip, _ in batch)
     assert seen == sorted(clip for clip, _ in places)
@@ -210,8 +226,11 @@ def test_a_smaller_share_of_labels_is_part_of_a_larger_one(tmp_path):
     kept = {}
     for share in (1.0, 0.5, 0.1, 0.0):
         controls = drawn(store, 0, label_share=share)[1].controls
-        kept[share] = {store.recordings[episode] for episode, start in enumerate(store.starts[:-1])
-                       if controls[start] != records.NULL}
+        kept[share] = {
+            store.recordings[episode]
+            for episode, start in enumerate(store.starts[:-1])
+            if controls[start] != records.NULL
+        }
         # A mirror image is labelled if and only if its clip is.
         half = len(controls) // 2
         assert ((controls[:half] == records.NULL) == (controls[half:] == records.NULL)).all()

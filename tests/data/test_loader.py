@@ -27,9 +27,15 @@ def make_clip(number):
     frames[..., 1] = np.arange(6)
     frames[..., 2] = number
     latent = (np.arange(count) + 3) // 4
-    return Clip(frames=frames, controls=((number + latent) % len(CONTROLS)).astype(np.int8),
-                caption=f'caption {number % 3}', theme=('meadow', 'snow')[number % 2], seed=number,
-                fps=16, telemetry=np.ones((count, len(TELEMETRY)), np.float32))
+    return Clip(
+        frames=frames,
+        controls=((number + latent) % len(CONTROLS)).astype(np.int8),
+        caption=f'caption {number % 3}',
+        theme=('meadow', 'snow')[number % 2],
+        seed=number,
+        fps=16,
+        telemetry=np.ones((count, len(TELEMETRY)), np.float32),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -56,8 +62,8 @@ def test_batches_are_crops_with_their_controls(folder):
         assert batch['frames'].dtype == np.uint8
         assert batch['controls'].shape == (4, 3) and batch['controls'].dtype == np.int32
         for frames, controls, caption, telemetry in zip(
-                batch['frames'], batch['controls'], batch['caption'], batch['telemetry'],
-                strict=True):
+            batch['frames'], batch['controls'], batch['caption'], batch['telemetry'], strict=True
+        ):
             start, number = int(frames[0, 0, 0, 0]), int(frames[0, 0, 0, 2])
             flipped = bool(frames[0, 0, 0, 1])
             window = crop(make_clip(number), start, FRAMES)
@@ -68,8 +74,10 @@ def test_batches_are_crops_with_their_controls(folder):
             np.testing.assert_array_equal(telemetry, window.telemetry)
             assert loader.captions[caption] == f'caption {number % 3}'
         names = [loader.names[one] for one in batch['clip']]
-        assert names == [f'{folder}/train-0000{number // 4}.array_record record {number % 4}'
-                         for number in batch['frames'][:, 0, 0, 0, 2]]
+        assert names == [
+            f'{folder}/train-0000{number // 4}.array_record record {number % 4}'
+            for number in batch['frames'][:, 0, 0, 0, 2]
+        ]
     assert mirrored == {False, True}
 
 
@@ -80,7 +88,13 @@ def test_mirror_swaps_left_and_right():
     names = [CONTROLS[i].translate(str.maketrans('LR', 'RL')) for i in clip.controls]
     assert [CONTROLS[i] for i in seen.controls] == names
     assert dict(zip(TELEMETRY, seen.telemetry[0], strict=True)) == {
-        'on_road': 1, 'yaw_rate': -1, 'speed': 1, 'x': -1, 'y': 1, 'heading': -1}
+        'on_road': 1,
+        'yaw_rate': -1,
+        'speed': 1,
+        'x': -1,
+        'y': 1,
+        'heading': -1,
+    }
     np.testing.assert_array_equal(mirror(seen).frames, clip.frames)
 
 
@@ -102,10 +116,15 @@ def walk(number):
     """A first-person clip: keys, mouse and pose of frame f are told by f."""
     clip = make_clip(number)
     count = np.arange(len(clip.frames))
-    return replace(clip, **unknown(len(count)) | {
-        'keyboard': (count[:, None] // [1, 2, 4, 8] % 2).astype(np.int8),
-        'mouse': (count[:, None] * [1, 10]).astype(np.float32),
-        'pose': (count[:, None] + np.arange(6) * 100).astype(np.float32)})
+    return replace(
+        clip,
+        **unknown(len(count))
+        | {
+            'keyboard': (count[:, None] // [1, 2, 4, 8] % 2).astype(np.int8),
+            'mouse': (count[:, None] * [1, 10]).astype(np.float32),
+            'pose': (count[:, None] + np.arange(6) * 100).astype(np.float32),
+        },
+    )
 
 
 def test_first_person_clips_give_keys_mouse_and_pose(folder, tmp_path):
@@ -121,7 +140,7 @@ def test_first_person_clips_give_keys_mouse_and_pose(folder, tmp_path):
             window = slice(start, start + FRAMES)
             keys, mouse, pose = (batch[name][row] for name in ('keyboard', 'mouse', 'pose'))
             sides.add(turned)
-            w, s, a, d = (np.arange(40)[window] // 2 ** bit % 2 for bit in range(4))
+            w, s, a, d = (np.arange(40)[window] // 2**bit % 2 for bit in range(4))
             np.testing.assert_array_equal(keys.T, (w, s, d, a) if turned else (w, s, a, d))
             side = -1 if turned else 1
             np.testing.assert_array_equal(mouse[:, 1], side * 10 * mouse[:, 0])
@@ -191,12 +210,15 @@ def test_splits_and_themes(folder):
     assert len(Clips([folder, folder])) == 14
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ({'frames': 8, 'batch': 1}, r'loader.frames: got 8, expected 1 \+ 4k'),
-    ({'frames': 9, 'batch': 0}, 'loader.batch: got 0'),
-    ({'frames': 401, 'batch': 1}, 'no train clip of 401 frames'),
-    ({'frames': 9, 'batch': 1, 'themes': ('mars',)}, 'theme mars'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ({'frames': 8, 'batch': 1}, r'loader.frames: got 8, expected 1 \+ 4k'),
+        ({'frames': 9, 'batch': 0}, 'loader.batch: got 0'),
+        ({'frames': 401, 'batch': 1}, 'no train clip of 401 frames'),
+        ({'frames': 9, 'batch': 1, 'themes': ('mars',)}, 'theme mars'),
+    ],
+)
 def test_wrong_arguments_are_refused(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         Loader(folder, **arguments)

@@ -24,10 +24,15 @@ from matrix_jax.data.records import (
 def make_clip(seed=0, frames=17):
     rng = np.random.default_rng(seed)
     keys = rng.integers(0, len(CONTROLS), 1 + (frames - 1) // 4).astype(np.int8)
-    return Clip(frames=rng.integers(0, 256, (frames, 8, 12, 3), np.uint8),
-                controls=np.concatenate([keys[:1], np.repeat(keys[1:], 4)]),
-                caption=f'caption {seed % 3}', theme=('meadow', 'snow')[seed % 2], seed=seed,
-                fps=16, telemetry=rng.normal(size=(frames, 6)).astype(np.float32))
+    return Clip(
+        frames=rng.integers(0, 256, (frames, 8, 12, 3), np.uint8),
+        controls=np.concatenate([keys[:1], np.repeat(keys[1:], 4)]),
+        caption=f'caption {seed % 3}',
+        theme=('meadow', 'snow')[seed % 2],
+        seed=seed,
+        fps=16,
+        telemetry=rng.normal(size=(frames, 6)).astype(np.float32),
+    )
 
 
 def assert_same(a, b):
@@ -54,6 +59,7 @@ def test_an_interrupted_shard_has_no_final_name(tmp_path):
     def clips():
         yield make_clip()
         raise KeyboardInterrupt
+
     with pytest.raises(KeyboardInterrupt):
         write_shard(tmp_path / 'train-00000.array_record', clips())
     with pytest.raises(RecordError, match='no train-'):
@@ -90,10 +96,13 @@ def test_foreign_bytes_are_refused():
 def walk(seed=0, frames=17):
     """A first-person clip."""
     rng, known = np.random.default_rng(seed), unknown(frames)
-    return replace(make_clip(seed, frames), controls=known['controls'],
-                   keyboard=rng.integers(0, 2, (frames, 4)).astype(np.int8),
-                   mouse=rng.normal(size=(frames, 2)).astype(np.float32),
-                   pose=rng.normal(size=(frames, 6)).astype(np.float32))
+    return replace(
+        make_clip(seed, frames),
+        controls=known['controls'],
+        keyboard=rng.integers(0, 2, (frames, 4)).astype(np.int8),
+        mouse=rng.normal(size=(frames, 2)).astype(np.float32),
+        pose=rng.normal(size=(frames, 6)).astype(np.float32),
+    )
 
 
 def test_keys_mouse_and_pose_come_back():
@@ -115,27 +124,36 @@ def test_records_of_the_first_version_are_read_and_later_ones_refused():
         unpack(later, 'record 1')
 
 
-@pytest.mark.parametrize('changes, where', [
-    ({'keyboard': np.zeros((17, 3), np.int8)}, r'clip.keyboard: got int8 \(17, 3\), expected int8'),
-    ({'keyboard': np.full((17, 4), 2, np.int8)}, 'clip.keyboard: expected 0 or 1'),
-    ({'keyboard': np.arange(68).reshape(17, 4).clip(-1, 1).astype(np.int8) - 1}, 'or for none'),
-    ({'mouse': np.zeros((17, 2))}, 'clip.mouse: got float64'),
-    ({'mouse': np.full((17, 2), np.inf, np.float32)}, 'clip.mouse: expected values for all'),
-    ({'pose': np.full((17, 6), [np.nan, 0, 0, 0, 0, 0], np.float32)}, 'clip.pose: expected'),
-])
+@pytest.mark.parametrize(
+    'changes, where',
+    [
+        (
+            {'keyboard': np.zeros((17, 3), np.int8)},
+            r'clip.keyboard: got int8 \(17, 3\), expected int8',
+        ),
+        ({'keyboard': np.full((17, 4), 2, np.int8)}, 'clip.keyboard: expected 0 or 1'),
+        ({'keyboard': np.arange(68).reshape(17, 4).clip(-1, 1).astype(np.int8) - 1}, 'or for none'),
+        ({'mouse': np.zeros((17, 2))}, 'clip.mouse: got float64'),
+        ({'mouse': np.full((17, 2), np.inf, np.float32)}, 'clip.mouse: expected values for all'),
+        ({'pose': np.full((17, 6), [np.nan, 0, 0, 0, 0, 0], np.float32)}, 'clip.pose: expected'),
+    ],
+)
 def test_malformed_actions_are_refused(changes, where):
     with pytest.raises(RecordError, match=where):
         replace(walk(), **changes)
 
 
-@pytest.mark.parametrize('changes, where', [
-    ({'frames': np.zeros((16, 8, 12, 3), np.uint8)}, 'got 16 frames, expected 1 [+] 4k'),
-    ({'frames': np.zeros((17, 8, 12, 3), np.float32)}, 'clip.frames: got float32'),
-    ({'controls': np.full(17, 10, np.int8)}, 'clip.controls'),
-    ({'controls': np.arange(17).clip(0, 9).astype(np.int8)}, 'or of 9 alone'),
-    ({'controls': np.zeros(5, np.int8)}, 'clip.controls'),
-    ({'telemetry': np.zeros((17, 3), np.float32)}, 'clip.telemetry'),
-])
+@pytest.mark.parametrize(
+    'changes, where',
+    [
+        ({'frames': np.zeros((16, 8, 12, 3), np.uint8)}, 'got 16 frames, expected 1 [+] 4k'),
+        ({'frames': np.zeros((17, 8, 12, 3), np.float32)}, 'clip.frames: got float32'),
+        ({'controls': np.full(17, 10, np.int8)}, 'clip.controls'),
+        ({'controls': np.arange(17).clip(0, 9).astype(np.int8)}, 'or of 9 alone'),
+        ({'controls': np.zeros(5, np.int8)}, 'clip.controls'),
+        ({'telemetry': np.zeros((17, 3), np.float32)}, 'clip.telemetry'),
+    ],
+)
 def test_malformed_clip_is_refused(changes, where):
     with pytest.raises(RecordError, match=where):
         replace(make_clip(), **changes)
@@ -152,8 +170,10 @@ def test_a_clip_without_label_comes_back():
     assert_same(unpack(pack(clip)), clip)
 
 
-@pytest.mark.parametrize('data, found', [
-    ('a', ['a']), ('a, b', ['a', 'b']), (['a', 'b'], ['a', 'b']), ('data/x,y', ['data/x', 'y'])])
+@pytest.mark.parametrize(
+    'data, found',
+    [('a', ['a']), ('a, b', ['a', 'b']), (['a', 'b'], ['a', 'b']), ('data/x,y', ['data/x', 'y'])],
+)
 def test_folders_with_commas(data, found):
     assert folders(data) == found
 
@@ -168,5 +188,5 @@ def test_a_digest_names_the_content(tmp_path):
     for name, seed in (('a', 1), ('b', 1), ('c', 2)):
         write_shard(tmp_path / name, [make_clip(seed)])
     a, b, c = (Shard(tmp_path / name) for name in 'abc')
-    assert a.path.stat().st_size == c.path.stat().st_size      # shards are padded
+    assert a.path.stat().st_size == c.path.stat().st_size  # shards are padded
     assert a.digest() == b.digest() != c.digest()

@@ -40,8 +40,9 @@ def test_the_path_can_be_walked_both_ways():
     np.testing.assert_allclose(flow.x0_from_v(sigmas, x, v), x0, atol=1e-6)
     np.testing.assert_allclose(flow.v_from_x0(sigmas, x, x0), v, atol=1e-4)
     np.testing.assert_allclose(flow.euler(sigmas, 0 * sigmas, x, v), x0, atol=1e-6)
-    np.testing.assert_allclose(flow.euler(sigmas, sigmas / 2, x, v),
-                               flow.add_noise(sigmas / 2, x0, noise), atol=1e-6)
+    np.testing.assert_allclose(
+        flow.euler(sigmas, sigmas / 2, x, v), flow.add_noise(sigmas / 2, x0, noise), atol=1e-6
+    )
     np.testing.assert_array_equal(flow.add_noise(0.0, x0, noise), x0)
 
 

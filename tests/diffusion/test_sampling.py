@@ -13,15 +13,18 @@ from matrix_jax.diffusion.schedules import SchedulerConfig
 
 def denoise(params, x, level, text, control):
     told = jnp.mean(text, axis=(1, 2)) + jnp.mean(control, axis=(1, 2))
-    return jnp.tanh(params * x + told[:, None, None, None, None]
-                    + level[..., None, None, None] / 1000)
+    return jnp.tanh(
+        params * x + told[:, None, None, None, None] + level[..., None, None, None] / 1000
+    )
 
 
 def sample(cfg, seed=0, null=1.0):
     noise = jax.random.normal(jax.random.key(seed), (2, 3, 2, 2, 4))
     text, control = jnp.ones([2, 5, 6]), jnp.ones([2, 3, 4])
+
     def draw(index):
         return jax.random.normal(jax.random.fold_in(jax.random.key(seed + 1), index), noise.shape)
+
     run = functools.partial(sampling.sample, cfg, SchedulerConfig(), denoise)
     return jax.jit(run, static_argnums=2)(0.5, noise, draw, text, null * text, control)
 
@@ -76,7 +79,9 @@ def test_guides_go_from_condition_to_condition():
     np.testing.assert_allclose(guided(guidance=6), far, atol=1e-5)
     keys = v(text, null_control) + 3 * (v(text, control) - v(text, null_control))
     np.testing.assert_allclose(guided(control_guidance=3), keys, atol=1e-5)
-    both = v(null_text, null_control) + 6 * (
-        v(text, null_control) - v(null_text, null_control)) + 3 * (
-        v(text, control) - v(text, null_control))
+    both = (
+        v(null_text, null_control)
+        + 6 * (v(text, null_control) - v(null_text, null_control))
+        + 3 * (v(text, control) - v(text, null_control))
+    )
     np.testing.assert_allclose(guided(guidance=6, control_guidance=3), both, atol=1e-5)

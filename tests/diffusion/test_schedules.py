@@ -29,14 +29,20 @@ def test_noising_follows_the_recorded_training_windows():
     shared = levels[:, 1:] - (offsets - offsets[0])
     assert np.all(shared == shared[:, :1]) and np.all(levels[:, 0] == 0)
     schedule = schedules.make(SchedulerConfig.from_released(record.config['sched']))
-    video = {name: np.moveaxis(array, 2, -1) for name, array in
-             {**record.inputs, **record.outputs}.items() if array.ndim == 5}
+    video = {
+        name: np.moveaxis(array, 2, -1)
+        for name, array in {**record.inputs, **record.outputs}.items()
+        if array.ndim == 5
+    }
     noisy = schedules.add_noise(schedule, video['x0'], video['noise'], levels)
     np.testing.assert_allclose(noisy, video['noisy'], atol=2e-6)
     x0 = schedules.x0_from_v(schedule, video['noisy'], video['model_output'], levels)
     np.testing.assert_allclose(x0, video['x0_pred'], atol=2e-6)
-    np.testing.assert_allclose(1 / (1 - schedule.alphas_cumprod[levels]).ravel(),
-                               record.outputs['table_weights'], rtol=1e-4)
+    np.testing.assert_allclose(
+        1 / (1 - schedule.alphas_cumprod[levels]).ravel(),
+        record.outputs['table_weights'],
+        rtol=1e-4,
+    )
 
 
 def test_velocity_and_clean_estimate_are_inverse():
@@ -46,7 +52,7 @@ def test_velocity_and_clean_estimate_are_inverse():
     noisy = schedules.add_noise(schedule, x0, noise, levels)
     v = schedules.velocity(schedule, x0, noise, levels)
     np.testing.assert_allclose(schedules.x0_from_v(schedule, noisy, v, levels), x0, atol=2e-6)
-    assert np.array_equal(noisy[:, 2], noise[:, 2])          # level 999 is pure noise
+    assert np.array_equal(noisy[:, 2], noise[:, 2])  # level 999 is pure noise
     assert schedule.alphas_cumprod[999] == 0
 
 
@@ -57,25 +63,41 @@ def test_grouped_levels_leave_room_for_the_condition():
         schedules.grouped(np.arange(5), 2, 1)
 
 
-@pytest.mark.parametrize('cfg', [SchedulerConfig(), SchedulerConfig(
-    snr_shift=1.0, spacing='linspace', solver='dpm', zero_terminal_snr=False)])
+@pytest.mark.parametrize(
+    'cfg',
+    [
+        SchedulerConfig(),
+        SchedulerConfig(snr_shift=1.0, spacing='linspace', solver='dpm', zero_terminal_snr=False),
+    ],
+)
 def test_released_config_goes_round(cfg):
     assert SchedulerConfig.from_released(cfg.to_released()) == cfg
 
 
 def test_released_config_of_other_maths_is_refused_in_one_go():
     with pytest.raises(ValueError) as error:
-        SchedulerConfig.from_released({'_class_name': 'EulerDiscreteScheduler', 'sigma_max': 80,
-                                       'prediction_type': 'epsilon', '_version': '0.31.0'})
+        SchedulerConfig.from_released(
+            {
+                '_class_name': 'EulerDiscreteScheduler',
+                'sigma_max': 80,
+                'prediction_type': 'epsilon',
+                '_version': '0.31.0',
+            }
+        )
     for word in ('EulerDiscreteScheduler', 'epsilon', 'v_prediction', 'sigma_max'):
         assert word in str(error.value)
 
 
-@pytest.mark.parametrize('call', [
-    lambda: SchedulerConfig(spacing='cosine'), lambda: SchedulerConfig(solver='euler'),
-    lambda: schedules.timesteps(SchedulerConfig(), 0),
-    lambda: schedules.timesteps(SchedulerConfig(), 1001),
-    lambda: schedules.lcm_timesteps(50, 40)])
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda: SchedulerConfig(spacing='cosine'),
+        lambda: SchedulerConfig(solver='euler'),
+        lambda: schedules.timesteps(SchedulerConfig(), 0),
+        lambda: schedules.timesteps(SchedulerConfig(), 1001),
+        lambda: schedules.lcm_timesteps(50, 40),
+    ],
+)
 def test_bad_values_are_refused(call):
     with pytest.raises(ValueError, match='got .* expected'):
         call()

@@ -38,7 +38,7 @@ def test_one_update_keeps_the_statistics_of_its_level(level):
     for plan in (ddim, dpm):
         signal = plan.keep * np.sqrt(here) + plan.clean
         np.testing.assert_allclose(signal, np.sqrt(there), atol=1e-6)
-        spread = plan.keep ** 2 * (1 - here) + plan.fresh ** 2
+        spread = plan.keep**2 * (1 - here) + plan.fresh**2
         np.testing.assert_allclose(spread, 1 - there, atol=1e-6)
 
 
@@ -47,7 +47,7 @@ def test_the_first_and_the_last_row_are_first_order_for_all_frames():
     plan = solvers.make('dpm', CFG, rows, 20)
     assert np.all(plan.past[[0, 4]] == 0)
     assert np.all(plan.past[1, :-2] != 0)
-    assert np.all(plan.past[1, -2:] == 0)       # coming from pure noise, r is infinite
+    assert np.all(plan.past[1, -2:] == 0)  # coming from pure noise, r is infinite
     assert np.all(plan.past[2:4] != 0)
 
 

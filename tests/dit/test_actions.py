@@ -28,8 +28,9 @@ def test_collapsed_attention_equals_repeated_keys_with_a_causal_mask(frames, per
 
 def test_log_counts_are_the_visible_repeats():
     counts = np.exp(log_counts(6, 3))
-    np.testing.assert_allclose(counts, [[1, 0, 0], [2, 0, 0], [2, 1, 0], [2, 2, 0], [2, 2, 1],
-                                        [2, 2, 2]], atol=1e-6)
+    np.testing.assert_allclose(
+        counts, [[1, 0, 0], [2, 0, 0], [2, 1, 0], [2, 2, 0], [2, 2, 1], [2, 2, 2]], atol=1e-6
+    )
 
 
 def test_recency_prefers_the_newest_control_in_all_tokens_of_a_frame():

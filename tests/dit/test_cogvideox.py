@@ -12,11 +12,11 @@ import pytest
 from einops import rearrange
 from safetensors import safe_open
 
-from matrix_jax.weights.conversion import ConversionError, flatten, to_jax, to_torch, unflatten
 from matrix_jax.dit import cogvideox
 from matrix_jax.dit.actions import ControlEmbedding, log_counts
 from matrix_jax.nn.linear import Linear, quantize
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
+from matrix_jax.weights.conversion import ConversionError, flatten, to_jax, to_torch, unflatten
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
 TINY = cogvideox.PRESETS['tiny']
@@ -39,15 +39,18 @@ def noisy(cfg):
 
     def leaf(path, shape):
         rows = shape.shape[-2] if path[-1].key == 'kernel' else 100
-        return (draw(size=shape.shape) / rows ** 0.5 + (path[-1].key == 'scale')).astype('float32')
+        return (draw(size=shape.shape) / rows**0.5 + (path[-1].key == 'scale')).astype('float32')
+
     return jax.tree_util.tree_map_with_path(leaf, cogvideox.shapes(cfg))
 
 
 def inputs(cfg, batch=2, frames=3):
     """(latents, text, level [B T], control)."""
     rng = np.random.default_rng(5)
-    latents, text, control = (rng.normal(size=(batch, *shape)).astype('float32') for shape in (
-        (frames, 4, 6, cfg.channels), (cfg.text_length, cfg.text_dim), (frames, 10)))
+    latents, text, control = (
+        rng.normal(size=(batch, *shape)).astype('float32')
+        for shape in ((frames, 4, 6, cfg.channels), (cfg.text_length, cfg.text_dim), (frames, 10))
+    )
     level = rng.integers(0, 1000, (batch, frames))
     return latents, text, level, control if cfg.control else None
 
@@ -67,8 +70,9 @@ def test_weights_and_config_survive_the_round_trip(case):
     assert all(np.array_equal(back[key], kinds['weights'][key]) for key in back)
     assert cogvideox.Config.from_released(cfg.to_released()) == cfg
     written = cfg.to_released()
-    assert all(written[key] == value for key, value in released.items()
-               if key in written) and set(released) - set(written) <= {'temporal_compression_ratio'}
+    assert all(written[key] == value for key, value in released.items() if key in written) and set(
+        released
+    ) - set(written) <= {'temporal_compression_ratio'}
 
 
 def test_a_checkpoint_of_another_stage_is_refused():
@@ -80,8 +84,9 @@ def test_a_checkpoint_of_another_stage_is_refused():
 
 @pytest.mark.parametrize(('span', 'unroll'), [((0, 4), 3), ((1, 3), 1), ((2, 4), 1), (None, 1)])
 def test_segments_equal_the_layers_one_by_one(span, unroll):
-    cfg = dataclasses.replace(TINY, control=span and cogvideox.Control(10, *span),
-                              scan_unroll=unroll)
+    cfg = dataclasses.replace(
+        TINY, control=span and cogvideox.Control(10, *span), scan_unroll=unroll
+    )
     params = noisy(cfg)
     assert set(cfg.segments) == {'before', 'steered', 'after'} & set(params)
     given = inputs(cfg)
@@ -97,8 +102,10 @@ def layer_of(kind, cfg, params, *args):
 
 def one_by_one(cfg, params, latents, text, level, control):
     """The network without scans: a loop over the layers in the order of the reference."""
+
     def use(module, name, *args):
         return module.apply({'params': params[name]}, *args)
+
     frames, rows, columns = latents.shape[1], latents.shape[2] // 2, latents.shape[3] // 2
     time = use(TimeEmbedding(cfg.width, cfg.time_dim), 'time_embedding', level)
     patches = rearrange(latents, 'b t (h p) (w q) c -> b t (h w) (p q c)', p=2, q=2)
@@ -109,16 +116,20 @@ def one_by_one(cfg, params, latents, text, level, control):
         steer = use(ControlEmbedding(cfg.width), 'control_embedding', control)
         steer = (steer, log_counts(frames * rows * columns, frames))
     for layer in range(cfg.layers):
-        name, start = next((name, start) for name, (start, stop) in cfg.segments.items()
-                           if start <= layer < stop)
+        name, start = next(
+            (name, start) for name, (start, stop) in cfg.segments.items() if start <= layer < stop
+        )
         leaves = jax.tree.map(operator.itemgetter(layer - start), params[name])
         plain = dataclasses.replace(cfg, control=None, scan_unroll=1)  # one compilation for all
         if name == 'steered':
             tokens = layer_of(cogvideox.SteeredLayer, plain, leaves, tokens, time, steer)
         else:
             tokens = layer_of(cogvideox.Block, plain, leaves, tokens, time)
-    shift, scale = rearrange(use(Linear(2 * cfg.width), 'modulation_out', jax.nn.silu(time)),
-                             'b t (c d) -> c b t 1 d', c=2)
+    shift, scale = rearrange(
+        use(Linear(2 * cfg.width), 'modulation_out', jax.nn.silu(time)),
+        'b t (c d) -> c b t 1 d',
+        c=2,
+    )
     video = use(LayerNorm(), 'norm_out', use(LayerNorm(), 'norm_final', tokens[0]))
     patches = use(Linear(4 * cfg.channels), 'out', modulate(video, shift, scale))
     return rearrange(patches, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, p=2, q=2)
@@ -137,16 +148,27 @@ def test_level_and_control_of_batch_one_serve_the_batch():
     params = noisy(TINY)
     latents, text, level, control = inputs(TINY)
     one = forward(TINY, params, latents, text, level[:1], control[:1])
-    every = forward(TINY, params, latents, text, np.repeat(level[:1], 2, axis=0),
-                    np.repeat(control[:1], 2, axis=0))
+    every = forward(
+        TINY,
+        params,
+        latents,
+        text,
+        np.repeat(level[:1], 2, axis=0),
+        np.repeat(control[:1], 2, axis=0),
+    )
     np.testing.assert_allclose(one, every, atol=2e-5)
 
 
 def without(params, *patterns):
     """Parameters without the layers that a pattern names."""
     flat = flatten(params)
-    return unflatten({path: leaf for path, leaf in flat.items()
-                      if not any(re.search(pattern, path) for pattern in patterns)})
+    return unflatten(
+        {
+            path: leaf
+            for path, leaf in flat.items()
+            if not any(re.search(pattern, path) for pattern in patterns)
+        }
+    )
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -158,13 +180,20 @@ def test_what_is_made_once_changes_nothing(dtype):
     want = forward(cfg, params, latents, text, level[:1], table[symbols])
     kept = jax.jit(cogvideox.make_once, static_argnums=0)(cfg, params, level[0], table)
     tokens = cogvideox.embed_text(cfg, params, text)
-    rest = without(params, '^text/', '^time_embedding/', '^control_embedding/', '^modulation_out/',
-                   'norm[12]/linear/', 'control/attention/(key|key_norm|value)/')
+    rest = without(
+        params,
+        '^text/',
+        '^time_embedding/',
+        '^control_embedding/',
+        '^modulation_out/',
+        'norm[12]/linear/',
+        'control/attention/(key|key_norm|value)/',
+    )
     assert len(flatten(rest)) < len(flatten(params)) - 12
     net = cogvideox.DiT(cfg, ready=True)
     given = ({'params': rest, 'once': kept}, latents, tokens, level[:1])
     run = jax.jit(net.apply).lower(*given, symbols=symbols)
-    assert not re.search('stablehlo.(sine|cosine)', run.as_text())      # positions are constants
+    assert not re.search('stablehlo.(sine|cosine)', run.as_text())  # positions are constants
     got = run.compile()(*given, symbols=symbols)
     if dtype == 'float32':
         np.testing.assert_allclose(got, want, atol=1e-6)
@@ -186,7 +215,8 @@ def test_8_bits_stay_near_float32():
         cfg = dataclasses.replace(TINY, int8=kind)
         made = quantize(params, cfg.int8_layers)
         assert len(jax.tree.leaves(made)) - len(jax.tree.leaves(params)) == 16 + 6 * (
-            kind == 'blocks')
+            kind == 'blocks'
+        )
         errors[kind] = float(jnp.abs(forward(cfg, made, *given) - want).mean()) / scale
     assert 0 < errors['attention'] < errors['blocks'] < 0.1
     assert TINY.int8 == 'none' and not TINY.int8_layers
@@ -228,11 +258,15 @@ def test_released_sizes():
     assert cogvideox.count(cogvideox.PRESETS['carracing']) < 5_000_000
 
 
-@pytest.mark.parametrize(('changes', 'message'), [
-    ({'use_rotary_positional_embeddings': True}, 'use_rotary_positional_embeddings = True'),
-    ({'activation_fn': 'gelu'}, "expected 'gelu-approximate'"),
-    ({'patch_size_t': 2}, 'patch_size_t = 2 .unknown key'),
-    ({'out_channels': 32}, 'out_channels = 32')])
+@pytest.mark.parametrize(
+    ('changes', 'message'),
+    [
+        ({'use_rotary_positional_embeddings': True}, 'use_rotary_positional_embeddings = True'),
+        ({'activation_fn': 'gelu'}, "expected 'gelu-approximate'"),
+        ({'patch_size_t': 2}, 'patch_size_t = 2 .unknown key'),
+        ({'out_channels': 32}, 'out_channels = 32'),
+    ],
+)
 def test_config_refuses_other_maths(changes, message):
     released = TINY.to_released() | changes
     with pytest.raises(ValueError, match=message):
@@ -241,7 +275,8 @@ def test_config_refuses_other_maths(changes, message):
 
 def test_only_networks_of_ours_have_our_keys():
     ours = dataclasses.replace(
-        TINY, control=dataclasses.replace(TINY.control, recency=2.0, modulate=True))
+        TINY, control=dataclasses.replace(TINY.control, recency=2.0, modulate=True)
+    )
     assert cogvideox.Config.from_released(ours.to_released()) == ours
     assert not {'control_recency', 'control_modulate'} & set(TINY.to_released())
 
@@ -249,9 +284,11 @@ def test_only_networks_of_ours_have_our_keys():
 def test_a_control_that_modulates_is_seen_before_the_control_blocks_are():
     cfg = dataclasses.replace(TINY, control=dataclasses.replace(TINY.control, modulate=True))
     latents, text, level, control = inputs(cfg)
-    params = cogvideox.init(cfg, jax.random.key(0))     # control blocks start as the identity
-    made = [cogvideox.DiT(cfg).apply({'params': params}, latents, text, level, factor * control)
-            for factor in (1, 2)]
+    params = cogvideox.init(cfg, jax.random.key(0))  # control blocks start as the identity
+    made = [
+        cogvideox.DiT(cfg).apply({'params': params}, latents, text, level, factor * control)
+        for factor in (1, 2)
+    ]
     assert float(jnp.abs(made[0] - made[1]).max()) > 1e-4
     table = cogvideox.weights(cfg)
     again = to_jax(table, to_torch(table, params), cogvideox.shapes(cfg))
@@ -259,20 +296,31 @@ def test_a_control_that_modulates_is_seen_before_the_control_blocks_are():
 
 
 def test_config_reads_what_a_stage_one_release_leaves_out():
-    released = {'_class_name': 'x', '_diffusers_version': '0.31', 'num_layers': 6,
-                'in_channels': 16, 'out_channels': 16, 'patch_size_t': None}
+    released = {
+        '_class_name': 'x',
+        '_diffusers_version': '0.31',
+        'num_layers': 6,
+        'in_channels': 16,
+        'out_channels': 16,
+        'patch_size_t': None,
+    }
     assert cogvideox.Config.from_released(released) == cogvideox.Config(layers=6)
-    assert cogvideox.Config.from_released(released | {'control_dim': 8}).control == \
-        cogvideox.Control(8, 0, 6)
+    assert cogvideox.Config.from_released(
+        released | {'control_dim': 8}
+    ).control == cogvideox.Control(8, 0, 6)
 
 
-@pytest.mark.parametrize(('fault', 'message'), [
-    (dict(latents=(2, 3, 5, 6, 4)), r'latents: got \(2, 3, 5, 6, 4\)'),
-    (dict(text=(2, 6, 20)), r'text: got \(2, 6, 20\), expected \(2, 7, 20\)'),
-    (dict(level=(2, 4)), r'level: got \(2, 4\), expected \(2, 3\)'),
-    (dict(control=(2, 3, 9)), r'control: got \(2, 3, 9\), expected \(2, 3, 10\)'),
-    (dict(control=(2, 4, 10)), 'got 4 frames of control for 18 video tokens'),
-    (dict(control=None), 'control: got None, but the network has its')])
+@pytest.mark.parametrize(
+    ('fault', 'message'),
+    [
+        (dict(latents=(2, 3, 5, 6, 4)), r'latents: got \(2, 3, 5, 6, 4\)'),
+        (dict(text=(2, 6, 20)), r'text: got \(2, 6, 20\), expected \(2, 7, 20\)'),
+        (dict(level=(2, 4)), r'level: got \(2, 4\), expected \(2, 3\)'),
+        (dict(control=(2, 3, 9)), r'control: got \(2, 3, 9\), expected \(2, 3, 10\)'),
+        (dict(control=(2, 4, 10)), 'got 4 frames of control for 18 video tokens'),
+        (dict(control=None), 'control: got None, but the network has its'),
+    ],
+)
 def test_refuses_shapes_that_do_not_fit(fault, message):
     args = dict(zip(('latents', 'text', 'level', 'control'), inputs(TINY), strict=True))
     args |= {name: shape and jnp.zeros(shape) for name, shape in fault.items()}

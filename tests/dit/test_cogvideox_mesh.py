@@ -10,20 +10,36 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.parallel import sharding
 from matrix_jax.benchmark import roofline_cogvideox
 from matrix_jax.benchmark.compiled import collectives, sent
 from matrix_jax.config import Mesh
 from matrix_jax.dit import cogvideox
+from matrix_jax.parallel import sharding
 
 BATCH, FRAMES, ROWS, COLUMNS, PLACES = 2, 3, 6, 10, 15
 # Six heads are traded by 2, 3 and 6 devices; 5 and 8 gather keys, as 8 do for 30 heads. Seven
 # tokens of text divide by no mesh, the 15 of a frame by 3 and 5.
-CFG = cogvideox.Config(heads=6, head_dim=8, channels=4, layers=2, time_dim=24, text_dim=20,
-                       text_length=7, control=cogvideox.Control(dim=10, start=0, end=2))
-MESHES = {Mesh(): '', Mesh(seq=2): 'heads', Mesh(seq=3): 'heads', Mesh(seq=5): 'keys',
-          Mesh(seq=6): 'heads', Mesh(seq=8): 'keys', Mesh(data=2, seq=3): 'heads',
-          Mesh(data=2, seq=4): 'keys', Mesh(data=2, tensor=2, seq=2): 'keys'}
+CFG = cogvideox.Config(
+    heads=6,
+    head_dim=8,
+    channels=4,
+    layers=2,
+    time_dim=24,
+    text_dim=20,
+    text_length=7,
+    control=cogvideox.Control(dim=10, start=0, end=2),
+)
+MESHES = {
+    Mesh(): '',
+    Mesh(seq=2): 'heads',
+    Mesh(seq=3): 'heads',
+    Mesh(seq=5): 'keys',
+    Mesh(seq=6): 'heads',
+    Mesh(seq=8): 'keys',
+    Mesh(data=2, seq=3): 'heads',
+    Mesh(data=2, seq=4): 'keys',
+    Mesh(data=2, tensor=2, seq=2): 'keys',
+}
 
 
 def normal(*shape, seed=0):
@@ -33,12 +49,17 @@ def normal(*shape, seed=0):
 @pytest.fixture(scope='module')
 def given():
     """(parameters, latents, text, levels, control)."""
-    params = jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size) / 4,
-                          cogvideox.shapes(CFG))
+    params = jax.tree.map(
+        lambda leaf: normal(*leaf.shape, seed=leaf.size) / 4, cogvideox.shapes(CFG)
+    )
     level = np.random.default_rng(0).integers(0, 1000, (BATCH, FRAMES))
-    return (params, normal(BATCH, FRAMES, ROWS, COLUMNS, CFG.channels),
-            normal(BATCH, CFG.text_length, CFG.text_dim, seed=1), level,
-            normal(BATCH, FRAMES, CFG.control.dim, seed=2))
+    return (
+        params,
+        normal(BATCH, FRAMES, ROWS, COLUMNS, CFG.channels),
+        normal(BATCH, CFG.text_length, CFG.text_dim, seed=1),
+        level,
+        normal(BATCH, FRAMES, CFG.control.dim, seed=2),
+    )
 
 
 def forward(cfg, given):
@@ -78,7 +99,7 @@ def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alo
     with jax.set_mesh(sharding.make_mesh(mesh)):
         v, found, moved = forward(CFG, given)
     close(v, alone)
-    if mesh.tensor > 1:         # which has exchanges of its own
+    if mesh.tensor > 1:  # which has exchanges of its own
         return
     if mesh.devices == 1:
         assert not found
@@ -86,7 +107,7 @@ def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alo
     assert found == expected(MESHES[mesh])
     what, attention = roofline_cogvideox.exchanged(CFG, FRAMES, ROWS, COLUMNS, mesh.seq)
     padded = -(-PLACES // mesh.seq) * (mesh.seq - 1)
-    prediction = 4 * FRAMES * padded * CFG.patch ** 2 * CFG.channels
+    prediction = 4 * FRAMES * padded * CFG.patch**2 * CFG.channels
     assert what == MESHES[mesh]
     assert moved == pytest.approx(BATCH // mesh.data * (attention + prediction))
 
@@ -96,7 +117,10 @@ def test_a_recipe_chooses_what_is_exchanged(given, alone):
         v, found, _ = forward(dataclasses.replace(CFG, exchange='keys'), given)
     close(v, alone)
     assert found == expected('keys')
-    with jax.set_mesh(sharding.make_mesh(Mesh(seq=5))), \
-            pytest.raises(ValueError, match='6 heads do not divide by mesh.seq = 5'):
-        jax.eval_shape(functools.partial(forward, dataclasses.replace(CFG, exchange='heads')),
-                       given)
+    with (
+        jax.set_mesh(sharding.make_mesh(Mesh(seq=5))),
+        pytest.raises(ValueError, match='6 heads do not divide by mesh.seq = 5'),
+    ):
+        jax.eval_shape(
+            functools.partial(forward, dataclasses.replace(CFG, exchange='heads')), given
+        )

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matrix_jax.weights.conversion import flatten, to_jax, to_torch
 from matrix_jax.dit import wan
 from matrix_jax.dit.wan_actions import Actions, grouped
+from matrix_jax.weights.conversion import flatten, to_jax, to_torch
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'matrix_game_2'
 # A window of 4 frames, which blocks of 3 do not divide. All layers are alike, as that compiles in
@@ -29,7 +29,8 @@ def noisy(cfg):
 
     def leaf(path, shape):
         rows = shape.shape[-2] if path[-1].key == 'kernel' else 20
-        return (draw(size=shape.shape) / rows ** 0.5 + (path[-1].key == 'scale')).astype('float32')
+        return (draw(size=shape.shape) / rows**0.5 + (path[-1].key == 'scale')).astype('float32')
+
     return {'params': jax.tree_util.tree_map_with_path(leaf, wan.shapes(cfg))}
 
 
@@ -42,9 +43,16 @@ def inputs():
     """(latents, level [B T], cond, image, mouse, keyboard) of TINY, B = 2."""
     rng = np.random.default_rng(5)
     steps = 4 * (FRAMES - 1) + 1
-    made = [rng.normal(size=(2, *shape)).astype('float32') for shape in (
-        (FRAMES, 4, 6, TINY.channels), (FRAMES, 4, 6, TINY.cond_channels),
-        (TINY.image_length, TINY.image_dim), (steps, 2), (steps, TINY.actions.keyboard))]
+    made = [
+        rng.normal(size=(2, *shape)).astype('float32')
+        for shape in (
+            (FRAMES, 4, 6, TINY.channels),
+            (FRAMES, 4, 6, TINY.cond_channels),
+            (TINY.image_length, TINY.image_dim),
+            (steps, 2),
+            (steps, TINY.actions.keyboard),
+        )
+    ]
     return made[0], np.zeros((2, FRAMES), np.float32), *made[1:]
 
 
@@ -63,8 +71,12 @@ def of_block(given, block, rows=slice(None)):
     """What `cached` takes of the inputs of a clip."""
     latents, level, cond, _, mouse, keyboard = given
     span = slice(block * BLOCK, (block + 1) * BLOCK)
-    return (latents[rows, span], level[rows, span], cond[rows, span],
-            *(wan.windows(actions[rows], span.start, BLOCK) for actions in (mouse, keyboard)))
+    return (
+        latents[rows, span],
+        level[rows, span],
+        cond[rows, span],
+        *(wan.windows(actions[rows], span.start, BLOCK) for actions in (mouse, keyboard)),
+    )
 
 
 def stream(cfg, params, given, rows=slice(None)):
@@ -89,7 +101,7 @@ def trained():
 
     def loss(params):
         v = wan.DiT(cfg).apply(params, *inputs(), block=BLOCK)
-        return jnp.sum(v ** 2), v
+        return jnp.sum(v**2), v
 
     grads, v = jax.jit(jax.grad(loss, has_aux=True))(params())
     return v, grads
@@ -112,14 +124,15 @@ def test_the_last_call_on_a_block_is_remembered():
     assert not np.allclose(v, want[:, -BLOCK:], atol=1e-3)
     v, touched = cached(TINY, params(), touched, *of_block(given, 2))
     np.testing.assert_array_equal(v, want[:, -BLOCK:])
-    for got, leaf in zip(jax.tree.leaves(wan.advance(touched, BLOCK)), jax.tree.leaves(caches[3]),
-                         strict=True):
+    for got, leaf in zip(
+        jax.tree.leaves(wan.advance(touched, BLOCK)), jax.tree.leaves(caches[3]), strict=True
+    ):
         np.testing.assert_array_equal(got, leaf)
 
 
 @pytest.mark.parametrize('later', [99_996, 1_200_000_000])
 def test_a_stream_is_the_same_after_any_time(later):
-    want, caches = streamed()           # full caches; `later` is a multiple of their slots
+    want, caches = streamed()  # full caches; `later` is a multiple of their slots
     moved = caches[2].replace(start=caches[2].start + later)
     v, _ = cached(TINY, params(), moved, *of_block(inputs(), 2))
     np.testing.assert_array_equal(v, want[:, -BLOCK:])
@@ -130,10 +143,12 @@ def test_a_sink_stays_in_sight_at_its_true_distance():
     caches = stream(cfg, params(), inputs())[1]
     first = caches[1].runs['acting'].video.k[:, :, 0]
     np.testing.assert_array_equal(caches[3].runs['acting'].video.k[:, :, 0], first)
-    made = [cached(cfg, params(), caches[2].replace(start=jnp.int32(start)),
-                   *of_block(inputs(), 2))[0] for start in (6, 10, 100_006)]
+    made = [
+        cached(cfg, params(), caches[2].replace(start=jnp.int32(start)), *of_block(inputs(), 2))[0]
+        for start in (6, 10, 100_006)
+    ]
     assert all(np.isfinite(v).all() for v in made)
-    assert not np.allclose(made[0], made[1], atol=1e-5)      # the sink is further away
+    assert not np.allclose(made[0], made[1], atol=1e-5)  # the sink is further away
 
 
 def test_a_batch_equals_its_streams_one_by_one():
@@ -141,7 +156,7 @@ def test_a_batch_equals_its_streams_one_by_one():
     given = inputs()
     for row in range(2):
         got, _ = stream(TINY, params(), given, slice(row, row + 1))
-        np.testing.assert_allclose(got, want[row:row + 1], atol=2e-5)
+        np.testing.assert_allclose(got, want[row : row + 1], atol=2e-5)
 
 
 def test_gradients_are_finite_and_reach_every_parameter():
@@ -174,8 +189,12 @@ def test_windows_hold_what_the_frames_of_a_block_may_see(start):
 
 
 def test_released_sizes():
-    sizes = {'universal': (1_619_242_304, 1114), 'gta_drive': (1_619_238_464, 1114),
-             'templerun': (1_508_715_584, 964), 'foundation': (1_824_405_824, 1399)}
+    sizes = {
+        'universal': (1_619_242_304, 1114),
+        'gta_drive': (1_619_238_464, 1114),
+        'templerun': (1_508_715_584, 964),
+        'foundation': (1_824_405_824, 1399),
+    }
     for name, (count, tensors) in sizes.items():
         cfg = wan.PRESETS[name]
         leaves = flatten(wan.shapes(cfg))
@@ -191,36 +210,67 @@ def test_released_sizes():
 
 def test_the_published_config_is_ours():
     published = {
-        '_class_name': 'CausalWanModel', '_diffusers_version': '0.35.0.dev0',
+        '_class_name': 'CausalWanModel',
+        '_diffusers_version': '0.35.0.dev0',
         'action_config': {
-            'blocks': list(range(15)), 'enable_keyboard': True, 'enable_mouse': False,
-            'heads_num': 16, 'hidden_size': 128, 'img_hidden_size': 1536, 'keyboard_dim_in': 7,
-            'keyboard_hidden_dim': 1024, 'mouse_dim_in': 2, 'mouse_hidden_dim': 1024,
-            'patch_size': [1, 2, 2], 'qk_norm': True, 'qkv_bias': False,
-            'rope_dim_list': [8, 28, 28], 'rope_theta': 256, 'vae_time_compression_ratio': 4,
-            'windows_size': 3},
-        'dim': 1536, 'eps': 1e-06, 'ffn_dim': 8960, 'freq_dim': 256, 'in_dim': 36,
-        'inject_sample_info': False, 'local_attn_size': 6, 'model_type': 'i2v', 'num_heads': 12,
-        'num_layers': 30, 'out_dim': 16, 'sink_size': 0, 'text_len': 512}
+            'blocks': list(range(15)),
+            'enable_keyboard': True,
+            'enable_mouse': False,
+            'heads_num': 16,
+            'hidden_size': 128,
+            'img_hidden_size': 1536,
+            'keyboard_dim_in': 7,
+            'keyboard_hidden_dim': 1024,
+            'mouse_dim_in': 2,
+            'mouse_hidden_dim': 1024,
+            'patch_size': [1, 2, 2],
+            'qk_norm': True,
+            'qkv_bias': False,
+            'rope_dim_list': [8, 28, 28],
+            'rope_theta': 256,
+            'vae_time_compression_ratio': 4,
+            'windows_size': 3,
+        },
+        'dim': 1536,
+        'eps': 1e-06,
+        'ffn_dim': 8960,
+        'freq_dim': 256,
+        'in_dim': 36,
+        'inject_sample_info': False,
+        'local_attn_size': 6,
+        'model_type': 'i2v',
+        'num_heads': 12,
+        'num_layers': 30,
+        'out_dim': 16,
+        'sink_size': 0,
+        'text_len': 512,
+    }
     cfg = dataclasses.replace(wan.PRESETS['templerun'], dtype='float32', remat='none')
     assert wan.Config.from_released(published) == cfg
     written = cfg.to_released()
-    assert all(published.get(key, value) == value for key, value in written.items()
-               if key != 'action_config')
+    assert all(
+        published.get(key, value) == value
+        for key, value in written.items()
+        if key != 'action_config'
+    )
     told = written['action_config']
-    assert all(told[key] == published['action_config'].get(key, value)
-               for key, value in told.items())
+    assert all(
+        told[key] == published['action_config'].get(key, value) for key, value in told.items()
+    )
 
 
 def test_weights_survive_the_round_trip():
     with safe_open(GOLDENS / 'b_dit_train_gta_drive.safetensors', 'numpy') as file:
-        tensors = {name.removeprefix('weights/'): file.get_tensor(name) for name in file.keys()
-                   if name.startswith('weights/')}
+        tensors = {
+            name.removeprefix('weights/'): file.get_tensor(name)
+            for name in file.keys()
+            if name.startswith('weights/')
+        }
         told = json.loads(file.metadata()['config'])
     cfg = wan.Config.from_released(told['model'] | {'image_dim': told['clip_dim']})
     assert wan.Config.from_released(cfg.to_released()) == cfg
     table = wan.weights(cfg)
-    worn = {f'model.{name}': tensor for name, tensor in tensors.items()}    # as distilled files
+    worn = {f'model.{name}': tensor for name, tensor in tensors.items()}  # as distilled files
     back = to_torch(table, to_jax(table, worn, wan.shapes(cfg)))
     assert back.keys() == tensors.keys()
     assert all(np.array_equal(back[name], tensors[name]) for name in back)
@@ -235,8 +285,9 @@ def test_actions_may_start_behind_other_layers():
 def test_actions_may_modulate_as_levels_do():
     """In blocks on caches as in training; each frame by its own window, louder by the gain."""
     small = dataclasses.replace(TINY, layers=1, actions=dataclasses.replace(TINY.actions, end=1))
-    cfg = dataclasses.replace(small, actions=dataclasses.replace(
-        small.actions, gain=3.0, modulate=True))
+    cfg = dataclasses.replace(
+        small, actions=dataclasses.replace(small.actions, gain=3.0, modulate=True)
+    )
     given, weights = inputs(), noisy(cfg)
     assert set(weights['params']) == {*noisy(small)['params'], 'action_embedding'}
 
@@ -249,11 +300,17 @@ def test_actions_may_modulate_as_levels_do():
     np.testing.assert_allclose(whole(louder, 3 * given[4]), want, atol=1e-5)
     # Without its last layer nothing is added, and the network is the one that does not modulate.
     last = weights['params']['action_embedding']['linear_2']
-    still = {'params': weights['params'] | {'action_embedding': weights['params'][
-        'action_embedding'] | {'linear_2': jax.tree.map(np.zeros_like, last)}}}
+    still = {
+        'params': weights['params']
+        | {
+            'action_embedding': weights['params']['action_embedding']
+            | {'linear_2': jax.tree.map(np.zeros_like, last)}
+        }
+    }
     plain = {name: part for name, part in weights['params'].items() if name != 'action_embedding'}
     np.testing.assert_array_equal(
-        whole(louder, given[4], still), whole(small, given[4], {'params': plain}))
+        whole(louder, given[4], still), whole(small, given[4], {'params': plain})
+    )
     # An action of the last frames changes none before them.
     late = given[4].copy()
     late[:, -4:] += 1
@@ -269,36 +326,54 @@ def test_actions_may_modulate_as_levels_do():
         dataclasses.replace(cfg.actions, gain=0.0)
 
 
-@pytest.mark.parametrize('changes, message', [
-    ({'model_type': 't2v'}, "model_type = 't2v' .expected 'i2v'"),
-    ({'qk_norm': False}, 'qk_norm = False'),
-    ({'guidance_embed': True}, 'guidance_embed = True .unknown key'),
-    ({'patch_size': [2, 2, 2]}, 'patch_size = .2, 2, 2.'),
-    ({'action_config': TINY.to_released()['action_config'] | {'blocks': [0, 2]}},
-     'blocks = .0, 2. .expected consecutive'),
-    ({'action_config': TINY.to_released()['action_config'] | {'qkv_bias': True}},
-     'action_config.qkv_bias = True'),
-    ({'action_config': TINY.to_released()['action_config'] | {'mouse_qk_dim_list': [8, 2, 2]}},
-     'actions.keyboard_width: got 32, expected 2 heads of 8'),
-    ({'sink_size': 4}, 'sink: got 4 latent frames, expected fewer than the 4')])
+@pytest.mark.parametrize(
+    'changes, message',
+    [
+        ({'model_type': 't2v'}, "model_type = 't2v' .expected 'i2v'"),
+        ({'qk_norm': False}, 'qk_norm = False'),
+        ({'guidance_embed': True}, 'guidance_embed = True .unknown key'),
+        ({'patch_size': [2, 2, 2]}, 'patch_size = .2, 2, 2.'),
+        (
+            {'action_config': TINY.to_released()['action_config'] | {'blocks': [0, 2]}},
+            'blocks = .0, 2. .expected consecutive',
+        ),
+        (
+            {'action_config': TINY.to_released()['action_config'] | {'qkv_bias': True}},
+            'action_config.qkv_bias = True',
+        ),
+        (
+            {
+                'action_config': TINY.to_released()['action_config']
+                | {'mouse_qk_dim_list': [8, 2, 2]}
+            },
+            'actions.keyboard_width: got 32, expected 2 heads of 8',
+        ),
+        ({'sink_size': 4}, 'sink: got 4 latent frames, expected fewer than the 4'),
+    ],
+)
 def test_config_refuses_other_maths(changes, message):
     with pytest.raises(ValueError, match=message):
         wan.Config.from_released(TINY.to_released() | changes)
 
 
-@pytest.mark.parametrize('fault, message', [
-    (dict(latents=(2, 9, 5, 6, 4)), r'latents: got \(2, 9, 5, 6, 4\)'),
-    (dict(level=(2, 4)), r'level: got \(2, 4\), expected \(2, 9\)'),
-    (dict(cond=(2, 9, 4, 6, 4)), r'cond: got .*, expected \(2, 9, 4, 6, 8\)'),
-    (dict(image=(2, 5, 9)), r'image: got \(2, 5, 9\), expected \(2, L, 10\)'),
-    (dict(mouse=None), 'mouse: got None, but the network has its mouse'),
-    (dict(keyboard=(2, 36, 4)), r'keyboard: got \(2, 36, 4\), expected \(2, 33, 4\) for 9'),
-    (dict(block=2), 'block: got 2 frames, expected a divisor of the 9')])
+@pytest.mark.parametrize(
+    'fault, message',
+    [
+        (dict(latents=(2, 9, 5, 6, 4)), r'latents: got \(2, 9, 5, 6, 4\)'),
+        (dict(level=(2, 4)), r'level: got \(2, 4\), expected \(2, 9\)'),
+        (dict(cond=(2, 9, 4, 6, 4)), r'cond: got .*, expected \(2, 9, 4, 6, 8\)'),
+        (dict(image=(2, 5, 9)), r'image: got \(2, 5, 9\), expected \(2, L, 10\)'),
+        (dict(mouse=None), 'mouse: got None, but the network has its mouse'),
+        (dict(keyboard=(2, 36, 4)), r'keyboard: got \(2, 36, 4\), expected \(2, 33, 4\) for 9'),
+        (dict(block=2), 'block: got 2 frames, expected a divisor of the 9'),
+    ],
+)
 def test_refuses_shapes_that_do_not_fit(fault, message):
     names = ('latents', 'level', 'cond', 'image', 'mouse', 'keyboard')
     args = dict(zip(names, inputs(), strict=True)) | {
         name: jnp.zeros(value) if isinstance(value, tuple) else value
-        for name, value in fault.items()}
+        for name, value in fault.items()
+    }
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: wan.DiT(TINY).apply(params(), **args))
 

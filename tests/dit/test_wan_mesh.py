@@ -7,12 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import conversion
 from matrix_jax.benchmark import roofline_wan
 from matrix_jax.benchmark.compiled import collectives, sent
 from matrix_jax.config import Mesh
 from matrix_jax.dit import wan
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion
 
 # Layers with actions have all that layers without have; frames of 2 x 3 sites.
 CFG = dataclasses.replace(wan.PRESETS['tiny'], layers=2)
@@ -30,9 +30,15 @@ def given():
     """(latents, level, cond, image, mouse, keyboard) of a clip."""
     frames, draw = BLOCK * BLOCKS, np.random.default_rng(1).normal
     latents, cond, image, mouse, keyboard = (
-        draw(size=(BATCH, *shape)).astype('float32') for shape in (
-            (frames, 4, 6, CFG.channels), (frames, 4, 6, CFG.cond_channels),
-            (CFG.image_length, CFG.image_dim), (4 * frames - 3, 2), (4 * frames - 3, 4)))
+        draw(size=(BATCH, *shape)).astype('float32')
+        for shape in (
+            (frames, 4, 6, CFG.channels),
+            (frames, 4, 6, CFG.cond_channels),
+            (CFG.image_length, CFG.image_dim),
+            (4 * frames - 3, 2),
+            (4 * frames - 3, 4),
+        )
+    )
     return latents, np.full((BATCH, frames), 300, np.float32), cond, image, mouse, keyboard
 
 
@@ -45,20 +51,27 @@ def place(params, mesh):
 def stream(params, given):
     """(v of all blocks, the last caches, collectives of a block), one program per kind of call."""
     latents, level, cond, image, mouse, keyboard = given
-    caches = jax.jit(lambda params, image: wan.DiT(CFG).apply(
-        {'params': params}, image, wan.init_caches(CFG, BATCH, 4, 6), method='read_image'))(
-            params, image)
-    call = jax.jit(lambda params, *args: wan.DiT(CFG).apply(
-        {'params': params}, *args, method='cached'))
+    caches = jax.jit(
+        lambda params, image: wan.DiT(CFG).apply(
+            {'params': params}, image, wan.init_caches(CFG, BATCH, 4, 6), method='read_image'
+        )
+    )(params, image)
+    call = jax.jit(
+        lambda params, *args: wan.DiT(CFG).apply({'params': params}, *args, method='cached')
+    )
     made = []
     for start in range(0, latents.shape[1], BLOCK):
         span = slice(start, start + BLOCK)
-        told = (latents[:, span], level[:, span], cond[:, span],
-                *(wan.windows(actions, start, BLOCK) for actions in (mouse, keyboard)))
+        told = (
+            latents[:, span],
+            level[:, span],
+            cond[:, span],
+            *(wan.windows(actions, start, BLOCK) for actions in (mouse, keyboard)),
+        )
         v, caches = call(params, caches, *told)
         made.append(np.asarray(v))
         caches = wan.advance(caches, BLOCK)
-    assert call._cache_size() == 1      # caches lie after a call as they did before it
+    assert call._cache_size() == 1  # caches lie after a call as they did before it
     found = collectives(call.lower(params, caches, *told).compile().as_text(), 8)
     return np.concatenate(made, axis=1), caches, found
 
@@ -75,14 +88,19 @@ def test_caches_split_over_all_axes_of_a_mesh(params, given, alone):
     np.testing.assert_allclose(v, alone[0], atol=2e-5)
     past, one = caches.runs['acting'], alone[1].runs['acting']
     for cache, split in ((past.video, 'seq'), (past.mouse, 'seq'), (past.keyboard, None)):
-        assert tuple(cache.k.sharding.spec)[1:5] in ((('data', 'fsdp'), None, split, 'tensor'),
-                                                     ('data', None, split, 'tensor'))
+        assert tuple(cache.k.sharding.spec)[1:5] in (
+            (('data', 'fsdp'), None, split, 'tensor'),
+            ('data', None, split, 'tensor'),
+        )
     for leaf, want in zip(jax.tree.leaves(past), jax.tree.leaves(one), strict=True):
         np.testing.assert_allclose(leaf, want, atol=2e-5)
 
 
-@pytest.mark.parametrize('mesh', [Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8),
-                                  Mesh(data=2, seq=4)], ids=str)
+@pytest.mark.parametrize(
+    'mesh',
+    [Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8), Mesh(data=2, seq=4)],
+    ids=str,
+)
 def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given, alone):
     """Six sites; where they do not divide, devices remember some of padding as well."""
     with jax.set_mesh(sharding.make_mesh(mesh)):
@@ -98,7 +116,7 @@ def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given,
     assert counts == (trades if mesh.seq == 2 else {'all-gather': CFG.layers + 1})
     # The bytes are those that the page on performance counts with.
     what, attention = roofline_wan.exchanged(CFG, BLOCK, 4, 6, mesh.seq)
-    prediction = 4 * BLOCK * -(-6 // mesh.seq) * (mesh.seq - 1) * CFG.patch ** 2 * CFG.channels
+    prediction = 4 * BLOCK * -(-6 // mesh.seq) * (mesh.seq - 1) * CFG.patch**2 * CFG.channels
     assert what == ('heads' if mesh.seq == 2 else 'keys')
     assert sent(found) == pytest.approx(BATCH // mesh.data * (attention + prediction))
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.weights import conversion
 from matrix_jax.encoders import clip
+from matrix_jax.weights import conversion
 
 TINY = clip.PRESETS['tiny']
 END = TINY.eos
@@ -48,8 +48,11 @@ def test_whole_clip_config_and_checkpoint():
     assert clip.Config.from_released(released) == cfg
     params = init(cfg)
     torch = conversion.to_torch(clip.weights(cfg), params)
-    torch |= {'logit_scale': np.float32(1), 'visual_projection.weight': np.zeros((8, 8)),
-              'vision_model.encoder.layers.0.mlp.fc1.bias': np.zeros(3)}
+    torch |= {
+        'logit_scale': np.float32(1),
+        'visual_projection.weight': np.zeros((8, 8)),
+        'vision_model.encoder.layers.0.mlp.fc1.bias': np.zeros(3),
+    }
     again = conversion.to_jax(clip.weights(cfg), torch, clip.shapes(cfg))
     jax.tree.map(np.testing.assert_array_equal, params, again)
 

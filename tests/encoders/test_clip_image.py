@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.weights import conversion
 from matrix_jax.encoders import clip_image as clip
+from matrix_jax.weights import conversion
 
 TINY = clip.PRESETS['tiny']
 
@@ -26,8 +26,9 @@ def test_resize_has_the_weights_of_the_definition():
     # A quarter of a pixel off, a = -0.75: the weights at distances 1.25, 0.25, 0.75, 1.75.
     want = [-0.10546875, 0.87890625, 0.26171875, -0.03515625]
     np.testing.assert_allclose(twice[9, 3:7], want, atol=1e-6)
-    np.testing.assert_allclose(twice[0, :2], [0.26171875 - 0.03515625 + 0.87890625, -0.10546875],
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        twice[0, :2], [0.26171875 - 0.03515625 + 0.87890625, -0.10546875], atol=1e-6
+    )
     # No low-pass: four pixels make one of a picture that shrinks ten times.
     assert (clip.cubic(100, 10) != 0).sum(1).max() <= 4
 
@@ -55,12 +56,21 @@ def test_weights_round_trip_without_what_is_not_used():
     tensors = conversion.to_torch(table, params())
     assert tensors['visual.transformer.1.attn.to_qkv.weight'].shape == (48, 16)
     assert not any(name.startswith('visual.transformer.2.') for name in tensors)
-    more = {name: np.zeros(3) for name in (
-        'visual.transformer.2.norm1.bias', 'visual.post_norm.weight', 'visual.head', 'log_scale',
-        'textual.token_embedding.weight')}
+    more = {
+        name: np.zeros(3)
+        for name in (
+            'visual.transformer.2.norm1.bias',
+            'visual.post_norm.weight',
+            'visual.head',
+            'log_scale',
+            'textual.token_embedding.weight',
+        )
+    }
     back = conversion.to_jax(table, tensors | more, clip.shapes(TINY))
-    assert all(np.array_equal(leaf, again) for leaf, again in zip(
-        jax.tree.leaves(back), jax.tree.leaves(params()), strict=True))
+    assert all(
+        np.array_equal(leaf, again)
+        for leaf, again in zip(jax.tree.leaves(back), jax.tree.leaves(params()), strict=True)
+    )
     with pytest.raises(conversion.ConversionError, match='unknown key visual.transformer.3.norm1'):
         conversion.to_jax(table, tensors | {'visual.transformer.3.norm1.bias': np.zeros(16)})
 
@@ -72,10 +82,12 @@ def test_released_sizes_and_config():
     assert sum(len(row.keys()) for row in rows) == 5 + 31 * 12
     released = json.loads(json.dumps(cfg.to_released()))
     assert clip.Config.from_released(released | {'out_dim': 1024}) == cfg
-    for change, message in (({'pool': 'token'}, 'unknown key pool'),
-                            ({'image_size': 225}, 'expected a multiple of patch 14'),
-                            ({'num_heads': 3}, '3 does not divide width 1280'),
-                            ({'num_layers': 1}, 'got 1, expected at least 2')):
+    for change, message in (
+        ({'pool': 'token'}, 'unknown key pool'),
+        ({'image_size': 225}, 'expected a multiple of patch 14'),
+        ({'num_heads': 3}, '3 does not divide width 1280'),
+        ({'num_layers': 1}, 'got 1, expected at least 2'),
+    ):
         with pytest.raises(ValueError, match=message):
             clip.Config.from_released(released | change)
     with pytest.raises(ValueError, match='missing dim'):

@@ -6,22 +6,29 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import conversion
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.encoders import t5
+from matrix_jax.parallel import sharding
+from matrix_jax.weights import conversion
 
 TINY = t5.PRESETS['tiny']
 
 
 def test_buckets_of_the_released_size():
     buckets = t5.relative_buckets(200, t5.PRESETS['v1_1_xxl'])
-    left = buckets[150, 150::-1]                     # keys 0, 1, 2, ... to the left
+    left = buckets[150, 150::-1]  # keys 0, 1, 2, ... to the left
     assert left[:8].tolist() == list(range(8))
     assert (left[8], left[15], left[16], left[31], left[32], left[64], left[128]) == (
-        8, 9, 10, 11, 12, 14, 15)
-    assert buckets.max() == 31 and buckets[0, 1] == 17   # the right half starts at 16
+        8,
+        9,
+        10,
+        11,
+        12,
+        14,
+        15,
+    )
+    assert buckets.max() == 31 and buckets[0, 1] == 17  # the right half starts at 16
 
 
 def test_config_round_trip():
@@ -29,12 +36,17 @@ def test_config_round_trip():
         assert t5.Config.from_released(cfg.to_released()) == cfg
 
 
-@pytest.mark.parametrize('change, message', [
-    ({'feed_forward_proj': 'relu'}, "feed_forward_proj is 'relu', expected 'gated-gelu'"),
-    ({'d_model': None}, 'missing d_model')])
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        ({'feed_forward_proj': 'relu'}, "feed_forward_proj is 'relu', expected 'gated-gelu'"),
+        ({'d_model': None}, 'missing d_model'),
+    ],
+)
 def test_config_faults(change, message):
-    released = {key: value for key, value in (TINY.to_released() | change).items()
-                if value is not None}
+    released = {
+        key: value for key, value in (TINY.to_released() | change).items() if value is not None
+    }
     with pytest.raises(ValueError, match=message):
         t5.Config.from_released(released)
 
@@ -53,16 +65,28 @@ def test_table_covers_the_tree_and_the_tied_copy_is_dropped(params):
 
 def test_half_precision_stays_close(params):
     ids = np.arange(12, dtype=np.int32)[None]
-    full, half = (jax.jit(t5.T5Encoder(dataclasses.replace(TINY, dtype=dtype)).apply)(
-        {'params': params}, ids) for dtype in ('float32', 'bfloat16'))
+    full, half = (
+        jax.jit(t5.T5Encoder(dataclasses.replace(TINY, dtype=dtype)).apply)({'params': params}, ids)
+        for dtype in ('float32', 'bfloat16')
+    )
     assert half.dtype == 'bfloat16'
     np.testing.assert_allclose(np.asarray(half, np.float32), full, atol=0.1)
 
 
-@pytest.mark.parametrize('mesh, exchange', [
-    (Mesh(), ''), (Mesh(seq=2), 'heads'), (Mesh(seq=3), 'heads'), (Mesh(seq=5), 'keys'),
-    (Mesh(seq=6), 'heads'), (Mesh(seq=8), 'keys'), (Mesh(data=2, seq=3), 'heads'),
-    (Mesh(data=2, seq=4), 'keys')], ids=str)
+@pytest.mark.parametrize(
+    'mesh, exchange',
+    [
+        (Mesh(), ''),
+        (Mesh(seq=2), 'heads'),
+        (Mesh(seq=3), 'heads'),
+        (Mesh(seq=5), 'keys'),
+        (Mesh(seq=6), 'heads'),
+        (Mesh(seq=8), 'keys'),
+        (Mesh(data=2, seq=3), 'heads'),
+        (Mesh(data=2, seq=4), 'keys'),
+    ],
+    ids=str,
+)
 def test_split_tokens_are_the_whole(mesh, exchange, split):
     """Eleven tokens split evenly over no mesh; what differs is the order of sums."""
     cfg, params, ids, wanted = split
@@ -71,8 +95,14 @@ def test_split_tokens_are_the_whole(mesh, exchange, split):
     assert np.abs(encode({'params': params}, ids) - wanted).max() <= 2e-6 * np.abs(wanted).max()
     found = {kind: one['count'] for kind, one in collectives(encode.as_text(), 8).items()}
     # Tokens meet in the attention of a layer, by two exchanges or by one; the end gathers them.
-    assert found == {'heads': {'all-to-all': 2 * cfg.layers, 'all-gather': 1},
-                     'keys': {'all-gather': cfg.layers + 1}, '': {}}[exchange]
+    assert (
+        found
+        == {
+            'heads': {'all-to-all': 2 * cfg.layers, 'all-gather': 1},
+            'keys': {'all-gather': cfg.layers + 1},
+            '': {},
+        }[exchange]
+    )
 
 
 @pytest.fixture(scope='module')

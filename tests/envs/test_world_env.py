@@ -23,8 +23,9 @@ def house(slots, tiny):
 
 def poison(players, index):
     """Makes a world not a number."""
-    carry = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf,
-                         players.slots.read(index))
+    carry = jax.tree.map(
+        lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, players.slots.read(index)
+    )
     players.slots.write(index, carry)
 
 
@@ -37,6 +38,7 @@ def drive(env, seed, actions):
 @pytest.mark.parametrize('whole, shape', [(False, (32, 48, 3)), (True, (8, 32, 48, 3))])
 def test_gymnasium_accepts_it(house, whole, shape):
     from gymnasium.utils.env_checker import check_env
+
     env = envs.WorldEnv(opened=house, whole=whole, render_mode='rgb_array')
     assert env.observation_space.shape == shape and env.action_space.n == 9
     with warnings.catch_warnings():
@@ -53,10 +55,12 @@ def test_equal_seeds_and_actions_give_equal_worlds(house):
     np.testing.assert_array_equal(first, again)
     np.testing.assert_array_equal(straight, same)
     _, left = drive(env, 3, [1] * (lag + 2))
-    assert np.abs(straight[lag:] - left[lag:].astype(int)).max() > np.abs(
-        straight[:lag] - left[:lag].astype(int)).max()            # not bound to the keys yet
+    assert (
+        np.abs(straight[lag:] - left[lag:].astype(int)).max()
+        > np.abs(straight[:lag] - left[:lag].astype(int)).max()
+    )  # not bound to the keys yet
     assert (drive(env, 4, [0])[1] != straight[:1]).any()
-    assert (env.reset(options={'prompt': 'snow'})[0] == first).all()     # the same start clip
+    assert (env.reset(options={'prompt': 'snow'})[0] == first).all()  # the same start clip
     with pytest.raises(UsageError, match='options: got promt; expected prompt and start'):
         env.reset(options={'promt': 'snow'})
     with pytest.raises(UsageError, match="start: got 'moon'"):
@@ -64,8 +68,9 @@ def test_equal_seeds_and_actions_give_equal_worlds(house):
 
 
 def test_rewards_come_from_the_user_and_a_broken_world_ends(house):
-    env = envs.WorldEnv(opened=house, reward=lambda before, action, after: action + (
-        before != after).any())
+    env = envs.WorldEnv(
+        opened=house, reward=lambda before, action, after: action + (before != after).any()
+    )
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step(0)
     env.reset(seed=0)
@@ -77,8 +82,9 @@ def test_rewards_come_from_the_user_and_a_broken_world_ends(house):
 
 
 def test_players_side_by_side_are_each_as_alone(house):
-    many = envs.WorldVectorEnv(3, opened=house, reward=lambda before, action, after: action,
-                               render_mode='rgb_array')
+    many = envs.WorldVectorEnv(
+        3, opened=house, reward=lambda before, action, after: action, render_mode='rgb_array'
+    )
     first, info = many.reset(seed=3)
     assert many.observation_space.contains(first) and info['shift'].tolist() == [0, 0, 0]
     assert many.action_space.shape == (3,)
@@ -108,13 +114,16 @@ def test_players_side_by_side_are_each_as_alone(house):
 
 
 def test_gymnasium_is_asked_for_in_one_line():
-    code = ('import sys; sys.modules["gymnasium"] = None\n'
-            'import matrix_jax.envs.world_env\n'
-            'try: matrix_jax.serve.env.WorldEnv\n'
-            'except ValueError as error: print(error)')
+    code = (
+        'import sys; sys.modules["gymnasium"] = None\n'
+        'import matrix_jax.envs.world_env\n'
+        'try: matrix_jax.serve.env.WorldEnv\n'
+        'except ValueError as error: print(error)'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.stdout.strip() == ("environments need gymnasium: pip install 'matrix_jax[data]'"), (
-        done.stderr)
+        done.stderr
+    )
     assert pickle.loads(pickle.dumps(envs.WorldEnv)) is envs.WorldEnv
     with pytest.raises(UsageError, match="render_mode: got 'human'"):
         envs.WorldEnv(render_mode='human')

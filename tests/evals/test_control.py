@@ -16,7 +16,7 @@ LEFT, NONE, RIGHT = (SYMBOLS.index(symbol) for symbol in ('DL', 'D', 'DR'))
 def clip(side, seed, count=13):
     """Frames [F 16 24 3] of noise that moves `side` pixels a frame, and its truth."""
     noise = np.random.default_rng(seed).integers(0, 255, (16, 120), np.uint8)
-    frames = np.stack([noise[:, 48 - 2 * side * i:72 - 2 * side * i] for i in range(count)])
+    frames = np.stack([noise[:, 48 - 2 * side * i : 72 - 2 * side * i] for i in range(count)])
     telemetry = np.zeros((count, 6), np.float32)
     telemetry[:, 1], telemetry[:, 2] = 1.5 * side, 15.0
     keys = np.full(count, {1: LEFT, 0: NONE, -1: RIGHT}[side])
@@ -37,8 +37,9 @@ def test_windows_end_with_the_latent_frame_of_their_control():
     np.testing.assert_allclose(data.truth[:3], [[1.5, 15]] * 3)
     assert np.isnan(data.truth[3:]).all()
     grey = control.shrink(frames, 2)
-    np.testing.assert_allclose(control.windows(CFG, data, [1])[0, ..., -1], grey[12] / 255,
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        control.windows(CFG, data, [1])[0, ..., -1], grey[12] / 255, atol=1e-6
+    )
 
 
 def test_too_few_frames_are_an_error():
@@ -50,8 +51,7 @@ def test_it_learns_to_tell_left_from_right_on_new_pictures(data, tmp_path):
     params = control.train(CFG, data)
     new = control.examples(CFG, [clip(side, seed) for seed in (100, 101) for side in (-1, 0, 1)])
     seen = control.read(CFG, params, new, batch=4)
-    limit = control.threshold(control.read(CFG, params, data)[:, 0],
-                              control.STEER[data.controls])
+    limit = control.threshold(control.read(CFG, params, data)[:, 0], control.STEER[data.controls])
     score = control.score(seen[:, 0], control.STEER[new.controls], limit)
     assert score['balanced'] > 0.9 > 0.6 > score['shuffled']
     control.save(tmp_path / 'probe.msgpack', CFG, params, limit)

@@ -15,7 +15,7 @@ def test_lab_knows_white_black_and_red():
 def test_sharpness_falls_with_blur():
     rng = np.random.default_rng(0)
     sharp = rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
-    blurred = ((sharp.astype(int) + np.roll(sharp, 1, 1) + np.roll(sharp, 1, 2)) // 3)
+    blurred = (sharp.astype(int) + np.roll(sharp, 1, 1) + np.roll(sharp, 1, 2)) // 3
     flat = np.full((2, 16, 16, 3), 90, np.uint8)
     values = [drift.sharpness(one.astype(np.uint8)).mean() for one in (sharp, blurred, flat)]
     assert values[0] > 1.5 * values[1] > 0 and values[2] == 0
@@ -42,7 +42,8 @@ def test_a_picture_that_stands_still_does_not_change():
 
 def test_a_seam_is_a_larger_step_between_shifts():
     smooth = np.arange(33, dtype=np.uint8)[None, :, None, None, None] * np.ones(
-        (1, 1, 2, 2, 3), np.uint8)
+        (1, 1, 2, 2, 3), np.uint8
+    )
     assert drift.seams(smooth, 4) == pytest.approx(1)
     jumping = smooth + 2 * (np.arange(33) // 4).astype(np.uint8)[None, :, None, None, None]
     assert drift.seams(jumping, 4) == pytest.approx(3)
@@ -53,6 +54,6 @@ def test_frechet_distance_of_gaussians():
     one = rng.normal(size=(4000, 3))
     assert drift.frechet(one, one) == pytest.approx(0, abs=1e-9)
     assert drift.frechet(one, one + [3, 0, 0]) == pytest.approx(9, rel=1e-6)
-    assert drift.frechet(one, 2 * one) == pytest.approx(3, rel=0.05)    # (2 - 1)^2 per dimension
+    assert drift.frechet(one, 2 * one) == pytest.approx(3, rel=0.05)  # (2 - 1)^2 per dimension
     with pytest.raises(ValueError, match='got 1 and 4000 samples'):
         drift.frechet(one[:1], one)

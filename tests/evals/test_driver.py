@@ -34,8 +34,10 @@ def test_the_road_is_found_by_colour_and_under_the_car(theme):
 
 
 @pytest.mark.parametrize('lag', [0, 2])
-@pytest.mark.parametrize('column, slope, expected', [
-    (48, 0, ''), (48, -0.9, 'L'), (48, 0.9, 'R'), (33, 0, 'L'), (63, 0, 'R')])
+@pytest.mark.parametrize(
+    'column, slope, expected',
+    [(48, 0, ''), (48, -0.9, 'L'), (48, 0.9, 'R'), (33, 0, 'L'), (63, 0, 'R')],
+)
 def test_it_steers_toward_the_road(column, slope, expected, lag):
     one = driver.FrameDriver(driver.Config(lag=lag), 'snow', ['D'] * lag, speed=12.0)
     assert one.key(picture(column, slope, 'snow')[0])[1:] == expected
@@ -66,13 +68,13 @@ def test_a_drive_is_judged_by_its_frames():
 def test_blur_is_a_mean_of_squares():
     mask = np.random.default_rng(0).random((6, 9)) < 0.5
     padded = np.pad(mask, 2, mode='edge')
-    expected = [[padded[i:i + 5, j:j + 5].mean() for j in range(9)] for i in range(6)]
+    expected = [[padded[i : i + 5, j : j + 5].mean() for j in range(9)] for i in range(6)]
     np.testing.assert_allclose(driver.blur(mask, 2), expected, atol=1e-6)
 
 
 def test_in_the_game_frames_are_enough_to_stay_on_the_road():
     game = Game()
-    start, = driver.starts(game, 1, 8)
+    (start,) = driver.starts(game, 1, 8)
     frames, telemetry, keys = driver.drive_game(game, start, driver.Config(cruise=18.0), 20)
     assert len(frames) == len(telemetry) == 80 and len(keys) == 20
     truth = telemetry[:, 0] >= 0.5

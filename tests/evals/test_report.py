@@ -17,9 +17,16 @@ from matrix_jax.evals.scripted import SCRIPTS
 from tests.evals.test_video import World
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'evaluate.py'
-CFG = carracing.Config(seconds=2, drive_seconds=1, long_seconds=2, streams=2, clips=1, clip_frames=33,
-                    times=(1.0, 2.0),
-                    probe=control.Config(widths=(4, 8), hidden=8, steps=2, batch=4))
+CFG = carracing.Config(
+    seconds=2,
+    drive_seconds=1,
+    long_seconds=2,
+    streams=2,
+    clips=1,
+    clip_frames=33,
+    times=(1.0, 2.0),
+    probe=control.Config(widths=(4, 8), hidden=8, steps=2, batch=4),
+)
 
 
 class Blank(World):
@@ -31,6 +38,7 @@ class Blank(World):
         def step(params, carry, control):
             carry, frames = plain.step(params, carry, control)
             return carry, np.zeros((len(control), 4, 64, 96, 3), np.uint8) * frames[:, :1, :1, :1]
+
         return plain._replace(step=step)
 
 
@@ -38,8 +46,10 @@ class Blank(World):
 def recorded(tmp_path_factory):
     folder, game = tmp_path_factory.mktemp('recorded'), Game()
     for split, seed in (('train', 2), ('heldout', 3)):
-        write_shard(folder / f'{split}-0{SUFFIX}',
-                    [record(game, seed, 'night', 41, np.random.default_rng(seed))])
+        write_shard(
+            folder / f'{split}-0{SUFFIX}',
+            [record(game, seed, 'night', 41, np.random.default_rng(seed))],
+        )
     return folder
 
 
@@ -61,8 +71,14 @@ def test_a_blank_world_fails_where_the_game_passes(recorded, tmp_path):
     text = (tmp_path / 'report.md').read_text()
     assert '| straight | 2 | 0.00 |' in text and 'seconds on the road of 1' in text
     made = {path.name for path in tmp_path.iterdir()}
-    assert {'scripts-0.png', 'scripts-1-real.png', 'drive.png', 'drive.mp4', 'long.png',
-            'probe.msgpack'} <= made
+    assert {
+        'scripts-0.png',
+        'scripts-1-real.png',
+        'drive.png',
+        'drive.mp4',
+        'long.png',
+        'probe.msgpack',
+    } <= made
     table = tables.compare([str(tmp_path)]).splitlines()
     assert table[2].startswith(f'| {tmp_path.name} | 0.') and '| 0.0 of 1 |' in table[2]
     assert table[3].startswith('| real game |') and '| 1.0 of 1 |' in table[3]
@@ -82,7 +98,11 @@ def test_a_stream_of_larger_groups_is_refused(recorded, tmp_path):
 
 
 def test_the_tool_needs_data():
-    done = subprocess.run([sys.executable, TOOL, 'the_matrix:TINY'], capture_output=True, text=True,
-                          env=os.environ | {'PYTHONPATH': str(TOOL.parents[1])})
+    done = subprocess.run(
+        [sys.executable, TOOL, 'the_matrix:TINY'],
+        capture_output=True,
+        text=True,
+        env=os.environ | {'PYTHONPATH': str(TOOL.parents[1])},
+    )
     assert done.returncode == 2
     assert done.stderr == ('error: --data: needs a folder of recorded clips (tools/collect.py)\n')

@@ -16,7 +16,7 @@ def test_scripts_are_of_their_length_and_mixed_ones_hold_every_symbol():
 
 def test_a_mirrored_game_turns_to_the_side_of_its_key():
     game = Game()
-    start, = driver.starts(game, 1, 12)
+    (start,) = driver.starts(game, 1, 12)
     plain, states, before = scripted.play(game, start, 3, ['DL'] * 6, mirror=False)
     turned, mirrored, keys = scripted.play(game, start, 3, ['DR'] * 6, mirror=True)
     np.testing.assert_array_equal(turned, plain[:, :, ::-1])

@@ -31,11 +31,12 @@ class World:
         return frames, jnp.asarray(symbols)
 
     def encode_step(self, params, cache, frames):
-        return jnp.zeros(()), jnp.asarray(frames, jnp.float32)[:, (0 if cache is None else 3)::4]
+        return jnp.zeros(()), jnp.asarray(frames, jnp.float32)[:, (0 if cache is None else 3) :: 4]
 
     def decoder(self):
         def show(params, cache, latents):
             return cache, jnp.repeat(latents.astype(jnp.uint8), 4, axis=1)
+
         return Decoder(lambda params, latents: show(params, jnp.zeros(()), latents), show)
 
     def stream(self, entry):
@@ -43,9 +44,10 @@ class World:
 
         def step(params, carry, control):
             slots = swin.bind(cfg, carry, control)
-            shown = jnp.repeat(slots[:, cfg.context:cfg.context + cfg.group_frames], 4, axis=1)
+            shown = jnp.repeat(slots[:, cfg.context : cfg.context + cfg.group_frames], 4, axis=1)
             frames = jnp.broadcast_to(shown[..., None, None, None], (*shown.shape, 2, 2, 3))
-            return slots[:, cfg.group_frames:], frames.astype(jnp.uint8)
+            return slots[:, cfg.group_frames :], frames.astype(jnp.uint8)
+
         return Stream(lambda params, cond, key: cond[1], step, step)
 
 
@@ -83,7 +85,8 @@ def test_reconstruction_gives_the_frames_after_the_context():
 def test_psnr_pools_the_error_before_the_logarithm():
     zero = np.zeros((1, 2, 2, 3), np.uint8)
     assert video.psnr([(zero, zero), (zero, zero + 10)]) == pytest.approx(
-        10 * np.log10(255 ** 2 / 50))
+        10 * np.log10(255**2 / 50)
+    )
     assert video.psnr([(zero, zero)]) == float('inf')
 
 

@@ -12,24 +12,40 @@ CFG = action_probe.Config(widths=(8, 16), hidden=16, steps=150, batch=16, learni
 def shifting(yaw, pitch, seed, count=13):
     """(frames [F 16 24 3], axes [F 4]) of noise under a view that turns and tilts."""
     noise = np.random.default_rng(seed).integers(0, 255, (90, 130), np.uint8)
-    frames = np.stack([noise[36 - 2 * pitch * i:52 - 2 * pitch * i, 50 + 2 * yaw * i:][:, :24]
-                       for i in range(count)])
+    frames = np.stack(
+        [
+            noise[36 - 2 * pitch * i : 52 - 2 * pitch * i, 50 + 2 * yaw * i :][:, :24]
+            for i in range(count)
+        ]
+    )
     mouse = np.tile([0.1 * pitch, 0.1 * yaw], (count, 1))
     return np.repeat(frames[..., None], 3, -1), action_probe.axes(np.zeros((count, 4)), mouse)
 
 
 def views(seeds):
-    return action_probe.examples(CFG, [shifting(*way, seed) for seed in seeds
-                               for way in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))])
+    return action_probe.examples(
+        CFG,
+        [
+            shifting(*way, seed)
+            for seed in seeds
+            for way in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
+        ],
+    )
 
 
 def test_axes_are_odd_or_even_under_a_mirror():
     keys = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]])
     mouse = np.array([[0.1, 0], [0, -0.1], [0.01, 0.05], [0, 0.0]])
     asked = action_probe.axes(keys, mouse)
-    np.testing.assert_allclose(asked, [[0, 0.1, 1, 0], [-0.1, 0, -1, -1], [0.05, 0.01, 0, 1],
-                                       [0, 0, 0, 0]], atol=1e-7)
-    assert action_probe.sides(asked).tolist() == [[0, 1, 1, 0], [-1, 0, -1, -1], [1, 0, 0, 1], [0] * 4]
+    np.testing.assert_allclose(
+        asked, [[0, 0.1, 1, 0], [-0.1, 0, -1, -1], [0.05, 0.01, 0, 1], [0, 0, 0, 0]], atol=1e-7
+    )
+    assert action_probe.sides(asked).tolist() == [
+        [0, 1, 1, 0],
+        [-1, 0, -1, -1],
+        [1, 0, 0, 1],
+        [0] * 4,
+    ]
     turned = action_probe.axes(keys[:, [0, 1, 3, 2]], mouse * [1, -1])
     np.testing.assert_allclose(turned, asked * action_probe.Config.parity, atol=1e-7)
 
@@ -37,8 +53,15 @@ def test_axes_are_odd_or_even_under_a_mirror():
 def test_clips_without_actions_are_left_aside():
     frames = np.zeros((5, 4, 4, 3), np.uint8)
     bare = Clip(frames=frames, caption='', theme='', seed=0, fps=16, **unknown(5))
-    known = Clip(frames=frames, caption='', theme='', seed=0, fps=16, **unknown(5) | {
-        'keyboard': np.ones((5, 4), np.int8), 'mouse': np.zeros((5, 2), np.float32)})
+    known = Clip(
+        frames=frames,
+        caption='',
+        theme='',
+        seed=0,
+        fps=16,
+        **unknown(5)
+        | {'keyboard': np.ones((5, 4), np.int8), 'mouse': np.zeros((5, 2), np.float32)},
+    )
     assert [asked.shape for _, asked in action_probe.recorded([bare, known])] == [(5, 4)]
 
 

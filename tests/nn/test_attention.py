@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from matrix_jax.nn.attention import MultiHead, attention, route, self_attention
 from matrix_jax.parallel import sharding
 from matrix_jax.parallel.mesh import Mesh
-from matrix_jax.nn.attention import MultiHead, attention, route, self_attention
 
 
 def literal(q, k, v, bias, scale):
@@ -32,7 +32,7 @@ def test_equals_the_literal_form(biased, scale):
         bias = np.random.default_rng(0).normal(size=bias.shape)
         bias[..., 4:] = -np.inf
     y = attention(q, k, v, jnp.asarray(bias, jnp.float32) if biased else None, scale)
-    want = literal(q, k, v, bias, 8 ** -0.5 if scale is None else scale)
+    want = literal(q, k, v, bias, 8**-0.5 if scale is None else scale)
     np.testing.assert_allclose(y, want, atol=1e-5)
 
 
@@ -54,9 +54,16 @@ def test_softmax_is_float32_in_half_precision():
     np.testing.assert_allclose(np.asarray(y, np.float32), 1.0, atol=4e-3)
 
 
-@pytest.mark.parametrize('width, dtype, fused', [
-    (64, 'bfloat16', True), (128, 'bfloat16', True), (64, 'float32', False),
-    (44, 'bfloat16', False), (136, 'bfloat16', False)])
+@pytest.mark.parametrize(
+    'width, dtype, fused',
+    [
+        (64, 'bfloat16', True),
+        (128, 'bfloat16', True),
+        (64, 'float32', False),
+        (44, 'bfloat16', False),
+        (136, 'bfloat16', False),
+    ],
+)
 def test_a_gpu_takes_the_kernel_of_cudnn_where_it_fits(width, dtype, fused, monkeypatch):
     q, k, v = (jax.random.normal(jax.random.key(key), (1, 5, 2, width), dtype) for key in range(3))
     want, taken = attention(q, k, v), []
@@ -83,8 +90,9 @@ def test_multi_head_normalises_queries_and_keys_per_head():
     # Scaling the query kernel leaves a normalised query, and so the output, unchanged.
     scaled = jax.tree.map(lambda leaf: leaf, params)
     scaled['params']['query']['kernel'] = 50 * params['params']['query']['kernel']
-    np.testing.assert_allclose(net.apply(scaled, x, context), net.apply(params, x, context),
-                               atol=1e-4)
+    np.testing.assert_allclose(
+        net.apply(scaled, x, context), net.apply(params, x, context), atol=1e-4
+    )
     scaled['params']['value']['kernel'] = 50 * params['params']['value']['kernel']
     assert not np.allclose(net.apply(scaled, x, context), net.apply(params, x, context), atol=1e-2)
 
@@ -92,18 +100,31 @@ def test_multi_head_normalises_queries_and_keys_per_head():
 # --- on a mesh -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('heads, parts, tensor, exchange', [
-    (30, 2, 1, 'heads'), (30, 6, 1, 'heads'), (30, 8, 1, 'keys'), (30, 4, 1, 'keys'),
-    (12, 3, 2, 'heads'), (12, 4, 2, 'keys'), (2, 2, 3, 'heads')])
+@pytest.mark.parametrize(
+    'heads, parts, tensor, exchange',
+    [
+        (30, 2, 1, 'heads'),
+        (30, 6, 1, 'heads'),
+        (30, 8, 1, 'keys'),
+        (30, 4, 1, 'keys'),
+        (12, 3, 2, 'heads'),
+        (12, 4, 2, 'keys'),
+        (2, 2, 3, 'heads'),
+    ],
+)
 def test_heads_are_traded_where_they_divide(heads, parts, tensor, exchange):
     """What tensor has split already, or cannot split, is what has to divide."""
     assert route(heads, parts, 'auto', tensor) == exchange
     assert route(heads, parts, 'keys', tensor) == 'keys'
 
 
-@pytest.mark.parametrize('exchange, message', [
-    ('heads', "exchange: got 'heads', expected 'keys' or 'auto', as 30 heads do not divide"),
-    ('ring', "exchange: got 'ring', expected 'auto', 'heads' or 'keys'")])
+@pytest.mark.parametrize(
+    'exchange, message',
+    [
+        ('heads', "exchange: got 'heads', expected 'keys' or 'auto', as 30 heads do not divide"),
+        ('ring', "exchange: got 'ring', expected 'auto', 'heads' or 'keys'"),
+    ],
+)
 def test_an_exchange_that_cannot_be_had_is_refused(exchange, message):
     with pytest.raises(ValueError, match=message):
         route(30, 8, exchange)

@@ -46,7 +46,7 @@ def test_chunks_with_context_equal_the_whole(chunks):
     want, _ = layer.apply(params, x)
     context, start, parts = None, 0, []
     for size in chunks:
-        y, context = layer.apply(params, x[:, start:start + size], context)
+        y, context = layer.apply(params, x[:, start : start + size], context)
         assert context.shape == (2, 2, 4, 3, 2)
         parts.append(y)
         start += size

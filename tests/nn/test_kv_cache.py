@@ -23,10 +23,10 @@ class Rolling:
         filled = self.filled + end - self.seen
         if end > self.seen and self.filled + new > len(self.entries):
             gone = self.filled + new - len(self.entries)
-            kept = self.entries[self.sink + gone:self.filled]
-            self.entries[self.sink:self.sink + len(kept)] = kept
+            kept = self.entries[self.sink + gone : self.filled]
+            self.entries[self.sink : self.sink + len(kept)] = kept
             filled -= gone
-        self.entries[filled - new:filled] = list(frames)
+        self.entries[filled - new : filled] = list(frames)
         self.seen, self.filled = end, filled
         return self.entries[:filled]
 
@@ -39,7 +39,7 @@ def test_a_ring_holds_what_the_rolling_cache_holds(size, sink, count):
     for block in range(5):
         frames = np.arange(block * count, (block + 1) * count)
         want = rolling.write(frames)
-        assert rolling.write(frames) == want            # a second call on the same block
+        assert rolling.write(frames) == want  # a second call on the same block
         ring = Ring(jnp.int32(frames[0]), count, size, sink)
         new = frames.reshape(1, count, 1, 1, 1)
         cache = ring.recall(cache, KVCache(new, -new))
@@ -47,8 +47,9 @@ def test_a_ring_holds_what_the_rolling_cache_holds(size, sink, count):
         assert sorted(cache.k.ravel()[filled].tolist()) == want
         assert filled.sum() == len(want) and np.all(np.diff(filled.astype(int)) <= 0)
         np.testing.assert_array_equal(ring.held()[filled], cache.k.ravel()[filled])
-        np.testing.assert_array_equal(cache.k[0, :, 0, 0, 0][filled],
-                                      -cache.v[0, :, 0, 0, 0][filled])
+        np.testing.assert_array_equal(
+            cache.k[0, :, 0, 0, 0][filled], -cache.v[0, :, 0, 0, 0][filled]
+        )
 
 
 @pytest.mark.parametrize('start', [0, 3, 99_999, 2_000_000_001])
@@ -58,8 +59,9 @@ def test_places_are_relative_and_small(start, size, sink, count):
     queries, keys = (np.asarray(places, np.int64) for places in ring.places())
     held, filled = np.asarray(ring.held(), np.int64), np.asarray(ring.visible())[0]
     own = start + np.arange(count)
-    np.testing.assert_array_equal((queries[:, None] - keys)[:, filled],
-                                  (own[:, None] - held)[:, filled])
+    np.testing.assert_array_equal(
+        (queries[:, None] - keys)[:, filled], (own[:, None] - held)[:, filled]
+    )
     assert np.all(queries >= 0) and np.all(queries < size)
     assert np.all(keys[sink:] < size) and np.all(keys[sink:][filled[sink:]] >= 0)
 
@@ -68,7 +70,7 @@ def test_empty_slots_are_not_seen():
     rng = np.random.default_rng(0)
     q, new = jnp.float32(rng.normal(size=(2, 1, 2, 3, 2, 4)))
     past, rest = jnp.float32(rng.normal(size=(2, 1, 4, 3, 2, 4)))
-    for start in (0, 2, 4):                 # empty, half full, full
+    for start in (0, 2, 4):  # empty, half full, full
         ring = Ring(jnp.int32(start), 2, 4)
         known = np.asarray(ring.visible())[0][:, None, None, None]
         made = []
@@ -76,7 +78,7 @@ def test_empty_slots_are_not_seen():
             held = ring.recall(KVCache(filling, filling), KVCache(new, new))
             made.append(ring.attend(q, held.k, held.v))
         np.testing.assert_array_equal(*made)
-        seen = held.k[:, :start + 2].reshape(1, -1, 2, 4)
+        seen = held.k[:, : start + 2].reshape(1, -1, 2, 4)
         want = attention(q.reshape(1, 6, 2, 4), seen, seen).reshape(q.shape)
         np.testing.assert_allclose(made[0], want, atol=1e-6)
 
@@ -86,8 +88,7 @@ def test_blocks_see_themselves_and_a_window_before_their_end(frames, block, loca
     sight = Blocks(frames, block, local)
     query, key = np.mgrid[:frames, :frames]
     end = (query // block + 1) * block
-    np.testing.assert_array_equal(
-        sight.visible(), (key < end) & (key >= end - (local or frames)))
+    np.testing.assert_array_equal(sight.visible(), (key < end) & (key >= end - (local or frames)))
     q, k, v = np.random.default_rng(1).normal(size=(3, 1, frames, 2, 1, 4)).astype('f4')
     bias = np.where(np.kron(sight.visible(), np.ones((2, 2))), 0, -np.inf)
     want = attention(*(x.reshape(1, -1, 1, 4) for x in (q, k, v)), bias)
@@ -108,10 +109,17 @@ def test_a_site_sees_itself_alone():
             np.testing.assert_allclose(got[:, :, site], want, atol=1e-6)
 
 
-@pytest.mark.parametrize('make, message', [
-    (lambda: Blocks(7, 3), 'block: got 3 frames, expected a divisor of the 7'),
-    (lambda: Blocks(6, 3, 2), 'local: got a window of 2 latent frames, expected at least the 3'),
-    (lambda: Ring(0, 4, 4, 1), 'local: got 4 cached latent frames with 1 of them kept')])
+@pytest.mark.parametrize(
+    'make, message',
+    [
+        (lambda: Blocks(7, 3), 'block: got 3 frames, expected a divisor of the 7'),
+        (
+            lambda: Blocks(6, 3, 2),
+            'local: got a window of 2 latent frames, expected at least the 3',
+        ),
+        (lambda: Ring(0, 4, 4, 1), 'local: got 4 cached latent frames with 1 of them kept'),
+    ],
+)
 def test_refuses_what_does_not_fit(make, message):
     with pytest.raises(ValueError, match=message):
         make()

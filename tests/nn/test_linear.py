@@ -19,8 +19,9 @@ def test_computes_in_its_dtype_whatever_the_weights_are_stored_in(stored, dtype)
     kernel, bias = (np.asarray(params['params'][name], np.float64) for name in ('kernel', 'bias'))
     assert y.dtype == dtype and y.shape == (2, 5, 4)
     tolerance = 1e-5 if dtype == 'float32' else 0.1
-    np.testing.assert_allclose(np.asarray(y, np.float64), np.asarray(x, np.float64) @ kernel + bias,
-                               atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(y, np.float64), np.asarray(x, np.float64) @ kernel + bias, atol=tolerance
+    )
 
 
 def test_without_bias_has_no_bias():
@@ -58,8 +59,10 @@ def test_the_error_of_a_layer_stays_within_its_bound():
     wide = x.astype(np.float64)
     size = np.abs(wide)
     # Activations are cut by less than one step, weights rounded by half of one.
-    bound = (size.max(-1, keepdims=True) / 127 * np.abs(np.asarray(made.kernel(), float)).sum(0)
-             + size.sum(-1, keepdims=True) * np.asarray(made.scale) / 2)
+    bound = (
+        size.max(-1, keepdims=True) / 127 * np.abs(np.asarray(made.kernel(), float)).sum(0)
+        + size.sum(-1, keepdims=True) * np.asarray(made.scale) / 2
+    )
     error = np.abs(y - (wide @ kernel + params['bias']))
     assert (error <= bound + 1e-4 * np.abs(y)).all()
     assert error.max() > 0 and (y[0, 0] == params['bias']).all()
@@ -72,8 +75,12 @@ def test_activations_are_cut_towards_zero_by_the_scale_of_their_token():
 
 
 def test_quantize_changes_the_layers_that_it_is_told():
-    params = {'a': {'attention': {'query': {'kernel': kernel_of(2, 4, 3), 'bias': np.ones(3)}},
-                    'mlp': {'up': {'kernel': kernel_of(2, 4, 3)}}}}
+    params = {
+        'a': {
+            'attention': {'query': {'kernel': kernel_of(2, 4, 3), 'bias': np.ones(3)}},
+            'mlp': {'up': {'kernel': kernel_of(2, 4, 3)}},
+        }
+    }
     made = linear.quantize(params, ['*/attention/*'])
     assert isinstance(made['a']['attention']['query']['kernel'], Int8)
     assert made['a']['attention']['query']['bias'] is params['a']['attention']['query']['bias']

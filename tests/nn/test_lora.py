@@ -9,12 +9,12 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from matrix_jax.weights import conversion
-from matrix_jax.weights.diffusers_layout import CheckpointError
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.nn import lora
+from matrix_jax.weights import conversion
+from matrix_jax.weights.diffusers_layout import CheckpointError
 
-CFG = dit.PRESETS['tiny']       # four layers, the second and third with control blocks
+CFG = dit.PRESETS['tiny']  # four layers, the second and third with control blocks
 TABLE, SHAPES = dit.weights(CFG), dit.shapes(CFG)
 GOLDENS = Path(__file__).parents[1] / 'goldens' / 'lora'
 Q = 'transformer_blocks.2.attn1.to_q'
@@ -34,8 +34,9 @@ def params():
 def adapter(rank=4, alpha=2.0):
     made, draw = lora.init(TABLE, SHAPES, rank, alpha, seed=0), whole(1)
     flat = conversion.flatten(made)
-    return conversion.unflatten({path: leaf if path.endswith('alpha') else draw(leaf.shape)
-                              for path, leaf in flat.items()})
+    return conversion.unflatten(
+        {path: leaf if path.endswith('alpha') else draw(leaf.shape) for path, leaf in flat.items()}
+    )
 
 
 def torch_weights(tree):
@@ -47,11 +48,13 @@ def test_a_fresh_adapter_changes_nothing_and_spares_the_control_blocks():
     jax.tree.map(np.testing.assert_array_equal, lora.merge(params(), fresh), params())
     flat = conversion.flatten(fresh)
     assert {path.rpartition('/')[0] for path in flat} == {
-        f'{block}/attention/{name}' for block in ('before', 'steered/block', 'after')
-        for name in ('query', 'key', 'value', 'out')}
+        f'{block}/attention/{name}'
+        for block in ('before', 'steered/block', 'after')
+        for name in ('query', 'key', 'value', 'out')
+    }
     a = flat['steered/block/attention/query/a']
     assert a.shape == (2, 32, 4) and (a[0] != a[1]).all()
-    assert 0.8 < np.abs(a).max() * 32 ** 0.5 <= 1
+    assert 0.8 < np.abs(a).max() * 32**0.5 <= 1
     with pytest.raises(ValueError, match='rank: got 33, expected at most 32'):
         lora.init(TABLE, SHAPES, 33, 1.0, seed=0)
     with pytest.raises(ValueError, match='fit no linear layer'):
@@ -101,60 +104,94 @@ def test_files_of_peft_and_diffusers_merge_as_there(writer):
 def peft(folder, tensors, settings=None, name='adapter_model.safetensors'):
     """A file as peft writes it; `tensors` is {module: (A, B)}."""
     folder.mkdir(exist_ok=True)
-    save_file({f'base_model.model.{module}.lora_{side}.weight': np.ascontiguousarray(tensor)
-               for module, pair in tensors.items() for side, tensor in zip('AB', pair)},
-              folder / name)
+    save_file(
+        {
+            f'base_model.model.{module}.lora_{side}.weight': np.ascontiguousarray(tensor)
+            for module, pair in tensors.items()
+            for side, tensor in zip('AB', pair)
+        },
+        folder / name,
+    )
     if settings is not None:
         (folder / 'adapter_config.json').write_text(json.dumps(settings))
     return folder
 
 
-@pytest.mark.parametrize('settings, scales', [
-    (None, (1, 1)), ({'lora_alpha': 4, 'r': 2}, (2, 4 / 3)),
-    ({'lora_alpha': 4, 'r': 4, 'alpha_pattern': {'attn1.to_out.0': 6}}, (2, 2)),
-    ({'lora_alpha': 4, 'use_rslora': True}, (4 / 2 ** 0.5, 4 / 3 ** 0.5))])
+@pytest.mark.parametrize(
+    'settings, scales',
+    [
+        (None, (1, 1)),
+        ({'lora_alpha': 4, 'r': 2}, (2, 4 / 3)),
+        ({'lora_alpha': 4, 'r': 4, 'alpha_pattern': {'attn1.to_out.0': 6}}, (2, 2)),
+        ({'lora_alpha': 4, 'use_rslora': True}, (4 / 2**0.5, 4 / 3**0.5)),
+    ],
+)
 def test_a_file_of_peft_may_have_part_of_the_layers_and_several_ranks(tmp_path, settings, scales):
     draw = whole(2)
     other = 'transformer_blocks.1.attn1.to_out.0'
-    pairs = {Q: (draw((2, 32)), draw((32, 2))), other: (draw((3, 32)), draw((32, 3))),
-             'control_blocks.0.attn1.to_v': (draw((2, 32)), draw((32, 2)))}
+    pairs = {
+        Q: (draw((2, 32)), draw((32, 2))),
+        other: (draw((3, 32)), draw((32, 3))),
+        'control_blocks.0.attn1.to_v': (draw((2, 32)), draw((32, 2))),
+    }
     found = lora.read(peft(tmp_path / 'peft', pairs, settings), TABLE, SHAPES)
     before, after = torch_weights(params()), torch_weights(lora.merge(params(), found))
     changed = {name for name in before if (before[name] != after[name]).any()}
     assert changed == {f'{module}.weight' for module in pairs}
     for module, scale in zip((Q, other), scales):
         a, b = pairs[module]
-        np.testing.assert_allclose(after[f'{module}.weight'],
-                                   before[f'{module}.weight'] + scale * b @ a, atol=1e-5)
+        np.testing.assert_allclose(
+            after[f'{module}.weight'], before[f'{module}.weight'] + scale * b @ a, atol=1e-5
+        )
     again = lora.read(lora.write(tmp_path / 'again', found, TABLE), TABLE, SHAPES)
     jax.tree.map(np.testing.assert_array_equal, again, found)
 
 
 def test_alpha_tensors_and_names_of_adapters_are_read(tmp_path):
     a, b = whole(3)((2, 2, 32))
-    save_file({f'transformer.{Q}.lora_A.default.weight': a, f'transformer.{Q}.alpha': np.array(6.0),
-               f'transformer.{Q}.lora_B.default.weight': np.ascontiguousarray(b.T)},
-              tmp_path / 'other.safetensors')
+    save_file(
+        {
+            f'transformer.{Q}.lora_A.default.weight': a,
+            f'transformer.{Q}.alpha': np.array(6.0),
+            f'transformer.{Q}.lora_B.default.weight': np.ascontiguousarray(b.T),
+        },
+        tmp_path / 'other.safetensors',
+    )
     found = lora.read(tmp_path / 'other.safetensors', TABLE, SHAPES)
     after = torch_weights(lora.merge(params(), found))
-    np.testing.assert_array_equal(after[f'{Q}.weight'],
-                                  torch_weights(params())[f'{Q}.weight'] + 3 * b.T @ a)
+    np.testing.assert_array_equal(
+        after[f'{Q}.weight'], torch_weights(params())[f'{Q}.weight'] + 3 * b.T @ a
+    )
 
 
 PAIR = (np.ones((2, 32), np.float32), np.ones((32, 2), np.float32))
 
 
-@pytest.mark.parametrize('tensors, settings, said', [
-    ({'transformer_blocks.2.attn1.to_qq': PAIR}, None, f'attn1.to_qq.lora_A.weight (nearest: {Q})'),
-    ({'transformer_blocks.4.attn1.to_q': PAIR}, None, 'unknown key base_model.model.transformer_b'),
-    ({'text_model.layers.0.q': PAIR}, None, '2 adapter fault(s): unknown key'),
-    ({'patch_embed.proj': PAIR}, None, 'unknown key base_model.model.patch_embed.proj'),
-    ({Q: PAIR[:1]}, None, f'missing key {Q}.lora_B.weight'),
-    ({Q: (PAIR[0][:, 1:], PAIR[1])}, None, 'got A (2, 31) and B (32, 2), expected (r, 32)'),
-    ({Q: (PAIR[0], PAIR[1][:, 1:])}, None, 'got A (2, 32) and B (32, 1)'),
-    ({Q: PAIR}, {'use_dora': True}, 'DoRA'), ({Q: PAIR}, [1], 'settings of the adapter'),
-    ({Q: PAIR}, {'lora_alpha': 'high'}, "lora_alpha: got ['high']"), ({}, None, 'no tensors'),
-], ids=range(11))
+@pytest.mark.parametrize(
+    'tensors, settings, said',
+    [
+        (
+            {'transformer_blocks.2.attn1.to_qq': PAIR},
+            None,
+            f'attn1.to_qq.lora_A.weight (nearest: {Q})',
+        ),
+        (
+            {'transformer_blocks.4.attn1.to_q': PAIR},
+            None,
+            'unknown key base_model.model.transformer_b',
+        ),
+        ({'text_model.layers.0.q': PAIR}, None, '2 adapter fault(s): unknown key'),
+        ({'patch_embed.proj': PAIR}, None, 'unknown key base_model.model.patch_embed.proj'),
+        ({Q: PAIR[:1]}, None, f'missing key {Q}.lora_B.weight'),
+        ({Q: (PAIR[0][:, 1:], PAIR[1])}, None, 'got A (2, 31) and B (32, 2), expected (r, 32)'),
+        ({Q: (PAIR[0], PAIR[1][:, 1:])}, None, 'got A (2, 32) and B (32, 1)'),
+        ({Q: PAIR}, {'use_dora': True}, 'DoRA'),
+        ({Q: PAIR}, [1], 'settings of the adapter'),
+        ({Q: PAIR}, {'lora_alpha': 'high'}, "lora_alpha: got ['high']"),
+        ({}, None, 'no tensors'),
+    ],
+    ids=range(11),
+)
 def test_a_file_that_does_not_fit_is_named(tmp_path, tensors, settings, said):
     folder = peft(tmp_path, tensors, settings)
     with pytest.raises(conversion.ConversionError) as error:

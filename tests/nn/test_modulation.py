@@ -9,8 +9,13 @@ def noisy(params, key=7):
     """Parameters without zeros and ones, so that every one of them matters."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(key), len(leaves))
-    return jax.tree.unflatten(tree, [leaf + 0.3 * jax.random.normal(k, leaf.shape)
-                                     for leaf, k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(
+        tree,
+        [
+            leaf + 0.3 * jax.random.normal(k, leaf.shape)
+            for leaf, k in zip(leaves, keys, strict=True)
+        ],
+    )
 
 
 def test_layer_norm_is_float32_inside_and_out():

@@ -15,8 +15,13 @@ class Layer(nn.Module):
         return x + once(self, 'shift', lambda: Linear(3, name='linear')(y)), None
 
 
-STACK = nn.scan(Layer, variable_axes={'params': 0, COLLECTION: 0}, split_rngs={'params': True},
-                in_axes=nn.broadcast, length=4)()
+STACK = nn.scan(
+    Layer,
+    variable_axes={'params': 0, COLLECTION: 0},
+    split_rngs={'params': True},
+    in_axes=nn.broadcast,
+    length=4,
+)()
 
 
 def test_what_is_made_once_is_stacked_like_parameters_and_read_in_their_place():
@@ -26,5 +31,5 @@ def test_what_is_made_once_is_stacked_like_parameters_and_read_in_their_place():
     (want, _), kept = STACK.apply(variables, x, y, mutable=[COLLECTION])
     assert kept[COLLECTION]['shift'].shape == (4, 2, 3)
     np.testing.assert_array_equal(want, STACK.apply(variables, x, y)[0])
-    alone, _ = STACK.apply(kept, x, None)       # neither the layer nor what it reads is there
+    alone, _ = STACK.apply(kept, x, None)  # neither the layer nor what it reads is there
     np.testing.assert_array_equal(alone, want)

@@ -11,8 +11,11 @@ from safetensors.numpy import load_file
 from matrix_jax.nn import rope
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix' / 'h_embeddings.safetensors'
-TABLES = ('pos3d_D32_W6_H4_T5_s1.875_t1.0', 'pos3d_D48_W3_H5_T2_s1.0_t1.0',
-          'pos3d_D64_W4_H4_T3_s1.5_t2.0')
+TABLES = (
+    'pos3d_D32_W6_H4_T5_s1.875_t1.0',
+    'pos3d_D48_W3_H5_T2_s1.0_t1.0',
+    'pos3d_D64_W4_H4_T3_s1.5_t2.0',
+)
 
 
 @pytest.fixture(scope='module')
@@ -25,9 +28,12 @@ def test_grid_table_replays_the_reference(golden, case):
     pattern = r'pos3d_D(\d+)_W(\d+)_H(\d+)_T(\d+)_s([\d.]+)_t([\d.]+)'
     *sizes, spatial, temporal = re.fullmatch(pattern, case).groups()
     width, columns, rows, frames = map(int, sizes)
-    table = rope.sincos_3d(rope.scaled_positions(frames, float(temporal)),
-                           rope.scaled_positions(rows, float(spatial)),
-                           rope.scaled_positions(columns, float(spatial)), width)
+    table = rope.sincos_3d(
+        rope.scaled_positions(frames, float(temporal)),
+        rope.scaled_positions(rows, float(spatial)),
+        rope.scaled_positions(columns, float(spatial)),
+        width,
+    )
     np.testing.assert_allclose(table, golden[f'outputs/{case}'], atol=1e-6)
 
 
@@ -65,17 +71,21 @@ def test_rotations_of_traced_positions_are_exact(position):
     speeds = rope.rates(22)
     got = rope.turns(jnp.array([position], jnp.int32), speeds)
     # Python's integers keep the phase of any position.
-    angles = [float(fractions.Fraction(speed) * position % fractions.Fraction(2 * math.pi))
-              for speed in speeds]
+    angles = [
+        float(fractions.Fraction(speed) * position % fractions.Fraction(2 * math.pi))
+        for speed in speeds
+    ]
     for part, want in zip(got, (np.cos(angles), np.sin(angles)), strict=True):
         np.testing.assert_allclose(part[0], want, atol=2e-6 if abs(position) > 2**24 else 6e-7)
 
 
 def test_rotated_products_depend_on_relative_positions_alone():
     q, k = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype('f4')
+
     def products(start):
         turn = rope.turns(jnp.arange(3) + start, rope.rates(3))
         return np.einsum('nke,mke->knm', rope.rotate(q, turn), rope.rotate(k, turn))
+
     near = products(0)
     np.testing.assert_allclose(products(100_000), near, atol=5e-6)
     assert not np.allclose(near, np.einsum('nke,mke->knm', q, k), atol=0.1)
@@ -94,8 +104,9 @@ def test_neighbours_turn_and_the_rest_stays():
 def test_a_grid_gives_a_third_of_the_pairs_each_to_row_and_column():
     cos, sin = rope.turns_3d(np.array([3, 7]), 2, 5, 128)
     assert cos.shape == sin.shape == (2, 10, 64)
-    angles = np.concatenate([np.full(22, 7.0) * rope.rates(22), 1.0 * rope.rates(21),
-                             4.0 * rope.rates(21)])
+    angles = np.concatenate(
+        [np.full(22, 7.0) * rope.rates(22), 1.0 * rope.rates(21), 4.0 * rope.rates(21)]
+    )
     np.testing.assert_allclose(cos[1, 9], np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin[1, 9], np.sin(angles), atol=1e-6)
     traced = rope.turns_3d(jnp.array([3, 7]), 2, 5, 128)
@@ -105,5 +116,6 @@ def test_a_grid_gives_a_third_of_the_pairs_each_to_row_and_column():
 def test_level_code_is_that_of_float64():
     level = np.array([0, 0.5, 625, 908.8427734375, 1000], np.float32)
     angles = level.astype(np.float64)[:, None] * rope.rates(128)
-    np.testing.assert_allclose(rope.level_code(level, 256),
-                               np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=5e-7)
+    np.testing.assert_allclose(
+        rope.level_code(level, 256), np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=5e-7
+    )

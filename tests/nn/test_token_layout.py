@@ -40,6 +40,7 @@ def test_each_device_has_its_places_of_every_frame(parts):
     held = video.shape[2] // parts
     for device, mine in enumerate(np.split(np.asarray(flat), parts, axis=1)):
         np.testing.assert_array_equal(
-            mine.reshape(FRAMES, held), video[0, :, device * held:(device + 1) * held, 0])
+            mine.reshape(FRAMES, held), video[0, :, device * held : (device + 1) * held, 0]
+        )
     rows = numbered(FRAMES * PLACES, 1)
     np.testing.assert_array_equal(token_layout.table(rows, FRAMES), flat[0])

@@ -3,13 +3,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.parallel import sharding
 from matrix_jax.config import Mesh
 from matrix_jax.nn import conv3d, winograd
-from matrix_jax.parallel import spatial
+from matrix_jax.parallel import sharding, spatial
 from tests.nn.test_conv3d import direct, normal, spatial_pad
 
-WIDE = 24       # channels, enough for the detour
+WIDE = 24  # channels, enough for the detour
 
 
 @pytest.mark.parametrize('m', winograd.POINTS)
@@ -17,7 +16,7 @@ WIDE = 24       # channels, enough for the detour
 def test_the_detour_is_the_sum_of_three_taps(m, frames):
     x, kernel = normal(2, frames + 2, 3), normal(3, 3, seed=1)
     y = winograd.convolve(x, kernel, m, lambda x, tap: x * tap)
-    want = sum(x[:, tap:tap + frames] * kernel[tap] for tap in range(3))
+    want = sum(x[:, tap : tap + frames] * kernel[tap] for tap in range(3))
     assert y.shape == want.shape
     np.testing.assert_allclose(y, want, atol=2e-6)
 
@@ -38,11 +37,15 @@ def test_wide_convolutions_take_it_and_stay_exact(frames, monkeypatch):
     assert taken == [winograd.best(frames)]
 
 
-@pytest.mark.parametrize('x, taps', [
-    (normal(1, 3, 3, 3, WIDE), 3),                          # one frame has nothing to share
-    (normal(1, 6, 3, 3, 8), 3),                             # few channels
-    (normal(1, 6, 3, 3, WIDE), 2),
-    (normal(1, 6, 3, 3, WIDE).astype(jnp.bfloat16), 3)])    # differences cost half precision dear
+@pytest.mark.parametrize(
+    'x, taps',
+    [
+        (normal(1, 3, 3, 3, WIDE), 3),  # one frame has nothing to share
+        (normal(1, 6, 3, 3, 8), 3),  # few channels
+        (normal(1, 6, 3, 3, WIDE), 2),
+        (normal(1, 6, 3, 3, WIDE).astype(jnp.bfloat16), 3),
+    ],
+)  # differences cost half precision dear
 def test_other_convolutions_do_not(x, taps, monkeypatch):
     monkeypatch.setattr(winograd, 'convolve', None)
     kernel = normal(taps, 3, 3, x.shape[-1], 2).astype(x.dtype)
@@ -65,7 +68,8 @@ def test_gradients_are_those_of_the_plain_sum(monkeypatch):
 
     def gradients():
         return jax.grad(lambda x, kernel: jnp.square(conv3d.conv3d(x, kernel)).sum(), (0, 1))(
-            x, kernel)
+            x, kernel
+        )
 
     made = gradients()
     monkeypatch.setattr(winograd, 'best', lambda frames: 1)

@@ -24,10 +24,14 @@ print(sum(name.endswith('cache_hits') for name in hits))
 
 def start(home, wanted=True):
     """(result, programs that were read) of a process of its own."""
-    env = os.environ | {'XDG_CACHE_HOME': str(home), 'PYTHONPATH': str(ROOT),
-                        'JAX_ENABLE_COMPILATION_CACHE': 'true'}
-    done = subprocess.run([sys.executable, '-c', CODE.format(wanted=wanted)], env=env,
-                          capture_output=True, text=True)
+    env = os.environ | {
+        'XDG_CACHE_HOME': str(home),
+        'PYTHONPATH': str(ROOT),
+        'JAX_ENABLE_COMPILATION_CACHE': 'true',
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', CODE.format(wanted=wanted)], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0 and 'cache' not in done.stderr, done.stderr
     result, hits = done.stdout.split()
     return float(result), int(hits)
@@ -61,13 +65,19 @@ print(shared, programs.options(once=True) == programs.QUICK | (programs.SHARED i
 """
 
 
-@pytest.mark.parametrize('cores, flags, wanted', [
-    (1, '', False), (2, '', True), (2, '--xla_cpu_experimental_ynn_fusion_type=', False)])
+@pytest.mark.parametrize(
+    'cores, flags, wanted',
+    [(1, '', False), (2, '', True), (2, '--xla_cpu_experimental_ynn_fusion_type=', False)],
+)
 def test_work_is_shared_among_cores_unless_there_is_one_or_the_user_chose(cores, flags, wanted):
     code = OPTIONS.replace('shared', f'programs.cores = lambda: {cores}\nshared', 1)
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True,
-                          env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags,
-                                            'JAX_PLATFORMS': 'cpu'})
+    done = subprocess.run(
+        [sys.executable, '-c', code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {'PYTHONPATH': str(ROOT), 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    )
     assert done.stdout.split() == [str(wanted), 'True', '2.0']
 
 

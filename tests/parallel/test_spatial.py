@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.parallel import sharding
 from matrix_jax.config import Mesh
-from matrix_jax.parallel import spatial
 from matrix_jax.nn.conv3d import Downsample2d, conv3d
+from matrix_jax.parallel import sharding, spatial
 
 
 def normal(*shape, seed=0):
@@ -29,8 +28,10 @@ def test_values_and_gradients_of_split_rows_are_those_of_the_whole(mesh):
     """Over 4 devices the last holds half as many rows, over 8 there are two without any."""
     total, unit = (6, 2) if mesh.seq > 2 else (4, 2)
     x, wanted_y = normal(2, 2, total * unit, 4, 3), normal(2, 2, total, 2, 4, seed=1)
-    params = {'first': normal(1, 3, 3, 3, 4, seed=2),
-              'second': {'kernel': normal(3, 3, 4, 4, seed=3), 'bias': normal(4, seed=4)}}
+    params = {
+        'first': normal(1, 3, 3, 3, 4, seed=2),
+        'second': {'kernel': normal(3, 3, 4, 4, seed=3), 'bias': normal(4, seed=4)},
+    }
 
     def loss(run, params, x):
         cache, y = run(network, params, jnp.zeros_like(x), x)

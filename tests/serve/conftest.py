@@ -14,9 +14,10 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from matrix_jax import config, worlds
-from matrix_jax.serve.web import app, server as run
-from matrix_jax.serve.runtime.session import HEADER
 from matrix_jax.serve.runtime.batched_stream import Slots
+from matrix_jax.serve.runtime.session import HEADER
+from matrix_jax.serve.web import app
+from matrix_jax.serve.web import server as run
 
 JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 7}
 
@@ -24,8 +25,11 @@ JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 
 def open_fast(name, folder):
     """(world, params) of a recipe, 100 frames per second so that tests need not wait."""
     recipe = config.load(name)
-    return worlds.open_run(dataclasses.replace(
-        recipe, weights=str(folder), world=dataclasses.replace(recipe.world, fps=100)))
+    return worlds.open_run(
+        dataclasses.replace(
+            recipe, weights=str(folder), world=dataclasses.replace(recipe.world, fps=100)
+        )
+    )
 
 
 @pytest.fixture(scope='session')
@@ -62,8 +66,8 @@ class Player:
         if isinstance(message, str):
             self.notes.append(json.loads(message))
             return self.notes[-1]
-        index, key = HEADER.unpack(message[:HEADER.size])
-        self.frames[index] = message[HEADER.size:]
+        index, key = HEADER.unpack(message[: HEADER.size])
+        self.frames[index] = message[HEADER.size :]
         if key:
             self.keys[key] = index
         if len(self.frames) % 4 == 0:
@@ -86,7 +90,7 @@ class Player:
             self.read()
 
     def send(self, **message):
-        with contextlib.suppress(ConnectionClosed):      # `read` finds out why
+        with contextlib.suppress(ConnectionClosed):  # `read` finds out why
             self.socket.send(json.dumps(message))
 
     def ask(self, path, data=None):
@@ -102,8 +106,9 @@ class Running:
 
     def __init__(self, slots, folder, front=None, recipe='the_matrix:TINY', **more):
         self.cfg = run.Config(players=slots.count, port=0, **more)
-        self.server = front or app.Server(slots.blank(), folder, recipe, self.cfg.token,
-                                          self.cfg.grace)
+        self.server = front or app.Server(
+            slots.blank(), folder, recipe, self.cfg.token, self.cfg.grace
+        )
         self.opened = contextlib.ExitStack()
         self.listening = run.listen(self.cfg)
         self.port = self.listening.getsockname()[1]
@@ -121,8 +126,7 @@ class Running:
 
     def http(self, path, data=None, headers=None, patient=True):
         """(status, body); waits where it is told to, unless it is not `patient`."""
-        request = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', data,
-                                         headers or {})
+        request = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', data, headers or {})
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=30) as answer:
@@ -148,13 +152,20 @@ def browser(tmp_path):
     """A headless browser of a laptop's size; skips where there is none."""
     webdriver = pytest.importorskip('selenium.webdriver')
     from selenium.webdriver.chrome.service import Service
+
     program, driver = shutil.which('chromium'), shutil.which('chromedriver')
     if not (program and driver):
         pytest.skip('needs chromium and its driver')
     options = webdriver.ChromeOptions()
     options.binary_location = program
-    for flag in ('--headless=new', '--no-sandbox', '--disable-gpu', '--disable-dev-shm-usage',
-                 '--window-size=1280,800', f'--user-data-dir={tmp_path}'):
+    for flag in (
+        '--headless=new',
+        '--no-sandbox',
+        '--disable-gpu',
+        '--disable-dev-shm-usage',
+        '--window-size=1280,800',
+        f'--user-data-dir={tmp_path}',
+    ):
         options.add_argument(flag)
     options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
     driver = webdriver.Chrome(options, Service(driver))
@@ -166,6 +177,7 @@ def browser(tmp_path):
 def serving(slots, tiny):
     """`serving(**config)` starts a server and gives it; all are stopped at the end."""
     with contextlib.ExitStack() as stack:
+
         def start(**more):
             running = Running(**{'slots': slots, 'folder': tiny, **more})
             running.thread.start()
@@ -174,4 +186,5 @@ def serving(slots, tiny):
             stack.callback(running.opened.close)
             running.until(lambda: running.web.started)
             return running
+
         yield start

@@ -33,10 +33,12 @@ class Page:
 
     def __init__(self, browser, server, downloads):
         from selenium.webdriver.common.action_chains import ActionChains
+
         self.browser, self.server, self.downloads = browser, server, downloads
         self.keys = ActionChains(browser)
-        browser.execute_cdp_cmd('Browser.setDownloadBehavior',
-                                {'behavior': 'allow', 'downloadPath': str(downloads)})
+        browser.execute_cdp_cmd(
+            'Browser.setDownloadBehavior', {'behavior': 'allow', 'downloadPath': str(downloads)}
+        )
         browser.get(f'http://127.0.0.1:{server.port}/')
         self.says('status', 'the_matrix:TINY')
 
@@ -81,8 +83,9 @@ class Page:
 
     def troubles(self):
         """What the browser complained of since the last call."""
-        return [line['message'] for line in self.browser.get_log('browser')
-                if line['level'] == 'SEVERE']
+        return [
+            line['message'] for line in self.browser.get_log('browser') if line['level'] == 'SEVERE'
+        ]
 
     def choose(self, name, path):
         """What the file dialogue of an input would do."""
@@ -92,7 +95,7 @@ class Page:
         """Waits for a file -> its path."""
         path = self.downloads / name
         self.says('status', f'Saved {name}')
-        self.server.until(path.exists)        # a browser names it so when it is whole
+        self.server.until(path.exists)  # a browser names it so when it is whole
         return path
 
 
@@ -112,7 +115,7 @@ def hold(page, key, symbol):
     page.moves()
     time.sleep(max(0, began + HELD_SECONDS - time.monotonic()))
     page.moves()
-    obeyed = list(page.log().symbols)[bound - 1:]
+    obeyed = list(page.log().symbols)[bound - 1 :]
     assert len(obeyed) > 2 and set(obeyed) == {symbol}
     page.keys.key_up(key).perform()
     page.obeys('N')
@@ -139,22 +142,26 @@ def left_and_right_differ(page, slots, folder):
         assert drive.symbols[-1] == symbol
         made = np.stack(list(session_log.frames(slots.blank(), folder, drive)))
         last = np.asarray(Image.open(io.BytesIO(to_jpeg(made[-1])))).astype(int)
-        page.server.until(lambda: np.abs(
-            np.reshape(page.sight(), (*last.shape[:2], 4))[..., :3] - last).mean() < 1)
+        page.server.until(
+            lambda: (
+                np.abs(np.reshape(page.sight(), (*last.shape[:2], 4))[..., :3] - last).mean() < 1
+            )
+        )
         return made
 
     left, right = turn('a', 'NL'), turn('d', 'NR')
     bound, both = (kept + slots.lag) * slots.frames, min(len(left), len(right))
-    np.testing.assert_array_equal(left[:kept * slots.frames], right[:kept * slots.frames])
+    np.testing.assert_array_equal(left[: kept * slots.frames], right[: kept * slots.frames])
     assert (left[bound:both] != right[bound:both]).any()
     page.rests(False)
 
 
 def a_prompt_applies_and_time_goes_back(page):
     from selenium.webdriver.common.keys import Keys
+
     prompt = page.part('prompt')
     prompt.clear()
-    prompt.send_keys('was dawn', Keys.ENTER)             # letters that steer elsewhere
+    prompt.send_keys('was dawn', Keys.ENTER)  # letters that steer elsewhere
     page.server.until(lambda: page.log().last_prompt == 'was dawn')
     page.click('keep')
     page.server.until(lambda: page.part('recall').is_enabled())
@@ -182,7 +189,7 @@ def files_go_and_come(page, picture):
     page.says('status', 'A new drive.')
     assert page.log().picture and not page.shifts()
     assert page.troubles() == []
-    page.choose('picturefile', saved)                    # no picture: one line that says so
+    page.choose('picturefile', saved)  # no picture: one line that says so
     page.says('status', 'drive.world: ')
     assert 'bad' in page.part('status').get_attribute('class')
     assert all('422' in said for said in page.troubles())
@@ -233,12 +240,13 @@ def touch_steers(page):
     width = page.browser.execute_script('return document.documentElement.scrollWidth')
     assert width <= page.browser.execute_script('return innerWidth')
     pad = page.browser.execute_script(PAD)
-    assert all(min(width, height) >= 44 for _, _, width, height in pad.values())     # thumbs
+    assert all(min(width, height) >= 44 for _, _, width, height in pad.values())  # thumbs
 
     def fingers(kind, *names):
         points = [{'x': pad[name][0], 'y': pad[name][1], 'id': at} for at, name in enumerate(names)]
-        page.browser.execute_cdp_cmd('Input.dispatchTouchEvent',
-                                     {'type': kind, 'touchPoints': points})
+        page.browser.execute_cdp_cmd(
+            'Input.dispatchTouchEvent', {'type': kind, 'touchPoints': points}
+        )
 
     fingers('touchStart', 'up')
     page.says('symbol', 'D')
@@ -254,12 +262,14 @@ def touch_steers(page):
 
 def test_a_person_plays(page, browser, slots, tiny, start_image):
     from selenium.webdriver.common.keys import Keys
+
     page.moves()
     hold(page, 'a', 'NL')
     hold(page, Keys.ARROW_RIGHT, 'NR')
     hold(page, 'w', 'D')
     page.server.until(
-        lambda: page.text('latency').endswith('ms') and page.text('step').endswith('ms'))
+        lambda: page.text('latency').endswith('ms') and page.text('step').endswith('ms')
+    )
     left_and_right_differ(page, slots, tiny)
     a_prompt_applies_and_time_goes_back(page)
 

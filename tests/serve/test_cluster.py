@@ -33,7 +33,7 @@ class Door:
 
 def shifts(data: bytes) -> int:
     """Shifts that were played when a `.world` file was made."""
-    header = json.loads(data[8:8 + int.from_bytes(data[:8], 'little')])
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
     symbols = json.loads(header['__metadata__']['log'])['symbols']
     return sum(int(part.split('*')[1]) for part in symbols.split(',') if part)
 
@@ -48,26 +48,32 @@ class Patient(Player):
 def replicas() -> list[str]:
     """Names of the actors of all worlds."""
     from ray.util import list_named_actors
-    return [one['name'] for one in list_named_actors(all_namespaces=True)
-            if '#World#' in one['name']]
+
+    return [
+        one['name'] for one in list_named_actors(all_namespaces=True) if '#World#' in one['name']
+    ]
 
 
 def reachable() -> list[str]:
     """Where the processes of this test can be reached from other machines."""
     import psutil
+
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
-            found += [f'{process.name()} {one.laddr.ip}:{one.laddr.port}'
-                      for one in process.net_connections('tcp') if one.status == psutil.CONN_LISTEN
-                      and one.laddr.ip not in ('127.0.0.1', '::1', '::ffff:127.0.0.1')]
+            found += [
+                f'{process.name()} {one.laddr.ip}:{one.laddr.port}'
+                for one in process.net_connections('tcp')
+                if one.status == psutil.CONN_LISTEN
+                and one.laddr.ip not in ('127.0.0.1', '::1', '::ffff:127.0.0.1')
+            ]
     return found
 
 
 @needs_ray
 def test_a_player_outlives_its_world(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('JAX_ENABLE_COMPILATION_CACHE', 'true')
-    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))      # the second is there soon
+    monkeypatch.setenv('JAX_COMPILATION_CACHE_DIR', str(tmp_path))  # the second is there soon
     monkeypatch.setenv('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0')
     monkeypatch.setenv('RAY_ADDRESS', 'local')
     with socket.create_server(('127.0.0.1', 0)) as free:
@@ -75,13 +81,14 @@ def test_a_player_outlives_its_world(tiny, tmp_path, monkeypatch):
     recipe = dataclasses.replace(config.load('the_matrix:TINY'), weights=str(tiny))
     with workers.running(recipe, cfg, workers.Config(1, 2, cpus=0.1, drain=0.5)) as book:
         import ray
+
         player, worlds = Patient(Door(cfg.port), seed=5), replicas()
         assert len(worlds) == 1
         with ThreadPoolExecutor(1) as beside:
             waiting = beside.submit(Patient, Door(cfg.port), seed=6)
             while not waiting.done():
                 player.watch(1)
-        other = waiting.result()                          # which waited for another world
+        other = waiting.result()  # which waited for another world
         assert [note['type'] for note in other.notes] == ['waiting', 'welcome']
         assert len(replicas()) == 2 and reachable() == []
         assert 'places are taken' in Player(Door(cfg.port)).welcome['message']

@@ -8,10 +8,10 @@ import pytest
 
 from matrix_jax.config import UsageError
 from matrix_jax.serve.cluster import gateway, proxy, workers
+from matrix_jax.serve.cluster.registry import Book
 from matrix_jax.serve.runtime import session_log, snapshot
 from matrix_jax.serve.web import server
 from matrix_jax.serve.web.app import to_jpeg
-from matrix_jax.serve.cluster.registry import Book
 
 SECRET = 'secret1234'
 
@@ -25,6 +25,7 @@ class Local:
     def __getattr__(self, name):
         async def call(*given):
             return getattr(self.book, name)(*given)
+
         return call
 
 
@@ -38,8 +39,10 @@ def town(slots, tiny, serving, monkeypatch):
     """A front on a free port, with `book` and two `places`; the first free one is taken."""
     monkeypatch.setattr(workers, 'SAVE_SECONDS', 0.2)
     cfg, book = server.Config(players=slots.count, grace=1.0), Book(places=4)
-    places = [workers.Place(slots.blank(), tiny, 'the_matrix:TINY', cfg, SECRET, Local(book),
-                            '127.0.0.1') for _ in range(2)]
+    places = [
+        workers.Place(slots.blank(), tiny, 'the_matrix:TINY', cfg, SECRET, Local(book), '127.0.0.1')
+        for _ in range(2)
+    ]
     gone = []
 
     async def lease(*given):
@@ -49,11 +52,13 @@ def town(slots, tiny, serving, monkeypatch):
 
     def kill(place):
         """As when its process dies."""
+
         def die():
             for one in (*place._keepers, *place._web.server_state.tasks):
                 one.cancel()
             for one in list(place._web.server_state.connections):
                 one.transport.abort()
+
         gone.append(place)
         place.server.house.loop.call_soon_threadsafe(die)
 
@@ -117,10 +122,11 @@ def test_files_pass_piece_by_piece(town, monkeypatch):
         for piece in sent(*given):
             sizes.append(len(piece))
             yield piece
+
     monkeypatch.setattr(proxy, 'sent', measured)
-    assert player.ask('world', bytes(2**22))[0] == 422           # the world has judged it
+    assert player.ask('world', bytes(2**22))[0] == 422  # the world has judged it
     assert sum(sizes) == 2**22 and max(sizes) <= 2**18
-    town.book.open(town.places[0].address, 2**20)                # as if this were its limit
+    town.book.open(town.places[0].address, 2**20)  # as if this were its limit
     status, said = player.ask('world', bytes(2**20 + 1))
     assert status == 413 and b'at most 1048576 bytes' in said
     monkeypatch.setattr(gateway, 'FILES', 0)
@@ -140,29 +146,39 @@ def test_a_lost_house_loses_no_player(town, slots, tiny):
     player.frames.clear()
     assert player.wait('welcome')['resumed']
     assert player.notes[-1]['session'] == token and town.book.find(token).address == (
-        town.places[1].address)
+        town.places[1].address
+    )
     player.watch(24)
     log = json.loads(player.ask('replay')[1])
     assert log['seed'] == saved['seed'] and log['start'] == saved['start']
     # it goes on from a moment of the same drive, and each frame is what the drive would have shown
-    made = [to_jpeg(frame) for frame in session_log.frames(
-        slots.blank(), tiny, session_log.from_json(log))]
+    made = [
+        to_jpeg(frame)
+        for frame in session_log.frames(slots.blank(), tiny, session_log.from_json(log))
+    ]
     at = made.index(player.frames[0])
     assert at >= slots.frames
-    assert all(made[at + index] == frame for index, frame in player.frames.items()
-               if at + index < len(made))
+    assert all(
+        made[at + index] == frame
+        for index, frame in player.frames.items()
+        if at + index < len(made)
+    )
 
 
 def test_moments_are_saved_while_clips_are_encoded(town):
     player = town.join(seed=5)
     encoded = threading.Event()
-    town.places[0].server.house._worker.submit(encoded.wait)     # someone's long start clip
+    town.places[0].server.house._worker.submit(encoded.wait)  # someone's long start clip
     try:
-        player.send(type='prompt', text='snow')                  # which this waits for
+        player.send(type='prompt', text='snow')  # which this waits for
         player.watch(16)
         before = town.book.find(player.welcome['session'])
-        town.until(lambda: (now := town.book.find(player.welcome['session'])).data != before.data
-                   and now.taken > (before.taken or 0))
+        town.until(
+            lambda: (
+                (now := town.book.find(player.welcome['session'])).data != before.data
+                and now.taken > (before.taken or 0)
+            )
+        )
         assert not any(note.get('prompt') == 'snow' for note in player.notes)
     finally:
         encoded.set()
@@ -181,8 +197,9 @@ def test_a_house_that_closes_hands_its_players_over(town, slots):
     def saved():
         data = town.book.find(player.welcome['session']).data
         return data and snapshot.parse(data, slots.like, slots.fingerprint())[1].to_json()
+
     town.until(lambda: saved() == before)
-    town.places.reverse()              # the next lease goes to the other one
+    town.places.reverse()  # the next lease goes to the other one
     place.close()
     again = player.wait('welcome')
     assert again['resumed'] and again['paused']
@@ -215,18 +232,24 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
     now[0] = 1.0
     book.put('a', 'host:1', b'moment', True, 0.5)
     assert book.find('a').taken == 0.5
-    book.put('a', 'host:1', None, False, 0.25)         # it rests, and is as it was saved
-    book.put('a', 'host:0', b'late', True, 0.0)        # of a world that had it before
+    book.put('a', 'host:1', None, False, 0.25)  # it rests, and is as it was saved
+    book.put('a', 'host:0', b'late', True, 0.0)  # of a world that had it before
     book.leave('a', 'host:0')
     assert book.find('a')[:3] == ('host:1', b'moment', False)
     now[0] = 2.0
-    assert book.state() == {'players': 1, 'places': 1, 'worlds': ['host:1'], 'waiting': 0,
-                            'oldest': 1.25, 'closing': None}
-    book.claim('a', 'host:2', False)                   # another world goes on from it
+    assert book.state() == {
+        'players': 1,
+        'places': 1,
+        'worlds': ['host:1'],
+        'waiting': 0,
+        'oldest': 1.25,
+        'closing': None,
+    }
+    book.claim('a', 'host:2', False)  # another world goes on from it
     assert book.find('a').taken == 0.75
-    assert book.where('a') is None                     # which has not spoken yet
+    assert book.where('a') is None  # which has not spoken yet
     now[0] = 15.0
-    assert book.state()['worlds'] == []                # one that says nothing is gone
+    assert book.state()['worlds'] == []  # one that says nothing is gone
     now[0] = 63.0
     assert book.find('a') is None and book.enter('b') == ''
     assert book.state()['waiting'] == 1

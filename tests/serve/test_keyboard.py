@@ -31,8 +31,10 @@ def test_a_player_walks_and_looks_around(serving, slots, tiny):
     while 1 not in player.keys:
         player.read()
     assert player.keys[1] % slots.frames == 0 and slots.frames == 12
-    for message, said in (({'type': 'keys', 'id': 2, 'symbol': 'hop'}, "unknown action 'hop'"),
-                          ({'type': 'prompt', 'text': 'a wood'}, 'reads no text')):
+    for message, said in (
+        ({'type': 'keys', 'id': 2, 'symbol': 'hop'}, "unknown action 'hop'"),
+        ({'type': 'prompt', 'text': 'a wood'}, 'reads no text'),
+    ):
         player.send(**message)
         assert said in player.wait('error')['message']
     file = io.BytesIO()
@@ -61,6 +63,7 @@ SWIPE = """const c = document.getElementById('canvas');
 def test_a_page_offers_the_keys_and_turns_by_a_finger(serving, browser):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.by import By
+
     server = serving(grace=5.0)
 
     def text(name):
@@ -69,14 +72,19 @@ def test_a_page_offers_the_keys_and_turns_by_a_finger(serving, browser):
     browser.get(f'http://127.0.0.1:{server.port}/')
     server.until(lambda: 'the arrows look around' in text('hint'))
     assert {button.text for button in browser.find_elements(By.CSS_SELECTOR, '#pad button')} == {
-        'W', 'A', 'S', 'D'}
+        'W',
+        'A',
+        'S',
+        'D',
+    }
     assert not browser.find_element(By.ID, 'prompting').is_displayed()
     ActionChains(browser).key_down('w').perform()
     server.until(lambda: text('symbol') == 'W')
     browser.execute_script(SWIPE)
     session = browser.execute_script('return sessionStorage.getItem("session")')
-    server.until(lambda: 'W+right' in json.loads(
-        server.http(f'/session/{session}/replay')[1])['symbols'])
+    server.until(
+        lambda: 'W+right' in json.loads(server.http(f'/session/{session}/replay')[1])['symbols']
+    )
     assert [line for line in browser.get_log('browser') if line['level'] == 'SEVERE'] == []
 
 
@@ -90,7 +98,17 @@ def test_a_log_of_other_words_is_refused(opened_log, slots):
 @pytest.fixture
 def opened_log(slots):
     """A log of these controls."""
+
     def log(symbols):
-        return session_log.Log('matrix_game_2:TINY', slots.fingerprint(), slots=2, together=1,
-                          entry='head', seed=7, prompt='', symbols=symbols)
+        return session_log.Log(
+            'matrix_game_2:TINY',
+            slots.fingerprint(),
+            slots=2,
+            together=1,
+            entry='head',
+            seed=7,
+            prompt='',
+            symbols=symbols,
+        )
+
     return log

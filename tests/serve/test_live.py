@@ -36,7 +36,7 @@ def test_a_player_sees_frames_and_its_key_comes_back(server, slots):
     assert player.wait('closed')['code'] == 1000
     assert server.players() == 0
     text = server.http('/metrics')[1].decode()
-    assert '\nmatrix_jax_recompilations_total 0.0' in text     # all was compiled at the start
+    assert '\nmatrix_jax_recompilations_total 0.0' in text  # all was compiled at the start
 
 
 def test_a_stream_is_the_same_alone_and_in_company(server, slots, tiny):
@@ -86,7 +86,7 @@ def test_a_lost_player_comes_back_to_its_world(serving):
     back.watch(9)
     assert max(back.frames) > max(player.frames)
     back.close()
-    assert server.players() == 1                  # its place is kept for a while
+    assert server.players() == 1  # its place is kept for a while
     server.until(lambda: server.players() == 0)
     assert not server.join(session=token).welcome['resumed']
 
@@ -97,7 +97,7 @@ def test_another_window_takes_over(server):
     assert second.welcome['resumed']
     try:
         assert first.wait('closed')['code'] == 4001
-    except ConnectionClosed:      # the message can lose against the hang-up on a busy machine
+    except ConnectionClosed:  # the message can lose against the hang-up on a busy machine
         assert first.socket.close_code in (4001, 1006)
     second.watch(8)
     assert server.players() == 1
@@ -144,17 +144,20 @@ def test_worlds_are_kept_rewound_saved_and_forked(server):
     log = json.loads(fork.ask('replay')[1])
     assert log['seed'] == 7 and len(log['symbols']) >= len(kept['symbols'])
     status, said = fork.ask('world', data[:-5] + b'xxxxx')
-    assert status in (200, 422)                   # five other bytes of a float may be a float
+    assert status in (200, 422)  # five other bytes of a float may be a float
     assert fork.ask('world', b'nonsense') == (
-        422, b'{"error":"world file: not a saved world, or damaged"}')
+        422,
+        b'{"error":"world file: not a saved world, or damaged"}',
+    )
     long = json.dumps(kept | {'symbols': 'D*1,' * 2_000_000})
-    status, said = fork.ask('world', safetensors.save(
-        {}, {'format': snapshot.FORMAT, 'log': long}))
+    status, said = fork.ask('world', safetensors.save({}, {'format': snapshot.FORMAT, 'log': long}))
     assert status == 422 and b'got 2000001 runs of keys, expected at most 262144' in said
     # who asks too often is told so, alone
     server.server.house.sessions[fork.welcome['session']].transfers.level = -20
-    asked = [server.http(f'/session/{one.welcome["session"]}/replay', patient=False)
-             for one in (fork, player)]
+    asked = [
+        server.http(f'/session/{one.welcome["session"]}/replay', patient=False)
+        for one in (fork, player)
+    ]
     assert asked[0] == (429, b'{"error":"too many files; try again in a moment"}')
     assert asked[1][0] == 200
 
@@ -171,6 +174,7 @@ def test_a_picture_starts_a_world(server, start_image):
 
 def test_a_recording_is_a_video(server, tmp_path):
     from matrix_jax import video
+
     player = server.join()
     assert player.ask('video')[0] == 409
     player.send(type='record', on=True)
@@ -187,8 +191,9 @@ def test_a_slow_reader_loses_frames_and_delays_nobody(server, monkeypatch):
     monkeypatch.setattr(session, 'QUEUE_SECONDS', 0.1)
     monkeypatch.setattr(session, 'WINDOW_SECONDS', 0.2)
     slow = server.connect()
-    slow.send(json.dumps({'type': 'join', 'session': None, 'start': None, 'prompt': None,
-                          'seed': 1}))                      # and never says what it has seen
+    slow.send(
+        json.dumps({'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 1})
+    )  # and never says what it has seen
     quick = server.join()
     quick.watch(120)
     quick.wait('stats')
@@ -202,13 +207,15 @@ def test_a_slow_reader_loses_frames_and_delays_nobody(server, monkeypatch):
 def test_a_broken_world_is_reset_and_says_so(server):
     import jax
     import jax.numpy as jnp
+
     player, other = server.join(), server.join(seed=2)
     engine = server.server.engine
     seat = engine.seats[0]
 
     def poison():
-        carry = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf,
-                             engine.slots.read(0))
+        carry = jax.tree.map(
+            lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, engine.slots.read(0)
+        )
         engine.slots.write(0, carry)
 
     engine.do(poison).result()
@@ -219,10 +226,13 @@ def test_a_broken_world_is_reset_and_says_so(server):
     other.watch(8)
 
 
-@pytest.mark.parametrize('headers, said', [
-    ({'Host': 'evil.example'}, b'this machine only'),
-    ({'Origin': 'http://evil.example'}, b'another origin'),
-])
+@pytest.mark.parametrize(
+    'headers, said',
+    [
+        ({'Host': 'evil.example'}, b'this machine only'),
+        ({'Origin': 'http://evil.example'}, b'another origin'),
+    ],
+)
 def test_pages_elsewhere_are_refused(server, headers, said):
     status, body = server.http('/', headers=headers)
     assert status == 403 and said in body
@@ -237,9 +247,9 @@ def test_the_token_opens(serving):
         server.connect('?token=wrong1234')
 
 
-@pytest.mark.parametrize('message, code', [
-    ('x' * 100_000, 1009), ('[' * 4000, 1008), ('{"type":"leave"}', 1008),
-])
+@pytest.mark.parametrize(
+    'message, code', [('x' * 100_000, 1009), ('[' * 4000, 1008), ('{"type":"leave"}', 1008)]
+)
 def test_a_first_message_that_makes_no_sense_closes(server, message, code):
     socket = server.connect()
     socket.send(message)

@@ -24,23 +24,46 @@ class Door:
     def __init__(self, vocabulary):
         self.vocabulary, self.symbols = vocabulary, []
         # A browser opens sockets that it never speaks on; the server waits for them at its end.
-        self.server = serve(self.talk, '127.0.0.1', 0, process_request=self.page, open_timeout=2,
-                            close_timeout=0.2)
+        self.server = serve(
+            self.talk, '127.0.0.1', 0, process_request=self.page, open_timeout=2, close_timeout=0.2
+        )
         self.port = self.server.socket.getsockname()[1]
         self.thread = threading.Thread(target=self.server.serve_forever)
         self.thread.start()
 
     def page(self, connection, request):
         if request.path != '/play':
-            return Response(HTTPStatus.OK, 'OK', Headers({'Content-Type': 'text/html'}),
-                            PAGE if request.path == '/' else b'')
+            return Response(
+                HTTPStatus.OK,
+                'OK',
+                Headers({'Content-Type': 'text/html'}),
+                PAGE if request.path == '/' else b'',
+            )
 
     def talk(self, socket):
-        socket.send(json.dumps({
-            'type': 'welcome', 'session': 'one', 'width': 48, 'height': 32, 'starts': [],
-            'start': '', 'prompt': '', 'controls': self.vocabulary.page(), 'reads_text': False,
-            'world': 'walk', 'fps': 16, 'message': '', 'resumed': False, 'paused': False,
-            'kept': False, 'players': 1, 'shift_frames': 12}))
+        socket.send(
+            json.dumps(
+                {
+                    'type': 'welcome',
+                    'session': 'one',
+                    'width': 48,
+                    'height': 32,
+                    'starts': [],
+                    'start': '',
+                    'prompt': '',
+                    'controls': self.vocabulary.page(),
+                    'reads_text': False,
+                    'world': 'walk',
+                    'fps': 16,
+                    'message': '',
+                    'resumed': False,
+                    'paused': False,
+                    'kept': False,
+                    'players': 1,
+                    'shift_frames': 12,
+                }
+            )
+        )
         for text in socket:
             said = protocol.parse(text)
             if said['type'] == 'keys':
@@ -59,10 +82,11 @@ def opened(browser):
 
     def start(mode):
         from selenium.webdriver.common.by import By
+
         doors.append(Door(Actions(mode)))
         browser.get(f'http://127.0.0.1:{doors[-1].port}/')
         until(lambda: doors[-1].symbols == ['idle'])
-        browser.execute_script('patience = Infinity')       # the door says no more
+        browser.execute_script('patience = Infinity')  # the door says no more
         return doors[-1], browser.find_element(By.ID, 'canvas')
 
     yield start
@@ -96,7 +120,8 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
 
     def locked():
         return browser.execute_script(
-            'return document.pointerLockElement === document.getElementById("canvas")')
+            'return document.pointerLockElement === document.getElementById("canvas")'
+        )
 
     def status():
         return browser.find_element(By.ID, 'status').text
@@ -110,7 +135,7 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
     chain().move_by_offset(0, -60).perform()
     heard(door, 'up')
     chain().release().perform()
-    chain().move_by_offset(-90, 0).perform()      # let go: nothing
+    chain().move_by_offset(-90, 0).perform()  # let go: nothing
     time.sleep(0.2)
     assert door.symbols == ['idle'] and not locked()
 
@@ -137,8 +162,10 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
     until(lambda: not locked())
 
     # A browser that keeps its mouse says so.
-    browser.execute_script('document.getElementById("canvas").requestPointerLock = '
-                           '() => Promise.reject(new Error("no"))')
+    browser.execute_script(
+        'document.getElementById("canvas").requestPointerLock = '
+        '() => Promise.reject(new Error("no"))'
+    )
     chain().move_to_element(picture).click().perform()
     until(lambda: 'drag the picture' in status())
     assert [line for line in browser.get_log('browser') if line['level'] == 'SEVERE'] == []
@@ -146,9 +173,11 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
 
 def test_where_nothing_looks_around_the_mouse_does_nothing(opened, browser):
     from selenium.webdriver.common.action_chains import ActionChains
+
     door, picture = opened('templerun')
     ActionChains(browser, duration=40).move_to_element(picture).click_and_hold().move_by_offset(
-        60, 0).release().click().key_down('d').perform()
+        60, 0
+    ).release().click().key_down('d').perform()
     until(lambda: door.symbols == ['idle', 'rightside'])
     assert browser.execute_script('return document.pointerLockElement') is None
 
@@ -157,5 +186,5 @@ def test_a_socket_that_falls_silent_is_given_up(opened, browser):
     door, _ = opened('templerun')
     browser.execute_script('patience = 100')
     until(lambda: len(door.symbols) > 1)
-    assert set(door.symbols) == {'idle'}                    # joined again, and told what is held
+    assert set(door.symbols) == {'idle'}  # joined again, and told what is held
     browser.execute_script('patience = Infinity')

@@ -13,16 +13,15 @@ import pytest
 from einops import repeat
 
 from matrix_jax import config
-from matrix_jax.parallel import sharding
-from matrix_jax.pipelines import generate
 from matrix_jax.config import Mesh
 from matrix_jax.controls.driving import Symbols
-from matrix_jax.parallel import spatial
+from matrix_jax.parallel import sharding, spatial
+from matrix_jax.pipelines import generate
 from matrix_jax.serve.runtime import session_log
-from matrix_jax.serve.web import app
-from matrix_jax.serve.runtime.engine import Engine, Flight, Seat
-from matrix_jax.serve.web.metrics import Meters
 from matrix_jax.serve.runtime.batched_stream import Slots
+from matrix_jax.serve.runtime.engine import Engine, Flight, Seat
+from matrix_jax.serve.web import app
+from matrix_jax.serve.web.metrics import Meters
 from matrix_jax.stream.base import Decoder
 from matrix_jax.worlds.the_matrix import World
 
@@ -69,8 +68,12 @@ def opened(mesh):
     network, decoder = map(sharding.replicated, sharding.make_meshes(mesh))
     scale = {'scale': np.float32(0.5)}
     params = jax.device_put({'transformer': scale, 'text_encoder': scale}, network)
-    return world, params | {'vae': {'encoder': jax.device_put(scale, network),
-                                    'decoder': jax.device_put(scale, decoder)}}
+    return world, params | {
+        'vae': {
+            'encoder': jax.device_put(scale, network),
+            'decoder': jax.device_put(scale, decoder),
+        }
+    }
 
 
 def drive(slots):
@@ -106,11 +109,12 @@ def test_places_on_any_devices_show_the_same(mesh, alone):
     assert slots.ahead == bool(mesh.parts)
     first = drive(slots)
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None)
+        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
+    )
     again = drive(slots)
     jax.monitoring.clear_event_listeners()
     assert not compiled and slots.fingerprint() == alone[0]
-    assert slots.world.made_ready == 1      # not per player, nor per step
+    assert slots.world.made_ready == 1  # not per player, nor per step
     for frames in (first, again):
         assert (np.abs(frames.astype(int) - alone[1]) <= 1).all()
         assert (frames != alone[1]).mean() < 0.01
@@ -141,6 +145,7 @@ class Frames:
 
 class Steps:
     """A place whose steps are counted."""
+
     count, group, frames, lag, ahead = 1, 1, 2, 0, 1
     world = types.SimpleNamespace(cfg=types.SimpleNamespace(fps=1000), vocabulary=Symbols())
     rest = np.zeros(1, np.int32)
@@ -176,8 +181,9 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
             enough.set()
 
     engine = Engine(slots, lambda frame: int(frame.flat[0]))
-    timeline = session_log.Log(recipe='', fingerprint='', slots=1, together=1, entry='head', prompt='',
-                          seed=0, start='')
+    timeline = session_log.Log(
+        recipe='', fingerprint='', slots=1, together=1, entry='head', prompt='', seed=0, start=''
+    )
     seat = Seat(0, timeline, deliver, None)
     engine.start()
     engine.seat(seat, np.array(0)).result(30)
@@ -192,8 +198,9 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
         assert place['step', number + 1] < place['frames', number] < place['step', number + 2]
     taken = events.index(('read', int(carry)))
     assert len(log.symbols) == carry and ('frames', int(carry) - 1) in events[:taken]
-    assert [moment.shifts for moment in seat.past][:6] == [int(moment.carry) for moment in
-                                                          seat.past][:6]
+    assert [moment.shifts for moment in seat.past][:6] == [
+        int(moment.carry) for moment in seat.past
+    ][:6]
 
 
 def test_frames_a_second_are_counted_by_what_lies_between_shifts(monkeypatch):
@@ -202,8 +209,9 @@ def test_frames_a_second_are_counted_by_what_lies_between_shifts(monkeypatch):
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
     meters, slots = Meters(), Steps()
     engine = Engine(slots, None)
-    engine.observe = functools.partial(app.Server._observe,
-                                       types.SimpleNamespace(meters=meters, engine=engine))
+    engine.observe = functools.partial(
+        app.Server._observe, types.SimpleNamespace(meters=meters, engine=engine)
+    )
     for shift in range(12):
         engine._flying.append(Flight(0.5 * shift, [], np.zeros(1), np.ones(1, bool)))
         now[0] = 0.5 * shift + 1

@@ -17,8 +17,17 @@ from matrix_jax.serve.runtime.snapshot import WorldFileError
 
 @pytest.fixture
 def log(slots):
-    return Log('the_matrix:TINY', slots.fingerprint(), slots=3, together=1, entry='head', seed=7,
-               prompt='A car.', symbols=['D', 'D', 'DL'], prompts=[[1, 'snow']])
+    return Log(
+        'the_matrix:TINY',
+        slots.fingerprint(),
+        slots=3,
+        together=1,
+        entry='head',
+        seed=7,
+        prompt='A car.',
+        symbols=['D', 'D', 'DL'],
+        prompts=[[1, 'snow']],
+    )
 
 
 def test_a_log_survives_json(log):
@@ -27,15 +36,23 @@ def test_a_log_survives_json(log):
     assert session_log.from_json(json.loads(written)) == log
 
 
-@pytest.mark.parametrize('change, said', [
-    ({'matrix_jax_session': 9}, 'matrix_jax_session'), ({'more': 1}, 'got the fields'),
-    ({'seed': -1}, 'replay.seed'), ({'seed': 1.0}, 'replay.seed'), ({'symbols': 'X Y*1'}, 'X Y'),
-    ({'symbols': 'D*9999999'}, 'at most'), ({'symbols': 'D*0'}, 'expected such as'),
-    ({'symbols': 'D*1,' * 2**18}, 'got 262145 runs of keys, expected at most 262144'),
-    ({'mesh': 2}, 'replay.mesh'),
-    ({'prompts': [[9, 'late']]}, 'replay.prompts'), ({'start': None}, 'one of start and picture'),
-    ({'prompt': 3}, 'replay.prompt'),
-])
+@pytest.mark.parametrize(
+    'change, said',
+    [
+        ({'matrix_jax_session': 9}, 'matrix_jax_session'),
+        ({'more': 1}, 'got the fields'),
+        ({'seed': -1}, 'replay.seed'),
+        ({'seed': 1.0}, 'replay.seed'),
+        ({'symbols': 'X Y*1'}, 'X Y'),
+        ({'symbols': 'D*9999999'}, 'at most'),
+        ({'symbols': 'D*0'}, 'expected such as'),
+        ({'symbols': 'D*1,' * 2**18}, 'got 262145 runs of keys, expected at most 262144'),
+        ({'mesh': 2}, 'replay.mesh'),
+        ({'prompts': [[9, 'late']]}, 'replay.prompts'),
+        ({'start': None}, 'one of start and picture'),
+        ({'prompt': 3}, 'replay.prompt'),
+    ],
+)
 def test_a_wrong_log_is_refused(log, change, said):
     with pytest.raises(ReplayError, match=said):
         session_log.from_json(log.to_json() | change)
@@ -87,7 +104,7 @@ def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
     assert len(made) == 3 * slots.frames
     other = dataclasses.replace(log, prompts=[])
     without = np.stack(list(session_log.frames(slots.blank(), tiny, other)))
-    np.testing.assert_array_equal(made[:slots.frames], without[:slots.frames])
+    np.testing.assert_array_equal(made[: slots.frames], without[: slots.frames])
     assert (made != without).any()
     # the same in the last slot, with company, saved in between
     house = slots.blank()
@@ -98,8 +115,9 @@ def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
         symbols = np.stack([house.encode(one) for one in ('BR', 'BR', symbol)])
         frames, finite = house.step(symbols, np.array([True, shift != 1, True]))
         assert np.asarray(finite).all()
-        np.testing.assert_array_equal(np.asarray(frames)[2],
-                                      without[shift * slots.frames:][:slots.frames])
+        np.testing.assert_array_equal(
+            np.asarray(frames)[2], without[shift * slots.frames :][: slots.frames]
+        )
         data = snapshot.dump(house.read(2), log)
         house.write(2, snapshot.parse(data, house.like, log.fingerprint)[0])
         assert (np.asarray(frames)[1] == 0).all() == (shift == 1)
@@ -114,11 +132,14 @@ def test_a_world_file_that_does_not_fit_is_refused(slots, log, monkeypatch):
     broken = jax.tree.map(lambda leaf: leaf + np.nan if leaf.dtype.kind == 'f' else leaf, carry)
     monkeypatch.setattr(snapshot, 'HEADER_BYTES', 4000)
     for bad, fingerprint, said in (
-            ((5000).to_bytes(8, 'little') + bytes(5000), '', 'a log and names of 5000 bytes'),
-            (data, 'other', 'does not fit'), (data[:-9], log.fingerprint, 'damaged'),
-            (b'', log.fingerprint, 'damaged'), (b'\xff' * 100, log.fingerprint, 'damaged'),
-            (snapshot.dump(wrong, log), log.fingerprint, 'does not fit this world in'),
-            (snapshot.dump(broken, log), log.fingerprint, 'not finite')):
+        ((5000).to_bytes(8, 'little') + bytes(5000), '', 'a log and names of 5000 bytes'),
+        (data, 'other', 'does not fit'),
+        (data[:-9], log.fingerprint, 'damaged'),
+        (b'', log.fingerprint, 'damaged'),
+        (b'\xff' * 100, log.fingerprint, 'damaged'),
+        (snapshot.dump(wrong, log), log.fingerprint, 'does not fit this world in'),
+        (snapshot.dump(broken, log), log.fingerprint, 'not finite'),
+    ):
         with pytest.raises(WorldFileError, match=said):
             snapshot.parse(bad, slots.like, fingerprint)
 
@@ -134,20 +155,31 @@ def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, m
     written = tmp_path / 'session.json'
     written.write_text(json.dumps(log.to_json()))
     monkeypatch.setattr(session_log, 'compile_for', lambda *_: slots.blank())
-    options = dict(replay=str(written), prompt=None, control=None, image=None, video=None,
-                   pad=None, seed=42, no_overlay=False)
-    recipe = dataclasses.replace(config.load('the_matrix:TINY'), weights=str(tiny),
-                                 out=str(tmp_path / 'again.mp4'))
+    options = dict(
+        replay=str(written),
+        prompt=None,
+        control=None,
+        image=None,
+        video=None,
+        pad=None,
+        seed=42,
+        no_overlay=False,
+    )
+    recipe = dataclasses.replace(
+        config.load('the_matrix:TINY'), weights=str(tiny), out=str(tmp_path / 'again.mp4')
+    )
     path, clip, count = generate.to_file(recipe, argparse.Namespace(**options))
     assert clip.symbols == ['D'] * 4 + ['DL'] * 2 and clip.run_seconds > 0
     assert count == len(video.read_video(path)) == 3 * slots.frames
     with pytest.raises(config.UsageError, match='--replay: got --prompt as well'):
         generate.to_file(recipe, argparse.Namespace(**options | {'prompt': 'A car.'}))
+
     def named(*argv):
         parser = config.Parser('Generate.')
         parser.add_argument('--replay')
-        return parser.run([*argv, '--replay', str(written), '--weights', 'here'],
-                          chosen=generate.recipe_of_log)[1]
+        return parser.run(
+            [*argv, '--replay', str(written), '--weights', 'here'], chosen=generate.recipe_of_log
+        )[1]
 
     assert named().name == named('the_matrix:tiny').name == 'the_matrix:TINY'
     assert named().weights == 'here'

@@ -11,11 +11,17 @@ from matrix_jax.config import UsageError
 from matrix_jax.serve.web import server
 
 
-@pytest.mark.parametrize('fields, said', [
-    ({'host': '0.0.0.0'}, '--token'), ({'host': '::'}, '--token'), ({'host': 'box'}, '--token'),
-    ({'token': 'short'}, '--token'), ({'token': 'spaces are bad'}, '--token'),
-    ({'port': 70_000}, '--port'),
-])
+@pytest.mark.parametrize(
+    'fields, said',
+    [
+        ({'host': '0.0.0.0'}, '--token'),
+        ({'host': '::'}, '--token'),
+        ({'host': 'box'}, '--token'),
+        ({'token': 'short'}, '--token'),
+        ({'token': 'spaces are bad'}, '--token'),
+        ({'port': 70_000}, '--port'),
+    ],
+)
 def test_a_careless_address_is_refused(fields, said):
     with pytest.raises(UsageError, match=said):
         server.Config(**fields)
@@ -50,8 +56,13 @@ def test_every_line_of_the_log_is_a_json_object():
     done = subprocess.run([sys.executable, '-c', LOGS], capture_output=True, text=True, check=True)
     lines = [json.loads(line) for line in done.stderr.splitlines()]
     assert [(line['level'], line['event']) for line in lines[:2]] == [
-        ('INFO', 'session_end'), ('ERROR', 'two\nlines here')]
-    assert lines[0]['session'] == 'abc' and lines[0]['shifts'] == 3 and lines[0]['time'][-6:] == (
-        '+00:00')
+        ('INFO', 'session_end'),
+        ('ERROR', 'two\nlines here'),
+    ]
+    assert (
+        lines[0]['session'] == 'abc'
+        and lines[0]['shifts'] == 3
+        and lines[0]['time'][-6:] == ('+00:00')
+    )
     assert 'careful' in lines[2]['event'] and 'ZeroDivisionError' in lines[3]['exception']
     assert len(lines) == 4 and not done.stdout

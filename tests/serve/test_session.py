@@ -8,8 +8,8 @@ import pytest
 
 from matrix_jax.serve.runtime import session
 from matrix_jax.serve.runtime.engine import Picture
-from matrix_jax.serve.web.metrics import Meters
 from matrix_jax.serve.runtime.session import Session
+from matrix_jax.serve.web.metrics import Meters
 
 
 def test_sending_ends_even_if_something_to_send_comes_with_the_end():
@@ -17,8 +17,8 @@ def test_sending_ends_even_if_something_to_send_comes_with_the_end():
         player, socket = Session(asyncio.get_running_loop(), 16, Meters(), 'token'), object()
         player.socket = socket
         task = asyncio.create_task(player.send(socket))
-        await asyncio.sleep(0.01)           # it waits for frames
-        player.seen(0)                      # wakes it
+        await asyncio.sleep(0.01)  # it waits for frames
+        player.seen(0)  # wakes it
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await asyncio.wait_for(asyncio.shield(task), 5)
@@ -48,4 +48,5 @@ def test_a_recording_has_a_limit_and_replaces_the_one_before(monkeypatch):
     asyncio.run(drive())
     assert now == [(2, 0), (4, 0), (None, 4), (2, 0)]
     assert [one['message'] for one in told if one['type'] == 'note'] == [
-        'The recording is full: at most 120 s and 0 MiB.']
+        'The recording is full: at most 120 s and 0 MiB.'
+    ]

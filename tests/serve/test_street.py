@@ -19,8 +19,14 @@ TO_WALK = f'?world={WALK}'
 @pytest.fixture
 def door(slots, tiny, walk_slots, tiny_walk, serving):
     """A running street; three may drive, and two may walk."""
-    return serving(front=multi_world.Street({ROAD: Server(slots.blank(), tiny, ROAD),
-                                        WALK: Server(walk_slots.blank(), tiny_walk, WALK)}))
+    return serving(
+        front=multi_world.Street(
+            {
+                ROAD: Server(slots.blank(), tiny, ROAD),
+                WALK: Server(walk_slots.blank(), tiny_walk, WALK),
+            }
+        )
+    )
 
 
 def sizes(player):
@@ -38,7 +44,7 @@ def test_both_worlds_are_played_at_once(door):
     assert driver.notes[0] == {'type': 'worlds', 'worlds': [ROAD, WALK], 'world': ROAD}
     driver.watch(16)
     walking = door.server.servers[WALK].engine
-    assert walking.shifts == 0                             # nobody plays it: it computes nothing
+    assert walking.shifts == 0  # nobody plays it: it computes nothing
     walker = door.join(TO_WALK)
     assert walker.notes[0]['world'] == walker.welcome['world'] == WALK
     assert walker.welcome['controls'] != driver.welcome['controls']
@@ -64,7 +70,7 @@ def test_both_worlds_are_played_at_once(door):
         assert f'\nmatrix_jax_sessions{{world="{name}"}} 1.0' in text
         assert f'\nmatrix_jax_recompilations_total{{world="{name}"}} 0.0' in text
     assert walking.shifts > 0 and b'<canvas' in door.http('/')[1]
-    walking.stop()                                         # all are well, or it is not
+    walking.stop()  # all are well, or it is not
     status, body = door.http('/healthz')
     assert status == 503 and not json.loads(body)['ok'] and json.loads(body)['worlds'][ROAD]['ok']
     driver.watch(8)
@@ -89,12 +95,13 @@ def test_a_full_world_leaves_the_others_open(door):
     again = door.join(TO_WALK, session=token)
     assert again.welcome['resumed'] and again.welcome['world'] == WALK
     again.watch(12)
-    other = door.join(session=token)                       # no world has a session of another one
+    other = door.join(session=token)  # no world has a session of another one
     assert not other.welcome['resumed'] and other.welcome['session'] != token
 
 
-@pytest.mark.parametrize('query', [
-    '?world=..%2F..%2Fetc%2Fpasswd', '?world=', TO_WALK[:-1], f'{TO_WALK}&world={ROAD}'])
+@pytest.mark.parametrize(
+    'query', ['?world=..%2F..%2Fetc%2Fpasswd', '?world=', TO_WALK[:-1], f'{TO_WALK}&world={ROAD}']
+)
 def test_a_world_that_is_not_there_is_refused(door, query):
     said = json.loads(door.connect(query).recv(timeout=60))
     assert said['type'] == 'closed' and said['code'] == multi_world.NO_SUCH_WORLD
@@ -110,8 +117,11 @@ def test_worlds_are_compiled_one_after_the_other(slots, tiny, monkeypatch, capsy
     served = []
     monkeypatch.setattr(server, 'log_to_stderr', lambda: None)
     monkeypatch.setattr(server, 'open_slots', lambda *_: (slots, tiny))
-    monkeypatch.setattr(server, 'uvicorn_server', lambda app, players: types.SimpleNamespace(
-        run=lambda sockets: served.append(players)))
+    monkeypatch.setattr(
+        server,
+        'uvicorn_server',
+        lambda app, players: types.SimpleNamespace(run=lambda sockets: served.append(players)),
+    )
     runs = [config.load(name, [f'--weights={tiny}']) for name in (ROAD, WALK)]
     server.serve(runs, server.Config(port=0))
     said = capsys.readouterr().out.splitlines()
@@ -120,7 +130,7 @@ def test_worlds_are_compiled_one_after_the_other(slots, tiny, monkeypatch, capsy
     server.serve(runs[:1], server.Config(port=0))
     assert f'{ROAD} is ready after 0 s, for 4 players: open ' in capsys.readouterr().out
     assert served == [8, 4]
-    with pytest.raises(config.UsageError, match='no folder nowhere'):      # before any compiles
+    with pytest.raises(config.UsageError, match='no folder nowhere'):  # before any compiles
         server.serve([runs[0], config.load(WALK, ['--weights=nowhere'])], server.Config(port=0))
     assert not capsys.readouterr().out
 
@@ -139,7 +149,7 @@ def test_a_page_goes_from_world_to_world(door, browser):
     browser.get(f'http://127.0.0.1:{door.port}/')
     shows(ROAD, 48)
     assert part('world').text.split() == [ROAD, WALK] and part('prompting').is_displayed()
-    part('world').send_keys(Keys.ARROW_DOWN)               # no mouse is needed
+    part('world').send_keys(Keys.ARROW_DOWN)  # no mouse is needed
     ActionChains(browser).send_keys(Keys.TAB, Keys.ENTER).perform()
     shows(WALK, 24)
     assert sessions(door) == (0, 1) and not part('prompting').is_displayed()

@@ -43,6 +43,7 @@ def drive(many, company, shifts=4):
 
 class Quiet:
     """The others hold nothing else."""
+
     keys, last = (0, 0, 0), True
 
     def __call__(self, players):
@@ -51,12 +52,14 @@ class Quiet:
 
 class Wild(Quiet):
     """One of the others breaks, and one rests."""
+
     keys, last = (5, 0, 2), False
 
     def __call__(self, players):
         carry = players.slots.read(0)
-        players.slots.write(0, jax.tree.map(
-            lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, carry))
+        players.slots.write(
+            0, jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, carry)
+        )
 
 
 def test_players_side_by_side_do_not_touch_each_other(many, slots, tiny):
@@ -79,7 +82,9 @@ def test_an_environment_by_the_name_of_a_recipe(slots, tiny, monkeypatch):
     with pytest.raises(UsageError, match="unknown world 'nowhere'"):
         envs.WorldEnv('nowhere')
     asked = []
-    monkeypatch.setattr(server, 'open_slots', lambda *given: (asked.append(given), (slots, tiny))[1])
+    monkeypatch.setattr(
+        server, 'open_slots', lambda *given: (asked.append(given), (slots, tiny))[1]
+    )
     env = envs.WorldEnv(NAME, entry='tail')
     assert asked[0][0].name == NAME and asked[0][1] == server.Config(1, 1, 'tail')
     env.reset(seed=0)

@@ -6,8 +6,8 @@ import types
 
 import pytest
 
-from matrix_jax.serve.web import transfers
 from matrix_jax.serve.runtime.session_manager import Refused
+from matrix_jax.serve.web import transfers
 from matrix_jax.serve.web.protocol import Bucket
 from matrix_jax.serve.web.transfers import Transfers
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from matrix_jax import config, worlds
-from matrix_jax.weights import diffusers_layout
 from matrix_jax.serve.runtime.batched_stream import Slots
+from matrix_jax.weights import diffusers_layout
 from tests.serve.test_browser import SIGHT
 
 FOLDER = diffusers_layout.ASSETS / 'doom'
@@ -21,6 +21,7 @@ def walk():
 
 def test_a_person_walks(walk, serving, browser):
     from selenium.webdriver.common.action_chains import ActionChains
+
     server = serving(slots=walk, folder=FOLDER, recipe='doom:PLAY')
     browser.get(f'http://127.0.0.1:{server.port}/')
 
@@ -38,7 +39,7 @@ def test_a_person_walks(walk, serving, browser):
         return ActionChains(browser, duration=40)
 
     server.until(lambda: 'doom:PLAY' in text('status'))
-    server.until(lambda: sight().std() > 10)             # a scene, and no blank
+    server.until(lambda: sight().std() > 10)  # a scene, and no blank
     before = sight()
     chain().key_down('w').perform()
     server.until(lambda: log() and log()[-1] == 'W')

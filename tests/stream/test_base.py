@@ -8,21 +8,27 @@ from matrix_jax.stream import base
 
 def counting():
     """A stream whose latents count its steps, scaled by the control."""
+
     def init(params, cond, key):
         return jnp.int32(cond)
 
     def step(params, carry, control):
         latents = params * (carry * 10 + control)[..., None, None, None].astype(jnp.float32)
         return carry + 1, latents
+
     return base.Stream(init, step, step)
 
 
 def decoder():
     """Doubles time; the cache is the last latent, which joins the next frames."""
+
     def decode(last, latents):
         return latents[:, -1:], jnp.repeat(latents, 2, axis=1) + last
-    return base.Decoder(lambda params, latents: decode(0.0, latents),
-                        lambda params, cache, latents: decode(cache, latents))
+
+    return base.Decoder(
+        lambda params, latents: decode(0.0, latents),
+        lambda params, cache, latents: decode(cache, latents),
+    )
 
 
 def test_a_started_stream_has_its_first_output_behind_it():
@@ -33,8 +39,13 @@ def test_a_started_stream_has_its_first_output_behind_it():
     want, _ = stream.prefill(1.0, stream.init(1.0, 0, None), first)
     got = live.init(1.0, 0, None)
     assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
-    assert not all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(
-        base.started(stream, 1 + first).init(1.0, 0, None))))
+    assert not all(
+        map(
+            np.array_equal,
+            jax.tree.leaves(got),
+            jax.tree.leaves(base.started(stream, 1 + first).init(1.0, 0, None)),
+        )
+    )
 
 
 def test_chain_decodes_what_the_latent_stream_makes():

@@ -22,8 +22,12 @@ def denoise(params, caches, x, level, cond, actions):
     """A network in miniature: all that goes in comes out; it keeps the mean of each block."""
     memory, start = caches
     told = cond[..., :1] + actions.mean(axis=(1, 2))[:, None, None, None, None]
-    v = jnp.tanh(params['mix'] * x + params['past'] * memory.mean(axis=1)[:, None] + told
-                 + level[..., None, None, None] / 1000)
+    v = jnp.tanh(
+        params['mix'] * x
+        + params['past'] * memory.mean(axis=1)[:, None]
+        + told
+        + level[..., None, None, None] / 1000
+    )
     return v, (memory.at[:, start % SLOTS].set(x.mean(axis=1)), start)
 
 
@@ -37,8 +41,10 @@ NET = causal.Network(denoise, read, lambda caches, frames: (caches[0], caches[1]
 
 def condition(batch=BATCH, seed=0):
     random = np.random.default_rng(seed)
-    return causal.Cond(latents=random.normal(size=(batch, 5, H, W, 2)).astype(np.float32),
-                       image=random.normal(size=(batch, 4, 3)).astype(np.float32))
+    return causal.Cond(
+        latents=random.normal(size=(batch, 5, H, W, 2)).astype(np.float32),
+        image=random.normal(size=(batch, 4, 3)).astype(np.float32),
+    )
 
 
 def keys(batch=BATCH, seed=0):
@@ -46,8 +52,11 @@ def keys(batch=BATCH, seed=0):
 
 
 def controls(blocks, batch=BATCH, seed=1):
-    return np.random.default_rng(seed).normal(
-        size=(blocks, batch, CFG.block_actions, A)).astype(np.float32)
+    return (
+        np.random.default_rng(seed)
+        .normal(size=(blocks, batch, CFG.block_actions, A))
+        .astype(np.float32)
+    )
 
 
 @functools.cache
@@ -76,8 +85,9 @@ def assert_trees_close(got, want, atol=1e-5):
 def test_scan_of_step_is_repeated_step():
     carry, latents = play()
     again = compiled().init(PARAMS, condition(), keys())
-    again, scanned = jax.jit(functools.partial(
-        base.rollout, causal.make(CFG, SCHEDULE, NET)))(PARAMS, again, controls(6))
+    again, scanned = jax.jit(functools.partial(base.rollout, causal.make(CFG, SCHEDULE, NET)))(
+        PARAMS, again, controls(6)
+    )
     np.testing.assert_allclose(latents, base.join(scanned), atol=1e-5)
     assert_trees_close(carry, again)
     assert np.isfinite(latents).all() and np.all(carry.block == 6)
@@ -85,7 +95,7 @@ def test_scan_of_step_is_repeated_step():
 
 def test_the_same_key_is_the_same_video_and_no_noise_is_used_twice():
     def record(params, caches, x, level, cond, actions):
-        return 0 * x, caches            # the clean estimate is the noise itself
+        return 0 * x, caches  # the clean estimate is the noise itself
 
     latents = play()[1]
     assert np.array_equal(play()[1], latents)
@@ -104,7 +114,7 @@ def test_a_block_may_be_told_the_last_frame_before_it():
     cfg = dataclasses.replace(CFG, steps=(1000,), tell_last=True)
 
     def repeat(params, caches, x, level, cond, actions):
-        return x - cond[..., 1:] - cond[..., :1], caches     # the clean estimate is what it is told
+        return x - cond[..., 1:] - cond[..., :1], caches  # the clean estimate is what it is told
 
     net, draw = NET._replace(denoise=repeat), np.random.default_rng(2).normal
     cond = causal.Cond(draw(size=(BATCH, 3, H, W, 1 + C)).astype(np.float32), condition().image)
@@ -119,8 +129,9 @@ def test_a_block_may_be_told_the_last_frame_before_it():
     for first, control in zip(range(0, 6, 2), controls(3), strict=True):
         block = slice(first, first + 2)
         _, shown = stream.step(PARAMS, carry, control)
-        np.testing.assert_allclose(shown, want[:, block, ..., 1:] + want[:, block, ..., :1],
-                                   atol=1e-5)
+        np.testing.assert_allclose(
+            shown, want[:, block, ..., 1:] + want[:, block, ..., :1], atol=1e-5
+        )
         carry = causal.feed(cfg, table, net, PARAMS, carry, control, clean[:, block])
 
 
@@ -130,8 +141,10 @@ def test_actions_may_guide():
     assert causal.guided(CFG, NET, rest) is NET and (CFG.passes, cfg.passes) == (3, 5)
     net, params = causal.guided(cfg, NET, rest), PARAMS
     caches = read(PARAMS, condition())
-    x, cond = (np.random.default_rng(seed).normal(size=(BATCH, 2, H, W, size)).astype(np.float32)
-               for seed, size in ((3, C), (4, 2)))
+    x, cond = (
+        np.random.default_rng(seed).normal(size=(BATCH, 2, H, W, size)).astype(np.float32)
+        for seed, size in ((3, C), (4, 2))
+    )
     past = np.zeros((BATCH, CFG.remembered, A), np.float32)
     actions = np.concatenate([past, controls(1)[0]], axis=1)
     still = np.concatenate([past, np.broadcast_to(rest, controls(1)[0].shape)], axis=1)
@@ -168,8 +181,11 @@ def test_four_players_are_four_single_players():
     _, together = play(cond=cond, key=key, given=given)
     for player in range(4):
         one = slice(player, player + 1)
-        _, alone = play(cond=jax.tree.map(lambda leaf: leaf[one], cond),  # noqa: B023
-                        key=key[one], given=given[:, one])
+        _, alone = play(
+            cond=jax.tree.map(lambda leaf: leaf[one], cond),  # noqa: B023
+            key=key[one],
+            given=given[:, one],
+        )
         np.testing.assert_allclose(together[one], alone, atol=1e-5)
 
 
@@ -201,8 +217,14 @@ def told(blocks, control=None, first=None):
     seen = []
 
     def record(params, caches, x, level, cond, actions):
-        jax.debug.callback(lambda *given: seen.append([np.asarray(one) for one in given]),
-                           level, x, cond, actions, ordered=True)
+        jax.debug.callback(
+            lambda *given: seen.append([np.asarray(one) for one in given]),
+            level,
+            x,
+            cond,
+            actions,
+            ordered=True,
+        )
         return denoise(params, caches, x, level, cond, actions)
 
     stream = causal.make(CFG, SCHEDULE, NET._replace(denoise=record))
@@ -232,9 +254,9 @@ def test_frames_get_their_condition_and_the_last_one_stays():
 
 
 def test_before_the_first_frame_everything_was_as_at_it():
-    first, rest = controls(1)[0][:, :CFG.first_actions], controls(2, seed=5)
+    first, rest = controls(1)[0][:, : CFG.first_actions], controls(2, seed=5)
     seen, _ = told(0, rest, first)
-    actions = np.concatenate([first, *rest], axis=1)             # pixel frames 0 ..
+    actions = np.concatenate([first, *rest], axis=1)  # pixel frames 0 ..
     for index in range(3):
         last = 2 * (2 * index + 1)
         frames = np.maximum(np.arange(last - 7, last + 1), 0)
@@ -253,10 +275,19 @@ def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
 # --- errors at the door --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('fields', [
-    {'frames': 0}, {'window': 0}, {'ratio': 0}, {'steps': ()},
-    {'steps': (500, 1000)}, {'steps': (1000, 0)}, {'context_level': -1.0},
-    {'action_guidance': 0.5}])
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'frames': 0},
+        {'window': 0},
+        {'ratio': 0},
+        {'steps': ()},
+        {'steps': (500, 1000)},
+        {'steps': (1000, 0)},
+        {'context_level': -1.0},
+        {'action_guidance': 0.5},
+    ],
+)
 def test_bad_configs_are_refused(fields):
     with pytest.raises(ValueError, match=f'stream.{list(fields)[0]}: got .* expected'):
         causal.Config(**fields)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from matrix_jax import config, worlds
-from matrix_jax.parallel import sharding
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
+from matrix_jax.parallel import sharding
 from matrix_jax.stream import base, pipeline, swin
 from matrix_jax.stream.pipeline import Pipeline
 
@@ -19,6 +19,7 @@ SHIFTS = 4
 
 def parts():
     """A stream whose latents count its steps, and a decoder that adds what it decoded before."""
+
     def init(params, cond, key):
         return jnp.full([1, 6], cond, jnp.float32)
 
@@ -30,8 +31,11 @@ def parts():
         return past + latents, (past * params['scale'] + latents).astype(jnp.uint8)
 
     decoder = base.Decoder(lambda params, latents: decode(params, 0 * latents, latents), decode)
-    return {'stream': base.Stream(init, step, step), 'decoder': decoder,
-            'warm': lambda cond: jnp.full([1, 6], cond, jnp.float32)}
+    return {
+        'stream': base.Stream(init, step, step),
+        'decoder': decoder,
+        'warm': lambda cond: jnp.full([1, 6], cond, jnp.float32),
+    }
 
 
 def run(step, params, carry):
@@ -46,8 +50,10 @@ def run(step, params, carry):
 def placed():
     """Parameters of both parts on the two meshes of a preset."""
     meshes = sharding.make_meshes(Mesh(pipeline='6dit_2vae'))
-    return tuple(jax.device_put(tree, sharding.replicated(mesh)) for tree, mesh in
-                 zip([{'speed': 2.0}, {'scale': 3.0}], meshes))
+    return tuple(
+        jax.device_put(tree, sharding.replicated(mesh))
+        for tree, mesh in zip([{'speed': 2.0}, {'scale': 3.0}], meshes)
+    )
 
 
 def test_latents_alone_cross_and_nothing_compiles_after_the_start(placed, monkeypatch):
@@ -64,7 +70,8 @@ def test_latents_alone_cross_and_nothing_compiles_after_the_start(placed, monkey
     carry = made.init(placed[0], 5.0, None)
     made.compile(placed[0], carry, np.int32([0, 1]))
     jax.monitoring.register_event_duration_secs_listener(
-        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None)
+        lambda name, *_, **__: compiled.append(name) if 'backend_compile' in name else None
+    )
     frames = run(made.step, placed[0], carry)
     jax.monitoring.clear_event_listeners()
     assert not compiled
@@ -77,8 +84,11 @@ def test_latents_alone_cross_and_nothing_compiles_after_the_start(placed, monkey
 def test_no_more_shifts_are_under_way_than_allowed(placed, monkeypatch):
     made, events = Pipeline(**parts(), params=placed, ahead=2), []
     wait = jax.block_until_ready
-    monkeypatch.setattr(pipeline.jax, 'block_until_ready',
-                        lambda frames: events.append(('waited', frames)) or wait(frames))
+    monkeypatch.setattr(
+        pipeline.jax,
+        'block_until_ready',
+        lambda frames: events.append(('waited', frames)) or wait(frames),
+    )
     carry = made.init(placed[0], 5.0, None)
     for shift in range(SHIFTS):
         carry, frames = made.step(placed[0], carry, np.int32([shift, 1]))
@@ -91,8 +101,13 @@ def real_world():
     """Small in every way; ten rows of latents do not divide by the decoder's devices."""
     cfg = config.load('the_matrix:TINY').world
     net = dataclasses.replace(cfg.dit, layers=1, control=Control(dim=16, start=0, end=1))
-    vae = dataclasses.replace(cfg.vae, block_out_channels=(4, 8), layers_per_block=0,
-                              temporal_compression=2, single_latent_frames=2)
+    vae = dataclasses.replace(
+        cfg.vae,
+        block_out_channels=(4, 8),
+        layers_per_block=0,
+        temporal_compression=2,
+        single_latent_frames=2,
+    )
     return worlds.build(dataclasses.replace(cfg, dit=net, vae=vae, height=20, width=8))
 
 
@@ -100,8 +115,13 @@ def test_frames_of_a_pipeline_are_those_of_one_device():
     world = real_world()
     drawn, cfg = world.init(0, still=False), world.cfg.stream
     noise = np.random.default_rng(0)
-    cond = swin.Cond(*(jnp.asarray(noise.normal(size=shape).astype(np.float32)) for shape in (
-        (1, cfg.frames, 10, 4, 4), (1, 12, 16), (10, 16))), jnp.zeros((1, cfg.remembered), int))
+    cond = swin.Cond(
+        *(
+            jnp.asarray(noise.normal(size=shape).astype(np.float32))
+            for shape in ((1, cfg.frames, 10, 4, 4), (1, 12, 16), (10, 16))
+        ),
+        jnp.zeros((1, cfg.remembered), int),
+    )
     placed = world.device_put(drawn, *sharding.make_meshes(Mesh(pipeline='5dit_3vae')))
     network, decoder = world.apart(placed)
     assert world.apart(drawn) == (drawn, None)
@@ -111,8 +131,9 @@ def test_frames_of_a_pipeline_are_those_of_one_device():
     cond_there = jax.device_put(cond, sharding.replicated(mesh))
     frames = []
     for init, step, params, given in (
-            (made.init, made.step, network, cond_there),
-            (jax.jit(alone.init), jax.jit(alone.step), drawn, cond)):
+        (made.init, made.step, network, cond_there),
+        (jax.jit(alone.init), jax.jit(alone.step), drawn, cond),
+    ):
         carry, shown = init(params, given, key), []
         for shift in range(3):
             carry, made_now = step(params, carry, np.full((1, cfg.group_frames), shift, np.int32))

@@ -21,17 +21,24 @@ def denoise(params, x, level, text, control):
     """A network in miniature: everything that goes in comes out, frames see each other."""
     told = text.mean(axis=(1, 2))[:, None, None, None, None] + control[:, :, None, None, :C]
     past = jnp.cumsum(x, axis=1) / x.shape[1]
-    return jnp.tanh(params['mix'] * x + params['across'] * past + told
-                    + level[..., None, None, None] / 1000)
+    return jnp.tanh(
+        params['mix'] * x + params['across'] * past + told + level[..., None, None, None] / 1000
+    )
 
 
 def condition(cfg, batch=BATCH, seed=0):
     random = np.random.default_rng(seed)
+
     def normal(*shape):
         return random.normal(size=shape).astype(np.float32)
-    return swin.Cond(latents=normal(batch, cfg.frames, H, W, C), text=normal(batch, L, D),
-                     null_text=normal(batch, L, D), control_table=normal(10, A),
-                     controls=random.integers(0, 9, (batch, cfg.remembered), np.int32))
+
+    return swin.Cond(
+        latents=normal(batch, cfg.frames, H, W, C),
+        text=normal(batch, L, D),
+        null_text=normal(batch, L, D),
+        control_table=normal(10, A),
+        controls=random.integers(0, 9, (batch, cfg.remembered), np.int32),
+    )
 
 
 def keys(batch=BATCH, seed=0):
@@ -65,8 +72,13 @@ def play(cfg, shifts=6, cond=None, key=None, carry=None, given=None):
 def take(tree, index):
     """One player of a batch."""
     return dataclasses.replace(
-        tree, **{field.name: getattr(tree, field.name)[index:index + 1]
-                 for field in dataclasses.fields(tree) if field.name != 'control_table'})
+        tree,
+        **{
+            field.name: getattr(tree, field.name)[index : index + 1]
+            for field in dataclasses.fields(tree)
+            if field.name != 'control_table'
+        },
+    )
 
 
 def assert_trees_close(got, want, atol=0.0):
@@ -75,16 +87,29 @@ def assert_trees_close(got, want, atol=0.0):
         np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
 
 
-CASES = (DPM, LCM, swin.Config(group_frames=1, context=3, solver='ddim', steps=4, guidance=3.0,
-                               entry='head', renoise_condition=True, condition_level=5))
+CASES = (
+    DPM,
+    LCM,
+    swin.Config(
+        group_frames=1,
+        context=3,
+        solver='ddim',
+        steps=4,
+        guidance=3.0,
+        entry='head',
+        renoise_condition=True,
+        condition_level=5,
+    ),
+)
 
 
 @pytest.mark.parametrize('cfg', CASES)
 def test_scan_of_step_is_repeated_step(cfg):
     carry, latents = play(cfg)
     again = compiled(cfg)[0](PARAMS, condition(cfg), keys())
-    again, scanned = jax.jit(functools.partial(
-        base.rollout, swin.make(cfg, SchedulerConfig(), denoise)))(PARAMS, again, controls(cfg, 6))
+    again, scanned = jax.jit(
+        functools.partial(base.rollout, swin.make(cfg, SchedulerConfig(), denoise))
+    )(PARAMS, again, controls(cfg, 6))
     np.testing.assert_allclose(latents, base.join(scanned), atol=1e-5)
     assert_trees_close(carry, again, atol=1e-5)
     assert np.isfinite(latents).all() and np.all(carry.shift == 6)
@@ -172,22 +197,27 @@ def test_levels_are_those_of_the_window():
     jax.eval_shape(stream.step, PARAMS, carry, controls(guided, 1)[0])
     assert seen == [((4, 9), (4, 9, A), (4, L, D))]
     table = swin.tables(dataclasses.replace(DPM, context=2, condition_level=3), SchedulerConfig())
-    assert table.levels.tolist() == [[3, 3, 249, 249, 499, 499, 749, 749, 999, 999],
-                                     [3, 3, 124, 124, 374, 374, 624, 624, 874, 874]]
+    assert table.levels.tolist() == [
+        [3, 3, 249, 249, 499, 499, 749, 749, 999, 999],
+        [3, 3, 124, 124, 374, 374, 624, 624, 874, 874],
+    ]
 
 
 def test_guidance_mixes_the_two_texts():
     text = jax.random.normal(jax.random.key(3), [BATCH, L, D])
+
     def video(guidance, null):
         cfg = dataclasses.replace(DPM, guidance=guidance)
         return play(cfg, 2, dataclasses.replace(condition(cfg), text=text, null_text=null))[1]
+
     plain = video(1.0, text)
     np.testing.assert_allclose(video(6.0, text), plain, atol=1e-4)
-    assert np.abs(video(6.0, text[:1]) - plain)[1].max() > 0.01      # one negative text for all
+    assert np.abs(video(6.0, text[:1]) - plain)[1].max() > 0.01  # one negative text for all
 
 
 def test_control_guidance_goes_beyond_the_key():
     """A network that paints the control: guidance paints as much more of it, the null less."""
+
     def paint(params, x, level, text, control):
         return -jnp.broadcast_to(control[:, :, None, None, :1], x.shape)
 
@@ -211,8 +241,10 @@ def test_control_guidance_goes_beyond_the_key():
 # --- where a control enters ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('entry, group, first', [
-    ('tail', 2, 7), ('head', 3, 7), ('head', 2, 5), ('head', 1, 3), ('head', 0, 1)])
+@pytest.mark.parametrize(
+    'entry, group, first',
+    [('tail', 2, 7), ('head', 3, 7), ('head', 2, 5), ('head', 1, 3), ('head', 0, 1)],
+)
 def test_a_control_takes_the_slots_from_its_entry_on(entry, group, first):
     cfg = dataclasses.replace(DPM, entry=entry, head_group=group)
     remembered, control = jnp.full([1, 7], 9), jnp.array([[1, 2]])
@@ -224,6 +256,7 @@ def test_a_control_takes_the_slots_from_its_entry_on(entry, group, first):
 @pytest.mark.parametrize('entry, group, shown', [('tail', 2, 3), ('head', 2, 2), ('head', 0, 0)])
 def test_a_key_is_shown_after_the_groups_before_its_entry(entry, group, shown):
     """A network that paints the control: when does a pressed key come out?"""
+
     def paint(params, x, level, text, control):
         return -jnp.broadcast_to(control[:, :, None, None, :1], x.shape) / 1000
 
@@ -231,13 +264,15 @@ def test_a_key_is_shown_after_the_groups_before_its_entry(entry, group, shown):
     stream = swin.make(cfg, SchedulerConfig(), paint)
     table = np.zeros([10, A], np.float32)
     table[1] = 1e6
-    cond = dataclasses.replace(condition(cfg, 1), control_table=table,
-                               controls=np.zeros([1, cfg.remembered], np.int32))
+    cond = dataclasses.replace(
+        condition(cfg, 1), control_table=table, controls=np.zeros([1, cfg.remembered], np.int32)
+    )
     given = np.array([0, 0, 1, 1, 1, 1, 1, 1])[:, None, None]
-    _, latents = jax.jit(lambda key: base.rollout(
-        stream, PARAMS, stream.init(PARAMS, cond, key), given))(keys(1))
+    _, latents = jax.jit(
+        lambda key: base.rollout(stream, PARAMS, stream.init(PARAMS, cond, key), given)
+    )(keys(1))
     pressed = np.abs(base.join(latents)[0]).mean(axis=(1, 2, 3)) > 100
-    assert np.argmax(pressed) == 2 + shown and pressed[2 + shown:].all()
+    assert np.argmax(pressed) == 2 + shown and pressed[2 + shown :].all()
 
 
 @pytest.mark.parametrize('entry', ['tail', 'head'])
@@ -250,7 +285,7 @@ def test_a_whole_sequence_reaches_each_frame_under_its_own_symbol(entry):
         slots = np.asarray(swin.bind(cfg, remembered, control))
         bound = slice(0, cfg.entry_slot + cfg.group_frames)
         assert np.array_equal(slots[:, bound], np.arange(9)[None, bound] + 2 * shift)
-        remembered = slots[:, cfg.group_frames:]
+        remembered = slots[:, cfg.group_frames :]
     assert steps[-1, 0, -1] == needed - 1 or entry == 'head'
     with pytest.raises(ValueError, match=f'got {needed - 1}, expected at least {needed}'):
         swin.split_controls(cfg, symbols[:, 1:], 5)
@@ -267,7 +302,7 @@ def test_a_short_clip_is_padded_and_a_long_one_is_cut():
     np.testing.assert_allclose(longer, whole, atol=1e-6)
     short = init(PARAMS, dataclasses.replace(cond, latents=cond.latents[:, :3]), keys()).window
     np.testing.assert_allclose(short[:, :3], whole[:, :3], atol=1e-6)
-    np.testing.assert_allclose(short[:, 7:], whole[:, 7:], atol=1e-6)    # pure noise
+    np.testing.assert_allclose(short[:, 7:], whole[:, 7:], atol=1e-6)  # pure noise
     assert np.abs(short[:, 3:7] - whole[:, 3:7]).max() > 0.1
 
 
@@ -277,7 +312,7 @@ def test_the_condition_is_the_newest_clean_latents():
     np.testing.assert_allclose(carry.window[:, :3], latents[:, -3:], atol=1e-6)
     noised, latents = play(dataclasses.replace(cfg, renoise_condition=True), 3)
     spread = np.std(np.asarray(noised.window[:, :3]) - np.sqrt(0.9974543) * latents[:, -3:])
-    assert 0.02 < spread < 0.09      # sigma_0 = 0.0505
+    assert 0.02 < spread < 0.09  # sigma_0 = 0.0505
 
 
 def test_a_new_prompt_changes_the_whole_window_at_once():
@@ -304,27 +339,43 @@ def test_one_key_is_split_over_players():
 # --- errors at the door --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('fields', [
-    {'groups': 0}, {'group_frames': 0}, {'context': 0}, {'steps': 6}, {'steps': 0},
-    {'solver': 'euler'}, {'entry': 'middle'}, {'entry': 'head', 'head_group': 4},
-    {'condition_level': -1}, {'lcm_multiplier': 0}])
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'groups': 0},
+        {'group_frames': 0},
+        {'context': 0},
+        {'steps': 6},
+        {'steps': 0},
+        {'solver': 'euler'},
+        {'entry': 'middle'},
+        {'entry': 'head', 'head_group': 4},
+        {'condition_level': -1},
+        {'lcm_multiplier': 0},
+    ],
+)
 def test_bad_configs_are_refused(fields):
     with pytest.raises(ValueError, match=f'stream.{list(fields)[-1]}: got .* expected'):
         swin.Config(**fields)
 
 
-@pytest.mark.parametrize('fields', [
-    {'original_steps': 50, 'steps': 4}, {'lcm_multiplier': 2, 'steps': 4}])
+@pytest.mark.parametrize(
+    'fields', [{'original_steps': 50, 'steps': 4}, {'lcm_multiplier': 2, 'steps': 4}]
+)
 def test_a_schedule_that_jumps_over_a_phase_boundary_is_refused(fields):
     with pytest.raises(ValueError, match='jumps over the phase boundary'):
         swin.make(dataclasses.replace(LCM, **fields), SchedulerConfig(), denoise)
 
 
-@pytest.mark.parametrize('fields, words', [
-    ({'latents': np.zeros([2, 3, 4])}, 'cond.latents'),
-    ({'controls': np.zeros([2, 3], np.int32)}, 'cond.controls.*expected .2, 7.'),
-    ({'text': np.zeros([3, L, D])}, 'cond.text'),
-    ({'null_text': None}, 'cond.null_text: got None')])
+@pytest.mark.parametrize(
+    'fields, words',
+    [
+        ({'latents': np.zeros([2, 3, 4])}, 'cond.latents'),
+        ({'controls': np.zeros([2, 3], np.int32)}, 'cond.controls.*expected .2, 7.'),
+        ({'text': np.zeros([3, L, D])}, 'cond.text'),
+        ({'null_text': None}, 'cond.null_text: got None'),
+    ],
+)
 def test_bad_conditions_are_refused(fields, words):
     stream = swin.make(dataclasses.replace(DPM, guidance=2.0), SchedulerConfig(), denoise)
     with pytest.raises(ValueError, match=words):

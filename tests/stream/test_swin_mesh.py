@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from matrix_jax import config
-from matrix_jax.parallel import sharding
 from matrix_jax.benchmark import target
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
+from matrix_jax.parallel import sharding
 
 SHIFTS = 3
 
@@ -24,12 +24,25 @@ SHIFTS = 3
 def world():
     """Frames of 5 x 2 tokens and 12 of text; six heads, that 5 and 8 devices do not divide."""
     cfg = config.load('the_matrix:TINY').world
-    return target.build(dataclasses.replace(
-        cfg, height=20, width=8, decode_chunk=1,
-        dit=dataclasses.replace(cfg.dit, heads=6, head_dim=8, layers=1, control=Control(16, 0, 1)),
-        vae=dataclasses.replace(cfg.vae, block_out_channels=(4, 8), layers_per_block=0,
-                                temporal_compression=2, single_latent_frames=2),
-        stream=dataclasses.replace(cfg.stream, groups=2, group_frames=1, steps=4, guidance=3.0)))
+    return target.build(
+        dataclasses.replace(
+            cfg,
+            height=20,
+            width=8,
+            decode_chunk=1,
+            dit=dataclasses.replace(
+                cfg.dit, heads=6, head_dim=8, layers=1, control=Control(16, 0, 1)
+            ),
+            vae=dataclasses.replace(
+                cfg.vae,
+                block_out_channels=(4, 8),
+                layers_per_block=0,
+                temporal_compression=2,
+                single_latent_frames=2,
+            ),
+            stream=dataclasses.replace(cfg.stream, groups=2, group_frames=1, steps=4, guidance=3.0),
+        )
+    )
 
 
 @pytest.fixture(scope='module')
@@ -51,7 +64,7 @@ def play(stream, start, mesh=None):
             given = carry, np.full((1, 1), shift, np.int32)
             carry, output = step(params, *given)
             made.append(np.asarray(output))
-        assert step._cache_size() == 1      # nothing compiles between shifts
+        assert step._cache_size() == 1  # nothing compiles between shifts
         found = collectives(step.lower(params, *given).compile().as_text(), 8) if mesh else {}
     return np.stack(made), carry, {kind: one['count'] for kind, one in found.items()}
 
@@ -63,9 +76,20 @@ def alone(world, start):
     return latents, np.asarray(carry.window)
 
 
-@pytest.mark.parametrize('mesh', [
-    Mesh(), Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8), Mesh(data=2, seq=3),
-    Mesh(data=2, seq=4)], ids=str)
+@pytest.mark.parametrize(
+    'mesh',
+    [
+        Mesh(),
+        Mesh(seq=2),
+        Mesh(seq=3),
+        Mesh(seq=5),
+        Mesh(seq=6),
+        Mesh(seq=8),
+        Mesh(data=2, seq=3),
+        Mesh(data=2, seq=4),
+    ],
+    ids=str,
+)
 def test_latents_of_a_mesh_are_those_of_one_device(mesh, world, start, alone):
     """With data=2 the two halves of the guidance are computed side by side."""
     latents, carry, found = play(world.halves()['stream'], start, sharding.make_mesh(mesh))

@@ -8,11 +8,15 @@ import optax
 import pytest
 
 from matrix_jax import config, worlds
-from matrix_jax.weights.conversion import flatten
 from matrix_jax.train import state as states
+from matrix_jax.weights.conversion import flatten
 
-RECIPES = [name for world in ('the_matrix', 'matrix_game_2') for name in config.list_recipes(world)
-           if ':TINY' in name and config.load(name).stage]
+RECIPES = [
+    name
+    for world in ('the_matrix', 'matrix_game_2')
+    for name in config.list_recipes(world)
+    if ':TINY' in name and config.load(name).stage
+]
 
 
 class Frames:
@@ -30,15 +34,18 @@ def trained(run):
     world, params = worlds.start(run)
     state = states.init(run.stage.start(world, params, 0), run.stage.trainable, optax.sgd(1.0), 0)
     keys = iter(jax.random.split(jax.random.key(1), len(state.ema)))
-    ema = {path: leaf + 1e-3 * jax.random.normal(next(keys), leaf.shape)
-           for path, leaf in state.ema.items()}
+    ema = {
+        path: leaf + 1e-3 * jax.random.normal(next(keys), leaf.shape)
+        for path, leaf in state.ema.items()
+    }
     final = jax.device_get(states.merged(state.replace(ema=ema), 'ema'))
     return run.stage.finish(world, final, Frames())
 
 
 def files(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob('*')
-            if path.is_file()}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob('*') if path.is_file()
+    }
 
 
 @pytest.mark.parametrize('recipe', RECIPES)

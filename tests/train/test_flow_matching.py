@@ -11,13 +11,13 @@ import optax
 import pytest
 
 from matrix_jax import config, worlds
-from matrix_jax.weights import conversion
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import causal
 from matrix_jax.train import optim
 from matrix_jax.train.dmd import TOWER, SelfForcing, ended, truncated
 from matrix_jax.train.flow_matching import CausalFlow, FlowMatching, flow_loss
 from matrix_jax.train.ode import ODEPairs, path
+from matrix_jax.weights import conversion
 
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 KEY = jax.random.key(1)
@@ -27,8 +27,9 @@ class Toy:
     """Stands in for a world: a network of two numbers, which keeps the mean of each block."""
 
     def __init__(self, steps=(1000, 500)):
-        self.cfg = types.SimpleNamespace(flow=flow.Config(shift=2.0), stream=causal.Config(
-            frames=3, steps=steps, window=1))
+        self.cfg = types.SimpleNamespace(
+            flow=flow.Config(shift=2.0), stream=causal.Config(frames=3, steps=steps, window=1)
+        )
         self.tables = {name: () for name in FlowMatching.components}
         self.vocabulary = types.SimpleNamespace(rest='', encode=lambda words: np.zeros((1, 6)))
 
@@ -43,12 +44,22 @@ class Toy:
     def latents(self, change=lambda net: net, table=None):
         def denoise(params, caches, x, level, cond, actions):
             p = params['transformer']
-            v = jnp.tanh(p['mix'] * x + p['past'] * caches[0] + cond[..., :1] + actions.mean()
-                         + level[..., None, None, None] / 1000)
+            v = jnp.tanh(
+                p['mix'] * x
+                + p['past'] * caches[0]
+                + cond[..., :1]
+                + actions.mean()
+                + level[..., None, None, None] / 1000
+            )
             return v, (caches[0], x.mean())
 
-        net = causal.Network(denoise, lambda params, cond: (jnp.zeros(()),) * 2,
-                             lambda caches, frames: (caches[1], caches[1]), 3, 6)
+        net = causal.Network(
+            denoise,
+            lambda params, cond: (jnp.zeros(()),) * 2,
+            lambda caches, frames: (caches[1], caches[1]),
+            3,
+            6,
+        )
         return causal.make(self.cfg.stream, self.cfg.flow, change(net), table)
 
 
@@ -56,17 +67,23 @@ class Toy:
 def toy():
     draws = np.random.default_rng(0)
     shapes = {'latents': (6, 2, 2, 3), 'told': (6, 2, 2, 4), 'actions': (21, 6)}
-    batch = {name: draws.normal(size=(2, *shape)).astype(np.float32)
-             for name, shape in shapes.items()}
+    batch = {
+        name: draws.normal(size=(2, *shape)).astype(np.float32) for name, shape in shapes.items()
+    }
     batch['picture'] = draws.integers(0, 256, (2, 8, 12, 3), np.uint8)
-    params = {'transformer': {'mix': np.float32(0.6), 'past': np.float32(0.3)},
-              'image_encoder': {}, 'vae': {}}
+    params = {
+        'transformer': {'mix': np.float32(0.6), 'past': np.float32(0.3)},
+        'image_encoder': {},
+        'vae': {},
+    }
     return Toy(), params, batch
 
 
 def sizes(grads):
-    return {name: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(part))
-            for name, part in grads.items()}
+    return {
+        name: sum(float(jnp.abs(leaf).sum()) for leaf in jax.tree.leaves(part))
+        for name, part in grads.items()
+    }
 
 
 @pytest.mark.parametrize('name', ['FOUNDATION', 'CAUSAL', 'ODE', 'DMD'])
@@ -74,13 +91,15 @@ def test_every_stage_fits_a_world(name):
     run = config.load(f'matrix_game_2:TINY_{name}')
     world = worlds.build(run.world)
     params = run.stage.start(world, world.shapes(), 0)
-    loss, _ = jax.eval_shape(functools.partial(run.stage.loss, world), params,
-                             run.stage.example(world, 2), KEY)
+    loss, _ = jax.eval_shape(
+        functools.partial(run.stage.loss, world), params, run.stage.example(world, 2), KEY
+    )
     assert loss.shape == () and loss.dtype == np.float32
     paths = conversion.flatten(params)
     trained = {path.split('/')[0] for path in paths if run.stage.trainable(path)}
     assert trained == {'transformer'} | {'FOUNDATION': {'image_encoder'}, 'DMD': {'critic'}}.get(
-        name, set())
+        name, set()
+    )
     assert set(run.stage.axes(world)) >= {path for path in paths if run.stage.trainable(path)}
 
 
@@ -111,8 +130,10 @@ def test_blocks_have_levels_of_their_own(toy):
     world, params, batch = toy
     levels = []
     watched = types.SimpleNamespace(
-        cfg=world.cfg, look=world.look,
-        denoise=lambda params, x, level, *given: levels.append(np.asarray(level)) or x)
+        cfg=world.cfg,
+        look=world.look,
+        denoise=lambda params, x, level, *given: levels.append(np.asarray(level)) or x,
+    )
     for seed in range(8):
         CausalFlow(clip_frames=21).loss(watched, params, batch, jax.random.key(seed))
     drawn = np.concatenate(levels).reshape(-1, 2, 3)
@@ -124,8 +145,11 @@ def test_blocks_are_told_what_a_stream_tells_them(toy):
     world, params, batch = toy
     stream = dataclasses.replace(world.cfg.stream, tell_last=True)
     cfg, seen = types.SimpleNamespace(flow=world.cfg.flow, stream=stream), []
-    watched = types.SimpleNamespace(cfg=cfg, look=world.look, denoise=lambda params, x, level, cond,
-                                    *given: seen.append(np.asarray(cond.latents)) or x)
+    watched = types.SimpleNamespace(
+        cfg=cfg,
+        look=world.look,
+        denoise=lambda params, x, level, cond, *given: seen.append(np.asarray(cond.latents)) or x,
+    )
     for stage in (CausalFlow(clip_frames=21), CausalFlow(clip_frames=21, history_noise=0.5)):
         stage.loss(watched, params, batch, KEY)
     want = causal.tell_blocks(stream, batch['told'], batch['latents'])
@@ -159,8 +183,9 @@ def test_the_student_of_a_known_path_has_nothing_to_learn(toy):
     _, params, batch = toy
     world, stage = Toy(steps=(1000,)), ODEPairs(clip_frames=21, points=1)
     noise = np.asarray(jax.random.normal(KEY, batch['latents'].shape))
-    v = world.denoise(params, noise, jnp.full((2, 6), 1000.0), stage.given(world, params, batch),
-                      batch['actions'])
+    v = world.denoise(
+        params, noise, jnp.full((2, 6), 1000.0), stage.given(world, params, batch), batch['actions']
+    )
     path = np.stack([noise, noise - v], axis=1)
 
     def loss(path):
@@ -186,8 +211,9 @@ def test_paths_are_walked_once_for_the_first_clips(toy, tmp_path):
 
     end = flow.sample(world.cfg.flow, 4, denoise, params, noise)
     np.testing.assert_allclose(made[:, -1], end, atol=2e-3)
-    assert made is not stage._walked(types.SimpleNamespace(cfg=world.cfg), params, store, 1, 0,
-                                     tmp_path / 'cache')
+    assert made is not stage._walked(
+        types.SimpleNamespace(cfg=world.cfg), params, store, 1, 0, tmp_path / 'cache'
+    )
 
 
 def test_a_rollout_is_what_the_stream_makes(toy):
@@ -212,8 +238,9 @@ def test_a_block_may_end_at_any_call(end):
 
     def made(weight):
         told = truncated(net, jnp.asarray(table.level)[end])
-        return causal.walk(ended(table, end), told, weight, (), jnp.full((1, 3, 1, 1, 1), 2.0),
-                           noises, None, None)[1].mean()
+        return causal.walk(
+            ended(table, end), told, weight, (), jnp.full((1, 3, 1, 1, 1), 2.0), noises, None, None
+        )[1].mean()
 
     first = 2 - 1.0 * 0.3 * 2
     second = 0.5 * first + 0.5
@@ -223,8 +250,9 @@ def test_a_block_may_end_at_any_call(end):
 
 
 def test_no_gradient_through_what_a_block_is_given():
-    net = causal.Network(lambda p, caches, x, levels, cond, actions: (p * (x + cond + caches), x),
-                         None, None, 1, 1)
+    net = causal.Network(
+        lambda p, caches, x, levels, cond, actions: (p * (x + cond + caches), x), None, None, 1, 1
+    )
 
     def made(given):
         v, kept = truncated(net, 0.0).denoise(2.0, *given[:2], jnp.zeros((1, 1)), given[2], None)
@@ -240,8 +268,9 @@ def test_student_and_critic_take_turns(toy):
     stage, seen = SelfForcing(clip_frames=21, ratio=2), set()
     params = stage.start(world, params, 0)
     params['critic'] = {'mix': np.float32(0.4), 'past': np.float32(0.3)}
-    gradient = jit(jax.grad(lambda params, key: stage.loss(world, params, batch, key),
-                            has_aux=True))
+    gradient = jit(
+        jax.grad(lambda params, key: stage.loss(world, params, batch, key), has_aux=True)
+    )
     for seed in range(4):
         grads, metrics = gradient(params, jax.random.key(seed))
         found = {name for name, size in sizes(grads).items() if size > 0}
@@ -260,8 +289,9 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nobody(toy):
     given = stage.given(world, params, batch)
 
     def slope(params):
-        return jax.grad(lambda clip: stage.matching(world, params, clip, given, batch['actions'],
-                                                    KEY))(jnp.asarray(batch['latents']))
+        return jax.grad(
+            lambda clip: stage.matching(world, params, clip, given, batch['actions'], KEY)
+        )(jnp.asarray(batch['latents']))
 
     np.testing.assert_allclose(slope(params), 0, atol=1e-9)
     params['critic'] = {'mix': np.float32(0.4), 'past': np.float32(0.3)}
@@ -301,8 +331,10 @@ def test_a_teacher_sees_pictures_with_its_own_tower(tmp_path):
     own, other = (str(tmp_path / name) for name in ('own', 'other'))
     world.save(own, params, dtype=None)
     world.save(other, params | world.init(1, only=('transformer', 'image_encoder')), dtype=None)
-    same, apart = (dataclasses.replace(run.stage, teacher=folder).start(world, params, 0)
-                   for folder in (own, other))
+    same, apart = (
+        dataclasses.replace(run.stage, teacher=folder).start(world, params, 0)
+        for folder in (own, other)
+    )
     assert TOWER not in same
     tower = apart[TOWER]['patch']['kernel']
     assert np.abs(tower - params['image_encoder']['patch']['kernel']).max() > 0.1
@@ -349,26 +381,35 @@ def test_who_judges_is_told_of_a_picture_by_its_tower(toy):
 
 
 def test_a_role_without_a_gradient_rests():
-    tx = optim.by_turns({name: optim.make(optim.Optimizer(learning_rate=0.1), 10, {})
-                         for name in 'ab'}, lambda name: name[0])
+    tx = optim.by_turns(
+        {name: optim.make(optim.Optimizer(learning_rate=0.1), 10, {}) for name in 'ab'},
+        lambda name: name[0],
+    )
     leaves = {'a/x': jnp.ones(2), 'b/x': jnp.ones(2)}
     state = tx.init(leaves)
     updates, after = jax.jit(tx.update)({'a/x': jnp.ones(2), 'b/x': jnp.zeros(2)}, state, leaves)
     assert np.all(updates['a/x'] < 0) and not np.any(updates['b/x'])
-    counts = {name: [int(leaf) for leaf in jax.tree.leaves(inner)
-                     if jnp.issubdtype(leaf.dtype, jnp.integer)]
-              for name, inner in after.inner_states.items()}
+    counts = {
+        name: [
+            int(leaf) for leaf in jax.tree.leaves(inner) if jnp.issubdtype(leaf.dtype, jnp.integer)
+        ]
+        for name, inner in after.inner_states.items()
+    }
     assert set(counts['a']) == {1} and set(counts['b']) == {0}
     assert isinstance(optax.apply_updates(leaves, updates), dict)
 
 
-@pytest.mark.parametrize('make, said', [
-    (lambda: SelfForcing(ratio=0), 'stage.ratio: got 0'),
-    (lambda: SelfForcing(action_guidance=0.5), 'stage.action_guidance: got 0.5'),
-    (lambda: SelfForcing(lowest=0.5, highest=0.4), 'stage.lowest: got 0.5 to 0.4'),
-    (lambda: SelfForcing(train_encoders=True), 'stage.train_encoders: got True'),
-    (lambda: CausalFlow(clean=2), 'stage.clean: got 2'),
-    (lambda: ODEPairs(points=0), 'stage.points: got 0')])
+@pytest.mark.parametrize(
+    'make, said',
+    [
+        (lambda: SelfForcing(ratio=0), 'stage.ratio: got 0'),
+        (lambda: SelfForcing(action_guidance=0.5), 'stage.action_guidance: got 0.5'),
+        (lambda: SelfForcing(lowest=0.5, highest=0.4), 'stage.lowest: got 0.5 to 0.4'),
+        (lambda: SelfForcing(train_encoders=True), 'stage.train_encoders: got True'),
+        (lambda: CausalFlow(clean=2), 'stage.clean: got 2'),
+        (lambda: ODEPairs(points=0), 'stage.points: got 0'),
+    ],
+)
 def test_wrong_settings_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()

@@ -19,10 +19,14 @@ class World:
     """Stands in for a world: a latent is the corner of a frame, a control its own one-hot."""
 
     cfg = types.SimpleNamespace(
-        mirror=False, height=8, width=8, frames_per_control=4,
+        mirror=False,
+        height=8,
+        width=8,
+        frames_per_control=4,
         vae=types.SimpleNamespace(normalisation={}),
         dit=types.SimpleNamespace(control=True),
-        stream=types.SimpleNamespace(frames=5))
+        stream=types.SimpleNamespace(frames=5),
+    )
 
     def encode_step(self, params, cache, frames):
         kept = frames[:, ::4] if cache is None else frames[:, 3::4]
@@ -45,8 +49,14 @@ def folder(path, labelled):
         known = records.unknown(33)
         if labelled:
             known['controls'] = np.full(33, seed, np.int8)
-        return records.Clip(frames=np.full((33, 8, 8, 3), seed, np.uint8), caption='', theme='',
-                            seed=seed, fps=16, **known)
+        return records.Clip(
+            frames=np.full((33, 8, 8, 3), seed, np.uint8),
+            caption='',
+            theme='',
+            seed=seed,
+            fps=16,
+            **known,
+        )
 
     path.mkdir()
     records.write_shard(path / f'train-0{records.SUFFIX}', (clip(seed) for seed in range(4)))

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from matrix_jax import config
-from matrix_jax.weights import conversion
-from matrix_jax.weights.diffusers_layout import read_component
 from matrix_jax.train import loop
 from matrix_jax.train.nan_guard import Diverged
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.stage import Stage
+from matrix_jax.weights import conversion
+from matrix_jax.weights.diffusers_layout import read_component
 from matrix_jax.worlds.base import Part, Parts
 
 
@@ -32,7 +32,10 @@ class Config:
 
 
 def weights(cfg):
-    return (conversion.Row('weight', 'kernel', 'o i -> i o'), conversion.Row('bias', 'bias', 'o -> o'))
+    return (
+        conversion.Row('weight', 'kernel', 'o i -> i o'),
+        conversion.Row('bias', 'bias', 'o -> o'),
+    )
 
 
 class Toy(Parts):
@@ -77,8 +80,12 @@ class Fit(Stage):
 
 def fit(out, steps=6, events=(), **train):
     stage = Fit(Optimizer(learning_rate=0.1, schedule='cosine', warmup=2), events=tuple(events))
-    run = config.Run(world=Config(), stage=stage, out=str(out), train=config.Train(
-        steps=steps, save_every=2, **{'log_every': 2, **train}))
+    run = config.Run(
+        world=Config(),
+        stage=stage,
+        out=str(out),
+        train=config.Train(steps=steps, save_every=2, **{'log_every': 2, **train}),
+    )
     params = {'line': {'kernel': np.ones((3, 2), np.float32), 'bias': np.ones(2, np.float32)}}
     return loop.fit(run, Toy(run.world), params)
 
@@ -134,11 +141,11 @@ def nan():
 @pytest.mark.parametrize('log_every', [2, 100])
 def test_a_run_that_stays_not_finite_gives_up(tmp_path, capsys, log_every):
     with pytest.raises(Diverged) as error:
-        fit(tmp_path, steps=9, log_every=log_every,
-            events=[(2, nan), (5, nan), (6, nan), (7, nan)])
+        fit(tmp_path, steps=9, log_every=log_every, events=[(2, nan), (5, nan), (6, nan), (7, nan)])
     assert str(error.value) == (
         '3 updates in a row were not finite; their clips: step 5 (loss nan, gradient nan): clip 5; '
-        'step 6 (loss nan, gradient nan): clip 6; step 7 (loss nan, gradient nan): clip 7')
+        'step 6 (loss nan, gradient nan): clip 6; step 7 (loss nan, gradient nan): clip 7'
+    )
     told = [line for line in capsys.readouterr().err.splitlines() if 'left out' in line]
     assert [line[-6:] for line in told] == ['clip 2', 'clip 5', 'clip 6']
     assert not (tmp_path / 'weights').exists()

@@ -10,15 +10,15 @@ import optax
 import pytest
 
 from matrix_jax import config, worlds
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import training_state
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
 from matrix_jax.nn import attention
+from matrix_jax.parallel import sharding
 from matrix_jax.train import program
 from matrix_jax.train import state as states
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.swin_dpm import SwinDPM
+from matrix_jax.weights import training_state
 
 STEPS, BATCH = 20, 8
 ONE = Mesh()
@@ -35,9 +35,12 @@ def recipe(mesh=ONE):
     run = config.load('the_matrix:TINY_SWIN')
     net = dataclasses.replace(run.world.dit, layers=2, control=Control(dim=16, start=0, end=2))
     return dataclasses.replace(
-        run, mesh=mesh, stage=Kernels(Optimizer(learning_rate=3e-3)),
+        run,
+        mesh=mesh,
+        stage=Kernels(Optimizer(learning_rate=3e-3)),
         world=dataclasses.replace(run.world, dit=net),
-        train=config.Train(batch=BATCH, steps=STEPS))
+        train=config.Train(batch=BATCH, steps=STEPS),
+    )
 
 
 @pytest.fixture(scope='module')
@@ -61,8 +64,10 @@ def batches(world):
     latents = random.normal(size=(*shape[:3], 1, 1, shape[-1])) + 0.1 * random.normal(size=shape)
     keys = random.integers(0, 9, shape[:3])
     ids = np.repeat(world.tokenize(['A car on a road.']), BATCH, axis=0)
-    return [{'latents': one.astype(np.float16), 'controls': key.astype(np.int32), 'ids': ids}
-            for one, key in zip(latents, keys)]
+    return [
+        {'latents': one.astype(np.float16), 'controls': key.astype(np.int32), 'ids': ids}
+        for one, key in zip(latents, keys)
+    ]
 
 
 def curve(run, world, params, batches):
@@ -126,8 +131,10 @@ def test_what_trains_is_float32_whatever_the_network_computes_in():
 
 
 def test_a_batch_that_does_not_split_is_refused(world, params):
-    with pytest.raises(ValueError, match='train.batch: got 8, expected a multiple of mesh.data x '
-                                         'mesh.fsdp = 3 x 2 = 6'):
+    with pytest.raises(
+        ValueError,
+        match='train.batch: got 8, expected a multiple of mesh.data x mesh.fsdp = 3 x 2 = 6',
+    ):
         program.build(recipe(Mesh(data=3, fsdp=2)), world, params)
 
 
@@ -155,13 +162,16 @@ def test_accumulated_batches_are_one_batch(loss):
     def whole(params, batch, key):
         if loss is square:
             return square(params, batch, key)
-        parts = [noisy(params, {'x': batch['x'][part::2]}, one)
-                 for part, one in enumerate(jax.random.split(key))]
+        parts = [
+            noisy(params, {'x': batch['x'][part::2]}, one)
+            for part, one in enumerate(jax.random.split(key))
+        ]
         return jax.tree.map(lambda *leaves: sum(leaves) / 2, *parts)
 
     wanted, expected = jax.jit(states.make_step(whole, tx, 0.9))(state, {'x': x})
-    np.testing.assert_allclose(found.student['line/kernel'], wanted.student['line/kernel'],
-                               rtol=1e-6)
+    np.testing.assert_allclose(
+        found.student['line/kernel'], wanted.student['line/kernel'], rtol=1e-6
+    )
     for name, value in expected.items():
         np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
 

@@ -14,8 +14,8 @@ import pytest
 
 from matrix_jax import config
 from matrix_jax.weights import training_state
-from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError
 from matrix_jax.weights.conversion import flatten
+from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError
 
 TOY = Path(__file__).with_name('test_loop.py')
 STEPS = 12
@@ -74,14 +74,20 @@ def assert_same_end(folder, whole):
         assert path.read_bytes() == (folder / path.relative_to(whole)).read_bytes()
 
 
-@pytest.mark.parametrize('number, at, code', [
-    (signal.SIGKILL, 7, -9), (signal.SIGKILL, 2, -9), (signal.SIGTERM, 8, 75)],
-    ids=['kill', 'kill-early', 'stop'])
-def test_a_killed_process_goes_on_from_a_committed_step(toy, whole, tmp_path, capsys, number, at,
-                                                        code):
-    done = subprocess.run([sys.executable, '-c', CHILD, TOY, tmp_path, str(int(number)), str(at),
-                           str(STEPS)], env=os.environ | {'PYTHONPATH': str(TOY.parents[2])},
-                          capture_output=True, text=True)
+@pytest.mark.parametrize(
+    'number, at, code',
+    [(signal.SIGKILL, 7, -9), (signal.SIGKILL, 2, -9), (signal.SIGTERM, 8, 75)],
+    ids=['kill', 'kill-early', 'stop'],
+)
+def test_a_killed_process_goes_on_from_a_committed_step(
+    toy, whole, tmp_path, capsys, number, at, code
+):
+    done = subprocess.run(
+        [sys.executable, '-c', CHILD, TOY, tmp_path, str(int(number)), str(at), str(STEPS)],
+        env=os.environ | {'PYTHONPATH': str(TOY.parents[2])},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == code, done.stderr
     committed = [int(path.name) for path in tmp_path.glob('state/*') if path.name.isdigit()]
     assert not (tmp_path / 'weights').exists()
@@ -121,8 +127,11 @@ def test_a_full_disk_ends_the_run_and_keeps_the_save_before(toy, whole, tmp_path
             toy.fit(tmp_path, steps=STEPS, events=[(8, fill)])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    found = re.search(r'step [68] could not be saved \(File too large\); step ([46]) is whole, and '
-                      'the next start goes on from it', str(error.value))
+    found = re.search(
+        r'step [68] could not be saved \(File too large\); step ([46]) is whole, and '
+        'the next start goes on from it',
+        str(error.value),
+    )
     assert read(tmp_path)[0] == int(found[1])
     toy.fit(tmp_path, steps=STEPS)
     assert_same_end(tmp_path, whole)
@@ -139,7 +148,9 @@ def test_the_tool_has_an_exit_code_for_a_failed_save(clips, tmp_path, monkeypatc
     monkeypatch.setattr('matrix_jax.train.loop.fit', fit)
     monkeypatch.setattr('matrix_jax.worlds.start', lambda run: (None, None))
     with pytest.raises(SystemExit) as stop:
-        config.main_guard(module.main, ['the_matrix:TINY_SWIN', '--data', str(clips), '--out',
-                                        str(tmp_path / 'out')])
+        config.main_guard(
+            module.main,
+            ['the_matrix:TINY_SWIN', '--data', str(clips), '--out', str(tmp_path / 'out')],
+        )
     assert stop.value.code == 74
     assert capsys.readouterr().err == 'error: step 8 could not be saved\n'

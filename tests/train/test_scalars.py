@@ -9,13 +9,14 @@ from matrix_jax.train.scalars import Scalars
 def read(folder):
     """(step, {name: value}) of every event with scalars."""
     from tensorboardX.proto.event_pb2 import Event
+
     (path,) = folder.glob('events*')
     data, found = path.read_bytes(), []
     while data:
         size = struct.unpack('Q', data[:8])[0]
-        event = Event.FromString(data[12:12 + size])
+        event = Event.FromString(data[12 : 12 + size])
         found.append((event.step, {one.tag: one.simple_value for one in event.summary.value}))
-        data = data[12 + size + 4:]
+        data = data[12 + size + 4 :]
     return found[1:]
 
 

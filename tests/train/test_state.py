@@ -31,7 +31,7 @@ def test_a_step_updates_the_student_and_its_average(parts):
     assert float(metrics['loss']) == 2 and int(after.step) == 1
     assert states.merged(after)['net'].keys() == PARAMS['net'].keys()
     other = step(after, batch)[1]['noise']
-    assert float(other) != float(metrics['noise'])     # each step has its own key
+    assert float(other) != float(metrics['noise'])  # each step has its own key
     assert float(step(after, batch)[1]['noise']) == float(other)
 
 

@@ -17,8 +17,10 @@ SCHEDULE = schedules.make(schedules.SchedulerConfig())
 
 def test_levels_climb_from_group_to_group():
     levels = grouped_levels(jnp.array([0, 249]), 4, 2, jnp.array([[0], [7]]))
-    np.testing.assert_array_equal(levels, [[0, 0, 0, 250, 250, 500, 500, 750, 750],
-                                           [7, 249, 249, 499, 499, 749, 749, 999, 999]])
+    np.testing.assert_array_equal(
+        levels,
+        [[0, 0, 0, 250, 250, 500, 500, 750, 750], [7, 249, 249, 499, 499, 749, 749, 999, 999]],
+    )
 
 
 def test_the_published_loss_is_a_plain_error_of_v():
@@ -47,13 +49,18 @@ def test_recycling_puts_own_errors_on_condition_frames_only():
     wrong = seen(lambda x, t: target + 1)
     np.testing.assert_array_equal(wrong[:, 1:], clean[:, 1:])
     moved = np.any(np.abs(wrong[:, 0] - clean[:, 0]) > 1e-3, axis=(1, 2, 3))
-    assert 6 < moved.sum() < 26      # half of the samples
+    assert 6 < moved.sum() < 26  # half of the samples
 
 
-@pytest.mark.parametrize('path, alone, together', [
-    ('transformer/patch/kernel', True, True), ('text_encoder/embedding', False, True),
-    ('control_encoder/projection/kernel', False, True),
-    ('vae/encoder/conv_in/kernel', False, False)])
+@pytest.mark.parametrize(
+    'path, alone, together',
+    [
+        ('transformer/patch/kernel', True, True),
+        ('text_encoder/embedding', False, True),
+        ('control_encoder/projection/kernel', False, True),
+        ('vae/encoder/conv_in/kernel', False, False),
+    ],
+)
 def test_what_trains(path, alone, together):
     assert SwinDPM().trainable(path) is alone
     assert SwinDPM(train_encoders=True).trainable(path) is together
@@ -65,13 +72,16 @@ def test_a_decoder_can_train_alone():
     assert Autoencode().trainable('vae/encoder/conv_in/kernel')
 
 
-@pytest.mark.parametrize('make, said', [
-    (lambda: SwinDPM(control_dropout=1.5), 'stage.control_dropout: got 1.5'),
-    (lambda: SwinDPM(condition_noise=250), 'stage.condition_noise: got 250'),
-    (lambda: SwinDPM(recycle=-1.0), 'stage.recycle: got -1'),
-    (lambda: Autoencode(frames=12), 'stage.frames: got 12'),
-    (lambda: Autoencode(ema=1.0), 'stage.ema: got 1'),
-])
+@pytest.mark.parametrize(
+    'make, said',
+    [
+        (lambda: SwinDPM(control_dropout=1.5), 'stage.control_dropout: got 1.5'),
+        (lambda: SwinDPM(condition_noise=250), 'stage.condition_noise: got 250'),
+        (lambda: SwinDPM(recycle=-1.0), 'stage.recycle: got -1'),
+        (lambda: Autoencode(frames=12), 'stage.frames: got 12'),
+        (lambda: Autoencode(ema=1.0), 'stage.ema: got 1'),
+    ],
+)
 def test_wrong_settings_are_named(make, said):
     with pytest.raises(ValueError, match=said):
         make()
@@ -93,12 +103,20 @@ def test_groups_are_as_wide_as_the_batch():
         return jnp.zeros_like(noisy)
 
     world = types.SimpleNamespace(
-        cfg=run.world, schedule=SCHEDULE, denoise=denoise, empty_ids=np.zeros((1, 2), np.int32),
-        embed_ids=lambda params, ids: ids, embed_controls=lambda params: jnp.ones((10, 1)))
+        cfg=run.world,
+        schedule=SCHEDULE,
+        denoise=denoise,
+        empty_ids=np.zeros((1, 2), np.int32),
+        embed_ids=lambda params, ids: ids,
+        embed_controls=lambda params: jnp.ones((10, 1)),
+    )
     assert run.stage.lengths(world) == (9, 17) and SwinDPM().lengths(world) == (17,)
     for frames in run.stage.lengths(world):
-        batch = {'latents': np.zeros((1, frames, 2, 2, 1), np.float16),
-                 'ids': np.ones((1, 2), np.int32), 'controls': np.zeros((1, frames), np.int32)}
+        batch = {
+            'latents': np.zeros((1, frames, 2, 2, 1), np.float16),
+            'ids': np.ones((1, 2), np.int32),
+            'controls': np.zeros((1, frames), np.int32),
+        }
         run.stage.loss(world, {}, batch, jax.random.key(0))
         steps = np.diff(np.asarray(seen['levels'])[0, 1:])
         np.testing.assert_array_equal(np.flatnonzero(steps) + 1, frames // 4 * np.arange(1, 4))

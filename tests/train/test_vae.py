@@ -3,9 +3,9 @@ import types
 import jax
 import numpy as np
 
-from matrix_jax.weights import conversion
 from matrix_jax.train.vae import Autoencode
 from matrix_jax.vae import wan
+from matrix_jax.weights import conversion
 
 TINY = wan.PRESETS['tiny']
 
@@ -27,10 +27,12 @@ def clips():
 
 def test_every_weight_learns_from_the_loss():
     params = {'vae': wan.init(TINY, 0)}
-    (loss, metrics), grads = jax.jit(jax.value_and_grad(
-        lambda params, key: Autoencode().loss(World(), params, next(clips()), key),
-        has_aux=True), compiler_options={'xla_backend_optimization_level': 0})(
-            params, jax.random.key(0))
+    (loss, metrics), grads = jax.jit(
+        jax.value_and_grad(
+            lambda params, key: Autoencode().loss(World(), params, next(clips()), key), has_aux=True
+        ),
+        compiler_options={'xla_backend_optimization_level': 0},
+    )(params, jax.random.key(0))
     assert np.isfinite(loss) and set(metrics) == {'psnr', 'kl', 'latent_std'}
     grads = conversion.flatten(grads)
     assert all(np.isfinite(leaf).all() for leaf in grads.values())

@@ -14,8 +14,9 @@ def normal(*shape, seed=0, scale=1.0):
 def params_of(vae, cfg):
     """Parameters of an autoencoder, none of them zero."""
     draws = np.random.default_rng(7)
-    return jax.tree.map(lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.3,
-                        vae.shapes(cfg))
+    return jax.tree.map(
+        lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.3, vae.shapes(cfg)
+    )
 
 
 @functools.cache

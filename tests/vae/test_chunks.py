@@ -11,7 +11,7 @@ def test_chunks_have_the_remainder_first(monkeypatch, unrolled, length, sizes):
     monkeypatch.setattr(chunks, 'UNROLLED', unrolled)
     x = np.arange(length, dtype=np.float32).reshape(1, length, 1, 1, 1) + 1
 
-    def run(total, chunk):     # tells chunks apart by their running sum, in every frame
+    def run(total, chunk):  # tells chunks apart by their running sum, in every frame
         total = total + chunk.sum()
         return total, jnp.full_like(chunk, total)
 

@@ -9,18 +9,25 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matrix_jax.weights import conversion
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.vae.tiling import Tiles, tiled, windowed
+from matrix_jax.weights import conversion
 from tests.vae import drawn
 from tests.vae.drawn import compiled, normal
 
 GOLDENS = Path(__file__).parents[1] / 'goldens' / 'the_matrix'
 # Compiling is what takes time here: two levels are the same code as four. The recordings of
 # test_parity have all four.
-SMALL = vae.Config(latent_channels=4, block_out_channels=(4, 8), layers_per_block=1, norm_groups=2,
-                   temporal_compression=2, single_latent_frames=2, sample_height=16,
-                   sample_width=24)
+SMALL = vae.Config(
+    latent_channels=4,
+    block_out_channels=(4, 8),
+    layers_per_block=1,
+    norm_groups=2,
+    temporal_compression=2,
+    single_latent_frames=2,
+    sample_height=16,
+    sample_width=24,
+)
 params_of = functools.partial(drawn.params_of, vae)
 
 
@@ -30,8 +37,11 @@ TINY = vae.PRESETS['tiny']
 def golden(case):
     """The released config and weights of a recording; the outputs are held by test_parity."""
     with safe_open(GOLDENS / f'{case}.safetensors', 'np') as file:
-        weights = {key.removeprefix('weights/'): file.get_tensor(key) for key in file.keys()
-                   if key.startswith('weights/')}
+        weights = {
+            key.removeprefix('weights/'): file.get_tensor(key)
+            for key in file.keys()
+            if key.startswith('weights/')
+        }
         return json.loads(file.metadata()['config'])['cfg'], weights
 
 
@@ -42,9 +52,10 @@ def test_prefill_and_scanned_steps_equal_the_whole_clip():
         def body(cache, part):
             traces.append(part.shape)
             return vae.step(SMALL, params, cache, part)
+
         cache, head = vae.prefill(SMALL, params, latents[:, :3])
         rest = jnp.stack([latents[:, 3:5], latents[:, 5:7]])
-        _, tail = jax.lax.scan(body, cache, rest)      # so the cache keeps structure and shapes
+        _, tail = jax.lax.scan(body, cache, rest)  # so the cache keeps structure and shapes
         return jnp.concatenate([head, *tail], axis=1)
 
     whole = compiled(vae.decode, SMALL)(params, latents)
@@ -66,7 +77,7 @@ def test_step_compiles_once_and_never_looks_ahead():
     cache, first = compiled(vae.prefill, SMALL)(params, latents[:, :1])
     frames = [first]
     for index in range(1, 4):
-        cache, made = step(params, cache, latents[:, index:index + 1])
+        cache, made = step(params, cache, latents[:, index : index + 1])
         frames.append(made)
     assert len(count) == 1
     assert [one.shape[1] for one in frames] == [2, 2, 2, 2]
@@ -89,17 +100,20 @@ def test_encoder_continues_where_it_stopped():
 
 @pytest.mark.parametrize(('frames', 'latents'), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3), (13, 4)])
 def test_lengths_of_encoded_clips(frames, latents):
-    made = jax.eval_shape(functools.partial(vae.encode, TINY), vae.shapes(TINY),
-                          jnp.zeros((1, frames, 16, 8, 3)))
+    made = jax.eval_shape(
+        functools.partial(vae.encode, TINY), vae.shapes(TINY), jnp.zeros((1, frames, 16, 8, 3))
+    )
     assert [one.shape for one in made] == [(1, latents, 2, 1, 4)] * 2
 
 
-@pytest.mark.parametrize(('single', 'latents', 'frames'),
-                         [(4, 1, 4), (1, 1, 1), (1, 2, 8), (4, 3, 9), (4, 6, 24)])
+@pytest.mark.parametrize(
+    ('single', 'latents', 'frames'), [(4, 1, 4), (1, 1, 1), (1, 2, 8), (4, 3, 9), (4, 6, 24)]
+)
 def test_lengths_of_decoded_clips(single, latents, frames):
     cfg = dataclasses.replace(TINY, single_latent_frames=single)
-    made = jax.eval_shape(functools.partial(vae.decode, cfg), vae.shapes(cfg),
-                          jnp.zeros((1, latents, 2, 1, 4)))
+    made = jax.eval_shape(
+        functools.partial(vae.decode, cfg), vae.shapes(cfg), jnp.zeros((1, latents, 2, 1, 4))
+    )
     assert made.shape == (1, frames, 16, 8, 3)
 
 
@@ -115,8 +129,9 @@ def test_patched_frames_are_stacked_pixels():
     made = compiled(vae.decode, patched)(params, mean)
     stacked = compiled(vae.decode, plain)(params, mean)
     for i, j in np.ndindex(2, 2):
-        np.testing.assert_array_equal(made[..., i::2, j::2, :],
-                                      stacked[..., 2 * (2 * i + j):2 * (2 * i + j + 1)])
+        np.testing.assert_array_equal(
+            made[..., i::2, j::2, :], stacked[..., 2 * (2 * i + j) : 2 * (2 * i + j + 1)]
+        )
     assert vae.Config.from_released(patched.to_released()) == patched
 
 
@@ -144,8 +159,10 @@ def test_standardised_latents_make_the_same_frames():
 
 def test_clips_of_a_batch_do_not_meet():
     params = params_of(SMALL)
-    for function, clips in ((vae.encode, normal(2, 5, 4, 4, 3)),
-                            (vae.decode, normal(2, 3, 2, 2, 4))):
+    for function, clips in (
+        (vae.encode, normal(2, 5, 4, 4, 3)),
+        (vae.decode, normal(2, 3, 2, 2, 4)),
+    ):
         both = np.asarray(compiled(function, SMALL)(params, clips))
         clips[1] += 1
         changed = np.asarray(compiled(function, SMALL)(params, clips))
@@ -165,7 +182,8 @@ def test_a_tile_that_covers_all_is_the_plain_autoencoder(tiles):
     assert program(tiled_decode, latents) == program(vae.decode, latents)
     assert program(tiled_encode, frames) == program(vae.encode, frames)
     assert program(tiled_decode, np.zeros((1, 2, 5, 6, 4))) != program(
-        vae.decode, np.zeros((1, 2, 5, 6, 4)))
+        vae.decode, np.zeros((1, 2, 5, 6, 4))
+    )
 
 
 def test_blended_tiles_of_the_identity_are_the_identity():
@@ -176,20 +194,29 @@ def test_blended_tiles_of_the_identity_are_the_identity():
 
 def test_tiles_fade_into_each_other():
     made = iter(range(3))
-    got = tiled(lambda tile: jnp.full(tile.shape, next(made), jnp.float32),
-                np.zeros((1, 1, 2, 10, 1)), (2, 8), (2, 8), (0, 0.5))
+    got = tiled(
+        lambda tile: jnp.full(tile.shape, next(made), jnp.float32),
+        np.zeros((1, 1, 2, 10, 1)),
+        (2, 8),
+        (2, 8),
+        (0, 0.5),
+    )
     np.testing.assert_allclose(got[0, 0, 0, :, 0], [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1.5])
 
 
 def test_tiles_that_cut_latent_pixels_are_refused():
-    tiles = Tiles((4, 4), (2, 2), (0.25, 0.25))        # a stride of 3 pixels is 1.5 latent pixels
+    tiles = Tiles((4, 4), (2, 2), (0.25, 0.25))  # a stride of 3 pixels is 1.5 latent pixels
     with pytest.raises(ValueError, match='strides of whole latent pixels'):
-        jax.eval_shape(lambda p, x: vae.encode_tiled(SMALL, p, x, tiles), vae.shapes(SMALL),
-                       jnp.zeros((1, 1, 8, 8, 3)))
+        jax.eval_shape(
+            lambda p, x: vae.encode_tiled(SMALL, p, x, tiles),
+            vae.shapes(SMALL),
+            jnp.zeros((1, 1, 8, 8, 3)),
+        )
 
 
-@pytest.mark.parametrize(('total', 'sizes'), [(3, [3]), (8, [8]), (9, [8, 3]), (16, [8, 8, 4]),
-                                              (14, [8, 8])])
+@pytest.mark.parametrize(
+    ('total', 'sizes'), [(3, [3]), (8, [8]), (9, [8, 3]), (16, [8, 8, 4]), (14, [8, 8])]
+)
 def test_windows_of_a_long_video(total, sizes):
     seen = []
 
@@ -245,21 +272,25 @@ def test_missing_and_unknown_weights_are_named():
     released, weights = golden('c_vae_17f')
     cfg = vae.Config.from_released(released)
     weights['decoder.up_blocks.1.resnets.0.conv9.conv.bias'] = weights.pop(
-        'decoder.up_blocks.1.resnets.0.conv1.conv.bias')
+        'decoder.up_blocks.1.resnets.0.conv1.conv.bias'
+    )
     with pytest.raises(conversion.ConversionError) as error:
         conversion.to_jax(vae.weights(cfg), weights, vae.shapes(cfg))
     assert 'missing key decoder.up_blocks.1.resnets.0.conv1.conv.bias' in str(error.value)
     assert 'unknown key decoder.up_blocks.1.resnets.0.conv9.conv.bias' in str(error.value)
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    ({'use_quant_conv': True}, r'use_quant_conv = True \(expected False\)'),
-    ({'act_fn': 'gelu'}, "act_fn = 'gelu'"),
-    ({'new_maths': 2}, r'new_maths = 2 \(unknown key\)'),
-    ({'norm_num_groups': 3}, 'multiples of norm_groups = 3'),
-    ({'temporal_compression_ratio': 3}, 'power of two'),
-    ({'single_latent_frames': 4}, 'expected 1 or temporal_compression = 2'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'use_quant_conv': True}, r'use_quant_conv = True \(expected False\)'),
+        ({'act_fn': 'gelu'}, "act_fn = 'gelu'"),
+        ({'new_maths': 2}, r'new_maths = 2 \(unknown key\)'),
+        ({'norm_num_groups': 3}, 'multiples of norm_groups = 3'),
+        ({'temporal_compression_ratio': 3}, 'power of two'),
+        ({'single_latent_frames': 4}, 'expected 1 or temporal_compression = 2'),
+    ],
+)
 def test_configs_with_other_maths_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         vae.Config.from_released(SMALL.to_released() | change)

@@ -10,17 +10,23 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import conversion
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
+from matrix_jax.parallel import sharding
 from matrix_jax.vae import cogvideox as vae
+from matrix_jax.weights import conversion
 from tests.vae.drawn import normal
 
-ROWS = 12       # over 5 devices the last has none, over 8 the last two
+ROWS = 12  # over 5 devices the last has none, over 8 the last two
 # One residual block per decoder level: compiling is what takes time here.
-CFG = vae.Config(latent_channels=4, block_out_channels=(4, 8), layers_per_block=0, norm_groups=2,
-                 temporal_compression=2, single_latent_frames=2)
+CFG = vae.Config(
+    latent_channels=4,
+    block_out_channels=(4, 8),
+    layers_per_block=0,
+    norm_groups=2,
+    temporal_compression=2,
+    single_latent_frames=2,
+)
 
 
 @pytest.fixture(scope='module')
@@ -42,7 +48,7 @@ def on(mesh, function, *given):
 def same(made, wanted):
     """Whether trees are equal, but for rows below the picture that caches keep."""
     for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
-        one, other = np.asarray(one)[:, :, :other.shape[2]], np.asarray(other)
+        one, other = np.asarray(one)[:, :, : other.shape[2]], np.asarray(other)
         assert one.shape == other.shape
         assert np.abs(one - other).max() <= 1e-6 * np.abs(other).max()
 
@@ -61,12 +67,19 @@ def following(params):
 def filled_up(cache, ways):
     """A cache of whole pictures as `ways` devices keep it."""
     below = -ROWS % ways
-    return jax.tree.map(lambda leaf: np.pad(leaf, ((0, 0), (0, 0), (
-        0, below * leaf.shape[2] // ROWS), (0, 0), (0, 0))), cache)
+    return jax.tree.map(
+        lambda leaf: np.pad(
+            leaf, ((0, 0), (0, 0), (0, below * leaf.shape[2] // ROWS), (0, 0), (0, 0))
+        ),
+        cache,
+    )
 
 
-@pytest.mark.parametrize('mesh', [Mesh(), Mesh(seq=2), Mesh(data=2, seq=3), Mesh(seq=5),
-                                  Mesh(seq=6), Mesh(seq=8)], ids=str)
+@pytest.mark.parametrize(
+    'mesh',
+    [Mesh(), Mesh(seq=2), Mesh(data=2, seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8)],
+    ids=str,
+)
 def test_a_split_decoder_is_the_whole_one(mesh, params, following):
     (cache, latents), wanted = following
     made, text = on(mesh, vae.step, params, filled_up(cache, mesh.seq), latents)
@@ -74,15 +87,16 @@ def test_a_split_decoder_is_the_whole_one(mesh, params, following):
     assert made[1].shape == wanted[1].shape
     # A row up and a row down per convolution, one exchange per norm.
     leaves = conversion.flatten(vae.shapes(CFG)['decoder'])
-    rows = 2 * sum(path.endswith('kernel') and max(leaf.shape[:-2]) > 1
-                   for path, leaf in leaves.items())
+    rows = 2 * sum(
+        path.endswith('kernel') and max(leaf.shape[:-2]) > 1 for path, leaf in leaves.items()
+    )
     norms = sum(path.endswith('scale') for path in leaves)
     found = {kind: one['count'] for kind, one in collectives(text, 8).items()}
     if mesh.devices == 1:
         assert not found
     elif ROWS % mesh.seq == 0:
         assert found == {'collective-permute': rows, 'all-gather': norms}
-    else:       # filling up and cutting off takes a few more
+    else:  # filling up and cutting off takes a few more
         assert found.pop('collective-permute') - rows in range(8)
         assert sum(found.values()) - norms in range(4)
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from matrix_jax.weights import conversion
 from matrix_jax.vae import wan as vae
+from matrix_jax.weights import conversion
 from tests.vae import drawn
 from tests.vae.drawn import compiled, normal
 
@@ -54,7 +54,7 @@ def test_step_compiles_once_and_the_cache_matters():
     empty = jax.tree.map(jnp.zeros_like, cache)
     frames = [first]
     for index in range(1, 6):
-        cache, made = step(params, cache, latents[:, index:index + 1])
+        cache, made = step(params, cache, latents[:, index : index + 1])
         frames.append(made)
     np.testing.assert_allclose(np.concatenate(frames, axis=1), want, atol=2e-5)
     _, alone = step(params, empty, latents[:, 5:])
@@ -99,8 +99,9 @@ def test_encoder_continues_where_it_stopped():
 def test_lengths_of_clips(frames, latents):
     cfg = dataclasses.replace(TINY, multiples=(1, 1, 2, 2), halves_time=(False, True, True))
     shapes = vae.shapes(cfg)
-    made = jax.eval_shape(functools.partial(vae.encode, cfg), shapes,
-                          jnp.zeros((1, frames, 16, 8, 3)))
+    made = jax.eval_shape(
+        functools.partial(vae.encode, cfg), shapes, jnp.zeros((1, frames, 16, 8, 3))
+    )
     assert [one.shape for one in made] == [(1, latents, 2, 1, 4)] * 2
     cache, back = jax.eval_shape(functools.partial(vae.prefill, cfg), shapes, made[0])
     assert back.shape == (1, frames, 16, 8, 3)
@@ -117,8 +118,9 @@ def test_patched_frames_are_stacked_pixels():
     np.testing.assert_array_equal(stacked, want.reshape(1, 2, 2, 3, 12))
     np.testing.assert_array_equal(vae.unpatched(stacked, 2), frames)
     cfg = dataclasses.replace(TINY, patch_size=2)
-    latents = jax.eval_shape(functools.partial(vae.encode, cfg), vae.shapes(cfg),
-                             jnp.zeros((1, 3, 8, 12, 3)))[0]
+    latents = jax.eval_shape(
+        functools.partial(vae.encode, cfg), vae.shapes(cfg), jnp.zeros((1, 3, 8, 12, 3))
+    )[0]
     assert latents.shape == (1, 2, 2, 3, 4)
     made = jax.eval_shape(functools.partial(vae.decode, cfg), vae.shapes(cfg), latents)
     assert made.shape == (1, 3, 8, 12, 3)
@@ -127,8 +129,9 @@ def test_patched_frames_are_stacked_pixels():
 def test_scaled_latents_are_standard():
     cfg = dataclasses.replace(TINY, latent_means=(1, 2, 3, 4), latent_stds=(1, 2, 4, 8))
     latents = normal(1, 2, 2, 2, 4)
-    np.testing.assert_allclose(vae.scaled(cfg, latents), (latents - [1, 2, 3, 4]) / [1, 2, 4, 8],
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        vae.scaled(cfg, latents), (latents - [1, 2, 3, 4]) / [1, 2, 4, 8], atol=1e-6
+    )
     np.testing.assert_allclose(vae.unscaled(cfg, vae.scaled(cfg, latents)), latents, atol=1e-6)
     np.testing.assert_array_equal(vae.scaled(TINY, latents), latents)
 
@@ -144,8 +147,11 @@ def test_half_precision_stays_close():
 
 def test_weights_and_config_survive_the_round_trip():
     with safe_open(GOLDEN, 'np') as file:
-        weights = {key.removeprefix('weights/'): file.get_tensor(key) for key in file.keys()
-                   if key.startswith('weights/')}
+        weights = {
+            key.removeprefix('weights/'): file.get_tensor(key)
+            for key in file.keys()
+            if key.startswith('weights/')
+        }
         told = json.loads(file.metadata()['config'])
     cfg = vae.Config(dim=told['dim'])
     table, shapes = vae.weights(cfg), vae.shapes(cfg)
@@ -167,16 +173,26 @@ def test_released_sizes():
     assert (cfg.spatial_compression, cfg.temporal_compression, cfg.settled) == (8, 4, 29)
 
 
-@pytest.mark.parametrize(('preset', 'encoder', 'decoder'), [
-    ('wan_2_2', 149_627_776, 555_049_228), ('light', 149_627_776, 139_128_972),
-    ('light_v2', 149_627_776, 34_965_580)])
+@pytest.mark.parametrize(
+    ('preset', 'encoder', 'decoder'),
+    [
+        ('wan_2_2', 149_627_776, 555_049_228),
+        ('light', 149_627_776, 139_128_972),
+        ('light_v2', 149_627_776, 34_965_580),
+    ],
+)
 def test_released_sizes_of_2_2(preset, encoder, decoder):
     cfg = vae.PRESETS[preset]
     shapes = vae.shapes(cfg)
     # The published counts leave out the two that only mix the channels of latents.
-    counts = [sum(leaf.size for path, leaf in conversion.flatten(shapes[part]).items()
-                  if not path.startswith(('moments', 'latents')))
-              for part in ('encoder', 'decoder')]
+    counts = [
+        sum(
+            leaf.size
+            for path, leaf in conversion.flatten(shapes[part]).items()
+            if not path.startswith(('moments', 'latents'))
+        )
+        for part in ('encoder', 'decoder')
+    ]
     assert counts == [encoder, decoder]
     assert (cfg.spatial_compression, cfg.temporal_compression) == (16, 4)
     assert vae.Config.from_released(json.loads(json.dumps(cfg.to_released()))) == cfg
@@ -190,15 +206,21 @@ def test_a_game_fits_its_megabytes():
     assert (cfg.spatial_compression, cfg.temporal_compression, cfg.settled) == (8, 4, 20)
 
 
-@pytest.mark.parametrize(('change', 'message'), [
-    ({'dropout': 0.1}, r'dropout = 0.1 \(expected 0.0\)'),
-    ({'new_maths': 2}, r'new_maths = 2 \(unknown key\)'),
-    ({'temperal_downsample': [True, True]}, 'halves_time: got 2 values, expected 1'),
-    ({'latents_mean': [1.0]}, 'latent_means: got 1 numbers, expected none, or one for each of the'),
-    ({'latents_std': [1.0, 0.0, 1.0, 1.0]}, 'latent_stds: got 0.0, expected more than 0'),
-    ({'dim': 5, 'dim_mult': [1, 1]}, 'a decoder level of 5 channels, expected an even'),
-    ({'num_res_blocks': 0}, 'vae.layers: got 0, expected at least 1'),
-])
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'dropout': 0.1}, r'dropout = 0.1 \(expected 0.0\)'),
+        ({'new_maths': 2}, r'new_maths = 2 \(unknown key\)'),
+        ({'temperal_downsample': [True, True]}, 'halves_time: got 2 values, expected 1'),
+        (
+            {'latents_mean': [1.0]},
+            'latent_means: got 1 numbers, expected none, or one for each of the',
+        ),
+        ({'latents_std': [1.0, 0.0, 1.0, 1.0]}, 'latent_stds: got 0.0, expected more than 0'),
+        ({'dim': 5, 'dim_mult': [1, 1]}, 'a decoder level of 5 channels, expected an even'),
+        ({'num_res_blocks': 0}, 'vae.layers: got 0, expected at least 1'),
+    ],
+)
 def test_configs_that_do_not_fit_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         vae.Config.from_released(TINY.to_released() | change)

@@ -6,25 +6,27 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.parallel import sharding
 from matrix_jax.config import Mesh
+from matrix_jax.parallel import sharding
 from matrix_jax.vae import wan as vae
 from tests.vae.drawn import normal
 
-ROWS = 4        # over 3 devices the last has none
+ROWS = 4  # over 3 devices the last has none
 CFG = vae.PRESETS['tiny']
 
 
 @pytest.fixture(scope='module')
 def params():
-    return jax.tree.map(lambda leaf: normal(*leaf.shape, seed=leaf.size, scale=0.3),
-                        vae.shapes(CFG))
+    return jax.tree.map(
+        lambda leaf: normal(*leaf.shape, seed=leaf.size, scale=0.3), vae.shapes(CFG)
+    )
 
 
 def on(mesh, function, *given):
     """Results of a function of the autoencoder on a mesh; None for the mesh is no mesh."""
-    function = jax.jit(functools.partial(function, CFG),
-                       compiler_options={'xla_backend_optimization_level': 0})
+    function = jax.jit(
+        functools.partial(function, CFG), compiler_options={'xla_backend_optimization_level': 0}
+    )
     if mesh is None:
         return function(*given)
     with jax.set_mesh(sharding.make_mesh(mesh)):
@@ -34,7 +36,7 @@ def on(mesh, function, *given):
 def same(made, wanted):
     """Whether trees are equal, but for rows below the picture that caches keep."""
     for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
-        one, other = np.asarray(one)[:, :, :other.shape[2]], np.asarray(other)
+        one, other = np.asarray(one)[:, :, : other.shape[2]], np.asarray(other)
         assert one.shape == other.shape
         assert np.abs(one - other).max() <= 2e-6 * max(np.abs(other).max(), 1)
 
@@ -51,5 +53,7 @@ def test_a_split_decoder_is_the_whole_one(params):
 
 def test_a_split_encoder_is_the_whole_one(params):
     frames = normal(1, 3, 2 * ROWS, 4, 3)
-    same(on(Mesh(seq=3), vae.encode_step, params, None, frames),
-         on(None, vae.encode_step, params, None, frames))
+    same(
+        on(Mesh(seq=3), vae.encode_step, params, None, frames),
+        on(None, vae.encode_step, params, None, frames),
+    )

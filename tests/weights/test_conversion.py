@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from matrix_jax.weights.conversion import ConversionError, Drop, Prefix, Row, axes, flatten, to_jax, to_torch
+from matrix_jax.weights.conversion import (
+    ConversionError,
+    Drop,
+    Prefix,
+    Row,
+    axes,
+    flatten,
+    to_jax,
+    to_torch,
+)
 
 TABLE = (
     Row('blocks.{i}.q.weight', 'blocks/q/kernel', '(k e) d -> d k e', (0, 2), {'k': 2}),
@@ -77,7 +86,8 @@ def test_a_prefix_of_all_keys_is_taken_off():
     worn = to_jax(table, {f'model.{name}': tensor for name, tensor in tensors().items()})
     assert all(np.array_equal(leaf, flatten(worn)[path]) for path, leaf in flatten(plain).items())
     assert to_torch(table, worn).keys() == tensors().keys()
-    mixed = {f'model.{name}' if 'bias' in name else name: tensor
-             for name, tensor in tensors().items()}
+    mixed = {
+        f'model.{name}' if 'bias' in name else name: tensor for name, tensor in tensors().items()
+    }
     with pytest.raises(ConversionError, match='unknown key model.patch.bias'):
         to_jax(table, mixed)

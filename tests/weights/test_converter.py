@@ -24,9 +24,15 @@ def source(world, tmp_path):
     return tmp_path / 'VAE.pth'
 
 
-@pytest.mark.parametrize(('recipe', 'layers', 'span'), [
-    ('doom:CAUSAL', 1, (0, 1)), ('doom:CAUSAL', 4, (0, 2)), ('the_matrix:STAGE4', 2, (1, 2)),
-    ('the_matrix:STAGE4', 3, (1, 3))])
+@pytest.mark.parametrize(
+    ('recipe', 'layers', 'span'),
+    [
+        ('doom:CAUSAL', 1, (0, 1)),
+        ('doom:CAUSAL', 4, (0, 2)),
+        ('the_matrix:STAGE4', 2, (1, 2)),
+        ('the_matrix:STAGE4', 3, (1, 3)),
+    ],
+)
 def test_a_shorter_network_keeps_the_share_of_its_blocks(recipe, layers, span):
     cfg = converter.shorten(config.load(recipe).world, layers)
     differ = getattr(cfg.dit, 'control', None) or cfg.dit.actions
@@ -44,17 +50,36 @@ def test_a_pickle_becomes_the_part_that_it_is_called(world, source, tmp_path):
     assert worlds.describe(world.cfg, tmp_path / 'new').cfg.vae == world.cfg.vae
 
 
-@pytest.mark.parametrize(('target', 'error', 'said'), [
-    ('new', config.UsageError, 'becomes a .safetensors file, or a part of the recipe (transformer'),
-    ('text_encoder', conversion.ConversionError, 'VAE.pth: '),
-    ('vae', conversion.ConversionError, 'VAE.pth: 1 weight fault(s): missing key decoder.conv_in'),
-])
-def test_what_does_not_fit_is_refused_and_nothing_written(world, source, tmp_path, target, error,
-                                                          said):
+@pytest.mark.parametrize(
+    ('target', 'error', 'said'),
+    [
+        (
+            'new',
+            config.UsageError,
+            'becomes a .safetensors file, or a part of the recipe (transformer',
+        ),
+        ('text_encoder', conversion.ConversionError, 'VAE.pth: '),
+        (
+            'vae',
+            conversion.ConversionError,
+            'VAE.pth: 1 weight fault(s): missing key decoder.conv_in',
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_written(
+    world, source, tmp_path, target, error, said
+):
     def unpickle(pickle: Path, tensors: Path):
         from safetensors.numpy import load_file
-        save_file({name: tensor for name, tensor in load_file(pickle).items()
-                   if name != 'decoder.conv_in.conv.bias'}, tensors)
+
+        save_file(
+            {
+                name: tensor
+                for name, tensor in load_file(pickle).items()
+                if name != 'decoder.conv_in.conv.bias'
+            },
+            tensors,
+        )
 
     with pytest.raises(error) as caught:
         converter.translate(world.cfg, source, tmp_path / target, unpickle)

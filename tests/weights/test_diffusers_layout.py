@@ -13,8 +13,12 @@ from matrix_jax.weights import diffusers_layout
 from matrix_jax.weights.diffusers_layout import CheckpointError
 
 CONFIG = {'_class_name': 'Toy', 'width': 3}
-TENSORS = {'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4), 'b': np.float32(2.5),
-           'ids': np.arange(5), 'c': np.ones((2, 2), ml_dtypes.bfloat16)}
+TENSORS = {
+    'a.weight': np.arange(12, dtype=np.float32).reshape(3, 4),
+    'b': np.float32(2.5),
+    'ids': np.arange(5),
+    'c': np.ones((2, 2), ml_dtypes.bfloat16),
+}
 
 
 @pytest.fixture
@@ -43,8 +47,13 @@ def test_component_round_trip(tmp_path, shard_size, count):
 
 
 def test_names_dtype_and_replacement(folder):
-    diffusers_layout.write_component(folder, 'transformer', {'architectures': ['T5EncoderModel']},
-                               {'a': jnp.ones((2, 3))}, dtype='float32')
+    diffusers_layout.write_component(
+        folder,
+        'transformer',
+        {'architectures': ['T5EncoderModel']},
+        {'a': jnp.ones((2, 3))},
+        dtype='float32',
+    )
     assert files(folder / 'transformer') == ['config.json', 'model.safetensors']
     _, tensors = diffusers_layout.read_component(folder, 'transformer')
     assert list(tensors) == ['a'] and tensors['a'].dtype == np.float32
@@ -115,32 +124,53 @@ def index(folder, weight_map):
 ALL = {name: 'one.safetensors' for name in TENSORS}
 
 
-@pytest.mark.parametrize('damage, words', [
-    (truncate, ['truncated: ', ' bytes of ']),
-    (truncate_header, ['truncated: 20 bytes end inside the header']),
-    (corrupt_header, ['diffusion_pytorch_model.safetensors: ']),
-    (pickle_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
-    (zip_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
-    (lambda folder: weights(folder).write_bytes(b''), ['truncated: 0 bytes']),
-    (lambda folder: weights(folder).write_bytes(b'junk' * 9), ['not a safetensors file']),
-    (lambda folder: weights(folder).write_bytes(b'version https://git-lfs.github.com/spec/v1\n'),
-     ['git-lfs pointer']),
-    (pickle_only, ['pytorch_model.bin is a pickle', 'tools/convert.py']),
-    (lambda folder: weights(folder).unlink(), ['no weights; expected diffusion_pytorch_model']),
-    (two_kinds, ['model.safetensors, expected one of them']),
-    (lambda folder: index(folder, {**ALL, 'd': 'two.safetensors'}),
-     ['names the shard two.safetensors, which is missing']),
-    (lambda folder: index(folder, {**ALL, 'd': 'one.safetensors'}), ['missing d;']),
-    (lambda folder: index(folder, {'b': 'one.safetensors'}),
-     ['missing none; not in the index a.weight, c, ids']),
-    (lambda folder: index(folder, {'b': '../one.safetensors'}), ['not a plain .safetensors name']),
-    (lambda folder: index(folder, {}), ['no weight_map']),
-    (lambda folder: (folder / 'transformer' / 'config.json').unlink(), ['config.json: no such']),
-    (lambda folder: (folder / 'transformer' / 'config.json').write_text('{'),
-     ['config.json: not readable as JSON']),
-    (lambda folder: (folder / 'transformer' / 'config.json').write_text('[]'),
-     ['config.json: got a JSON list, expected an object']),
-])
+@pytest.mark.parametrize(
+    'damage, words',
+    [
+        (truncate, ['truncated: ', ' bytes of ']),
+        (truncate_header, ['truncated: 20 bytes end inside the header']),
+        (corrupt_header, ['diffusion_pytorch_model.safetensors: ']),
+        (pickle_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
+        (zip_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
+        (lambda folder: weights(folder).write_bytes(b''), ['truncated: 0 bytes']),
+        (lambda folder: weights(folder).write_bytes(b'junk' * 9), ['not a safetensors file']),
+        (
+            lambda folder: weights(folder).write_bytes(
+                b'version https://git-lfs.github.com/spec/v1\n'
+            ),
+            ['git-lfs pointer'],
+        ),
+        (pickle_only, ['pytorch_model.bin is a pickle', 'tools/convert.py']),
+        (lambda folder: weights(folder).unlink(), ['no weights; expected diffusion_pytorch_model']),
+        (two_kinds, ['model.safetensors, expected one of them']),
+        (
+            lambda folder: index(folder, {**ALL, 'd': 'two.safetensors'}),
+            ['names the shard two.safetensors, which is missing'],
+        ),
+        (lambda folder: index(folder, {**ALL, 'd': 'one.safetensors'}), ['missing d;']),
+        (
+            lambda folder: index(folder, {'b': 'one.safetensors'}),
+            ['missing none; not in the index a.weight, c, ids'],
+        ),
+        (
+            lambda folder: index(folder, {'b': '../one.safetensors'}),
+            ['not a plain .safetensors name'],
+        ),
+        (lambda folder: index(folder, {}), ['no weight_map']),
+        (
+            lambda folder: (folder / 'transformer' / 'config.json').unlink(),
+            ['config.json: no such'],
+        ),
+        (
+            lambda folder: (folder / 'transformer' / 'config.json').write_text('{'),
+            ['config.json: not readable as JSON'],
+        ),
+        (
+            lambda folder: (folder / 'transformer' / 'config.json').write_text('[]'),
+            ['config.json: got a JSON list, expected an object'],
+        ),
+    ],
+)
 def test_damage_is_one_clear_line(folder, damage, words):
     damage(folder)
     with pytest.raises(CheckpointError) as error:
@@ -182,8 +212,11 @@ def test_resolve(folder, monkeypatch):
 def test_the_folder_of_a_run_is_not_its_weights(folder, tmp_path):
     run = tmp_path / 'run'
     (run / 'state' / '100').mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=f'{run} is the folder of a training run; it has none '
-                                              'yet: start the same training again'):
+    with pytest.raises(
+        CheckpointError,
+        match=f'{run} is the folder of a training run; it has none '
+        'yet: start the same training again',
+    ):
         diffusers_layout.resolve(run)
     diffusers_layout.write_component(run / 'weights', 'transformer', CONFIG, TENSORS)
     with pytest.raises(CheckpointError, match=f'a training run; its weights are in {run}/weights$'):

@@ -13,9 +13,9 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from matrix_jax.config import Mesh
 from matrix_jax.parallel import sharding
 from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError
-from matrix_jax.config import Mesh
 from matrix_jax.weights.training_state import Checkpoints
 
 
@@ -26,9 +26,15 @@ class Moments(NamedTuple):
 
 def make_state(seed):
     params = {'a/b': jnp.arange(16.0) + seed, 'c': jnp.full((3,), seed, jnp.bfloat16)}
-    return {'params': params, 'opt': optax.adamw(1e-3).init(params), 'key': jax.random.key(seed),
-            'raw': jax.random.key_data(jax.random.key(seed)), 'moments': Moments(jnp.ones(2), seed),
-            'rate': np.float32(seed), 'host': np.arange(seed)}
+    return {
+        'params': params,
+        'opt': optax.adamw(1e-3).init(params),
+        'key': jax.random.key(seed),
+        'raw': jax.random.key_data(jax.random.key(seed)),
+        'moments': Moments(jnp.ones(2), seed),
+        'rate': np.float32(seed),
+        'host': np.arange(seed),
+    }
 
 
 def assert_same(left, right):
@@ -68,8 +74,10 @@ def test_restored_straight_into_other_shardings(tmp_path):
     state = {'w': jax.device_put(jnp.arange(16.0), split), 'key': jax.random.key(1)}
     saver = Checkpoints(tmp_path)
     saver.save(1, state)
-    target = {'w': jax.ShapeDtypeStruct((16,), jnp.float32, sharding=whole),
-              'key': jax.ShapeDtypeStruct((), state['key'].dtype, sharding=whole)}
+    target = {
+        'w': jax.ShapeDtypeStruct((16,), jnp.float32, sharding=whole),
+        'key': jax.ShapeDtypeStruct((), state['key'].dtype, sharding=whole),
+    }
     _, found, _ = saver.restore(target)
     assert found['w'].sharding.is_equivalent_to(whole, 1)
     np.testing.assert_array_equal(found['w'], state['w'])
@@ -113,11 +121,14 @@ def test_save_when_due(tmp_path):
     saver.close()
 
 
-@pytest.mark.parametrize('change, words', [
-    (lambda state: state | {'more': jnp.ones(1)}, ['missing more']),
-    (lambda state: {'w': state['w']}, ['unknown b']),
-    (partial(dict, w=jnp.ones(4)), ['w: got float32[3], expected float32[4]']),
-])
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        (lambda state: state | {'more': jnp.ones(1)}, ['missing more']),
+        (lambda state: {'w': state['w']}, ['unknown b']),
+        (partial(dict, w=jnp.ones(4)), ['w: got float32[3], expected float32[4]']),
+    ],
+)
 def test_state_of_another_recipe_is_refused(tmp_path, change, words):
     state = {'w': jnp.ones(3), 'b': jnp.ones(2)}
     saver = Checkpoints(tmp_path)
@@ -170,9 +181,14 @@ def restore(folder, step=None, like=30):
         saver.close()
 
 
-@pytest.mark.parametrize('damage, what', [
-    (flip, 'damaged, its checksum differs'), (truncate, 'truncated, '),
-    (lambda path: path.unlink(), 'missing')])
+@pytest.mark.parametrize(
+    'damage, what',
+    [
+        (flip, 'damaged, its checksum differs'),
+        (truncate, 'truncated, '),
+        (lambda path: path.unlink(), 'missing'),
+    ],
+)
 def test_a_damaged_step_is_named_and_refused(saved, tmp_path, damage, what):
     folder = tmp_path / 'state'
     shutil.copytree(saved, folder)
@@ -254,8 +270,10 @@ def test_a_save_that_cannot_be_written_keeps_the_one_before(tmp_path, limit, siz
         saver.save(3, state)
     limit(None)
     saver.close()
-    assert str(error.value) == (f'{tmp_path}: step 2 could not be saved (File too large); '
-                                'step 1 is whole, and the next start goes on from it')
+    assert str(error.value) == (
+        f'{tmp_path}: step 2 could not be saved (File too large); '
+        'step 1 is whole, and the next start goes on from it'
+    )
     saver = Checkpoints(tmp_path, keep=1)
     step, found, extra = saver.restore(state)
     assert (step, extra) == (1, {'data': 1})
@@ -269,13 +287,24 @@ def test_a_save_that_cannot_be_written_keeps_the_one_before(tmp_path, limit, siz
 def test_saved_on_eight_devices_and_loaded_on_fewer(tmp_path, shape):
     def place(state, mesh):
         whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ('fsdp',)))
-        return jax.tree.map(lambda leaf: jax.device_put(
-            leaf, split if leaf.ndim and leaf.shape[0] % 8 == 0 else whole), state)
+        return jax.tree.map(
+            lambda leaf: jax.device_put(
+                leaf, split if leaf.ndim and leaf.shape[0] % 8 == 0 else whole
+            ),
+            state,
+        )
 
-    params = {'w': jax.random.normal(jax.random.key(1), (16, 5)), 'b': jnp.arange(3.0),
-              'h': jax.random.normal(jax.random.key(2), (8, 3), jnp.bfloat16)}
-    state = {'params': params, 'opt': optax.adamw(1e-3).init(params), 'step': jnp.int32(7),
-             'key': jax.random.key_data(jax.random.key(3))}
+    params = {
+        'w': jax.random.normal(jax.random.key(1), (16, 5)),
+        'b': jnp.arange(3.0),
+        'h': jax.random.normal(jax.random.key(2), (8, 3), jnp.bfloat16),
+    }
+    state = {
+        'params': params,
+        'opt': optax.adamw(1e-3).init(params),
+        'step': jnp.int32(7),
+        'key': jax.random.key_data(jax.random.key(3)),
+    }
     saver = Checkpoints(tmp_path)
     saver.save(7, place(state, sharding.make_mesh(Mesh(fsdp=8))))
     target = place(state, sharding.make_mesh(shape))

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from matrix_jax import config, worlds
+from matrix_jax.nn import initializers
 from matrix_jax.parallel import sharding
 from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import CheckpointError
-from matrix_jax.nn import initializers
 
 RUN = config.load('the_matrix:TINY')
 
@@ -32,8 +32,14 @@ def test_fresh_parameters_follow_the_seed_and_the_laws(world):
     np.testing.assert_allclose(flat[kernel].std(), std, rtol=0.1)
     embedding = flat['text_encoder/embedding']
     assert abs(embedding.mean()) < 0.1 and abs(embedding.std() - 1) < 0.1
-    assert not any(flat[f'transformer/{path}'].any() for path in (
-        'out/kernel', 'steered/control/norm1/linear/kernel', 'before/norm2/linear/kernel'))
+    assert not any(
+        flat[f'transformer/{path}'].any()
+        for path in (
+            'out/kernel',
+            'steered/control/norm1/linear/kernel',
+            'before/norm2/linear/kernel',
+        )
+    )
     assert (flat['vae/decoder/norm_out/conv_y/bias'] == 1).all()
     assert all((leaf == 1).all() for path, leaf in flat.items() if path.endswith('/scale'))
 
@@ -53,16 +59,24 @@ def test_a_folder_gives_back_what_was_written(world, tiny, tmp_path):
     params = world.init(0, still=False)
     found = world.load(tiny)
     assert jax.tree.structure(found) == jax.tree.structure(params)
-    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16)),
-                 found, params)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(ml_dtypes.bfloat16)), found, params
+    )
     world.save(tmp_path, {'vae': found['vae']})
     world.save(tmp_path / 'more', {'control_encoder': found['control_encoder']}, start=tmp_path)
     names = {path.name for path in (tmp_path / 'more').iterdir()}
-    assert names == {'vae', 'control_encoder', 'tokenizer', 'control_tokenizer', 'scheduler',
-                     'model_index.json'}
+    assert names == {
+        'vae',
+        'control_encoder',
+        'tokenizer',
+        'control_tokenizer',
+        'scheduler',
+        'model_index.json',
+    }
     np.testing.assert_array_equal(
         world.load(tmp_path / 'more', only=('vae',))['vae']['decoder']['conv_in']['kernel'],
-        found['vae']['decoder']['conv_in']['kernel'])
+        found['vae']['decoder']['conv_in']['kernel'],
+    )
     with pytest.raises(CheckpointError, match='no component transformer'):
         world.load(tmp_path / 'more')
 

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from matrix_jax import config, video, worlds
-from matrix_jax.parallel import sharding
-from matrix_jax.weights import conversion, diffusers_layout
-from matrix_jax.pipelines import generate as making
 from matrix_jax.controls.keyboard_mouse import Actions
 from matrix_jax.dit import wan as dit
 from matrix_jax.nn.kv_cache import Ring
+from matrix_jax.parallel import sharding
+from matrix_jax.pipelines import generate as making
+from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.worlds import matrix_game_2
 
 ROOT = Path(__file__).parents[2]
@@ -40,8 +40,18 @@ def generate(folder, out, *options):
     spec = importlib.util.spec_from_file_location('generate', ROOT / 'tools' / 'generate.py')
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
-    tool.main(['matrix_game_2:TINY', '--weights', str(folder), '--out', str(out), '--length', '1',
-               *options])
+    tool.main(
+        [
+            'matrix_game_2:TINY',
+            '--weights',
+            str(folder),
+            '--out',
+            str(out),
+            '--length',
+            '1',
+            *options,
+        ]
+    )
 
 
 @pytest.fixture(scope='module')
@@ -112,23 +122,37 @@ def test_bytes_are_cut_off_as_in_the_reference():
     assert matrix_game_2.World.to_uint8(values).tolist() == [0, 0, 0, 127, 254, 255, 255]
 
 
-@pytest.mark.parametrize('name, count', [
-    ('UNIVERSAL', 1_619_242_304), ('GTA_DRIVE', 1_619_238_464), ('TEMPLERUN', 1_508_715_584),
-    ('FOUNDATION', 1_824_405_824)])
+@pytest.mark.parametrize(
+    'name, count',
+    [
+        ('UNIVERSAL', 1_619_242_304),
+        ('GTA_DRIVE', 1_619_238_464),
+        ('TEMPLERUN', 1_508_715_584),
+        ('FOUNDATION', 1_824_405_824),
+    ],
+)
 def test_released_sizes(name, count):
     world = build(name)
     assert dit.count(world.cfg.dit) == count
-    one, many = (world.summary(sharding.abstract_mesh(mesh)).splitlines() for mesh in (
-        config.Mesh(), config.Mesh(fsdp=4, tensor=2)))
+    one, many = (
+        world.summary(sharding.abstract_mesh(mesh)).splitlines()
+        for mesh in (config.Mesh(), config.Mesh(fsdp=4, tensor=2))
+    )
     assert f'{count:,} parameters' in one[0] and '126,892,531 parameters' in one[1]
     mine = [float(lines[-1].split()[3].replace(',', '')) for lines in (one, many)]
     assert mine[1] < mine[0] / 3
 
 
-@pytest.mark.parametrize('fields, words', [
-    ({'mode': 'templerun'}, 'world.mode: got templerun, which has 7 keys and no mouse'),
-    ({'mode': 'flying'}, 'mode: got'), ({'height': 18}, 'expected positive multiples of'),
-    ({'fps': 0}, 'world.fps'), ({'clip': matrix_game_2.Clip()}, 'world.clip: got')])
+@pytest.mark.parametrize(
+    'fields, words',
+    [
+        ({'mode': 'templerun'}, 'world.mode: got templerun, which has 7 keys and no mouse'),
+        ({'mode': 'flying'}, 'mode: got'),
+        ({'height': 18}, 'expected positive multiples of'),
+        ({'fps': 0}, 'world.fps'),
+        ({'clip': matrix_game_2.Clip()}, 'world.clip: got'),
+    ],
+)
 def test_bad_configs_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         build('TINY', **fields)
@@ -142,8 +166,13 @@ def test_the_published_transformer_is_read(world, tiny_walk, tmp_path):
     for name in ('vae', 'image_encoder'):
         (tmp_path / name).symlink_to(tiny_walk / name)
     _, tensors = diffusers_layout.read_component(tiny_walk, 'transformer')
-    diffusers_layout.write_component(tmp_path, 'base_distilled_model', world.cfg.dit.to_released(),
-                               {f'model.{name}': tensors[name] for name in tensors}, dtype=None)
+    diffusers_layout.write_component(
+        tmp_path,
+        'base_distilled_model',
+        world.cfg.dit.to_released(),
+        {f'model.{name}': tensors[name] for name in tensors},
+        dtype=None,
+    )
     found = worlds.describe(world.cfg, tmp_path, whole=True)
     assert found.cfg == world.cfg
     made = conversion.flatten(found.load(tmp_path)['transformer'])
@@ -175,20 +204,25 @@ def test_the_command_line_makes_a_video(walk):
     assert drawn.sum() > 100 and (frames[0][drawn].astype(int)[:, :2] > 150).mean() > 0.9
 
 
-@pytest.mark.parametrize('options, words', [
-    (['--actions', 'hop*33'], "unknown action 'hop' of universal; expected W, S, A, D"),
-    (['--actions', 'W*12'], 'got 12 frames, expected 33; positions 13 to 33 are missing'),
-    (['--prompt', 'a wood', '--image', 'a.png'], '--prompt: this model reads no text'),
-    (['--image', 'none.png'], 'none.png: no such file'),
-    ([], 'this world brings no start clip: give --video or --image')])
+@pytest.mark.parametrize(
+    'options, words',
+    [
+        (['--actions', 'hop*33'], "unknown action 'hop' of universal; expected W, S, A, D"),
+        (['--actions', 'W*12'], 'got 12 frames, expected 33; positions 13 to 33 are missing'),
+        (['--prompt', 'a wood', '--image', 'a.png'], '--prompt: this model reads no text'),
+        (['--image', 'none.png'], 'none.png: no such file'),
+        ([], 'this world brings no start clip: give --video or --image'),
+    ],
+)
 def test_bad_input_is_one_line(tiny_walk, tmp_path, options, words):
     with pytest.raises(config.UsageError, match=words) as caught:
         generate(tiny_walk, tmp_path / 'no.mp4', *options)
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize('recipe, want', [
-    ('matrix_game_2:UNIVERSAL', 0), ('matrix_game_2:GTA_DRIVE', 0), ('doom', 7)])
+@pytest.mark.parametrize(
+    'recipe, want', [('matrix_game_2:UNIVERSAL', 0), ('matrix_game_2:GTA_DRIVE', 0), ('doom', 7)]
+)
 def test_steps_that_fill_the_caches(recipe, want):
     """As the ring has it: some slots are empty in these steps, and none in those after them."""
     cfg = config.load(recipe).world

@@ -6,33 +6,44 @@ import numpy as np
 import pytest
 
 from matrix_jax import config, worlds
-from matrix_jax.weights import conversion
-from matrix_jax.weights.diffusers_layout import CheckpointError
 from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.nn import linear
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import rollout
+from matrix_jax.weights import conversion
+from matrix_jax.weights.diffusers_layout import CheckpointError
 
 RUN = config.load('the_matrix:TINY')
 
 
-@pytest.mark.parametrize('fields, int8', [
-    ({'steps': 8, 'guidance': 3.0}, 'none'), ({'solver': 'lcm'}, 'attention')])
+@pytest.mark.parametrize(
+    'fields, int8', [({'steps': 8, 'guidance': 3.0}, 'none'), ({'solver': 'lcm'}, 'attention')]
+)
 def test_a_ready_stream_is_the_same_stream(tiny, fields, int8):
     cfg = dataclasses.replace(RUN.world.stream, **fields)
-    run = dataclasses.replace(RUN, weights=str(tiny), world=dataclasses.replace(
-        RUN.world, stream=cfg, dit=dataclasses.replace(RUN.world.dit, int8=int8)))
+    run = dataclasses.replace(
+        RUN,
+        weights=str(tiny),
+        world=dataclasses.replace(
+            RUN.world, stream=cfg, dit=dataclasses.replace(RUN.world.dit, int8=int8)
+        ),
+    )
     world, params = worlds.open_run(run)
-    assert isinstance(conversion.flatten(params)['transformer/before/attention/query/kernel'],
-                      linear.Int8) == (int8 != 'none')
+    assert isinstance(
+        conversion.flatten(params)['transformer/before/attention/query/kernel'], linear.Int8
+    ) == (int8 != 'none')
     stream = swin.make(cfg, world.cfg.scheduler, world.denoise)
     latents = np.random.default_rng(0).normal(size=(1, cfg.frames, 4, 6, 4)).astype('float32')
 
     @jax.jit
     def play(params):
-        cond = swin.Cond(latents, world.embed_ids(params, world.tokenize(['A road.'])),
-                         world.control_table(params), np.full([1, cfg.remembered], 3),
-                         world.embed_ids(params, world.empty_ids))
+        cond = swin.Cond(
+            latents,
+            world.embed_ids(params, world.tokenize(['A road.'])),
+            world.control_table(params),
+            np.full([1, cfg.remembered], 3),
+            world.embed_ids(params, world.empty_ids),
+        )
         carry = stream.init(params, cond, jax.random.key(0))
         return rollout(stream, params, carry, np.array([[[0, 1]], [[2, 8]]]))[1]
 
@@ -48,20 +59,31 @@ def test_controls_that_modulate_leave_nothing_to_make_once():
 
 
 def test_the_folder_decides_the_sizes(tiny):
-    wrong = dataclasses.replace(RUN.world, dit=dataclasses.replace(RUN.world.dit, layers=9,
-                                                                   dtype='bfloat16'))
+    wrong = dataclasses.replace(
+        RUN.world, dit=dataclasses.replace(RUN.world.dit, layers=9, dtype='bfloat16')
+    )
     cfg = worlds.describe(wrong, tiny).cfg
     assert (cfg.dit.layers, cfg.dit.dtype) == (4, 'bfloat16')
-    assert cfg == dataclasses.replace(RUN.world, dit=dataclasses.replace(RUN.world.dit,
-                                                                         dtype='bfloat16'))
+    assert cfg == dataclasses.replace(
+        RUN.world, dit=dataclasses.replace(RUN.world.dit, dtype='bfloat16')
+    )
 
 
 def test_an_autoencoder_in_half_precision_takes_weights_in_full(tiny, tmp_path):
     world, stored = worlds.open_run(dataclasses.replace(RUN, weights=str(tiny)))
     folder = tmp_path / 'full'
     world.with_tokenizers(None).save(folder, stored, dtype=None)
-    half = config.load('the_matrix:TINY', ['--world.dit.dtype', 'bfloat16', '--world.vae.dtype',
-                                           'bfloat16', '--weights', str(folder)])
+    half = config.load(
+        'the_matrix:TINY',
+        [
+            '--world.dit.dtype',
+            'bfloat16',
+            '--world.vae.dtype',
+            'bfloat16',
+            '--weights',
+            str(folder),
+        ],
+    )
     world, params = worlds.open_run(half)
     assert world.cfg.vae.dtype == 'bfloat16'
     assert {leaf.dtype for leaf in jax.tree.leaves(params['vae'])} == {np.dtype('float32')}
@@ -85,8 +107,10 @@ def test_a_released_folder_borrows_its_control_encoder(tiny, tmp_path):
     world, params = worlds.open_run(run)
     whole, expected = worlds.open_run(dataclasses.replace(RUN, weights=str(tiny)))
     np.testing.assert_array_equal(world.control_ids, whole.control_ids)
-    np.testing.assert_array_equal(params['control_encoder']['projection']['kernel'],
-                                  expected['control_encoder']['projection']['kernel'])
+    np.testing.assert_array_equal(
+        params['control_encoder']['projection']['kernel'],
+        expected['control_encoder']['projection']['kernel'],
+    )
     lost = dataclasses.replace(cfg, control_weights=str(tmp_path / 'nowhere'))
     with pytest.raises(CheckpointError, match='nowhere'):
         worlds.open_run(dataclasses.replace(run, world=lost))
@@ -101,9 +125,14 @@ def test_prompts_are_cut_and_padded_to_the_length_of_the_model():
     assert world.replace(height=64).tokenizer is world.tokenizer
 
 
-@pytest.mark.parametrize('fields, said', [
-    (dict(height=33), 'got 33x48 pixels'), (dict(fps=0), 'world.fps: got 0'),
-    (dict(decode_chunk=3), 'world.decode_chunk: got 3')])
+@pytest.mark.parametrize(
+    'fields, said',
+    [
+        (dict(height=33), 'got 33x48 pixels'),
+        (dict(fps=0), 'world.fps: got 0'),
+        (dict(decode_chunk=3), 'world.decode_chunk: got 3'),
+    ],
+)
 def test_wrong_sizes_are_named(fields, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(RUN.world, **fields)

@@ -17,17 +17,27 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 from matrix_jax.serve.cluster import proxy
-from matrix_jax.serve.web import protocol
-from matrix_jax.serve.web.app import BURST, Guard, HEADERS, JOIN_SECONDS, PAGE, RATE, _close, _receive, _trouble
 from matrix_jax.serve.cluster.registry import Moment
+from matrix_jax.serve.web import protocol
+from matrix_jax.serve.web.app import (
+    BURST,
+    HEADERS,
+    JOIN_SECONDS,
+    PAGE,
+    RATE,
+    Guard,
+    _close,
+    _receive,
+    _trouble,
+)
 from matrix_jax.serve.web.protocol import Bucket, MessageError
 from matrix_jax.serve.web.server import MESSAGE_BYTES
 
 log = logging.getLogger(__name__)
-WAIT_SECONDS = 300          # for a place
+WAIT_SECONDS = 300  # for a place
 PASSED = {'content-type', 'content-length', 'content-disposition', 'cache-control', 'retry-after'}
-FILES = 8                   # on their way to worlds at a time
-LOST = (1001, 1006, 1011, 1012)         # codes of a world that went away by itself
+FILES = 8  # on their way to worlds at a time
+LOST = (1001, 1006, 1011, 1012)  # codes of a world that went away by itself
 
 
 class Away(Exception):
@@ -55,9 +65,14 @@ class Front:
         """The ASGI application."""
         from starlette.applications import Starlette
         from starlette.routing import Route, WebSocketRoute
-        routes = [Route('/', self.page), Route('/healthz', self.health),
-                  Route('/metrics', self.metrics), WebSocketRoute('/play', self.play),
-                  Route('/session/{session}/{what}', self.forward, methods=['GET', 'POST'])]
+
+        routes = [
+            Route('/', self.page),
+            Route('/healthz', self.health),
+            Route('/metrics', self.metrics),
+            WebSocketRoute('/play', self.play),
+            Route('/session/{session}/{what}', self.forward, methods=['GET', 'POST']),
+        ]
         return Guard(Starlette(routes=routes, lifespan=self._lifespan), self.token)
 
     @contextlib.asynccontextmanager
@@ -73,10 +88,16 @@ class Front:
     async def _watch(self):
         """Tells all players that the house closes, and then closes."""
         from starlette.websockets import WebSocketDisconnect
+
         while (left := (await self.book.state())['closing']) is None:
             await asyncio.sleep(1)
-        text = json.dumps({'type': 'error', 'message': f'The server closes in {max(0, left):.0f} s.'
-                           ' "Save world file" keeps your world.'})
+        text = json.dumps(
+            {
+                'type': 'error',
+                'message': f'The server closes in {max(0, left):.0f} s.'
+                ' "Save world file" keeps your world.',
+            }
+        )
         for socket in list(self._sockets):
             with contextlib.suppress(WebSocketDisconnect, RuntimeError):
                 await socket.send_text(text)
@@ -90,27 +111,37 @@ class Front:
 
     async def page(self, _):
         from starlette.responses import HTMLResponse
+
         return HTMLResponse(PAGE.read_text(encoding='utf-8'), headers=HEADERS)
 
     async def health(self, _):
         from starlette.responses import JSONResponse
+
         state = await self.book.state()
         return JSONResponse({'ok': True} | state | {'worlds': len(state['worlds'])})
 
     async def metrics(self, _):
         from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
         from starlette.responses import Response
+
         registry, state = CollectorRegistry(), await self.book.state()
-        for name, about in (('players', 'sessions, those that wait included'),
-                            ('waiting', 'players that wait for a place'),
-                            ('places', 'places in all worlds that there may be')):
+        for name, about in (
+            ('players', 'sessions, those that wait included'),
+            ('waiting', 'players that wait for a place'),
+            ('places', 'places in all worlds that there may be'),
+        ):
             Gauge(f'matrix_jax_front_{name}', about, registry=registry).set(state[name])
         Gauge('matrix_jax_front_worlds', 'worlds that are there', registry=registry).set(
-            len(state['worlds']))
-        Gauge('matrix_jax_front_moment_age_seconds', 'what the loss of its world would cost the '
-              'player who would lose most', registry=registry).set(state['oldest'])
-        texts = await asyncio.gather(*(asyncio.to_thread(proxy.counters, one, self.secret)
-                                       for one in state['worlds']))
+            len(state['worlds'])
+        )
+        Gauge(
+            'matrix_jax_front_moment_age_seconds',
+            'what the loss of its world would cost the player who would lose most',
+            registry=registry,
+        ).set(state['oldest'])
+        texts = await asyncio.gather(
+            *(asyncio.to_thread(proxy.counters, one, self.secret) for one in state['worlds'])
+        )
         registry.register(proxy.Labelled(dict(zip(state['worlds'], texts))))
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
@@ -118,6 +149,7 @@ class Front:
         """A download or an upload of a session, done by its world; passed on piece by piece."""
         from starlette.requests import ClientDisconnect
         from starlette.responses import StreamingResponse
+
         session, what = request.path_params['session'], request.path_params['what']
         where = await self.book.where(session) if what.isalpha() else None
         if where is None:
@@ -129,7 +161,8 @@ class Front:
         self._moving += 1
         try:
             answer = await loop.run_in_executor(
-                self._files, proxy.ask, address, f'/session/{session}/{what}', self.secret, data)
+                self._files, proxy.ask, address, f'/session/{session}/{what}', self.secret, data
+            )
         except proxy.TooLarge:
             return _trouble(f'the file is too large: expected at most {limit} bytes', 413)
         except proxy.Unreachable:
@@ -138,8 +171,7 @@ class Front:
             return _trouble('the upload was cut off', 400)
         finally:
             self._moving -= 1
-        kept = {name: value for name, value in answer.headers.items()
-                if name.lower() in PASSED}
+        kept = {name: value for name, value in answer.headers.items() if name.lower() in PASSED}
         return StreamingResponse(proxy.pieces(answer), answer.status, kept)
 
     # --- playing -------------------------------------------------------------------------------
@@ -147,6 +179,7 @@ class Front:
     async def play(self, socket):
         """One player's socket."""
         from starlette.websockets import WebSocketDisconnect
+
         await socket.accept()
         visit = Visit(self, socket)
         self._sockets.add(socket)
@@ -170,8 +203,9 @@ class Front:
             raise Away(refused)
         first: asyncio.Future = asyncio.get_running_loop().create_future()
         # In a context of its own: the lease outlives the socket whose request asks for it.
-        task = asyncio.create_task(self._hold(session, wanted, known, first),
-                                   context=contextvars.Context())
+        task = asyncio.create_task(
+            self._hold(session, wanted, known, first), context=contextvars.Context()
+        )
         self._leases.add(task)
         task.add_done_callback(self._leases.discard)
         try:
@@ -183,7 +217,7 @@ class Front:
                     await tell()
                 await self.book.enter(session)
             raise Away('no place came free; try again later')
-        except BaseException:           # a player who left meanwhile as well
+        except BaseException:  # a player who left meanwhile as well
             task.cancel()
             raise
 
@@ -198,9 +232,11 @@ class Front:
                     first.set_exception(Away(why))
         except asyncio.CancelledError:
             raise
-        except Exception as error:      # the world is lost; the socket notices as well
-            log.warning('lease_broken', extra={'fields': {'session': session[:6],
-                                                          'error': type(error).__name__}})
+        except Exception as error:  # the world is lost; the socket notices as well
+            log.warning(
+                'lease_broken',
+                extra={'fields': {'session': session[:6], 'error': type(error).__name__}},
+            )
             if not first.done():
                 first.set_exception(Away('the world could not be started; try again'))
         if not first.done():
@@ -244,6 +280,7 @@ class Visit:
     async def _up(self):
         """What the player says; while there is no world, nobody hears it."""
         from websockets.exceptions import ConnectionClosed
+
         bucket = Bucket(RATE, BURST)
         while True:
             text = await _receive(self.socket)
@@ -251,8 +288,9 @@ class Visit:
                 await _close(self.socket, 1009, f'expected at most {MESSAGE_BYTES} bytes')
                 return
             if not bucket.take():
-                await _close(self.socket, 1008, 'too many messages: expected at most '
-                             f'{RATE} a second')
+                await _close(
+                    self.socket, 1008, f'too many messages: expected at most {RATE} a second'
+                )
                 return
             if self.world:
                 with contextlib.suppress(ConnectionClosed):
@@ -278,6 +316,7 @@ class Visit:
     async def _tie(self, address: str, join: dict) -> tuple[int, str]:
         """Pipes until the world's end closes -> (code, reason)."""
         import websockets
+
         url = f'ws://{address}/play?token={self.front.secret}'
         try:
             async with websockets.connect(url, max_size=2**26, compression=None) as world:

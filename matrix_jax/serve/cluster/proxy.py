@@ -6,9 +6,9 @@ import asyncio
 import urllib.error
 import urllib.request
 
-PIECE = 2**18               # bytes of a file that are in memory
-PIECE_SECONDS = 30          # for a piece to come
-FILE_SECONDS = 120          # for a world to answer
+PIECE = 2**18  # bytes of a file that are in memory
+PIECE_SECONDS = 30  # for a piece to come
+FILE_SECONDS = 120  # for a world to answer
 
 
 class TooLarge(Exception):
@@ -25,8 +25,9 @@ def ask(address: str, path: str, secret: str, data=None, seconds: float = FILE_S
     Raises:
       Unreachable: there is none.
     """
-    asked = urllib.request.Request(f'http://{address}{path}', data,
-                                   {'Authorization': f'Bearer {secret}'})
+    asked = urllib.request.Request(
+        f'http://{address}{path}', data, {'Authorization': f'Bearer {secret}'}
+    )
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     try:
         return direct.open(asked, timeout=seconds)
@@ -42,12 +43,14 @@ def sent(loop: asyncio.AbstractEventLoop, stream, limit: int):
     Raises:
       TooLarge: there are more bytes than the limit.
     """
+
     async def following():
         return await anext(stream, None)
 
     size = 0
-    while (piece := asyncio.run_coroutine_threadsafe(following(), loop).result(
-            PIECE_SECONDS)) is not None:
+    while (
+        piece := asyncio.run_coroutine_threadsafe(following(), loop).result(PIECE_SECONDS)
+    ) is not None:
         size += len(piece)
         if size > limit:
             raise TooLarge
@@ -84,11 +87,13 @@ class Labelled:
     def collect(self):
         from prometheus_client.core import Metric
         from prometheus_client.parser import text_string_to_metric_families
+
         found: dict[str, Metric] = {}
         for world, text in self.texts.items():
             for family in text_string_to_metric_families(text):
-                into = found.setdefault(family.name, Metric(
-                    family.name, family.documentation, family.type))
+                into = found.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
                 for one in family.samples:
                     into.add_sample(one.name, one.labels | {'world': world}, one.value)
         return found.values()

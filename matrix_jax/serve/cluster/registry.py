@@ -6,8 +6,8 @@ import math
 import time
 from typing import NamedTuple
 
-FORGET_SECONDS = 60.0       # a session that no world and no front speaks of is over
-GONE_SECONDS = 15.0         # a world that says nothing is gone
+FORGET_SECONDS = 60.0  # a session that no world and no front speaks of is over
+GONE_SECONDS = 15.0  # a world that says nothing is gone
 
 
 class Moment(NamedTuple):
@@ -20,6 +20,7 @@ class Moment(NamedTuple):
       spoken: when it was last spoken of, in `time.monotonic` of the book.
       taken: when the session was as `data` has it, at the latest; None without data.
     """
+
     address: str | None
     data: bytes | None
     paused: bool
@@ -34,6 +35,7 @@ class There(NamedTuple):
       limit: bytes of the largest file that it takes.
       spoken: when it last spoke, as of `Moment`.
     """
+
     limit: int
     spoken: float
 
@@ -63,14 +65,16 @@ class Book:
         if before is None and len(self._known) >= self.places:
             return f'the house is full: all {self.places} places are taken; try again in a minute'
         self._known[session] = (before or Moment(None, None, False, 0))._replace(
-            spoken=time.monotonic())
+            spoken=time.monotonic()
+        )
         return ''
 
     def claim(self, session: str, address: str, paused: bool):
         """A world has this session from now on; what others say of it does not count any more."""
         before = self._known.get(session)
-        self._known[session] = Moment(address, before and before.data, paused, time.monotonic(),
-                                      before and before.taken)
+        self._known[session] = Moment(
+            address, before and before.data, paused, time.monotonic(), before and before.taken
+        )
 
     def put(self, session: str, address: str, data: bytes | None, paused: bool, age: float):
         """A world still has this session; `data` is its newest moment, or None if none is newer,
@@ -108,14 +112,20 @@ class Book:
         self._forget()
         now = time.monotonic()
         ages = (now - one.taken for one in self._known.values() if one.taken is not None)
-        return {'players': len(self._known), 'places': self.places, 'worlds': sorted(self._worlds),
-                'waiting': sum(one.address is None for one in self._known.values()),
-                'oldest': max(ages, default=0.0),
-                'closing': None if self._end == math.inf else self._end - now}
+        return {
+            'players': len(self._known),
+            'places': self.places,
+            'worlds': sorted(self._worlds),
+            'waiting': sum(one.address is None for one in self._known.values()),
+            'oldest': max(ages, default=0.0),
+            'closing': None if self._end == math.inf else self._end - now,
+        }
 
     def _forget(self):
         now = time.monotonic()
-        self._known = {name: one for name, one in self._known.items()
-                       if one.spoken > now - FORGET_SECONDS}
-        self._worlds = {name: one for name, one in self._worlds.items()
-                        if one.spoken > now - GONE_SECONDS}
+        self._known = {
+            name: one for name, one in self._known.items() if one.spoken > now - FORGET_SECONDS
+        }
+        self._worlds = {
+            name: one for name, one in self._worlds.items() if one.spoken > now - GONE_SECONDS
+        }

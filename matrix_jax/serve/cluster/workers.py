@@ -27,16 +27,17 @@ from matrix_jax.serve.web import server as run
 
 log = logging.getLogger(__name__)
 NAME = 'matrix_jax'
-SAVE_SECONDS = 1.0          # between two moments of a session in the book
-GREET_SECONDS = 3.0         # between two words of a world that it is there
-LOST_SECONDS = 2.0          # of play that a lost world may cost; an older moment is told of
+SAVE_SECONDS = 1.0  # between two moments of a session in the book
+GREET_SECONDS = 3.0  # between two words of a world that it is there
+LOST_SECONDS = 2.0  # of play that a lost world may cost; an older moment is told of
 # What Ray goes by here and in the workers of a cluster that is started here.
 SETTINGS = {
-    'RAY_USAGE_STATS_ENABLED': '0',                     # it tells nobody
-    'RAY_worker_niceness': '0',                         # frames come before what else runs
-    'RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S': '60',      # a slow machine is no dead one
-    'RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S': '1',     # a waiting player counts soon
-    'RAY_DEDUP_LOGS': '0', 'RAY_COLOR_PREFIX': '0',     # lines stay as they are
+    'RAY_USAGE_STATS_ENABLED': '0',  # it tells nobody
+    'RAY_worker_niceness': '0',  # frames come before what else runs
+    'RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S': '60',  # a slow machine is no dead one
+    'RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S': '1',  # a waiting player counts soon
+    'RAY_DEDUP_LOGS': '0',
+    'RAY_COLOR_PREFIX': '0',  # lines stay as they are
 }
 # Keeps a cluster that is started here to loopback; on other systems than Linux this is usual.
 ALONE = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
@@ -53,6 +54,7 @@ class Config:
       drain: seconds that players get to finish when it stops.
       idle: seconds after which a world that is too many ends.
     """
+
     fewest: int = 1
     most: int = 4
     gpus: float | None = None
@@ -90,6 +92,7 @@ class Place:
 
     def __init__(self, slots, folder, recipe: str, cfg: run.Config, secret: str, book, host: str):
         from matrix_jax.serve.web.app import Server
+
         self.server = Server(slots, folder, recipe, secret, cfg.grace, door=False)
         self.book, self._keepers = book, set()
         listening = run.listen(dataclasses.replace(cfg, host=host, port=0, token=secret))
@@ -107,6 +110,7 @@ class Place:
     async def lease(self, session: str, wanted: dict, data: bytes | None, paused: bool):
         """Seats a player -> yields (address, ''), or (None, why not), and ends with the session."""
         from matrix_jax.serve.runtime.session_manager import Refused
+
         try:
             seated = await self._there(self._admit(session, wanted, data, paused))
         except (Refused, UsageError) as error:
@@ -137,7 +141,7 @@ class Place:
     async def _greet(self):
         """Tells the book, again and again, that this world is there."""
         while True:
-            with contextlib.suppress(Exception):        # the book may be starting again
+            with contextlib.suppress(Exception):  # the book may be starting again
                 await self.book.open(self.address, self.server.world_bytes)
             await asyncio.sleep(GREET_SECONDS)
 
@@ -157,12 +161,19 @@ class World(Place):
 
     def __init__(self, recipe, cfg: run.Config, secret: str, book):
         import ray
+
         run.log_to_stderr()
         stay_local()
-        super().__init__(*run.open_slots(recipe, cfg), recipe.name, cfg, secret, book,
-                         ray.util.get_node_ip_address())
+        super().__init__(
+            *run.open_slots(recipe, cfg),
+            recipe.name,
+            cfg,
+            secret,
+            book,
+            ray.util.get_node_ip_address(),
+        )
 
-    __del__ = Place.close          # what Serve calls in the end
+    __del__ = Place.close  # what Serve calls in the end
 
 
 async def keep(house, session, book, address: str):
@@ -175,22 +186,25 @@ async def keep(house, session, book, address: str):
         try:
             # What rests is still as it was saved.
             data = await house.save(session) if now != saved else None
-            await book.put(session.token, address, data, session.paused,
-                           time.monotonic() - began)
+            await book.put(session.token, address, data, session.paused, time.monotonic() - began)
             late, saved, newest = time.monotonic() - newest, now, began
-        except Exception as error:          # the next one may succeed
+        except Exception as error:  # the next one may succeed
             late = time.monotonic() - newest
-            log.warning('moment_not_saved', extra={'fields': {
-                'session': session.token[:6], 'error': str(error)}})
+            log.warning(
+                'moment_not_saved',
+                extra={'fields': {'session': session.token[:6], 'error': str(error)}},
+            )
         if late > LOST_SECONDS:
-            log.warning('moment_late', extra={'fields': {
-                'session': session.token[:6], 'seconds': round(late, 2)}})
+            log.warning(
+                'moment_late',
+                extra={'fields': {'session': session.token[:6], 'seconds': round(late, 2)}},
+            )
         # Where saving takes long it begins sooner, so that the next one is there in time.
         took = time.monotonic() - began
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.1, min(SAVE_SECONDS, LOST_SECONDS - 2 * took) - took)):
                 await session.over.wait()
-    if session.reason != 'stopped':         # else it goes on elsewhere
+    if session.reason != 'stopped':  # else it goes on elsewhere
         await book.leave(session.token, address)
 
 
@@ -207,6 +221,7 @@ class Remote:
 
         async def call(*given):
             return await method.remote(*given)
+
         return call
 
 
@@ -236,23 +251,34 @@ def connect():
     alone = not joins()
     for name, value in (SETTINGS | ALONE if alone else SETTINGS).items():
         os.environ.setdefault(name, value)
-    if alone:           # Ray asks for it by itself, and would leave one in the home folder
+    if alone:  # Ray asks for it by itself, and would leave one in the home folder
         os.environ.setdefault('RAY_AUTH_TOKEN', secrets.token_hex(32))
     try:
         import ray
     except ImportError:
         raise UsageError("--ray needs Ray: pip install 'matrix_jax[ray]'") from None
-    logging.getLogger('ray._private.authentication').setLevel(logging.ERROR)    # it is as wanted
-    with warnings.catch_warnings():       # JAX warns of forks; those of Ray start other programs
+    logging.getLogger('ray._private.authentication').setLevel(logging.ERROR)  # it is as wanted
+    with warnings.catch_warnings():  # JAX warns of forks; those of Ray start other programs
         warnings.filterwarnings('ignore', r'os\.fork', RuntimeWarning)
         try:
-            ray.init('local' if alone else None, namespace=NAME, include_dashboard=False,
-                     logging_level=logging.WARNING)
+            ray.init(
+                'local' if alone else None,
+                namespace=NAME,
+                include_dashboard=False,
+                logging_level=logging.WARNING,
+            )
         except ConnectionError as error:
             raise UsageError(f'--ray: the cluster to join does not answer: {error}') from error
     if alone and not run.loopback(ray.util.get_node_ip_address()):
-        log.warning('cluster_reachable', extra={'fields': {
-            'address': ray.util.get_node_ip_address(), 'why': 'Ray was imported before'}})
+        log.warning(
+            'cluster_reachable',
+            extra={
+                'fields': {
+                    'address': ray.util.get_node_ip_address(),
+                    'why': 'Ray was imported before',
+                }
+            },
+        )
     return ray
 
 
@@ -263,10 +289,12 @@ def stay_local():
     """
     import ray
     from ray.serve._private import replica
+
     host, bind = ray.util.get_node_ip_address(), getattr(replica, 'add_port_to_grpc_server', None)
     if bind and run.loopback(host):
         replica.add_port_to_grpc_server = lambda server, address: bind(
-            server, address.replace('[::]', host))
+            server, address.replace('[::]', host)
+        )
 
 
 def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
@@ -274,6 +302,7 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
     from ray import serve
 
     from matrix_jax.serve.cluster import gateway
+
     secret, token = secrets.token_hex(16), cfg.token
 
     def make_front():
@@ -288,6 +317,7 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
                     yield one
             finally:
                 answer.cancel()
+
         return gateway.Front(Remote(book), lease, secret, token).app()
 
     class Door:
@@ -301,18 +331,33 @@ def build(recipe, cfg: run.Config, worlds: Config, book, gpus: float):
     # once that all is full.
     asked = 4 * cfg.players * worlds.most + 64
     world = serve.deployment(
-        World, max_ongoing_requests=cfg.players, health_check_period_s=1, health_check_timeout_s=30,
-        graceful_shutdown_wait_loop_s=0.5, graceful_shutdown_timeout_s=worlds.drain,
-        max_constructor_retry_count=3, logging_config=quiet,
+        World,
+        max_ongoing_requests=cfg.players,
+        health_check_period_s=1,
+        health_check_timeout_s=30,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=worlds.drain,
+        max_constructor_retry_count=3,
+        logging_config=quiet,
         ray_actor_options={'num_gpus': gpus, 'num_cpus': worlds.cpus},
         autoscaling_config={
-            'min_replicas': worlds.fewest, 'max_replicas': worlds.most,
-            'target_ongoing_requests': cfg.players, 'upscale_delay_s': 1, 'look_back_period_s': 11,
-            'downscale_delay_s': worlds.idle})
+            'min_replicas': worlds.fewest,
+            'max_replicas': worlds.most,
+            'target_ongoing_requests': cfg.players,
+            'upscale_delay_s': 1,
+            'look_back_period_s': 11,
+            'downscale_delay_s': worlds.idle,
+        },
+    )
     door = serve.deployment(
-        serve.ingress(make_front)(Door), name='Front', max_ongoing_requests=asked,
-        max_queued_requests=64, graceful_shutdown_timeout_s=5, logging_config=quiet,
-        ray_actor_options={'num_cpus': 0})
+        serve.ingress(make_front)(Door),
+        name='Front',
+        max_ongoing_requests=asked,
+        max_queued_requests=64,
+        graceful_shutdown_timeout_s=5,
+        logging_config=quiet,
+        ray_actor_options={'num_cpus': 0},
+    )
     return door.bind(world.bind(recipe, cfg, secret, Remote(book)))
 
 
@@ -324,23 +369,31 @@ def running(recipe, cfg: run.Config, worlds: Config):
     seconds, and all of it ends; a cluster that was joined goes on.
     """
     from matrix_jax.serve.cluster.registry import Book
+
     recipe = check(recipe, cfg)
     ray = connect()
     try:
         from ray import serve
+
         logging.getLogger('ray.serve').setLevel(logging.WARNING)
         for name in ('ray', 'ray.serve'):
             for handler in logging.getLogger(name).handlers:
                 handler.setFormatter(run.JsonLines())
         where = 'HeadOnly' if run.loopback(cfg.host) else 'EveryNode'
-        serve.start(proxy_location=where, http_options={'host': cfg.host, 'port': cfg.port},
-                    logging_config={'log_level': 'WARNING'})
+        serve.start(
+            proxy_location=where,
+            http_options={'host': cfg.host, 'port': cfg.port},
+            logging_config={'log_level': 'WARNING'},
+        )
         if NAME in serve.status().applications:
             raise UsageError('--ray: this cluster plays already; stop that first')
-        with contextlib.suppress(ValueError):       # of one that was killed
+        with contextlib.suppress(ValueError):  # of one that was killed
             ray.kill(ray.get_actor('book'))
-        book = ray.remote(Book).options(name='book', lifetime='detached', num_cpus=0,
-                                              max_restarts=-1).remote(cfg.players * worlds.most)
+        book = (
+            ray.remote(Book)
+            .options(name='book', lifetime='detached', num_cpus=0, max_restarts=-1)
+            .remote(cfg.players * worlds.most)
+        )
         gpus = worlds.gpus
         if gpus is None:
             gpus = recipe.mesh.devices if ray.cluster_resources().get('GPU') else 0
@@ -365,6 +418,7 @@ def check(recipe, cfg: run.Config):
     """
     from matrix_jax import worlds
     from matrix_jax.weights import diffusers_layout
+
     run.listen(cfg).close()
     if not recipe.weights:
         raise UsageError(f'{recipe.name}: needs --weights')
@@ -387,9 +441,11 @@ def serve(recipe, cfg: run.Config, worlds: Config):
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     run.log_to_stderr()
     with running(recipe, cfg, worlds):
-        print(f'{recipe.name} is ready after {time.perf_counter() - began:.0f} s, {worlds.fewest} '
-              f'to {worlds.most} worlds of {cfg.players} players: open {cfg.url(cfg.port)}',
-              flush=True)
+        print(
+            f'{recipe.name} is ready after {time.perf_counter() - began:.0f} s, {worlds.fewest} '
+            f'to {worlds.most} worlds of {cfg.players} players: open {cfg.url(cfg.port)}',
+            flush=True,
+        )
         with contextlib.suppress(KeyboardInterrupt):
             threading.Event().wait()
         print(f'closing; players have {worlds.drain:.0f} s to finish', flush=True)

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from matrix_jax.parallel import compilation, sharding
 from matrix_jax.config import UsageError
+from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import Decoder, Stream, started
 from matrix_jax.stream.pipeline import Pipeline
@@ -45,8 +45,10 @@ class Slots:
 
     def __init__(self, world, params, count: int, entry: str | None = None, together: int = 1):
         if world.cfg.clip:
-            raise UsageError('this model makes whole clips; only a model that streams can be '
-                             'played (stages 3 and 4)')
+            raise UsageError(
+                'this model makes whole clips; only a model that streams can be '
+                'played (stages 3 and 4)'
+            )
         if not 1 <= count <= 1024:
             raise UsageError(f'--players: got {count}, expected 1 to 1024')
         if not 1 <= together <= count:
@@ -71,8 +73,7 @@ class Slots:
         self._pipeline, self.ahead = None, 0
         if decoder is None:
             first = [world.vocabulary.rest] * world.first_controls
-            self._stream = started(world.stream(self.entry),
-                                   world.vocabulary.encode(first)[None])
+            self._stream = started(world.stream(self.entry), world.vocabulary.encode(first)[None])
         else:
             self._pipeline, self.ahead = self._in_parts((params, decoder)), 1
 
@@ -81,17 +82,19 @@ class Slots:
         world, one = self.world, jax.ShapeDtypeStruct
         frames = np.zeros((self.start_frames, world.cfg.height, world.cfg.width, 3), np.uint8)
         inputs, _ = world.inputs('', frames)
-        key = _key(0)           # this compiles as well, once
+        key = _key(0)  # this compiles as well, once
         index = one((), jnp.int32)
-        keys = (one((self.count, *self.rest.shape), self.rest.dtype),
-                one((self.count,), jnp.bool_))
+        keys = (one((self.count, *self.rest.shape), self.rest.dtype), one((self.count,), jnp.bool_))
 
         def ready(function, *given, donate=(), like=None):
             """`like`: what is given back lies as it does."""
             lies = jax.tree.map(lambda leaf: leaf.sharding, like) if like is not None else None
             with sharding.within(sharding.mesh_of(given[0])):
-                return compilation.jit(function, donate_argnums=donate,
-                                    out_shardings=lies).lower(*given).compile()
+                return (
+                    compilation.jit(function, donate_argnums=donate, out_shardings=lies)
+                    .lower(*given)
+                    .compile()
+                )
 
         self._condition = ready(world.condition, self.params, *inputs)
         cond = sharding.made(self._condition)
@@ -105,18 +108,28 @@ class Slots:
         if self._pipeline:
             self._pipeline.compile(self.params, rows, keys)
         else:
-            self._step = ready(self._each(self._stream.step, *self._frames), self.params, rows,
-                               keys, donate=1, like=(rows, None))
+            self._step = ready(
+                self._each(self._stream.step, *self._frames),
+                self.params,
+                rows,
+                keys,
+                donate=1,
+                like=(rows, None),
+            )
         # The carry of the network and that of the decoder may lie on devices of their own.
-        self._read = [ready(_read, part, index, like=like)
-                      for part, like in zip(rows, self.like, strict=True)]
-        self._write = [ready(_write, part, index, like, donate=0, like=part)
-                       for part, like in zip(rows, self.like, strict=True)]
+        self._read = [
+            ready(_read, part, index, like=like) for part, like in zip(rows, self.like, strict=True)
+        ]
+        self._write = [
+            ready(_write, part, index, like, donate=0, like=part)
+            for part, like in zip(rows, self.like, strict=True)
+        ]
         if world.reads_text:
             ids = one((1, world.cfg.dit.text_length), jnp.int32)
             self._embed = ready(world.embed_ids, self.params, ids)
-            self._retext = ready(_retext, rows[0], index, sharding.made(self._embed), donate=0,
-                                 like=rows[0])
+            self._retext = ready(
+                _retext, rows[0], index, sharding.made(self._embed), donate=0, like=rows[0]
+            )
         self._rows = self._zeros(rows)
         return self
 
@@ -128,8 +141,9 @@ class Slots:
         return jax.ShapeDtypeStruct((self.count, *leaf.shape), leaf.dtype, sharding=place)
 
     def _zeros(self, rows):
-        return jax.tree.map(lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype),
-                                                        leaf.sharding), rows)
+        return jax.tree.map(
+            lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), rows
+        )
 
     def blank(self):
         """The same programs with slots of their own."""
@@ -140,13 +154,17 @@ class Slots:
     def _each(self, step, shape, dtype):
         """A step of batch 1 for all active slots: `(params, rows, (given [N ...], active [N])) ->
         (rows, (output [N *shape], finite [N]))`; a slot that rests gives zeros."""
+
         def run(params, rows, given):
             still = jnp.zeros(shape, dtype), jnp.array(True)
 
             def shift(carry, given):
                 carry, output = step(params, carry, given[None])
-                finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(carry)
-                          if jnp.issubdtype(leaf.dtype, jnp.floating)]
+                finite = [
+                    jnp.isfinite(leaf).all()
+                    for leaf in jax.tree.leaves(carry)
+                    if jnp.issubdtype(leaf.dtype, jnp.floating)
+                ]
                 return carry, (output[0], jnp.stack(finite).all())
 
             def slot(row):
@@ -155,6 +173,7 @@ class Slots:
 
             size = self.together if self.together > 1 else None
             return jax.lax.map(slot, (rows, *given), batch_size=size)
+
         return run
 
     def _in_parts(self, params) -> Pipeline:
@@ -174,8 +193,12 @@ class Slots:
             rows, (frames, finite) = decode(params, rows, (latents, active))
             return rows, (frames, finite & fine)
 
-        return Pipeline(Stream(halves['stream'].init, step, step),
-                        Decoder(halves['decoder'].prefill, show), halves['warm'], params)
+        return Pipeline(
+            Stream(halves['stream'].init, step, step),
+            Decoder(halves['decoder'].prefill, show),
+            halves['warm'],
+            params,
+        )
 
     # --- a player's stream, from any thread ----------------------------------------------------
 
@@ -219,13 +242,16 @@ class Slots:
 
     def write(self, index: int, carry):
         """Puts a carry of batch 1, of host or device, into a slot."""
-        self._rows = tuple(write(part, np.int32(index), new) for write, part, new in
-                           zip(self._write, self._rows, carry, strict=True))
+        self._rows = tuple(
+            write(part, np.int32(index), new)
+            for write, part, new in zip(self._write, self._rows, carry, strict=True)
+        )
 
     def peek(self, index: int):
         """A copy of a slot's carry, still to come."""
-        return tuple(read(part, np.int32(index)) for read, part in
-                     zip(self._read, self._rows, strict=True))
+        return tuple(
+            read(part, np.int32(index)) for read, part in zip(self._read, self._rows, strict=True)
+        )
 
     def read(self, index: int):
         """A copy of a slot's carry on the host."""

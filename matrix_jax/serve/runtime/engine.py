@@ -24,10 +24,10 @@ from matrix_jax.serve.runtime import session_log
 from matrix_jax.serve.runtime.batched_stream import Slots
 
 log = logging.getLogger(__name__)
-PAST_BYTES = 128 * 2**20            # of one player's past
+PAST_BYTES = 128 * 2**20  # of one player's past
 PAST_SECONDS = 12
-MARGIN = 0.02                       # seconds between the end of a shift and its first frame
-POLL = 0.001                        # seconds between two looks at a shift that is under way
+MARGIN = 0.02  # seconds between the end of a shift and its first frame
+POLL = 0.001  # seconds between two looks at a shift that is under way
 
 
 class Picture(NamedTuple):
@@ -39,6 +39,7 @@ class Picture(NamedTuple):
       key: id of the key whose first frame this is, or 0.
       data: the encoded frame.
     """
+
     due: float
     index: int
     key: int
@@ -54,6 +55,7 @@ class Flight(NamedTuple):
         is one to keep).
       frames, finite: what the slots give.
     """
+
     began: float
     rows: list
     frames: object
@@ -62,6 +64,7 @@ class Flight(NamedTuple):
 
 class Moment(NamedTuple):
     """A slot's carry after `shifts` shifts and with these prompts in its log."""
+
     shifts: int
     prompts: list
     carry: object
@@ -82,7 +85,7 @@ class Seat:
         self.index, self.log, self.deliver, self.broken = index, log, deliver, broken
         self.symbol, self.key, self.paused = None, 0, False
         self.frames = self.echoed = 0
-        self.echoes: dict[int, int] = {}       # shift -> id of the key that its frames show first
+        self.echoes: dict[int, int] = {}  # shift -> id of the key that its frames show first
         self.kept: tuple[session_log.Log, object] | None = None
 
     def begin(self, log: session_log.Log, carry):
@@ -110,12 +113,12 @@ class Engine:
         self.slots, self.encode, self.observe = slots, encode, observe
         self.period = slots.frames / slots.world.cfg.fps
         self.seats: list[Seat | None] = [None] * slots.count
-        self.seconds = 0.0                 # of a shift until its frames are there, smoothed
+        self.seconds = 0.0  # of a shift until its frames are there, smoothed
         self.shifts = 0
-        self._busy = 0.0                   # from one shift's frames to the next ones, smoothed
+        self._busy = 0.0  # from one shift's frames to the next ones, smoothed
         self._flying: collections.deque[Flight] = collections.deque()
-        self._landed = 0.0                 # when the last frames were there
-        self.beat = time.monotonic()       # when the thread was last seen alive
+        self._landed = 0.0  # when the last frames were there
+        self.beat = time.monotonic()  # when the thread was last seen alive
         self._wanted: queue.SimpleQueue = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, 'encode')
         self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
@@ -205,7 +208,7 @@ class Engine:
                 elif not self._flying:
                     self._answer(max(wait, 0))
                 elif not self._wanted.empty() or self._flying[0].frames.is_ready():
-                    due = self._land(due)      # nobody changes a slot while a shift is under way
+                    due = self._land(due)  # nobody changes a slot while a shift is under way
                 else:
                     time.sleep(min(wait, POLL))
         except Exception:
@@ -217,14 +220,15 @@ class Engine:
     def _answer(self, wait: float):
         """Does one wanted thing, if one comes in time."""
         try:
-            done, function, given = self._wanted.get(timeout=wait) if wait else (
-                self._wanted.get_nowait())
+            done, function, given = (
+                self._wanted.get(timeout=wait) if wait else (self._wanted.get_nowait())
+            )
         except queue.Empty:
             return
         if done.set_running_or_notify_cancel():
             try:
                 done.set_result(function(*given))
-            except Exception as error:       # belongs to who asked; the others play on
+            except Exception as error:  # belongs to who asked; the others play on
                 done.set_exception(error)
 
     def _shift(self, active: list[Seat]):
@@ -282,9 +286,13 @@ class Engine:
     def _send(self, rows, due: float, pace: float):
         for seat, first, key, frames in rows:
             try:
-                seat.deliver([Picture(due + i * pace, first + i, 0 if i else key,
-                                      self.encode(frame)) for i, frame in enumerate(frames)])
-            except Exception:                # one player's trouble; the others play on
+                seat.deliver(
+                    [
+                        Picture(due + i * pace, first + i, 0 if i else key, self.encode(frame))
+                        for i, frame in enumerate(frames)
+                    ]
+                )
+            except Exception:  # one player's trouble; the others play on
                 log.exception('a player could not be served')
 
     def _strides(self, seat: Seat) -> tuple[int, int]:
@@ -349,7 +357,7 @@ class Engine:
             seat.past.pop()
         moment = seat.past[-1]
         self.slots.write(seat.index, moment.carry)
-        del seat.log.symbols[moment.shifts:]
+        del seat.log.symbols[moment.shifts :]
         seat.log.prompts, seat.echoes = list(moment.prompts), {}
         return (shifts - moment.shifts) * self.period
 

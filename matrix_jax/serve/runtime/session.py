@@ -17,12 +17,12 @@ import time
 from matrix_jax.serve.runtime.engine import Picture, Seat
 from matrix_jax.serve.web.protocol import Bucket
 
-QUEUE_SECONDS = 1.0        # frames that wait for a socket
-WINDOW_SECONDS = 2.0       # frames on their way that the player has not seen yet
-STALL_SECONDS = 30.0       # without a sign that frames arrive
-RECORD_SECONDS, RECORD_BYTES = 120, 64 * 2**20     # whichever comes first
-TRANSFERS, TRANSFERS_AT_ONCE = 2, 20                # files a second
-HEADER = struct.Struct('<II')      # number of the frame, id of the key that it shows first
+QUEUE_SECONDS = 1.0  # frames that wait for a socket
+WINDOW_SECONDS = 2.0  # frames on their way that the player has not seen yet
+STALL_SECONDS = 30.0  # without a sign that frames arrive
+RECORD_SECONDS, RECORD_BYTES = 120, 64 * 2**20  # whichever comes first
+TRANSFERS, TRANSFERS_AT_ONCE = 2, 20  # files a second
+HEADER = struct.Struct('<II')  # number of the frame, id of the key that it shows first
 
 
 class Stalled(Exception):
@@ -41,8 +41,9 @@ class Session:
       over, reason: set when it has ended, and why it has.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, fps: float, meters,
-                 token: str | None = None):
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, fps: float, meters, token: str | None = None
+    ):
         self.loop, self.fps, self.meters = loop, fps, meters
         self.token, self.began = token or secrets.token_urlsafe(16), time.monotonic()
         self.seat: Seat | None = None
@@ -59,7 +60,7 @@ class Session:
         self.transfers, self.transferring = Bucket(TRANSFERS, TRANSFERS_AT_ONCE), False
         self.sent = self.dropped = self.waiting = 0
         self.pressed: collections.OrderedDict[int, float] = collections.OrderedDict()
-        self.busy = asyncio.Lock()          # one change of the world at a time
+        self.busy = asyncio.Lock()  # one change of the world at a time
         self._wake = asyncio.Event()
         self._unseen: collections.deque[int] = collections.deque()
 
@@ -85,7 +86,7 @@ class Session:
         over = len(self.pictures) - max(self.room, 2 * len(pictures))
         for _ in range(over):
             late = self.pictures.popleft()
-            if late.key:                    # the answer to a key is not lost with its frame
+            if late.key:  # the answer to a key is not lost with its frame
                 self.pictures[0] = self.pictures[0]._replace(key=late.key)
         self.dropped += max(over, 0)
         self.meters.dropped.inc(max(over, 0))
@@ -98,8 +99,13 @@ class Session:
             self.recording += frames
         if self._record_bytes > RECORD_BYTES or len(self.recording) >= RECORD_SECONDS * self.fps:
             self.record(False)
-            self.note('note', {'message': 'The recording is full: at most '
-                               f'{RECORD_SECONDS} s and {RECORD_BYTES // 2**20} MiB.'})
+            self.note(
+                'note',
+                {
+                    'message': 'The recording is full: at most '
+                    f'{RECORD_SECONDS} s and {RECORD_BYTES // 2**20} MiB.'
+                },
+            )
 
     # --- from the player -------------------------------------------------------------------------
 
@@ -131,9 +137,16 @@ class Session:
 
     def state(self, **more):
         """Tells the player how things are."""
-        self.note('state', {'paused': self.paused, 'recording': self.recording is not None,
-                            'kept': self.seat.kept is not None,
-                            'prompt': self.seat.log.last_prompt, **more})
+        self.note(
+            'state',
+            {
+                'paused': self.paused,
+                'recording': self.recording is not None,
+                'kept': self.seat.kept is not None,
+                'prompt': self.seat.log.last_prompt,
+                **more,
+            },
+        )
 
     # --- to the player ---------------------------------------------------------------------------
 
@@ -147,7 +160,7 @@ class Session:
         self.notes.clear()
         self.pressed.clear()
         self._unseen.clear()
-        if self.last:                       # a page that comes back shows at once where it was
+        if self.last:  # a page that comes back shows at once where it was
             self.pictures.append(self.last._replace(due=0.0, key=0))
 
     async def send(self, socket):
@@ -177,8 +190,9 @@ class Session:
                 continue
             picture = self.pictures.popleft()
             self._unseen.append(picture.index)
-            await socket.send_bytes(HEADER.pack(picture.index & 0xffffffff, picture.key)
-                                    + picture.data)
+            await socket.send_bytes(
+                HEADER.pack(picture.index & 0xFFFFFFFF, picture.key) + picture.data
+            )
             self.sent += 1
             self.meters.frames.inc()
             if picture.key in self.pressed:

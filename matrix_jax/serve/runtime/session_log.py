@@ -18,18 +18,18 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import video
-from matrix_jax.controls import driving
-from matrix_jax.weights import diffusers_layout
 from matrix_jax.config import UsageError
+from matrix_jax.controls import driving
 from matrix_jax.data import start_clips
+from matrix_jax.weights import diffusers_layout
 
 VERSION = 1
 MAX_SHIFTS = 4_000_000
-MAX_RUNS = 2**18        # of equal controls: 18 hours of another key every quarter of a second
+MAX_RUNS = 2**18  # of equal controls: 18 hours of another key every quarter of a second
 LOG_BYTES = 12 * 2**20  # as JSON: all runs with the mouse's words, all prompts, and a picture
 RUN = re.compile(r'([A-Za-z0-9+:.-]{1,64})\*([1-9][0-9]{0,6})')
-MAX_PROMPT = 500        # characters
-MAX_PROMPTS = 1000      # changes
+MAX_PROMPT = 500  # characters
+MAX_PROMPTS = 1000  # changes
 MAX_SEED = 2**31 - 1
 
 
@@ -49,7 +49,7 @@ class KeyRuns:
     """
 
     def __init__(self, symbols=()):
-        self._runs: list[tuple[str, int]] = []      # control, and the shift behind its last one
+        self._runs: list[tuple[str, int]] = []  # control, and the shift behind its last one
         self.lost: int | None = None
         for symbol, same in itertools.groupby(symbols):
             self.append(symbol, len(list(same)))
@@ -120,8 +120,10 @@ class KeyRuns:
           ReplayError: it is something else, or too long.
         """
         if text.count(',') >= MAX_RUNS:
-            raise ReplayError(f'replay.symbols: got {text.count(",") + 1} runs of keys, expected '
-                              f'at most {MAX_RUNS}')
+            raise ReplayError(
+                f'replay.symbols: got {text.count(",") + 1} runs of keys, expected '
+                f'at most {MAX_RUNS}'
+            )
         found, end, last = cls(), 0, None
         for run in filter(None, text.split(',')):
             match = RUN.fullmatch(run)
@@ -153,6 +155,7 @@ class Log:
       symbols: the control of every shift, a text of the world's vocabulary; a list will do.
       prompts: [shift, prompt] of every change.
     """
+
     recipe: str
     fingerprint: str
     slots: int
@@ -183,8 +186,10 @@ class Log:
           ReplayError: it is longer than a file may be.
         """
         if self.symbols.lost is not None:
-            raise ReplayError(f'replay: this drive has more than {MAX_RUNS} changes of keys or '
-                              f'{MAX_SHIFTS} shifts, which no file holds; start a new one')
+            raise ReplayError(
+                f'replay: this drive has more than {MAX_RUNS} changes of keys or '
+                f'{MAX_SHIFTS} shifts, which no file holds; start a new one'
+            )
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {'matrix_jax_session': VERSION, **fields, 'symbols': self.symbols.spell()}
 
@@ -199,13 +204,15 @@ class Log:
     def check(self, vocabulary):
         """Raises ReplayError if a control is none of the vocabulary."""
         try:
-            wrong = [symbol for symbol in self.symbols.kinds
-                     if vocabulary.canonical(symbol) != symbol]
+            wrong = [
+                symbol for symbol in self.symbols.kinds if vocabulary.canonical(symbol) != symbol
+            ]
         except driving.ControlError as error:
             raise ReplayError(f'replay.symbols: {error}') from error
         if wrong:
-            raise ReplayError(f'replay.symbols: got {wrong[0]!r}, expected '
-                              f'{vocabulary.canonical(wrong[0])!r}')
+            raise ReplayError(
+                f'replay.symbols: got {wrong[0]!r}, expected {vocabulary.canonical(wrong[0])!r}'
+            )
 
 
 def from_json(found) -> Log:
@@ -217,11 +224,14 @@ def from_json(found) -> Log:
     if not isinstance(found, dict) or found.get('matrix_jax_session') != VERSION:
         raise ReplayError(f'replay: expected a JSON object with matrix_jax_session: {VERSION}')
     names = {field.name for field in dataclasses.fields(Log)}
-    given = {'mesh': ''} | {name: value for name, value in found.items()
-                            if name != 'matrix_jax_session'}
+    given = {'mesh': ''} | {
+        name: value for name, value in found.items() if name != 'matrix_jax_session'
+    }
     if set(given) != names:
-        raise ReplayError(f'replay: got the fields {", ".join(sorted(given))}; expected '
-                          f'{", ".join(sorted(names))}')
+        raise ReplayError(
+            f'replay: got the fields {", ".join(sorted(given))}; expected '
+            f'{", ".join(sorted(names))}'
+        )
     whole = {'seed': MAX_SEED, 'slots': 1024, 'together': 1024}
     for name, most in whole.items():
         if type(given[name]) is not int or not 0 <= given[name] <= most:
@@ -236,10 +246,19 @@ def from_json(found) -> Log:
         raise ReplayError('replay: expected one of start and picture')
     symbols = KeyRuns.parse(given['symbols'])
     prompts = given['prompts']
-    if not isinstance(prompts, list) or len(prompts) > MAX_PROMPTS or not all(
-            isinstance(change, list) and len(change) == 2 and type(change[0]) is int
-            and isinstance(change[1], str) and len(change[1]) <= MAX_PROMPT
-            and 0 <= change[0] <= len(symbols) for change in prompts):
+    if (
+        not isinstance(prompts, list)
+        or len(prompts) > MAX_PROMPTS
+        or not all(
+            isinstance(change, list)
+            and len(change) == 2
+            and type(change[0]) is int
+            and isinstance(change[1], str)
+            and len(change[1]) <= MAX_PROMPT
+            and 0 <= change[0] <= len(symbols)
+            for change in prompts
+        )
+    ):
         raise ReplayError('replay.prompts: expected pairs of a shift and a prompt')
     return Log(**given | {'symbols': symbols, 'prompts': prompts})
 
@@ -284,8 +303,10 @@ def _known(world, folder, start: str | None) -> tuple[Path, dict]:
     place = starts_folder(world, folder)
     found = start_clips.listing(place)
     if start not in (None, '', *found):
-        raise ReplayError(f'start: got {start!r}, expected one of '
-                          f'{", ".join(found) or "none: this world brings no start clips"}')
+        raise ReplayError(
+            f'start: got {start!r}, expected one of '
+            f'{", ".join(found) or "none: this world brings no start clips"}'
+        )
     return place, found
 
 
@@ -322,11 +343,14 @@ def decode_picture(data: bytes, world, max_pixels: int = 40_000_000):
       VideoError: what is wrong with it.
     """
     from PIL import Image, ImageOps
+
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
             if image.width * image.height > max_pixels:
-                raise video.VideoError(f'picture: got {image.width}x{image.height} pixels, '
-                                       f'expected at most {max_pixels // 10**6} million')
+                raise video.VideoError(
+                    f'picture: got {image.width}x{image.height} pixels, '
+                    f'expected at most {max_pixels // 10**6} million'
+                )
             image.draft('RGB', (4 * world.cfg.width, 4 * world.cfg.height))
             pixels = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -339,6 +363,7 @@ def decode_picture(data: bytes, world, max_pixels: int = 40_000_000):
 def encode_picture(pixels: np.ndarray) -> str:
     """uint8 [H W 3] -> PNG, base64."""
     from PIL import Image
+
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, 'PNG')
     return base64.b64encode(file.getvalue()).decode()
@@ -354,6 +379,7 @@ def compile_for(world, params, log: Log):
       ReplayError: the log is of another world or of other weights, or it is empty.
     """
     from matrix_jax.serve.runtime.batched_stream import Slots
+
     if not log.symbols:
         raise ReplayError('replay: nothing was played in this session')
     log.check(world.vocabulary)
@@ -361,18 +387,26 @@ def compile_for(world, params, log: Log):
         raise ReplayError('replay.prompts: this world reads no text')
     slots = Slots(world, params, log.slots, entry=log.entry, together=log.together)
     if slots.fingerprint() != log.fingerprint:
-        raise ReplayError(f'replay: the session was played in another world, or with other weights '
-                          f'(of {log.recipe})')
+        raise ReplayError(
+            f'replay: the session was played in another world, or with other weights '
+            f'(of {log.recipe})'
+        )
     return slots.compile()
 
 
 def difference(slots, log: Log) -> str:
     """One line about what ran otherwise when the log was written, '' if nothing did."""
     now = {'entry': slots.entry, 'together': slots.together, 'mesh': slots.mesh}
-    found = [f'{name} {str(getattr(log, name))[:60]}, now {value}' for name, value in now.items()
-             if getattr(log, name) not in ('', value)]
-    return (f'played with {"; ".join(found)}: the pictures may not be the very same to the last '
-            'bit') if found else ''
+    found = [
+        f'{name} {str(getattr(log, name))[:60]}, now {value}'
+        for name, value in now.items()
+        if getattr(log, name) not in ('', value)
+    ]
+    return (
+        (f'played with {"; ".join(found)}: the pictures may not be the very same to the last bit')
+        if found
+        else ''
+    )
 
 
 def frames(slots, folder, log: Log):

@@ -13,11 +13,11 @@ from matrix_jax.controls.driving import ControlError
 from matrix_jax.data import start_clips
 from matrix_jax.serve.runtime import session_log, snapshot
 from matrix_jax.serve.runtime.engine import Engine, Seat
-from matrix_jax.serve.web.protocol import MessageError
 from matrix_jax.serve.runtime.session import Session
+from matrix_jax.serve.web.protocol import MessageError
 
 log = logging.getLogger(__name__)
-GRACE_SECONDS = 30.0       # a lost player may come back
+GRACE_SECONDS = 30.0  # a lost player may come back
 
 
 class Refused(Exception):
@@ -35,14 +35,25 @@ class House:
       door: whether a player may come in by itself; else only those that `admit` has seated.
     """
 
-    def __init__(self, engine: Engine, folder, recipe: str, meters, grace: float = GRACE_SECONDS,
-                 door: bool = True):
+    def __init__(
+        self,
+        engine: Engine,
+        folder,
+        recipe: str,
+        meters,
+        grace: float = GRACE_SECONDS,
+        door: bool = True,
+    ):
         self.loop, self.door = asyncio.get_running_loop(), door
         self.engine, self.folder, self.recipe, self.meters = engine, folder, recipe, meters
         self.grace, self.slots = grace, engine.slots
         self.cfg = self.slots.world.cfg
-        self.captions = {theme: start['caption'] for theme, start in start_clips.listing(
-            session_log.starts_folder(self.slots.world, folder)).items()}
+        self.captions = {
+            theme: start['caption']
+            for theme, start in start_clips.listing(
+                session_log.starts_folder(self.slots.world, folder)
+            ).items()
+        }
         self.fingerprint = self.slots.fingerprint()
         self.sessions: dict[str, Session] = {}
         self._free = list(range(self.slots.count))
@@ -92,8 +103,9 @@ class House:
         """A session at a free slot; `prepare(given)` -> (log, carry, note)."""
         if not self._free:
             self.meters.refused.inc()
-            raise Refused(f'the house is full: all {self.slots.count} places are taken; '
-                          'try again in a minute')
+            raise Refused(
+                f'the house is full: all {self.slots.count} places are taken; try again in a minute'
+            )
         index = self._free.pop(0)
         session = Session(self.loop, self.cfg.fps, self.meters, token)
         try:
@@ -101,7 +113,7 @@ class House:
             session.seat = Seat(index, timeline, session.deliver, session.broken)
             session.seat.paused = rests
             await ask(self.engine.seat(session.seat, carry))
-        except BaseException:              # a player who left meanwhile as well
+        except BaseException:  # a player who left meanwhile as well
             if session.seat:
                 self.engine.leave(session.seat)
             self._free.append(index)
@@ -142,10 +154,19 @@ class House:
         session.reason = reason
         session.over.set()
         self.meters.sessions.set(len(self.sessions))
-        log.info('session_end', extra={'fields': {
-            'session': session.token[:6], 'reason': reason,
-            'seconds': round(time.monotonic() - session.began, 1), 'shifts': shifts,
-            'frames': session.sent, 'dropped': session.dropped}})
+        log.info(
+            'session_end',
+            extra={
+                'fields': {
+                    'session': session.token[:6],
+                    'reason': reason,
+                    'seconds': round(time.monotonic() - session.began, 1),
+                    'shifts': shifts,
+                    'frames': session.sent,
+                    'dropped': session.dropped,
+                }
+            },
+        )
 
     def close(self):
         """Ends all sessions and the helpers."""
@@ -157,14 +178,26 @@ class House:
     def describe(self, session: Session, resumed: bool) -> dict:
         """The welcome of a player."""
         seat, cfg = session.seat, self.cfg
-        return {'session': session.token, 'resumed': resumed, 'world': self.recipe,
-                'width': cfg.width, 'height': cfg.height, 'fps': cfg.fps,
-                'starts': list(self.captions.items()), 'start': seat.log.start,
-                'seed': seat.log.seed, 'prompt': seat.log.last_prompt,
-                'paused': session.paused, 'kept': seat.kept is not None,
-                'players': self.slots.count, 'grace': self.grace, 'message': session.greeting,
-                'shift_frames': self.slots.frames, 'reads_text': self.slots.world.reads_text,
-                'controls': self.slots.world.vocabulary.page()}
+        return {
+            'session': session.token,
+            'resumed': resumed,
+            'world': self.recipe,
+            'width': cfg.width,
+            'height': cfg.height,
+            'fps': cfg.fps,
+            'starts': list(self.captions.items()),
+            'start': seat.log.start,
+            'seed': seat.log.seed,
+            'prompt': seat.log.last_prompt,
+            'paused': session.paused,
+            'kept': seat.kept is not None,
+            'players': self.slots.count,
+            'grace': self.grace,
+            'message': session.greeting,
+            'shift_frames': self.slots.frames,
+            'reads_text': self.slots.world.reads_text,
+            'controls': self.slots.world.vocabulary.page(),
+        }
 
     def canonical(self, symbol: str) -> str:
         """The one spelling of a control.
@@ -191,8 +224,10 @@ class House:
                 if not self.slots.world.reads_text:
                     raise Refused('prompt: this world reads no text')
                 if len(seat.log.prompts) >= session_log.MAX_PROMPTS:
-                    raise Refused(f'prompt: changed {session_log.MAX_PROMPTS} times, which is all that '
-                                  'a drive holds; start a new one')
+                    raise Refused(
+                        f'prompt: changed {session_log.MAX_PROMPTS} times, which is all that '
+                        'a drive holds; start a new one'
+                    )
                 text, cut = await self._work(self.slots.embed, message['text'])
                 await ask(engine.retext(seat, message['text'], text))
                 session.state(**({'cut': cut} if cut else {}))
@@ -243,23 +278,29 @@ class House:
         session.state(restarted=True, **({'message': note} if note else {}))
 
     def _log(self, wanted: dict, picture: str | None = None) -> session_log.Log:
-        prompt, start = session_log.choose(self.slots.world, self.folder, wanted['prompt'],
-                                      wanted['start'])
+        prompt, start = session_log.choose(
+            self.slots.world, self.folder, wanted['prompt'], wanted['start']
+        )
         seed = wanted['seed']
         return session_log.Log(
-            recipe=self.recipe, fingerprint=self.fingerprint, slots=self.slots.count,
-            together=self.slots.together, entry=self.slots.entry, mesh=self.slots.mesh,
-            prompt=prompt, picture=picture,
+            recipe=self.recipe,
+            fingerprint=self.fingerprint,
+            slots=self.slots.count,
+            together=self.slots.together,
+            entry=self.slots.entry,
+            mesh=self.slots.mesh,
+            prompt=prompt,
+            picture=picture,
             seed=secrets.randbelow(session_log.MAX_SEED) if seed is None else seed,
-            start=start if picture is None else None)
+            start=start if picture is None else None,
+        )
 
     async def _anew(self, wanted: dict):
         return await self._prepare(self._log(wanted))
 
     async def _parse(self, data: bytes):
         """As `_prepare`, from the bytes of a `.world` file."""
-        carry, timeline = await self._work(snapshot.parse, data, self.slots.like,
-                                           self.fingerprint)
+        carry, timeline = await self._work(snapshot.parse, data, self.slots.like, self.fingerprint)
         await self._work(timeline.check, self.slots.world.vocabulary)
         return timeline, carry, session_log.difference(self.slots, timeline)
 
@@ -274,8 +315,10 @@ class House:
         name = timeline.start, timeline.prompt
         found = None if timeline.picture else self._conditions.get(name)
         if found is None:
-            found = self.slots.condition(timeline.prompt, session_log.start_frames(
-                self.slots, self.folder, timeline.start, timeline.picture))
+            found = self.slots.condition(
+                timeline.prompt,
+                session_log.start_frames(self.slots, self.folder, timeline.start, timeline.picture),
+            )
             if timeline.picture is None:
                 self._conditions[name] = found
                 if len(self._conditions) > 16:

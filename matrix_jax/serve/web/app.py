@@ -20,26 +20,30 @@ import numpy as np
 
 from matrix_jax import video
 from matrix_jax.config import UsageError
-from matrix_jax.serve.web import protocol
 from matrix_jax.serve.runtime.engine import Engine
-from matrix_jax.serve.runtime.session_manager import House, Refused, ask
-from matrix_jax.serve.web.protocol import Bucket, MessageError
-from matrix_jax.serve.web.metrics import Meters
 from matrix_jax.serve.runtime.session import Session, Stalled
+from matrix_jax.serve.runtime.session_manager import House, Refused, ask
+from matrix_jax.serve.runtime.snapshot import HEADER_BYTES
+from matrix_jax.serve.web import protocol
+from matrix_jax.serve.web.metrics import Meters
+from matrix_jax.serve.web.protocol import Bucket, MessageError
 from matrix_jax.serve.web.transfers import Transfers
 from matrix_jax.serve.web.transfers import trouble as _trouble
-from matrix_jax.serve.runtime.snapshot import HEADER_BYTES
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).with_name('player.html')
 LOCAL = ('localhost', '127.0.0.1', '[::1]')
-RATE, BURST, FAULTS = 60, 120, 20          # messages a second, at once, and bad ones in all
+RATE, BURST, FAULTS = 60, 120, 20  # messages a second, at once, and bad ones in all
 JOIN_SECONDS = 10
 PICTURE_BYTES = 8 * 2**20
-HEADERS = {'Cache-Control': 'no-store', 'X-Content-Type-Options': 'nosniff',
-           'Referrer-Policy': 'no-referrer', 'X-Frame-Options': 'DENY',
-           'Content-Security-Policy': "default-src 'none'; script-src 'unsafe-inline'; style-src "
-           "'unsafe-inline'; img-src 'self' blob: data:; connect-src 'self' ws: wss:"}
+HEADERS = {
+    'Cache-Control': 'no-store',
+    'X-Content-Type-Options': 'nosniff',
+    'Referrer-Policy': 'no-referrer',
+    'X-Frame-Options': 'DENY',
+    'Content-Security-Policy': "default-src 'none'; script-src 'unsafe-inline'; style-src "
+    "'unsafe-inline'; img-src 'self' blob: data:; connect-src 'self' ws: wss:",
+}
 
 
 class Server:
@@ -53,8 +57,15 @@ class Server:
       door: as of `House`.
     """
 
-    def __init__(self, slots, folder, recipe: str, token: str | None = None, grace: float = 30.0,
-                 door: bool = True):
+    def __init__(
+        self,
+        slots,
+        folder,
+        recipe: str,
+        token: str | None = None,
+        grace: float = 30.0,
+        door: bool = True,
+    ):
         self.token, self.meters = token, Meters()
         self.engine = Engine(slots, to_jpeg, self._observe)
         self._given = folder, recipe, self.meters, grace, door
@@ -70,18 +81,24 @@ class Server:
     def app(self):
         """The ASGI application; the engine runs while it does."""
         from starlette.applications import Starlette
+
         return Guard(Starlette(routes=self.routes(), lifespan=self._lifespan), self.token)
 
     def routes(self) -> list:
         """What is where."""
         from starlette.routing import Route, WebSocketRoute
-        return [Route('/', self.page), Route('/healthz', self.health),
-                Route('/metrics', self.metrics), WebSocketRoute('/play', self.play),
-                Route('/session/{session}/world', self.save),
-                Route('/session/{session}/world', self.load, methods=['POST']),
-                Route('/session/{session}/picture', self.picture, methods=['POST']),
-                Route('/session/{session}/replay', self.replay),
-                Route('/session/{session}/video', self.video)]
+
+        return [
+            Route('/', self.page),
+            Route('/healthz', self.health),
+            Route('/metrics', self.metrics),
+            WebSocketRoute('/play', self.play),
+            Route('/session/{session}/world', self.save),
+            Route('/session/{session}/world', self.load, methods=['POST']),
+            Route('/session/{session}/picture', self.picture, methods=['POST']),
+            Route('/session/{session}/replay', self.replay),
+            Route('/session/{session}/video', self.video),
+        ]
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, _):
@@ -109,21 +126,28 @@ class Server:
 
     async def page(self, _):
         from starlette.responses import HTMLResponse
+
         return HTMLResponse(PAGE.read_text(encoding='utf-8'), headers=HEADERS)
 
     def state(self) -> dict:
         """How it is doing, for /healthz."""
         quiet = time.monotonic() - self.engine.beat
-        return {'ok': self.engine.alive and quiet < 60, 'players': len(self.house.sessions),
-                'places': self.engine.slots.count, 'engine_quiet_seconds': round(quiet, 1)}
+        return {
+            'ok': self.engine.alive and quiet < 60,
+            'players': len(self.house.sessions),
+            'places': self.engine.slots.count,
+            'engine_quiet_seconds': round(quiet, 1),
+        }
 
     async def health(self, _):
         from starlette.responses import JSONResponse
+
         state = self.state()
         return JSONResponse(state, 200 if state['ok'] else 503)
 
     async def metrics(self, _):
         from starlette.responses import Response
+
         body, kind = self.meters.text()
         return Response(body, media_type=kind)
 
@@ -135,6 +159,7 @@ class Server:
             # Copied by the engine's thread, which alone changes a log.
             timeline = await ask(self.engine.do(lambda: session.seat.log.copy()))
             return await asyncio.to_thread(lambda: timeline.dumps().encode())
+
         return self._download(request, answer, 'application/json', 'session.json')
 
     async def video(self, request):
@@ -142,6 +167,7 @@ class Server:
             if not session.recorded:
                 raise Refused('nothing was recorded yet')
             return await self.transfers.alone(session, to_mp4, list(session.recorded), session.fps)
+
         return self._download(request, answer, 'video/mp4', 'drive.mp4')
 
     async def load(self, request):
@@ -167,6 +193,7 @@ class Server:
     async def play(self, socket, first: dict | None = None):
         """One player's socket, from joining to leaving; `first` is a note that it gets at once."""
         from starlette.websockets import WebSocketDisconnect
+
         await socket.accept()
         with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # it may go at any moment
             if first:
@@ -189,14 +216,21 @@ class Server:
 
     async def _stay(self, socket, session: Session, resumed: bool):
         from starlette.websockets import WebSocketDisconnect
+
         before = await self.house.attach(session, socket)
         if before:
             await _close(before, 4001, 'this session goes on in another window')
         session.note('welcome', self.house.describe(session, resumed))
         wishes: asyncio.Queue = asyncio.Queue(8)
-        tasks = [asyncio.create_task(one) for one in (
-            session.send(socket), self._listen(socket, session, wishes),
-            self._grant(session, wishes), self._report(session))]
+        tasks = [
+            asyncio.create_task(one)
+            for one in (
+                session.send(socket),
+                self._listen(socket, session, wishes),
+                self._grant(session, wishes),
+                self._report(session),
+            )
+        ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -209,7 +243,8 @@ class Server:
             elif isinstance(error, Stalled):
                 await _close(socket, 4000, 'no frames arrive at your end')
             elif isinstance(error, Exception) and not isinstance(
-                    error, WebSocketDisconnect | RuntimeError | OSError):
+                error, WebSocketDisconnect | RuntimeError | OSError
+            ):
                 log.error('a session failed', exc_info=error)
                 await _close(socket, 1011, 'something failed in the server')
 
@@ -258,9 +293,14 @@ class Server:
             await asyncio.sleep(1)
             if not self.engine.alive:
                 raise EngineStopped
-            session.note('stats', {'step_ms': round(self.engine.seconds * 1e3, 1),
-                                   'dropped': session.dropped,
-                                   'players': len(self.house.sessions)})
+            session.note(
+                'stats',
+                {
+                    'step_ms': round(self.engine.seconds * 1e3, 1),
+                    'dropped': session.dropped,
+                    'players': len(self.house.sessions),
+                },
+            )
 
 
 class EngineStopped(Exception):
@@ -289,6 +329,7 @@ class Guard:
 
     def _fault(self, scope) -> str | None:
         from starlette.datastructures import URL, Headers, QueryParams
+
         headers = Headers(scope=scope)
         host = headers.get('host', '')
         if self.token is None and host.rpartition(':')[0] not in LOCAL and host not in LOCAL:
@@ -298,7 +339,8 @@ class Guard:
             return 'requests from pages of another origin are refused'
         if self.token is not None and scope['path'] != '/healthz':
             given = QueryParams(scope['query_string']).get('token') or (
-                headers.get('authorization', '').removeprefix('Bearer '))
+                headers.get('authorization', '').removeprefix('Bearer ')
+            )
             if not hmac.compare_digest(given.encode(), self.token.encode()):
                 return 'open the address that the server printed; it ends in ?token=...'
         return None
@@ -307,6 +349,7 @@ class Guard:
 async def _receive(socket) -> str:
     """The next text message."""
     from starlette.websockets import WebSocketDisconnect
+
     message = await socket.receive()
     if message['type'] == 'websocket.disconnect':
         raise WebSocketDisconnect(message.get('code') or 1000)
@@ -316,6 +359,7 @@ async def _receive(socket) -> str:
 async def _close(socket, code: int, reason: str):
     """Tells why, then closes; a socket that is gone already is fine."""
     from starlette.websockets import WebSocketDisconnect
+
     with contextlib.suppress(WebSocketDisconnect, RuntimeError, OSError):
         await socket.send_text(json.dumps({'type': 'closed', 'code': code, 'message': reason}))
         await socket.close(code, reason.encode()[:120].decode(errors='ignore'))
@@ -323,6 +367,7 @@ async def _close(socket, code: int, reason: str):
 
 def _leaves(tree):
     import jax
+
     return jax.tree.leaves(tree)
 
 
@@ -330,6 +375,7 @@ def to_jpeg(frame: np.ndarray) -> bytes:
     """uint8 [H W 3] -> JPEG with full colour resolution: small worlds have small things, and the
     page blows them up, faults and all."""
     from PIL import Image
+
     file, quality = io.BytesIO(), 98 if frame.shape[1] <= 256 else 85
     Image.fromarray(frame).save(file, 'JPEG', quality=quality, subsampling=0)
     return file.getvalue()
@@ -338,6 +384,7 @@ def to_jpeg(frame: np.ndarray) -> bytes:
 def to_mp4(pictures: list[bytes], fps: float) -> bytes:
     """An mp4 of encoded frames."""
     from PIL import Image
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / 'drive.mp4'
         video.write_video(path, (np.asarray(Image.open(io.BytesIO(one))) for one in pictures), fps)

@@ -10,17 +10,22 @@ class Meters:
 
     def __init__(self):
         from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
         self.registry = registry = CollectorRegistry()
-        steps = (.005, .01, .02, .05, .1, .15, .2, .3, .5, .75, 1, 1.5, 2, 3, 5)
+        steps = (0.005, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5)
 
         def make(kind, name, about, **more):
             return kind(f'matrix_jax_{name}', about, registry=registry, **more)
 
-        self.step = make(Histogram, 'step_seconds', 'time of a shift of all active slots',
-                         buckets=steps)
-        self.latency = make(Histogram, 'action_to_pixel_seconds',
-                            'from a key that arrives to the first frame bound to it that leaves',
-                            buckets=steps)
+        self.step = make(
+            Histogram, 'step_seconds', 'time of a shift of all active slots', buckets=steps
+        )
+        self.latency = make(
+            Histogram,
+            'action_to_pixel_seconds',
+            'from a key that arrives to the first frame bound to it that leaves',
+            buckets=steps,
+        )
         self.frames = make(Counter, 'frames_sent', 'frames sent to players')
         self.dropped = make(Counter, 'frames_dropped', 'frames that slow readers did not get')
         self.broken = make(Counter, 'worlds_broken', 'worlds that were reset for NaN')
@@ -49,4 +54,5 @@ class Meters:
     def text(self) -> tuple[bytes, str]:
         """(body, content type) of /metrics."""
         from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
         return generate_latest(self.registry), CONTENT_TYPE_LATEST

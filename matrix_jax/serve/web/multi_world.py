@@ -12,7 +12,7 @@ from matrix_jax.serve.cluster import proxy
 from matrix_jax.serve.web.app import Guard, Server, _close
 from matrix_jax.serve.web.transfers import trouble
 
-NO_SUCH_WORLD = 4004        # code of a socket that asked for one
+NO_SUCH_WORLD = 4004  # code of a socket that asked for one
 
 
 class Street:
@@ -30,10 +30,15 @@ class Street:
         """The ASGI application; all engines run while it does."""
         from starlette.applications import Starlette
         from starlette.routing import Route, WebSocketRoute
+
         first = next(iter(self.servers.values()))
-        routes = [Route('/', first.page), Route('/healthz', self.health),
-                  Route('/metrics', self.metrics), WebSocketRoute('/play', self.play),
-                  Route('/session/{session}/{what}', self.file, methods=['GET', 'POST'])]
+        routes = [
+            Route('/', first.page),
+            Route('/healthz', self.health),
+            Route('/metrics', self.metrics),
+            WebSocketRoute('/play', self.play),
+            Route('/session/{session}/{what}', self.file, methods=['GET', 'POST']),
+        ]
         return Guard(Starlette(routes=routes, lifespan=self._lifespan), self.token)
 
     @contextlib.asynccontextmanager
@@ -48,24 +53,35 @@ class Street:
     async def health(self, _):
         """Well if all are."""
         from starlette.responses import JSONResponse
+
         worlds = {name: one.state() for name, one in self.servers.items()}
         well = all(one['ok'] for one in worlds.values())
-        return JSONResponse({'ok': well, 'worlds': worlds, **{
-            key: sum(one[key] for one in worlds.values()) for key in ('players', 'places')}},
-            200 if well else 503)
+        return JSONResponse(
+            {
+                'ok': well,
+                'worlds': worlds,
+                **{key: sum(one[key] for one in worlds.values()) for key in ('players', 'places')},
+            },
+            200 if well else 503,
+        )
 
     async def metrics(self, _):
         """What each counts, labelled by its recipe."""
         from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
         from starlette.responses import Response
+
         registry = CollectorRegistry()
-        registry.register(proxy.Labelled({name: one.meters.text()[0].decode()
-                                          for name, one in self.servers.items()}))
+        registry.register(
+            proxy.Labelled(
+                {name: one.meters.text()[0].decode() for name, one in self.servers.items()}
+            )
+        )
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def file(self, request):
         """A file from or to a session, by the world that has it."""
         from starlette.routing import Router
+
         for one in self.servers.values():
             if request.path_params['session'] in one.house.sessions:
                 return Router(one.routes())
@@ -76,9 +92,13 @@ class Street:
         asked = socket.query_params.getlist('world') or list(self.servers)[:1]
         one = self.servers.get(asked[0]) if len(asked) == 1 else None
         if one:
-            await one.play(socket, {'type': 'worlds', 'worlds': list(self.servers),
-                                    'world': asked[0]})
+            await one.play(
+                socket, {'type': 'worlds', 'worlds': list(self.servers), 'world': asked[0]}
+            )
             return
         await socket.accept()
-        await _close(socket, NO_SUCH_WORLD, f'world: got {", ".join(asked)[:80]!r}, expected one '
-                     f'of {", ".join(self.servers)}')
+        await _close(
+            socket,
+            NO_SUCH_WORLD,
+            f'world: got {", ".join(asked)[:80]!r}, expected one of {", ".join(self.servers)}',
+        )

@@ -9,7 +9,7 @@ import time
 from matrix_jax.serve.runtime import session_log
 
 MAX_BYTES = 4096
-NAME = 64                           # characters of a token or of a start clip's name
+NAME = 64  # characters of a token or of a start clip's name
 
 
 class MessageError(ValueError):
@@ -22,9 +22,14 @@ def _whole(low, high):
 
 def _text(longest):
     # Half a surrogate pair is valid JSON, but no text that a tokenizer takes.
-    return (lambda value: isinstance(value, str) and len(value) <= longest
-            and not any('\ud800' <= letter <= '\udfff' for letter in value),
-            f'a string of at most {longest} characters')
+    return (
+        lambda value: (
+            isinstance(value, str)
+            and len(value) <= longest
+            and not any('\ud800' <= letter <= '\udfff' for letter in value)
+        ),
+        f'a string of at most {longest} characters',
+    )
 
 
 def _or_null(check):
@@ -33,18 +38,25 @@ def _or_null(check):
 
 FLAG = (lambda value: type(value) is bool, 'true or false')
 KINDS = {
-    'join': {'session': _or_null(_text(NAME)), 'start': _or_null(_text(NAME)),
-             'prompt': _or_null(_text(session_log.MAX_PROMPT)),
-             'seed': _or_null(_whole(0, session_log.MAX_SEED))},
-    'keys': {'id': _whole(1, 2**31 - 1),
-             'symbol': _text(NAME)},       # which there are, the world says
+    'join': {
+        'session': _or_null(_text(NAME)),
+        'start': _or_null(_text(NAME)),
+        'prompt': _or_null(_text(session_log.MAX_PROMPT)),
+        'seed': _or_null(_whole(0, session_log.MAX_SEED)),
+    },
+    'keys': {'id': _whole(1, 2**31 - 1), 'symbol': _text(NAME)},  # which there are, the world says
     'seen': {'frame': _whole(0, 2**53)},
     'prompt': {'text': _text(session_log.MAX_PROMPT)},
-    'restart': {'start': _or_null(_text(NAME)), 'prompt': _or_null(_text(session_log.MAX_PROMPT)),
-                'seed': _or_null(_whole(0, session_log.MAX_SEED))},
+    'restart': {
+        'start': _or_null(_text(NAME)),
+        'prompt': _or_null(_text(session_log.MAX_PROMPT)),
+        'seed': _or_null(_whole(0, session_log.MAX_SEED)),
+    },
     'pause': {'on': FLAG},
     'rewind': {'seconds': _whole(1, 60)},
-    'keep': {}, 'recall': {}, 'leave': {},
+    'keep': {},
+    'recall': {},
+    'leave': {},
     'record': {'on': FLAG},
 }
 
@@ -76,6 +88,7 @@ def parse(text: str) -> dict:
 @dataclasses.dataclass
 class Bucket:
     """Lets `rate` messages a second pass, and `burst` at once."""
+
     rate: float
     burst: float
 

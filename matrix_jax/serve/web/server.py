@@ -30,6 +30,7 @@ class Config:
       token: that a browser must bring; needed for any address but loopback.
       grace: seconds that the place of a lost player is kept.
     """
+
     players: int = 4
     together: int = 1
     entry: str = 'head'
@@ -42,12 +43,15 @@ class Config:
         at_least('--players', self.players, 1)
         if not 0 <= self.port < 2**16:
             raise UsageError(f'--port: got {self.port}, expected 0 to 65535')
-        if self.token is not None and not (8 <= len(self.token) <= 128 and self.token.isascii()
-                                           and self.token.isalnum()):
+        if self.token is not None and not (
+            8 <= len(self.token) <= 128 and self.token.isascii() and self.token.isalnum()
+        ):
             raise UsageError('--token: expected 8 to 128 letters and digits')
         if self.token is None and not loopback(self.host):
-            raise UsageError(f'--host {self.host}: others can reach this address; '
-                             'give a --token that they must know')
+            raise UsageError(
+                f'--host {self.host}: others can reach this address; '
+                'give a --token that they must know'
+            )
 
     def url(self, port: int) -> str:
         """What to open in a browser."""
@@ -72,15 +76,17 @@ def listen(cfg: Config) -> socket.socket:
     try:
         return socket.create_server((cfg.host, cfg.port), family=family, backlog=128)
     except OSError as error:
-        raise UsageError(f'cannot listen on {cfg.host}:{cfg.port}: {error.strerror}; '
-                         '--port chooses another one') from error
+        raise UsageError(
+            f'cannot listen on {cfg.host}:{cfg.port}: {error.strerror}; --port chooses another one'
+        ) from error
 
 
 def open_slots(run, cfg: Config):
     """The compiled slots of a recipe, and its weights folder."""
     from matrix_jax import worlds
-    from matrix_jax.weights import diffusers_layout
     from matrix_jax.serve.runtime.batched_stream import Slots
+    from matrix_jax.weights import diffusers_layout
+
     world, params = worlds.open_run(run, apart=True)
     slots = Slots(world, params, cfg.players, cfg.entry, cfg.together).compile()
     return slots, diffusers_layout.resolve(run.weights)
@@ -89,10 +95,22 @@ def open_slots(run, cfg: Config):
 def uvicorn_server(app, players: int):
     """The web server, with limits on what one client can take."""
     import uvicorn
-    return uvicorn.Server(uvicorn.Config(
-        app, log_config=None, log_level='warning', access_log=False, ws='websockets-sansio',
-        ws_max_size=MESSAGE_BYTES, ws_per_message_deflate=False, ws_ping_interval=10,
-        ws_ping_timeout=20, limit_concurrency=8 * players + 64, timeout_graceful_shutdown=3))
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            log_level='warning',
+            access_log=False,
+            ws='websockets-sansio',
+            ws_max_size=MESSAGE_BYTES,
+            ws_per_message_deflate=False,
+            ws_ping_interval=10,
+            ws_ping_timeout=20,
+            limit_concurrency=8 * players + 64,
+            timeout_graceful_shutdown=3,
+        )
+    )
 
 
 class JsonLines(logging.Formatter):
@@ -100,9 +118,13 @@ class JsonLines(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
-        line = {'time': moment.isoformat(timespec='milliseconds'), 'level': record.levelname,
-                'event': record.getMessage(), 'source': record.name,
-                **getattr(record, 'fields', {})}
+        line = {
+            'time': moment.isoformat(timespec='milliseconds'),
+            'level': record.levelname,
+            'event': record.getMessage(),
+            'source': record.name,
+            **getattr(record, 'fields', {}),
+        }
         if record.exc_info:
             line['exception'] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
@@ -121,21 +143,25 @@ def log_to_stderr():
 def serve(runs: list, cfg: Config):
     """Compiles the worlds of some recipes, one after the other, and plays them until it is
     interrupted."""
-    from matrix_jax.weights import diffusers_layout
     from matrix_jax.serve.web.app import Server
     from matrix_jax.serve.web.multi_world import Street
+    from matrix_jax.weights import diffusers_layout
+
     log_to_stderr()
     with listen(cfg) as sock:
         began, servers = time.perf_counter(), {}
         for run in runs[1:]:
-            diffusers_layout.resolve(run.weights)      # else it would be missed after minutes
+            diffusers_layout.resolve(run.weights)  # else it would be missed after minutes
         for run in runs:
             print(f'compiling {run.name} for {cfg.players} players', flush=True)
             slots, folder = open_slots(run, cfg)
             servers[run.name] = Server(slots, folder, run.name, cfg.token, cfg.grace)
         many = len(servers) > 1
         server = Street(servers, cfg.token) if many else servers[run.name]
-        print(f'{" and ".join(servers)} {"are" if many else "is"} ready after '
-              f'{time.perf_counter() - began:.0f} s, for {cfg.players} players'
-              f'{" each" * many}: open {cfg.url(sock.getsockname()[1])}', flush=True)
+        print(
+            f'{" and ".join(servers)} {"are" if many else "is"} ready after '
+            f'{time.perf_counter() - began:.0f} s, for {cfg.players} players'
+            f'{" each" * many}: open {cfg.url(sock.getsockname()[1])}',
+            flush=True,
+        )
         uvicorn_server(server.app(), cfg.players * len(servers)).run(sockets=[sock])

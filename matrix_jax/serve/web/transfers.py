@@ -13,11 +13,11 @@ import time
 from matrix_jax.config import UsageError
 from matrix_jax.serve.runtime.session_manager import Refused
 
-PATIENCE = 20.0             # seconds that any transfer may take,
-SLOWEST = 32 * 2**10        # and for every so many bytes one more
-PIECE = 64 * 2**10          # bytes that wait for a slow reader
+PATIENCE = 20.0  # seconds that any transfer may take,
+SLOWEST = 32 * 2**10  # and for every so many bytes one more
+PIECE = 64 * 2**10  # bytes that wait for a slow reader
 DRAIN_BYTES = 64 * 2**20
-QUEUE_SECONDS = 20.0        # to wait for others' videos
+QUEUE_SECONDS = 20.0  # to wait for others' videos
 
 
 class Busy(Exception):
@@ -40,6 +40,7 @@ class Busy(Exception):
 def trouble(said: str, status: int, headers: dict | None = None):
     """A refusal as JSON."""
     from starlette.responses import JSONResponse
+
     return JSONResponse({'error': said}, status, headers)
 
 
@@ -61,6 +62,7 @@ class Transfers:
           make: session -> its bytes, awaited.
           kind, name: media type, and what the browser calls it.
         """
+
         async def respond(scope, receive, send):
             try:
                 with _turn(session):
@@ -70,6 +72,7 @@ class Transfers:
                 await trouble(str(error), 409)(scope, receive, send)
             except Busy as error:
                 await error.answer()(scope, receive, send)
+
         return respond
 
     def upload(self, session, use, limit: int):
@@ -79,23 +82,29 @@ class Transfers:
           use: (session, bytes), awaited.
           limit: bytes.
         """
+
         async def respond(scope, receive, send):
             from starlette.requests import ClientDisconnect, Request
             from starlette.responses import JSONResponse
+
             data, answer = bytearray(), JSONResponse({'ok': True})
             try:
                 with _turn(session):
                     size = await self._receive(Request(scope, receive), data, limit)
                     if size > limit:
-                        answer = trouble(f'the file is too large: expected at most {limit} bytes',
-                                         413)
+                        answer = trouble(
+                            f'the file is too large: expected at most {limit} bytes', 413
+                        )
                     else:
                         await use(session, bytes(data))
             except ClientDisconnect:
                 answer = trouble('the upload was cut off', 400)
             except TimeoutError:
-                answer = trouble(f'the upload came too slowly: expected {SLOWEST} bytes a second '
-                                 'or more', 408, {'Connection': 'close'})
+                answer = trouble(
+                    f'the upload came too slowly: expected {SLOWEST} bytes a second or more',
+                    408,
+                    {'Connection': 'close'},
+                )
             except (Refused, UsageError) as error:
                 answer = trouble(str(error), 422)
             except Busy as error:
@@ -103,6 +112,7 @@ class Transfers:
             finally:
                 self.held -= len(data)
             await answer(scope, receive, send)
+
         return respond
 
     async def alone(self, session, make, *given):
@@ -115,8 +125,9 @@ class Transfers:
             async with asyncio.timeout(QUEUE_SECONDS):
                 await self._making.acquire()
         except TimeoutError:
-            raise Busy('the server makes videos of others; try again in a moment', 503,
-                       QUEUE_SECONDS) from None
+            raise Busy(
+                'the server makes videos of others; try again in a moment', 503, QUEUE_SECONDS
+            ) from None
         began = time.monotonic()
         try:
             return await asyncio.to_thread(make, *given)
@@ -164,14 +175,27 @@ def _turn(session):
 async def _send(send, body: bytes, kind: str, name: str):
     """Sends a file piece by piece, so that little of it waits for a slow reader; one that is too
     slow is hung up on."""
-    headers = {'Content-Type': kind, 'Content-Length': str(len(body)), 'Cache-Control': 'no-store',
-               'Content-Disposition': f'attachment; filename="{name}"'}
-    await send({'type': 'http.response.start', 'status': 200,
-                'headers': [(key.lower().encode(), value.encode())
-                            for key, value in headers.items()]})
+    headers = {
+        'Content-Type': kind,
+        'Content-Length': str(len(body)),
+        'Cache-Control': 'no-store',
+        'Content-Disposition': f'attachment; filename="{name}"',
+    }
+    await send(
+        {
+            'type': 'http.response.start',
+            'status': 200,
+            'headers': [(key.lower().encode(), value.encode()) for key, value in headers.items()],
+        }
+    )
     began = asyncio.get_running_loop().time()
     with contextlib.suppress(TimeoutError):
         for at in range(0, len(body), PIECE):
             async with asyncio.timeout_at(began + PATIENCE + at / SLOWEST):
-                await send({'type': 'http.response.body', 'body': body[at:at + PIECE],
-                            'more_body': at + PIECE < len(body)})
+                await send(
+                    {
+                        'type': 'http.response.body',
+                        'body': body[at : at + PIECE],
+                        'more_body': at + PIECE < len(body),
+                    }
+                )

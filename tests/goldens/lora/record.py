@@ -14,16 +14,26 @@ from safetensors.torch import save_file
 
 HERE = Path(__file__).parent
 TARGETS = ['to_q', 'to_k', 'to_v', 'to_out.0']
-SETTINGS = dict(r=2, lora_alpha=5, target_modules=TARGETS,
-                alpha_pattern={'transformer_blocks.2.attn1.to_v': 3})
+SETTINGS = dict(
+    r=2, lora_alpha=5, target_modules=TARGETS, alpha_pattern={'transformer_blocks.2.attn1.to_v': 3}
+)
 
 
 def base():
     """The network of `dit.PRESETS['tiny']` without control, its attention zero."""
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, num_layers=4,
-        time_embed_dim=24, text_embed_dim=20, max_text_seq_length=7, sample_width=12,
-        sample_height=8, sample_frames=17)
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        num_layers=4,
+        time_embed_dim=24,
+        text_embed_dim=20,
+        max_text_seq_length=7,
+        sample_width=12,
+        sample_height=8,
+        sample_frames=17,
+    )
     for name, weight in model.named_parameters():
         if '.attn1.to_' in name:
             torch.nn.init.zeros_(weight)
@@ -40,9 +50,11 @@ def drawn(model):
 
 def record(folder, model):
     """The updated weights, under the names of the network."""
-    weights = {name.replace('base_layer.', ''): weight.contiguous()
-               for name, weight in model.state_dict().items()
-               if '.attn1.to_' in name and name.endswith('weight') and 'lora_' not in name}
+    weights = {
+        name.replace('base_layer.', ''): weight.contiguous()
+        for name, weight in model.state_dict().items()
+        if '.attn1.to_' in name and name.endswith('weight') and 'lora_' not in name
+    }
     save_file(weights, folder / 'merged.safetensors')
 
 
