@@ -20,7 +20,7 @@ import numpy as np
 
 from matrix_jax.config import UsageError
 
-ASSETS = Path(__file__).parent / 'assets'
+ASSETS = Path(__file__).parents[1] / 'assets'
 STEMS = ('diffusion_pytorch_model', 'model')  # names that diffusers and transformers give
 SHARD_SIZE = 5 * 10**9
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room left
