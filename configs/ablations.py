@@ -1,7 +1,7 @@
 """The open questions of the paper's stage 3 and of our stage 4, on the driving world, one by one.
 
 Each recipe changes one thing of `carracing:SWIN` (or `:STREAM`) and starts from the same weights,
-those of `carracing:BASE` (or `:SWIN`). `benchmarks/ablations.py` trains and measures them in turn.
+those of `carracing:BASE` (or `:SWIN`). `matrix_jax.benchmark.scripts.ablations` trains and measures them in turn.
 
     tools/train.py ablations:G8 --out runs/g8 --weights runs/base/weights
 """

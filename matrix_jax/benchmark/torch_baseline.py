@@ -1,7 +1,7 @@
 """The same network in PyTorch: diffusers' CogVideoX under the same schedule of calls.
 
 The peer gets our weights in the released layout and runs in a process of its own
-(`benchmarks/torch_peer.py`) after ours. Its transformer has no control blocks and one noise level
+(`scripts/torch_cogvideox.py`) after ours. Its transformer has no control blocks and one noise level
 per clip, so for the comparison of the network alone ours runs without its control blocks as well,
 and both outputs are compared; end to end ours runs whole and does more.
 """
@@ -29,7 +29,7 @@ from matrix_jax.parallel import compilation
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.weights import conversion, diffusers_layout
 
-SCRIPT = Path(__file__).parents[2] / 'benchmarks' / 'torch_peer.py'
+SCRIPT = Path(__file__).with_name('scripts') / 'torch_cogvideox.py'
 LEVEL = 500  # noise level of the outputs that are compared
 LATENTS = 2  # latent frames of the decoding that is compared
 

@@ -6,7 +6,7 @@ whole frames, which is what the CPU is good at.
 
 Exactness: to rounding. For standard normal inputs the largest error is up to that of the plain sum
 for m = 2 and up to 4.5 times as large for m = 4, 4e-6 of the largest value (measured by
-`benchmarks/convolutions.py`).
+`python -m matrix_jax.benchmark.scripts.convolutions`).
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def fit(run, world, params) -> dict:
     if restored is not None:
         _, state, extra = restored
         loader.restore(extra['data'].encode())
-        print(f'{run.out}: goes on from step {restored[0]}', file=sys.stderr)
+        print(f'{run.out}: resumes from step {restored[0]}', file=sys.stderr)
     guard = Guard(getattr(loader, 'names', None), extra.get('refused', 0))
     try:
         result = _loop(

@@ -94,9 +94,9 @@ def test_a_killed_process_goes_on_from_a_committed_step(
     toy.fit(tmp_path, steps=STEPS)
     said = capsys.readouterr().err
     if committed:
-        assert f'{tmp_path}: goes on from step {max(committed)}\n' in said
+        assert f'{tmp_path}: resumes from step {max(committed)}\n' in said
     else:
-        assert at == 2 and 'goes on' not in said
+        assert at == 2 and 'resumes' not in said
     if number == signal.SIGTERM:
         assert max(committed) == at
     assert_same_end(tmp_path, whole)

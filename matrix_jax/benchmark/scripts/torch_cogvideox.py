@@ -1,6 +1,6 @@
 """The PyTorch side of `tools/benchmark.py --vs torch`, which calls it: diffusers' CogVideoX.
 
-    python benchmarks/torch_peer.py FOLDER
+    python -m matrix_jax.benchmark.scripts.torch_cogvideox FOLDER
 
 FOLDER holds transformer/ and vae/ in the released layout, spec.json (what to run) and given.npz
 (inputs whose outputs are compared). Writes peer.json and made.npz into it.

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The released sizes on one GPU, each in one call of under ten minutes:
 #
-#     benchmarks/gpu.sh [OUT]
-#     WORLD=matrix_game_2 benchmarks/gpu.sh [OUT]
+#     matrix_jax/benchmark/scripts/gpu.sh [OUT]
+#     WORLD=matrix_game_2 matrix_jax/benchmark/scripts/gpu.sh [OUT]
 #
 # First the world's stream with random weights (the_matrix:STAGE4 at 480x720, or
 # matrix_game_2:UNIVERSAL at 352x640): frames per second whole and by part, latency, compile times,
@@ -16,7 +16,7 @@
 # Options of tools/benchmark.py may follow OUT, such as --world.vae.dtype float32.
 set -euo pipefail
 shopt -s nullglob
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../../.."
 python=${PYTHON:-python}
 world=${WORLD:-the_matrix}
 out=${1:-outputs/gpu-$world}

@@ -1,6 +1,6 @@
 """Convolutions on the CPU: taps stacked on channels, and the ways that `nn/conv3d.py` takes.
 
-    taskset -c 0 python benchmarks/convolutions.py
+    taskset -c 0 python -m matrix_jax.benchmark.scripts.convolutions
 
 Milliseconds, the best of seven, forwards and with the gradients of inputs and weights, and the
 largest error over the largest value, against float64.

@@ -1,6 +1,6 @@
 """Players on several worlds of one Ray cluster: waiting, a killed world, and the end.
 
-    benchmarks/many_worlds.py --worlds 1-3 --players 2 --seconds 10
+    python -m matrix_jax.benchmark.scripts.many_worlds --worlds 1-3 --players 2 --seconds 10
 
 Prints what players waited for a place, how much of its drive one loses when the process of its
 world is killed, and what is left when all has stopped. Needs `pip install -e '.[ray]'`.

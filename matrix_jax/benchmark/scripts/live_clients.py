@@ -1,6 +1,6 @@
 """Clients of the live player, good and bad, for `live.py`: what they saw, as JSON.
 
-    benchmarks/live_clients.py play --port 8000 --players 2 --seconds 30
+    python -m matrix_jax.benchmark.scripts.live_clients play --port 8000 --players 2 --seconds 30
 
 A process of their own, without jax: what they compute is not the server's.
 """

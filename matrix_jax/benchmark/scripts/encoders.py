@@ -1,6 +1,6 @@
 """Which encoder the live player's frames go through: what each costs, on frames of the world.
 
-    python benchmarks/encoders.py
+    python -m matrix_jax.benchmark.scripts.encoders
 
 Prints tables: milliseconds of CPU per frame, bytes per frame, PSNR of what comes out. Frames are
 the start clips of the bundled world, five scenes of 29 frames, at their own size and enlarged.

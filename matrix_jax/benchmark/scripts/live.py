@@ -1,9 +1,9 @@
 """The live player under load, faults and time: measured figures, one line each.
 
-    benchmarks/live.py load --players 8 --seconds 30
-    benchmarks/live.py load --players 1 --entry tail        latency where keys bind as published
-    benchmarks/live.py faults --seconds 90
-    benchmarks/live.py soak --shifts 20000
+    python -m matrix_jax.benchmark.scripts.live load --players 8 --seconds 30
+    python -m matrix_jax.benchmark.scripts.live load --players 1 --entry tail        latency where keys bind as published
+    python -m matrix_jax.benchmark.scripts.live faults --seconds 90
+    python -m matrix_jax.benchmark.scripts.live soak --shifts 20000
 
 Exits with 1 where a bound does not hold; its line begins with BROKEN. Clients are processes of
 their own on this machine (`live_clients.py`), so that they do not share the server's interpreter.

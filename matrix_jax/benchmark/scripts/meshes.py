@@ -1,10 +1,10 @@
-"""A mesh changes where numbers lie, not what they are: loss curves against that of one device.
+"""Compares loss curves of training on several meshes with that of one device.
 
-    python benchmarks/meshes.py
-    python benchmarks/meshes.py data=2,fsdp=2,seq=2 fsdp=4
+    python -m matrix_jax.benchmark.scripts.meshes
+    python -m matrix_jax.benchmark.scripts.meshes data=2,fsdp=2,seq=2 fsdp=4
 
-Runs tools/train.py on the_matrix:TINY_SWIN for twenty steps of batch 8, on one device of the CPU
-and on meshes of eight imitated ones. Exit code 0 only if every loss agrees within the tolerance.
+Trains the_matrix:TINY_SWIN for twenty steps of batch 8 on one CPU device and on meshes of eight
+emulated ones. Exit code 0 only if every loss agrees within the tolerance.
 """
 
 import argparse
@@ -12,7 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from two_processes import TOLERANCE, compare, record, train
+from matrix_jax.benchmark.scripts.small_training import make_clips
+from matrix_jax.benchmark.scripts.two_processes import TOLERANCE, compare, train
 
 STEPS = 20
 MESHES = ('data=8', 'fsdp=8', 'data=2,fsdp=2,seq=2', 'fsdp=2,tensor=2,seq=2')
@@ -24,7 +25,7 @@ def main():
     good = []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        record(folder / 'data')
+        make_clips(folder / 'data')
         train(folder / 'data', folder / 'one', STEPS, {'data': 1})
         print(
             f'{"last loss; greatest difference":32}{"one":>12}{"mesh":>12}{"losses":>12}'

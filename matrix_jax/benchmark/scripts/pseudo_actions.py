@@ -1,6 +1,6 @@
 """Keys and mouse of held-out recordings, guessed from camera poses alone, against the pressed ones.
 
-    python benchmarks/pseudo_actions.py data/doom
+    python -m matrix_jax.benchmark.scripts.pseudo_actions data/doom
 
 The walker is found twice: in training recordings whose keys are known (`curate.calibrate`), and in
 the same recordings without any label (`curate.estimate`).

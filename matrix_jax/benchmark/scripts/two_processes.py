@@ -1,16 +1,15 @@
-"""Two processes train as one: the same losses and weights, each reading half of every batch.
+"""Checks that two processes, each reading half of every batch, train as one process does.
 
-    python benchmarks/two_processes.py
+    python -m matrix_jax.benchmark.scripts.two_processes
 
-Runs tools/train.py on the_matrix:TINY_SWIN for ten steps on the CPU, once alone and once as two
-processes that meet over gloo; then one process goes on from what the two had saved half-way. Every
-loss and every exported weight is compared. Exit code 0 only if all agree.
+Trains the_matrix:TINY_SWIN for ten steps on the CPU, in one process and in two that communicate
+over gloo. Then one process resumes from what the two saved half-way. Compares every loss and every
+exported weight; exit code 0 only if all agree.
 """
 
 import argparse
 import glob
 import math
-import os
 import shutil
 import socket
 import subprocess
@@ -21,81 +20,50 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from matrix_jax.benchmark.scripts import small_training
+
 STEPS = 10
-TOLERANCE = 1e-5  # relative: sums over two devices have another order
-
-
-def record(folder):
-    """Three clips of a moving square."""
-    from matrix_jax.data import records
-
-    def clip(index):
-        frames = np.full((17, 32, 48, 3), 40 * index + 60, np.uint8)
-        for moment, frame in enumerate(frames):
-            frame[8:20, moment : moment + 10] = 200
-        return records.Clip(
-            frames=frames,
-            controls=np.full(17, index, np.int8),
-            caption='A car on a road.',
-            theme='meadow',
-            seed=index,
-            fps=16,
-            telemetry=np.zeros((17, len(records.TELEMETRY)), np.float32),
-        )
-
-    folder.mkdir()
-    records.write_shard(folder / f'train-0{records.SUFFIX}', (clip(index) for index in range(3)))
+TOLERANCE = 1e-5  # relative: two devices sum in another order
 
 
 def train(data, out, steps, mesh, processes=1, timeout=600):
-    """Runs the tool on a mesh of imitated devices, as so many processes.
+    """Trains on a mesh of emulated devices.
 
     Args:
-      mesh: sizes by axis.
+      data, out: folders of the clips and of the run.
+      steps: updates.
+      mesh: axis -> size.
+      processes: how many processes share the mesh.
+      timeout: seconds.
 
     Returns:
-      (seconds that it took, what process 0 said on its standard error).
+      (seconds it took, standard error of process 0).
     """
     with socket.socket() as probe:
         probe.bind(('localhost', 0))
         port = probe.getsockname()[1]
     devices = math.prod(mesh.values()) // processes
-    environment = os.environ | {
-        'JAX_PLATFORMS': 'cpu',
-        'JAX_DEFAULT_MATMUL_PRECISION': 'highest',
-        'PYTHONPATH': str(ROOT),
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices} '
+    environment = small_training.environment(
+        JAX_DEFAULT_MATMUL_PRECISION='highest',
+        XLA_FLAGS=f'--xla_force_host_platform_device_count={devices} '
         '--xla_backend_optimization_level=0',
+    )
+    options = {
+        'train.batch': 8,
+        'train.steps': steps,
+        'train.save_every': 5,
+        'stage.optimizer.learning_rate': 3e-3,
+        'stage.export': 'float32',
+        **{f'mesh.{axis}': size for axis, size in mesh.items()},
     }
-    command = [
-        sys.executable,
-        ROOT / 'tools/train.py',
-        'the_matrix:TINY_SWIN',
-        '--data',
-        data,
-        '--out',
-        out,
-        '--train.batch',
-        8,
-        '--train.steps',
-        steps,
-        '--train.save_every',
-        5,
-        '--stage.optimizer.learning_rate',
-        3e-3,
-        '--stage.export',
-        'float32',
-    ]
-    for axis, size in mesh.items():
-        command += [f'--mesh.{axis}', size]
     if processes > 1:
-        command += ['--coordinator', f'localhost:{port}', '--processes', processes]
+        options |= {'coordinator': f'localhost:{port}', 'processes': processes}
     began = time.time()
     started = [
         subprocess.Popen(
-            list(map(str, command + ['--process', index] * (processes > 1))),
+            small_training.command(
+                data, out, **options | ({'process': index} if processes > 1 else {})
+            ),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -119,13 +87,13 @@ def train(data, out, steps, mesh, processes=1, timeout=600):
 
 
 def losses(out):
-    """Step -> loss, of the event files of a run."""
+    """Step -> loss, from the event files of a run."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = {}
     for path in sorted(glob.glob(f'{out}/events*')):
         content = Path(path).read_bytes()
-        while content:  # length, its checksum, event, its checksum
+        while content:  # each record: length, its checksum, the event, its checksum
             size = int.from_bytes(content[:8], 'little')
             event = Event.FromString(content[12 : 12 + size])
             found.update(
@@ -144,7 +112,7 @@ def weights(out):
 
 
 def compare(name, one, two):
-    """Prints how far two runs are apart; whether that is within the tolerance."""
+    """Prints the largest difference of two runs; returns whether it is within the tolerance."""
     first, second = losses(one), losses(two)
     if first.keys() != second.keys():
         sys.exit(f'{name}: steps {sorted(first)} and {sorted(second)}')
@@ -165,14 +133,14 @@ def main():
     timeout = parser.parse_args().timeout
     with tempfile.TemporaryDirectory() as folder:
         data, one, two, moved = (Path(folder) / name for name in ('data', 'one', 'two', 'moved'))
-        record(data)
+        small_training.make_clips(data)
         alone, _ = train(data, one, STEPS, {'fsdp': 1}, 1, timeout)
         together, _ = train(data, two, STEPS, {'fsdp': 2}, 2, timeout)
         shutil.copytree(two, moved)
         shutil.rmtree(moved / 'state' / str(STEPS))
         _, said = train(data, moved, STEPS, {'fsdp': 1}, 1, timeout)
-        if 'goes on from step 5' not in said:
-            sys.exit(f'the third run did not go on from step 5:\n{said}')
+        if 'resumes from step 5' not in said:
+            sys.exit(f'the third run did not resume from step 5:\n{said}')
         print(f'{"":32}{"one":>12}{"two":>12}{"losses":>12}{"weights":>12}')
         good = all(
             [
