@@ -55,12 +55,12 @@ def begin(world, once: bool = True):
     params, cond = target.parts(world), target.told(world)
     if once:
         params, cond = jax.eval_shape(
-            lambda params, cond: world.ready_with(world.quantize(params), cond), params, cond
+            lambda params, cond: world.precompute_for(world.quantize(params), cond), params, cond
         )
     key = jax.eval_shape(lambda: jax.random.key(0))
     carry = jax.eval_shape(target.stream(world).init, params, cond, key)
     words = world.vocabulary
-    control = words.encode([words.rest] * world.cfg.stream.taken)[None]
+    control = words.encode([words.idle] * world.cfg.stream.controls_per_step)[None]
     return params, carry, jax.ShapeDtypeStruct(control.shape, control.dtype)
 
 
@@ -74,7 +74,7 @@ def flops(world, once: bool = True) -> dict[str, float]:
     alone = dry_run.flops(world.decoder().step, params, carry[1], latents)
     # Of a call that may be guided the compiler counts the guidance, whether or not it is.
     stream = world.cfg.stream
-    return {'dit': (both - alone) * stream.passes / stream.counted, 'vae': alone}
+    return {'dit': (both - alone) * stream.passes / stream.compiled_passes, 'vae': alone}
 
 
 def flops_of(cfg, once: bool = True) -> dict[str, float]:
@@ -226,7 +226,7 @@ def _group(line: str, devices: int) -> int:
 
 
 def compile_seconds(build) -> tuple[dict[str, float], object]:
-    """({'cold', 'cached'}, the last `measure.Program` that `build()` gave): seconds of compiling
+    """({'cold', 'cached'}, the last `measure.CompiledProgram` that `build()` gave): seconds of compiling
     with an empty and with a filled cache.
 
     The cache is the one on disk, in a folder of its own; both times include tracing anew.

@@ -11,7 +11,7 @@ import numpy as np
 
 from matrix_jax import worlds
 from matrix_jax.benchmark import report
-from matrix_jax.benchmark import target as subjects
+from matrix_jax.benchmark import target as targets
 from matrix_jax.config import UsageError
 from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.parallel import compilation, sharding
@@ -36,19 +36,19 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
     """(results, page): errors of bfloat16 and of both choices of 8-bit layers.
 
     Args:
-      run, random, layers, seed: as for `subject.open_subject`.
+      run, random, layers, seed: as for `target.open_target`.
     """
-    cfg = subjects.shape(run, random, layers)
+    cfg = targets.shape(run, random, layers)
     check(run.name, cfg)
     compilation.keep(run.keep_programs)
     cfg = dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, int8='none'))
     mesh = sharding.make_mesh(run.mesh)
     if random:
-        world = subjects.build(cfg)
-        params, cond = subjects.draw(world, mesh, seed), subjects.imagine(world, seed)
+        world = targets.build(cfg)
+        params, cond = targets.draw(world, mesh, seed), targets.imagine(world, seed)
     else:
         world, params = worlds.open_run(dataclasses.replace(run, world=cfg))
-        cond = subjects.start(world, params, mesh, diffusers_layout.resolve(run.weights))
+        cond = targets.start(world, params, mesh, diffusers_layout.resolve(run.weights))
         cfg = world.cfg
     kinds = [('float32', 'none'), ('bfloat16', 'none')]
     kinds += [(cfg.dit.dtype, int8) for int8 in ('attention', 'blocks')]

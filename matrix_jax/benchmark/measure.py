@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.benchmark import target as subjects
+from matrix_jax.benchmark import target as targets
 from matrix_jax.config import UsageError, at_least
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.pipeline import Pipeline
-from matrix_jax.stream.swin import ENTRIES
+from matrix_jax.stream.swin import BINDING_NAMES, CONTROL_BINDINGS
 
 VISIBLE = 1.0  # mean difference, in grey levels of 255, that counts as seen
 SETTLE = 2  # steps before a key changes, and those before all steps are alike
@@ -44,36 +44,36 @@ class Settings:
         at_least('--steps', self.steps, 1)
         at_least('--warmup', self.warmup, 1)
         at_least('--seed', self.seed, 0)
-        unknown = [entry for entry in self.entries or () if entry not in ENTRIES]
+        unknown = [name for name in self.entries or () if name not in BINDING_NAMES]
         if unknown:
             raise ValueError(
-                f'--entries: got {unknown[0]!r}, expected some of {", ".join(ENTRIES)}, or none'
+                f'--entries: got {unknown[0]!r}, expected some of {", ".join(CONTROL_BINDINGS)}, or none'
             )
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float('inf'):
             raise ValueError(f'--peak-tflops: got {self.peak_tflops}, expected more than 0')
 
 
-def entries(stream, wanted: tuple[str, ...] | None) -> list[str]:
-    """The entries of a stream's config that are measured, by the names that it has for them.
+def control_bindings(stream, wanted: tuple[str, ...] | None) -> list[str]:
+    """The control bindings of a stream's config that are measured, by the names that it has for them.
 
     Raises:
       UsageError: one is wanted that it does not have.
     """
     found = []
-    for entry in ENTRIES if wanted is None else wanted:
+    for binding in CONTROL_BINDINGS if wanted is None else wanted:
         try:
-            found.append(stream.entered(entry).entry)
+            found.append(stream.with_control_binding(binding).control_binding)
         except ValueError as error:
             if wanted is not None:
-                raise UsageError(f'--entries {entry}: {error}') from error
+                raise UsageError(f'--entries {binding}: {error}') from error
     return list(dict.fromkeys(found))
 
 
-class Program:
+class CompiledProgram:
     """One compiled function `(params, carry, ...) -> (carry, output)` that is run again and again.
 
     Args:
-      subject: what is measured.
+      target: what is measured.
       function: the function; its carry is donated.
       carry: the start of a run; it is kept.
       given: the further arguments of every call.
@@ -83,11 +83,11 @@ class Program:
       seconds: what tracing and compiling took.
     """
 
-    def __init__(self, subject, function, carry, *given):
-        self.params, self.given, self._start = subject.params, given, carry
-        with subject.within():
+    def __init__(self, target, function, carry, *given):
+        self.params, self.given, self._start = target.params, given, carry
+        with target.within():
             step = compilation.jit(function, donate_argnums=1)
-            if subject.mesh.size > 1:
+            if target.mesh.size > 1:
                 # A carry has to lie at the end of a step as it did at the start.
                 self._start = step(self.params, self.start(), *given)[0]
                 step = compilation.jit(
@@ -106,15 +106,15 @@ class Program:
         return self._step(self.params, carry, *(given or self.given))
 
 
-class Overlapping(Program):
+class Overlapping(CompiledProgram):
     """A whole step in two programs at work at the same time, of the network and of the decoder on
     their own devices (`stream.pipeline`)."""
 
-    def __init__(self, subject, entry: str | None, seed: int):
-        self.params, decoder = subject.world.apart(subject.params)
-        self.given = subject.presses[:1]
-        pipeline = Pipeline(**subject.world.halves(entry), params=(self.params, decoder))
-        self._start = pipeline.init(self.params, subject.cond, player(seed))
+    def __init__(self, target, control_binding: str | None, seed: int):
+        self.params, decoder = target.world.split_decoder(target.params)
+        self.given = target.presses[:1]
+        pipeline = Pipeline(**target.world.stages(control_binding), params=(self.params, decoder))
+        self._start = pipeline.init(self.params, target.cond, player(seed))
         began = time.perf_counter()
         pipeline.compile(self.params, self._start, *self.given)
         self.seconds = time.perf_counter() - began
@@ -126,53 +126,53 @@ def player(seed: int):
     return jax.random.split(jax.random.key(seed), 1)
 
 
-def whole(subject, entry: str | None = None, seed: int = 0) -> Program:
+def whole(target, control_binding: str | None = None, seed: int = 0) -> CompiledProgram:
     """Keys in, frames out: the network, the decoder and the conversion to uint8."""
-    if subject.decoder != subject.mesh:
-        return Overlapping(subject, entry, seed)
-    stream = subjects.stream(subject.world, entry)
-    carry = subject.run(stream.init, subject.params, subject.cond, player(seed))
-    return Program(subject, stream.step, carry, subject.presses[0])
+    if target.decoder != target.mesh:
+        return Overlapping(target, control_binding, seed)
+    stream = targets.stream(target.world, control_binding)
+    carry = target.run(stream.init, target.params, target.cond, player(seed))
+    return CompiledProgram(target, stream.step, carry, target.presses[0])
 
 
-def network(subject, seed: int = 0) -> Program:
+def network(target, seed: int = 0) -> CompiledProgram:
     """The same without the decoder."""
-    subject, _ = subject.halves
-    stream = subjects.network_stream(subject.world)
+    target, _ = target.halves
+    stream = targets.network_stream(target.world)
 
     def step(params, carry, control):
         carry, made = stream.step(params, carry, control)
         return carry, made[0, -1, 0, 0]  # small, and there when the whole program is done
 
-    carry = subject.run(stream.init, subject.params, subject.cond, player(seed))
-    return Program(subject, step, carry, subject.presses[0])
+    carry = target.run(stream.init, target.params, target.cond, player(seed))
+    return CompiledProgram(target, step, carry, target.presses[0])
 
 
-def decoder(subject) -> Program:
+def decoder(target) -> CompiledProgram:
     """The decoder and the conversion to uint8 alone."""
-    _, subject = subject.halves
-    world = subject.world
+    _, target = target.halves
+    world = target.world
     part, stream = world.decoder(), world.cfg.stream
     # Whole on all devices, as the network hands them on.
     before, latents = (
-        subject.run(partial(subjects.clip_noise, world, count))
+        target.run(partial(targets.clip_noise, world, count))
         for count in (stream.context, stream.step_frames)
     )
-    cache = subject.run(lambda *given: part.prefill(*given)[0], subject.params, before)
-    return Program(subject, part.step, cache, latents)
+    cache = target.run(lambda *given: part.prefill(*given)[0], target.params, before)
+    return CompiledProgram(target, part.step, cache, latents)
 
 
-def intervals(program: Program, settings: Settings, filling: int = 0) -> np.ndarray:
+def intervals(program: CompiledProgram, settings: Settings, warmup_steps: int = 0) -> np.ndarray:
     """Seconds from one output on the host to the next [steps]; one step runs while the output of
     the one before is copied, as in a player.
 
     Args:
       program: what is timed.
       settings: how often.
-      filling: steps before the warm-up, which are unlike those of a long stream.
+      warmup_steps: steps before the warm-up, which are unlike those of a long stream.
     """
     carry, waiting, stamps = program.start(), None, []
-    for _ in range(filling + settings.warmup + settings.steps + 1):
+    for _ in range(warmup_steps + settings.warmup + settings.steps + 1):
         carry, output = program(carry)
         if waiting is not None:
             np.asarray(waiting)
@@ -200,12 +200,12 @@ def spread(seconds: np.ndarray) -> dict[str, float]:
 # --- from a key to a frame -------------------------------------------------------------------
 
 
-def latency(subject, program: Program) -> dict:
+def latency(target, program: CompiledProgram) -> dict:
     """How long a key takes to be seen: two equal runs, and one whose key changes.
 
     Args:
-      subject: what is measured.
-      program: `whole` with the entry in question.
+      target: what is measured.
+      program: `whole` with the control binding in question.
 
     Returns:
       'noise' (largest difference of the equal runs, of 255) and, for 'changed' (the first frame
@@ -213,9 +213,9 @@ def latency(subject, program: Program) -> dict:
       None if there is none, or: 'steps' (1 = the very step that took the key), 'frame' (from 0,
       in that step) and 'ms' (from handing in the key to having that step on the host).
     """
-    settle = SETTLE + subject.world.filling
-    key, other = subject.presses
-    after = subject.world.cfg.stream.entered('tail').lag + 4
+    settle = SETTLE + target.world.warmup_steps
+    key, other = target.presses
+    after = target.world.cfg.stream.with_control_binding('late').lag + 4
     held, pressed = ([key] * settle + [one] * after for one in (key, other))
     (base, _), (again, _), (other, times) = (_play(program, keys) for keys in (held, held, pressed))
     noise = int(np.abs(base - again).max())
@@ -225,7 +225,7 @@ def latency(subject, program: Program) -> dict:
     return {'noise': noise} | {name: _first(found, times[settle:]) for name, found in seen.items()}
 
 
-def _play(program: Program, keys):
+def _play(program: CompiledProgram, keys):
     """(frames int16 [steps B F H W 3], [(key handed in, frames on the host)] of each step)."""
     carry, frames, times = program.start(), [], []
     for symbols in keys:

@@ -1,4 +1,4 @@
-"""One benchmark: measures everything about a subject; a table, and the same as JSON."""
+"""One benchmark: measures everything about a target; a table, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LABELS = {
 
 
 def run(
-    subject,
+    target,
     settings: measure.Settings,
     work: dict[str, float],
     say=print,
@@ -37,7 +37,7 @@ def run(
     """Everything but the comparison.
 
     Args:
-      subject: `subject.Subject`.
+      target: `target.Target`.
       settings: how much is measured.
       work: FLOPs of a step by part (`compiled.flops`).
       say: prints a line of progress.
@@ -46,23 +46,23 @@ def run(
     Returns:
       What `benchmark.json` holds.
     """
-    world, devices = subject.world, subject.devices
+    world, devices = target.world, target.devices
     frames, stream = roofline.frames(world.cfg), world.cfg.stream
-    entries = measure.entries(stream, settings.entries)
+    bindings = measure.control_bindings(stream, settings.entries)
     results = {
-        'recipe': subject.name,
-        'random_weights': subject.random,
+        'recipe': target.name,
+        'random_weights': target.random,
         'machine': machine(),
-        'settings': dataclasses.asdict(settings) | {'entries': entries},
+        'settings': dataclasses.asdict(settings) | {'entries': bindings},
         'devices': devices['end_to_end'],
         'devices_of': devices,
-        'exchange': exchange(subject),
-        'shape': shape(world, subject.params),
+        'exchange': exchange(target),
+        'shape': shape(world, target.params),
         'frames_per_step': frames,
         'flops': work,
     }
-    say(f'compiling {subject.name} on {results["devices"]} device(s), cold and cached')
-    seconds, program = compiled.compile_seconds(lambda: measure.whole(subject, None, settings.seed))
+    say(f'compiling {target.name} on {results["devices"]} device(s), cold and cached')
+    seconds, program = compiled.compile_seconds(lambda: measure.whole(target, None, settings.seed))
     names = ('dit', 'vae') if len(program.programs) > 1 else ('end_to_end',)
     found = {
         name: compiled.collectives(one.as_text(), devices[name])
@@ -79,30 +79,30 @@ def run(
 
     def clock(name, build):
         say(f'timing {name}: {settings.warmup} + {settings.steps} steps')
-        times = measure.intervals(build(), settings, world.filling)
+        times = measure.intervals(build(), settings, world.warmup_steps)
         flops = sum(work.values()) if name == 'end_to_end' else work[name]
         results['parts'][name] = speed(times, frames, flops, devices[name], settings)
 
-    def press(entry, build):
-        say(f'latency of keys that bind at the {entry}')
-        results['latency'][entry] = measure.latency(subject, build())
+    def press(binding, build):
+        say(f'latency with {binding} control binding')
+        results['latency'][binding] = measure.latency(target, build())
 
     clock('end_to_end', lambda: program)
     results['memory'] = measure.peak_memory()
     best = measure.ceilings(world.cfg.dit.dtype, world.cfg.vae.dtype)
     results['ceilings_tflops'] = {name: value / TERA for name, value in best.items()}
     keep(results)
-    # An entry that is not the recipe's needs a program of its own, and comes last.
+    # A control binding that is not the recipe's needs a program of its own, and comes last.
     seed = settings.seed
-    todo = [(press, stream.entry, lambda: program)] * (stream.entry in entries)
+    todo = [(press, stream.control_binding, lambda: program)] * (stream.control_binding in bindings)
     todo += [
-        (clock, 'dit', lambda: measure.network(subject, seed)),
-        (clock, 'vae', lambda: measure.decoder(subject)),
+        (clock, 'dit', lambda: measure.network(target, seed)),
+        (clock, 'vae', lambda: measure.decoder(target)),
     ]
     todo += [
-        (press, entry, lambda entry=entry: measure.whole(subject, entry, seed))
-        for entry in entries
-        if entry != stream.entry
+        (press, binding, lambda binding=binding: measure.whole(target, binding, seed))
+        for binding in bindings
+        if binding != stream.control_binding
     ]
     for measured, name, build in todo:
         measured(name, build)
@@ -121,9 +121,9 @@ def speed(
     return found
 
 
-def exchange(subject) -> str:
+def exchange(target) -> str:
     """What devices that share the tokens exchange: 'heads' or 'keys'; '' where none do."""
-    net, sizes = subject.world.cfg.dit, subject.mesh.shape
+    net, sizes = target.world.cfg.dit, target.mesh.shape
     if sizes['seq'] == 1:
         return ''
     return route(net.heads, sizes['seq'], net.exchange, sizes['tensor'])
@@ -215,9 +215,9 @@ def markdown(results: dict) -> str:
     ]
     missing = [LABELS[name] for name in LABELS if name not in results['parts']]
     missing += [
-        f'latency at the {entry}'
-        for entry in results['settings']['entries']
-        if entry not in results['latency']
+        f'latency with {binding} control binding'
+        for binding in results['settings']['entries']
+        if binding not in results['latency']
     ]
     if missing:
         lines += [f'Note: it did not come to: {"; ".join(missing)}.', '']
@@ -269,10 +269,10 @@ def markdown(results: dict) -> str:
         [
             '',
             *table(
-                ['key binds at', 'first changed frame', 'visible frame', 'noise'],
+                ['control binding', 'first changed frame', 'visible frame', 'noise'],
                 [
-                    [entry, _when(one['changed']), _when(one['visible']), one['noise']]
-                    for entry, one in results['latency'].items()
+                    [binding, _when(one['changed']), _when(one['visible']), one['noise']]
+                    for binding, one in results['latency'].items()
                 ],
             ),
         ]

@@ -9,7 +9,7 @@ import os
 
 from matrix_jax import worlds
 from matrix_jax.benchmark import compiled, int8, measure, report, roofline, torch_baseline
-from matrix_jax.benchmark import target as subjects
+from matrix_jax.benchmark import target as targets
 from matrix_jax.benchmark.measure import Settings
 from matrix_jax.config import Mesh, UsageError
 from matrix_jax.train import dry_run
@@ -38,13 +38,13 @@ def benchmark(
     Raises:
       UsageError: what cannot be measured; nothing is computed.
     """
-    cfg = subjects.shape(run, random, layers)
+    cfg = targets.shape(run, random, layers)
     out = run.out or f'outputs/benchmark-{run.name.replace(":", "-").lower()}'
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UsageError(f'--out: {out} is a file, expected a folder')
     if mode == 'count':
         return _count_page(run.name, cfg, settings.peak_tflops or CEILING)
-    measure.entries(cfg.stream, settings.entries)
+    measure.control_bindings(cfg.stream, settings.entries)
     if mode == 'vs':
         torch_baseline.check(run.name, cfg)
 
@@ -74,16 +74,16 @@ def one(
     """One benchmark in this process -> what `benchmark.json` holds, which `keep` gets part by part."""
     import jax
 
-    subject = subjects.open_subject(run, random, layers, settings.seed)
+    target = targets.open_target(run, random, layers, settings.seed)
     # Where attention is a kernel of its own, XLA cannot see what it costs.
     work = (
-        compiled.flops(subject.world)
+        compiled.flops(target.world)
         if jax.default_backend() == 'cpu'
-        else apart(compiled.flops_of, subject.world.cfg)
+        else apart(compiled.flops_of, target.world.cfg)
     )
-    results = report.run(subject, settings, work, keep=keep)
+    results = report.run(target, settings, work, keep=keep)
     if compare:
-        results['torch'] = torch_baseline.run(subject, settings)
+        results['torch'] = torch_baseline.run(target, settings)
     return results
 
 
@@ -123,7 +123,7 @@ def sweep(
     on_cpu = apart(_backend, imitate=False) == 'cpu'
     settings = dataclasses.replace(settings, entries=())
     runs, refused = {}, {}
-    for name, mesh in meshes(subjects.shape(run, random, layers)).items():
+    for name, mesh in meshes(targets.shape(run, random, layers)).items():
         try:
             if not mesh.parts:
                 mesh = dataclasses.replace(run.mesh, seq=mesh.seq, pipeline='1')

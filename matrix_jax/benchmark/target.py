@@ -19,14 +19,14 @@ from matrix_jax.benchmark import roofline
 from matrix_jax.config import UsageError
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.pipelines import generate
-from matrix_jax.stream.base import Stream, started
+from matrix_jax.stream.base import Stream, prefilled
 from matrix_jax.weights import conversion, converter, diffusers_layout
 
 RUNS = {'transformer': 'dit', 'vae': 'vae'}  # parts of a step, and their configs
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class Target:
     """A world that is ready to stream.
 
     Attributes:
@@ -48,10 +48,10 @@ class Subject:
     random: bool
 
     @property
-    def halves(self) -> tuple[Subject, Subject]:
+    def halves(self) -> tuple[Target, Target]:
         """What makes latents and what decodes them, each with its devices and what lies there; this
-        subject twice, if there is one mesh."""
-        params, decoder = self.world.apart(self.params)
+        target twice, if there is one mesh."""
+        params, decoder = self.world.split_decoder(self.params)
         if decoder is None:
             return self, self
         return (
@@ -73,8 +73,8 @@ class Subject:
     def presses(self) -> tuple[np.ndarray, np.ndarray]:
         """Controls of one step, batch 1: what is held, and what it changes to."""
         words = self.world.vocabulary
-        held = [one for one in words.choices if one != words.rest][:2]
-        return tuple(words.encode([one] * self.world.cfg.stream.taken)[None] for one in held)
+        held = [one for one in words.choices if one != words.idle][:2]
+        return tuple(words.encode([one] * self.world.cfg.stream.controls_per_step)[None] for one in held)
 
     def run(self, function, *given):
         """What a function makes, whole on every device of the mesh."""
@@ -98,7 +98,7 @@ def shape(run, random: bool = False, layers: int | None = None):
     cfg = converter.shorten(run.world, layers)
     world = worlds.build(cfg)
     if run.mesh.parts and world.one_mesh:
-        world.halves()  # says so
+        world.stages()  # says so
     if not world.endless:
         raise UsageError(
             f'{run.name}: does not stream, expected a recipe that takes keys '
@@ -107,7 +107,7 @@ def shape(run, random: bool = False, layers: int | None = None):
     return cfg
 
 
-def open_subject(run, random: bool = False, layers: int | None = None, seed: int = 0) -> Subject:
+def open_target(run, random: bool = False, layers: int | None = None, seed: int = 0) -> Target:
     """Opens a run's world for measuring.
 
     Args:
@@ -125,12 +125,12 @@ def open_subject(run, random: bool = False, layers: int | None = None, seed: int
     if random:
         world = build(cfg)
         params = world.quantize(draw(world, mesh, seed, decoder))
-        params, cond = world.ready_with(params, imagine(world, seed))
+        params, cond = world.precompute_for(params, imagine(world, seed))
     else:
-        world, params = worlds.open_run(run, apart=True)
-        params = world.ready(params)
-        cond = start(world, world.apart(params)[0], mesh, diffusers_layout.resolve(run.weights))
-    return Subject(
+        world, params = worlds.open_run(run, split_decoder=True)
+        params = world.precompute(params)
+        cond = start(world, world.split_decoder(params)[0], mesh, diffusers_layout.resolve(run.weights))
+    return Target(
         run.name,
         world,
         params,
@@ -158,19 +158,19 @@ def build(cfg):
     return worlds.build(cfg).with_tokenizers(None)
 
 
-def stream(world, entry: str | None = None) -> Stream:
+def stream(world, control_binding: str | None = None) -> Stream:
     """A world's stream, every step alike: its first output is made by `init`."""
-    return started(world.stream(entry), _first(world))
+    return prefilled(world.stream(control_binding), _first(world))
 
 
 def network_stream(world) -> Stream:
     """The same without the decoder: latents come out."""
-    return started(world.latents(), _first(world))
+    return prefilled(world.latents(), _first(world))
 
 
 def _first(world):
     words = world.vocabulary
-    return words.encode([words.rest] * world.first_controls)[None]
+    return words.encode([words.idle] * world.first_step_controls)[None]
 
 
 def told(world):

@@ -52,7 +52,7 @@ def check(name: str, cfg):
         raise UsageError(f'--vs torch: no {SCRIPT}; it comes with a checkout of the repository')
 
 
-def run(subject, settings: measure.Settings) -> dict:
+def run(target, settings: measure.Settings) -> dict:
     """Measures the network alone, then the peer.
 
     Returns:
@@ -61,10 +61,10 @@ def run(subject, settings: measure.Settings) -> dict:
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        cfg, plain = export(subject, folder)
-        given, wanted, seconds = imitate(subject, cfg, plain, settings)
+        cfg, plain = export(target, folder)
+        given, wanted, seconds = imitate(target, cfg, plain, settings)
         np.savez(folder / 'given.npz', **given)
-        spec = specify(subject, cfg, settings)
+        spec = specify(target, cfg, settings)
         (folder / 'spec.json').write_text(json.dumps(spec))
         done = subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, text=True)
         if done.returncode:
@@ -81,9 +81,9 @@ def run(subject, settings: measure.Settings) -> dict:
     return found | {'plain_dit': measure.spread(seconds)}
 
 
-def export(subject, folder: Path):
+def export(target, folder: Path):
     """Writes the network without control and the decoder -> (its config, its parameters)."""
-    world, params = subject.world, jax.tree.map(np.asarray, subject.params)
+    world, params = target.world, jax.tree.map(np.asarray, target.params)
     cfg = dataclasses.replace(world.cfg.dit, control=None)
     tensors = {
         name: value
@@ -101,10 +101,10 @@ def export(subject, folder: Path):
     return cfg, conversion.to_jax(dit.weights(cfg), tensors, dit.shapes(cfg))
 
 
-def imitate(subject, cfg, plain, settings: measure.Settings):
+def imitate(target, cfg, plain, settings: measure.Settings):
     """(inputs, outputs, seconds of our network alone) of what both sides compute."""
-    world, chance = subject.world, np.random.default_rng(settings.seed)
-    shape = subject.cond.latents.shape
+    world, chance = target.world, np.random.default_rng(settings.seed)
+    shape = target.cond.latents.shape
     latents = chance.standard_normal((1, world.cfg.stream.frames, *shape[2:]), np.float32)
     text = chance.standard_normal((1, cfg.text_length, cfg.text_dim), np.float32)
     net = compilation.jit(lambda params, *given: dit.DiT(cfg).apply({'params': params}, *given))
@@ -117,7 +117,7 @@ def imitate(subject, cfg, plain, settings: measure.Settings):
         seconds.append(time.perf_counter() - began)
     clip = latents[:, :LATENTS]
     frames = compilation.jit(lambda params, clip: vae.decode(world.cfg.vae, params, clip))(
-        subject.params['vae'], clip
+        target.params['vae'], clip
     )
     return (
         {'latents': latents, 'text': text, 'clip': clip},
@@ -126,9 +126,9 @@ def imitate(subject, cfg, plain, settings: measure.Settings):
     )
 
 
-def specify(subject, cfg, settings: measure.Settings) -> dict:
+def specify(target, cfg, settings: measure.Settings) -> dict:
     """What the peer is to run."""
-    world = subject.world
+    world = target.world
     stream, net = world.cfg.stream, world.cfg.vae
     calls = stream.steps // stream.groups
     return {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from matrix_jax.benchmark import measure, report
-from matrix_jax.benchmark import target as subjects
+from matrix_jax.benchmark import target as targets
 from matrix_jax.controls import driving
 from matrix_jax.stream import causal, swin
 
@@ -37,10 +37,10 @@ class Delayed:
         return carry, frames
 
 
-def example(groups=4, filling=0):
+def example(groups=4, warmup_steps=0):
     cfg = types.SimpleNamespace(stream=swin.Config(groups=groups, group_frames=1, steps=groups))
-    world = types.SimpleNamespace(cfg=cfg, vocabulary=driving.Symbols(), filling=filling)
-    return subjects.Subject('x', world, {}, None, None, None, True)
+    world = types.SimpleNamespace(cfg=cfg, vocabulary=driving.DrivingVocabulary(), warmup_steps=warmup_steps)
+    return targets.Target('x', world, {}, None, None, None, True)
 
 
 def test_latency_names_the_first_frame_that_differs():
@@ -65,18 +65,18 @@ def test_a_key_waits_until_all_steps_are_alike():
             return made
 
     pressed = []
-    found = measure.latency(example(filling=7), Counted(3))
+    found = measure.latency(example(warmup_steps=7), Counted(3))
     assert pressed.index(True) % len(pressed[: len(pressed) // 3]) == measure.SETTLE + 7
     assert (found['visible']['steps'], found['visible']['frame']) == (3, 1)
 
 
 def test_entries_are_those_of_the_stream():
     few = swin.Config(groups=2)  # whose head would be its group 2
-    assert measure.entries(few, None) == ['tail'] and measure.entries(few, ()) == []
-    assert measure.entries(swin.Config(), None) == ['tail', 'head']
-    assert measure.entries(causal.Config(), ('tail', 'head')) == ['block']
+    assert measure.control_bindings(few, None) == ['late'] and measure.control_bindings(few, ()) == []
+    assert measure.control_bindings(swin.Config(), None) == ['late', 'early']
+    assert measure.control_bindings(causal.Config(), ('tail', 'head')) == ['block']
     with pytest.raises(ValueError, match='--entries head: stream.head_group: got 2'):
-        measure.entries(few, ('head',))
+        measure.control_bindings(few, ('head',))
 
 
 def test_a_key_without_effect_is_never_seen():
@@ -95,7 +95,7 @@ def test_intervals_leave_the_warm_up_out():
     seconds = measure.intervals(program, measure.Settings(steps=5, warmup=2))
     assert seconds.shape == (5,) and (seconds >= 0).all()
     assert given == list(range(8))
-    # Nor do steps count whose caches are still filling.
+    # Nor do steps count whose caches are still warmup_steps.
     assert measure.intervals(program, measure.Settings(steps=5, warmup=2), 3).shape == (5,)
     assert given[8:] == list(range(11))
 

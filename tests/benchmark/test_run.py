@@ -144,13 +144,13 @@ def test_keyboard_and_mouse_on_a_mesh(monkeypatch):
     monkeypatch.setattr(
         report.compiled, 'compile_seconds', lambda build: ({'cold': 2.0, 'cached': 1.0}, build())
     )
-    given = target.open_subject(config.load('matrix_game_2:TINY', ['--mesh.seq', '2']), random=True)
+    given = target.open_target(config.load('matrix_game_2:TINY', ['--mesh.seq', '2']), random=True)
     seen = []
     timed = measure.intervals
     monkeypatch.setattr(
         report.measure, 'intervals', lambda *given: seen.append(given[2]) or timed(*given)
     )
-    monkeypatch.setattr(type(given.world), 'filling', 3)
+    monkeypatch.setattr(type(given.world), 'warmup_steps', 3)
     found = report.run(
         given,
         measure.Settings(steps=1, warmup=1, entries=()),
@@ -169,7 +169,7 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
     monkeypatch.setattr(
         report.compiled, 'compile_seconds', lambda build: ({'cold': 2.0, 'cached': 1.0}, build())
     )
-    given = target.open_subject(
+    given = target.open_target(
         config.load('the_matrix:TINY_SWIN', [*SMALL, '--mesh.pipeline', '2dit_3vae']),
         random=True,
         layers=1,
@@ -323,7 +323,7 @@ def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):
 
 
 def test_the_peer_gets_our_weights_without_control(tmp_path):
-    given = target.open_subject(config.load('the_matrix:TINY', SMALL), random=True)
+    given = target.open_target(config.load('the_matrix:TINY', SMALL), random=True)
     cfg, plain = torch_baseline.export(given, tmp_path)
     _, tensors = diffusers_layout.read_component(tmp_path, 'transformer')
     assert not [name for name in tensors if 'control' in name]
@@ -340,7 +340,7 @@ def test_the_peer_gets_our_weights_without_control(tmp_path):
     reason='needs torch and diffusers',
 )
 def test_the_peer_computes_what_ours_does():
-    given = target.open_subject(config.load('the_matrix:TINY'), random=True)
+    given = target.open_target(config.load('the_matrix:TINY'), random=True)
     found = torch_baseline.run(given, measure.Settings(steps=2, warmup=1))
     assert max(found['difference'].values()) < 1e-4
     assert found['end_to_end']['fps'] > 0

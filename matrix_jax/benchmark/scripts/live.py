@@ -193,7 +193,7 @@ def still(one: app.Server, counted: Counted, bounds: Bounds):
 def load(recipe, options, bounds: Bounds):
     """A full house, and one player too many."""
     with server(
-        recipe, players=options.players, entry=options.entry, together=options.together
+        recipe, players=options.players, control_binding=options.entry, together=options.together
     ) as (port, one, counted):
         show(end(start('play', port, options)), 'one player')
         if options.players > 1:
@@ -232,7 +232,7 @@ def faults(recipe, options, bounds: Bounds):
     from concurrent.futures import ThreadPoolExecutor
 
     with server(
-        recipe, players=options.players, entry=options.entry, together=options.together
+        recipe, players=options.players, control_binding=options.entry, together=options.together
     ) as (port, one, counted):
         others = start('play', port, options, players=FAULTY, seed=20)
         calm = show(good(port, options), f'two players, {FAULTY} good ones beside them')
@@ -312,7 +312,7 @@ def open_files() -> int:
 def soak(recipe, options, bounds: Bounds):
     """Many shifts, unpaced, of one player on a socket: memory, compilations, whether pictures stay
     pictures."""
-    with server(recipe, players=1, entry=options.entry) as (port, one, counted):
+    with server(recipe, players=1, control_binding=options.entry) as (port, one, counted):
         engine, points = one.engine, []
         prompt, begun = session_log.choose(engine.slots.world, one.house.folder, None, None)
         clip = session_log.start_frames(engine.slots, one.house.folder, begun, None)
