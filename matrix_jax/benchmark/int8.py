@@ -40,7 +40,7 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
     """
     cfg = targets.shape(run, random, layers)
     check(run.name, cfg)
-    compilation.keep(run.keep_programs)
+    compilation.enable_cache(run.keep_programs)
     cfg = dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, int8='none'))
     mesh = sharding.make_mesh(run.mesh)
     if random:

@@ -28,11 +28,7 @@ LABELS = {
 
 
 def run(
-    target,
-    settings: measure.Settings,
-    work: dict[str, float],
-    say=print,
-    keep=lambda results: None,
+    target, settings: measure.Settings, work: dict[str, float], say=print, keep=lambda results: None
 ) -> dict:
     """Everything but the comparison.
 

@@ -1,4 +1,4 @@
-"""What `tools/benchmark.py` does: one benchmark, one with a peer, one per mesh, or a count."""
+"""What `matrix-jax benchmark` does: one benchmark, one with a peer, one per mesh, or a count."""
 
 from __future__ import annotations
 

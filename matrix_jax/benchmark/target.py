@@ -74,7 +74,9 @@ class Target:
         """Controls of one step, batch 1: what is held, and what it changes to."""
         words = self.world.vocabulary
         held = [one for one in words.choices if one != words.idle][:2]
-        return tuple(words.encode([one] * self.world.cfg.stream.controls_per_step)[None] for one in held)
+        return tuple(
+            words.encode([one] * self.world.cfg.stream.controls_per_step)[None] for one in held
+        )
 
     def run(self, function, *given):
         """What a function makes, whole on every device of the mesh."""
@@ -120,7 +122,7 @@ def open_target(run, random: bool = False, layers: int | None = None, seed: int 
       UsageError: see `shape`; CheckpointError, ConversionError: the weights cannot be used.
     """
     cfg = shape(run, random, layers)
-    compilation.keep(run.keep_programs)
+    compilation.enable_cache(run.keep_programs)
     mesh, decoder = sharding.make_meshes(run.mesh)
     if random:
         world = build(cfg)
@@ -129,7 +131,9 @@ def open_target(run, random: bool = False, layers: int | None = None, seed: int 
     else:
         world, params = worlds.open_run(run, split_decoder=True)
         params = world.precompute(params)
-        cond = start(world, world.split_decoder(params)[0], mesh, diffusers_layout.resolve(run.weights))
+        cond = start(
+            world, world.split_decoder(params)[0], mesh, diffusers_layout.resolve(run.weights)
+        )
     return Target(
         run.name,
         world,

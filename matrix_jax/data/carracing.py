@@ -37,7 +37,7 @@ LEAVE_STRAIGHT, LEAVE_TURNING = (
 )  # units off the centreline at which the driver stops playing about
 
 
-class Theme(NamedTuple):
+class TrackTheme(NamedTuple):
     road: tuple[int, int, int]
     ground: tuple[int, int, int]
     patch: tuple[int, int, int]
@@ -45,7 +45,7 @@ class Theme(NamedTuple):
 
 
 THEMES = {
-    'meadow': Theme(
+    'meadow': TrackTheme(
         (102, 102, 102),
         (102, 204, 102),
         (102, 230, 102),
@@ -55,7 +55,7 @@ THEMES = {
             'Driving a red car along a grey track in a green meadow, seen from above.',
         ),
     ),
-    'snow': Theme(
+    'snow': TrackTheme(
         (112, 120, 134),
         (226, 232, 240),
         (240, 245, 250),
@@ -65,7 +65,7 @@ THEMES = {
             'Driving a red car along a grey track in a white snowy field, seen from above.',
         ),
     ),
-    'desert': Theme(
+    'desert': TrackTheme(
         (96, 78, 66),
         (222, 184, 120),
         (232, 198, 138),
@@ -75,7 +75,7 @@ THEMES = {
             'Driving a red car along a brown track in a sandy desert, seen from above.',
         ),
     ),
-    'night': Theme(
+    'night': TrackTheme(
         (66, 68, 92),
         (16, 22, 46),
         (22, 30, 58),
@@ -85,7 +85,7 @@ THEMES = {
             'Driving a red car along a grey track in the dark of the night, seen from above.',
         ),
     ),
-    'autumn': Theme(
+    'autumn': TrackTheme(
         (84, 80, 88),
         (196, 108, 40),
         (212, 126, 52),
@@ -98,7 +98,7 @@ THEMES = {
 }
 
 
-class Game:
+class CarRacingGame:
     """One CarRacing-v3 world, headless: `reset` to a track and a place on it, then `hold` keys.
 
     `track` [P 3] is the centreline in driving order as (x, y, heading); heading 0 points to +y,
@@ -224,7 +224,7 @@ class Driver:
     HELD_KEYS = dict(zip(CONTROLS, (0.3, 0.12, 0.12, 0.1, 0.06, 0.06, 0.08, 0.08, 0.08)))
     PLANS = np.stack(np.meshgrid(*[[0, 1, -1]] * 3, indexing='ij'), axis=-1).reshape(-1, 3)
 
-    def __init__(self, game: Game, rng: np.random.Generator):
+    def __init__(self, game: CarRacingGame, rng: np.random.Generator):
         self.game, self.rng = game, rng
         self.pedal, self.steer = 'D', 0
         self.script = []  # keys still to press before following again
@@ -312,7 +312,9 @@ class Driver:
         return float(np.hypot(self.game.track[:, 0] - x, self.game.track[:, 1] - y).min())
 
 
-def record(game: Game, seed: int, theme: str, frames: int, rng: np.random.Generator) -> Clip:
+def record(
+    game: CarRacingGame, seed: int, theme: str, frames: int, rng: np.random.Generator
+) -> Clip:
     """One episode of up to `frames` = 1 + 4k frames on the track `seed`; it ends early when the car
     gets lost.
     """
@@ -346,3 +348,6 @@ def record(game: Game, seed: int, theme: str, frames: int, rng: np.random.Genera
         fps=FPS,
         telemetry=np.concatenate(states),
     )
+
+
+new_game = CarRacingGame  # what `collect` opens

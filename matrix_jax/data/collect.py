@@ -17,7 +17,7 @@ from matrix_jax.data import carracing, doom
 from matrix_jax.data.records import SUFFIX, Shard, write_shard
 
 # A game is a module with FPS, HEIGHT, WIDTH, THEMES, NEEDS (modules to install), ABOUT (what else
-# its manifest says), `Game` with `close`, and `record(game, seed, theme, frames, rng) -> Clip`.
+# its manifest says), `new_game()` with `close`, and `record(game, seed, theme, frames, rng) -> Clip`.
 # Odd seeds are held out: no track or map is in both splits.
 GAMES = {'CarRacing-v3': carracing, 'vizdoom': doom}
 
@@ -28,7 +28,7 @@ MANIFEST = 'manifest.json'
 
 
 @dataclass(frozen=True)
-class Plan:
+class RecordingPlan:
     env: str
     hours: float
     themes: tuple[str, ...]
@@ -51,7 +51,7 @@ class Plan:
         return [(*shard, sizes[shard]) for shard in order]
 
 
-def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> Plan:
+def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> RecordingPlan:
     """Checks the settings and says what is to be recorded; raises ValueError naming the setting."""
     if not 0 < hours <= 10_000:
         raise ValueError(f'--hours: got {hours:g}, expected more than 0, at most 10000')
@@ -68,10 +68,12 @@ def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> Pla
             f"--themes: got {themes!r}, expected 'all' or different names of "
             + ', '.join(game.THEMES)
         )
-    return Plan(env, float(hours), names, seed, float(held_out), game.HEIGHT, game.WIDTH, game.FPS)
+    return RecordingPlan(
+        env, float(hours), names, seed, float(held_out), game.HEIGHT, game.WIDTH, game.FPS
+    )
 
 
-def run(settings: Plan, out: Path, workers: int) -> int:
+def run(settings: RecordingPlan, out: Path, workers: int) -> int:
     """Records what is not there yet, with a progress bar -> frames in the folder."""
     check_workers(workers)
     claim(settings, out, GAMES[settings.env].ABOUT)
@@ -156,7 +158,7 @@ def _shard(job) -> int:
     held = split == 'heldout'
     rng = np.random.default_rng([settings.seed, held, number])
     module = GAMES[settings.env]
-    game = module.Game()
+    game = module.new_game()
     frames = 0
 
     def episodes():

@@ -38,21 +38,21 @@ STILL = [0] * 6
 ABOUT = {'tics': TICS, 'mouse_rate': MOUSE_RATE, 'gamma': GAMMA}
 
 
-class Map(NamedTuple):
+class DoomMap(NamedTuple):
     wad: str  # of the package: a scenario, freedoom1 or freedoom2
     name: str
     captions: tuple[str, ...]
 
 
-class Theme(NamedTuple):
-    maps: tuple[Map, ...]
-    held_out: tuple[Map, ...]
+class MapTheme(NamedTuple):
+    maps: tuple[DoomMap, ...]
+    held_out: tuple[DoomMap, ...]
 
 
 THEMES = {
-    'maze': Theme(
+    'maze': MapTheme(
         (
-            Map(
+            DoomMap(
                 'my_way_home',
                 'map01',
                 (
@@ -60,7 +60,7 @@ THEMES = {
                     'A maze of brown bricks with coloured rooms, seen by someone who walks in it.',
                 ),
             ),
-            Map(
+            DoomMap(
                 'health_gathering_supreme',
                 'map01',
                 (
@@ -68,7 +68,7 @@ THEMES = {
                     'Grey stone walls, a green floor and a dark sky, seen by a walker.',
                 ),
             ),
-            Map(
+            DoomMap(
                 'deathmatch',
                 'map01',
                 (
@@ -78,7 +78,7 @@ THEMES = {
             ),
         ),
         (
-            Map(
+            DoomMap(
                 'multi_deathmatch',
                 'map01',
                 (
@@ -89,9 +89,9 @@ THEMES = {
         ),
     ),
     # One place of few textures, for networks that have seen little.
-    'garden': Theme(
+    'garden': MapTheme(
         (
-            Map(
+            DoomMap(
                 'health_gathering_supreme',
                 'map01',
                 (
@@ -101,7 +101,7 @@ THEMES = {
             ),
         ),
         (
-            Map(
+            DoomMap(
                 'health_gathering',
                 'map01',
                 (
@@ -112,9 +112,9 @@ THEMES = {
         ),
     ),
     # One room of few textures, for networks that have seen little.
-    'hall': Theme(
+    'hall': MapTheme(
         (
-            Map(
+            DoomMap(
                 'take_cover',
                 'map01',
                 (
@@ -124,7 +124,7 @@ THEMES = {
             ),
         ),
         (
-            Map(
+            DoomMap(
                 'defend_the_line',
                 'map01',
                 (
@@ -134,9 +134,9 @@ THEMES = {
             ),
         ),
     ),
-    'base': Theme(
+    'base': MapTheme(
         (
-            Map(
+            DoomMap(
                 'freedoom2',
                 'MAP01',
                 (
@@ -144,7 +144,7 @@ THEMES = {
                     'Brown halls with lamps and a dark garden outside, seen by a walker.',
                 ),
             ),
-            Map(
+            DoomMap(
                 'freedoom2',
                 'MAP04',
                 (
@@ -152,7 +152,7 @@ THEMES = {
                     'White and grey halls of a base, seen by someone who walks there.',
                 ),
             ),
-            Map(
+            DoomMap(
                 'freedoom2',
                 'MAP07',
                 (
@@ -160,7 +160,7 @@ THEMES = {
                     'Grey halls and stairs of stone blocks, seen by a walker.',
                 ),
             ),
-            Map(
+            DoomMap(
                 'freedoom1',
                 'E1M2',
                 (
@@ -170,7 +170,7 @@ THEMES = {
             ),
         ),
         (
-            Map(
+            DoomMap(
                 'freedoom1',
                 'E1M5',
                 (
@@ -183,13 +183,13 @@ THEMES = {
 }
 
 
-def place(theme: str, seed: int) -> Map:
+def place(theme: str, seed: int) -> DoomMap:
     """The map of an episode. Odd seeds are held out, and no map has both."""
     maps = THEMES[theme].held_out if seed % 2 else THEMES[theme].maps
     return maps[seed // 2 % len(maps)]
 
 
-class Game:
+class VizDoomGame:
     """A walker in one map, headless: `reset` to a place, then `hold` keys and mouse."""
 
     def __init__(self):
@@ -204,7 +204,7 @@ class Game:
             self.game = None
         self.folder.cleanup()
 
-    def reset(self, level: Map, seed: int, rng: np.random.Generator) -> bool:
+    def reset(self, level: DoomMap, seed: int, rng: np.random.Generator) -> bool:
         """Puts the walker somewhere in `level`, facing where there is room -> whether it worked."""
         if self.open != level:
             self._start(level)
@@ -230,7 +230,7 @@ class Game:
                 return not self.over
         return False
 
-    def _start(self, level: Map):
+    def _start(self, level: DoomMap):
         vizdoom, root = self.vizdoom, os.path.dirname(self.vizdoom.__file__)
         if self.game is not None:
             self.game.close()
@@ -377,7 +377,7 @@ def _distance(point, lines) -> float:
     return float(np.hypot(*(point - nearest).T).min())
 
 
-def record(game: Game, seed: int, theme: str, frames: int, rng: np.random.Generator) -> Clip:
+def record(game: VizDoomGame, seed: int, theme: str, frames: int, rng: np.random.Generator) -> Clip:
     """One episode of up to `frames` = 1 + 4k frames in the map of `place`; it ends early when the
     walker is moved by something else than keys.
     """
@@ -413,7 +413,7 @@ def record(game: Game, seed: int, theme: str, frames: int, rng: np.random.Genera
     )
 
 
-def _warmed(game: Game, explorer: Explorer, rng) -> bool:
+def _warmed(game: VizDoomGame, explorer: Explorer, rng) -> bool:
     """Some latent frames that nobody sees, so that most episodes start on the move."""
     explorer.start()
     for _ in range(2 + int(rng.integers(4))):
@@ -422,3 +422,6 @@ def _warmed(game: Game, explorer: Explorer, rng) -> bool:
             return False
         explorer.moved(poses)
     return True
+
+
+new_game = VizDoomGame  # what `collect` opens

@@ -20,7 +20,7 @@ import numpy as np
 
 from matrix_jax import video
 from matrix_jax.data import records
-from matrix_jax.data.ingest import GatherError, Report, Source, check, clip
+from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 LOOK = (16, 24)  # rows and columns of the small pictures
@@ -32,7 +32,7 @@ LONGEST = 257  # frames of a clip: 16 s, like an episode of the game
 
 
 @dataclass(frozen=True)
-class Footage:
+class FootageReader:
     """Settings of clips without labels.
 
     Attributes:
@@ -51,9 +51,11 @@ class Footage:
     def __post_init__(self):
         check(self)
         if not 5 <= self.shortest <= LONGEST:
-            raise GatherError(f'--shortest: got {self.shortest} frames, expected 5 to {LONGEST}')
+            raise IngestError(f'--shortest: got {self.shortest} frames, expected 5 to {LONGEST}')
 
-    def clips(self, root: Path, source: Source, report: Report) -> Iterator[records.Clip]:
+    def clips(
+        self, root: Path, source: VideoSource, report: IngestReport
+    ) -> Iterator[records.Clip]:
         """The good clips of one video in order; `report` counts the others."""
         path = root / source.path
         rate = video.frame_rate(path)
@@ -79,27 +81,27 @@ class Footage:
             yield clip(kept, self, source, **records.unknown(len(kept)))
 
 
-def find(root: Path, caption: str = '') -> list[Source]:
+def find(root: Path, caption: str = '') -> list[VideoSource]:
     """All videos below a folder, by name; a .txt file of the same name holds the caption.
 
     Raises:
-      GatherError: no folder, no video, or a caption that is not text.
+      IngestError: no folder, no video, or a caption that is not text.
     """
     if not root.is_dir():
-        raise GatherError(f'--videos {root}: no such folder')
+        raise IngestError(f'--videos {root}: no such folder')
     paths = sorted(
         path for path in root.rglob('*') if path.suffix.lower() in SUFFIXES and not path.is_dir()
     )
     if not paths:
-        raise GatherError(f'--videos {root}: no video in it ({" ".join(SUFFIXES)})')
+        raise IngestError(f'--videos {root}: no video in it ({" ".join(SUFFIXES)})')
     sources = []
     for path in paths:
         said = path.with_suffix('.txt')
         try:
             text = said.read_text(encoding='utf-8') if said.is_file() else caption
         except UnicodeDecodeError as error:
-            raise GatherError(f'{said}: not UTF-8 text ({error})') from error
-        sources.append(Source(path.relative_to(root).as_posix(), ' '.join(text.split())))
+            raise IngestError(f'{said}: not UTF-8 text ({error})') from error
+        sources.append(VideoSource(path.relative_to(root).as_posix(), ' '.join(text.split())))
     return sources
 
 

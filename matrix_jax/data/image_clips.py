@@ -23,7 +23,7 @@ TOGETHER = 8  # clips encoded side by side
 ARRAYS = 'latents', 'told', 'picture', 'actions'
 
 
-class Store:
+class ClipStore:
     """Encoded clips: `len(store)`, and an array [M ...] for each name of ARRAYS.
 
     Attributes:
@@ -44,7 +44,7 @@ class Store:
         return len(self.names)
 
 
-class Batches(latents.Batches):
+class ClipBatches(latents.ShuffledBatches):
     """Batches of a store: its arrays, and clip int32 [B], clips by number in `names`.
 
     Args:
@@ -56,7 +56,7 @@ class Batches(latents.Batches):
     """
 
     def __init__(
-        self, store: Store, batch: int, seed: int, more=None, process: tuple[int, int] = (0, 1)
+        self, store: ClipStore, batch: int, seed: int, more=None, process: tuple[int, int] = (0, 1)
     ):
         self.names = store.names
         self.arrays = {name: getattr(store, name) for name in ARRAYS} | (more or {})
@@ -78,7 +78,7 @@ class Batches(latents.Batches):
 
 def encode(
     data, world, params, folder: str | os.PathLike, frames: int, split: str = 'train'
-) -> Store:
+) -> ClipStore:
     """Cuts the recordings of `data` into clips and encodes each, unless that was done.
 
     Args:
@@ -120,7 +120,7 @@ def encode(
         if not places:
             raise records.RecordError(f'{data}: no {split} recording of {frames} frames')
         _write(final, source, places, world, params)
-    return Store(final)
+    return ClipStore(final)
 
 
 def columns(vocabulary) -> list[int]:
@@ -166,7 +166,7 @@ def _encode(source, places, world, params):
     code = compilation.jit(
         lambda params, frames: (
             world.encode_frames(params, frames),
-            world.tell(params, frames[:, :1], count),
+            world.image_condition(params, frames[:, :1], count),
         )
     )
     size = world.cfg.height, world.cfg.width

@@ -18,11 +18,11 @@ import numpy as np
 from matrix_jax import video
 from matrix_jax.controls import driving
 from matrix_jax.data import records
-from matrix_jax.data.ingest import GatherError, Report, Source, check, clip
+from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip
 
 
 @dataclass(frozen=True)
-class Index:
+class IndexReader:
     """Settings of clips that an index lists.
 
     Attributes:
@@ -41,9 +41,11 @@ class Index:
     def __post_init__(self):
         check(self)
         if self.frames < 5 or self.frames % records.FRAMES_PER_LATENT != 1:
-            raise GatherError(f'--frames: got {self.frames}, expected 1 + 4k, at least 5')
+            raise IngestError(f'--frames: got {self.frames}, expected 1 + 4k, at least 5')
 
-    def clips(self, root: Path, source: Source, report: Report) -> Iterator[records.Clip]:
+    def clips(
+        self, root: Path, source: VideoSource, report: IngestReport
+    ) -> Iterator[records.Clip]:
         """The one clip of an entry."""
         path = root / source.path
         rate = video.frame_rate(path)
@@ -97,21 +99,21 @@ def label(signal: Sequence[str], chosen: np.ndarray, length: int) -> np.ndarray:
     return np.concatenate([held[:1], np.repeat(held[1:], every)]).astype(np.int8)
 
 
-def read(path: Path) -> list[Source]:
+def read(path: Path) -> list[VideoSource]:
     """The entries of an index file.
 
     Raises:
-      GatherError: not an index; every malformed entry is named.
+      IngestError: not an index; every malformed entry is named.
     """
     try:
         listed = json.loads(path.read_text(encoding='utf-8'))
     except OSError as error:
-        raise GatherError(f'--index {path}: {error.strerror or error}') from error
+        raise IngestError(f'--index {path}: {error.strerror or error}') from error
     except ValueError as error:
-        raise GatherError(f'--index {path}: not JSON ({error})') from error
+        raise IngestError(f'--index {path}: not JSON ({error})') from error
     listed = listed.get('list') if isinstance(listed, dict) else None
     if not isinstance(listed, list) or not listed:
-        raise GatherError(
+        raise IngestError(
             f'--index {path}: expected {{"list": [{{"path": ...}}, ...]}} with at least one entry'
         )
     faults = [
@@ -120,9 +122,9 @@ def read(path: Path) -> list[Source]:
         for fault in _faults(entry)
     ]
     if faults:
-        raise GatherError(f'--index {path}: {"; ".join(faults)}')
+        raise IngestError(f'--index {path}: {"; ".join(faults)}')
     return [
-        Source(
+        VideoSource(
             entry['path'],
             entry['caption'],
             tuple(_symbols(entry.get('control_signal_seq', ''))),

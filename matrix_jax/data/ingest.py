@@ -1,7 +1,7 @@
 """Files to records: groups of videos become shards, each with a report of what was kept and why
 the rest was not.
 
-What becomes of a video is the business of the settings (`footage.Footage`, `index.Index`). The plan
+What becomes of a video is the business of the settings (`footage.FootageReader`, `index.IndexReader`). The plan
 follows from the settings and the list of videos alone; a group that has its report is not read
 again, and a folder made from other videos or settings is refused.
 """
@@ -26,12 +26,12 @@ from matrix_jax.data import collect, records
 SHARD_FILES, SHARD_BYTES = 64, 64 * 2**20  # of the videos that share a shard, at most
 
 
-class GatherError(UsageError):
+class IngestError(UsageError):
     """The videos that were given make no data set."""
 
 
 @dataclass(frozen=True)
-class Source:
+class VideoSource:
     """A video, and where known what happens in it.
 
     Attributes:
@@ -48,7 +48,7 @@ class Source:
 
 
 @dataclass
-class Report:
+class IngestReport:
     """What became of some videos.
 
     Attributes:
@@ -66,7 +66,7 @@ class Report:
     dropped: Counter = field(default_factory=Counter)
     skipped: dict[str, str] = field(default_factory=dict)
 
-    def add(self, other: Report):
+    def add(self, other: IngestReport):
         for name in ('files', 'seconds', 'clips', 'frames'):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.dropped.update(other.dropped)
@@ -88,15 +88,17 @@ class Report:
 
 
 def check(settings):
-    """Raises GatherError unless the fields that all kinds of settings share make sense."""
+    """Raises IngestError unless the fields that all kinds of settings share make sense."""
     for name in ('height', 'width', 'fps'):
         if getattr(settings, name) < 1:
-            raise GatherError(f'{name}: got {getattr(settings, name)}, expected at least 1')
+            raise IngestError(f'{name}: got {getattr(settings, name)}, expected at least 1')
     if not 0 <= settings.held_out < 1:
-        raise GatherError(f'--held-out: got {settings.held_out:g}, expected 0 <= fraction < 1')
+        raise IngestError(f'--held-out: got {settings.held_out:g}, expected 0 <= fraction < 1')
 
 
-def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int = 1) -> Report:
+def run(
+    settings, root: Path, sources: Sequence[VideoSource], out: Path, workers: int = 1
+) -> IngestReport:
     """Makes the shards that are not there yet -> what is in the folder in all.
 
     Args:
@@ -117,7 +119,7 @@ def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int
     digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
     made = [path for path in (out / collect.MANIFEST, out, *out.parents) if not path.exists()]
     collect.claim(settings, out, {'sources': len(sources), 'digest': digest})
-    total, todo = Report(), []
+    total, todo = IngestReport(), []
     with tqdm(total=len(sources), unit='file') as bar:
         for split, number, group in _groups(sources, sizes, settings.held_out):
             job = settings, root, group, out / f'{split}-{number:05d}{records.SUFFIX}'
@@ -132,11 +134,11 @@ def run(settings, root: Path, sources: Sequence[Source], out: Path, workers: int
     if not total.clips:
         for path in (*(_report_path(job[-1]) for job in todo), *made):
             path.rmdir() if path.is_dir() else path.unlink()
-        raise GatherError('no clip was kept; ' + '; '.join(total.text(settings.fps).splitlines()))
+        raise IngestError('no clip was kept; ' + '; '.join(total.text(settings.fps).splitlines()))
     return total
 
 
-def clip(frames: Sequence[np.ndarray], settings, source: Source, **known) -> records.Clip:
+def clip(frames: Sequence[np.ndarray], settings, source: VideoSource, **known) -> records.Clip:
     """A clip of a video; `known` are its controls and telemetry."""
     return records.Clip(
         np.stack(frames),
@@ -148,7 +150,7 @@ def clip(frames: Sequence[np.ndarray], settings, source: Source, **known) -> rec
     )
 
 
-def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[Source]]]:
+def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[VideoSource]]]:
     """(split, number, sources) of every shard. A video is in one split, whoever its neighbours."""
     paths = sorted({source.path for source in sources}, key=lambda path: (_number(path), path))
     held = set(paths[: round(held_out * len(paths))])
@@ -165,10 +167,10 @@ def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[Source]]]
             yield split, number, group
 
 
-def _shard(job) -> Report:
+def _shard(job) -> IngestReport:
     """Writes one shard and then its report, which says that the shard is complete."""
     settings, root, group, path = job
-    report = Report(files=len(group))
+    report = IngestReport(files=len(group))
 
     def clips():
         for source in group:
@@ -194,15 +196,15 @@ def _report_path(shard: Path) -> Path:
     return shard.with_suffix('.json')
 
 
-def _read_report(shard: Path) -> Report:
+def _read_report(shard: Path) -> IngestReport:
     """The report of a finished shard; the shard is opened, so that a damaged one is named."""
     path = _report_path(shard)
     try:
-        report = Report(**json.loads(path.read_text()))
+        report = IngestReport(**json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
-        raise GatherError(f'{path}: not a report ({error}); delete it to make it anew') from error
+        raise IngestError(f'{path}: not a report ({error}); delete it to make it anew') from error
     if report.clips and len(records.Shard(shard)) != report.clips:
-        raise GatherError(
+        raise IngestError(
             f'{shard}: got {len(records.Shard(shard))} clips, expected '
             f'{report.clips}; delete {path.name} to make it anew'
         )

@@ -26,7 +26,7 @@ CHUNK = 8  # frames of an encoder chunk
 TOGETHER = 8  # clips encoded side by side
 
 
-class Store:
+class LatentStore:
     """Encoded episodes of one split, of one folder or several; the latents are not copied.
 
     Attributes:
@@ -79,7 +79,7 @@ def _load_actions(folder, name):
     return rearrange(records.unknown(frames)[name], '(t f) a -> t f a', f=records.FRAMES_PER_LATENT)
 
 
-def encode(data, world, params, folder: str | os.PathLike, split: str = 'train') -> Store:
+def encode(data, world, params, folder: str | os.PathLike, split: str = 'train') -> LatentStore:
     """Encodes all clips of `data` with the world's VAE, each folder unless that was done.
 
     Args:
@@ -105,7 +105,7 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
         if not (final / 'store.json').exists():
             _write(final, source, clips, world, params)
         parts.append((final, [f'{shard.path} record {index}' for shard, index in clips]))
-    return Store(parts)
+    return LatentStore(parts)
 
 
 def digest(params) -> str:
@@ -200,7 +200,7 @@ def _encode(places, world, params):
         yield from np.concatenate(made, axis=1).astype(np.float16)[:count]
 
 
-class Batches:
+class ShuffledBatches:
     """Base of endless shuffled batches; `state()` and `restore(state)` as in `loader.Loader`.
 
     Whatever the number of processes, all of them draw the same batches, and each reads its own
@@ -255,7 +255,7 @@ class Batches:
         self.iterator.set_state(saved['grain'])
 
 
-class Windows(Batches):
+class LatentWindows(ShuffledBatches):
     """Batches of windows.
 
     A batch: latents float16 [B T H W C], controls int32 [B T], ids int32 [B L], clip int32 [B], the
@@ -281,7 +281,7 @@ class Windows(Batches):
 
     def __init__(
         self,
-        store: Store,
+        store: LatentStore,
         frames: int,
         batch: int,
         seed: int,
@@ -347,7 +347,7 @@ class Windows(Batches):
         return window[records.FRAMES_PER_LATENT - 1 :]
 
 
-def _labels(store: Store, share: float) -> np.ndarray:
+def _labels(store: LatentStore, share: float) -> np.ndarray:
     """Controls int8 [N] of a store, with the labels of a share of its recordings alone."""
     known = {
         recording

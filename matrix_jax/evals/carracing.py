@@ -18,7 +18,7 @@ from matrix_jax.data.loader import Clips
 from matrix_jax.evals import control, driver
 from matrix_jax.evals import drift as drifts
 from matrix_jax.evals import scripted as scripts
-from matrix_jax.evals.scripted import Scripted
+from matrix_jax.evals.scripted import ScriptedDrives
 from matrix_jax.evals.video import Streams, bar, by_second, indices, sheet, spread
 
 NAME = 'driving'
@@ -94,7 +94,7 @@ def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, ou
     context = world.cfg.stream.context
     probe, real = probes(cfg, data, held_out, list(rebuilt), context, out)
     yield 'probe', real
-    game = driver.carracing.Game()
+    game = driver.carracing.new_game()
     starts = driver.starts(game, cfg.streams, 8 + world.cfg.stream.frames, cfg.seed)
     yield 'speed', speed(world, params, game, starts[0], cfg)
     scripted = scripts.run(world, params, game, starts, cfg.seconds, cfg.seed, bar)
@@ -181,7 +181,7 @@ def _rebuilt_examples(clips, rebuilt, context: int, cfg: Config):
 # --- scripted keys ---------------------------------------------------------------------------
 
 
-def obedience(cfg: Config, probe, scripted: dict[str, Scripted], context: int) -> dict:
+def obedience(cfg: Config, probe, scripted: dict[str, ScriptedDrives], context: int) -> dict:
     """Scores of each script and of all together, in the world and in the game."""
     params, limit = probe
     result, pooled = {}, {'generated': [], 'real': [], 'controls': [], 'truth': []}
@@ -213,7 +213,7 @@ def _obeyed(made, real, controls, limit) -> dict:
     }
 
 
-def drift(scripted: dict[str, Scripted], starts, fps: int) -> dict:
+def drift(scripted: dict[str, ScriptedDrives], starts, fps: int) -> dict:
     """Per script, for the world and the game: `drift.seconds` of what comes after the context."""
     measures = [driver.measures(start.theme) for start in starts]
     result = {}
@@ -227,7 +227,7 @@ def drift(scripted: dict[str, Scripted], starts, fps: int) -> dict:
 
 
 def fidelity(
-    cfg: Config, probe, scripted: dict[str, Scripted], held_out: Clips, context: int
+    cfg: Config, probe, scripted: dict[str, ScriptedDrives], held_out: Clips, context: int
 ) -> dict:
     """RFD, the Frechet distance on the probe's own features, and seams; each with its ceiling.
 
@@ -386,7 +386,7 @@ def _mean(scores: list[dict]) -> dict:
 # --- pictures --------------------------------------------------------------------------------
 
 
-def draw_scripts(scripted: dict[str, Scripted], cfg: Config, fps: int, out: Path):
+def draw_scripts(scripted: dict[str, ScriptedDrives], cfg: Config, fps: int, out: Path):
     """One contact sheet per start: a row per script, a column per time; and those of the game."""
     per = FRAMES_PER_CONTROL
     keys = {

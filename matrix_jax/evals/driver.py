@@ -222,7 +222,7 @@ def blur(mask, radius: int) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class DriveStart:
     """A place on a held-out track, and how the game came there; `begin` goes there again.
 
     Attributes:
@@ -236,7 +236,7 @@ class Start:
     keys: tuple[str, ...]
 
 
-def starts(game, count: int, holds: int, seed: int = 0) -> list[Start]:
+def starts(game, count: int, holds: int, seed: int = 0) -> list[DriveStart]:
     """`count` starts on held-out tracks (odd seeds), themes in turn, the car rolling on the road.
 
     Args:
@@ -251,11 +251,11 @@ def starts(game, count: int, holds: int, seed: int = 0) -> list[Start]:
         for _ in range(holds):
             keys.append(driver.key(follow=True))
             game.hold(keys[-1], draw=False)
-        found.append(Start(track, theme, place, tuple(keys)))
+        found.append(DriveStart(track, theme, place, tuple(keys)))
     return found
 
 
-def begin(game, start: Start, shown: int):
+def begin(game, start: DriveStart, shown: int):
     """Plays a start again -> (frames uint8 [F H W 3] of the last `shown` latent frames, F = 1 + 4k;
     their keys; telemetry [F 6])."""
     game.reset(start.seed, start.theme, start.place)
@@ -276,7 +276,7 @@ def play(game, keys):
     return tuple(np.concatenate(part) for part in zip(*parts, strict=True))
 
 
-def drive_game(game, start: Start, cfg: Config, holds: int, key: str | None = None):
+def drive_game(game, start: DriveStart, cfg: Config, holds: int, key: str | None = None):
     """Drives the real game -> (frames uint8 [F H W 3], telemetry [F 6], keys pressed).
 
     Args:

@@ -75,7 +75,7 @@ def quick(cfg: Config) -> Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Walks:
+class ScriptedWalks:
     """Streams of one script.
 
     Attributes:
@@ -89,7 +89,7 @@ class Walks:
     frames: np.ndarray
 
 
-class Known:
+class LabelledClips:
     """The clips whose keys and mouse are known: a sequence that reads one when it is asked for."""
 
     def __init__(self, clips: Clips):
@@ -110,7 +110,7 @@ class Known:
         return (self.clips[place] for place in self.places)
 
 
-def recorded(world, data: str, cfg: Config) -> Known:
+def recorded(world, data: str, cfg: Config) -> LabelledClips:
     """Held-out clips whose keys and mouse are known.
 
     Raises:
@@ -122,7 +122,7 @@ def recorded(world, data: str, cfg: Config) -> Known:
             f'world.mode: got {mode.name}, expected one of the keys '
             f'{" ".join(KEYS)} and a mouse: the probe reads these'
         )
-    clips = Known(Clips(data, 'heldout', cfg.clip_frames, cache=False))
+    clips = LabelledClips(Clips(data, 'heldout', cfg.clip_frames, cache=False))
     if not len(clips):
         raise UsageError(f'--data: {data}: no held-out clip whose keys and mouse are known')
     (_, height, width, _), fps = clips[0].frames.shape, clips[0].fps
@@ -140,7 +140,7 @@ def shape(world) -> tuple[int, int]:
     return world.cfg.stream.context, world.cfg.stream.frames
 
 
-def sections(world, params, data: str, held_out: Known, rebuilt, cfg: Config, out: Path):
+def sections(world, params, data: str, held_out: LabelledClips, rebuilt, cfg: Config, out: Path):
     """Yields (name, results) of each section of the report, and draws its pictures.
 
     Args:
@@ -177,12 +177,12 @@ def sections(world, params, data: str, held_out: Known, rebuilt, cfg: Config, ou
 # --- the probe -----------------------------------------------------------------------------------
 
 
-def probes(cfg: Config, data: str, held_out: Known, rebuilt, out: Path):
+def probes(cfg: Config, data: str, held_out: LabelledClips, rebuilt, out: Path):
     """((params, limits), scores on real frames); a trained probe is kept in `out`."""
     path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
     if found is None:
         train = action_probe.examples(
-            cfg.probe, action_probe.recorded(Known(Clips(data, cache=False)))
+            cfg.probe, action_probe.recorded(LabelledClips(Clips(data, cache=False)))
         )
         found = action_probe.train(cfg.probe, train, cfg.windows, bar('probe'))
         control.save(path, cfg.probe, *found)
@@ -209,14 +209,16 @@ def probes(cfg: Config, data: str, held_out: Known, rebuilt, out: Path):
 # --- streams -------------------------------------------------------------------------------------
 
 
-def begin(clips: Known, count: int) -> list[int]:
+def begin(clips: LabelledClips, count: int) -> list[int]:
     """At most `count` places of clips that streams begin with, among the longest ones."""
     longest = max(clips.lengths.values())
     best = [index for index, place in enumerate(clips.places) if clips.lengths[place] == longest]
     return [best[index] for index in spread(best, count)]
 
 
-def script(vocabulary, clips: Known, start: int, name: str, count: int, seed: int) -> list[str]:
+def script(
+    vocabulary, clips: LabelledClips, start: int, name: str, count: int, seed: int
+) -> list[str]:
     """`count` actions, one per frame, that change where latent frames do.
 
     Args:
@@ -239,7 +241,7 @@ def script(vocabulary, clips: Known, start: int, name: str, count: int, seed: in
     return texts[:count]
 
 
-def recorded_actions(vocabulary, clips: Known, start: int, count: int) -> list[str]:
+def recorded_actions(vocabulary, clips: LabelledClips, start: int, count: int) -> list[str]:
     """What was pressed in a clip and in those after it, for `count` frames."""
     vectors, index = [], start
     while sum(map(len, vectors)) < count:
@@ -251,8 +253,8 @@ def recorded_actions(vocabulary, clips: Known, start: int, count: int) -> list[s
 
 
 def follow(
-    streams: Streams, clips: Known, starts: list[int], name: str, seconds: int, seed: int
-) -> Walks:
+    streams: Streams, clips: LabelledClips, starts: list[int], name: str, seconds: int, seed: int
+) -> ScriptedWalks:
     """The streams of a script."""
     world, count = streams.world, streams.world.needed(seconds)
     texts = [
@@ -264,7 +266,7 @@ def follow(
     vectors = np.stack([world.vocabulary.encode(one) for one in texts])
     keys = len(KEYS)
     asked = np.stack([action_probe.axes(one[:, :keys], one[:, keys:]) for one in vectors])
-    return Walks(texts, asked, frames)
+    return ScriptedWalks(texts, asked, frames)
 
 
 def speed(streams: Streams, clip: Clip, steps: int = 20) -> dict:
@@ -273,7 +275,7 @@ def speed(streams: Streams, clip: Clip, steps: int = 20) -> dict:
     given, _ = world.inputs(world.cfg.prompt, clip.frames[: world.start_frames], [])
     first, others = (
         world.vocabulary.encode(['W'] * count)[None]
-        for count in (world.first_controls, world.cfg.stream.taken)
+        for count in (world.first_step_controls, world.cfg.stream.controls_per_step)
     )
     return {
         **streams.pace(streams.enter(given, 0), first, others, steps),
@@ -290,7 +292,7 @@ def spans(seconds: float, at: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(ends, ends[1:], strict=False))
 
 
-def windows(cfg: Config, one: Walks, fps: int, first: int = 0, last: int | None = None):
+def windows(cfg: Config, one: ScriptedWalks, fps: int, first: int = 0, last: int | None = None):
     """The probe's windows of streams, between two seconds."""
     per = FRAMES_PER_LATENT
     end = len(one.frames[0]) if last is None else 1 + last * fps // per * per
@@ -301,7 +303,7 @@ def windows(cfg: Config, one: Walks, fps: int, first: int = 0, last: int | None 
     )
 
 
-def obedience(cfg: Config, probe, one: Walks, fps: int) -> dict:
+def obedience(cfg: Config, probe, one: ScriptedWalks, fps: int) -> dict:
     """`walk.obedience` of streams: `all`, and by seconds such as `0-4`."""
     return {
         'all': action_probe.obedience(cfg.probe, probe, windows(cfg, one, fps)),
@@ -314,7 +316,7 @@ def obedience(cfg: Config, probe, one: Walks, fps: int) -> dict:
     }
 
 
-def drift(walks: dict[str, Walks], shown, fps: int) -> dict:
+def drift(walks: dict[str, ScriptedWalks], shown, fps: int) -> dict:
     """Per script `drift.seconds`, colours against the clips `shown` that the streams begin like;
     and those clips' own, as `real`."""
     own = [MEASURES] * len(shown)
@@ -324,7 +326,9 @@ def drift(walks: dict[str, Walks], shown, fps: int) -> dict:
     }
 
 
-def fidelity(cfg: Config, probe, mixed: Walks, held_out: Known, shown, stream, fps: int) -> dict:
+def fidelity(
+    cfg: Config, probe, mixed: ScriptedWalks, held_out: LabelledClips, shown, stream, fps: int
+) -> dict:
     """RFD, the Frechet distance on the probe's own features, between streams and held-out clips, by
     seconds; and seams.
 
@@ -354,7 +358,9 @@ def fidelity(cfg: Config, probe, mixed: Walks, held_out: Known, shown, stream, f
     }
 
 
-def long_walk(streams: Streams, held_out: Known, starts: list[int], cfg: Config, out: Path) -> dict:
+def long_walk(
+    streams: Streams, held_out: LabelledClips, starts: list[int], cfg: Config, out: Path
+) -> dict:
     """One stream for long: what each minute shows."""
     fps = streams.world.cfg.fps
     one = follow(streams, held_out, starts, 'mixed', cfg.long_seconds, cfg.seed)
@@ -377,11 +383,11 @@ def long_walk(streams: Streams, held_out: Known, starts: list[int], cfg: Config,
 # --- pictures ------------------------------------------------------------------------------------
 
 
-def draw(vocabulary, walks: dict[str, Walks], shown, cfg: Config, fps: int, out: Path):
+def draw(vocabulary, walks: dict[str, ScriptedWalks], shown, cfg: Config, fps: int, out: Path):
     """`scripts-I.png` of each start, a row per script; `mixed.png`, streams above their recordings;
     `drive.png`, all of `mixed`; and its first stream as a video."""
     held = {
-        name: [[vocabulary.held(text) for text in texts] for texts in one.texts]
+        name: [[vocabulary.overlay(text) for text in texts] for texts in one.texts]
         for name, one in walks.items()
     }
     for index in range(len(shown)):

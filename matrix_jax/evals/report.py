@@ -18,13 +18,13 @@ import time
 from pathlib import Path
 
 from matrix_jax.config import UsageError
-from matrix_jax.controls.driving import Symbols
-from matrix_jax.controls.keyboard_mouse import Actions
+from matrix_jax.controls.driving import DrivingVocabulary
+from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.evals import carracing, first_person, tables
 from matrix_jax.evals.video import psnr, rebuild
 
 # What can be pressed says what there is to obey.
-JUDGES = {Symbols: carracing, Actions: first_person}
+JUDGES = {DrivingVocabulary: carracing, KeyboardMouseVocabulary: first_person}
 
 
 def judge(world):

@@ -21,7 +21,7 @@ HELD = {'left': 'DL', 'right': 'DR', 'straight': 'D'}
 
 
 @dataclasses.dataclass(frozen=True)
-class Scripted:
+class ScriptedDrives:
     """Streams of one script, and the real game under the same keys from the same place.
 
     Attributes:
@@ -72,7 +72,9 @@ def play(game, start, shown: int, keys: list[str], mirror: bool):
     return frames, states, before
 
 
-def run(world, params, game, starts, seconds: int, seed: int, bar=None) -> dict[str, Scripted]:
+def run(
+    world, params, game, starts, seconds: int, seed: int, bar=None
+) -> dict[str, ScriptedDrives]:
     """All scripts in the game and in the world.
 
     Args:
@@ -106,7 +108,7 @@ def run(world, params, game, starts, seconds: int, seed: int, bar=None) -> dict[
         real = real[:, : context + length]
         made = np.concatenate([real[:, :context], made], axis=1)
         states = np.stack([states for _, states, _ in played])[:, : context + length]
-        found[name] = Scripted(
+        found[name] = ScriptedDrives(
             [one[: stream.context + count] for one in keys], real, made, states, context
         )
     return found

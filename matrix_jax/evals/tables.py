@@ -32,7 +32,7 @@ def compare(folders: Sequence[str]) -> str:
     Raises:
       UsageError: a folder without results, or with those of another version.
     """
-    tables: dict[Kind, list] = {}
+    tables: dict[ReportTables, list] = {}
     real = {}
     for folder in folders:
         path = Path(folder) / 'results.json'
@@ -361,7 +361,7 @@ def _walking_row(results: dict, real: bool) -> list[str]:
 # --- what there is -------------------------------------------------------------------------------
 
 
-class Kind(NamedTuple):
+class ReportTables(NamedTuple):
     """The tables of a judge: its report, and the head and a row of comparisons."""
 
     report: Callable[[dict], str]
@@ -370,7 +370,7 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    'driving': Kind(
+    'driving': ReportTables(
         _driving,
         (
             'world',
@@ -390,7 +390,7 @@ KINDS = {
         ),
         _driving_row,
     ),
-    'walking': Kind(
+    'walking': ReportTables(
         _walking,
         (
             'world',
@@ -410,6 +410,6 @@ KINDS = {
 }
 
 
-def _kind(results: dict) -> Kind:
+def _kind(results: dict) -> ReportTables:
     # The first results do not say whose they are: there was one judge.
     return KINDS[results.get('judge', 'driving')]

@@ -23,15 +23,19 @@ class Streams:
 
     Args:
       world, params: from `worlds.open_run`.
-      entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
+      control_binding: where keys bind, 'late' or 'early'; the recipe's choice by default.
     """
 
-    def __init__(self, world, params, entry: str | None = None):
-        self.world, self.params = world, world.ready(params)
-        self.cfg = world.cfg.stream.entered(entry) if entry else world.cfg.stream
-        stream = world.stream(entry)
-        self._condition = compilation.jit(world.condition, once=True)
-        self._init = compilation.jit(stream.init, once=True)
+    def __init__(self, world, params, control_binding: str | None = None):
+        self.world, self.params = world, world.precompute(params)
+        self.cfg = (
+            world.cfg.stream.with_control_binding(control_binding)
+            if control_binding
+            else world.cfg.stream
+        )
+        stream = world.stream(control_binding)
+        self._condition = compilation.jit(world.condition, fast_compile=True)
+        self._init = compilation.jit(stream.init, fast_compile=True)
         self._step = compilation.jit(stream.step, donate_argnums=1)
         self._first = self._step
         if stream.prefill is not stream.step:
@@ -40,7 +44,7 @@ class Streams:
     @property
     def lag(self) -> int:
         """Latent frames that a new key waits behind keys that are already bound."""
-        return self.cfg.entry_slot - self.cfg.context
+        return self.cfg.binding_slot - self.cfg.context
 
     def start(self, prompts: Sequence[str], frames, symbols, seed: int):
         """Carry of B streams.

@@ -26,7 +26,7 @@ from matrix_jax.train.denoise import Denoising
 from matrix_jax.weights import conversion
 
 
-class Tables(NamedTuple):
+class ShiftTables(NamedTuple):
     """Host tables of the points i of a shift: levels [I T], and per graded frame [I G*W].
 
     `skip` and `out` jump from a point to the phase boundary, `plan` is the teacher's step to the
@@ -42,7 +42,7 @@ class Tables(NamedTuple):
 
 def tables(
     stream: swin.Config, scheduler: schedules.SchedulerConfig, points: int, balance: float
-) -> Tables:
+) -> ShiftTables:
     """Tables of a shift of `points` equal steps, noisiest first."""
     width = scheduler.train_steps // stream.groups
     below = np.arange(points, 0, -1) * width // points - 1
@@ -55,7 +55,7 @@ def tables(
     skip, out = solvers.jump(abar, graded, boundary)
     levels = np.pad(graded, ((0, 0), (stream.context, 0)), constant_values=stream.condition_level)
     weights = out[0] ** (-2 * balance)
-    return Tables(
+    return ShiftTables(
         levels.astype(np.int32),
         skip.astype(np.float32),
         out.astype(np.float32),
@@ -237,12 +237,12 @@ class StreamConsistency(Denoising):
         size, shape = stream.group_frames, carry.window.shape
 
         def control(shift):
-            begin = stream.entry_slot + shift * size
+            begin = stream.binding_slot + shift * size
             return jax.lax.dynamic_slice_in_dim(batch['controls'], begin, size, axis=1)
 
         if not self.rollout:
             return carry, swin.bind(stream, carry.controls, control(0))
-        plan = swin.tables(stream, world.cfg.scheduler)
+        plan = swin.shift_table(stream, world.cfg.scheduler)
         # A loop of a drawn length has no reverse derivative, and needs none.
         carry, params = jax.lax.stop_gradient((carry, params))
 
@@ -271,7 +271,7 @@ class StreamConsistency(Denoising):
         return carry, swin.bind(stream, carry.controls, control(count))
 
 
-def _row(table: Tables, point):
+def _row(table: ShiftTables, point):
     """The rows of points [B] (or [1]) of a table, on the device; `weights` are left out."""
     rows = table._replace(weights=np.zeros(len(table.levels)))
     return jax.tree.map(lambda column: jnp.asarray(column)[point], rows)

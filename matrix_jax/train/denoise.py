@@ -77,7 +77,7 @@ class Denoising(Stage):
         store = latents.encode(data, world, params, cache)
         ids = world.tokenize(store.texts)
         made = [
-            latents.Windows(store, length, batch, seed, ids, self.labelled, self.label_share)
+            latents.LatentWindows(store, length, batch, seed, ids, self.labelled, self.label_share)
             for length in self.lengths(world)
         ]
         return made[0] if len(made) == 1 else Buckets(made, seed)

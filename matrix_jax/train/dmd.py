@@ -82,7 +82,7 @@ class SelfForcing(FlowMatching):
         params = super().start(world, params, seed)
         judges, tower = params['transformer'], 'image_encoder'
         if self.teacher:
-            only = ('transformer', *[tower] * world.lies(self.teacher, tower))
+            only = ('transformer', *[tower] * world.has_part(self.teacher, tower))
             found = world.load(self.teacher, only=only)
             judges = found['transformer']
             if tower in found and not _equal(found[tower], params[tower]):
@@ -139,7 +139,7 @@ class SelfForcing(FlowMatching):
     def rollout(self, world, params, given, actions, key):
         """The student's clip [B T H W C] from pictures, under actions [B F A]."""
         stream, keys = world.cfg.stream, jax.random.split(key)
-        table = causal.rows(stream, world.cfg.flow)
+        table = causal.step_table(stream, world.cfg.flow)
         last = len(stream.steps) - 1
         end = jax.random.randint(keys[0], (), 0, last + 1) if self.random_exit else last
         made = world.latents(
@@ -176,7 +176,7 @@ class SelfForcing(FlowMatching):
         real, fake = clean('teacher', actions), clean('critic', actions)
         if self.action_guidance != 1:
             words = world.vocabulary
-            still = jnp.broadcast_to(words.encode([words.rest])[0], actions.shape)
+            still = jnp.broadcast_to(words.encode([words.idle])[0], actions.shape)
             rest = clean('teacher', still)
             real = rest + self.action_guidance * (real - rest)
         real, fake = jax.lax.stop_gradient((real, fake))
@@ -243,11 +243,11 @@ def truncated(net: causal.Network, level) -> causal.Network:
     return net._replace(denoise=denoise)
 
 
-def ended(table: causal.Rows, end) -> causal.Rows:
+def ended(table: causal.StepTable, end) -> causal.StepTable:
     """The calls of a block whose clean estimate of call `end` is the block: all behind it read the
     clean block, as the last one does, and change nothing."""
     call = jnp.arange(len(table.level))
-    return causal.Rows(
+    return causal.StepTable(
         jnp.where(call <= end, table.level, table.level[-1]),
         jnp.where(call <= end, table.sigma, 0.0),
         jnp.where(call < end, table.following, 0.0),

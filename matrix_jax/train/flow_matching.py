@@ -68,7 +68,7 @@ class FlowMatching(Stage):
     def loader(self, world, params, data, batch, seed, cache):
         from matrix_jax.data import image_clips
 
-        return image_clips.Batches(
+        return image_clips.ClipBatches(
             image_clips.encode(data, world, params, cache, self.clip_frames), batch, seed
         )
 
@@ -92,12 +92,14 @@ class FlowMatching(Stage):
         """What a network is told of the pictures of a batch."""
         return Cond(
             latents=batch['told'].astype(jnp.float32),
-            image=world.look(params, batch['picture'][:, None]),
+            image=world.image_features(params, batch['picture'][:, None]),
         )
 
     def told(self, world, given: Cond, clean) -> Cond:
         """What a network that makes blocks is told of a clip with latents `clean` [B T H W C]."""
-        return given.replace(latents=causal.tell_blocks(world.cfg.stream, given.latents, clean))
+        return given.replace(
+            latents=causal.condition_blocks(world.cfg.stream, given.latents, clean)
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 
 from matrix_jax.train import multihost, program
 from matrix_jax.train import state as states
-from matrix_jax.train.nan_guard import Guard
+from matrix_jax.train.nan_guard import NaNGuard
 from matrix_jax.train.scalars import Scalars
 from matrix_jax.weights import training_state
 
@@ -56,7 +56,7 @@ def fit(run, world, params) -> dict:
         _, state, extra = restored
         loader.restore(extra['data'].encode())
         print(f'{run.out}: resumes from step {restored[0]}', file=sys.stderr)
-    guard = Guard(getattr(loader, 'names', None), extra.get('refused', 0))
+    guard = NaNGuard(getattr(loader, 'names', None), extra.get('refused', 0))
     try:
         result = _loop(
             train, state, loader, made, saver, run.out, guard, extra.get('loss', float('nan'))

@@ -19,7 +19,7 @@ class Diverged(RuntimeError):
     """Several updates in a row were not finite."""
 
 
-class Guard:
+class NaNGuard:
     """Watches the steps of a run; `refused` counts the updates that changed nothing.
 
     Args:

@@ -51,7 +51,7 @@ class ODEPairs(FlowMatching):
         store = image_clips.encode(data, world, params, cache, self.clip_frames)
         count = min(self.paths or len(store), len(store))
         made = self._walked(world, params, store, count, seed, cache)
-        return image_clips.Batches(store, batch, seed, {'path': made})
+        return image_clips.ClipBatches(store, batch, seed, {'path': made})
 
     def example(self, world, batch):
         clip = super().example(world, batch)
@@ -60,7 +60,7 @@ class ODEPairs(FlowMatching):
 
     def loss(self, world, params, batch, key):
         stream, count = world.cfg.stream, self.blocks(world)
-        table, path = causal.rows(stream, world.cfg.flow), batch['path'].astype(jnp.float32)
+        table, path = causal.step_table(stream, world.cfg.flow), batch['path'].astype(jnp.float32)
         drawn = jax.random.randint(key, (len(path), count), 0, len(stream.steps))
         drawn = jnp.repeat(drawn, stream.frames, axis=1)
         x = jnp.take_along_axis(path, drawn[:, None, :, None, None, None], axis=1)[:, 0]

@@ -69,7 +69,7 @@ def make(cfg: Optimizer, steps: int, axes: Mapping[str, tuple[str, ...]]):
     Args:
       cfg: settings.
       steps: length of the run (for the schedule).
-      axes: path -> axis letters of the leaf (`convert.axes`, flattened); a leading 'layers' axis is
+      axes: path -> axis letters of the leaf (`conversion.axes`, flattened); a leading 'layers' axis is
         a batch of matrices for Muon.
     """
     peak = rate(cfg, cfg.learning_rate, steps)

@@ -18,7 +18,7 @@ from matrix_jax.train import state as states
 from matrix_jax.weights import conversion
 
 
-class Program(NamedTuple):
+class TrainProgram(NamedTuple):
     """A stage on a mesh.
 
     Attributes:
@@ -46,7 +46,7 @@ class Program(NamedTuple):
     lower: Callable
 
 
-def build(run, world, params: Mapping) -> Program:
+def build(run, world, params: Mapping) -> TrainProgram:
     """The program of a run.
 
     Args:
@@ -96,7 +96,7 @@ def build(run, world, params: Mapping) -> Program:
 
         return call
 
-    return Program(
+    return TrainProgram(
         mesh,
         examples,
         share,

@@ -1,7 +1,7 @@
 """What a training stage is: a loss, a choice of what trains, and the data it reads.
 
 Stages chain by handing on released-layout folders: `weights` of a run is where it starts, and
-`OUT/weights` is what it leaves, ready for `tools/generate.py --weights` and for the next stage.
+`OUT/weights` is what it leaves, ready for `matrix-jax generate --weights` and for the next stage.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Stage:
         return {name: params[name] for name in self.components if name in params}
 
     def axes(self, world) -> dict[str, tuple[str, ...]]:
-        """Axis letters of the leaves of `start` by path (`convert.axes`)."""
+        """Axis letters of the leaves of `start` by path (`conversion.axes`)."""
         tables = {name: conversion.axes(world.tables[name]) for name in self.components}
         return conversion.flatten(tables)
 

@@ -74,7 +74,7 @@ def shardings(state, axes: Mapping[str, tuple[str, ...]], mesh):
 
     Args:
       state: tree of arrays or ShapeDtypeStructs.
-      axes: path -> axis letters (`convert.axes`, flattened).
+      axes: path -> axis letters (`conversion.axes`, flattened).
       mesh: the mesh.
     """
 

@@ -120,5 +120,5 @@ class SwinDPM(Denoising):
 
 def played(stream, controls):
     """Controls [B T] of a window as a stream has them when its newest control is the last known."""
-    newest = controls[:, stream.entry_slot : stream.entry_slot + stream.group_frames]
+    newest = controls[:, stream.binding_slot : stream.binding_slot + stream.group_frames]
     return swin.bind(stream, controls[:, : stream.remembered], newest)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from matrix_jax import config, worlds
+from matrix_jax import config, recipes, worlds
 from matrix_jax.benchmark import compiled, int8, roofline, roofline_cogvideox, roofline_wan, target
 from matrix_jax.nn import conv3d
 from matrix_jax.parallel import sharding
@@ -115,9 +115,9 @@ def test_of_two_branches_the_one_that_sends_more_counts(branches):
 
 def test_a_count_follows_the_sizes():
     """Twice the height is twice the decoder; a network of few tokens grows about as much."""
-    run = config.load('the_matrix:TINY')
+    run = recipes.load('the_matrix:TINY')
     low = compiled.flops_of(run.world)
-    high = compiled.flops_of(config.load('the_matrix:TINY', ['--world.height', '64']).world)
+    high = compiled.flops_of(recipes.load('the_matrix:TINY', ['--world.height', '64']).world)
     assert high['vae'] == pytest.approx(2 * low['vae'], rel=0.02)
     assert 1.7 < high['dit'] / low['dit'] < 2.6
     net = worlds.build(run.world).shapes()['transformer']['steered']['block']['mlp']
@@ -128,7 +128,7 @@ def test_a_count_follows_the_sizes():
 
 def test_the_floor_is_what_the_network_multiplies():
     """The recipes of the released size, as derived by hand."""
-    cfg = config.load('the_matrix:STAGE4').world
+    cfg = recipes.load('the_matrix:STAGE4').world
     frames = roofline.frames(cfg)
     found = {part: work / frames / 1e12 for part, work in roofline.flops(cfg).items()}
     tokens, video, d = 9 * 30 * 45 + 226, 9 * 30 * 45, 1920
@@ -142,7 +142,7 @@ def test_the_floor_is_what_the_network_multiplies():
 
 def test_the_floor_of_keyboard_and_mouse():
     """The published size, as derived by hand: blocks of 3 frames of 22 x 40 sites that see 6."""
-    run = config.load('matrix_game_2:UNIVERSAL')
+    run = recipes.load('matrix_game_2:UNIVERSAL')
     found = roofline.flops(run.world)
     q, k, d, m = 3 * 880, 6 * 880, 1536, 1024
     layer = 6 * q * d**2 + 2 * q * k * d + 2 * q * 257 * d + 2 * q * d * 8960
@@ -156,7 +156,7 @@ def test_the_floor_of_keyboard_and_mouse():
 @pytest.mark.parametrize('recipe', ['matrix_game_2:UNIVERSAL', 'matrix_game_2:TEMPLERUN'])
 def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
     """At the published widths, in two layers, of small frames."""
-    small = config.load(recipe, ['--world.height', '64', '--world.width', '96'])
+    small = recipes.load(recipe, ['--world.height', '64', '--world.width', '96'])
     cfg = converter.shorten(small.world, layers=2)
     least = roofline.flops(cfg)
     for part, work in compiled.flops_of(cfg).items():
@@ -165,7 +165,7 @@ def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
 
 def test_a_guided_stream_counts_no_guidance_where_it_has_none():
     """Four calls are guided, the one that reads the clean block is not: nine passes."""
-    cfg = config.load(
+    cfg = recipes.load(
         'doom',
         ['--world.height', '32', '--world.width', '48', '--world.stream.action_guidance', '1.5'],
     ).world
@@ -176,7 +176,7 @@ def test_a_guided_stream_counts_no_guidance_where_it_has_none():
 
 
 def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
-    cfg = config.load('the_matrix:TINY', ['--world.height', '64', '--world.width', '96']).world
+    cfg = recipes.load('the_matrix:TINY', ['--world.height', '64', '--world.width', '96']).world
     (work, read), (anew, before) = compiled.weigh(cfg)
     for part, least in roofline.flops(cfg).items():
         assert 1 <= work[part] / least < 1.1, part
@@ -197,14 +197,14 @@ def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
 
 
 def test_what_devices_send_depends_on_whether_heads_divide():
-    net = config.load('the_matrix:STAGE4').world.dit
+    net = recipes.load('the_matrix:STAGE4').world.dit
     tokens, d = 9 * 1350, 1920
     kind, sent = roofline_cogvideox.exchanged(net, 9, 60, 90, 6)
     assert kind == 'heads' and sent == 30 * 4 * (tokens / 6 + 38) * d * 2 * 5 / 6
     kind, sent = roofline_cogvideox.exchanged(net, 9, 60, 90, 8)
     assert kind == 'keys' and sent == 30 * 2 * (9 * 169 + 29) * d * 2 * 7
     # 12 heads, and 880 sites of which blocks of 3 frames see those of 6.
-    net, d = config.load('matrix_game_2:UNIVERSAL').world.dit, 1536
+    net, d = recipes.load('matrix_game_2:UNIVERSAL').world.dit, 1536
     kind, sent = roofline_wan.exchanged(net, 3, 44, 80, 4)
     assert kind == 'heads' and sent == 30 * 2 * (3 + 6) * 220 * d * 2 * 3 / 4
     kind, sent = roofline_wan.exchanged(net, 3, 44, 80, 5)
@@ -227,7 +227,7 @@ def sent_by(jaxpr):
 
 
 MATRIX = dataclasses.replace(
-    config.load('the_matrix:TINY').world.vae,
+    recipes.load('the_matrix:TINY').world.vae,
     block_out_channels=(4, 8),
     temporal_compression=2,
     single_latent_frames=2,
@@ -257,7 +257,7 @@ def test_rows_that_devices_send_are_those_of_the_program(net, count, cfg, latent
 
 def test_what_bounds_a_mesh():
     """Uneven rows and tokens leave work to the first device; parts of a pipeline overlap."""
-    cfg = config.load('the_matrix:STAGE4').world
+    cfg = recipes.load('the_matrix:STAGE4').world
     work, both = roofline.flops(cfg), [config.Mesh(seq=8), config.Mesh(pipeline='6dit_2vae')]
     whole, split = (roofline.bounds(cfg, mesh, 1e15, 450e9) for mesh in both)
     assert whole['vae']['seconds'] == pytest.approx(work['vae'] * 8 / 60 / 1e15)
@@ -336,7 +336,7 @@ def test_the_second_compilation_reads_the_first():
 
 
 def test_random_parameters_keep_variances_and_lie_where_they_belong():
-    world = worlds.build(config.load('the_matrix:TINY').world)
+    world = worlds.build(recipes.load('the_matrix:TINY').world)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1, 1), ('data', 'fsdp', 'tensor', 'seq'))
     params = target.draw(world, mesh)
     kernel = params['transformer']['steered']['block']['mlp']['up']['kernel']

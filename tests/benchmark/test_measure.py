@@ -39,7 +39,9 @@ class Delayed:
 
 def example(groups=4, warmup_steps=0):
     cfg = types.SimpleNamespace(stream=swin.Config(groups=groups, group_frames=1, steps=groups))
-    world = types.SimpleNamespace(cfg=cfg, vocabulary=driving.DrivingVocabulary(), warmup_steps=warmup_steps)
+    world = types.SimpleNamespace(
+        cfg=cfg, vocabulary=driving.DrivingVocabulary(), warmup_steps=warmup_steps
+    )
     return targets.Target('x', world, {}, None, None, None, True)
 
 
@@ -72,7 +74,9 @@ def test_a_key_waits_until_all_steps_are_alike():
 
 def test_entries_are_those_of_the_stream():
     few = swin.Config(groups=2)  # whose head would be its group 2
-    assert measure.control_bindings(few, None) == ['late'] and measure.control_bindings(few, ()) == []
+    assert (
+        measure.control_bindings(few, None) == ['late'] and measure.control_bindings(few, ()) == []
+    )
     assert measure.control_bindings(swin.Config(), None) == ['late', 'early']
     assert measure.control_bindings(causal.Config(), ('tail', 'head')) == ['block']
     with pytest.raises(ValueError, match='--entries head: stream.head_group: got 2'):

@@ -9,9 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config
+from matrix_jax import config, recipes
 from matrix_jax.benchmark import measure, report, target, torch_baseline
 from matrix_jax.benchmark import run as calls
+from matrix_jax.cli.parser import main_guard
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.weights import conversion, diffusers_layout
 
@@ -39,7 +40,7 @@ def run(*argv):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     with pytest.raises(SystemExit) as stop:
-        config.main_guard(module.main, list(map(str, argv)))
+        main_guard(module.main, list(map(str, argv)))
     return stop.value.code
 
 
@@ -144,7 +145,7 @@ def test_keyboard_and_mouse_on_a_mesh(monkeypatch):
     monkeypatch.setattr(
         report.compiled, 'compile_seconds', lambda build: ({'cold': 2.0, 'cached': 1.0}, build())
     )
-    given = target.open_target(config.load('matrix_game_2:TINY', ['--mesh.seq', '2']), random=True)
+    given = target.open_target(recipes.load('matrix_game_2:TINY', ['--mesh.seq', '2']), random=True)
     seen = []
     timed = measure.intervals
     monkeypatch.setattr(
@@ -170,7 +171,7 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
         report.compiled, 'compile_seconds', lambda build: ({'cold': 2.0, 'cached': 1.0}, build())
     )
     given = target.open_target(
-        config.load('the_matrix:TINY_SWIN', [*SMALL, '--mesh.pipeline', '2dit_3vae']),
+        recipes.load('the_matrix:TINY_SWIN', [*SMALL, '--mesh.pipeline', '2dit_3vae']),
         random=True,
         layers=1,
     )
@@ -281,7 +282,7 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
         return results(devices, 10 * devices**0.5)
 
     monkeypatch.setattr(calls, 'apart', apart)
-    given, pages = config.load('the_matrix:TINY'), []
+    given, pages = recipes.load('the_matrix:TINY'), []
     found, page = calls.sweep(
         given, measure.Settings(), True, None, lambda found, page: pages.append(page)
     )
@@ -302,13 +303,13 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
 
 
 def test_a_sweep_leaves_out_what_a_world_cannot_do():
-    assert list(calls.meshes(config.load('matrix_game_2:TINY').world)) == [
+    assert list(calls.meshes(recipes.load('matrix_game_2:TINY').world)) == [
         'seq=1',
         'seq=2',
         'seq=4',
         'seq=8',
     ]
-    assert calls.meshes(config.load('the_matrix:TINY').world) == calls.SWEEP
+    assert calls.meshes(recipes.load('the_matrix:TINY').world) == calls.SWEEP
 
 
 def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):
@@ -319,11 +320,11 @@ def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):
 
     monkeypatch.setattr(calls, 'apart', apart)
     with pytest.raises(config.UsageError, match='seq=1: MemoryError; seq=2: MemoryError'):
-        calls.sweep(config.load('the_matrix:TINY'), measure.Settings(), True, None)
+        calls.sweep(recipes.load('the_matrix:TINY'), measure.Settings(), True, None)
 
 
 def test_the_peer_gets_our_weights_without_control(tmp_path):
-    given = target.open_target(config.load('the_matrix:TINY', SMALL), random=True)
+    given = target.open_target(recipes.load('the_matrix:TINY', SMALL), random=True)
     cfg, plain = torch_baseline.export(given, tmp_path)
     _, tensors = diffusers_layout.read_component(tmp_path, 'transformer')
     assert not [name for name in tensors if 'control' in name]
@@ -340,7 +341,7 @@ def test_the_peer_gets_our_weights_without_control(tmp_path):
     reason='needs torch and diffusers',
 )
 def test_the_peer_computes_what_ours_does():
-    given = target.open_target(config.load('the_matrix:TINY'), random=True)
+    given = target.open_target(recipes.load('the_matrix:TINY'), random=True)
     found = torch_baseline.run(given, measure.Settings(steps=2, warmup=1))
     assert max(found['difference'].values()) < 1e-4
     assert found['end_to_end']['fps'] > 0

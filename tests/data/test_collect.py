@@ -147,9 +147,9 @@ def test_restart_records_only_what_is_missing(recorded):
 
 def test_keys_do_what_they_say():
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
-    from matrix_jax.data.carracing import TOP_SPEED, Game
+    from matrix_jax.data.carracing import TOP_SPEED, CarRacingGame
 
-    game = Game()
+    game = CarRacingGame()
     yaw, speed = {}, {}
     for key in CONTROLS:
         game.reset(seed=7, theme='meadow')
@@ -170,9 +170,9 @@ def test_keys_do_what_they_say():
 
 def test_sixteen_frames_are_fifty_physics_steps():
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
-    from matrix_jax.data.carracing import Game
+    from matrix_jax.data.carracing import CarRacingGame
 
-    game = Game()
+    game = CarRacingGame()
     game.reset(seed=7, theme='meadow')
     before = game.env.t
     steps = []
@@ -186,9 +186,9 @@ def test_sixteen_frames_are_fifty_physics_steps():
 
 def test_following_driver_stays_on_the_road():
     pytest.importorskip('gymnasium.envs.box2d.car_racing')
-    from matrix_jax.data.carracing import Driver, Game
+    from matrix_jax.data.carracing import CarRacingGame, Driver
 
-    game = Game()
+    game = CarRacingGame()
     game.reset(seed=3, theme='meadow', start=0.3, backwards=True)
     driver = Driver(game, np.random.default_rng(0))
     states = np.concatenate([game.hold(driver.key(follow=True), draw=False)[1] for _ in range(40)])

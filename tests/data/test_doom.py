@@ -17,7 +17,7 @@ HALL = doom.THEMES['maze'].held_out[0]
 
 @pytest.fixture(scope='module')
 def game():
-    made = doom.Game()
+    made = doom.VizDoomGame()
     yield made
     made.close()
 

@@ -47,7 +47,7 @@ def folder(tmp_path_factory):
 
 def make(folder, out, workers=1, **settings):
     sources = footage.find(folder, 'Footage.')
-    return ingest.run(footage.Footage(**SIZE, **settings), folder, sources, out, workers)
+    return ingest.run(footage.FootageReader(**SIZE, **settings), folder, sources, out, workers)
 
 
 @pytest.fixture(scope='module')
@@ -166,7 +166,7 @@ def test_a_restart_makes_only_what_is_missing(folder, tmp_path, monkeypatch):
 
 def test_a_video_is_in_one_split():
     sources = [
-        ingest.Source(f'{name}.mp4', start=start) for name in 'abcdefghij' for start in (0, 9)
+        ingest.VideoSource(f'{name}.mp4', start=start) for name in 'abcdefghij' for start in (0, 9)
     ]
     groups = list(ingest._groups(sources, [1] * 20, 0.3))
     paths = {

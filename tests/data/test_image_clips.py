@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax.controls.keyboard_mouse import Actions
+from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.data import image_clips, records
 
 PARAMS = {'vae': {'encoder': {'kernel': np.ones(2)}}}
@@ -18,7 +18,7 @@ class World:
     cfg = types.SimpleNamespace(
         mirror=True, height=8, width=8, vae=types.SimpleNamespace(normalisation={})
     )
-    vocabulary = Actions('universal')
+    vocabulary = KeyboardMouseVocabulary('universal')
     calls = 0
 
     def encode_frames(self, params, frames):
@@ -26,7 +26,7 @@ class World:
         left, right = jnp.split(frames[:, ::4].astype(jnp.float32), 2, axis=3)
         return jnp.stack([left.mean((2, 3)), right.mean((2, 3))], 2)[:, :, None]
 
-    def tell(self, params, frames, count):
+    def image_condition(self, params, frames, count):
         return jnp.ones((len(frames), count, 1, 2, 1)) * frames.max()
 
 
@@ -70,11 +70,11 @@ def test_clips_are_cut_encoded_and_turned(recorded, tmp_path):
 
 def test_batches_resume_and_keep_to_what_all_arrays_have(recorded, tmp_path):
     store = image_clips.encode(recorded, World(), PARAMS, tmp_path / 'cache', 9)
-    batches = image_clips.Batches(store, 2, seed=3, more={'path': np.arange(3)})
+    batches = image_clips.ClipBatches(store, 2, seed=3, more={'path': np.arange(3)})
     first = [next(batches) for _ in range(2)]
     state = batches.state()
     then = [next(batches) for _ in range(3)]
-    again = image_clips.Batches(store, 2, seed=3, more={'path': np.arange(3)})
+    again = image_clips.ClipBatches(store, 2, seed=3, more={'path': np.arange(3)})
     again.restore(state)
     for want in then:
         got = next(again)
@@ -82,7 +82,7 @@ def test_batches_resume_and_keep_to_what_all_arrays_have(recorded, tmp_path):
     assert {int(one) for batch in first + then for one in batch['clip']} == {0, 1, 2}
     assert all(np.array_equal(batch['clip'], batch['path']) for batch in first + then)
     with pytest.raises(ValueError, match='the batches would differ'):
-        image_clips.Batches(store, 2, seed=4).restore(state)
+        image_clips.ClipBatches(store, 2, seed=4).restore(state)
 
 
 def test_what_cannot_be_used_is_named(recorded, tmp_path):
@@ -98,5 +98,5 @@ def test_what_cannot_be_used_is_named(recorded, tmp_path):
     with pytest.raises(records.RecordError, match='without keys without mouse'):
         image_clips.encode(dumb, World(), PARAMS, tmp_path / 'cache', 9)
     with pytest.raises(ValueError, match='world.mode: got keys'):
-        image_clips.columns(Actions('templerun'))
+        image_clips.columns(KeyboardMouseVocabulary('templerun'))
     assert not (tmp_path / 'cache').exists() or not list((tmp_path / 'cache').glob('*/*/store*'))

@@ -62,7 +62,7 @@ def test_every_malformed_entry_is_named(tmp_path):
         {**GOOD, 'control_signal_seq': ''},
         {**GOOD, 'valid_frame_idx': True},
     ]
-    with pytest.raises(ingest.GatherError) as error:
+    with pytest.raises(ingest.IngestError) as error:
         index.read(listing(tmp_path, *wrong))
     said = str(error.value)
     for part in (
@@ -93,15 +93,15 @@ def test_every_malformed_entry_is_named(tmp_path):
 )
 def test_what_is_no_index_is_refused(tmp_path, text, said):
     (tmp_path / 'index.json').write_text(text)
-    with pytest.raises(ingest.GatherError, match=said):
+    with pytest.raises(ingest.IngestError, match=said):
         index.read(tmp_path / 'index.json')
-    with pytest.raises(ingest.GatherError, match='none.json: No such file'):
+    with pytest.raises(ingest.IngestError, match='none.json: No such file'):
         index.read(tmp_path / 'none.json')
 
 
 def test_wrong_settings_are_named():
-    with pytest.raises(ingest.GatherError, match='--frames: got 16, expected 1'):
-        index.Index(32, 48, frames=16)
+    with pytest.raises(ingest.IngestError, match='--frames: got 16, expected 1'):
+        index.IndexReader(32, 48, frames=16)
 
 
 def test_entries_become_the_clips_that_they_mean(tmp_path):
@@ -122,7 +122,7 @@ def test_entries_become_the_clips_that_they_mean(tmp_path):
         {'path': 'videos/gone.mp4', 'caption': 'A road.'},
     ]
     sources = index.read(listing(tmp_path, *entries))
-    settings = index.Index(32, 48, frames=9, held_out=0.0)
+    settings = index.IndexReader(32, 48, frames=9, held_out=0.0)
     report = ingest.run(settings, tmp_path, sources, tmp_path / 'out')
     assert (report.clips, list(report.skipped)) == (2, ['videos/gone.mp4'])
     shard = Shard(tmp_path / 'out' / 'train-00000.array_record')

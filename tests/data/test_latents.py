@@ -100,7 +100,7 @@ def test_windows_hold_the_actions_of_their_frames(recorded, tmp_path):
     )
     records.write_shard(folder / f'train-0{records.SUFFIX}', [walk])
     store = latents.encode([folder, recorded], World(), PARAMS, tmp_path / 'cache')
-    batch = next(latents.Windows(store, 4, 24, 0, np.zeros((3, 1), int)))
+    batch = next(latents.LatentWindows(store, 4, 24, 0, np.zeros((3, 1), int)))
     assert batch['keyboard'].shape == (24, 13, 4) and batch['pose'].shape == (24, 13, 6)
     walked = batch['clip'] < 2  # the walk and its mirror image
     assert walked.any() and np.isnan(batch['mouse'][~walked]).all()
@@ -117,7 +117,7 @@ def test_windows_hold_the_actions_of_their_frames(recorded, tmp_path):
 def test_windows_resume_exactly_and_refuse_other_data(recorded, tmp_path):
     store = latents.encode(recorded, World(), PARAMS, tmp_path / 'cache')
     ids = np.arange(6).reshape(2, 3)
-    windows = latents.Windows(store, 4, 2, 7, ids)
+    windows = latents.LatentWindows(store, 4, 2, 7, ids)
     next(windows)
     state = windows.state()
     wanted = next(windows)
@@ -126,15 +126,15 @@ def test_windows_resume_exactly_and_refuse_other_data(recorded, tmp_path):
         mirrored = window[0, 0, 0, 0] == 0
         assert store.names[clip].endswith('mirrored') == mirrored
         np.testing.assert_array_equal(one, ids[store.captions[clip]])
-    again = latents.Windows(store, 4, 2, 7, ids)
+    again = latents.LatentWindows(store, 4, 2, 7, ids)
     again.restore(state)
     got = next(again)
     for name in wanted:
         np.testing.assert_array_equal(got[name], wanted[name])
     with pytest.raises(ValueError, match='has seed 7, here it is 8'):
-        latents.Windows(store, 4, 2, 8, ids).restore(state)
+        latents.LatentWindows(store, 4, 2, 8, ids).restore(state)
     with pytest.raises(records.RecordError, match='no episode has 12'):
-        latents.Windows(store, 12, 2, 7, ids)
+        latents.LatentWindows(store, 12, 2, 7, ids)
 
 
 def test_clips_of_another_size_are_refused(recorded, tmp_path):
@@ -169,7 +169,7 @@ def test_folders_are_encoded_by_themselves_and_joined(recorded, footage, tmp_pat
 def drawn(store, count=6, **settings):
     """(batches of 4 drawn, the windows): a batch as (clip, first control) pairs."""
     ids = np.zeros((len(store.texts), 2))
-    windows = latents.Windows(store, 4, 4, 7, ids, **settings)
+    windows = latents.LatentWindows(store, 4, 4, 7, ids, **settings)
     batches = [next(windows) for _ in range(count)]
     return [list(zip(one['clip'], one['controls'][:, 0], strict=True)) for one in batches], windows
 

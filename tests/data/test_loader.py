@@ -225,7 +225,7 @@ def test_wrong_arguments_are_refused(folder, arguments, message):
 
 
 def test_missing_data_names_the_recorder(tmp_path):
-    with pytest.raises(RecordError, match=r'tools/collect.py'):
+    with pytest.raises(RecordError, match=r'matrix-jax collect'):
         Loader(tmp_path, FRAMES, batch=1)
 
 

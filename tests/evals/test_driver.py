@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from matrix_jax.data.carracing import HEIGHT, THEMES, WIDTH, Game
+from matrix_jax.data.carracing import HEIGHT, THEMES, WIDTH, CarRacingGame
 from matrix_jax.evals import driver
 
 
@@ -73,7 +73,7 @@ def test_blur_is_a_mean_of_squares():
 
 
 def test_in_the_game_frames_are_enough_to_stay_on_the_road():
-    game = Game()
+    game = CarRacingGame()
     (start,) = driver.starts(game, 1, 8)
     frames, telemetry, keys = driver.drive_game(game, start, driver.Config(cruise=18.0), 20)
     assert len(frames) == len(telemetry) == 80 and len(keys) == 20

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import config, recipes, worlds
+from matrix_jax.cli.parser import main_guard
 from matrix_jax.data.records import SUFFIX, Clip, unknown, write_shard
 from matrix_jax.evals import action_probe, first_person, report, tables
 from matrix_jax.stream.base import Decoder, Stream
@@ -52,7 +53,7 @@ class Round(matrix_game_2.World):
 
         return Decoder(lambda params, latents: show(params, None, latents, True), show)
 
-    def stream(self, entry=None):
+    def stream(self, control_binding=None):
         def step(params, carry, control):
             picture, at = carry
             places = at[:, None] + self.by * jnp.cumsum(jnp.sign(control[..., 5]), axis=1)
@@ -99,7 +100,7 @@ def recorded(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def world():
-    return Round(dataclasses.replace(config.load('matrix_game_2:TINY').world, fps=FPS))
+    return Round(dataclasses.replace(recipes.load('matrix_game_2:TINY').world, fps=FPS))
 
 
 @pytest.fixture(scope='module')
@@ -198,7 +199,7 @@ def test_scripts_change_where_latent_frames_do(recorded, world):
 )
 def test_what_cannot_be_judged_is_named(recorded, world, tmp_path, change, words):
     name = {'mode': 'TINY_RUN', 'clip': 'TINY_CLIP'}.get(next(iter(change)), 'TINY')
-    other = worlds.build(config.load(f'matrix_game_2:{name}').world)
+    other = worlds.build(recipes.load(f'matrix_game_2:{name}').world)
     with pytest.raises(config.UsageError, match=words):
         report.evaluate(other, None, str(recorded), tmp_path / 'out', CFG)
     assert list(tmp_path.iterdir()) == []
@@ -214,5 +215,5 @@ def test_the_tool_names_what_is_missing(tmp_path, capsys):
         (['--data', str(tmp_path), '--seconds', '0'], '--seconds: got 0'),
     ):
         with pytest.raises(SystemExit) as stop:
-            config.main_guard(tool.main, ['matrix_game_2:TINY', *argv])
+            main_guard(tool.main, ['matrix_game_2:TINY', *argv])
         assert stop.value.code == 2 and said in capsys.readouterr().err

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from matrix_jax.config import UsageError
-from matrix_jax.data.carracing import Game, record
+from matrix_jax.data.carracing import CarRacingGame, record
 from matrix_jax.data.records import SUFFIX, write_shard
 from matrix_jax.evals import carracing, control, report, tables
 from matrix_jax.evals.scripted import SCRIPTS
@@ -32,8 +32,8 @@ CFG = carracing.Config(
 class Blank(World):
     """Shows nothing but black in the size of the game."""
 
-    def stream(self, entry):
-        plain = super().stream(entry)
+    def stream(self, control_binding):
+        plain = super().stream(control_binding)
 
         def step(params, carry, control):
             carry, frames = plain.step(params, carry, control)
@@ -44,7 +44,7 @@ class Blank(World):
 
 @pytest.fixture(scope='module')
 def recorded(tmp_path_factory):
-    folder, game = tmp_path_factory.mktemp('recorded'), Game()
+    folder, game = tmp_path_factory.mktemp('recorded'), CarRacingGame()
     for split, seed in (('train', 2), ('heldout', 3)):
         write_shard(
             folder / f'{split}-0{SUFFIX}',
@@ -105,4 +105,4 @@ def test_the_tool_needs_data():
         env=os.environ | {'PYTHONPATH': str(TOOL.parents[1])},
     )
     assert done.returncode == 2
-    assert done.stderr == ('error: --data: needs a folder of recorded clips (tools/collect.py)\n')
+    assert done.stderr == ('error: --data: needs a folder of recorded clips (matrix-jax collect)\n')

@@ -3,7 +3,7 @@
 import numpy as np
 
 from matrix_jax.controls.driving import SYMBOLS
-from matrix_jax.data.carracing import Game
+from matrix_jax.data.carracing import CarRacingGame
 from matrix_jax.evals import driver, scripted
 
 
@@ -15,7 +15,7 @@ def test_scripts_are_of_their_length_and_mixed_ones_hold_every_symbol():
 
 
 def test_a_mirrored_game_turns_to_the_side_of_its_key():
-    game = Game()
+    game = CarRacingGame()
     (start,) = driver.starts(game, 1, 12)
     plain, states, before = scripted.play(game, start, 3, ['DL'] * 6, mirror=False)
     turned, mirrored, keys = scripted.play(game, start, 3, ['DR'] * 6, mirror=True)

@@ -16,12 +16,12 @@ from matrix_jax.stream.base import Decoder, Stream
 class World:
     """Latents are every fourth frame, and frames are latents shown four times."""
 
-    vocabulary = driving.Symbols()
+    vocabulary = driving.DrivingVocabulary()
 
     def __init__(self, **stream):
         self.cfg = SimpleNamespace(fps=16, clip=None, stream=swin.Config(**stream))
 
-    def ready(self, params):
+    def precompute(self, params):
         return params
 
     def tokenize(self, prompts):
@@ -39,8 +39,8 @@ class World:
 
         return Decoder(lambda params, latents: show(params, jnp.zeros(()), latents), show)
 
-    def stream(self, entry):
-        cfg = dataclasses.replace(self.cfg.stream, entry=entry)
+    def stream(self, control_binding):
+        cfg = dataclasses.replace(self.cfg.stream, control_binding=control_binding)
 
         def step(params, carry, control):
             slots = swin.bind(cfg, carry, control)
@@ -51,10 +51,10 @@ class World:
         return Stream(lambda params, cond, key: cond[1], step, step)
 
 
-@pytest.mark.parametrize('entry', ['tail', 'head'])
+@pytest.mark.parametrize('binding', ['late', 'early'])
 @pytest.mark.parametrize('group_frames', [1, 2])
-def test_scripted_frames_stand_under_their_controls(entry, group_frames):
-    streams = video.Streams(World(groups=4, group_frames=group_frames, context=3), None, entry)
+def test_scripted_frames_stand_under_their_controls(binding, group_frames):
+    streams = video.Streams(World(groups=4, group_frames=group_frames, context=3), None, binding)
     symbols = np.random.default_rng(0).integers(0, 9, (2, 3 + 6 * group_frames))
     frames = streams.script(['a', 'b'], np.zeros((2, 33, 2, 2, 3), np.uint8), symbols, 6, seed=0)
     np.testing.assert_array_equal(frames[:, ::4, 0, 0, 0], symbols[:, 3:])

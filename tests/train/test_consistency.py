@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.diffusion import schedules, solvers
 from matrix_jax.stream import swin
 from matrix_jax.train.consistency import StreamConsistency, tables
@@ -22,7 +22,7 @@ def test_points_of_a_shift_end_at_the_phase_boundaries():
         table.levels[0], [0] * 3 + [249] * 2 + [499] * 2 + [749] * 2 + [999] * 2
     )
     np.testing.assert_array_equal(table.levels[-1, 3::2], [49, 299, 549, 799])
-    plan = swin.tables(STREAM, SCHEDULER).plan
+    plan = swin.shift_table(STREAM, SCHEDULER).plan
     # Where the few-step sampler lands, the target of the teacher's last step lies as well.
     np.testing.assert_allclose(table.skip[0], plan.keep[0], rtol=1e-6)
     np.testing.assert_allclose(table.out[0], plan.clean[0], rtol=1e-6)
@@ -53,7 +53,7 @@ def test_weights_balance_the_groups():
 
 @pytest.fixture(scope='module')
 def tiny():
-    run = config.load('the_matrix:TINY_CONSISTENCY')
+    run = recipes.load('the_matrix:TINY_CONSISTENCY')
     net = run.world.dit  # layers that are all alike compile in half the time
     net = dataclasses.replace(
         net, layers=2, control=dataclasses.replace(net.control, start=0, end=2)

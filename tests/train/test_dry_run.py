@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
+from matrix_jax.cli.parser import main_guard
 from matrix_jax.dit.cogvideox import Control, DiT, shapes
 from matrix_jax.train import dry_run
 from matrix_jax.weights import conversion
@@ -38,7 +39,7 @@ def test_a_loop_counts_as_often_as_it_runs(remat):
 
 def test_rematerialisation_costs_what_it_recomputes():
     def work(remat):
-        cfg = config.load('the_matrix:TINY', ['--world.dit.remat', remat]).world.dit
+        cfg = recipes.load('the_matrix:TINY', ['--world.dit.remat', remat]).world.dit
         cond = cfg.control.dim
         latents, text, level, control = (
             jax.ShapeDtypeStruct(shape, 'float32')
@@ -60,7 +61,7 @@ def test_rematerialisation_costs_what_it_recomputes():
 
 
 def test_the_report_says_what_a_device_holds(monkeypatch):
-    run = config.load('the_matrix:TINY_CONTROL', ['--train.batch', '8', '--mesh.fsdp', '8'])
+    run = recipes.load('the_matrix:TINY_CONTROL', ['--train.batch', '8', '--mesh.fsdp', '8'])
     net = dataclasses.replace(run.world.dit, layers=2, control=Control(dim=16, start=0, end=2))
     run = dataclasses.replace(run, world=dataclasses.replace(run.world, dit=net))
     monkeypatch.setattr(dry_run, 'MIB', 1)
@@ -110,7 +111,7 @@ def test_the_door_refuses(argv, said, tmp_path, monkeypatch, capsys):
     tool = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tool)
     with pytest.raises(SystemExit) as stop:
-        config.main_guard(tool.main, ['the_matrix:TINY_SWIN', *argv])
+        main_guard(tool.main, ['the_matrix:TINY_SWIN', *argv])
     printed = capsys.readouterr()
     assert stop.value.code == 2 and not printed.out
     assert printed.err.startswith('error: ') and printed.err.count('\n') == 1

@@ -7,15 +7,15 @@ import numpy as np
 import optax
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.train import state as states
 from matrix_jax.weights.conversion import flatten
 
 RECIPES = [
     name
     for world in ('the_matrix', 'matrix_game_2')
-    for name in config.list_recipes(world)
-    if ':TINY' in name and config.load(name).stage
+    for name in recipes.list_recipes(world)
+    if ':TINY' in name and recipes.load(name).stage
 ]
 
 
@@ -50,11 +50,11 @@ def files(folder):
 
 @pytest.mark.parametrize('recipe', RECIPES)
 def test_a_stage_exports_and_reads_back_every_bit(recipe, tmp_path):
-    run = config.load(recipe)
+    run = recipes.load(recipe)
     world, final = trained(run)
     world.save(tmp_path / 'one', final, dtype='float32')
     again, read = worlds.start(dataclasses.replace(run, weights=str(tmp_path / 'one')))
-    parts = [part.folder for part in world.parts if part.folder in final]
+    parts = [part.folder for part in world.components if part.folder in final]
     assert set(parts) <= set(run.stage.components) and parts
     for part in parts:
         wanted, found = flatten(final[part]), flatten(read[part])
@@ -62,7 +62,7 @@ def test_a_stage_exports_and_reads_back_every_bit(recipe, tmp_path):
         for name, leaf in wanted.items():
             assert found[name].dtype == np.float32
             assert np.asarray(leaf, np.float32).tobytes() == found[name].tobytes(), (part, name)
-    for part in world.parts:
+    for part in world.components:
         if part.folder in parts:
             assert getattr(again.cfg, part.field) == getattr(world.cfg, part.field)
     again.save(tmp_path / 'two', {part: read[part] for part in parts}, dtype='float32')
@@ -70,5 +70,5 @@ def test_a_stage_exports_and_reads_back_every_bit(recipe, tmp_path):
 
 
 def test_every_stage_has_a_recipe_here():
-    kinds = {type(config.load(name).stage).__name__ for name in config.list_recipes()}
-    assert kinds - {'NoneType'} == {type(config.load(name).stage).__name__ for name in RECIPES}
+    kinds = {type(recipes.load(name).stage).__name__ for name in recipes.list_recipes()}
+    assert kinds - {'NoneType'} == {type(recipes.load(name).stage).__name__ for name in RECIPES}

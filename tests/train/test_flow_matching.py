@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import causal
 from matrix_jax.train import optim
@@ -31,14 +31,14 @@ class Toy:
             flow=flow.Config(shift=2.0), stream=causal.Config(frames=3, steps=steps, window=1)
         )
         self.tables = {name: () for name in FlowMatching.components}
-        self.vocabulary = types.SimpleNamespace(rest='', encode=lambda words: np.zeros((1, 6)))
+        self.vocabulary = types.SimpleNamespace(idle='', encode=lambda words: np.zeros((1, 6)))
 
     def denoise(self, params, x, level, cond, actions, block=None):
         p = params['transformer']
         told = cond.latents[..., :1] + cond.image.mean() + actions.mean()
         return jnp.tanh(p['mix'] * x + told + level[..., None, None, None] / 1000)
 
-    def look(self, params, pictures):
+    def image_features(self, params, pictures):
         return pictures.astype(jnp.float32).mean(axis=(2, 3)) / 255
 
     def latents(self, change=lambda net: net, table=None):
@@ -88,7 +88,7 @@ def sizes(grads):
 
 @pytest.mark.parametrize('name', ['FOUNDATION', 'CAUSAL', 'ODE', 'DMD'])
 def test_every_stage_fits_a_world(name):
-    run = config.load(f'matrix_game_2:TINY_{name}')
+    run = recipes.load(f'matrix_game_2:TINY_{name}')
     world = worlds.build(run.world)
     params = run.stage.start(world, world.shapes(), 0)
     loss, _ = jax.eval_shape(
@@ -131,7 +131,7 @@ def test_blocks_have_levels_of_their_own(toy):
     levels = []
     watched = types.SimpleNamespace(
         cfg=world.cfg,
-        look=world.look,
+        image_features=world.image_features,
         denoise=lambda params, x, level, *given: levels.append(np.asarray(level)) or x,
     )
     for seed in range(8):
@@ -143,16 +143,16 @@ def test_blocks_have_levels_of_their_own(toy):
 
 def test_blocks_are_told_what_a_stream_tells_them(toy):
     world, params, batch = toy
-    stream = dataclasses.replace(world.cfg.stream, tell_last=True)
+    stream = dataclasses.replace(world.cfg.stream, condition_on_last_frame=True)
     cfg, seen = types.SimpleNamespace(flow=world.cfg.flow, stream=stream), []
     watched = types.SimpleNamespace(
         cfg=cfg,
-        look=world.look,
+        image_features=world.image_features,
         denoise=lambda params, x, level, cond, *given: seen.append(np.asarray(cond.latents)) or x,
     )
     for stage in (CausalFlow(clip_frames=21), CausalFlow(clip_frames=21, history_noise=0.5)):
         stage.loss(watched, params, batch, KEY)
-    want = causal.tell_blocks(stream, batch['told'], batch['latents'])
+    want = causal.condition_blocks(stream, batch['told'], batch['latents'])
     np.testing.assert_allclose(seen[0], want, atol=1e-6)
     # A stream's own work is never clean: later blocks are told a noisy frame, not so the first.
     np.testing.assert_allclose(seen[1][:, :3], want[:, :3], atol=1e-6)
@@ -232,13 +232,13 @@ def test_a_block_may_end_at_any_call(end):
     """Of a network that says v = weight x: the clean estimate of call `end` remains, and the
     gradient is that of this call alone."""
     cfg, schedule = causal.Config(steps=(1000, 500)), flow.Config(shift=1.0)
-    table = causal.rows(cfg, schedule)
+    table = causal.step_table(cfg, schedule)
     net = causal.Network(lambda p, caches, x, *_: (p * x, caches), None, None, 1, 1)
     noises = jnp.ones((3, 1, 3, 1, 1, 1))
 
     def made(weight):
         told = truncated(net, jnp.asarray(table.level)[end])
-        return causal.walk(
+        return causal.run_calls(
             ended(table, end), told, weight, (), jnp.full((1, 3, 1, 1, 1), 2.0), noises, None, None
         )[1].mean()
 
@@ -325,7 +325,7 @@ def test_a_guided_teacher_asks_for_more_of_what_is_pressed(toy):
 
 def test_a_teacher_sees_pictures_with_its_own_tower(tmp_path):
     """It was trained with it; the student's may have gone on since."""
-    run = config.load('matrix_game_2:TINY_DMD')
+    run = recipes.load('matrix_game_2:TINY_DMD')
     world = worlds.build(run.world)
     params = world.init(0)
     own, other = (str(tmp_path / name) for name in ('own', 'other'))
@@ -348,8 +348,8 @@ def test_who_judges_is_told_of_a_picture_by_its_tower(toy):
     _, params, batch = toy
 
     class Seeing(Toy):
-        def look(self, params, pictures):
-            return params['image_encoder']['gain'] * super().look(params, pictures)
+        def image_features(self, params, pictures):
+            return params['image_encoder']['gain'] * super().image_features(params, pictures)
 
         def latents(self, **given):
             made = super().latents(**given)

@@ -16,7 +16,7 @@ from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.stage import Stage
 from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import read_component
-from matrix_jax.worlds.base import Part, Parts
+from matrix_jax.worlds.base import BaseWorld, Component
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ def weights(cfg):
     )
 
 
-class Toy(Parts):
-    parts = (Part('line', 'line', weights, shapes=None),)
+class Toy(BaseWorld):
+    components = (Component('line', 'line', weights, shapes=None),)
 
 
 class Loader:

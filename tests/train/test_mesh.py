@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import config, recipes, worlds
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
 from matrix_jax.nn import attention
@@ -32,7 +32,7 @@ class Kernels(SwinDPM):
 
 
 def recipe(mesh=ONE):
-    run = config.load('the_matrix:TINY_SWIN')
+    run = recipes.load('the_matrix:TINY_SWIN')
     net = dataclasses.replace(run.world.dit, layers=2, control=Control(dim=16, start=0, end=2))
     return dataclasses.replace(
         run,
@@ -113,7 +113,7 @@ def test_every_role_lies_alike_and_state_moves_between_meshes(alone, world, para
 
 
 def test_a_teacher_lies_like_its_student():
-    run = config.load('the_matrix:TINY_CONSISTENCY', ['--mesh.fsdp', '2'])
+    run = recipes.load('the_matrix:TINY_CONSISTENCY', ['--mesh.fsdp', '2'])
     world = worlds.build(run.world)
     made = program.build(run, world, run.stage.start(world, world.shapes(), 0))
     path = 'steered/block/mlp/up/kernel'
@@ -122,7 +122,7 @@ def test_a_teacher_lies_like_its_student():
 
 
 def test_what_trains_is_float32_whatever_the_network_computes_in():
-    run = config.load('the_matrix:TINY_SWIN', ['--world.dit.dtype', 'bfloat16'])
+    run = recipes.load('the_matrix:TINY_SWIN', ['--world.dit.dtype', 'bfloat16'])
     world = worlds.build(run.world)
     half = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, 'bfloat16'), world.shapes())
     state = jax.eval_shape(program.build(run, world, half).start, half)

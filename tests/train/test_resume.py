@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from matrix_jax import config
+from matrix_jax.cli.parser import main_guard
 from matrix_jax.weights import training_state
 from matrix_jax.weights.conversion import flatten
 from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError
@@ -148,7 +148,7 @@ def test_the_tool_has_an_exit_code_for_a_failed_save(clips, tmp_path, monkeypatc
     monkeypatch.setattr('matrix_jax.train.loop.fit', fit)
     monkeypatch.setattr('matrix_jax.worlds.start', lambda run: (None, None))
     with pytest.raises(SystemExit) as stop:
-        config.main_guard(
+        main_guard(
             module.main,
             ['the_matrix:TINY_SWIN', '--data', str(clips), '--out', str(tmp_path / 'out')],
         )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config
+from matrix_jax import recipes
 from matrix_jax.diffusion import schedules
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import denoise_loss
@@ -89,14 +89,14 @@ def test_wrong_settings_are_named(make, said):
 
 def test_late_binding_holds_the_control_of_the_entry_slot():
     controls = jnp.arange(9)[None]
-    stream = swin.Config(groups=4, group_frames=2, context=1, entry='head', head_group=1)
+    stream = swin.Config(groups=4, group_frames=2, context=1, control_binding='early', head_group=1)
     np.testing.assert_array_equal(played(stream, controls), [[0, 1, 2, 3, 4, 4, 4, 4, 4]])
     tail = swin.Config(groups=4, group_frames=2, context=1)
     np.testing.assert_array_equal(played(tail, controls), controls)
 
 
 def test_groups_are_as_wide_as_the_batch():
-    run, seen = config.load('the_matrix:STAGE3'), {}
+    run, seen = recipes.load('the_matrix:STAGE3'), {}
 
     def denoise(params, noisy, levels, text, control):
         seen['levels'] = levels

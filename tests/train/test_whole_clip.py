@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import config, recipes, worlds
 from matrix_jax.diffusion import schedules
 from matrix_jax.nn import lora
 from matrix_jax.train import loop
@@ -17,7 +17,7 @@ from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.whole_clip import ControlSFT, LoRA, WholeClip
 from matrix_jax.weights import conversion, converter, diffusers_layout
 
-LORA, CONTROL = (config.load(f'the_matrix:{name}') for name in ('TINY_LORA', 'TINY_CONTROL'))
+LORA, CONTROL = (recipes.load(f'the_matrix:{name}') for name in ('TINY_LORA', 'TINY_CONTROL'))
 OPTIMIZER = Optimizer(learning_rate=0.01)
 
 

@@ -12,13 +12,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-from matrix_jax import config
+from matrix_jax import recipes
 
 
 def main(argv):
     """Runs everything; exits with the code of the first command that fails."""
     names = [
-        name.partition(':')[2] for name in config.list_recipes() if name.startswith('ablations:')
+        name.partition(':')[2] for name in recipes.list_recipes() if name.startswith('ablations:')
     ]
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

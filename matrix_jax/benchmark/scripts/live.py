@@ -32,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from matrix_jax import config
+from matrix_jax import recipes
 from matrix_jax.serve.runtime import engine as engines
 from matrix_jax.serve.runtime import session_log
 from matrix_jax.serve.web import app
@@ -393,7 +393,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument('what', choices=('load', 'faults', 'soak'))
-    parser.add_argument('--recipe', default=config.DEFAULT_WORLD)
+    parser.add_argument('--recipe', default=recipes.DEFAULT_WORLD)
     parser.add_argument('--weights')
     parser.add_argument('--entry', default='head')
     parser.add_argument('--seconds', type=float, default=30)
@@ -415,7 +415,7 @@ def main():
     given = [f'--weights={options.weights}'] if options.weights else []
     bounds = Bounds()
     {'load': load, 'faults': faults, 'soak': soak}[options.what](
-        config.load(options.recipe, given), options, bounds
+        recipes.load(options.recipe, given), options, bounds
     )
     sys.exit(bounds.broken > 0)
 

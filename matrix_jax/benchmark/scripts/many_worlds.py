@@ -17,7 +17,7 @@ from pathlib import Path
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from matrix_jax import config
+from matrix_jax import recipes
 from matrix_jax.serve.cluster import workers
 from matrix_jax.serve.web import server
 
@@ -105,7 +105,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('--recipe', default=config.DEFAULT_WORLD)
+    parser.add_argument('--recipe', default=recipes.DEFAULT_WORLD)
     parser.add_argument('--weights')
     parser.add_argument('--worlds', default='1-3')
     parser.add_argument('--players', type=int, default=2, help='places in one world')
@@ -113,7 +113,7 @@ def main():
     parser.add_argument('--cpus', type=float, default=0.5, help="of one world, in Ray's count")
     options = parser.parse_args()
     given = [f'--weights={options.weights}'] if options.weights else []
-    recipe = config.load(options.recipe, given)
+    recipe = recipes.load(options.recipe, given)
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     cfg = server.Config(players=options.players, port=port, grace=5.0)

@@ -36,13 +36,13 @@ def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('data', help='recordings of tools/collect.py vizdoom')
+    parser.add_argument('data', help='recordings of matrix-jax collect vizdoom')
     data = parser.parse_args(argv).data
     learned, judged = first(clips(data, 'train'), LEARN), list(clips(data, 'heldout'))
     if not (learned and judged):
         raise UsageError(
             f'{data}: got no clips with keys, mouse and poses in both splits, '
-            'expected recordings of tools/collect.py vizdoom'
+            'expected recordings of matrix-jax collect vizdoom'
         )
     walkers = {
         'calibrated': curate.calibrate(learned),

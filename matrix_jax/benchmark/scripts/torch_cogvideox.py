@@ -1,4 +1,4 @@
-"""The PyTorch side of `tools/benchmark.py --vs torch`, which calls it: diffusers' CogVideoX.
+"""The PyTorch side of `matrix-jax benchmark --vs torch`, which calls it: diffusers' CogVideoX.
 
     python -m matrix_jax.benchmark.scripts.torch_cogvideox FOLDER
 
