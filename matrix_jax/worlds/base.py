@@ -11,17 +11,17 @@ Who generates or serves a world sees no more of it than this:
     reads_text, start_frames, fit(frames)          what it starts from
     needed(seconds), whole(count), split(controls) controls of a video, of its start and its steps
     inputs(prompt, frames, controls=None)          what `condition` and `sample_clip` take
-    first_controls                                 controls that `stream.prefill` takes
-    cfg.stream.taken, lag, context, entered(...)   controls of a step; when they show
+    first_step_controls                                 controls that `stream.prefill` takes
+    cfg.stream.controls_per_step, lag, context, entered(...)   controls of a step; when they show
     condition, stream, sample_clip                 pure functions of parameters
 
 Who measures one also asks for
 
-    endless, filling                               whether it streams; when its memory is full
+    endless, warmup_steps                               whether it streams; when its memory is full
     cfg.dit, vae; cfg.stream.frames, passes, counted, step_frames, entry
                                                    what goes through the networks; what comes out
-    latents, decoder, decode_chunk, ready_with     both halves of a step, and what they are given
-    one_mesh, halves, apart, quantize              where they lie, and in what type
+    latents, decoder, decode_chunk, precompute_for     both halves of a step, and what they are given
+    one_mesh, stages, split_decoder, quantize              where they lie, and in what type
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from matrix_jax.weights import conversion, diffusers_layout
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Component:
     """One network of a world.
 
     Attributes:
@@ -66,22 +66,29 @@ class Part:
     still: initializers.Laws = ()
 
 
-class Parts:
-    """Base of worlds: `self.cfg` and the class attribute `parts`."""
+class BaseWorld:
+    """Base of worlds: `self.cfg` and the class attribute `components`."""
 
-    parts: tuple[Part, ...] = ()
+    components: tuple[Component, ...] = ()
     extras: tuple[str, ...] = ()  # folders without weights: tokenizers, scheduler
 
     reads_text = False
-    filling = 0  # steps of a stream that remember less than those after them
+    warmup_steps = 0  # steps of a stream that remember less than those after them
     one_mesh = False  # whether both halves of a step share their devices, so that no pipeline is
     autoencoder: Any = None  # the module of the part 'vae'
     decode_chunk: int | None = None  # latent frames decoded at once; None = those of a step
 
+    # What training, evaluation and benchmarks need to know of a world; they look these names up.
+    prediction = ''  # what the network predicts: 'v_prediction' or 'flow_prediction'
+    evaluator = ''  # who evaluates it, a name of `evals.report.EVALUATORS`
+    roofline = ''  # who counts its FLOPs, a name of `benchmark.roofline.NETWORKS`
+    has_int8_layers = False
+    has_torch_baseline = False  # whether diffusers has the same network
+
     @property
-    def first_controls(self) -> int:
+    def first_step_controls(self) -> int:
         """Controls that the first step of a stream takes; as any other by default."""
-        return self.cfg.stream.taken
+        return self.cfg.stream.controls_per_step
 
     @property
     def endless(self) -> bool:
@@ -98,11 +105,11 @@ class Parts:
     @property
     def tables(self) -> dict[str, conversion.Table]:
         """Folder name -> weight table."""
-        return {part.folder: part.weights(getattr(self.cfg, part.field)) for part in self.parts}
+        return {part.folder: part.weights(getattr(self.cfg, part.field)) for part in self.components}
 
     def shapes(self) -> dict:
         """Parameter tree of ShapeDtypeStructs by part; nothing is allocated."""
-        return {part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.parts}
+        return {part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.components}
 
     def init(
         self, seed: int, still: bool = True, only: tuple[str, ...] | None = None, paths: str = '*'
@@ -116,7 +123,7 @@ class Parts:
           paths: pattern of the paths of the leaves to draw.
         """
         drawn = {}
-        for part in self.parts:
+        for part in self.components:
             if only is not None and part.folder not in only:
                 continue
             leaves = {}
@@ -128,7 +135,7 @@ class Parts:
             drawn[part.folder] = conversion.unflatten(leaves)
         return drawn
 
-    def draws(self, part: Part, seed: int, still: bool = True):
+    def draws(self, part: Component, seed: int, still: bool = True):
         """Yields (row, shape of one layer, draw) of each row of a part's table.
 
         `draw(i)` gives layer i of the row, or with None a leaf that is not stacked.
@@ -139,7 +146,7 @@ class Parts:
         for row in part.weights(cfg):
             if isinstance(row, conversion.Row) and row.keys():
                 shape = flat[row.path].shape[1:] if row.layers else flat[row.path].shape
-                seeds = (seed, self.parts.index(part))
+                seeds = (seed, self.components.index(part))
                 yield row, shape, functools.partial(initializers.draw, laws, row.path, shape, seeds)
 
     def replace(self, **fields):
@@ -154,9 +161,9 @@ class Parts:
           ConversionError: names or shapes do not fit; all faults at once.
         """
         params = {}
-        for part in self.parts:
+        for part in self.components:
             if only is None or part.folder in only:
-                place = self.place(folder, part.folder)
+                place = self.locate(folder, part.folder)
                 _, tensors = diffusers_layout.read_component(*place)
                 cfg = getattr(self.cfg, part.field)
                 try:
@@ -167,36 +174,36 @@ class Parts:
                     raise conversion.ConversionError(f'{"/".join(place)}: {error}') from error
         return params
 
-    def place(self, folder: str, name: str) -> tuple[str, str]:
+    def locate(self, folder: str, name: str) -> tuple[str, str]:
         """(folder, component) where a part of a weights folder lies."""
         return str(folder), name
 
-    def borrowed(self, folder: str) -> tuple[str, ...]:
-        """Components that a weights folder leaves to another place, from where `place` reads them."""
+    def external_parts(self, folder: str) -> tuple[str, ...]:
+        """Components that a weights folder leaves to another place, from where `locate` reads them."""
         return ()
 
-    def lies(self, folder: str, name: str) -> bool:
+    def has_part(self, folder: str, name: str) -> bool:
         """Whether a weights folder holds a component."""
         return (Path(folder) / name).is_dir()
 
-    def has(self, folder: str, name: str) -> bool:
+    def can_load(self, folder: str, name: str) -> bool:
         """Whether training starts from a weights folder's component, or a borrowed one."""
-        return self.lies(folder, name)
+        return self.has_part(folder, name)
 
-    def grown(self, cfg):
+    def with_new_layers(self, cfg):
         """This world with what `cfg` adds to a network, for training to begin."""
         return self
 
-    def widen(self, params: Mapping, narrow, seed: int) -> dict:
-        """Parameters of the world `narrow`, with fresh ones for what `grown` added to it."""
+    def add_params(self, params: Mapping, narrow, seed: int) -> dict:
+        """Parameters of the world `narrow`, with fresh ones for what `with_new_layers` added to it."""
         return params
 
     def save(self, folder: str, params: Mapping, start: str | None = None, dtype='bfloat16'):
         """Writes a folder in the released layout; parts that `params` lacks come from `start`, and
         what `start` borrows, the new folder borrows as well."""
         origin = Path(diffusers_layout.resolve(start)) if start else None
-        borrowed = self.borrowed(origin) if origin else ()
-        for part in self.parts:
+        borrowed = self.external_parts(origin) if origin else ()
+        for part in self.components:
             cfg = getattr(self.cfg, part.field)
             if part.folder in params and part.folder not in borrowed:
                 tensors = conversion.to_torch(part.weights(cfg), params[part.folder])
@@ -211,7 +218,7 @@ class Parts:
                 _copy(origin / name, Path(folder) / name)
             else:
                 self.write_extra(name, os.path.join(folder, name))
-        present = [part.folder for part in self.parts if (Path(folder) / part.folder).is_dir()]
+        present = [part.folder for part in self.components if (Path(folder) / part.folder).is_dir()]
         index = {name: ['matrix_jax', name] for name in (*present, *extras)}
         diffusers_layout.write_json(
             folder, 'model_index.json', {'_class_name': self.cfg.name, **index}
@@ -282,7 +289,7 @@ class Parts:
             )
         return jax.device_put(params, places)
 
-    def apart(self, params):
+    def split_decoder(self, params):
         """(parameters of the network, those of the decoder); the second are None where both lie on
         the same devices, and the first are then all."""
         vae = params.get('vae', {})
@@ -296,20 +303,20 @@ class Parts:
         """Parameters with the layers that the configs of the parts name in 8 bits."""
         chosen = {
             part.folder: getattr(getattr(self.cfg, part.field), 'int8_layers', ())
-            for part in self.parts
+            for part in self.components
         }
         return {
             name: linear.quantize(tree, chosen[name]) if chosen.get(name) else tree
             for name, tree in params.items()
         }
 
-    def ready(self, params):
+    def precompute(self, params):
         """Parameters for streaming, with what no step of the stream changes."""
         return params
 
-    def ready_with(self, params, cond):
-        """(parameters, condition) for streaming, of a condition made with others than `ready` ones."""
-        return self.ready(params), cond
+    def precompute_for(self, params, cond):
+        """(parameters, condition) for streaming, of a condition made with others than `precompute` ones."""
+        return self.precompute(params), cond
 
     def summary(self, mesh) -> str:
         """One line per part: parameters, and memory per device at bfloat16. Nothing is allocated.
@@ -348,7 +355,7 @@ def check_frames(cfg) -> None:
 
 
 @functools.cache
-def _shapes(part: Part, cfg) -> dict:
+def _shapes(part: Component, cfg) -> dict:
     return part.shapes(cfg)
 
 
@@ -376,7 +383,7 @@ def read_config(part_config, folder: str, name: str):
     return cfg
 
 
-def read_parts(world: Parts, folder: str, whole: bool, kept: Mapping[str, tuple[str, ...]]) -> dict:
+def read_parts(world: BaseWorld, folder: str, whole: bool, kept: Mapping[str, tuple[str, ...]]) -> dict:
     """Configs of a world's parts as a weights folder has them: field -> config.
 
     The folder decides the sizes of the parts that it holds; how they run is the recipe's.
@@ -388,10 +395,10 @@ def read_parts(world: Parts, folder: str, whole: bool, kept: Mapping[str, tuple[
       kept: field -> names that say how a part runs.
     """
     found = {}
-    for part in world.parts:
-        if whole or world.lies(folder, part.folder):
+    for part in world.components:
+        if whole or world.has_part(folder, part.folder):
             mine = getattr(world.cfg, part.field)
-            read = read_config(type(mine), *world.place(folder, part.folder))
+            read = read_config(type(mine), *world.locate(folder, part.folder))
             found[part.field] = dataclasses.replace(
                 read, **{name: getattr(mine, name) for name in kept.get(part.field, ())}
             )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax.config import UsageError
-from matrix_jax.controls.keyboard_mouse import Actions
+from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.diffusion import flow
 from matrix_jax.dit import wan as dit
 from matrix_jax.encoders import clip_image
@@ -27,7 +27,7 @@ from matrix_jax.stream import base as streams
 from matrix_jax.stream import causal
 from matrix_jax.vae import condition as start
 from matrix_jax.vae import wan as vae
-from matrix_jax.worlds.base import Part, Parts, check_frames, read_parts
+from matrix_jax.worlds.base import BaseWorld, Component, check_frames, read_parts
 
 # Where the published folder has the transformer of each mode; ours is called 'transformer'.
 PUBLISHED = {
@@ -39,7 +39,7 @@ FOUNDATION = 'base_model'
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
+class ClipConfig:
     """How whole clips are made.
 
     Attributes:
@@ -78,7 +78,7 @@ class Config:
     image: clip_image.Config = clip_image.PRESETS['vit_h_14']
     flow: flow.Config = flow.Config()
     stream: causal.Config = causal.Config()
-    clip: Clip | None = None
+    clip: ClipConfig | None = None
     mode: str = 'universal'
     height: int = 352
     width: int = 640
@@ -88,12 +88,12 @@ class Config:
     name: str = 'MatrixGame2'
 
     def __post_init__(self):
-        keys, told = Actions(self.mode).mode, self.dit.actions
-        if told is None or (told.keyboard, bool(told.mouse)) != (len(keys.keys), keys.mouse):
+        keys, actions = KeyboardMouseVocabulary(self.mode).mode, self.dit.actions
+        if actions is None or (actions.keyboard, bool(actions.mouse)) != (len(keys.keys), keys.mouse):
             raise ValueError(
                 f'world.mode: got {self.mode}, which has {len(keys.keys)} keys and '
                 f'{"a" if keys.mouse else "no"} mouse; the network expects '
-                f'{told and (told.keyboard, told.mouse)}'
+                f'{actions and (actions.keyboard, actions.mouse)}'
             )
         check_frames(self)
         if (self.dit.local is None) != (self.clip is not None):
@@ -101,23 +101,26 @@ class Config:
                 f'world.clip: got {self.clip}, but the network has '
                 f'{"no" if self.dit.local is None else "a"} window (dit.local)'
             )
-        ratios = {self.vae.temporal_compression, told.ratio, self.stream.ratio}
-        if len(ratios) > 1 or told.span != self.stream.window:
+        ratios = {self.vae.temporal_compression, actions.ratio, self.stream.ratio}
+        if len(ratios) > 1 or actions.span != self.stream.window:
             raise ValueError(
                 f'world.stream: got ratio {self.stream.ratio} and window '
                 f'{self.stream.window}, expected {self.vae.temporal_compression} of '
-                f'the VAE, and {told.ratio} and {told.span} of the network'
+                f'the VAE, and {actions.ratio} and {actions.span} of the network'
             )
 
 
-class World(Parts):
+class World(BaseWorld):
     """Pure functions of parameters around `Config`; nothing here holds weights."""
 
     autoencoder = vae
-    parts = (
-        Part('dit', 'transformer', dit.weights, dit.shapes, dit.laws, still=dit.STILL),
-        Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
-        Part(
+    prediction = 'flow_prediction'
+    evaluator = 'first_person'
+    roofline = 'wan'
+    components = (
+        Component('dit', 'transformer', dit.weights, dit.shapes, dit.laws, still=dit.STILL),
+        Component('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
+        Component(
             'image',
             'image_encoder',
             clip_image.weights,
@@ -127,11 +130,11 @@ class World(Parts):
     )
 
     @functools.cached_property
-    def vocabulary(self) -> Actions:
+    def vocabulary(self) -> KeyboardMouseVocabulary:
         """Words for what can be pressed."""
-        return Actions(self.cfg.mode)
+        return KeyboardMouseVocabulary(self.cfg.mode)
 
-    def place(self, folder, name):
+    def locate(self, folder, name):
         """The published folder holds the transformers of all modes."""
         published = FOUNDATION if self.cfg.clip else PUBLISHED[self.cfg.mode]
         if (
@@ -140,10 +143,10 @@ class World(Parts):
             and (Path(folder) / published).is_dir()
         ):
             name = published
-        return super().place(folder, name)
+        return super().locate(folder, name)
 
-    def lies(self, folder, name):
-        return Path(*self.place(folder, name)).is_dir()
+    def has_part(self, folder, name):
+        return Path(*self.locate(folder, name)).is_dir()
 
     # --- what a video needs ----------------------------------------------------------------------
 
@@ -151,7 +154,7 @@ class World(Parts):
     one_mesh = True  # the first block is not made like the others
 
     @property
-    def filling(self) -> int:
+    def warmup_steps(self) -> int:
         """Steps behind the first block whose caches have empty slots."""
         return max(0, -(-self.cfg.dit.local // self.cfg.stream.frames) - 2)
 
@@ -203,7 +206,7 @@ class World(Parts):
         ]
 
     @property
-    def first_controls(self) -> int:
+    def first_step_controls(self) -> int:
         """Actions of the first block, which is shorter than the others."""
         return self.cfg.stream.first_actions
 
@@ -225,13 +228,13 @@ class World(Parts):
         return self._condition(params, frames, self.cfg.vae.settled + 1)
 
     def _condition(self, params, frames, count: int):
-        return causal.Cond(self.tell(params, frames, count), self.look(params, frames))
+        return causal.Cond(self.image_condition(params, frames, count), self.image_features(params, frames))
 
-    def tell(self, params, frames, count: int):
-        """What `count` latent frames are told of pictures uint8 [B 1 H W 3]: [B T H W Cc]."""
+    def image_condition(self, params, frames, count: int):
+        """What `count` latent frames take as their condition from pictures uint8 [B 1 H W 3]: [B T H W Cc]."""
         return start.condition(self.cfg.vae, params['vae'], start.pixels(frames[:, 0]), count)
 
-    def look(self, params, frames):
+    def image_features(self, params, frames):
         """Features of pictures uint8 [B 1 H W 3]: [B L D]."""
         return clip_image.encode(
             self.cfg.image, params['image_encoder'], start.pixels(frames[:, 0])
@@ -272,29 +275,29 @@ class World(Parts):
         )
 
     def latents(
-        self, *, change=lambda net: net, table: causal.Rows | None = None
+        self, *, change=lambda net: net, table: causal.StepTable | None = None
     ) -> streams.Stream:
         """The stream before its decoder: actions in, latents [B T H W C] out.
 
         Args:
           change: `Network -> Network`, what training changes about it.
-          table: the calls of a block, if they are others than `causal.rows`.
+          table: the calls of a block, if they are others than `causal.step_table`.
         """
         cfg = self.cfg
-        net = causal.guided(
-            cfg.stream, change(network(cfg.dit)), self.vocabulary.encode([self.vocabulary.rest])[0]
+        net = causal.with_action_guidance(
+            cfg.stream, change(network(cfg.dit)), self.vocabulary.encode([self.vocabulary.idle])[0]
         )
         return causal.make(cfg.stream, cfg.flow, net, table)
 
-    def stream(self, entry: str | None = None) -> streams.Stream:
+    def stream(self, control_binding: str | None = None) -> streams.Stream:
         """Actions float32 [B F A] in, uint8 frames out: 9 in `prefill`, 12 in each `step`.
 
         Args:
-          entry: where keys bind in worlds with a queue; here they bind at once.
+          control_binding: where keys bind in worlds with a queue; here they bind at once.
         """
         return streams.chain(self.latents(), self.decoder())
 
-    def halves(self, entry: str | None = None) -> dict:
+    def stages(self, control_binding: str | None = None) -> dict:
         """What a pipeline of two meshes is made of.
 
         Raises:

@@ -30,7 +30,7 @@ from matrix_jax.stream import base as streams
 from matrix_jax.stream import swin
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.weights import conversion, diffusers_layout
-from matrix_jax.worlds.base import Part, Parts, check_frames, read_parts
+from matrix_jax.worlds.base import BaseWorld, Component, check_frames, read_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +80,11 @@ class Config:
         return self.vae.temporal_compression
 
 
-class World(Parts):
+class World(BaseWorld):
     """Pure functions of parameters around `Config`; nothing here holds weights."""
 
-    parts = (
-        Part(
+    components = (
+        Component(
             'dit',
             'transformer',
             dit.weights,
@@ -95,9 +95,9 @@ class World(Parts):
                 ('out/*', initializers.zeros),
             ),
         ),
-        Part('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
+        Component('vae', 'vae', vae.weights, vae.shapes, lambda cfg: vae.LAWS),
         # Logits of T5 are not scaled by 1/sqrt(E); its queries start smaller instead.
-        Part(
+        Component(
             'text',
             'text_encoder',
             t5.weights,
@@ -108,7 +108,7 @@ class World(Parts):
                 ('layers/q/kernel', initializers.xavier(1 / cfg.head_dim)),
             ),
         ),
-        Part(
+        Component(
             'control',
             'control_encoder',
             clip.weights,
@@ -120,9 +120,14 @@ class World(Parts):
         ),
     )
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')
-    vocabulary = driving.Symbols()
+    vocabulary = driving.DrivingVocabulary()
     reads_text = True
     autoencoder = vae
+    prediction = 'v_prediction'
+    evaluator = 'carracing'
+    roofline = 'cogvideox'
+    has_int8_layers = True
+    has_torch_baseline = True
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
@@ -175,7 +180,7 @@ class World(Parts):
 
     def split(self, symbols: list[str]):
         """Symbols of a whole video -> (those of the first window, those of each step)."""
-        return swin.whole_video(self.cfg.stream, symbols)
+        return swin.video_controls(self.cfg.stream, symbols)
 
     def inputs(self, prompt: str, frames, symbols: list[str] | None = None):
         """What `condition`, or for whole clips `sample_clip`, takes of a prompt, a start clip uint8
@@ -196,34 +201,34 @@ class World(Parts):
             self.control_tokenizer = None
             if self.cfg.dit.control:
                 self.control_tokenizer = tokenizers.load(
-                    Path(*self.place(folder, 'control_tokenizer'))
+                    Path(*self.locate(folder, 'control_tokenizer'))
                 )
         return self
 
-    def place(self, folder, name):
+    def locate(self, folder, name):
         """Control prompts are encoded by `cfg.control_weights` where the folder does not do it."""
         if name.startswith('control_') and not (Path(folder) / name).is_dir():
             return str(diffusers_layout.resolve(self.cfg.control_weights)), ''
-        return super().place(folder, name)
+        return super().locate(folder, name)
 
-    def borrowed(self, folder):
+    def external_parts(self, folder):
         """Released folders leave the encoder of control prompts to `cfg.control_weights`."""
         names = ('control_encoder', 'control_tokenizer')
         return () if any((Path(folder) / name).is_dir() for name in names) else names
 
-    def has(self, folder, name):
+    def can_load(self, folder, name):
         """A network without control needs no encoder of control prompts."""
-        return super().has(folder, name) or (
-            self.cfg.dit.control is not None and name in self.borrowed(folder)
+        return super().can_load(folder, name) or (
+            self.cfg.dit.control is not None and name in self.external_parts(folder)
         )
 
-    def grown(self, cfg):
+    def with_new_layers(self, cfg):
         """A base model without control blocks gets those of `cfg`."""
         if cfg.dit.control is None or self.cfg.dit.control:
             return self
         return self.replace(dit=dataclasses.replace(self.cfg.dit, control=cfg.dit.control))
 
-    def widen(self, params, narrow, seed):
+    def add_params(self, params, narrow, seed):
         """Control blocks that `narrow` lacks start as the identity."""
         if self.cfg.dit == narrow.cfg.dit:
             return params
@@ -259,7 +264,7 @@ class World(Parts):
         return tokenizers.encode(self.control_tokenizer, prompts, None)[0]
 
     def embed_ids(self, params, ids):
-        """Ids [B L] -> text [B L D]; as the network's tokens where `params` are `ready`."""
+        """Ids [B L] -> text [B L D]; as the network's tokens where `params` are precomputed."""
         text = t5.T5Encoder(self.cfg.text).apply({'params': params['text_encoder']}, ids)
         return self.as_tokens(params, text)
 
@@ -280,7 +285,7 @@ class World(Parts):
     def denoise(self, params, x, level, text, control):
         """v-prediction [B T H W C] of noisy latents at levels [B T].
 
-        Where `params` are `ready`, levels are those of the stream, and controls are symbols.
+        Where `params` are precomputed, levels are those of the stream, and controls are symbols.
         """
         net = {'params': params['transformer']}
         if precompute.COLLECTION not in params:
@@ -294,9 +299,9 @@ class World(Parts):
     @property
     def levels(self) -> np.ndarray:
         """Noise levels of the calls of a shift, int32 [calls T]."""
-        return swin.tables(self.cfg.stream, self.cfg.scheduler).levels
+        return swin.shift_table(self.cfg.stream, self.cfg.scheduler).levels
 
-    def ready(self, params, table=None):
+    def precompute(self, params, table=None):
         """Parameters for streaming, with a part for what no step changes, made once.
 
         The part holds all that the levels of the stream modulate with, and the keys and values of
@@ -325,8 +330,8 @@ class World(Parts):
         }
         return params | {precompute.COLLECTION: make(needed, table)}
 
-    def ready_with(self, params, cond):
-        params = self.ready(params, cond.control_table)
+    def precompute_for(self, params, cond):
+        params = self.precompute(params, cond.control_table)
         if precompute.COLLECTION in params:
             cond = dataclasses.replace(
                 cond,
@@ -336,30 +341,30 @@ class World(Parts):
             )
         return params, cond
 
-    def latents(self, *, entry: str | None = None) -> streams.Stream:
+    def latents(self, *, control_binding: str | None = None) -> streams.Stream:
         """The stream before its decoder: keys in, latents [B T H W C] out; see `stream`."""
         cfg = self.cfg.stream
-        return swin.make(cfg.entered(entry or cfg.entry), self.cfg.scheduler, self.denoise)
+        return swin.make(cfg.with_control_binding(control_binding or cfg.control_binding), self.cfg.scheduler, self.denoise)
 
-    def stream(self, entry: str | None = None) -> streams.Stream:
+    def stream(self, control_binding: str | None = None) -> streams.Stream:
         """Keys in, uint8 frames out: one Swin-DPM shift and its decoding, one program.
 
         The decoder starts on the condition frames, so the first frame shown continues the start
         clip and every shift is the same program.
 
         Args:
-          entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
+          control_binding: where keys bind, 'late' or 'early'; the recipe's choice by default.
         """
-        return streams.chain(**self.halves(entry))
+        return streams.chain(**self.stages(control_binding))
 
-    def halves(self, entry: str | None = None) -> dict:
-        """What `stream` is made of: `stream` of latents, `decoder`, and `warm`, condition ->
+    def stages(self, control_binding: str | None = None) -> dict:
+        """What `stream` is made of: `stream` of latents, `decoder`, and `decoder_seed`, condition ->
         latents that the decoder starts on."""
         context = self.cfg.stream.context
         return {
-            'stream': self.latents(entry=entry),
+            'stream': self.latents(control_binding=control_binding),
             'decoder': self.decoder(),
-            'warm': lambda cond: cond.latents[:, :context],
+            'decoder_seed': lambda cond: cond.latents[:, :context],
         }
 
     def sample_clip(self, params, ids, symbols, key):
@@ -419,7 +424,7 @@ class World(Parts):
         )
 
     def control_table(self, params):
-        """What a stream looks symbols up in: their vectors, or where `params` are `ready`, which
+        """What a stream looks symbols up in: their vectors, or where `params` are precomputed, which
         know those, the symbols themselves."""
         if precompute.COLLECTION in params:
             return jnp.arange(len(driving.SYMBOLS) + 1)
