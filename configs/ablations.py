@@ -3,12 +3,12 @@
 Each recipe changes one thing of `carracing:SWIN` (or `:STREAM`) and starts from the same weights,
 those of `carracing:BASE` (or `:SWIN`). `matrix_jax.benchmark.scripts.ablations` trains and measures them in turn.
 
-    tools/train.py ablations:G8 --out runs/g8 --weights runs/base/weights
+    matrix-jax train ablations:G8 --out runs/g8 --weights runs/base/weights
 """
 
 import dataclasses
 
-from matrix_jax.config import load
+from matrix_jax.recipes import load
 
 DEFAULT = 'SWIN'
 

@@ -1,12 +1,12 @@
 """CarRacing, the bundled world: 64x96 at 16 fps, drivable on a laptop CPU.
 
-    tools/collect.py CarRacing-v3 --out data/carracing --hours 1 --themes all
-    tools/train.py carracing:VAE      --out runs/vae
-    tools/train.py carracing:VAE_LONG --out runs/long --weights runs/vae/weights
-    tools/train.py carracing:BASE     --out runs/base --weights runs/long/weights
-    tools/train.py carracing:SWIN     --out runs/swin --weights runs/base/weights
-    tools/train.py carracing:STREAM   --out runs/stream --weights runs/swin/weights
-    tools/generate.py carracing:STREAM --weights runs/stream/weights
+    matrix-jax collect CarRacing-v3 --out data/carracing --hours 1 --themes all
+    matrix-jax train carracing:VAE      --out runs/vae
+    matrix-jax train carracing:VAE_LONG --out runs/long --weights runs/vae/weights
+    matrix-jax train carracing:BASE     --out runs/base --weights runs/long/weights
+    matrix-jax train carracing:SWIN     --out runs/swin --weights runs/base/weights
+    matrix-jax train carracing:STREAM   --out runs/stream --weights runs/swin/weights
+    matrix-jax generate carracing:STREAM --weights runs/stream/weights
 
 The weights of the last three stages are bundled: PLAY is STREAM's, TEACHER is SWIN's, and CLIPS is
 BASE's, which makes clips of two seconds from noise.
@@ -15,7 +15,7 @@ BASE's, which makes clips of two seconds from noise.
 import dataclasses
 
 from matrix_jax.config import Run, Train
-from matrix_jax.diffusion.sampling import Config as Clip
+from matrix_jax.diffusion.sampling import Config as ClipConfig
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.stream.swin import Config as Swin
@@ -40,7 +40,7 @@ WORLD = Config(
     decode_chunk=1,
     prompt='A red car drives on a grey road through a green meadow.',
     stream=Swin(
-        groups=4, group_frames=1, context=3, steps=20, solver='ddim', entry='head', head_group=2
+        groups=4, group_frames=1, context=3, steps=20, solver='ddim', control_binding='early', head_group=2
     ),
 )
 
@@ -66,7 +66,7 @@ VAE_LONG = Run(
 )
 # Stage 2: whole clips of two seconds from nothing but text and keys.
 BASE = Run(
-    world=dataclasses.replace(WORLD, clip=Clip(steps=20, guidance=1.0, solver='ddim', longest=2)),
+    world=dataclasses.replace(WORLD, clip=ClipConfig(steps=20, guidance=1.0, solver='ddim', longest=2)),
     data='data/carracing',
     stage=WholeClip(
         clip_frames=(33,),

@@ -1,15 +1,15 @@
 """Doom, a small world to walk in: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
 
-    tools/collect.py vizdoom --out data/doom --hours 0.5 --themes hall
-    tools/train.py doom:VAE        --out runs/vae
-    tools/train.py doom:VAE_LONG   --out runs/long --weights runs/vae/weights
-    tools/train.py doom:FOUNDATION --out runs/base --weights runs/long/weights
-    tools/train.py doom:CAUSAL     --out runs/causal --weights runs/base/weights
-    tools/generate.py doom:CAUSAL  --weights runs/causal/weights
-    tools/train.py doom:FOUNDATION --out runs/teacher --weights runs/causal/weights
-    tools/train.py doom:DMD        --out runs/dmd --weights runs/causal/weights \\
+    matrix-jax collect vizdoom --out data/doom --hours 0.5 --themes hall
+    matrix-jax train doom:VAE        --out runs/vae
+    matrix-jax train doom:VAE_LONG   --out runs/long --weights runs/vae/weights
+    matrix-jax train doom:FOUNDATION --out runs/base --weights runs/long/weights
+    matrix-jax train doom:CAUSAL     --out runs/causal --weights runs/base/weights
+    matrix-jax generate doom:CAUSAL  --weights runs/causal/weights
+    matrix-jax train doom:FOUNDATION --out runs/teacher --weights runs/causal/weights
+    matrix-jax train doom:DMD        --out runs/dmd --weights runs/causal/weights \\
         --stage.teacher runs/teacher/weights
-    tools/generate.py doom:DMD     --weights runs/dmd/weights
+    matrix-jax generate doom:DMD     --weights runs/dmd/weights
 
 CAUSAL learns to stream from recordings. ODE, from the paths of FOUNDATION, is the published way
 to begin; walking them takes longer. PLAY is what is bundled, DMD's weights, in four steps. With
@@ -30,7 +30,7 @@ from matrix_jax.train.ode import ODEPairs
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.vae import Autoencode
 from matrix_jax.vae import wan as vae
-from matrix_jax.worlds.matrix_game_2 import Clip, Config
+from matrix_jax.worlds.matrix_game_2 import ClipConfig, Config
 
 DEFAULT = 'PLAY'
 IMAGE = Image(image=56, dim=64, heads=2, layers=3)
@@ -66,7 +66,7 @@ WORLD = Config(
     width=160,
     fps=16,
     flow=flow.Config(shift=3.0, weighting='even'),
-    stream=Causal(frames=1, steps=(1000, 750, 500, 250), tell_last=True),
+    stream=Causal(frames=1, steps=(1000, 750, 500, 250), condition_on_last_frame=True),
 )
 
 MUON = Optimizer(
@@ -90,7 +90,7 @@ VAE_LONG = Run(
 )
 FOUNDATION = Run(
     world=dataclasses.replace(
-        WORLD, clip=Clip(steps=20, longest=12), dit=dataclasses.replace(DIT, local=None)
+        WORLD, clip=ClipConfig(steps=20, longest=12), dit=dataclasses.replace(DIT, local=None)
     ),
     data='data/doom',
     stage=Foundation(

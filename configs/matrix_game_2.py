@@ -1,22 +1,22 @@
 """Matrix-Game 2.0 as released: 352x640 at 25 fps, Wan 2.1 of 1.3B. Weights come with --weights.
 
-    tools/generate.py matrix_game_2:UNIVERSAL --weights DIR --image a.png --actions "W*48,right*49"
-    tools/play.py matrix_game_2:UNIVERSAL --weights DIR
+    matrix-jax generate matrix_game_2:UNIVERSAL --weights DIR --image a.png --actions "W*48,right*49"
+    matrix-jax play matrix_game_2:UNIVERSAL --weights DIR
 
 DIR is the published folder, whose two pickles become parts once:
 
-    tools/convert.py DIR/Wan2.1_VAE.pth DIR/vae --recipe matrix_game_2:UNIVERSAL
-    tools/convert.py DIR/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth \\
+    matrix-jax convert DIR/Wan2.1_VAE.pth DIR/vae --recipe matrix_game_2:UNIVERSAL
+    matrix-jax convert DIR/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth \\
         DIR/image_encoder --recipe matrix_game_2:UNIVERSAL
 
 The first block of a stream is 9 frames and every other one 12, so that a video has 9 + 12k frames.
 UNIVERSAL has four keys and a mouse; in GTA_DRIVE the mouse steers, as A and D; TEMPLERUN has no
 mouse. FOUNDATION, their teacher, makes whole clips in many steps. To train:
 
-    tools/train.py matrix_game_2:FOUNDATION --weights DIR --data ...        whole clips
-    tools/train.py matrix_game_2:CAUSAL --weights FOUNDATION_DIR --data ... blocks, by flow matching
-    tools/train.py matrix_game_2:ODE    --weights FOUNDATION_DIR --data ... or the teacher's paths
-    tools/train.py matrix_game_2:DMD    --weights ODE_DIR --stage.teacher FOUNDATION_DIR --data ...
+    matrix-jax train matrix_game_2:FOUNDATION --weights DIR --data ...        whole clips
+    matrix-jax train matrix_game_2:CAUSAL --weights FOUNDATION_DIR --data ... blocks, by flow matching
+    matrix-jax train matrix_game_2:ODE    --weights FOUNDATION_DIR --data ... or the teacher's paths
+    matrix-jax train matrix_game_2:DMD    --weights ODE_DIR --stage.teacher FOUNDATION_DIR --data ...
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from matrix_jax.train.flow_matching import CausalFlow, Foundation
 from matrix_jax.train.ode import ODEPairs
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.vae import wan as vae
-from matrix_jax.worlds.matrix_game_2 import Clip, Config
+from matrix_jax.worlds.matrix_game_2 import ClipConfig, Config
 
 DEFAULT = 'UNIVERSAL'
 VAE = dataclasses.replace(vae.PRESETS['wan_2_1'], dtype='bfloat16')
@@ -48,7 +48,7 @@ TEMPLERUN = Run(
     )
 )
 FOUNDATION = Run(
-    world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'], clip=Clip()),
+    world=Config(vae=VAE, image=IMAGE, dit=dit.PRESETS['foundation'], clip=ClipConfig()),
     stage=Foundation(clip_frames=81),
     train=Train(steps=120000, batch=64),
 )
@@ -113,7 +113,7 @@ TINY_RUN = dataclasses.replace(
 TINY_CLIP = dataclasses.replace(
     TINY,
     world=dataclasses.replace(
-        TINY.world, clip=Clip(steps=2), dit=dataclasses.replace(_TINY_DIT, local=None)
+        TINY.world, clip=ClipConfig(steps=2), dit=dataclasses.replace(_TINY_DIT, local=None)
     ),
 )
 _ONE = Train(steps=2, batch=2, log_every=1)

@@ -2,16 +2,16 @@
 
 Its stages train one from the weights of the other, the first three with the published settings:
 
-    tools/train.py the_matrix:STAGE1 --data DIR --out runs/1 --weights THUDM/CogVideoX-2b
-    tools/train.py the_matrix:STAGE2 --data DIR --out runs/2 --weights runs/1/weights
-    tools/train.py the_matrix:STAGE3 --data DIR --out runs/3 --weights runs/2/weights
-    tools/train.py the_matrix:STAGE4 --data DIR --out runs/4 --weights runs/3/weights
+    matrix-jax train the_matrix:STAGE1 --data DIR --out runs/1 --weights THUDM/CogVideoX-2b
+    matrix-jax train the_matrix:STAGE2 --data DIR --out runs/2 --weights runs/1/weights
+    matrix-jax train the_matrix:STAGE3 --data DIR --out runs/3 --weights runs/2/weights
+    matrix-jax train the_matrix:STAGE4 --data DIR --out runs/4 --weights runs/3/weights
 """
 
 import dataclasses
 
 from matrix_jax.config import Mesh, Run, Train
-from matrix_jax.diffusion.sampling import Config as Clip
+from matrix_jax.diffusion.sampling import Config as ClipConfig
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.stream.swin import Config as Swin
@@ -30,7 +30,7 @@ PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)  # eight dev
 
 # Stages 1 and 2 make whole clips of 65 frames; STAGE3 and STAGE4 stream.
 STAGE2 = Run(
-    world=Config(vae=vae.PRESETS['released'], stream=Swin(groups=1, group_frames=16), clip=Clip()),
+    world=Config(vae=vae.PRESETS['released'], stream=Swin(groups=1, group_frames=16), clip=ClipConfig()),
     stage=ControlSFT(),
     train=PUBLISHED,
 )
@@ -57,7 +57,7 @@ LIVE = Run(
         vae=VAE,
         decode_chunk=1,
         stream=Swin(
-            groups=4, group_frames=1, steps=4, solver='lcm', original_steps=40, entry='head'
+            groups=4, group_frames=1, steps=4, solver='lcm', original_steps=40, control_binding='early'
         ),
     )
 )
@@ -107,7 +107,7 @@ TINY = Run(
         stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim'),
     )
 )
-TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(TINY.world, clip=Clip(steps=2)))
+TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(TINY.world, clip=ClipConfig(steps=2)))
 TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
 TINY_LORA = dataclasses.replace(
     TINY,

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from matrix_jax import config, video, worlds
+from matrix_jax import recipes, video, worlds
 from matrix_jax.pipelines import generate
 from matrix_jax.weights import diffusers_layout
 from tools import generate as tool
@@ -13,14 +13,14 @@ FOLDER, WALK = diffusers_layout.ASSETS / 'carracing', diffusers_layout.ASSETS / 
 
 @pytest.fixture(scope='module')
 def opened():
-    run = config.load('carracing')
+    run = recipes.load('carracing')
     return worlds.open_run(run)
 
 
 @pytest.fixture(scope='module')
 def walked():
     """`walked(actions, seed=0)` -> frames and actions of the bundled world to walk in."""
-    world, params = worlds.open_run(config.load('doom'))
+    world, params = worlds.open_run(recipes.load('doom'))
 
     def walk(actions, seed=0):
         frames, clip = generate.generate(world, params, WALK, control=actions, seed=seed)

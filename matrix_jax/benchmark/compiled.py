@@ -1,8 +1,7 @@
-"""What a program costs, read from it and not from a clock: FLOPs, memory, bytes over the mesh."""
+"""Costs read from a compiled program instead of a clock: FLOPs, memory, bytes over the mesh."""
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import tempfile
@@ -10,27 +9,16 @@ import tempfile
 import jax
 import jax.numpy as jnp
 
-from matrix_jax.benchmark import target
+from matrix_jax.benchmark import target as targets
 from matrix_jax.train import dry_run
 
-BYTES = {
-    'pred': 1,
-    's8': 1,
-    'u8': 1,
-    's16': 2,
-    'u16': 2,
-    'f16': 2,
-    'bf16': 2,
-    's32': 4,
-    'u32': 4,
-    'f32': 4,
-    's64': 8,
-    'u64': 8,
-    'f64': 8,
-    'c64': 8,
+BYTES = {'pred': 1, 'bf16': 2, 'c64': 8} | {
+    f'{kind}{bits}': bits // 8
+    for kind, sizes in {'s': (8, 16, 32, 64), 'u': (8, 16, 32, 64), 'f': (16, 32, 64)}.items()
+    for bits in sizes
 }
 STABLE = {'i1': 'pred', 'i8': 's8', 'ui8': 'u8', 'i32': 's32', 'ui32': 'u32', 'i64': 's64'}
-# Bytes that each device sends per byte of the result, among n devices.
+# Bytes that each of n devices sends per byte of the result, with ring algorithms.
 SENT = {
     'all-gather': lambda n: (n - 1) / n,
     'all-reduce': lambda n: 2 * (n - 1) / n,
@@ -45,52 +33,54 @@ SENT = {
 # --- FLOPs -----------------------------------------------------------------------------------
 
 
-def begin(world, once: bool = True):
-    """(parameters, carry, control) of a step, as ShapeDtypeStructs.
+def step_arguments(world, precompute: bool = True):
+    """ShapeDtypeStructs (parameters, carry, control) of one step.
 
     Args:
       world: the world.
-      once: whether what no step changes is made before, as players do.
+      precompute: whether step-independent values are precomputed, as in play.
     """
-    params, cond = target.parts(world), target.told(world)
-    if once:
+    params, cond = targets.step_params(world), targets.condition_shapes(world)
+    if precompute:
         params, cond = jax.eval_shape(
             lambda params, cond: world.precompute_for(world.quantize(params), cond), params, cond
         )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    carry = jax.eval_shape(target.stream(world).init, params, cond, key)
+    carry = jax.eval_shape(targets.stream(world).init, params, cond, key)
     words = world.vocabulary
     control = words.encode([words.idle] * world.cfg.stream.controls_per_step)[None]
     return params, carry, jax.ShapeDtypeStruct(control.shape, control.dtype)
 
 
-def flops(world, once: bool = True) -> dict[str, float]:
-    """FLOPs of one step by XLA's cost analysis of the program before it is optimised: {'dit',
-    'vae'}. Nothing is computed or allocated; only right where attention is not a kernel of its own
-    (on the CPU)."""
-    params, carry, control = begin(world, once)
-    latents = jax.eval_shape(lambda: target.clip_noise(world, world.cfg.stream.step_frames))
+def flops(world, precompute: bool = True) -> dict[str, float]:
+    """FLOPs {'dit', 'vae'} of one step, from XLA's cost analysis before optimisation.
+
+    Computes and allocates nothing. Valid on the CPU only: a GPU attention kernel has no cost that
+    XLA knows.
+    """
+    params, carry, control = step_arguments(world, precompute)
+    latents = jax.eval_shape(lambda: targets.clip_noise(world, world.cfg.stream.step_frames))
     both = dry_run.flops(world.stream().step, params, carry, control)
     alone = dry_run.flops(world.decoder().step, params, carry[1], latents)
-    # Of a call that may be guided the compiler counts the guidance, whether or not it is.
+    # The program holds the guidance of every call; at run time some calls skip it.
     stream = world.cfg.stream
     return {'dit': (both - alone) * stream.passes / stream.compiled_passes, 'vae': alone}
 
 
-def flops_of(cfg, once: bool = True) -> dict[str, float]:
+def flops_of(cfg) -> dict[str, float]:
     """`flops` of a world's config."""
-    return flops(target.build(cfg), once)
+    return flops(targets.build(cfg))
 
 
-def weigh(cfg):
-    """(`flops`, `weights`) of a world's config, as players run it and with everything anew."""
-    world = target.build(cfg)
-    return [(flops(world, once), weights(world, once)) for once in (True, False)]
+def costs(cfg):
+    """[(`flops`, `weights`)] of a world's config, with and without precomputed values."""
+    world = targets.build(cfg)
+    return [(flops(world, one), weights(world, one)) for one in (True, False)]
 
 
-def weights(world, once: bool = True) -> dict[str, int]:
-    """Bytes of the parameters that a step reads, by part of the tree."""
-    params, *given = begin(world, once)
+def weights(world, precompute: bool = True) -> dict[str, int]:
+    """Bytes of the parameters that one step reads, by component."""
+    params, *given = step_arguments(world, precompute)
 
     def zeros(tree):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)
@@ -107,7 +97,7 @@ def weights(world, once: bool = True) -> dict[str, int]:
 
 
 def argument_bytes(function, *arguments) -> int:
-    """Bytes of the arguments that the program of a function has, which are those that it reads."""
+    """Bytes of the arguments that a function reads; lowering drops the unused ones."""
     module = jax.jit(function).lower(*arguments).compiler_ir('stablehlo')
     main = next(one for one in module.body.operations if one.name.value == 'main')
     total = 0
@@ -121,7 +111,7 @@ def argument_bytes(function, *arguments) -> int:
 
 
 def memory(compiled) -> int:
-    """Bytes that a compiled program holds on a device while it runs, by XLA's account."""
+    """Bytes that a compiled program holds on each device while it runs, according to XLA."""
     sizes = compiled.memory_analysis()
     return (
         sizes.argument_size_in_bytes
@@ -135,14 +125,14 @@ def memory(compiled) -> int:
 
 
 def collectives(text: str, devices: int) -> dict[str, dict[str, float]]:
-    """Kind -> {'count', 'bytes'} of the collectives that one run of a program makes.
+    """Collectives of one run of a program: kind -> {'count', 'bytes' that each device sends}.
 
-    A loop counts as often as XLA knows that it turns, and of the branches of a condition the one
-    that sends most. Bytes are those that each device sends, by the usual ring algorithms.
+    The body of a loop counts once per known iteration. Of the branches of a conditional, the one
+    that sends most counts.
 
     Args:
       text: HLO of a compiled program (`compiled.as_text()`).
-      devices: of the mesh, for collectives that name no groups.
+      devices: mesh size, for collectives without replica groups.
     """
     bodies, entry = _computations(text)
 
@@ -171,7 +161,7 @@ def collectives(text: str, devices: int) -> dict[str, dict[str, float]]:
 
 
 def sent(found: dict[str, dict[str, float]]) -> float:
-    """Bytes that each device sends in all, of `collectives`."""
+    """Total bytes that each device sends, from `collectives`."""
     return sum(one['bytes'] for one in found.values())
 
 
@@ -188,7 +178,7 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _collective(line: str, devices: int) -> tuple[str, float]:
-    """(kind, bytes that a device sends) of a line of HLO, ('', 0) if it is no collective."""
+    """(kind, bytes that each device sends) of a line of HLO; ('', 0) if it is not a collective."""
     match = re.match(r'\s*(?:ROOT )?%?[\w.-]+ = (.*?) ([a-z-]+?)(-start)?\(', line)
     if not match or match[2] not in SENT:
         return '', 0.0
@@ -197,7 +187,7 @@ def _collective(line: str, devices: int) -> tuple[str, float]:
         for kind, dims in re.findall(r'(\w+)\[([\d,]*)\]', match[1])
     ]
     if match[3] and match[2] in ('all-gather', 'collective-permute') and len(sizes) > 1:
-        # A start gives its operands, its results and, at times, handles.
+        # An asynchronous start returns its operands, its results and sometimes handles.
         operands = line[match.end() :].split(')')[0].count('%')
         sizes = sizes[operands : 2 * operands]
     return match[2], sum(sizes) * SENT[match[2]](_group(line, devices))
@@ -226,12 +216,20 @@ def _group(line: str, devices: int) -> int:
 
 
 def compile_seconds(build) -> tuple[dict[str, float], object]:
-    """({'cold', 'cached'}, the last `measure.CompiledProgram` that `build()` gave): seconds of compiling
-    with an empty and with a filled cache.
+    """Measures compilation with an empty and with a filled cache on disk.
 
-    The cache is the one on disk, in a folder of its own; both times include tracing anew.
+    Args:
+      build: compiles and returns a `measure.CompiledProgram`.
+
+    Returns:
+      ({'cold', 'cached'} seconds, tracing included, and the program built last).
     """
     from jax.experimental.compilation_cache import compilation_cache
+
+    def configure(values):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
     wanted = {
         'jax_enable_compilation_cache': True,
@@ -241,19 +239,13 @@ def compile_seconds(build) -> tuple[dict[str, float], object]:
     names = ('jax_compilation_cache_dir', *wanted)
     before = {name: getattr(jax.config, name) for name in names}
     seconds, built = {}, None
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-
-        def restore():
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-
-        stack.callback(restore)
-        for name, value in (wanted | {names[0]: folder}).items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        for name in ('cold', 'cached'):
-            jax.clear_caches()
-            built = build()
-            seconds[name] = built.seconds
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            configure(wanted | {names[0]: folder})
+            for name in ('cold', 'cached'):
+                jax.clear_caches()
+                built = build()
+                seconds[name] = built.seconds
+        finally:
+            configure(before)
     return seconds, built

@@ -45,7 +45,7 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
     mesh = sharding.make_mesh(run.mesh)
     if random:
         world = targets.build(cfg)
-        params, cond = targets.draw(world, mesh, seed), targets.imagine(world, seed)
+        params, cond = targets.draw(world, mesh, seed), targets.random_condition(world, seed)
     else:
         world, params = worlds.open_run(dataclasses.replace(run, world=cfg))
         cond = targets.start(world, params, mesh, diffusers_layout.resolve(run.weights))

@@ -1,4 +1,4 @@
-"""Clocks: frames per second whole and by part, evenness, and how long a key takes to be seen."""
+"""Timing: frames per second of the whole and of each part, jitter, and key-to-picture latency."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.pipeline import Pipeline
 from matrix_jax.stream.swin import BINDING_NAMES, CONTROL_BINDINGS
 
-VISIBLE = 1.0  # mean difference, in grey levels of 255, that counts as seen
-SETTLE = 2  # steps before a key changes, and those before all steps are alike
+VISIBLE = 1.0  # mean difference, in grey levels of 255, that counts as visible
+SETTLE = 2  # steps before a key changes, besides the warm-up of the stream
 KIB = 2**10
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is measured.
+    """Settings of a benchmark.
 
     Attributes:
       steps: timed steps of the stream.
-      warmup: steps before them.
-      entries: where keys bind in the measurements of latency; None = wherever the stream lets them.
-      seed: of the stream's noise, and of random weights.
-      peak_tflops: of one device, for the share that is reached; None = not stated.
+      warmup: untimed steps before them.
+      entries: control bindings whose latency is measured; None = all that the stream has.
+      seed: seed of the stream's noise and of random weights.
+      peak_tflops: peak of one device, to report the share reached; None = not reported.
     """
 
     steps: int = 30
@@ -47,17 +47,18 @@ class Settings:
         unknown = [name for name in self.entries or () if name not in BINDING_NAMES]
         if unknown:
             raise ValueError(
-                f'--entries: got {unknown[0]!r}, expected some of {", ".join(CONTROL_BINDINGS)}, or none'
+                f'--entries: got {unknown[0]!r}, expected some of '
+                f'{", ".join(CONTROL_BINDINGS)}, or none'
             )
         if self.peak_tflops is not None and not 0 < self.peak_tflops < float('inf'):
             raise ValueError(f'--peak-tflops: got {self.peak_tflops}, expected more than 0')
 
 
 def control_bindings(stream, wanted: tuple[str, ...] | None) -> list[str]:
-    """The control bindings of a stream's config that are measured, by the names that it has for them.
+    """Control bindings to measure, as a stream's config names them.
 
     Raises:
-      UsageError: one is wanted that it does not have.
+      UsageError: the stream lacks a binding in `wanted`.
     """
     found = []
     for binding in CONTROL_BINDINGS if wanted is None else wanted:
@@ -70,17 +71,17 @@ def control_bindings(stream, wanted: tuple[str, ...] | None) -> list[str]:
 
 
 class CompiledProgram:
-    """One compiled function `(params, carry, ...) -> (carry, output)` that is run again and again.
+    """A compiled function `(params, carry, ...) -> (carry, output)` to run repeatedly.
 
     Args:
-      target: what is measured.
+      target: the target it belongs to.
       function: the function; its carry is donated.
-      carry: the start of a run; it is kept.
-      given: the further arguments of every call.
+      carry: carry at the start of a run; it is kept.
+      given: further arguments of every call.
 
     Attributes:
-      programs: what was compiled.
-      seconds: what tracing and compiling took.
+      programs: the compiled programs.
+      seconds: time to trace and compile.
     """
 
     def __init__(self, target, function, carry, *given):
@@ -88,7 +89,7 @@ class CompiledProgram:
         with target.within():
             step = compilation.jit(function, donate_argnums=1)
             if target.mesh.size > 1:
-                # A carry has to lie at the end of a step as it did at the start.
+                # The carry must keep its sharding from step to step.
                 self._start = step(self.params, self.start(), *given)[0]
                 step = compilation.jit(
                     function, donate_argnums=1, out_shardings=(sharding.places(self._start), None)
@@ -99,20 +100,20 @@ class CompiledProgram:
         self.programs = (self._step,)
 
     def start(self):
-        """A carry to begin a run with."""
+        """Returns a new carry to begin a run with."""
         return jax.tree.map(jnp.copy, self._start)
 
     def __call__(self, carry, *given):
         return self._step(self.params, carry, *(given or self.given))
 
 
-class Overlapping(CompiledProgram):
-    """A whole step in two programs at work at the same time, of the network and of the decoder on
-    their own devices (`stream.pipeline`)."""
+class PipelinedProgram(CompiledProgram):
+    """A step as two concurrent programs, network and decoder, each on its own devices
+    (`stream.pipeline`)."""
 
     def __init__(self, target, control_binding: str | None, seed: int):
         self.params, decoder = target.world.split_decoder(target.params)
-        self.given = target.presses[:1]
+        self.given = target.controls[:1]
         pipeline = Pipeline(**target.world.stages(control_binding), params=(self.params, decoder))
         self._start = pipeline.init(self.params, target.cond, player(seed))
         began = time.perf_counter()
@@ -122,38 +123,38 @@ class Overlapping(CompiledProgram):
 
 
 def player(seed: int):
-    """The key of a single player."""
+    """PRNG key [1] of a single player."""
     return jax.random.split(jax.random.key(seed), 1)
 
 
 def whole(target, control_binding: str | None = None, seed: int = 0) -> CompiledProgram:
-    """Keys in, frames out: the network, the decoder and the conversion to uint8."""
+    """The whole step, controls to uint8 frames: the network and the decoder."""
     if target.decoder != target.mesh:
-        return Overlapping(target, control_binding, seed)
+        return PipelinedProgram(target, control_binding, seed)
     stream = targets.stream(target.world, control_binding)
     carry = target.run(stream.init, target.params, target.cond, player(seed))
-    return CompiledProgram(target, stream.step, carry, target.presses[0])
+    return CompiledProgram(target, stream.step, carry, target.controls[0])
 
 
 def network(target, seed: int = 0) -> CompiledProgram:
-    """The same without the decoder."""
-    target, _ = target.halves
+    """The step without the decoder."""
+    target, _ = target.split
     stream = targets.network_stream(target.world)
 
     def step(params, carry, control):
         carry, made = stream.step(params, carry, control)
-        return carry, made[0, -1, 0, 0]  # small, and there when the whole program is done
+        return carry, made[0, -1, 0, 0]  # cheap to copy, and ready only when the step is done
 
     carry = target.run(stream.init, target.params, target.cond, player(seed))
-    return CompiledProgram(target, step, carry, target.presses[0])
+    return CompiledProgram(target, step, carry, target.controls[0])
 
 
 def decoder(target) -> CompiledProgram:
-    """The decoder and the conversion to uint8 alone."""
-    _, target = target.halves
+    """The decoder alone, uint8 conversion included."""
+    _, target = target.split
     world = target.world
     part, stream = world.decoder(), world.cfg.stream
-    # Whole on all devices, as the network hands them on.
+    # Replicated, as the network returns them.
     before, latents = (
         target.run(partial(targets.clip_noise, world, count))
         for count in (stream.context, stream.step_frames)
@@ -214,7 +215,7 @@ def latency(target, program: CompiledProgram) -> dict:
       in that step) and 'ms' (from handing in the key to having that step on the host).
     """
     settle = SETTLE + target.world.warmup_steps
-    key, other = target.presses
+    key, other = target.controls
     after = target.world.cfg.stream.with_control_binding('late').lag + 4
     held, pressed = ([key] * settle + [one] * after for one in (key, other))
     (base, _), (again, _), (other, times) = (_play(program, keys) for keys in (held, held, pressed))

@@ -215,7 +215,7 @@ def _backend() -> str:
 
 
 def _count_page(name: str, cfg, ceiling: float) -> str:
-    (work, read), (anew, before) = apart(compiled.weigh, cfg)
+    (work, read), (anew, before) = apart(compiled.costs, cfg)
     least, spare = roofline.flops(cfg), before['transformer'] - read['transformer']
     frames = roofline.frames(cfg)
     rows = []

@@ -1,6 +1,6 @@
-"""What is measured: a streaming world, its parameters on a mesh, and a start.
+"""The target of a benchmark: a streaming world, its parameters on a mesh, and a start condition.
 
-Weights are those of a folder, or random ones drawn on the devices: speed does not depend on values.
+Weights come from a folder or are drawn at random on the devices; speed does not depend on them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matrix_jax.pipelines import generate
 from matrix_jax.stream.base import Stream, prefilled
 from matrix_jax.weights import conversion, converter, diffusers_layout
 
-RUNS = {'transformer': 'dit', 'vae': 'vae'}  # parts of a step, and their configs
+COMPONENTS = {'transformer': 'dit', 'vae': 'vae'}  # components of a step -> their config fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Target:
     """A world that is ready to stream.
 
     Attributes:
-      name: of the recipe.
+      name: name of the recipe.
       world: the world.
-      params: on the meshes; random ones are of the parts that a step runs only.
-      mesh: the devices of the network, and of the decoder if it has none of its own.
-      decoder: the devices of the decoder.
-      cond: what the stream starts from, on the mesh.
-      random: whether the weights are.
+      params: parameters on the meshes; random ones hold only the components that a step runs.
+      mesh: devices of the network, and of the decoder unless it has its own.
+      decoder: devices of the decoder.
+      cond: the condition that the stream starts from, on the mesh.
+      random: whether the weights are random.
     """
 
     name: str
@@ -48,9 +48,9 @@ class Target:
     random: bool
 
     @property
-    def halves(self) -> tuple[Target, Target]:
-        """What makes latents and what decodes them, each with its devices and what lies there; this
-        target twice, if there is one mesh."""
+    def split(self) -> tuple[Target, Target]:
+        """Targets of the network and of the decoder, each with its mesh and parameters; this target
+        twice if both share one mesh."""
         params, decoder = self.world.split_decoder(self.params)
         if decoder is None:
             return self, self
@@ -61,17 +61,17 @@ class Target:
 
     @property
     def devices(self) -> dict[str, int]:
-        """How many devices each part has: {'dit', 'vae', 'end_to_end'}."""
+        """Number of devices of each part: {'dit', 'vae', 'end_to_end'}."""
         both = {*self.mesh.devices.flat, *self.decoder.devices.flat}
         return {'dit': self.mesh.size, 'vae': self.decoder.size, 'end_to_end': len(both)}
 
     def within(self):
-        """The mesh as a context, in which programs are traced."""
+        """Context in which programs for the mesh are traced."""
         return sharding.within(self.mesh)
 
     @property
-    def presses(self) -> tuple[np.ndarray, np.ndarray]:
-        """Controls of one step, batch 1: what is held, and what it changes to."""
+    def controls(self) -> tuple[np.ndarray, np.ndarray]:
+        """Two encoded controls of one step, batch 1: the one held first and the one after it."""
         words = self.world.vocabulary
         held = [one for one in words.choices if one != words.idle][:2]
         return tuple(
@@ -79,17 +79,17 @@ class Target:
         )
 
     def run(self, function, *given):
-        """What a function makes, whole on every device of the mesh."""
+        """Result of a function, replicated over the mesh."""
         with self.within():
             made = jax.jit(function)(*given)
         return jax.device_put(made, sharding.replicated(self.mesh))
 
 
 def shape(run, random: bool = False, layers: int | None = None):
-    """The config of the world that a run measures.
+    """Config of the world that a run measures.
 
     Raises:
-      UsageError: it does not stream, or options do not go together.
+      UsageError: the world does not stream, or options contradict each other.
     """
     if layers is not None and not random:
         raise UsageError(f'--layers: got {layers} without --random; weights have their own layers')
@@ -100,7 +100,7 @@ def shape(run, random: bool = False, layers: int | None = None):
     cfg = converter.shorten(run.world, layers)
     world = worlds.build(cfg)
     if run.mesh.parts and world.one_mesh:
-        world.stages()  # says so
+        world.stages()  # raises the error that says so
     if not world.endless:
         raise UsageError(
             f'{run.name}: does not stream, expected a recipe that takes keys '
@@ -114,12 +114,13 @@ def open_target(run, random: bool = False, layers: int | None = None, seed: int 
 
     Args:
       run: the run.
-      random: whether weights are drawn in place of read.
-      layers: of a random network, if fewer than the recipe.
-      seed: of random weights and starts.
+      random: whether to draw the weights instead of reading them.
+      layers: layers of a random network; None = as in the recipe.
+      seed: seed of random weights and starts.
 
     Raises:
-      UsageError: see `shape`; CheckpointError, ConversionError: the weights cannot be used.
+      UsageError: see `shape`.
+      CheckpointError, ConversionError: the weights cannot be used.
     """
     cfg = shape(run, random, layers)
     compilation.enable_cache(run.keep_programs)
@@ -127,7 +128,7 @@ def open_target(run, random: bool = False, layers: int | None = None, seed: int 
     if random:
         world = build(cfg)
         params = world.quantize(draw(world, mesh, seed, decoder))
-        params, cond = world.precompute_for(params, imagine(world, seed))
+        params, cond = world.precompute_for(params, random_condition(world, seed))
     else:
         world, params = worlds.open_run(run, split_decoder=True)
         params = world.precompute(params)
@@ -146,7 +147,7 @@ def open_target(run, random: bool = False, layers: int | None = None, seed: int 
 
 
 def start(world, params, mesh, folder):
-    """The condition of a world's start clip or picture; of a grey one if it brings none."""
+    """Condition of the bundled start clip or picture; a grey one if the world has none."""
     cfg = world.cfg
     try:
         frames = generate.start_clip(world, folder, cfg.prompt, None, False)
@@ -158,17 +159,17 @@ def start(world, params, mesh, folder):
 
 
 def build(cfg):
-    """The world of a config, for random weights."""
+    """World of a config, for random weights."""
     return worlds.build(cfg).with_tokenizers(None)
 
 
 def stream(world, control_binding: str | None = None) -> Stream:
-    """A world's stream, every step alike: its first output is made by `init`."""
+    """Stream of a world whose steps are all alike: `init` makes the first output."""
     return prefilled(world.stream(control_binding), _first(world))
 
 
 def network_stream(world) -> Stream:
-    """The same without the decoder: latents come out."""
+    """Like `stream` without the decoder; it returns latents."""
     return prefilled(world.latents(), _first(world))
 
 
@@ -177,16 +178,16 @@ def _first(world):
     return words.encode([words.idle] * world.first_step_controls)[None]
 
 
-def told(world):
-    """Shapes of the condition that a stream of a world starts from."""
+def condition_shapes(world):
+    """ShapeDtypeStructs of the condition that a stream of a world starts from."""
     cfg = world.cfg
     frames = np.zeros([world.start_frames, cfg.height, cfg.width, 3], np.uint8)
     given, _ = world.inputs('', frames)
     return jax.eval_shape(world.condition, world.shapes(), *given)
 
 
-def imagine(world, seed: int = 0):
-    """A condition of noise, of the shapes of a real one; its controls are the first there are."""
+def random_condition(world, seed: int = 0):
+    """Condition of random values; integers (controls) are 0."""
     chance = np.random.default_rng(seed)
 
     def draw(leaf):
@@ -194,21 +195,21 @@ def imagine(world, seed: int = 0):
             return jnp.zeros(leaf.shape, leaf.dtype)
         return jnp.asarray(chance.standard_normal(leaf.shape, np.float32), leaf.dtype)
 
-    return jax.tree.map(draw, told(world))
+    return jax.tree.map(draw, condition_shapes(world))
 
 
 def clip_noise(world, count: int, seed: int = 0):
-    """Latents [1 count H W C] to decode."""
+    """Random latents [1 count H W C]."""
     sizes = (1, count, *roofline.size(world.cfg), world.cfg.vae.latent_channels)
     return jnp.asarray(np.random.default_rng(seed).standard_normal(sizes, np.float32))
 
 
-def parts(world) -> dict:
-    """ShapeDtypeStructs of what a step runs: the network and the decoder, as they are stored."""
+def step_params(world) -> dict:
+    """ShapeDtypeStructs of the parameters that a step runs: the network and the decoder."""
     shapes = world.shapes()
-    kept = {name: shapes[name] for name in RUNS}
+    kept = {name: shapes[name] for name in COMPONENTS}
     kept['vae'] = {'decoder': kept['vae']['decoder']}
-    kinds = {name: getattr(world.cfg, field).dtype for name, field in RUNS.items()}
+    kinds = {name: getattr(world.cfg, field).dtype for name, field in COMPONENTS.items()}
     return {
         name: jax.tree.map(
             lambda leaf, kind=kinds[name]: jax.ShapeDtypeStruct(leaf.shape, kind), tree
@@ -218,44 +219,37 @@ def parts(world) -> dict:
 
 
 def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
-    """Random parameters of `parts(world)`, drawn where they lie; kernels keep variances.
+    """Random parameters like `step_params(world)`, drawn in their shardings.
+
+    Kernels preserve the variance of their inputs.
 
     Args:
       world: the world.
       mesh: devices of the network.
-      seed: of the draw.
-      decoder: devices of the decoder, the same by default.
+      seed: seed of the draw.
+      decoder: devices of the decoder; None = those of the network.
     """
-    shapes = parts(world)
+    shapes = step_params(world)
     letters = {name: conversion.axes(world.tables[name]) for name in shapes}
     letters['vae'] = {'decoder': letters['vae']['decoder']}
-    places = {
-        name: sharding.shardings(
-            letters[name], shapes[name], decoder if decoder and name == 'vae' else mesh
-        )
-        for name in shapes
-    }
-    places = conversion.flatten(places)
+    meshes = {'transformer': mesh, 'vae': decoder or mesh}
+    places = conversion.flatten(
+        {name: sharding.shardings(letters[name], shapes[name], meshes[name]) for name in shapes}
+    )
     stacked = conversion.flatten(letters)
     key, drawn = jax.random.key(seed, impl='rbg'), {}
     for index, (path, leaf) in enumerate(conversion.flatten(shapes).items()):
-        kind = path.rsplit('/', 1)[-1]
-        inner = leaf.shape[stacked[path][0] == 'layers' : -1]
-        drawn[path] = _draw(
-            jax.random.fold_in(key, index),
-            kind,
-            leaf.shape,
-            leaf.dtype,
-            math.prod(inner),
-            places[path],
-        )
+        name = path.rsplit('/', 1)[-1]
+        inputs = math.prod(leaf.shape[stacked[path][0] == 'layers' : -1])
+        leaf_key = jax.random.fold_in(key, index)
+        drawn[path] = _draw(leaf_key, name, leaf.shape, leaf.dtype, inputs, places[path])
     return conversion.unflatten(drawn)
 
 
 @partial(jax.jit, static_argnums=(1, 2, 3, 4, 5))
-def _draw(key, kind, shape, dtype, inputs, place):
-    if kind in ('scale', 'bias'):
-        made = jnp.full(shape, float(kind == 'scale'), dtype)
+def _draw(key, name, shape, dtype, inputs, place):
+    if name in ('scale', 'bias'):
+        made = jnp.full(shape, float(name == 'scale'), dtype)
     else:
         made = jax.random.uniform(key, shape, dtype, -1, 1) * (3 / inputs) ** 0.5
     return jax.lax.with_sharding_constraint(made.astype(dtype), place)

@@ -200,19 +200,19 @@ def _padded(signal, needed, seed):
 # --- as a vocabulary -----------------------------------------------------------------------------
 
 
-class Symbols:
+class DrivingVocabulary:
     """The vocabulary of the nine controls. All vocabularies have what this one has, so that whoever
     generates and serves a world need not know which it is; a control is a text.
 
     Attributes:
       frames: pixel frames that one control steers.
-      rest: the control of a player who holds nothing.
+      idle: the control of a player who holds no key.
       choices: controls for who can only choose among a few.
     """
 
     choices = SYMBOLS
     frames = FRAMES_PER_CONTROL
-    rest = 'N'
+    idle = 'N'
 
     def canonical(self, text: str) -> str:
         """The one spelling of a control.
@@ -253,11 +253,11 @@ class Symbols:
         """What the stream takes of each control, stacked."""
         return encode(texts)
 
-    def held(self, text: str) -> Held:
+    def overlay(self, text: str) -> Held:
         """What the overlay shows."""
         return arrows(text)
 
-    def page(self) -> dict:
+    def key_layout(self) -> dict:
         """What a player's page offers.
 
         `buttons` of name, label, what they do, place and key codes; `axes` of which each adds the

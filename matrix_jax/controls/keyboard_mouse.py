@@ -91,11 +91,11 @@ MODES = {
 }
 
 
-class Actions:
-    """The vocabulary of a mode; see `controls.Symbols` for what all vocabularies have."""
+class KeyboardMouseVocabulary:
+    """The vocabulary of a mode; see `driving.DrivingVocabulary` for what all vocabularies have."""
 
     frames = 1  # pixel frames that one action steers
-    rest = IDLE
+    idle = IDLE
 
     def __init__(self, mode: str):
         if mode not in MODES:
@@ -255,7 +255,7 @@ class Actions:
             for vector in np.asarray(vectors, np.float32)
         ]
 
-    def held(self, action: str) -> Held:
+    def overlay(self, action: str) -> Held:
         """What the overlay shows of an action."""
         names = {word: letter for letter, word in self.mode.letters}
         words = [word.partition(':')[0] for word in action.split('+')]
@@ -266,8 +266,8 @@ class Actions:
             stick = tuple(float(part) for part in _vector(self, action)[-2:])
         return Held(self.mode.pad, lit, stick)
 
-    def page(self) -> dict:
-        """What a player's page offers: see `controls.Symbols.page`."""
+    def key_layout(self) -> dict:
+        """What a player's page offers: see `driving.DrivingVocabulary.key_layout`."""
         mode = self.mode
         means = {letter: letter for letter, *_ in mode.pad} | {
             letter: word for letter, word in mode.letters if word != IDLE
@@ -334,7 +334,7 @@ def _benchmark(text: str) -> bool:
 
 
 @functools.lru_cache(4096)
-def _canonical(vocabulary: Actions, text: str) -> str:
+def _canonical(vocabulary: KeyboardMouseVocabulary, text: str) -> str:
     mode = vocabulary.mode
     found: dict[str, float] = {}
     for part in text.split('+'):
@@ -403,7 +403,7 @@ def _mouse_words(mouse) -> list[str]:
 
 
 @functools.lru_cache(4096)
-def _vector(vocabulary: Actions, action: str) -> np.ndarray:
+def _vector(vocabulary: KeyboardMouseVocabulary, action: str) -> np.ndarray:
     mode = vocabulary.mode
     vector = np.zeros(mode.width, np.float32)
     for part in action.split('+'):
@@ -438,7 +438,7 @@ def _choices(mode: Mode) -> list[str]:
     )
 
 
-def _listed(vocabulary: Actions) -> str:
+def _listed(vocabulary: KeyboardMouseVocabulary) -> str:
     letters = [letter for letter, word in vocabulary.mode.letters if word != IDLE]
     return ', '.join([*vocabulary.mode.words, *letters])
 

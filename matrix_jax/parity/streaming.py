@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.controls.keyboard_mouse import Actions
+from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.diffusion import flow
 from matrix_jax.dit import wan
 from matrix_jax.parity.record import Record, clip, torch_clip, video
@@ -65,7 +65,7 @@ def sampler(record: Record) -> dict:
         window=cfg.actions.span,
         ratio=cfg.actions.ratio,
     )
-    table, levels = causal.rows(stream, schedule), flow.table(schedule)
+    table, levels = causal.step_table(stream, schedule), flow.table(schedule)
     actions = [given[name] for name in ('keyboard_cond', 'mouse_cond') if name in given]
     actions = np.concatenate(actions, axis=-1)
     initial = clip(given['initial_latent']) if 'initial_latent' in given else None
@@ -101,7 +101,7 @@ def sampler(record: Record) -> dict:
     @compiled
     def roll(params):
         cond = causal.Cond(latents=clip(given['cond_concat']), image=given['visual_context'])
-        carry = causal.start(
+        carry = causal.initial_carry(
             stream, recording, params, cond, jax.random.split(jax.random.key(0), 1)
         )
         latents = []
@@ -110,13 +110,13 @@ def sampler(record: Record) -> dict:
                 last = stream.first_actions + block * stream.block_actions
                 control = actions[:, last - stream.block_actions : last]
             else:
-                carry, control = causal.begin(stream, carry, actions[:, : stream.first_actions])
+                carry, control = causal.pad_first_block(stream, carry, actions[:, : stream.first_actions])
             if block < fed:
                 latents.append(initial[:, block * size : (block + 1) * size])
-                carry = causal.feed(stream, table, recording, params, carry, control, latents[-1])
+                carry = causal.read_block(stream, table, recording, params, carry, control, latents[-1])
             else:
                 start = (block - fed) * size
-                carry, made = causal.block(
+                carry, made = causal.make_block(
                     stream,
                     table,
                     recording,
@@ -146,7 +146,7 @@ def bench_actions(record: Record) -> dict:
     got = {}
     for name in record.outputs:
         part = re.fullmatch(r'(\w+)_seed(\d+)_frames(\d+)_(keyboard|mouse)_condition', name)
-        vocabulary = Actions(part[1])
+        vocabulary = KeyboardMouseVocabulary(part[1])
         vectors = vocabulary.encode(vocabulary.random(int(part[3]), int(part[2])))
         keys = len(vocabulary.mode.keys)
         got[name] = vectors[:, :keys] if part[4] == 'keyboard' else vectors[:, keys:]

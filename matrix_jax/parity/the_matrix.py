@@ -138,8 +138,8 @@ def swin_stream(record: Record) -> dict:
         control_table=given['control_embeddings'],
         null_text=given['negative_prompt_embeds'] if guided else None,
     )
-    table, schedule = swin.tables(stream, scheduler), schedules.make(scheduler)
-    carry = swin.start(
+    table, schedule = swin.shift_table(stream, scheduler), schedules.make(scheduler)
+    carry = swin.initial_carry(
         stream,
         table,
         schedule,

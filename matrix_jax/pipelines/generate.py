@@ -13,9 +13,8 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 
-from matrix_jax import config, video
-from matrix_jax.cli.arguments import check_place
-from matrix_jax.config import UsageError
+from matrix_jax import recipes, video
+from matrix_jax.config import UsageError, check_writable
 from matrix_jax.data import start_clips
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.pipeline import Pipeline
@@ -25,7 +24,7 @@ DEFAULT_LENGTH, LONGEST = 8, 24 * 3600  # seconds
 
 
 @dataclasses.dataclass
-class Clip:
+class GeneratedVideo:
     """A generated video: frames as they come, and what was measured.
 
     Attributes:
@@ -97,28 +96,28 @@ def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bo
     return frames[:count]
 
 
-class Player:
+class StreamRunner:
     """One stream of one world: start it, step it with controls, take frames.
 
     Args:
       world, params: from `worlds.load` or `worlds.open_run`.
-      entry: where keys bind, 'tail' or 'head'; the recipe's choice by default.
+      control_binding: where keys bind, 'late' or 'early'; the recipe's choice by default.
     """
 
-    def __init__(self, world, params, entry: str | None = None):
-        params, decoder = world.apart(params)
-        params = world.ready(params)
+    def __init__(self, world, params, control_binding: str | None = None):
+        params, decoder = world.split_decoder(params)
+        params = world.precompute(params)
         self.world, self.params = world, params
         self._mesh = sharding.mesh_of(params)
-        self._condition = compilation.jit(world.condition, once=True)
+        self._condition = compilation.jit(world.condition, fast_compile=True)
         self._pipeline = self._prefill = None
         if decoder is None:
-            stream = world.stream(entry)
-            self._init, self._step = compilation.jit(stream.init, once=True), stream.step
+            stream = world.stream(control_binding)
+            self._init, self._step = compilation.jit(stream.init, fast_compile=True), stream.step
             if stream.prefill is not stream.step:
                 self._prefill = compilation.jit(stream.prefill, donate_argnums=1)
         else:
-            self._pipeline = Pipeline(**world.halves(entry), params=(params, decoder))
+            self._pipeline = Pipeline(**world.stages(control_binding), params=(params, decoder))
             self._init, self._step = self._pipeline.init, self._pipeline.step
 
     def start(self, prompt: str, frames: np.ndarray, known: list[str], seed: int):
@@ -169,7 +168,7 @@ class Player:
 
 
 def stream_frames(
-    player: Player, carry, steps: list[list[str]], clip: Clip, first=None
+    player: StreamRunner, carry, steps: list[list[str]], clip: GeneratedVideo, first=None
 ) -> Iterator[np.ndarray]:
     """Yields frames uint8 [H W 3] one by one, copying one step while the next is computed.
 
@@ -217,7 +216,7 @@ def generate(
       say: takes a line of progress.
 
     Returns:
-      (iterator of frames uint8 [H W 3], Clip).
+      (iterator of frames uint8 [H W 3], GeneratedVideo).
 
     Raises:
       UsageError: what is wrong with an argument, before anything is computed.
@@ -239,25 +238,25 @@ def generate(
     if world.cfg.clip:
         return whole_clip(world, params, prompt, frames, symbols, notes, seed)
     known, steps = world.split(symbols)
-    player = Player(world, params, entry='tail')
+    player = StreamRunner(world, params, control_binding='late')
     began = time.perf_counter()
     carry, cut = player.start(prompt, frames, known, seed)
     carry, first = player.compile(carry, steps)
     seconds = time.perf_counter() - began
-    clip = Clip(symbols, notes + cut_note(world, cut), compile_seconds=seconds)
+    clip = GeneratedVideo(symbols, notes + cut_note(world, cut), compile_seconds=seconds)
     steps = steps if first is None else steps[1:]
     return stream_frames(player, carry, steps, clip, first), clip
 
 
 def whole_clip(world, params, prompt: str, start, symbols: list[str], notes: list[str], seed: int):
-    """The clip of a model that does not stream -> (iterator of its frames, Clip)."""
+    """The clip of a model that does not stream -> (iterator of its frames, GeneratedVideo)."""
     given, cut = world.inputs(prompt, start, symbols)
     notes = notes + cut_note(world, cut)
     given = (params, *given, jax.random.key(seed))
     began = time.perf_counter()
     with sharding.within(sharding.mesh_of(params)):
         make = compilation.jit(world.sample_clip).lower(*given).compile()
-    clip = Clip(symbols, notes, compile_seconds=time.perf_counter() - began)
+    clip = GeneratedVideo(symbols, notes, compile_seconds=time.perf_counter() - began)
 
     def frames():
         began = time.perf_counter()
@@ -284,7 +283,7 @@ def recipe_of_log(options) -> str:
     from matrix_jax.serve.runtime import session_log
 
     played = session_log.read(options.replay).recipe
-    if options.recipe and config.load(options.recipe).name != played:
+    if options.recipe and recipes.load(options.recipe).name != played:
         raise UsageError(
             f'--replay: got the recipe {options.recipe}, expected {played[:60]}, in '
             f'which {options.replay} was played; it may be left out'
@@ -293,9 +292,9 @@ def recipe_of_log(options) -> str:
 
 
 def replayed(run, options):
-    """What a player did and saw, again -> (iterator of frames, Clip).
+    """What a player did and saw, again -> (iterator of frames, GeneratedVideo).
 
-    The frames are those of `tools/play.py` to the last bit, on a device of the same kind.
+    The frames are those of `matrix-jax play` to the last bit, on a device of the same kind.
     """
     from matrix_jax import worlds
     from matrix_jax.serve.runtime import session_log
@@ -309,8 +308,10 @@ def replayed(run, options):
     if given:
         raise UsageError(f'--replay: got {", ".join(given)} as well, which the session decides')
     began = time.perf_counter()
-    slots = session_log.compile_for(*worlds.open_run(run, apart=run.world.clip is None), log)
-    clip = Clip(
+    slots = session_log.compile_for(
+        *worlds.open_run(run, split_decoder=run.world.clip is None), log
+    )
+    clip = GeneratedVideo(
         [symbol for symbol in log.symbols for _ in range(slots.group)],
         list(filter(None, [session_log.difference(slots, log)])),
         compile_seconds=time.perf_counter() - began,
@@ -333,14 +334,14 @@ def summary(run) -> str:
 
 
 def to_file(run, options):
-    """What `tools/generate.py` does: checks all, then writes one video -> (path, Clip, frames)."""
+    """What `matrix-jax generate` does: checks all, then writes one video -> (path, GeneratedVideo, frames)."""
     from tqdm import tqdm
 
     from matrix_jax import worlds
 
     name = run.name.replace(':', '-').lower()
     path = video.check_path(run.out or f'outputs/{name}-{options.seed}.mp4')
-    check_place('--out', path)
+    check_writable('--out', path)
     if options.replay:
         frames, clip = replayed(run, options)
         world = worlds.build(run.world)
@@ -352,7 +353,7 @@ def to_file(run, options):
             options.control_seed,
             options.pad,
         )
-        world, params = worlds.open_run(run, apart=run.world.clip is None)
+        world, params = worlds.open_run(run, split_decoder=run.world.clip is None)
         frames, clip = generate(
             world,
             params,
@@ -372,7 +373,7 @@ def to_file(run, options):
     vocabulary = world.vocabulary
     per = vocabulary.frames
     # The first latent frame of a whole clip is a single frame.
-    keys = [vocabulary.held(symbol) for symbol in clip.symbols for _ in range(per)]
+    keys = [vocabulary.overlay(symbol) for symbol in clip.symbols for _ in range(per)]
     keys = keys[per - 1 :] if world.cfg.clip else keys
     total, keys = len(keys), None if options.no_overlay else keys
     with tqdm(frames, total=total, unit='frame', dynamic_ncols=True) as bar:

@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax import config, video
+from matrix_jax import config, recipes, video
 from matrix_jax.controls import driving
 from matrix_jax.parallel import compilation
 from matrix_jax.stream import base as streams
@@ -98,7 +98,7 @@ class TheMatrix:
         return os.fspath(path)
 
     def _open(self, stage: str):
-        run = config.load(f'the_matrix:{stage}')
+        run = recipes.load(f'the_matrix:{stage}')
         world, params = open_run(dataclasses.replace(run, weights=self.paths[stage]))
         # The published sizes are those of the folder: 480x720 in all released ones.
         cfg = world.cfg.vae

@@ -23,11 +23,14 @@ class Stream(NamedTuple):
       prefill: `(params, carry, control) -> (carry, first output)`; run once. Its output may be of
         another length than that of `step`, and its carry is what `step` takes and returns.
       step: `(params, carry, control) -> (carry, output)`; every leaf keeps shape and type.
+      with_prompt: `(carry, text [B L D]) -> carry` with another prompt from the next step on; None
+        where the stream reads no text.
     """
 
     init: Callable
     prefill: Callable
     step: Callable
+    with_prompt: Callable | None = None
 
 
 class Decoder(NamedTuple):
@@ -52,7 +55,9 @@ def join(outputs):
     return rearrange(outputs, 's b t ... -> b (s t) ...')
 
 
-def chain(stream: Stream, decoder: Decoder, first: int = 1, warm: Callable | None = None) -> Stream:
+def chain(
+    stream: Stream, decoder: Decoder, first: int = 1, decoder_seed: Callable | None = None
+) -> Stream:
     """A stream of frames: each `step` makes latents and decodes them in one program.
 
     Args:
@@ -60,12 +65,12 @@ def chain(stream: Stream, decoder: Decoder, first: int = 1, warm: Callable | Non
       decoder: turns them into frames.
       first: steps of `stream` whose latents the first decode waits for. `prefill` then takes their
         controls side by side, [B first*T].
-      warm: `cond -> latents` that the decoder starts on in `init`; then `prefill` is `step`, and
+      decoder_seed: `cond -> latents` that the decoder starts on in `init`; then `prefill` is `step`, and
         `first` does not count.
     """
 
     def init(params, cond, key):
-        return stream.init(params, cond, key), decoder.prefill(params, warm(cond))[0]
+        return stream.init(params, cond, key), decoder.prefill(params, decoder_seed(cond))[0]
 
     def prefill(params, carry, control):
         parts = jnp.split(control, first, axis=1)
@@ -83,10 +88,16 @@ def chain(stream: Stream, decoder: Decoder, first: int = 1, warm: Callable | Non
         cache, frames = decoder.step(params, cache, latents)
         return (carry, cache), frames
 
-    return Stream(init, step, step) if warm else Stream(stream.init, prefill, step)
+    def with_prompt(carry, text):
+        return stream.with_prompt(carry[0], text), carry[1]
+
+    changed = with_prompt if stream.with_prompt else None
+    if decoder_seed:
+        return Stream(init, step, step, changed)
+    return Stream(stream.init, prefill, step, changed)
 
 
-def started(stream: Stream, control) -> Stream:
+def prefilled(stream: Stream, control) -> Stream:
     """The stream with its first output made by `init` and dropped, so that every step is alike.
 
     Args:
@@ -99,7 +110,7 @@ def started(stream: Stream, control) -> Stream:
     def init(params, cond, key):
         return stream.prefill(params, stream.init(params, cond, key), control)[0]
 
-    return Stream(init, stream.step, stream.step)
+    return stream._replace(init=init, prefill=stream.step)
 
 
 # --- randomness of players -----------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Config:
       context_level: noise level that the network is told when it reads a clean block.
       window: latent frames before a block whose actions the block is given.
       ratio: pixel frames of a latent frame.
-      tell_last: tell each block the last latent frame before it, where published networks are told
+      condition_on_last_frame: tell each block the last latent frame before it, where published networks are told
         the same as ever. Ours, for small networks: beside their noise they then have what the next
         frames are mostly made of, and need not find it in the caches first.
       action_guidance: how far a call goes from what it would make of a block at rest to what it
@@ -46,7 +46,7 @@ class Config:
     context_level: float = 0.0
     window: int = 3
     ratio: int = 4
-    tell_last: bool = False
+    condition_on_last_frame: bool = False
     action_guidance: float = 1.0
 
     def __post_init__(self):
@@ -65,7 +65,7 @@ class Config:
 
     context = 1  # latent frames of the start that a stream goes on from: the picture
     lag = 0  # steps from the one that takes an action to the one that shows it
-    entry = 'block'  # where actions bind: in the block that takes them; there is no queue
+    control_binding = 'block'  # where actions bind: in the block that takes them; there is no queue
 
     @property
     def passes(self) -> int:
@@ -73,12 +73,12 @@ class Config:
         return len(self.steps) * (1 + (self.action_guidance > 1)) + 1
 
     @property
-    def counted(self) -> int:
+    def compiled_passes(self) -> int:
         """The same, were every call guided: a program has one form for all of them."""
         return (len(self.steps) + 1) * (1 + (self.action_guidance > 1))
 
     @property
-    def taken(self) -> int:
+    def controls_per_step(self) -> int:
         """Actions that a step takes."""
         return self.block_actions
 
@@ -87,7 +87,7 @@ class Config:
         """Latent frames that a step makes."""
         return self.frames
 
-    def entered(self, entry: str) -> Config:
+    def with_control_binding(self, control_binding: str) -> Config:
         """The same stream: actions bind at once, wherever those of a queue would."""
         return self
 
@@ -141,7 +141,7 @@ class Carry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rows:
+class StepTable:
     """Host table of the calls on a block, float32 [calls]: the level that the network is told, the
     sigma at which its answer is read, and the sigma that the clean estimate is noised to."""
 
@@ -149,16 +149,16 @@ class Rows:
     sigma: np.ndarray
     following: np.ndarray
 
-    def __getitem__(self, part) -> Rows:
-        return Rows(self.level[part], self.sigma[part], self.following[part])
+    def __getitem__(self, part) -> StepTable:
+        return StepTable(self.level[part], self.sigma[part], self.following[part])
 
 
-def rows(cfg: Config, schedule: flow.Config) -> Rows:
+def step_table(cfg: Config, schedule: flow.Config) -> StepTable:
     """The calls of one block: the denoising steps, and last the reading of the clean block."""
     levels = flow.warp(schedule, cfg.steps)
     sigmas = levels / np.float32(1000)
     # The last call changes nothing in the block: at sigma 0 the clean estimate is the block.
-    return Rows(
+    return StepTable(
         np.append(levels, np.float32(cfg.context_level)),
         np.append(sigmas, np.float32(0)),
         np.append(sigmas[1:], np.float32([0, 0])),
@@ -185,40 +185,42 @@ class Network(NamedTuple):
     actions: int
 
 
-def make(cfg: Config, schedule: flow.Config, net: Network, table: Rows | None = None) -> Stream:
-    """The stream of a network, with the calls of `rows` or of another table of as many.
+def make(
+    cfg: Config, schedule: flow.Config, net: Network, table: StepTable | None = None
+) -> Stream:
+    """The stream of a network, with the calls of `step_table` or of another table of as many.
 
     `init(params, cond, key)`: `cond` is a `Cond`, `key` one key, or one per player [B].
     `prefill(params, carry, control)`: control float32 [B first_actions A]; makes block 0.
     `step(params, carry, control)`: control float32 [B block_actions A]; makes the next block.
     Both give latents [B frames H W C].
     """
-    table = rows(cfg, schedule) if table is None else table
+    table = step_table(cfg, schedule) if table is None else table
 
     def init(params, cond: Cond, key) -> Carry:
         keys = player_keys(key, len(cond.latents))
-        return start(cfg, net, params, cond, keys)
+        return initial_carry(cfg, net, params, cond, keys)
 
     def prefill(params, carry: Carry, control):
         _fits(control, (len(carry.key), cfg.first_actions, net.actions))
-        return make_block(params, *begin(cfg, carry, control))
+        return next_block(params, *pad_first_block(cfg, carry, control))
 
     def step(params, carry: Carry, control):
         _fits(control, (len(carry.key), cfg.block_actions, net.actions))
-        return make_block(params, carry, control)
+        return next_block(params, carry, control)
 
-    def make_block(params, carry: Carry, control):
+    def next_block(params, carry: Carry, control):
         shape = (cfg.frames, *carry.condition.shape[2:4], net.channels)
         drawn = normal(
             fold(jax.random.wrap_key_data(carry.key), carry.block), (len(cfg.steps), *shape)
         )
         drawn = jnp.moveaxis(drawn, 1, 0)
-        return block(cfg, table, net, params, carry, control, drawn[0], drawn[1:])
+        return make_block(cfg, table, net, params, carry, control, drawn[0], drawn[1:])
 
     return Stream(init, prefill, step)
 
 
-def guided(cfg: Config, net: Network, rest) -> Network:
+def with_action_guidance(cfg: Config, net: Network, rest) -> Network:
     """The same network, guided by actions (classifier-free guidance, arXiv 2207.12598, with rest in
     place of no condition: it needs no training of its own).
 
@@ -243,11 +245,11 @@ def guided(cfg: Config, net: Network, rest) -> Network:
     return net._replace(denoise=denoise)
 
 
-def start(cfg: Config, net: Network, params, cond: Cond, keys) -> Carry:
+def initial_carry(cfg: Config, net: Network, params, cond: Cond, keys) -> Carry:
     """Carry of a new stream."""
     batch, condition = len(cond.latents), jnp.asarray(cond.latents)
-    if cfg.tell_last:
-        condition = tell(condition, condition[:, :1, ..., -net.channels :])
+    if cfg.condition_on_last_frame:
+        condition = replace_latents(condition, condition[:, :1, ..., -net.channels :])
     return Carry(
         caches=net.read(params, cond),
         condition=condition,
@@ -257,7 +259,7 @@ def start(cfg: Config, net: Network, params, cond: Cond, keys) -> Carry:
     )
 
 
-def begin(cfg: Config, carry: Carry, control):
+def pad_first_block(cfg: Config, carry: Carry, control):
     """(carry, control of a whole block) from the actions of block 0 [B first_actions A]: before
     its first frame everything was as at its first frame."""
     control = jnp.asarray(control, jnp.float32)
@@ -269,11 +271,13 @@ def begin(cfg: Config, carry: Carry, control):
     )
 
 
-def block(cfg: Config, table: Rows, net: Network, params, carry: Carry, control, noise, renoise):
+def make_block(
+    cfg: Config, table: StepTable, net: Network, params, carry: Carry, control, noise, renoise
+):
     """One block with its noise given; `make(...).step` draws the noise and calls this.
 
     Args:
-      table: from `rows`.
+      table: from `step_table`.
       control: float32 [B block_actions A].
       noise: where to start [B T H W C].
       renoise: [steps-1 B T H W C], one draw for each step but the last.
@@ -287,8 +291,8 @@ def block(cfg: Config, table: Rows, net: Network, params, carry: Carry, control,
     )
 
 
-def feed(cfg: Config, table: Rows, net: Network, params, carry: Carry, control, latents):
-    """The carry after reading a clean block [B T H W C] that was made elsewhere; see `block`."""
+def read_block(cfg: Config, table: StepTable, net: Network, params, carry: Carry, control, latents):
+    """The carry after reading a clean block [B T H W C] that was made elsewhere; see `make_block`."""
     return _advance(
         cfg,
         table[-1:],
@@ -303,19 +307,21 @@ def feed(cfg: Config, table: Rows, net: Network, params, carry: Carry, control, 
 
 def _advance(cfg, table, net, params, carry, control, x, noises):
     actions = jnp.concatenate([carry.past, jnp.asarray(control, jnp.float32)], axis=1)
-    caches, x = walk(table, net, params, carry.caches, x, noises, _condition(cfg, carry), actions)
-    told = carry.condition
-    if cfg.tell_last:
-        told = tell(told, x[:, -1:])
+    caches, x = run_calls(
+        table, net, params, carry.caches, x, noises, _condition(cfg, carry), actions
+    )
+    condition = carry.condition
+    if cfg.condition_on_last_frame:
+        condition = replace_latents(condition, x[:, -1:])
     return carry.replace(
         caches=net.advance(caches, cfg.frames),
         past=actions[:, -cfg.remembered :],
-        condition=told,
+        condition=condition,
         block=carry.block + 1,
     ), x
 
 
-def walk(table: Rows, net: Network, params, caches, x, noises, cond, actions):
+def run_calls(table: StepTable, net: Network, params, caches, x, noises, cond, actions):
     """The calls of `table` on one block.
 
     Args:
@@ -339,25 +345,25 @@ def walk(table: Rows, net: Network, params, caches, x, noises, cond, actions):
     return jax.lax.scan(call, (caches, jnp.asarray(x, jnp.float32)), columns)[0]
 
 
-def tell(condition, latents):
+def replace_latents(condition, latents):
     """Conditions [B T H W C'] with other latents, their last C channels: of each frame [B T H W C],
     or one for all."""
     latents = jnp.broadcast_to(latents, (*condition.shape[:-1], latents.shape[-1]))
     return jnp.concatenate([condition[..., : -latents.shape[-1]], latents], axis=-1)
 
 
-def tell_blocks(cfg: Config, condition, clean):
+def condition_blocks(cfg: Config, condition, clean):
     """Conditions [B T H W C'] of a clip as its blocks are told them in a stream.
 
     Args:
       condition: as from the start on, beside the first picture.
       clean: latents of the clip [B T H W C], whole blocks.
     """
-    if not cfg.tell_last:
+    if not cfg.condition_on_last_frame:
         return condition
     first = condition[:, :1, ..., -clean.shape[-1] :]
     last = jnp.concatenate([first, clean[:, cfg.frames - 1 : -1 : cfg.frames]], axis=1)
-    return tell(condition, jnp.repeat(last, cfg.frames, axis=1))
+    return replace_latents(condition, jnp.repeat(last, cfg.frames, axis=1))
 
 
 def _condition(cfg, carry):

@@ -29,19 +29,20 @@ class Pipeline:
     Args:
       stream: makes latents [B T H W C].
       decoder: turns them into frames.
-      warm: `cond -> latents` that the decoder starts on.
+      decoder_seed: `cond -> latents` that the decoder starts on.
       params: of the stream, and of the decoder on a mesh of their own.
       ahead: shifts that may be under way; one more waits until the oldest has its frames.
     """
 
     def __init__(
-        self, stream: Stream, decoder: Decoder, warm: Callable, params, ahead: int = AHEAD
+        self, stream: Stream, decoder: Decoder, decoder_seed: Callable, params, ahead: int = AHEAD
     ):
         self.stream, self.decoder, self.params, self.ahead = stream, decoder, params[1], ahead
         self._meshes = [jax.tree.leaves(part)[0].sharding.mesh for part in params]
         self._whole = [sharding.replicated(one) for one in self._meshes]
         self._start = compilation.jit(
-            lambda *given: (stream.init(*given), warm(given[1])), out_shardings=self._whole[0]
+            lambda *given: (stream.init(*given), decoder_seed(given[1])),
+            out_shardings=self._whole[0],
         )
         self._fill = compilation.jit(lambda *given: decoder.prefill(*given)[0])
         self._make = self._decode = None

@@ -21,7 +21,13 @@ from matrix_jax.diffusion import sampling, schedules, solvers
 from matrix_jax.stream.base import Stream, fold, normal, player_keys
 
 SOLVERS = ('dpm', 'ddim', 'lcm')
-ENTRIES = ('tail', 'head')
+CONTROL_BINDINGS = ('late', 'early')
+BINDING_NAMES = {
+    'late': 'late',
+    'early': 'early',
+    'tail': 'late',
+    'head': 'early',
+}  # with older names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +42,9 @@ class Config:
       solver: 'dpm' (stage 3), 'ddim' or 'lcm' (stage 4).
       guidance: classifier-free guidance by the prompt; 1 or less switches it off.
       control_guidance: the same by the controls, against the null control.
-      entry: where a new control binds. 'tail' (reference): at the group of pure noise, seen about G
-        shifts later. 'head': at group `head_group` and all noisier ones.
-      head_group: first group that a control binds at with entry 'head'.
+      control_binding: where a new control binds. 'late' (reference): at the group of pure noise,
+        seen about G shifts later. 'early': at group `head_group` and all noisier ones.
+      head_group: first group that a control binds at with 'early' binding.
       original_steps: teacher steps that 'lcm' picks from.
       lcm_multiplier: phases of 'lcm' per group.
       condition_level: noise level of the condition frames that the network is told.
@@ -53,7 +59,7 @@ class Config:
     solver: str = 'dpm'
     guidance: float = 1.0
     control_guidance: float = 1.0
-    entry: str = 'tail'
+    control_binding: str = 'late'
     head_group: int = 2
     original_steps: int = 40
     lcm_multiplier: int = 1
@@ -61,6 +67,8 @@ class Config:
     renoise_condition: bool = False
 
     def __post_init__(self):
+        binding = BINDING_NAMES.get(self.control_binding, self.control_binding)
+        object.__setattr__(self, 'control_binding', binding)
         for name in ('groups', 'group_frames', 'context', 'lcm_multiplier'):
             if getattr(self, name) < 1:
                 raise ValueError(f'stream.{name}: got {getattr(self, name)}, expected at least 1')
@@ -69,13 +77,13 @@ class Config:
                 f'stream.steps: got {self.steps}, expected a positive multiple of '
                 f'groups = {self.groups} (each shift makes steps / groups)'
             )
-        for name, known in (('solver', SOLVERS), ('entry', ENTRIES)):
+        for name, known in (('solver', SOLVERS), ('control_binding', CONTROL_BINDINGS)):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f'stream.{name}: got {getattr(self, name)!r}, '
                     f'expected one of {", ".join(known)}'
                 )
-        if self.entry == 'head' and not 0 <= self.head_group < self.groups:
+        if self.control_binding == 'early' and not 0 <= self.head_group < self.groups:
             raise ValueError(
                 f'stream.head_group: got {self.head_group}, expected 0 to {self.groups - 1}'
             )
@@ -97,7 +105,7 @@ class Config:
         return self.steps // self.groups * branches
 
     @property
-    def counted(self) -> int:
+    def compiled_passes(self) -> int:
         """Those that the program of a shift has."""
         return self.passes
 
@@ -107,13 +115,13 @@ class Config:
         return self.frames - self.group_frames
 
     @property
-    def entry_slot(self) -> int:
+    def binding_slot(self) -> int:
         """First window slot that takes the controls of a step."""
-        group = self.groups - 1 if self.entry == 'tail' else self.head_group
+        group = self.groups - 1 if self.control_binding == 'late' else self.head_group
         return self.context + group * self.group_frames
 
     @property
-    def taken(self) -> int:
+    def controls_per_step(self) -> int:
         """Controls that a step takes."""
         return self.group_frames
 
@@ -125,11 +133,11 @@ class Config:
     @property
     def lag(self) -> int:
         """Steps from the one that takes a control to the one whose frames were bound to it."""
-        return (self.entry_slot - self.context) // self.group_frames
+        return (self.binding_slot - self.context) // self.group_frames
 
-    def entered(self, entry: str) -> Config:
-        """The same stream with controls that bind at 'tail' or 'head'."""
-        return dataclasses.replace(self, entry=entry)
+    def with_control_binding(self, control_binding: str) -> Config:
+        """The same stream with controls that bind 'late' or 'early'."""
+        return dataclasses.replace(self, control_binding=control_binding)
 
 
 @struct.dataclass
@@ -175,14 +183,14 @@ class Carry:
 
 
 @dataclasses.dataclass(frozen=True)
-class Tables:
+class ShiftTable:
     """Host tables of one shift: levels int32 [inner T], and coefficients [inner G*group_frames]."""
 
     levels: np.ndarray
     plan: solvers.Plan
 
 
-def tables(cfg: Config, scheduler: schedules.SchedulerConfig) -> Tables:
+def shift_table(cfg: Config, scheduler: schedules.SchedulerConfig) -> ShiftTable:
     """Levels and solver coefficients of a shift.
 
     Raises:
@@ -203,7 +211,7 @@ def tables(cfg: Config, scheduler: schedules.SchedulerConfig) -> Tables:
         plan = solvers.lcm(scheduler, graded, levels, cfg.groups * cfg.lcm_multiplier)
     else:
         plan = solvers.make(cfg.solver, scheduler, graded, cfg.steps)
-    return Tables(rows.astype(np.int32), plan)
+    return ShiftTable(rows.astype(np.int32), plan)
 
 
 def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -> Stream:
@@ -216,7 +224,7 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
     Args:
       denoise: `denoise(params, x [B T H W C], level [B T], text [B L D], control [B T A]) -> v`.
     """
-    table = tables(cfg, scheduler)
+    table = shift_table(cfg, scheduler)
     schedule = schedules.make(scheduler)
 
     def init(params, cond: Cond, key) -> Carry:
@@ -224,7 +232,7 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
         keys = player_keys(key, cond.latents.shape[0])
         first = jnp.zeros(keys.shape, jnp.int32)
         noise = normal(fold(keys, first), (cfg.frames, *cond.latents.shape[2:]))
-        return start(cfg, table, schedule, cond, keys, noise)
+        return initial_carry(cfg, table, schedule, cond, keys, noise)
 
     def step(params, carry: Carry, control):
         batch, _, *frame = carry.window.shape
@@ -243,10 +251,10 @@ def make(cfg: Config, scheduler: schedules.SchedulerConfig, denoise: Callable) -
         noises = rearrange(noises, 'b (i t) h w c -> i b t h w c', i=inner) if inner else None
         return shift(cfg, table, schedule, denoise, params, carry, control, noises, append, renoise)
 
-    return Stream(init, step, step)
+    return Stream(init, step, step, with_text)
 
 
-def start(cfg: Config, table: Tables, schedule, cond: Cond, keys, noise) -> Carry:
+def initial_carry(cfg: Config, table: ShiftTable, schedule, cond: Cond, keys, noise) -> Carry:
     """Carry of a new stream from clean latents and noise [B T H W C]."""
     latents = jnp.asarray(cond.latents, jnp.float32)[:, : cfg.frames]
     batch, given = latents.shape[:2]
@@ -268,7 +276,7 @@ def start(cfg: Config, table: Tables, schedule, cond: Cond, keys, noise) -> Carr
 
 def shift(
     cfg: Config,
-    table: Tables,
+    table: ShiftTable,
     schedule,
     denoise,
     params,
@@ -324,19 +332,19 @@ def shift(
 def bind(cfg: Config, remembered, control):
     """Controls of all window slots [B T] from remembered [B R] and new ones [B group_frames].
 
-    The new ones take the slots from `cfg.entry_slot` on; noisier slots than those they fill expect
+    The new ones take the slots from `cfg.binding_slot` on; noisier slots than those they fill expect
     the last of them to be held, and are overwritten by the steps to come.
     """
-    room = cfg.frames - cfg.entry_slot - cfg.group_frames
+    room = cfg.frames - cfg.binding_slot - cfg.group_frames
     held = jnp.repeat(control[:, -1:], room, axis=1)
-    return jnp.concatenate([remembered[:, : cfg.entry_slot], control, held], axis=1)
+    return jnp.concatenate([remembered[:, : cfg.binding_slot], control, held], axis=1)
 
 
 def split_controls(cfg: Config, symbols, shifts: int):
     """Cuts a whole control sequence into what `init` and `shifts` steps take.
 
     The slot f that a control binds at has symbol s * group_frames + f at shift s, so a frame is
-    shown under the same symbol whatever the entry.
+    shown under the same symbol whatever the binding.
 
     Args:
       symbols: int [B N], at least `needed_controls(cfg, shifts)` per player.
@@ -350,15 +358,15 @@ def split_controls(cfg: Config, symbols, shifts: int):
         raise ValueError(
             f'controls: got {symbols.shape[1]}, expected at least {needed} for {shifts} shifts'
         )
-    starts = cfg.entry_slot + cfg.group_frames * np.arange(shifts)
+    starts = cfg.binding_slot + cfg.group_frames * np.arange(shifts)
     steps = symbols[:, starts[:, None] + np.arange(cfg.group_frames)]
     return symbols[:, : cfg.remembered], np.moveaxis(steps, 1, 0)
 
 
-def whole_video(cfg: Config, symbols: list[str]) -> tuple[list[str], list[list[str]]]:
+def video_controls(cfg: Config, symbols: list[str]) -> tuple[list[str], list[list[str]]]:
     """Symbols of a video that is known in advance -> (of the first window, of each step).
 
-    For entry 'tail': the window knows what is to come, so that every symbol steers the frames that
+    For 'late' binding: the window knows what is to come, so that every symbol steers the frames that
     it stands for.
     """
     known = symbols[:1] * cfg.context + symbols + symbols[-1:] * (cfg.frames - cfg.context)
@@ -370,7 +378,7 @@ def whole_video(cfg: Config, symbols: list[str]) -> tuple[list[str], list[list[s
 
 def needed_controls(cfg: Config, shifts: int) -> int:
     """Controls that a run of `shifts` consumes, those of the initial window included."""
-    return max(cfg.entry_slot + shifts * cfg.group_frames, cfg.remembered)
+    return max(cfg.binding_slot + shifts * cfg.group_frames, cfg.remembered)
 
 
 def with_text(carry: Carry, text) -> Carry:

@@ -20,8 +20,7 @@ import numpy as np
 from einops import rearrange
 
 from matrix_jax import worlds
-from matrix_jax.cli.arguments import check_place
-from matrix_jax.config import UsageError
+from matrix_jax.config import UsageError, check_writable
 from matrix_jax.weights import conversion, diffusers_layout, training_state
 
 PARAMS = 'params'
@@ -29,7 +28,7 @@ PICKLES = ('.bin', '.pth', '.pt')
 RANDOM_SHARD = 10**9  # bytes that are drawn before they are written
 
 
-def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Path], None]) -> str:
+def convert(world_cfg, source: str, target: str, unpickle: Callable[[Path, Path], None]) -> str:
     """Converts a folder to the other layout, whichever it has; strictly, all of it or nothing.
 
     Args:
@@ -50,7 +49,7 @@ def translate(world_cfg, source: str, target: str, unpickle: Callable[[Path, Pat
     if Path(source).suffix in PICKLES and Path(source).is_file():
         return _from_pickle(world_cfg, Path(source), Path(target), unpickle)
     source = diffusers_layout.resolve(source)
-    parts = worlds.build(world_cfg).parts
+    parts = worlds.build(world_cfg).components
     ours = [part for part in parts if (source / part.folder / PARAMS).is_dir()]
     released = [
         part
@@ -107,7 +106,7 @@ def write_random(
     world = worlds.build(shorten(world_cfg, layers, text_layers))
 
     def fill(fresh):
-        for part in world.parts:
+        for part in world.components:
             tensors = {}
             for row, shape, draw in world.draws(part, seed, still=False):
                 for key, layer in zip(row.keys(), range(*row.layers) if row.layers else (None,)):
@@ -166,7 +165,7 @@ def _check_new(target: str):
         raise UsageError(f'DST: got {str(target)!r}, expected a new name')
     if os.path.lexists(target):
         raise UsageError(f'{target}: is there already, expected a new name')
-    check_place('DST', target)
+    check_writable('DST', target)
 
 
 class Drawn:
@@ -186,18 +185,18 @@ class Drawn:
 
 
 def _from_pickle(world_cfg, source: Path, target: Path, unpickle) -> str:
-    """Translates one pickle: see `translate`."""
+    """Translates one pickle: see `convert`."""
     if target.suffix == '.safetensors':
         if not target.parent.is_dir():
             raise UsageError(f'DST: got {target}, expected a name in a folder that is there')
         unpickle(source, target)
         return f'{target}: tensors of {source}'
     world = worlds.build(world_cfg)
-    part = next((part for part in world.parts if part.folder == target.name), None)
+    part = next((part for part in world.components if part.folder == target.name), None)
     if part is None:
         raise UsageError(
             f'{target}: a single pickle becomes a .safetensors file, or a part of the '
-            f'recipe ({", ".join(part.folder for part in world.parts)})'
+            f'recipe ({", ".join(part.folder for part in world.components)})'
         )
     cfg = getattr(world.cfg, part.field)
     table = part.weights(cfg)

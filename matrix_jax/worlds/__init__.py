@@ -38,18 +38,18 @@ def load(name: str = 'carracing', weights: str | None = None, mesh=None):
     Raises:
       UsageError, CheckpointError, ConversionError: all ValueErrors of one line.
     """
-    from matrix_jax import config
+    from matrix_jax import recipes
 
-    run = config.load(name)
+    run = recipes.load(name)
     return open_run(dataclasses.replace(run, weights=weights or run.weights, mesh=mesh or run.mesh))
 
 
-def open_run(run, apart: bool = False):
+def open_run(run, split_decoder: bool = False):
     """A run's world and its parameters, read strictly and placed on its mesh.
 
     Args:
       run: the run.
-      apart: whether the caller streams, so that the run may have a pipeline: the parameters of the
+      split_decoder: whether the caller streams, so that the run may have a pipeline: the parameters of the
         decoder then lie on a mesh of their own.
     """
     import jax
@@ -63,15 +63,15 @@ def open_run(run, apart: bool = False):
         raise config.UsageError(
             f'{run.name}: needs --weights, a folder in the released layout or a hub repository'
         )
-    compilation.keep(run.keep_programs)
-    make = sharding.make_meshes if apart else sharding.make_mesh
+    compilation.enable_cache(run.keep_programs)
+    make = sharding.make_meshes if split_decoder else sharding.make_mesh
     mesh = make(run.mesh)
     folder = diffusers_layout.resolve(run.weights)
     world = describe(run.world, folder, whole=True).with_tokenizers(folder)
     params = _adapt(run, world, lambda: world.load(folder))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    params = world.device_put(params, *(mesh if apart else [mesh]))
+    params = world.device_put(params, *(mesh if split_decoder else [mesh]))
     return world, world.quantize(params)
 
 
@@ -81,26 +81,28 @@ def start(run):
     from matrix_jax.parallel import compilation
     from matrix_jax.weights import diffusers_layout
 
-    compilation.keep(run.keep_programs)
+    compilation.enable_cache(run.keep_programs)
     world = build(run.world)
     if run.weights is None:
         world.with_tokenizers(None)
         return world, _adapt(run, world, lambda: world.init(run.train.seed))
     folder = diffusers_layout.resolve(run.weights)
     found = describe(run.world, folder)
-    world = found.grown(run.world).with_tokenizers(folder)
-    borrowed = world.borrowed(folder)
+    world = found.with_new_layers(run.world).with_tokenizers(folder)
+    borrowed = world.external_parts(folder)
     if borrowed and getattr(run.stage, 'train_encoders', False):
         raise config.UsageError(
             f'stage.train_encoders: got True, expected False, as {folder} '
             'leaves its control encoder to another place'
         )
-    have = tuple(part.folder for part in world.parts if world.has(folder, part.folder))
-    lacking = tuple(part.folder for part in world.parts if part.folder not in (*have, *borrowed))
+    have = tuple(part.folder for part in world.components if world.can_load(folder, part.folder))
+    lacking = tuple(
+        part.folder for part in world.components if part.folder not in (*have, *borrowed)
+    )
     params = _adapt(
         run, found, lambda: found.init(run.train.seed, only=lacking) | found.load(folder, only=have)
     )
-    return world, world.widen(params, found, run.train.seed)
+    return world, world.add_params(params, found, run.train.seed)
 
 
 def _adapt(run, world, load):

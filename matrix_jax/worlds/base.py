@@ -105,11 +105,15 @@ class BaseWorld:
     @property
     def tables(self) -> dict[str, conversion.Table]:
         """Folder name -> weight table."""
-        return {part.folder: part.weights(getattr(self.cfg, part.field)) for part in self.components}
+        return {
+            part.folder: part.weights(getattr(self.cfg, part.field)) for part in self.components
+        }
 
     def shapes(self) -> dict:
         """Parameter tree of ShapeDtypeStructs by part; nothing is allocated."""
-        return {part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.components}
+        return {
+            part.folder: _shapes(part, getattr(self.cfg, part.field)) for part in self.components
+        }
 
     def init(
         self, seed: int, still: bool = True, only: tuple[str, ...] | None = None, paths: str = '*'
@@ -383,7 +387,9 @@ def read_config(part_config, folder: str, name: str):
     return cfg
 
 
-def read_parts(world: BaseWorld, folder: str, whole: bool, kept: Mapping[str, tuple[str, ...]]) -> dict:
+def read_parts(
+    world: BaseWorld, folder: str, whole: bool, kept: Mapping[str, tuple[str, ...]]
+) -> dict:
     """Configs of a world's parts as a weights folder has them: field -> config.
 
     The folder decides the sizes of the parts that it holds; how they run is the recipe's.

@@ -89,7 +89,10 @@ class Config:
 
     def __post_init__(self):
         keys, actions = KeyboardMouseVocabulary(self.mode).mode, self.dit.actions
-        if actions is None or (actions.keyboard, bool(actions.mouse)) != (len(keys.keys), keys.mouse):
+        if actions is None or (actions.keyboard, bool(actions.mouse)) != (
+            len(keys.keys),
+            keys.mouse,
+        ):
             raise ValueError(
                 f'world.mode: got {self.mode}, which has {len(keys.keys)} keys and '
                 f'{"a" if keys.mouse else "no"} mouse; the network expects '
@@ -228,7 +231,9 @@ class World(BaseWorld):
         return self._condition(params, frames, self.cfg.vae.settled + 1)
 
     def _condition(self, params, frames, count: int):
-        return causal.Cond(self.image_condition(params, frames, count), self.image_features(params, frames))
+        return causal.Cond(
+            self.image_condition(params, frames, count), self.image_features(params, frames)
+        )
 
     def image_condition(self, params, frames, count: int):
         """What `count` latent frames take as their condition from pictures uint8 [B 1 H W 3]: [B T H W Cc]."""

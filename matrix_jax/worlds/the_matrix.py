@@ -344,7 +344,11 @@ class World(BaseWorld):
     def latents(self, *, control_binding: str | None = None) -> streams.Stream:
         """The stream before its decoder: keys in, latents [B T H W C] out; see `stream`."""
         cfg = self.cfg.stream
-        return swin.make(cfg.with_control_binding(control_binding or cfg.control_binding), self.cfg.scheduler, self.denoise)
+        return swin.make(
+            cfg.with_control_binding(control_binding or cfg.control_binding),
+            self.cfg.scheduler,
+            self.denoise,
+        )
 
     def stream(self, control_binding: str | None = None) -> streams.Stream:
         """Keys in, uint8 frames out: one Swin-DPM shift and its decoding, one program.

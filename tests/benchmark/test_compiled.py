@@ -13,7 +13,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from matrix_jax import config, recipes, worlds
-from matrix_jax.benchmark import compiled, int8, roofline, roofline_cogvideox, roofline_wan, target
+from matrix_jax.benchmark import compiled, int8, roofline, roofline_cogvideox, roofline_wan
+from matrix_jax.benchmark import target as targets
 from matrix_jax.nn import conv3d
 from matrix_jax.parallel import sharding
 from matrix_jax.train import dry_run
@@ -177,11 +178,11 @@ def test_a_guided_stream_counts_no_guidance_where_it_has_none():
 
 def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
     cfg = recipes.load('the_matrix:TINY', ['--world.height', '64', '--world.width', '96']).world
-    (work, read), (anew, before) = compiled.weigh(cfg)
+    (work, read), (anew, before) = compiled.costs(cfg)
     for part, least in roofline.flops(cfg).items():
         assert 1 <= work[part] / least < 1.1, part
     assert work['dit'] < anew['dit'] and work['vae'] == anew['vae']
-    shapes = conversion.flatten(target.parts(worlds.build(cfg))['transformer'])
+    shapes = conversion.flatten(targets.step_params(worlds.build(cfg))['transformer'])
     made = [
         path
         for path in shapes
@@ -338,12 +339,12 @@ def test_the_second_compilation_reads_the_first():
 def test_random_parameters_keep_variances_and_lie_where_they_belong():
     world = worlds.build(recipes.load('the_matrix:TINY').world)
     mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2, 1, 1), ('data', 'fsdp', 'tensor', 'seq'))
-    params = target.draw(world, mesh)
+    params = targets.draw(world, mesh)
     kernel = params['transformer']['steered']['block']['mlp']['up']['kernel']
     assert kernel.std() * kernel.shape[1] ** 0.5 == pytest.approx(1, abs=0.05)
     assert kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 2
     assert set(params['vae']) == {'decoder'}
     np.testing.assert_array_equal(
-        target.draw(world, mesh)['transformer']['out']['kernel'],
+        targets.draw(world, mesh)['transformer']['out']['kernel'],
         params['transformer']['out']['kernel'],
     )

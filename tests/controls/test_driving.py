@@ -7,7 +7,7 @@ from matrix_jax import parity
 from matrix_jax.controls import driving
 from matrix_jax.controls.driving import ControlError
 
-GOLDENS = pathlib.Path(__file__).parent / 'goldens' / 'the_matrix'
+GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
 
 
 def test_replays_the_reference_signals():

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from matrix_jax.controls.driving import ControlError
-from matrix_jax.controls.keyboard_mouse import Actions
+from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 
-UNIVERSAL, DRIVE, RUN = map(Actions, ('universal', 'gta_drive', 'templerun'))
+UNIVERSAL, DRIVE, RUN = map(KeyboardMouseVocabulary, ('universal', 'gta_drive', 'templerun'))
 
 
 @pytest.mark.parametrize(
@@ -110,19 +110,19 @@ def test_what_cannot_be_read_is_named(vocabulary, text, words):
 
 def test_an_unknown_mode_lists_the_modes():
     with pytest.raises(ValueError, match='expected one of universal, gta_drive, templerun'):
-        Actions('flying')
+        KeyboardMouseVocabulary('flying')
 
 
 @pytest.mark.parametrize('vocabulary', [UNIVERSAL, DRIVE, RUN], ids=lambda one: one.mode.name)
 def test_a_page_and_an_overlay_know_every_key(vocabulary):
-    page = vocabulary.page()
+    page = vocabulary.key_layout()
     names = {button['name'] for button in page['buttons']}
     for axis in page['axes']:
         assert set(axis['keys']) <= names
         for word in axis['keys'].values():
             action = vocabulary.canonical(word)
             assert vocabulary.encode([action]).any()
-            held = vocabulary.held(action)
+            held = vocabulary.overlay(action)
             assert held.lit & {name for name, *_ in held.pad} or held.stick != (0, 0)
-    assert vocabulary.canonical(page['idle']) == vocabulary.rest
-    assert (page['mouse'] is None) == (vocabulary.held('idle').stick is None)
+    assert vocabulary.canonical(page['idle']) == vocabulary.idle
+    assert (page['mouse'] is None) == (vocabulary.overlay('idle').stick is None)

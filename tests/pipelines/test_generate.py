@@ -2,7 +2,7 @@
 
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.pipelines import generate
 from tests.test_tools import run
 
@@ -70,7 +70,7 @@ def test_what_cannot_be_walked_is_one_line(argv, said, tiny_walk, tmp_path, monk
     ],
 )
 def test_without_a_length_a_video_lasts_as_its_controls(recipe, given, pad, count, note):
-    world = worlds.build(config.load(recipe).world)
+    world = worlds.build(recipes.load(recipe).world)
     controls, notes = generate.plan(world, None, given, 42, pad)
     assert len(controls) == count
     assert [note in line for line in notes] == ([True] if note else [])
@@ -96,4 +96,4 @@ def test_without_a_length_a_video_lasts_as_its_controls(recipe, given, pad, coun
 )
 def test_controls_without_a_length_that_make_no_video(recipe, given, said):
     with pytest.raises(ValueError, match=said):
-        generate.plan(worlds.build(config.load(recipe).world), None, given, 42, None)
+        generate.plan(worlds.build(recipes.load(recipe).world), None, given, 42, None)

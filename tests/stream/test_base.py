@@ -33,9 +33,9 @@ def decoder():
 
 def test_a_started_stream_has_its_first_output_behind_it():
     stream, first = base.chain(counting(), decoder()), np.array([[5, 6]])
-    live = base.started(stream, first)
+    live = base.prefilled(stream, first)
     assert stream.prefill is not stream.step is live.step is live.prefill
-    assert base.started(live, first) is live
+    assert base.prefilled(live, first) is live
     want, _ = stream.prefill(1.0, stream.init(1.0, 0, None), first)
     got = live.init(1.0, 0, None)
     assert all(map(np.array_equal, jax.tree.leaves(got), jax.tree.leaves(want)))
@@ -43,7 +43,7 @@ def test_a_started_stream_has_its_first_output_behind_it():
         map(
             np.array_equal,
             jax.tree.leaves(got),
-            jax.tree.leaves(base.started(stream, 1 + first).init(1.0, 0, None)),
+            jax.tree.leaves(base.prefilled(stream, 1 + first).init(1.0, 0, None)),
         )
     )
 
@@ -69,7 +69,7 @@ def test_the_first_decode_can_wait_for_several_steps():
 
 
 def test_a_warm_decoder_makes_every_step_alike():
-    frames = base.chain(counting(), decoder(), warm=lambda cond: jnp.full([1, 1, 1, 1, 1], cond))
+    frames = base.chain(counting(), decoder(), decoder_seed=lambda cond: jnp.full([1, 1, 1, 1, 1], cond))
     assert frames.prefill is frames.step
     carry, first = frames.step(1.0, frames.init(1.0, 7, None), np.array([[1]]))
     assert first[0, :, 0, 0, 0].tolist() == [78, 78] and carry[0] == 8

@@ -111,7 +111,7 @@ def test_the_same_key_is_the_same_video_and_no_noise_is_used_twice():
 
 def test_a_block_may_be_told_the_last_frame_before_it():
     """In a stream as in training; the masks beside it stay those of the start."""
-    cfg = dataclasses.replace(CFG, steps=(1000,), tell_last=True)
+    cfg = dataclasses.replace(CFG, steps=(1000,), condition_on_last_frame=True)
 
     def repeat(params, caches, x, level, cond, actions):
         return x - cond[..., 1:] - cond[..., :1], caches  # the clean estimate is what it is told
@@ -120,11 +120,11 @@ def test_a_block_may_be_told_the_last_frame_before_it():
     cond = causal.Cond(draw(size=(BATCH, 3, H, W, 1 + C)).astype(np.float32), condition().image)
     clean = draw(size=(BATCH, 6, H, W, C)).astype(np.float32)
     whole = cond.latents[:, [0, 1, 2, 2, 2, 2]]
-    want = causal.tell_blocks(cfg, whole, clean)
+    want = causal.condition_blocks(cfg, whole, clean)
     np.testing.assert_array_equal(want[..., :1], whole[..., :1])
     np.testing.assert_array_equal(want[:, 3, ..., 1:], clean[:, 1])
-    assert causal.tell_blocks(CFG, whole, clean) is whole
-    stream, table = causal.make(cfg, SCHEDULE, net), causal.rows(cfg, SCHEDULE)
+    assert causal.condition_blocks(CFG, whole, clean) is whole
+    stream, table = causal.make(cfg, SCHEDULE, net), causal.step_table(cfg, SCHEDULE)
     carry = stream.init(PARAMS, cond, keys())
     for first, control in zip(range(0, 6, 2), controls(3), strict=True):
         block = slice(first, first + 2)
@@ -132,14 +132,14 @@ def test_a_block_may_be_told_the_last_frame_before_it():
         np.testing.assert_allclose(
             shown, want[:, block, ..., 1:] + want[:, block, ..., :1], atol=1e-5
         )
-        carry = causal.feed(cfg, table, net, PARAMS, carry, control, clean[:, block])
+        carry = causal.read_block(cfg, table, net, PARAMS, carry, control, clean[:, block])
 
 
 def test_actions_may_guide():
     """Beyond what a block at rest would be; what is remembered and the past stay as they are."""
     cfg, rest = dataclasses.replace(CFG, action_guidance=2.5), np.float32([0.5, 0, 0])
-    assert causal.guided(CFG, NET, rest) is NET and (CFG.passes, cfg.passes) == (3, 5)
-    net, params = causal.guided(cfg, NET, rest), PARAMS
+    assert causal.with_action_guidance(CFG, NET, rest) is NET and (CFG.passes, cfg.passes) == (3, 5)
+    net, params = causal.with_action_guidance(cfg, NET, rest), PARAMS
     caches = read(PARAMS, condition())
     x, cond = (
         np.random.default_rng(seed).normal(size=(BATCH, 2, H, W, size)).astype(np.float32)
@@ -264,11 +264,11 @@ def test_before_the_first_frame_everything_was_as_at_it():
 
 
 def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
-    stream, table = causal.make(CFG, SCHEDULE, NET), causal.rows(CFG, SCHEDULE)
+    stream, table = causal.make(CFG, SCHEDULE, NET), causal.step_table(CFG, SCHEDULE)
     given = controls(1)[0]
     carry = stream.init(PARAMS, condition(), keys())
     made, latents = stream.step(PARAMS, carry, given)
-    fed = causal.feed(CFG, table, NET, PARAMS, carry, given, latents)
+    fed = causal.read_block(CFG, table, NET, PARAMS, carry, given, latents)
     assert_trees_close(fed, made)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import Control
 from matrix_jax.parallel import sharding
@@ -34,7 +34,7 @@ def parts():
     return {
         'stream': base.Stream(init, step, step),
         'decoder': decoder,
-        'warm': lambda cond: jnp.full([1, 6], cond, jnp.float32),
+        'decoder_seed': lambda cond: jnp.full([1, 6], cond, jnp.float32),
     }
 
 
@@ -99,7 +99,7 @@ def test_no_more_shifts_are_under_way_than_allowed(placed, monkeypatch):
 
 def real_world():
     """Small in every way; ten rows of latents do not divide by the decoder's devices."""
-    cfg = config.load('the_matrix:TINY').world
+    cfg = recipes.load('the_matrix:TINY').world
     net = dataclasses.replace(cfg.dit, layers=1, control=Control(dim=16, start=0, end=1))
     vae = dataclasses.replace(
         cfg.vae,
@@ -123,9 +123,9 @@ def test_frames_of_a_pipeline_are_those_of_one_device():
         jnp.zeros((1, cfg.remembered), int),
     )
     placed = world.device_put(drawn, *sharding.make_meshes(Mesh(pipeline='5dit_3vae')))
-    network, decoder = world.apart(placed)
-    assert world.apart(drawn) == (drawn, None)
-    made = Pipeline(**world.halves(), params=(network, decoder))
+    network, decoder = world.split_decoder(placed)
+    assert world.split_decoder(drawn) == (drawn, None)
+    made = Pipeline(**world.stages(), params=(network, decoder))
     alone, key = world.stream(), jax.random.key(0)
     mesh = jax.tree.leaves(network)[0].sharding.mesh
     cond_there = jax.device_put(cond, sharding.replicated(mesh))

@@ -96,7 +96,7 @@ CASES = (
         solver='ddim',
         steps=4,
         guidance=3.0,
-        entry='head',
+        control_binding='early',
         renoise_condition=True,
         condition_level=5,
     ),
@@ -196,7 +196,7 @@ def test_levels_are_those_of_the_window():
     carry = jax.eval_shape(stream.init, PARAMS, condition(guided), keys())
     jax.eval_shape(stream.step, PARAMS, carry, controls(guided, 1)[0])
     assert seen == [((4, 9), (4, 9, A), (4, L, D))]
-    table = swin.tables(dataclasses.replace(DPM, context=2, condition_level=3), SchedulerConfig())
+    table = swin.shift_table(dataclasses.replace(DPM, context=2, condition_level=3), SchedulerConfig())
     assert table.levels.tolist() == [
         [3, 3, 249, 249, 499, 499, 749, 749, 999, 999],
         [3, 3, 124, 124, 374, 374, 624, 624, 874, 874],
@@ -242,25 +242,25 @@ def test_control_guidance_goes_beyond_the_key():
 
 
 @pytest.mark.parametrize(
-    'entry, group, first',
-    [('tail', 2, 7), ('head', 3, 7), ('head', 2, 5), ('head', 1, 3), ('head', 0, 1)],
+    'binding, group, first',
+    [('late', 2, 7), ('early', 3, 7), ('early', 2, 5), ('early', 1, 3), ('early', 0, 1)],
 )
-def test_a_control_takes_the_slots_from_its_entry_on(entry, group, first):
-    cfg = dataclasses.replace(DPM, entry=entry, head_group=group)
+def test_a_control_takes_the_slots_from_its_entry_on(binding, group, first):
+    cfg = dataclasses.replace(DPM, control_binding=binding, head_group=group)
     remembered, control = jnp.full([1, 7], 9), jnp.array([[1, 2]])
     held = [2] * (9 - first - 2)
     slots = swin.bind(cfg, remembered, control)
     assert slots.tolist() == [[9] * first + [1, 2] + held]
 
 
-@pytest.mark.parametrize('entry, group, shown', [('tail', 2, 3), ('head', 2, 2), ('head', 0, 0)])
-def test_a_key_is_shown_after_the_groups_before_its_entry(entry, group, shown):
+@pytest.mark.parametrize('binding, group, shown', [('late', 2, 3), ('early', 2, 2), ('early', 0, 0)])
+def test_a_key_is_shown_after_the_groups_before_its_entry(binding, group, shown):
     """A network that paints the control: when does a pressed key come out?"""
 
     def paint(params, x, level, text, control):
         return -jnp.broadcast_to(control[:, :, None, None, :1], x.shape) / 1000
 
-    cfg = swin.Config(group_frames=1, steps=4, solver='ddim', entry=entry, head_group=group)
+    cfg = swin.Config(group_frames=1, steps=4, solver='ddim', control_binding=binding, head_group=group)
     stream = swin.make(cfg, SchedulerConfig(), paint)
     table = np.zeros([10, A], np.float32)
     table[1] = 1e6
@@ -275,18 +275,18 @@ def test_a_key_is_shown_after_the_groups_before_its_entry(entry, group, shown):
     assert np.argmax(pressed) == 2 + shown and pressed[2 + shown :].all()
 
 
-@pytest.mark.parametrize('entry', ['tail', 'head'])
-def test_a_whole_sequence_reaches_each_frame_under_its_own_symbol(entry):
-    cfg = dataclasses.replace(DPM, entry=entry, head_group=1)
+@pytest.mark.parametrize('binding', ['late', 'early'])
+def test_a_whole_sequence_reaches_each_frame_under_its_own_symbol(binding):
+    cfg = dataclasses.replace(DPM, control_binding=binding, head_group=1)
     needed = swin.needed_controls(cfg, 5)
     symbols = np.arange(100)[None, :needed]
     remembered, steps = swin.split_controls(cfg, symbols, 5)
     for shift, control in enumerate(steps):
         slots = np.asarray(swin.bind(cfg, remembered, control))
-        bound = slice(0, cfg.entry_slot + cfg.group_frames)
+        bound = slice(0, cfg.binding_slot + cfg.group_frames)
         assert np.array_equal(slots[:, bound], np.arange(9)[None, bound] + 2 * shift)
         remembered = slots[:, cfg.group_frames :]
-    assert steps[-1, 0, -1] == needed - 1 or entry == 'head'
+    assert steps[-1, 0, -1] == needed - 1 or binding == 'early'
     with pytest.raises(ValueError, match=f'got {needed - 1}, expected at least {needed}'):
         swin.split_controls(cfg, symbols[:, 1:], 5)
 
@@ -348,8 +348,8 @@ def test_one_key_is_split_over_players():
         {'steps': 6},
         {'steps': 0},
         {'solver': 'euler'},
-        {'entry': 'middle'},
-        {'entry': 'head', 'head_group': 4},
+        {'control_binding': 'middle'},
+        {'control_binding': 'early', 'head_group': 4},
         {'condition_level': -1},
         {'lcm_multiplier': 0},
     ],

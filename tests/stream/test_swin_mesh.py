@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config
+from matrix_jax import recipes
 from matrix_jax.benchmark import target
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
@@ -23,7 +23,7 @@ SHIFTS = 3
 @pytest.fixture(scope='module')
 def world():
     """Frames of 5 x 2 tokens and 12 of text; six heads, that 5 and 8 devices do not divide."""
-    cfg = config.load('the_matrix:TINY').world
+    cfg = recipes.load('the_matrix:TINY').world
     return target.build(
         dataclasses.replace(
             cfg,
@@ -49,7 +49,7 @@ def world():
 def start(world):
     """(parameters, what a stream starts from), as players have them."""
     params = world.init(0, still=False, only=('transformer', 'vae'))
-    return world.ready_with(world.quantize(params), target.imagine(world))
+    return world.precompute_for(world.quantize(params), target.random_condition(world))
 
 
 def play(stream, start, mesh=None):
@@ -71,7 +71,7 @@ def play(stream, start, mesh=None):
 
 @pytest.fixture(scope='module')
 def alone(world, start):
-    latents, carry, _ = play(world.halves()['stream'], start)
+    latents, carry, _ = play(world.stages()['stream'], start)
     assert np.std(latents) > 0.1 and not np.allclose(latents[0], latents[1], atol=0.1)
     return latents, np.asarray(carry.window)
 
@@ -92,7 +92,7 @@ def alone(world, start):
 )
 def test_latents_of_a_mesh_are_those_of_one_device(mesh, world, start, alone):
     """With data=2 the two halves of the guidance are computed side by side."""
-    latents, carry, found = play(world.halves()['stream'], start, sharding.make_mesh(mesh))
+    latents, carry, found = play(world.stages()['stream'], start, sharding.make_mesh(mesh))
     for made, wanted in ((latents, alone[0]), (carry.window, alone[1])):
         assert np.abs(made - wanted).max() <= 1e-5 * np.abs(wanted).max()
     calls = world.cfg.stream.steps // world.cfg.stream.groups

@@ -7,13 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import config, recipes, worlds
 from matrix_jax.nn import initializers
 from matrix_jax.parallel import sharding
 from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import CheckpointError
 
-RUN = config.load('the_matrix:TINY')
+RUN = recipes.load('the_matrix:TINY')
 
 
 @pytest.fixture(scope='module')

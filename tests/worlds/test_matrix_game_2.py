@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config, video, worlds
-from matrix_jax.controls.keyboard_mouse import Actions
+from matrix_jax import config, recipes, video, worlds
+from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.dit import wan as dit
 from matrix_jax.nn.kv_cache import Ring
 from matrix_jax.parallel import sharding
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def build(name, **fields):
-    cfg = config.load(f'matrix_game_2:{name}').world
+    cfg = recipes.load(f'matrix_game_2:{name}').world
     return worlds.build(dataclasses.replace(cfg, **fields))
 
 
@@ -59,14 +59,14 @@ def walk(tiny_walk, start_image, tmp_path_factory):
     """(file, what the tool said, its player) of a walk; the player has compiled for other tests."""
     players, said = [], io.StringIO()
 
-    class Kept(making.Player):
+    class Kept(making.StreamRunner):
         def __init__(self, *args, **options):
             super().__init__(*args, **options)
             players.append(self)
 
     out = tmp_path_factory.mktemp('walk') / 'walk.mp4'
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
-        patch.setattr(making, 'Player', Kept)
+        patch.setattr(making, 'StreamRunner', Kept)
         generate(tiny_walk, out, '--actions', 'W*12,W+right*21', '--image', str(start_image))
     return out, said.getvalue(), players[0]
 
@@ -150,7 +150,7 @@ def test_released_sizes(name, count):
         ({'mode': 'flying'}, 'mode: got'),
         ({'height': 18}, 'expected positive multiples of'),
         ({'fps': 0}, 'world.fps'),
-        ({'clip': matrix_game_2.Clip()}, 'world.clip: got'),
+        ({'clip': matrix_game_2.ClipConfig()}, 'world.clip: got'),
     ],
 )
 def test_bad_configs_are_refused(fields, words):
@@ -199,7 +199,7 @@ def test_the_command_line_makes_a_video(walk):
     frames = video.read_video(out, fps=25)
     assert frames.shape[0] == 33 and frames.shape[2] >= 384
     # The keys are drawn: a lit W among dark ones, and the knob of the mouse beside them.
-    held, blank = Actions('universal').held('W'), np.zeros(frames.shape[1:], np.uint8)
+    held, blank = KeyboardMouseVocabulary('universal').overlay('W'), np.zeros(frames.shape[1:], np.uint8)
     drawn = video.draw_keys(blank, held).max(axis=-1) > 240
     assert drawn.sum() > 100 and (frames[0][drawn].astype(int)[:, :2] > 150).mean() > 0.9
 
@@ -225,7 +225,7 @@ def test_bad_input_is_one_line(tiny_walk, tmp_path, options, words):
 )
 def test_steps_that_fill_the_caches(recipe, want):
     """As the ring has it: some slots are empty in these steps, and none in those after them."""
-    cfg = config.load(recipe).world
+    cfg = recipes.load(recipe).world
     block, size = cfg.stream.frames, cfg.dit.local
     full = [bool(np.all(Ring(step * block, block, size).visible())) for step in range(1, 12)]
-    assert worlds.build(cfg).filling == full.index(True) == want
+    assert worlds.build(cfg).warmup_steps == full.index(True) == want

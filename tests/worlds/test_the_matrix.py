@@ -5,7 +5,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.nn import linear
 from matrix_jax.stream import swin
@@ -13,7 +13,7 @@ from matrix_jax.stream.base import rollout
 from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import CheckpointError
 
-RUN = config.load('the_matrix:TINY')
+RUN = recipes.load('the_matrix:TINY')
 
 
 @pytest.mark.parametrize(
@@ -47,15 +47,15 @@ def test_a_ready_stream_is_the_same_stream(tiny, fields, int8):
         carry = stream.init(params, cond, jax.random.key(0))
         return rollout(stream, params, carry, np.array([[[0, 1]], [[2, 8]]]))[1]
 
-    made = play(params), play(world.ready(params))
+    made = play(params), play(world.precompute(params))
     np.testing.assert_allclose(*made, atol=1e-5)
     assert np.std(made[0]) > 0.1
 
 
 def test_controls_that_modulate_leave_nothing_to_make_once():
-    world = worlds.build(config.load('carracing').world)
+    world = worlds.build(recipes.load('carracing').world)
     params = {'transformer': {}}
-    assert world.ready(params) is params
+    assert world.precompute(params) is params
 
 
 def test_the_folder_decides_the_sizes(tiny):
@@ -73,7 +73,7 @@ def test_an_autoencoder_in_half_precision_takes_weights_in_full(tiny, tmp_path):
     world, stored = worlds.open_run(dataclasses.replace(RUN, weights=str(tiny)))
     folder = tmp_path / 'full'
     world.with_tokenizers(None).save(folder, stored, dtype=None)
-    half = config.load(
+    half = recipes.load(
         'the_matrix:TINY',
         [
             '--world.dit.dtype',

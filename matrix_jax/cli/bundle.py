@@ -1,0 +1,35 @@
+"""Make a trained world small enough to ship: bfloat16 weights and held-out start clips.
+
+matrix-jax bundle carracing --weights runs/swin/weights --data data/carracing --out DIR
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from matrix_jax import config
+from matrix_jax.cli.parser import Parser
+
+LIMIT = 12 * 2**20  # bytes of a bundled world
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exit codes: 0 done, 2 bad input."""
+    _, run = Parser('bundle', __doc__).parse_run(argv, 'carracing')
+    if not (run.data and run.out):
+        raise config.UsageError('--data and --out: both are needed')
+    config.check_writable('--out', run.out, folder=True)
+    with config.usage_errors():
+        from matrix_jax import worlds
+        from matrix_jax.data import start_clips
+        from matrix_jax.weights import diffusers_layout
+
+        folder = diffusers_layout.resolve(run.weights)
+        world, params = worlds.open_run(run)
+        world.save(run.out, params, start=folder)
+        start_clips.write(run.data, run.out, picture=world.start_frames == 1)
+    size = sum(path.stat().st_size for path in Path(run.out).rglob('*') if path.is_file())
+    if size > LIMIT:
+        raise config.UsageError(f'{run.out}: {size} bytes, expected at most {LIMIT}')
+    print(f'{run.out}: {size / 2**20:.2f} MiB')

@@ -1,0 +1,65 @@
+"""Convert a folder of weights between the diffusers layout (safetensors or pickles) and orbax.
+
+matrix-jax convert SRC DST                                   either way, by what SRC holds
+matrix-jax convert VAE.pth DIR/vae --recipe RECIPE           one pickle, to a part of the recipe
+matrix-jax convert --random the_matrix:STAGE4 DST --layers 2  random weights, diffusers layout
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from matrix_jax import config, recipes
+from matrix_jax.cli.parser import SEED, Parser, whole
+
+# Loads tensors only, and in a process of its own, because a pickle can contain code.
+UNPICKLE = """
+import sys, torch
+from safetensors.torch import save_file
+state = torch.load(sys.argv[1], map_location='cpu', weights_only=True)
+state = state.get('state_dict', state)
+save_file({name: value.contiguous().clone() for name, value in state.items()}, sys.argv[2])
+"""
+
+
+def unpickle(source: Path, target: Path) -> None:
+    """Writes the tensors of a PyTorch pickle as safetensors."""
+    if importlib.util.find_spec('torch') is None:
+        raise config.UsageError(f"{source}: a pickle needs torch: pip install 'matrix_jax[parity]'")
+    done = subprocess.run(
+        [sys.executable, '-c', UNPICKLE, source, target], capture_output=True, text=True
+    )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
+        raise config.UsageError(f'{source}: not a pickle of tensors alone ({reason})')
+
+
+def main(argv: Sequence[str]) -> None:
+    """Exit codes: 0 done, 2 bad input (nothing is written)."""
+    parser = Parser('convert', __doc__)
+    add = parser.add_argument
+    add('source', nargs='?', metavar='SRC', help='folder, or one pickle')
+    add('target', metavar='DST', help='must not exist')
+    add('--recipe', default='the_matrix:STAGE4', help='a recipe of the same world')
+    add('--random', metavar='RECIPE', help='write random weights to DST; no SRC')
+    add('--layers', type=whole(1), help='layers of random weights, if fewer than the recipe')
+    add('--text-layers', type=whole(1), help='layers of their text encoder (default: --layers)')
+    add('--seed', type=whole(0, SEED), default=0, help='seed of random weights (default 0)')
+    args = parser.parse_args(argv)
+    if bool(args.random) == bool(args.source):
+        raise config.UsageError('expected SRC and DST, or --random RECIPE and DST')
+    cfg = recipes.load(args.random or args.recipe).world
+    with config.usage_errors():
+        from matrix_jax.weights import converter
+
+        if args.random:
+            line = converter.write_random(
+                cfg, args.target, args.seed, args.layers, args.text_layers
+            )
+        else:
+            line = converter.convert(cfg, args.source, args.target, unpickle)
+    print(line)
