@@ -52,11 +52,11 @@ def pytest_collection_modifyitems(items):
 
 def write_random(recipe, tmp_path_factory):
     """A folder of random weights of a recipe in the released layout."""
-    from matrix_jax import config
+    from matrix_jax import recipes
     from matrix_jax.weights import converter
 
     folder = tmp_path_factory.mktemp('weights') / 'tiny'
-    converter.write_random(config.load(recipe).world, str(folder), seed=0)
+    converter.write_random(recipes.load(recipe).world, str(folder), seed=0)
     return folder
 
 

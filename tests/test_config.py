@@ -1,4 +1,4 @@
-"""Recipes, typed overrides, and the one line that a user's error gives."""
+"""Recipes, typed overrides, and the one-line message of a user's error."""
 
 import dataclasses
 import subprocess
@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 import pytest
 
-from matrix_jax import config
-from matrix_jax.config import Mesh, Parser, Run, UsageError
+from matrix_jax import config, recipes
+from matrix_jax.cli.parser import Parser, main_guard
+from matrix_jax.config import Mesh, Run, UsageError
 from matrix_jax.weights.conversion import ConversionError
 
 
@@ -39,36 +40,36 @@ RUN = Run(world=World(), stage=None, weights='tiny')
 
 
 @pytest.fixture(autouse=True)
-def recipes(monkeypatch):
+def configs(monkeypatch):
     """Two worlds that stand in for configs/."""
     modules = {
         'carracing': types.SimpleNamespace(DEFAULT='SWIN', SWIN=RUN, VAE=Run(World()), OTHER=3),
         'doom': types.SimpleNamespace(TINY=Run(World(dit=Net(width=4)))),
     }
-    real = config._module
-    monkeypatch.setattr(config, '_worlds', lambda: sorted(modules))
-    monkeypatch.setattr(config, '_module', lambda world: modules.get(world) or real(world))
+    real = recipes._module
+    monkeypatch.setattr(recipes, '_worlds', lambda: sorted(modules))
+    monkeypatch.setattr(recipes, '_module', lambda world: modules.get(world) or real(world))
     return monkeypatch
 
 
 def test_names_of_recipes():
-    assert config.load().name == 'carracing:SWIN'
-    assert config.load('carracing').name == 'carracing:SWIN'
-    assert config.load('carracing:vae').name == 'carracing:VAE'
-    assert config.load('doom:TINY').world.dit.width == 4
-    assert config.list_recipes() == ['carracing:SWIN', 'carracing:VAE', 'doom:TINY']
+    assert recipes.load().name == 'carracing:SWIN'
+    assert recipes.load('carracing').name == 'carracing:SWIN'
+    assert recipes.load('carracing:vae').name == 'carracing:VAE'
+    assert recipes.load('doom:TINY').world.dit.width == 4
+    assert recipes.list_recipes() == ['carracing:SWIN', 'carracing:VAE', 'doom:TINY']
 
 
-def test_recipes_are_read_from_a_folder(recipes, tmp_path):
-    recipes.undo()
-    recipes.setattr(config, '_folder', lambda: tmp_path)
+def test_recipes_are_read_from_a_folder(configs, tmp_path):
+    configs.undo()
+    configs.setattr(recipes, '_folder', lambda: tmp_path)
     (tmp_path / 'toy.py').write_text(
         'from matrix_jax.config import Run\nDEFAULT = "SMALL"\nSMALL = Run(world=None)\n'
     )
-    assert config.load('toy').name == 'toy:SMALL'
-    assert config.list_recipes() == ['toy:SMALL']
+    assert recipes.load('toy').name == 'toy:SMALL'
+    assert recipes.list_recipes() == ['toy:SMALL']
     with pytest.raises(UsageError, match='unknown world'):
-        config.load('../toy')
+        recipes.load('../toy')
 
 
 @pytest.mark.parametrize(
@@ -94,14 +95,14 @@ def test_recipes_are_read_from_a_folder(recipes, tmp_path):
     ],
 )
 def test_override_is_typed_by_its_field(overrides, path, value):
-    found = config.load('carracing', overrides)
+    found = recipes.load('carracing', overrides)
     for part in path.split('.'):
         found = getattr(found, part)
     assert found == value and type(found) is type(value)
 
 
 def test_last_override_wins_and_others_stay():
-    run = config.load('carracing', ['--mesh.seq=2', '--mesh.data=4', '--mesh.seq=3'])
+    run = recipes.load('carracing', ['--mesh.seq=2', '--mesh.data=4', '--mesh.seq=3'])
     assert run.mesh == Mesh(data=4, seq=3)
     assert run.world is RUN.world
 
@@ -145,7 +146,7 @@ def test_last_override_wins_and_others_stay():
 )
 def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
     with pytest.raises(UsageError) as error:
-        config.load(recipe, overrides)
+        recipes.load(recipe, overrides)
     message = str(error.value)
     assert all(word in message for word in words), message
     assert '\n' not in message
@@ -165,23 +166,23 @@ def test_wrong_name_or_value_is_one_clear_line(recipe, overrides, words):
         ('doom', 'world.vae.dim'),
     ],
 )
-def test_sizes_are_at_least_one(recipes, recipe, option):
-    recipes.undo()
+def test_sizes_are_at_least_one(configs, recipe, option):
+    configs.undo()
     with pytest.raises(UsageError) as error:
-        config.load(recipe, [f'--{option}=0'])
+        recipes.load(recipe, [f'--{option}=0'])
     assert str(error.value).startswith(f'--{option} 0: ')
     assert str(error.value).endswith(f'{option.rpartition(".")[2]}: got 0, expected at least 1')
 
 
 def test_describe_names_what_can_be_set():
-    text = config.describe(config.load())
+    text = recipes.describe(recipes.load())
     for field in ('--mesh.seq', '--world.dit.patch', '--world.dit.dtype', '--weights', '--stage'):
         assert field in text
     assert 'float32 | bfloat16' in text and '--name' not in text
 
 
 def parser():
-    made = Parser('Does a thing.')
+    made = Parser('thing', 'Does a thing.')
     made.add_argument('--length', type=float, default=8)
     made.add_argument('--prompt', default='')
     made.add_argument('--pad', choices=('random', 'hold'))
@@ -196,7 +197,7 @@ def parser():
     ],
 )
 def test_parser_splits_options_from_fields(argv):
-    options, run = parser().run(argv)
+    options, run = parser().parse_run(argv)
     assert (options.length, options.prompt) == (2, 'x')
     assert (run.name, run.mesh.seq) == ('carracing:VAE', 4)
 
@@ -205,19 +206,19 @@ def test_parser_splits_options_from_fields(argv):
     'argv, words',
     [
         (['--length', 'long'], "^--length: got 'long', expected float$"),
-        (['--lenght', '3'], 'the tool has an option --length'),
+        (['--lenght', '3'], 'the command has an option --length'),
         (['--length'], '^--length: got nothing, expected one argument$'),
         (['--pad', 'up'], "^--pad: got 'up', expected one of 'random', 'hold'$"),
     ],
 )
 def test_parser_errors_are_usage_errors(argv, words):
     with pytest.raises(UsageError, match=words):
-        parser().run(argv)
+        parser().parse_run(argv)
 
 
 def test_help_lists_options_recipes_and_fields(capsys):
     with pytest.raises(SystemExit) as stop:
-        parser().run(['doom:TINY', '--help'])
+        parser().parse_run(['doom:TINY', '--help'])
     text = capsys.readouterr().out
     assert stop.value.code == 0
     assert all(word in text for word in ('--length', 'carracing:VAE', '--world.dit.width'))
@@ -244,7 +245,7 @@ def test_main_guard(capsys, raised, code, line):
             raise raised
 
     with pytest.raises(SystemExit) as stop:
-        config.main_guard(main, ['a'])
+        main_guard(main, ['a'])
     assert stop.value.code == code
     assert capsys.readouterr().err == line
 
@@ -254,14 +255,14 @@ def test_a_bug_keeps_its_traceback():
         raise ValueError('a bug')
 
     with pytest.raises(ValueError, match='a bug'):
-        config.main_guard(main, [])
-    with pytest.raises(UsageError, match='a door'), config.door():
-        raise ValueError('a door')
+        main_guard(main, [])
+    with pytest.raises(UsageError, match='user input'), config.usage_errors():
+        raise ValueError('user input')
 
 
 def test_importing_config_imports_nothing_heavy():
     code = (
-        'import sys, matrix_jax.config\n'
+        'import sys, matrix_jax.recipes, matrix_jax.cli.main\n'
         "print(sorted({'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -1,5 +1,6 @@
-"""The command line: every tool on TINY, every recipe, and what a wrong input says."""
+"""The command line: every command on TINY, every recipe, and the errors for wrong input."""
 
+import importlib
 import importlib.util
 import json
 import pickle
@@ -10,21 +11,42 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from matrix_jax import config, video, worlds
-from matrix_jax.cli import arguments
+from matrix_jax import recipes, video, worlds
+from matrix_jax.cli.main import COMMANDS, dispatch
+from matrix_jax.cli.parser import main_guard
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = 'transformer/diffusion_pytorch_model.safetensors'
 
 
-def run(tool, *argv):
-    """Exit code of a tool, in this process."""
-    spec = importlib.util.spec_from_file_location(f'tools_{tool}', ROOT / 'tools' / f'{tool}.py')
+def run(command, *argv):
+    """Exit code of a command, in this process."""
+    with pytest.raises(SystemExit) as stop:
+        main_guard(dispatch, [command, *map(str, argv)])
+    return stop.value.code
+
+
+@pytest.mark.parametrize('argv', [[], ['--help']])
+def test_help_lists_the_commands(argv, capsys):
+    assert dispatch(argv) == 0
+    printed = capsys.readouterr().out
+    assert all(f'\n  {name} ' in printed for name in COMMANDS)
+
+
+def test_a_wrong_command_is_one_line(capsys):
+    assert run('genrate') == 2
+    assert capsys.readouterr().err.startswith(
+        "error: unknown command 'genrate' (did you mean generate?); there are: generate, play"
+    )
+
+
+@pytest.mark.parametrize('command', COMMANDS)
+def test_tools_run_the_commands(command):
+    path = ROOT / 'tools' / f'{command}.py'
+    spec = importlib.util.spec_from_file_location(f'tools_{command}', path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    with pytest.raises(SystemExit) as stop:
-        config.main_guard(module.main, list(map(str, argv)))
-    return stop.value.code
+    assert module.main is importlib.import_module(f'matrix_jax.cli.{command}').main
 
 
 # --- generate ----------------------------------------------------------------------------------
@@ -202,9 +224,9 @@ def test_generate_refuses_damaged_weights(damage, said, tiny, start_image, tmp_p
 # --- recipes -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('recipe', config.list_recipes())
+@pytest.mark.parametrize('recipe', recipes.list_recipes())
 def test_every_recipe_builds(recipe):
-    found = config.load(recipe)
+    found = recipes.load(recipe)
     world = worlds.build(found.world)
     world.stream()
     assert set(world.shapes()) == set(world.tables)
@@ -384,14 +406,14 @@ def test_play_refuses_before_it_compiles(argv, said, tmp_path, monkeypatch, caps
 
 
 def test_recipes_name_their_weights(tmp_path):
-    runs = arguments.recipes(['the_matrix:TINY=a/b=c', 'carracing'], [])
+    runs = recipes.load_several(['the_matrix:TINY=a/b=c', 'carracing'], [])
     assert [(run.name, run.weights) for run in runs] == [
         ('the_matrix:TINY', 'a/b=c'),
         ('carracing:PLAY', 'carracing'),
     ]
-    assert arguments.recipes([], []) == [config.load()]
-    assert arguments.recipes(['the_matrix:TINY'], ['--weights', 'a', '--train.seed=3']) == [
-        config.load('the_matrix:TINY', ['--weights=a', '--train.seed=3'])
+    assert recipes.load_several([], []) == [recipes.load()]
+    assert recipes.load_several(['the_matrix:TINY'], ['--weights', 'a', '--train.seed=3']) == [
+        recipes.load('the_matrix:TINY', ['--weights=a', '--train.seed=3'])
     ]
 
 
@@ -408,7 +430,7 @@ def test_both_stages_train_one_after_the_other(clips, tmp_path, capsys):
     assert trained['scaling_factor'] != 1.15258426
     assert not (tmp_path / 'vae/weights/transformer').exists()
     train('the_matrix:TINY_SWIN', '--out', tmp_path / 'swin', '--weights', tmp_path / 'vae/weights')
-    run_ = config.load('the_matrix:TINY', ['--weights', str(tmp_path / 'swin/weights')])
+    run_ = recipes.load('the_matrix:TINY', ['--weights', str(tmp_path / 'swin/weights')])
     world, params = worlds.open_run(run_)
     assert world.cfg.vae.scaling_factor == trained['scaling_factor']
     assert set(params) == set(world.tables)

@@ -1,7 +1,7 @@
 """The world as a game to train agents in: `gymnasium` environments of one player or of many.
 
 An action is one of `vocabulary.choices` and lasts one shift; the observation is the last
-frame of the shift, or all of them. Keys bind where the stream takes them (`entry`), so an action
+frame of the shift, or all of them. Keys bind where the stream takes them (`control_binding`), so an action
 shows `lag` shifts later, as for a person. Equal seeds and actions give equal observations.
 
 `WorldEnv` and `WorldVectorEnv` are made when they are first asked for, because gymnasium is an
@@ -14,7 +14,7 @@ import functools
 
 import numpy as np
 
-from matrix_jax import config
+from matrix_jax import config, recipes
 from matrix_jax.serve.runtime import session_log
 from matrix_jax.serve.web import server
 
@@ -27,7 +27,7 @@ class Players:
     Args:
       recipe: 'world:RECIPE', or a `config.Run`.
       count: players.
-      entry, together: as of `run.Config`.
+      control_binding, together: as of `run.Config`.
       prompt, start: text, and name of a start clip, unless `reset` chooses; None as in the player.
       whole: whether an observation is all frames of a shift.
       opened: `run.open_slots(...)` with at least `count` slots, in place of all of the above but
@@ -42,7 +42,7 @@ class Players:
         self,
         recipe,
         count: int,
-        entry: str,
+        control_binding: str,
         together: int,
         prompt: str | None,
         start: str | None,
@@ -50,9 +50,9 @@ class Players:
         opened=None,
     ):
         if opened is None:
-            recipe = recipe if isinstance(recipe, config.Run) else config.load(recipe)
-            with config.door():
-                given = server.Config(players=count, entry=entry, together=together)
+            recipe = recipe if isinstance(recipe, config.Run) else recipes.load(recipe)
+            with config.usage_errors():
+                given = server.Config(players=count, control_binding=control_binding, together=together)
             self.slots, self.folder = server.open_slots(recipe, given)
         elif opened[0].count < count:
             raise config.UsageError(
@@ -83,7 +83,7 @@ class Players:
 
     def shift(self, actions, active) -> np.ndarray:
         """One shift of the active players [N] -> bool [N], whose world is no longer finite."""
-        symbols = np.repeat(self.slots.rest[None], self.slots.count, axis=0)
+        symbols = np.repeat(self.slots.idle[None], self.slots.count, axis=0)
         for index, action in enumerate(actions):
             symbols[index] = self.slots.encode(self.choices[int(action)])
         mask = np.zeros(self.slots.count, bool)
@@ -122,25 +122,25 @@ def _classes() -> dict:
         `gymnasium.wrappers.TimeLimit`. `info` has the `shift` and the `lag`.
 
         Args:
-          recipe, entry, prompt, start, whole, opened: as of `Players`.
+          recipe, control_binding, prompt, start, whole, opened: as of `Players`.
           reward: `(observation before, action, observation after) -> float`; 0 by default.
           render_mode: None or 'rgb_array', which gives the last frame.
         """
 
         def __init__(
             self,
-            recipe=config.DEFAULT_WORLD,
+            recipe=recipes.DEFAULT_WORLD,
             *,
             prompt=None,
             start=None,
-            entry='head',
+            control_binding='early',
             whole=False,
             reward=None,
             render_mode=None,
             opened=None,
         ):
             _check_mode(render_mode)
-            self.players = Players(recipe, 1, entry, 1, prompt, start, whole, opened)
+            self.players = Players(recipe, 1, control_binding, 1, prompt, start, whole, opened)
             self.metadata, self.render_mode = self.players.metadata, render_mode
             self.reward = reward or (lambda before, action, after: 0.0)
             self.action_space = gymnasium.spaces.Discrete(len(self.players.choices))
@@ -186,12 +186,12 @@ def _classes() -> dict:
         def __init__(
             self,
             num_envs,
-            recipe=config.DEFAULT_WORLD,
+            recipe=recipes.DEFAULT_WORLD,
             *,
             together=None,
             prompt=None,
             start=None,
-            entry='head',
+            control_binding='early',
             whole=False,
             reward=None,
             render_mode=None,
@@ -199,7 +199,7 @@ def _classes() -> dict:
         ):
             _check_mode(render_mode)
             self.players = Players(
-                recipe, num_envs, entry, together or num_envs, prompt, start, whole, opened
+                recipe, num_envs, control_binding, together or num_envs, prompt, start, whole, opened
             )
             self.num_envs, self.render_mode = num_envs, render_mode
             self.metadata = self.players.metadata | {

@@ -1,4 +1,4 @@
-"""Programs: compiled for this machine, and kept on disk so that the second start has them."""
+"""Compiler options for this machine, and the cache of compiled programs in the user's home."""
 
 from __future__ import annotations
 
@@ -8,72 +8,74 @@ import os
 import platform
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-LIMIT = 4 * 2**30  # bytes; the programs that were not used for longest go first
+CACHE_BYTES = 4 * 2**30  # the least recently used programs are removed first
 
 # XLA's CPU compiler hands products and convolutions to YNNPACK, which runs most of a convolution on
-# one core; Eigen, which it had before, shares each among all. Sums stay with YNNPACK.
-SHARED = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
+# one core. Eigen, the library before it, shares each among all cores. Sums stay with YNNPACK.
+ALL_CORES = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
+# Compiles in a third of the time; the program takes half as long again.
+FAST_COMPILE = {'xla_backend_optimization_level': 0}
 
 
-# A program that runs once: compiled in a third of the time, and half as slow again.
-QUICK = {'xla_backend_optimization_level': 0}
-
-
-def jit(function, once: bool = False, **settings):
-    """`jax.jit` with `options` for this machine; not for use within another jit.
+def jit(function: Callable, fast_compile: bool = False, **settings: Any) -> Any:
+    """`jax.jit` with `compiler_options`; not for use inside another jit.
 
     Args:
       function: what to compile.
-      once: whether it runs so seldom that compiling takes longer than running.
-      **settings: of `jax.jit`.
+      fast_compile: for a function that runs so seldom that compiling takes longer than running.
+      **settings: arguments of `jax.jit`.
     """
     import jax
 
-    return jax.jit(function, compiler_options=options(once), **settings)
+    return jax.jit(function, compiler_options=compiler_options(fast_compile), **settings)
 
 
 @functools.cache
-def options(once: bool = False) -> dict | None:
-    """Options of the compiler that pay here: on a CPU, with more than one core or for what runs
-    once, and if the compiler knows them. A setting of the same name in `XLA_FLAGS` stays in force.
+def compiler_options(fast_compile: bool = False) -> dict | None:
+    """Returns the XLA options that pay on this machine, or None.
+
+    There are some on a CPU with several cores and for `fast_compile`, if this version of the
+    compiler knows them. A setting of the same name in `XLA_FLAGS` wins.
     """
     import jax
 
     if jax.default_backend() != 'cpu':
         return None
-    given = os.environ.get('XLA_FLAGS', '')
-    wanted = (SHARED if cores() > 1 else {}) | (QUICK if once else {})
-    wanted = {name: value for name, value in wanted.items() if name not in given}
+    flags = os.environ.get('XLA_FLAGS', '')
+    wanted = (ALL_CORES if cores() > 1 else {}) | (FAST_COMPILE if fast_compile else {})
+    wanted = {name: value for name, value in wanted.items() if name not in flags}
     if not wanted:
         return None
     try:
         jax.jit(lambda x: x, compiler_options=wanted)(0)
-    except jax.errors.JaxRuntimeError:  # of another version
+    except jax.errors.JaxRuntimeError:  # another version of the compiler
         return None
     return wanted
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Returns how many CPU cores this process may use."""
     try:
         return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on this system
+    except AttributeError:  # this system does not have the call
         return os.cpu_count() or 1
 
 
-def folder() -> Path:
-    """Where the programs of this user and this kind of processor lie."""
+def cache_folder() -> Path:
+    """Returns the cache of this user and this kind of processor."""
     base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
     return Path(base) / 'matrix_jax' / 'programs' / _processor()
 
 
-def keep(wanted: bool = True):
-    """Makes jax keep the programs that it compiles, and read those that are there.
+def enable_cache(wanted: bool = True) -> None:
+    """Makes jax store compiled programs on disk, and load those that are there.
 
-    A folder that the user gave to jax stays in force. A folder that cannot be written, or holds
-    damaged programs, costs the time of compiling and nothing else.
+    A cache folder that the user has set for jax stays in use. A folder that is not writable, or
+    holds damaged programs, only costs the time to compile.
 
     Args:
       wanted: False leaves jax as it is.
@@ -84,25 +86,28 @@ def keep(wanted: bool = True):
     config = jax.config
     if not wanted or config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
-    place = folder()
+    folder = cache_folder()
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        place.chmod(0o700)  # programs are run as they are found
-        with tempfile.TemporaryFile(dir=place):
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)  # jax runs the programs that it finds here
+        with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError:
         return
-    config.update('jax_compilation_cache_dir', str(place))
-    config.update('jax_compilation_cache_max_size', LIMIT)
+    config.update('jax_compilation_cache_dir', str(folder))
+    config.update('jax_compilation_cache_max_size', CACHE_BYTES)
     compilation_cache.reset_cache()  # jax looks for a folder only once
     warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 
 
 def _processor() -> str:
-    """Programs for a CPU use what the one that compiled them can do, which jax does not compare."""
+    """A short name of the processor's features, which compiled CPU programs depend on.
+
+    jax does not compare them when it loads a program.
+    """
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
-        able = sorted({line for line in lines if line.startswith(('flags', 'Features'))})
+        features = sorted({line for line in lines if line.startswith(('flags', 'Features'))})
     except OSError:
-        able = [platform.processor()]
-    return hashlib.sha256(' '.join([platform.machine(), *able]).encode()).hexdigest()[:12]
+        features = [platform.processor()]
+    return hashlib.sha256(' '.join([platform.machine(), *features]).encode()).hexdigest()[:12]

@@ -248,7 +248,7 @@ def shardings(axes, shapes, mesh: Mesh):
     """Shardings of a parameter tree from the letters of its weight table.
 
     Args:
-      axes: tree of letter tuples (`convert.axes`).
+      axes: tree of letter tuples (`conversion.axes`).
       shapes: tree of arrays or ShapeDtypeStructs of the same structure.
       mesh: the mesh. An axis that does not divide evenly stays whole.
     """

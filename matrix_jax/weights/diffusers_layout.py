@@ -54,7 +54,7 @@ def resolve(weights: str) -> Path:
     if path.exists():
         raise CheckpointError(
             f'weights: {text} is a file, expected a folder in the released '
-            'layout (tools/convert.py makes one)'
+            'layout (matrix-jax convert makes one)'
         )
     match = re.fullmatch(r'([\w-][\w.-]*/[\w-][\w.-]*)(/[\w./-]+)?(@[\w./-]+)?', text)
     if not match or '..' in text:
@@ -176,7 +176,7 @@ def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
         pickles = [path.name for path in folder.iterdir() if path.suffix in ('.bin', '.pth', '.pt')]
         raise CheckpointError(
             f'{folder}: {some(pickles)} is a pickle, which is not read here; '
-            'tools/convert.py makes safetensors of it'
+            'matrix-jax convert makes safetensors of it'
             if pickles
             else f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an index.json'
         )
@@ -222,7 +222,7 @@ def _diagnose(path: Path) -> str | None:
     ):
         return (
             'a PyTorch pickle under a .safetensors name; it can run code, so it is not read '
-            '(tools/convert.py makes safetensors of it)'
+            '(matrix-jax convert makes safetensors of it)'
         )
     if head.startswith(b'version https://git-lfs'):
         return 'a git-lfs pointer, not the file itself; fetch it with git lfs pull'

@@ -1,4 +1,4 @@
-"""Programs outlive a process where they can, and nothing breaks where they cannot."""
+"""The cache of compiled programs, and compiler options."""
 
 import os
 import subprocess
@@ -9,11 +9,11 @@ import pytest
 
 from matrix_jax.parallel import compilation
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CODE = """
-import jax, sys
-from matrix_jax import config, programs
-programs.keep({wanted})
+import jax
+from matrix_jax.parallel import compilation
+compilation.enable_cache({wanted})
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 hits = []
 jax.monitoring.register_event_listener(lambda name, **_: hits.append(name))
@@ -23,7 +23,7 @@ print(sum(name.endswith('cache_hits') for name in hits))
 
 
 def start(home, wanted=True):
-    """(result, programs that were read) of a process of its own."""
+    """(result, number of loaded programs) of a new process."""
     env = os.environ | {
         'XDG_CACHE_HOME': str(home),
         'PYTHONPATH': str(ROOT),
@@ -37,7 +37,7 @@ def start(home, wanted=True):
     return float(result), int(hits)
 
 
-def test_programs_are_read_by_the_next_process_and_damaged_ones_compiled_anew(tmp_path):
+def test_the_next_process_loads_programs_and_compiles_damaged_ones_again(tmp_path):
     assert start(tmp_path) == (18, 0)
     kept = list((tmp_path / 'matrix_jax' / 'programs').glob('*/*-cache'))
     assert kept and start(tmp_path)[1] > 0
@@ -48,7 +48,7 @@ def test_programs_are_read_by_the_next_process_and_damaged_ones_compiled_anew(tm
 
 
 @pytest.mark.parametrize('fault', ['off', 'a file'])
-def test_without_a_folder_programs_compile_as_ever(tmp_path, fault):
+def test_without_a_cache_folder_programs_are_compiled(tmp_path, fault):
     home = tmp_path / 'home'
     if fault == 'a file':
         home.write_text('')
@@ -58,10 +58,12 @@ def test_without_a_folder_programs_compile_as_ever(tmp_path, fault):
 
 OPTIONS = """
 import jax
-from matrix_jax import programs
-shared = programs.options() == programs.SHARED
-print(shared, programs.options(once=True) == programs.QUICK | (programs.SHARED if shared else {}),
-      float(programs.jit(lambda x: x + 1, once=True)(1.0)))
+
+from matrix_jax.parallel import compilation
+shared = compilation.compiler_options() == compilation.ALL_CORES
+print(shared, compilation.compiler_options(fast_compile=True)
+      == compilation.FAST_COMPILE | (compilation.ALL_CORES if shared else {}),
+      float(compilation.jit(lambda x: x + 1, fast_compile=True)(1.0)))
 """
 
 
@@ -69,8 +71,8 @@ print(shared, programs.options(once=True) == programs.QUICK | (programs.SHARED i
     'cores, flags, wanted',
     [(1, '', False), (2, '', True), (2, '--xla_cpu_experimental_ynn_fusion_type=', False)],
 )
-def test_work_is_shared_among_cores_unless_there_is_one_or_the_user_chose(cores, flags, wanted):
-    code = OPTIONS.replace('shared', f'programs.cores = lambda: {cores}\nshared', 1)
+def test_convolutions_use_all_cores_unless_there_is_one_or_the_user_chose(cores, flags, wanted):
+    code = OPTIONS.replace('shared', f'compilation.cores = lambda: {cores}\nshared', 1)
     done = subprocess.run(
         [sys.executable, '-c', code],
         capture_output=True,
@@ -81,11 +83,11 @@ def test_work_is_shared_among_cores_unless_there_is_one_or_the_user_chose(cores,
     assert done.stdout.split() == [str(wanted), 'True', '2.0']
 
 
-def test_a_compiler_without_the_option_compiles_as_it_does(monkeypatch):
-    monkeypatch.setattr(compilation, 'SHARED', {'xla_no_such_option': '1'})
+def test_a_compiler_without_the_option_compiles_without_it(monkeypatch):
+    monkeypatch.setattr(compilation, 'ALL_CORES', {'xla_no_such_option': '1'})
     monkeypatch.setattr(compilation, 'cores', lambda: 2)
-    compilation.options.cache_clear()
+    compilation.compiler_options.cache_clear()
     try:
-        assert compilation.options() is None and compilation.jit(lambda x: x + 1)(1.0) == 2
+        assert compilation.compiler_options() is None and compilation.jit(lambda x: x + 1)(1.0) == 2
     finally:
-        compilation.options.cache_clear()
+        compilation.compiler_options.cache_clear()

@@ -1,7 +1,7 @@
 import jax
 import pytest
 
-from matrix_jax import config
+from matrix_jax import config, recipes
 from matrix_jax.parallel import sharding
 from matrix_jax.parallel.mesh import Mesh
 
@@ -40,7 +40,7 @@ def test_a_pipeline_has_a_mesh_for_each_part(mesh, sizes):
 )
 def test_what_is_no_pipeline_is_refused(options, message):
     with pytest.raises(config.UsageError, match=message):
-        config.load('carracing', options)
+        recipes.load('carracing', options)
 
 
 def test_a_pipeline_is_refused_where_it_cannot_be_had():

@@ -13,7 +13,7 @@ import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.serve.runtime.batched_stream import Slots
 from matrix_jax.serve.runtime.session import HEADER
 from matrix_jax.serve.web import app
@@ -24,7 +24,7 @@ JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 
 
 def open_fast(name, folder):
     """(world, params) of a recipe, 100 frames per second so that tests need not wait."""
-    recipe = config.load(name)
+    recipe = recipes.load(name)
     return worlds.open_run(
         dataclasses.replace(
             recipe, weights=str(folder), world=dataclasses.replace(recipe.world, fps=100)

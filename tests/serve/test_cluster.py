@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from websockets.sync.client import connect
 
-from matrix_jax import config
+from matrix_jax import recipes
 from matrix_jax.serve.cluster import workers
 from matrix_jax.serve.web import server
 from tests.serve.conftest import Player
@@ -78,7 +78,7 @@ def test_a_player_outlives_its_world(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv('RAY_ADDRESS', 'local')
     with socket.create_server(('127.0.0.1', 0)) as free:
         cfg = server.Config(players=1, port=free.getsockname()[1])
-    recipe = dataclasses.replace(config.load('the_matrix:TINY'), weights=str(tiny))
+    recipe = dataclasses.replace(recipes.load('the_matrix:TINY'), weights=str(tiny))
     with workers.running(recipe, cfg, workers.Config(1, 2, cpus=0.1, drain=0.5)) as book:
         import ray
 

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from einops import repeat
 
-from matrix_jax import config
+from matrix_jax import recipes
 from matrix_jax.config import Mesh
-from matrix_jax.controls.driving import Symbols
+from matrix_jax.controls.driving import DrivingVocabulary
 from matrix_jax.parallel import sharding, spatial
 from matrix_jax.pipelines import generate
 from matrix_jax.serve.runtime import session_log
@@ -31,7 +31,7 @@ class Cheap(World):
 
     made_ready = 0
 
-    def ready(self, params):
+    def precompute(self, params):
         self.made_ready += 1
         return params
 
@@ -64,7 +64,7 @@ class Cheap(World):
 
 def opened(mesh):
     """(world, params) on a mesh; of three devices of the decoder, the last has no row."""
-    world = Cheap(config.load('the_matrix:TINY').world).with_tokenizers(None)
+    world = Cheap(recipes.load('the_matrix:TINY').world).with_tokenizers(None)
     network, decoder = map(sharding.replicated, sharding.make_meshes(mesh))
     scale = {'scale': np.float32(0.5)}
     params = jax.device_put({'transformer': scale, 'text_encoder': scale}, network)
@@ -147,14 +147,14 @@ class Steps:
     """A place whose steps are counted."""
 
     count, group, frames, lag, ahead = 1, 1, 2, 0, 1
-    world = types.SimpleNamespace(cfg=types.SimpleNamespace(fps=1000), vocabulary=Symbols())
-    rest = np.zeros(1, np.int32)
+    world = types.SimpleNamespace(cfg=types.SimpleNamespace(fps=1000), vocabulary=DrivingVocabulary())
+    idle = np.zeros(1, np.int32)
 
     def __init__(self):
         self.events, self.steps = [], 0
 
     def encode(self, control):
-        return self.rest
+        return self.idle
 
     def step(self, symbols, active):
         self.events.append(('step', self.steps))
@@ -182,7 +182,7 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
 
     engine = Engine(slots, lambda frame: int(frame.flat[0]))
     timeline = session_log.Log(
-        recipe='', fingerprint='', slots=1, together=1, entry='head', prompt='', seed=0, start=''
+        recipe='', fingerprint='', slots=1, together=1, entry='early', prompt='', seed=0, start=''
     )
     seat = Seat(0, timeline, deliver, None)
     engine.start()

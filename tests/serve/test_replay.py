@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax import config, video
+from matrix_jax import config, recipes, video
+from matrix_jax.cli.parser import Parser
 from matrix_jax.pipelines import generate
 from matrix_jax.serve.runtime import session_log, snapshot
 from matrix_jax.serve.runtime.session_log import KeyRuns, Log, ReplayError
@@ -22,7 +23,7 @@ def log(slots):
         slots.fingerprint(),
         slots=3,
         together=1,
-        entry='head',
+        entry='early',
         seed=7,
         prompt='A car.',
         symbols=['D', 'D', 'DL'],
@@ -95,8 +96,8 @@ def test_an_older_log_says_nothing_of_a_mesh(log, slots):
     assert session_log.from_json(older) == log and not session_log.difference(slots, log)
     assert slots.mesh == 'cpu'
     assert not session_log.difference(slots, dataclasses.replace(log, mesh='cpu'))
-    other = session_log.difference(slots, dataclasses.replace(log, mesh='cpu seq=2', entry='tail'))
-    assert other.startswith('played with entry tail, now head; mesh cpu seq=2, now cpu: ')
+    other = session_log.difference(slots, dataclasses.replace(log, mesh='cpu seq=2', entry='late'))
+    assert other.startswith('played with entry late, now early; mesh cpu seq=2, now cpu: ')
 
 
 def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
@@ -166,7 +167,7 @@ def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, m
         no_overlay=False,
     )
     recipe = dataclasses.replace(
-        config.load('the_matrix:TINY'), weights=str(tiny), out=str(tmp_path / 'again.mp4')
+        recipes.load('the_matrix:TINY'), weights=str(tiny), out=str(tmp_path / 'again.mp4')
     )
     path, clip, count = generate.to_file(recipe, argparse.Namespace(**options))
     assert clip.symbols == ['D'] * 4 + ['DL'] * 2 and clip.run_seconds > 0
@@ -175,10 +176,10 @@ def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, m
         generate.to_file(recipe, argparse.Namespace(**options | {'prompt': 'A car.'}))
 
     def named(*argv):
-        parser = config.Parser('Generate.')
+        parser = Parser('generate', 'Generate.')
         parser.add_argument('--replay')
-        return parser.run(
-            [*argv, '--replay', str(written), '--weights', 'here'], chosen=generate.recipe_of_log
+        return parser.parse_run(
+            [*argv, '--replay', str(written), '--weights', 'here'], choose=generate.recipe_of_log
         )[1]
 
     assert named().name == named('the_matrix:tiny').name == 'the_matrix:TINY'

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matrix_jax import config
+from matrix_jax import config, recipes
 from matrix_jax.serve.web import multi_world, server
 from matrix_jax.serve.web.app import Server
 
@@ -122,7 +122,7 @@ def test_worlds_are_compiled_one_after_the_other(slots, tiny, monkeypatch, capsy
         'uvicorn_server',
         lambda app, players: types.SimpleNamespace(run=lambda sockets: served.append(players)),
     )
-    runs = [config.load(name, [f'--weights={tiny}']) for name in (ROAD, WALK)]
+    runs = [recipes.load(name, [f'--weights={tiny}']) for name in (ROAD, WALK)]
     server.serve(runs, server.Config(port=0))
     said = capsys.readouterr().out.splitlines()
     assert said[:2] == [f'compiling {name} for 4 players' for name in (ROAD, WALK)]
@@ -131,7 +131,7 @@ def test_worlds_are_compiled_one_after_the_other(slots, tiny, monkeypatch, capsy
     assert f'{ROAD} is ready after 0 s, for 4 players: open ' in capsys.readouterr().out
     assert served == [8, 4]
     with pytest.raises(config.UsageError, match='no folder nowhere'):  # before any compiles
-        server.serve([runs[0], config.load(WALK, ['--weights=nowhere'])], server.Config(port=0))
+        server.serve([runs[0], recipes.load(WALK, ['--weights=nowhere'])], server.Config(port=0))
     assert not capsys.readouterr().out
 
 

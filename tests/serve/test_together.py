@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import config
+from matrix_jax import recipes
 from matrix_jax.config import UsageError
 from matrix_jax.envs import world_env as envs
 from matrix_jax.serve.web import server
@@ -20,7 +20,7 @@ NAME = 'the_matrix:TINY'
 @pytest.fixture(scope='module')
 def many(tiny):
     """Three players of a recipe, which has weights here, in one batch."""
-    module = config._module('the_matrix')
+    module = recipes._module('the_matrix')
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, 'TINY', dataclasses.replace(module.TINY, weights=str(tiny)))
         return envs.WorldVectorEnv(3, NAME)
@@ -85,7 +85,7 @@ def test_an_environment_by_the_name_of_a_recipe(slots, tiny, monkeypatch):
     monkeypatch.setattr(
         server, 'open_slots', lambda *given: (asked.append(given), (slots, tiny))[1]
     )
-    env = envs.WorldEnv(NAME, entry='tail')
+    env = envs.WorldEnv(NAME, control_binding='late')
     assert asked[0][0].name == NAME and asked[0][1] == server.Config(1, 1, 'tail')
     env.reset(seed=0)
     assert env.step(1)[0].shape == env.observation_space.shape

@@ -1,11 +1,11 @@
-"""The bundled world to walk in, as `tools/play.py doom` serves it, played in a real browser."""
+"""The bundled world to walk in, as `matrix-jax play doom` serves it, played in a real browser."""
 
 import time
 
 import numpy as np
 import pytest
 
-from matrix_jax import config, worlds
+from matrix_jax import recipes, worlds
 from matrix_jax.serve.runtime.batched_stream import Slots
 from matrix_jax.weights import diffusers_layout
 from tests.serve.test_browser import SIGHT
@@ -16,7 +16,7 @@ FOLDER = diffusers_layout.ASSETS / 'doom'
 @pytest.fixture(scope='module')
 def walk():
     """One place in the bundled world, compiled."""
-    return Slots(*worlds.open_run(config.load('doom')), count=1).compile()
+    return Slots(*worlds.open_run(recipes.load('doom')), count=1).compile()
 
 
 def test_a_person_walks(walk, serving, browser):

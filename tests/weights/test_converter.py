@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from matrix_jax import config, worlds
+from matrix_jax import config, recipes, worlds
 from matrix_jax.weights import conversion, converter
 
 
 @pytest.fixture(scope='module')
 def world():
-    return worlds.build(config.load('the_matrix:TINY').world)
+    return worlds.build(recipes.load('the_matrix:TINY').world)
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def source(world, tmp_path):
     ],
 )
 def test_a_shorter_network_keeps_the_share_of_its_blocks(recipe, layers, span):
-    cfg = converter.shorten(config.load(recipe).world, layers)
+    cfg = converter.shorten(recipes.load(recipe).world, layers)
     differ = getattr(cfg.dit, 'control', None) or cfg.dit.actions
     assert (cfg.dit.layers, differ.start, differ.end) == (layers, *span)
     worlds.build(cfg).shapes()
 
 
 def test_a_pickle_becomes_the_part_that_it_is_called(world, source, tmp_path):
-    line = converter.translate(world.cfg, source, tmp_path / 'new' / 'vae', shutil.copy)
+    line = converter.convert(world.cfg, source, tmp_path / 'new' / 'vae', shutil.copy)
     assert line == f'{tmp_path}/new/vae: vae of {source}'
     made = conversion.flatten(world.load(tmp_path / 'new', only=('vae',))['vae'])
     want = conversion.flatten(world.init(0, only=('vae',))['vae'])
@@ -82,6 +82,6 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
         )
 
     with pytest.raises(error) as caught:
-        converter.translate(world.cfg, source, tmp_path / target, unpickle)
+        converter.convert(world.cfg, source, tmp_path / target, unpickle)
     assert said in str(caught.value)
     assert list(tmp_path.iterdir()) == [source]

@@ -130,8 +130,8 @@ ALL = {name: 'one.safetensors' for name in TENSORS}
         (truncate, ['truncated: ', ' bytes of ']),
         (truncate_header, ['truncated: 20 bytes end inside the header']),
         (corrupt_header, ['diffusion_pytorch_model.safetensors: ']),
-        (pickle_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
-        (zip_in_disguise, ['a PyTorch pickle under a .safetensors name', 'tools/convert.py']),
+        (pickle_in_disguise, ['a PyTorch pickle under a .safetensors name', 'matrix-jax convert']),
+        (zip_in_disguise, ['a PyTorch pickle under a .safetensors name', 'matrix-jax convert']),
         (lambda folder: weights(folder).write_bytes(b''), ['truncated: 0 bytes']),
         (lambda folder: weights(folder).write_bytes(b'junk' * 9), ['not a safetensors file']),
         (
@@ -140,7 +140,7 @@ ALL = {name: 'one.safetensors' for name in TENSORS}
             ),
             ['git-lfs pointer'],
         ),
-        (pickle_only, ['pytorch_model.bin is a pickle', 'tools/convert.py']),
+        (pickle_only, ['pytorch_model.bin is a pickle', 'matrix-jax convert']),
         (lambda folder: weights(folder).unlink(), ['no weights; expected diffusion_pytorch_model']),
         (two_kinds, ['model.safetensors, expected one of them']),
         (
