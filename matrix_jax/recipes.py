@@ -22,9 +22,6 @@ from typing import Any, Literal
 from matrix_jax.config import Run, UsageError
 
 DEFAULT_WORLD = 'carracing'
-# Former names of fields and of their values, so that old command lines still work.
-FIELD_ALIASES = {'entry': 'control_binding', 'tell_last': 'condition_on_last_frame'}
-VALUE_ALIASES = {'head': 'early', 'tail': 'late'}
 BOOLEANS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
@@ -202,14 +199,14 @@ def _replace(owner: Any, path: list[str], text: str, option: str) -> Any:
 
 
 def _field_name(owner: Any, name: str, option: str) -> str:
-    """The field of `owner` that `name` or its former name means."""
+    """The field of `owner` called `name` now, or formerly by its class's `ALIASES`."""
     if not dataclasses.is_dataclass(owner):
         what = 'this recipe has none' if owner is None else f'{owner!r} has no fields'
         raise UsageError(f'{option}: {what}')
     names = _names(owner)
-    for one in (name, FIELD_ALIASES.get(name)):
-        if one in names:
-            return one
+    name = getattr(owner, 'ALIASES', {}).get(name, name)
+    if name in names:
+        return name
     near = names + (_names(owner.train) if isinstance(owner, Run) else [])
     raise UsageError(
         f'{option}: no field {name!r}{did_you_mean(name, near)}; '
@@ -232,9 +229,8 @@ def _parse(kind: Any, text: str, current: Any, option: str) -> Any:
             return _parse(choices[0], text, current, option)
     elif origin is Literal:
         by_text = {str(choice): choice for choice in args}
-        for one in (text, VALUE_ALIASES.get(text)):
-            if one in by_text:
-                return by_text[one]
+        if text in by_text:
+            return by_text[text]
     elif kind is tuple or origin is tuple:
         return _parse_tuple(args, text, option)
     elif kind is bool:

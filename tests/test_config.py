@@ -4,7 +4,7 @@ import dataclasses
 import subprocess
 import sys
 import types
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 
@@ -16,6 +16,7 @@ from matrix_jax.weights.conversion import ConversionError
 
 @dataclasses.dataclass(frozen=True)
 class Net:
+    ALIASES: ClassVar[dict[str, str]] = {'speed': 'rate'}
     width: int = 8
     dtype: Literal['float32', 'bfloat16'] = 'float32'
     patch: tuple[int, int] = (1, 2)
@@ -80,6 +81,7 @@ def test_recipes_are_read_from_a_folder(configs, tmp_path):
         (['--steps', '7'], 'train.steps', 7),
         (['--train.log-every=5'], 'train.log_every', 5),
         (['--world.dit.rate', '1e-3'], 'world.dit.rate', 1e-3),
+        (['--world.dit.speed', '2'], 'world.dit.rate', 2.0),
         (['--world.dit.dtype=bfloat16'], 'world.dit.dtype', 'bfloat16'),
         (['--world.dit.width', '16'], 'world.dit.width', 16),
         (['--world.dit.patch', '2, 4'], 'world.dit.patch', (2, 4)),
@@ -172,6 +174,19 @@ def test_sizes_are_at_least_one(configs, recipe, option):
         recipes.load(recipe, [f'--{option}=0'])
     assert str(error.value).startswith(f'--{option} 0: ')
     assert str(error.value).endswith(f'{option.rpartition(".")[2]}: got 0, expected at least 1')
+
+
+@pytest.mark.parametrize(
+    'recipe, old, new, value',
+    [
+        ('carracing', '--world.stream.entry=tail', 'control_binding', 'late'),
+        ('carracing', '--world.stream.control_binding=late', 'control_binding', 'late'),
+        ('doom', '--world.stream.tell_last=no', 'condition_on_last_frame', False),
+    ],
+)
+def test_former_names_of_fields_still_work(configs, recipe, old, new, value):
+    configs.undo()
+    assert getattr(recipes.load(recipe, [old]).world.stream, new) == value
 
 
 def test_describe_names_what_can_be_set():

@@ -108,7 +108,7 @@ def write_random(
     def fill(fresh):
         for part in world.components:
             tensors = {}
-            for row, shape, draw in world.draws(part, seed, still=False):
+            for row, shape, draw in world.draws(part, seed, zero_init=False):
                 for key, layer in zip(row.keys(), range(*row.layers) if row.layers else (None,)):
                     tensors[key] = Drawn(row, shape, draw, layer)
             diffusers_layout.write_component(

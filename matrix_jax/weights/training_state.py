@@ -1,90 +1,106 @@
-"""Training state on disk: committed whole, checked when read, restored into its shardings."""
+"""Training state on disk: each step is saved whole, checked when loaded, restored into shardings.
+
+On disk a state is a flat dict of arrays, so that only names and shapes matter, not the classes of
+the tree. Every file has a checksum, because storage formats check their indices but not the values:
+they would load a weight with a flipped bit.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 
-from matrix_jax.weights import checksums, conversion, plain_leaves
+from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError, some
+
+SUMS = 'sums.json'  # file with the checksums of its folder
+BLOCK = 2**20  # bytes read at a time
 
 
 class Checkpoints:
     """Training state in a folder: the newest `keep` steps, each complete or absent.
 
-    A step is a tree of arrays and a JSON object (iterator state, recipe), committed together by
-    one rename, so a killed or failed save leaves the steps before it. Its files carry checksums,
-    and a damaged step is refused by name. Leaves are arrays, typed PRNG keys or Python and numpy
-    scalars. Saving goes on in the background; `wait` for it, or `close`. A save that fails there
-    raises `SaveError` from the next `save`, `wait` or `close`.
+    A step is a tree of arrays and a JSON object (iterator state, recipe), committed together by one
+    rename, so a killed or failed save leaves the steps before it. Leaves are arrays, typed PRNG keys
+    or Python and numpy scalars. A save runs in the background; `wait` for it, or `close`. If it
+    fails, the next `save`, `wait` or `close` raises `SaveError`.
+
+    Args:
+      folder: created if missing. It has one writer at a time; remains of killed saves are removed.
+      keep: how many steps stay.
+      every: `save` skips steps that are no multiple of it, unless forced.
+
+    Raises:
+      CheckpointError: `folder` is a file.
     """
 
     def __init__(self, folder: str | Path, keep: int = 3, every: int = 1):
-        """Args: `save` skips steps that are no multiple of `every`, unless forced.
-
-        What killed saves left in the folder is cleared away: it has one writer at a time.
-        """
-        import orbax.checkpoint as ocp
-
         folder = Path(folder).expanduser().resolve()
         if folder.exists() and not folder.is_dir():
             raise CheckpointError(f'{folder}: is a file, expected a folder for training state')
         self.folder = folder
-        self._ocp = ocp
-        self._started = None  # the step whose save was started last
+        self._ocp, self._state, self._extra = _orbax()
+        self._started: int | None = None  # the step whose save was started last
         self._failed = False
-        # What orbax logs as an error it also raises, and here that becomes one line.
+        # Orbax logs its errors and raises them as well; here each becomes one line.
         logging.getLogger('absl').addFilter(_not_from_orbax)
-        self._manager = ocp.CheckpointManager(
+        self._manager = self._ocp.CheckpointManager(
             folder,
-            options=ocp.CheckpointManagerOptions(
+            options=self._ocp.CheckpointManagerOptions(
                 max_to_keep=keep, save_interval_steps=every, cleanup_tmp_directories=True
             ),
-            item_handlers={
-                'state': _summed(ocp.StandardCheckpointHandler()),
-                'extra': _summed(ocp.JsonCheckpointHandler()),
-            },
+            item_handlers={'state': self._state.handler(), 'extra': self._extra.handler()},
         )
 
     def latest(self) -> int | None:
-        """The newest complete step."""
+        """Returns the newest complete step."""
         self.wait()
         return self._manager.latest_step()
 
     def save(
-        self, step: int, state, extra: Mapping[str, Any] | None = None, force: bool = False
+        self, step: int, state: Any, extra: Mapping[str, Any] | None = None, force: bool = False
     ) -> bool:
-        """Starts to save a step; False if it is not due, or is there already."""
+        """Starts to save a step; returns False if it is not due, or already saved.
+
+        Raises:
+          SaveError: this save or the one before failed.
+        """
         self.wait()
         if step in self._manager.all_steps():
             return False
-        args = self._ocp.args
-        items = args.Composite(
-            state=args.StandardSave(plain_leaves.to_plain(state)),
-            extra=args.JsonSave(dict(extra or {})),
+        items = self._ocp.args.Composite(
+            state=self._state.save(to_plain(state)), extra=self._extra.save(dict(extra or {}))
         )
         self._started = step
         with self._saving():
             return self._manager.save(step, force=force, args=items)
 
-    def restore(self, abstract_state=None, step: int | None = None):
-        """(step, state, extra) of the newest step (or of `step`); None if there is none.
+    def restore(
+        self, abstract_state: Any = None, step: int | None = None
+    ) -> tuple[int, Any, dict[str, Any]] | None:
+        """Returns (step, state, extra), or None if there is no step.
 
         Args:
-          abstract_state: tree of arrays or ShapeDtypeStructs to restore into, with shardings
-            (without one, the first device); None gives nested dicts of numpy arrays.
+          abstract_state: tree of arrays or ShapeDtypeStructs to restore into, with shardings (the
+            first device if there are none); None gives nested dicts of numpy arrays.
           step: a step to restore instead of the newest.
 
         Raises:
-          CheckpointError: no such step, it is damaged, or its leaves differ from
+          CheckpointError: there is no such step, it is damaged, or its leaves differ from
             `abstract_state`.
         """
         self.wait()
@@ -98,59 +114,61 @@ class Checkpoints:
                 + (', '.join(map(str, steps)) or 'none')
             )
         if faults := self._faults(step):
-            raise CheckpointError(f'{faults[0]}; {self._way_on(step, steps)}')
+            raise CheckpointError(f'{faults[0]}; {self._advice(step, steps)}')
         with self._reading(step, steps):
             metadata = self._manager.item_metadata(step)['state']
         if metadata is None:
-            raise CheckpointError(f'{self.folder}: step {step} is no training state')
+            raise CheckpointError(f'{self.folder}: step {step} is not a training state')
         saved = {
             name: (tuple(leaf.shape), np.dtype(leaf.dtype)) for name, leaf in metadata.tree.items()
         }
         if abstract_state is None:
             targets = {name: np.empty(*leaf) for name, leaf in saved.items()}
         else:
-            targets = plain_leaves.targets(abstract_state)
+            targets = plain_targets(abstract_state)
             _compare(f'{self.folder}: step {step}', saved, targets)
-        args = self._ocp.args
-        items = args.Composite(state=args.StandardRestore(targets), extra=args.JsonRestore())
+        items = self._ocp.args.Composite(
+            state=self._state.restore(targets), extra=self._extra.restore()
+        )
         with self._reading(step, steps):
             found = self._manager.restore(step, args=items)
         flat = dict(found['state'])
-        state = (
-            conversion.unflatten(flat)
-            if abstract_state is None
-            else plain_leaves.from_plain(abstract_state, flat)
-        )
-        return step, state, found['extra']
+        if abstract_state is None:
+            return step, conversion.unflatten(flat), found['extra']
+        return step, from_plain(abstract_state, flat), found['extra']
 
-    def wait(self):
+    def wait(self) -> None:
         """Returns when every started save is on disk.
 
         Raises:
-          SaveError: one could not be written.
+          SaveError: one failed.
         """
         with self._saving():
             self._manager.wait_until_finished()
 
-    def close(self):
-        """Waits, then gives up the folder."""
+    def close(self) -> None:
+        """Waits, then releases the folder.
+
+        Raises:
+          SaveError: a save failed.
+        """
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception if self._failed else ()):  # told already
+            with contextlib.suppress(Exception if self._failed else ()):  # reported already
                 self._manager.close()
-            if self._failed:  # make room; the next start clears what is written even now
+            if self._failed:  # free the disk; the next start removes what is written after this
                 for part in self.folder.glob('*.orbax-checkpoint-tmp*'):
                     shutil.rmtree(part, ignore_errors=True)
 
     @contextlib.contextmanager
-    def _saving(self):
-        """Names what could not be saved, and what there is to go on from."""
+    def _saving(self) -> Iterator[None]:
+        """Turns any error into a `SaveError` that names the newest step on disk."""
         try:
             yield
-        except Exception as error:  # the writers below raise OSError, ValueError and their own
+        except Exception as error:  # orbax raises OSError, ValueError and its own kinds
             self._failed = True
-            whole = self._whole(
+            whole = self._newest_whole(
                 sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
             )
             raise SaveError(
@@ -163,54 +181,77 @@ class Checkpoints:
             ) from error
 
     @contextlib.contextmanager
-    def _reading(self, step: int, steps):
+    def _reading(self, step: int, steps: Sequence[int]) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # each reader below raises its own kinds
+        except Exception as error:  # orbax and its storage raise many kinds
             raise CheckpointError(
                 f'{self.folder / str(step)}: not readable ({_reason(error)}); '
-                f'{self._way_on(step, steps)}'
+                f'{self._advice(step, steps)}'
             ) from error
 
     def _faults(self, step: int) -> list[str] | None:
-        """What is wrong with the files of a step, as far as its checksums tell; None if it has none
-        (it was saved before there were any)."""
+        """Damaged files of a step; None if it has no checksums, as the first version saved it."""
         items = [self.folder / str(step) / item for item in ('state', 'extra')]
-        found = [checksums.faults(item) for item in items]
+        found = [checksum_faults(item) for item in items]
         if found == [None, None]:
             return None
         return [
             fault
             for item, faults in zip(items, found)
-            for fault in ([f'{item / checksums.FILE}: missing'] if faults is None else faults)
+            for fault in ([f'{item / SUMS}: missing'] if faults is None else faults)
         ]
 
-    def _whole(self, steps) -> int | None:
-        """The newest of `steps` whose files are as they were written, as far as that is known."""
+    def _newest_whole(self, steps: Sequence[int]) -> int | None:
+        """The newest of `steps` without a damaged file."""
         return next((step for step in reversed(steps) if not self._faults(step)), None)
 
-    def _way_on(self, step: int, steps) -> str:
-        whole = self._whole([one for one in steps if one < step])
+    def _advice(self, step: int, steps: Sequence[int]) -> str:
+        whole = self._newest_whole([one for one in steps if one < step])
         if whole is None:
             return f'no older step is whole: remove {self.folder} to start again'
         bad = ', '.join(str(self.folder / str(one)) for one in steps if one > whole)
         return f'step {whole} is whole: remove {bad} to go on from it'
 
 
-def _summed(handler):
-    """`handler`, writing the checksums of its files just before they are committed."""
-    finish = handler.finalize
+class _Item(NamedTuple):
+    """How orbax saves and restores one item of a step: a handler class and its arguments."""
 
-    def finalize(directory):
-        finish(directory)
-        checksums.write(Path(directory))
+    handler: Any
+    save: Any
+    restore: Any
 
-    handler.finalize = finalize  # its class is how orbax finds the arguments that it takes
-    return handler
+
+@functools.cache
+def _orbax() -> tuple[Any, _Item, _Item]:
+    """(orbax, item of the state, item of the extra JSON); imported late, because it is slow."""
+    import orbax.checkpoint as ocp
+
+    def with_checksums(handler: Any, save: Any, restore: Any) -> _Item:
+        """Writes the checksums of an item just before orbax commits it."""
+
+        class Handler(handler):
+            def finalize(self, directory):
+                super().finalize(directory)
+                write_checksums(Path(directory))
+
+        register = ocp.args.register_with_handler
+        return _Item(
+            Handler,
+            register(Handler, for_save=True)(type('Save', (save,), {})),
+            register(Handler, for_restore=True)(type('Restore', (restore,), {})),
+        )
+
+    args = ocp.args
+    return (
+        ocp,
+        with_checksums(ocp.StandardCheckpointHandler, args.StandardSave, args.StandardRestore),
+        with_checksums(ocp.JsonCheckpointHandler, args.JsonSave, args.JsonRestore),
+    )
 
 
 def _reason(error: Exception) -> str:
-    """The kernel's reason where the storage quotes one, else how the error begins."""
+    """The operating system's reason if the storage quotes one, else the error's first line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if quoted := re.search(r"os_error_code='(\d+)'", str(error)):
@@ -223,7 +264,8 @@ def _not_from_orbax(record: logging.LogRecord) -> bool:
     return 'orbax' not in record.pathname
 
 
-def _compare(where: str, saved: Mapping[str, Any], targets: Mapping[str, Any]):
+def _compare(where: str, saved: Mapping[str, Any], targets: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless names, shapes and dtypes are the same."""
     wrong = [
         f'{name}: got {saved[name][1]}{list(saved[name][0])}, '
         f'expected {targets[name].dtype}{list(targets[name].shape)}'
@@ -238,3 +280,116 @@ def _compare(where: str, saved: Mapping[str, Any], targets: Mapping[str, Any]):
     )
     if faults:
         raise CheckpointError(f'{where} does not fit this recipe: {"; ".join(faults)}')
+
+
+# --- states as flat dicts of arrays ----------------------------------------------------------
+
+
+def to_plain(tree: Any) -> dict[str, Any]:
+    """Returns the leaves by '/'-joined path, PRNG keys as uint32 words, scalars as 0-d arrays."""
+    return {name: _plain(leaf) for name, leaf in _named(tree)}
+
+
+def plain_targets(tree: Any) -> dict[str, Any]:
+    """Returns what orbax restores each entry of `to_plain(tree)` into.
+
+    A jax array becomes a ShapeDtypeStruct with a sharding (the first device if `tree` has none),
+    anything else a numpy array.
+    """
+    return {name: _target(leaf) for name, leaf in _named(tree)}
+
+
+def from_plain(tree: Any, flat: Mapping[str, Any]) -> Any:
+    """The inverse of `to_plain`: a tree with the structure and leaf types of `tree`."""
+    return jax.tree.unflatten(
+        jax.tree.structure(tree), [_like(leaf, flat[name]) for name, leaf in _named(tree)]
+    )
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator='/'), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def _is_key(leaf: Any) -> bool:
+    return hasattr(leaf, 'dtype') and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_scalar(leaf: Any) -> bool:
+    return not hasattr(leaf, 'dtype') or isinstance(leaf, np.generic)
+
+
+def _plain(leaf: Any) -> Any:
+    if _is_key(leaf):
+        return jax.random.key_data(leaf)
+    return leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+
+
+def _target(leaf: Any) -> Any:
+    if _is_scalar(leaf) or isinstance(leaf, np.ndarray):
+        return np.empty_like(np.asarray(leaf))
+    sharding = getattr(leaf, 'sharding', None) or SingleDeviceSharding(jax.devices()[0])
+    if _is_key(leaf):
+        leaf = jax.eval_shape(jax.random.key_data, leaf)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _like(leaf: Any, value: Any) -> Any:
+    if _is_key(leaf):
+        impl: list[Any] = []  # a ShapeDtypeStruct tells its kind of key only inside a trace
+        jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
+        return jax.random.wrap_key_data(value, impl=impl[0])
+    return type(leaf)(value[()]) if _is_scalar(leaf) else value
+
+
+# --- checksums -------------------------------------------------------------------------------
+
+
+def write_checksums(folder: Path) -> None:
+    """Writes the size and CRC-32 of every file below `folder` to `folder/sums.json`."""
+    paths = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != SUMS)
+    with ThreadPoolExecutor() as pool:
+        names = [path.relative_to(folder).as_posix() for path in paths]
+        sums = dict(zip(names, pool.map(_checksum, paths)))
+    (folder / SUMS).write_text(json.dumps(sums, indent=0), encoding='utf-8')
+
+
+def checksum_faults(folder: Path) -> list[str] | None:
+    """Returns 'path: fault' for each file that differs from `folder/sums.json`, or None without
+    that file."""
+    try:
+        sums = {
+            name: (int(size), int(crc))
+            for name, (size, crc) in json.loads((folder / SUMS).read_text(encoding='utf-8')).items()
+        }
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError, AttributeError, OSError):
+        return [f'{folder / SUMS}: damaged']
+
+    def fault(name: str) -> str | None:
+        path, (size, crc) = folder / name, sums[name]
+        try:
+            found = path.stat().st_size
+            if found != size:
+                short = 'truncated' if found < size else 'too long'
+                return f'{path}: {short}, {found} bytes of {size}'
+            return None if _checksum(path)[1] == crc else f'{path}: damaged, its checksum differs'
+        except FileNotFoundError:
+            return f'{path}: missing'
+        except OSError as error:
+            return f'{path}: not readable ({error.strerror})'
+
+    with ThreadPoolExecutor() as pool:
+        return [line for line in pool.map(fault, sums) if line]
+
+
+def _checksum(path: Path) -> tuple[int, int]:
+    """(bytes, CRC-32) of a file."""
+    size = crc = 0
+    with path.open('rb') as file:
+        while block := file.read(BLOCK):
+            size, crc = size + len(block), zlib.crc32(block, crc)
+    return size, crc
