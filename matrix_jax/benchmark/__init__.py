@@ -1,1 +1,1 @@
-"""How fast a world runs, what its program costs, and the same network in PyTorch beside it."""
+"""Speed, cost and memory of a world, and the same network in PyTorch for comparison."""

@@ -33,18 +33,10 @@ SENT = {
 # --- FLOPs -----------------------------------------------------------------------------------
 
 
-def step_arguments(world, precompute: bool = True):
-    """ShapeDtypeStructs (parameters, carry, control) of one step.
-
-    Args:
-      world: the world.
-      precompute: whether step-independent values are precomputed, as in play.
-    """
+def step_arguments(world):
+    """ShapeDtypeStructs (parameters, carry, control) of one step."""
     params, cond = targets.step_params(world), targets.condition_shapes(world)
-    if precompute:
-        params, cond = jax.eval_shape(
-            lambda params, cond: world.precompute_for(world.quantize(params), cond), params, cond
-        )
+    params = jax.eval_shape(world.quantize, params)
     key = jax.eval_shape(lambda: jax.random.key(0))
     carry = jax.eval_shape(targets.stream(world).init, params, cond, key)
     words = world.vocabulary
@@ -52,13 +44,13 @@ def step_arguments(world, precompute: bool = True):
     return params, carry, jax.ShapeDtypeStruct(control.shape, control.dtype)
 
 
-def flops(world, precompute: bool = True) -> dict[str, float]:
+def flops(world) -> dict[str, float]:
     """FLOPs {'dit', 'vae'} of one step, from XLA's cost analysis before optimisation.
 
     Computes and allocates nothing. Valid on the CPU only: a GPU attention kernel has no cost that
     XLA knows.
     """
-    params, carry, control = step_arguments(world, precompute)
+    params, carry, control = step_arguments(world)
     latents = jax.eval_shape(lambda: targets.clip_noise(world, world.cfg.stream.step_frames))
     both = dry_run.flops(world.stream().step, params, carry, control)
     alone = dry_run.flops(world.decoder().step, params, carry[1], latents)
@@ -72,15 +64,15 @@ def flops_of(cfg) -> dict[str, float]:
     return flops(targets.build(cfg))
 
 
-def costs(cfg):
-    """[(`flops`, `weights`)] of a world's config, with and without precomputed values."""
+def costs(cfg) -> tuple[dict[str, float], dict[str, int]]:
+    """(`flops`, `weights`) of a world's config."""
     world = targets.build(cfg)
-    return [(flops(world, one), weights(world, one)) for one in (True, False)]
+    return flops(world), weights(world)
 
 
-def weights(world, precompute: bool = True) -> dict[str, int]:
+def weights(world) -> dict[str, int]:
     """Bytes of the parameters that one step reads, by component."""
-    params, *given = step_arguments(world, precompute)
+    params, *given = step_arguments(world)
 
     def zeros(tree):
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree)

@@ -1,5 +1,5 @@
-"""What 8-bit layers change: a network's prediction and a stream's latents, against float32 and
-against bfloat16."""
+"""Errors of 8-bit layers in a network's prediction and a stream's latents, against float32 and
+bfloat16."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import worlds
-from matrix_jax.benchmark import report
+from matrix_jax.benchmark import pages
 from matrix_jax.benchmark import target as targets
 from matrix_jax.config import UsageError
 from matrix_jax.controls.driving import SYMBOLS
@@ -18,25 +18,15 @@ from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.base import rollout
 from matrix_jax.weights import diffusers_layout
 
-SHIFTS = 8
+SHIFTS = 8  # steps of the stream whose latents are compared
 HELD, OTHER = (SYMBOLS.index(symbol) for symbol in ('D', 'DL'))
-HEADER = (
-    'blocks multiply in',
-    'MiB of the DiT',
-    'prediction: rms',
-    'largest',
-    'cosine',
-    'rms to bfloat16',
-    f'latents of {SHIFTS} shifts: rms',
-    'rms to bfloat16',
-)
 
 
 def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> tuple[dict, str]:
-    """(results, page): errors of bfloat16 and of both choices of 8-bit layers.
+    """Measures the errors of bfloat16 and of both choices of 8-bit layers -> (results, page).
 
     Args:
-      run, random, layers, seed: as for `target.open_target`.
+      run, random, layers, seed: see `target.open_target`.
     """
     cfg = targets.shape(run, random, layers)
     check(run.name, cfg)
@@ -62,39 +52,12 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
         if 'bfloat16' in wanted:
             results[name]['to_bfloat16'] = against(made, wanted['bfloat16'])
     results['float32']['to_bfloat16'] = against(wanted['float32'], wanted['bfloat16'])
-    rows = []
-    for name, one in results.items():
-        half = one['to_bfloat16']
-        rows.append(
-            [
-                name,
-                f'{one["bytes"] / report.MIB:,.1f}',
-                f'{one["prediction"]["rms"]:.2e}',
-                f'{one["prediction"]["largest"]:.2e}',
-                f'{one["prediction"]["cosine"]:.6f}',
-                f'{half["prediction"]["rms"]:.2e}',
-                f'{one["latents"]["rms"]:.2e}',
-                f'{half["latents"]["rms"]:.2e}',
-            ]
-        )
-    note = [f'Note: {report.RANDOM}.', ''] if random else []
-    return results, '\n'.join(
-        [
-            f'# {run.name}: 8-bit layers against float32 and bfloat16',
-            '',
-            'Errors relative to '
-            'float32, or to bfloat16 where it says so: root mean square over root mean square, and '
-            'largest over largest.',
-            '',
-            *note,
-            *report.table(HEADER, rows),
-        ]
-    ) + '\n'
+    return results, pages.int8(run.name, random, results)
 
 
 def check(name: str, cfg):
     """Raises UsageError for a world whose transformer has no 8-bit layers."""
-    if not hasattr(cfg.dit, 'int8'):
+    if not worlds.build(cfg).has_int8_layers:
         raise UsageError(
             f'--int8: got {name}, expected a world of The Matrix (the transformer of '
             'this one has no 8-bit layers)'
@@ -102,7 +65,7 @@ def check(name: str, cfg):
 
 
 def play(cfg, dtype: str, int8: str, net, cond, seed: int):
-    """({'prediction', 'latents'} of a stream of this arithmetic, bytes of its network)."""
+    """Runs a stream with this arithmetic -> ({'prediction', 'latents'}, bytes of its network)."""
     world = worlds.build(
         dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, dtype=dtype, int8=int8))
     )
@@ -130,7 +93,7 @@ def against(made: dict, wanted: dict) -> dict[str, dict[str, float]]:
 
 
 def compare(got, want) -> dict[str, float]:
-    """How far apart two arrays are."""
+    """Relative errors {'rms', 'largest'} and cosine similarity of two arrays."""
 
     def rms(x):
         return float(np.sqrt(np.mean(np.square(x))))

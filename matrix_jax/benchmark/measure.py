@@ -15,7 +15,7 @@ from matrix_jax.benchmark import target as targets
 from matrix_jax.config import UsageError, at_least
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.pipeline import Pipeline
-from matrix_jax.stream.swin import BINDING_NAMES, CONTROL_BINDINGS
+from matrix_jax.stream.swin_window import BINDING_NAMES, CONTROL_BINDINGS
 
 VISIBLE = 1.0  # mean difference, in grey levels of 255, that counts as visible
 SETTLE = 2  # steps before a key changes, besides the warm-up of the stream
@@ -164,13 +164,14 @@ def decoder(target) -> CompiledProgram:
 
 
 def intervals(program: CompiledProgram, settings: Settings, warmup_steps: int = 0) -> np.ndarray:
-    """Seconds from one output on the host to the next [steps]; one step runs while the output of
-    the one before is copied, as in a player.
+    """Seconds between consecutive outputs on the host [steps].
+
+    As in a player, each output is copied to the host while the next step runs.
 
     Args:
-      program: what is timed.
-      settings: how often.
-      warmup_steps: steps before the warm-up, which are unlike those of a long stream.
+      program: the program to time.
+      settings: numbers of steps.
+      warmup_steps: steps until the memory of the stream is full, before `settings.warmup`.
     """
     carry, waiting, stamps = program.start(), None, []
     for _ in range(warmup_steps + settings.warmup + settings.steps + 1):
@@ -184,8 +185,7 @@ def intervals(program: CompiledProgram, settings: Settings, warmup_steps: int = 
 
 
 def spread(seconds: np.ndarray) -> dict[str, float]:
-    """Milliseconds: median, 95th percentile, mean, and jitter, the mean change from one step to the
-    next."""
+    """Median, 95th percentile, mean and jitter (mean change between steps) in milliseconds."""
     jitter = np.abs(np.diff(seconds)).mean() if len(seconds) > 1 else 0.0
     return {
         name: float(1e3 * value)
@@ -202,17 +202,18 @@ def spread(seconds: np.ndarray) -> dict[str, float]:
 
 
 def latency(target, program: CompiledProgram) -> dict:
-    """How long a key takes to be seen: two equal runs, and one whose key changes.
+    """Measures how long a key takes to show, from two equal runs and one whose key changes.
 
     Args:
-      target: what is measured.
+      target: the target.
       program: `whole` with the control binding in question.
 
     Returns:
-      'noise' (largest difference of the equal runs, of 255) and, for 'changed' (the first frame
-      that differs by more) and 'visible' (the first that differs by one grey level in the mean),
-      None if there is none, or: 'steps' (1 = the very step that took the key), 'frame' (from 0,
-      in that step) and 'ms' (from handing in the key to having that step on the host).
+      'noise': largest difference of the equal runs, of 255.
+      'changed': the first frame that differs by more than the noise, or None.
+      'visible': the first frame whose mean difference is at least one grey level, or None.
+      Both are dicts of 'steps' (1 = the step that took the key), 'frame' (index within that step)
+      and 'ms' (from passing the key to having that step on the host).
     """
     settle = SETTLE + target.world.warmup_steps
     key, other = target.controls
@@ -227,7 +228,7 @@ def latency(target, program: CompiledProgram) -> dict:
 
 
 def _play(program: CompiledProgram, keys):
-    """(frames int16 [steps B F H W 3], [(key handed in, frames on the host)] of each step)."""
+    """(frames int16 [steps B F H W 3], [(time of the key, time of its frames)] of each step)."""
     carry, frames, times = program.start(), [], []
     for symbols in keys:
         began = time.perf_counter()
@@ -238,7 +239,7 @@ def _play(program: CompiledProgram, keys):
 
 
 def _first(found, times):
-    """The first of found [steps F] with its time, of these steps, None if there is none."""
+    """Where found [steps F] is first true and how long that took; None if nowhere."""
     if not found.any():
         return None
     step, frame = np.unravel_index(np.argmax(found), found.shape)
@@ -250,7 +251,7 @@ def _first(found, times):
 
 
 def peak_memory() -> dict[str, float]:
-    """Bytes at most so far: of the process, and of the fullest device where it keeps account."""
+    """Peak bytes so far: of the process, and of the fullest device if its backend reports that."""
     used = {'process': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * KIB}
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     device = max((one.get('peak_bytes_in_use', 0) for one in stats), default=0)
@@ -258,8 +259,12 @@ def peak_memory() -> dict[str, float]:
 
 
 def ceilings(dit: str, vae: str, seconds: float = 1.0) -> dict[str, float]:
-    """FLOP/s of a large matrix product and of a large convolution on one device, in the types of
-    the network and of the decoder: what those cannot exceed."""
+    """FLOP/s of a large matrix product and of a large convolution on one device: upper bounds.
+
+    Args:
+      dit, vae: dtypes of the network and of the decoder.
+      seconds: how long to time each.
+    """
     cpu = jax.default_backend() == 'cpu'
     size, calls = (1024, 1) if cpu else (8192, 8)
     a = jax.random.normal(jax.random.key(0), (size, size), dit)
@@ -279,7 +284,7 @@ def ceilings(dit: str, vae: str, seconds: float = 1.0) -> dict[str, float]:
 
 
 def fastest(function, given, calls: int, seconds: float) -> float:
-    """Seconds of a call at best; clocks look at `calls` of them at a time."""
+    """Shortest time of a call in seconds, timed in batches of `calls`."""
     call = compilation.jit(function).lower(*given).compile()
     jax.block_until_ready(call(*given))
     best, until = float('inf'), time.perf_counter() + seconds

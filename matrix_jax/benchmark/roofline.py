@@ -1,17 +1,19 @@
-"""What a step has to compute and move whatever the program: the floor that measurements stand on.
+"""Roofline of a step: the least that any program must compute and send.
 
-Only matrix products and convolutions count, two FLOPs for each multiplication and addition; norms,
-softmax and activations are left out. Nothing is skipped that the networks define, and nothing is
-computed twice that a stream computes once (`World.ready`, `init`).
+Counts matrix products and convolutions, two FLOPs per multiply-add, and leaves out norms, softmax
+and activations. Counts all that the networks define; what a stream computes once (`init`,
+precomputed values) does not count.
 
-Each kind of network has a module that counts for it:
+Each kind of network has a module of functions, named in `NETWORKS`:
 
     dit(cfg, frames, height, width)               FLOPs of a call
     tokens(cfg, frames, height, width)            (queries, keys) of a call's self-attention
-    share(cfg, frames, height, width, parts)      of them, on the busiest of devices
-    exchanged(cfg, frames, height, width, parts)  (what they exchange, bytes that each one sends)
-    vae(cfg, height, width)                       FLOPs of decoding a latent frame
-    bordered(cfg, frames, height, width, parts)   bytes that each one sends to decode them
+    share(cfg, frames, height, width, parts)      largest share of the tokens on one device
+    exchanged(cfg, frames, height, width, parts)  (what devices exchange, bytes sent by each)
+    vae(cfg, height, width)                       FLOPs of decoding one latent frame
+    bordered(cfg, frames, height, width, parts)   bytes sent by each device while decoding
+
+`cfg` is the config of the transformer or of the autoencoder; `height` and `width` are latent sizes.
 """
 
 from __future__ import annotations
@@ -20,29 +22,28 @@ import math
 
 from matrix_jax import worlds
 from matrix_jax.benchmark import roofline_cogvideox, roofline_wan
-from matrix_jax.dit import cogvideox, wan_config
 
-FLOORS = {cogvideox.Config: roofline_cogvideox, wan_config.Config: roofline_wan}
+NETWORKS = {'cogvideox': roofline_cogvideox, 'wan': roofline_wan}
 
 
 def of(cfg):
-    """The module that counts for the networks of a world's config."""
-    return FLOORS[type(cfg.dit)]
+    """The module that counts for the networks of a world's config (`BaseWorld.roofline`)."""
+    return NETWORKS[worlds.build(cfg).roofline]
 
 
 def size(cfg) -> tuple[int, int]:
-    """Height and width of the latents of a world's config."""
+    """Latent height and width of a world's config."""
     scale = cfg.vae.spatial_compression
     return cfg.height // scale, cfg.width // scale
 
 
 def frames(cfg) -> int:
-    """Frames that a step of a world's config makes."""
+    """Pixel frames that one step of a world's config makes."""
     return cfg.stream.step_frames * cfg.vae.temporal_compression
 
 
 def flops(cfg) -> dict[str, float]:
-    """FLOPs of one step of a world's config: {'dit', 'vae'}."""
+    """FLOPs {'dit', 'vae'} of one step of a world's config."""
     stream, net = cfg.stream, of(cfg)
     return {
         'dit': stream.passes * net.dit(cfg.dit, stream.frames, *size(cfg)),
@@ -51,19 +52,21 @@ def flops(cfg) -> dict[str, float]:
 
 
 def bounds(cfg, mesh, rate: float, link: float) -> dict[str, dict[str, float]]:
-    """The least that a step can take on a mesh: {'dit', 'vae'} -> {'seconds' of arithmetic on the
-    busiest device, 'bytes' that it sends, 'sending' in seconds}, and 'fps', if all runs at the
-    ceilings and nothing is sent while something is computed.
+    """Bounds of a step on a mesh when computing and sending do not overlap.
 
     Args:
-      cfg: of the world.
-      mesh: `mesh.Mesh` of `seq` alone, or a pipeline, whose parts work at the same time.
+      cfg: the world's config.
+      mesh: `mesh.Mesh` with a `seq` axis alone, or a pipeline, whose parts run concurrently.
       rate: FLOP/s of a device.
       link: bytes per second that a device sends.
+
+    Returns:
+      'dit' and 'vae' -> {'seconds' of arithmetic on the busiest device, 'bytes' that it sends,
+      'sending' in seconds}, and 'fps'.
     """
     stream, net, whole = cfg.stream, of(cfg), size(cfg)
     network, pictures = (one.seq for one in mesh.parts or (mesh, mesh))
-    # What does not divide is padded: the busiest device has as much as the first.
+    # Uneven splits are padded; the first device has the most.
     share = {
         'dit': net.share(cfg.dit, stream.frames, *whole, network),
         'vae': math.ceil(whole[0] / pictures) / whole[0],

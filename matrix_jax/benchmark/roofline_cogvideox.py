@@ -1,4 +1,4 @@
-"""The floor of The Matrix: CogVideoX' transformer with its control blocks, and its decoder."""
+"""Roofline of The Matrix: CogVideoX's transformer with control blocks, and its decoder."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ def dit(cfg, frames: int, height: int, width: int, literal: bool = False) -> flo
     """FLOPs of one call of the transformer on latents of this size.
 
     Args:
-      literal: count control attention as published: a key for every token, under a causal mask.
+      literal: count control attention as published, with a key per token under a causal mask.
     """
     video, d = frames * (height // cfg.patch) * (width // cfg.patch), cfg.width
     tokens = video + cfg.text_length
     products = 4 * tokens * d * d + 8 * tokens * d * d + 2 * tokens * tokens * d
     total = cfg.layers * products + 2 * video * cfg.patch**2 * cfg.channels * d
     if cfg.control:
-        # Queries and outputs; keys and values are as few as symbols, and made once.
+        # Queries and outputs; keys and values, one per control, are precomputed.
         keys = video if literal else frames
         block = 2 * video * d * d + 2 * video * keys * d + 2 * video * d * d * literal
         total += (cfg.control.end - cfg.control.start) * block
@@ -34,7 +34,7 @@ def decoder(cfg) -> tuple[list[Conv], list[int]]:
     def add(inner, outer, taps):
         convs.append(Conv(inner, outer, taps, frames, scale))
 
-    def norm(channels):  # scale and shift are read off the latents
+    def norm(channels):  # scale and shift are convolutions of the latents
         norms.append(channels)
         convs.extend(2 * [Conv(z, channels, (1, 1, 1), 1, 1)])
 
@@ -64,7 +64,7 @@ def decoder(cfg) -> tuple[list[Conv], list[int]]:
 
 
 def vae(cfg, height: int, width: int) -> float:
-    """FLOPs of decoding one latent frame of this size, without the first of a clip."""
+    """FLOPs of decoding one latent frame after the first of a clip."""
     return convolved(decoder(cfg)[0], height, width)
 
 
@@ -72,27 +72,28 @@ def vae(cfg, height: int, width: int) -> float:
 
 
 def tokens(cfg, frames: int, height: int, width: int) -> tuple[int, int]:
-    """(queries, keys) of the self-attention of a call: video and text."""
+    """(queries, keys) of a call's self-attention: video and text tokens."""
     count = frames * (height // cfg.patch) * (width // cfg.patch) + cfg.text_length
     return count, count
 
 
 def share(cfg, frames: int, height: int, width: int, parts: int) -> float:
-    """Share of a call's tokens that the busiest of devices holds."""
+    """Largest share of a call's tokens on one device."""
     return held(cfg, frames, height, width, parts) / tokens(cfg, frames, height, width)[0]
 
 
 def held(cfg, frames: int, height: int, width: int, parts: int) -> int:
-    """Tokens that the busiest of devices holds: the same places of all frames, and some text."""
+    """Most tokens on one device: the same patches of all frames, and a part of the text."""
     places = (height // cfg.patch) * (width // cfg.patch)
     return frames * math.ceil(places / parts) + math.ceil(cfg.text_length / parts)
 
 
 def exchanged(cfg, frames: int, height: int, width: int, parts: int) -> tuple[str, float]:
-    """What devices that share the tokens of a call exchange, and the bytes that each one sends.
+    """What devices exchange during a call, and the bytes that each one sends.
 
-    Heads where they divide: queries, keys, values and the results, each once to the others. Else
-    keys and values, gathered by all. The prediction, gathered once, is too small to count.
+    'heads' if they divide evenly: queries, keys, values and results each pass once through an
+    all-to-all. Otherwise 'keys': keys and values are all-gathered. The prediction, gathered once,
+    is too small to count.
     """
     mine = held(cfg, frames, height, width, parts) * cfg.width * size_of(cfg.dtype)
     what = route(cfg.heads, parts, cfg.exchange)
@@ -101,8 +102,8 @@ def exchanged(cfg, frames: int, height: int, width: int, parts: int) -> tuple[st
 
 
 def bordered(cfg, frames: int, height: int, width: int, parts: int) -> float:
-    """Bytes that each device sends while latent frames are decoded at once, whose rows are split:
-    rows next to those of others, and two numbers per channel for each norm."""
+    """Bytes that each device sends to decode `frames` latent frames together, split by rows:
+    neighbouring rows for each convolution, and two numbers per channel for each norm."""
     if parts == 1:
         return 0
     convs, norms = decoder(cfg)

@@ -1,4 +1,4 @@
-"""What the floors of all networks count with: convolutions of a decoder, and bytes of a number."""
+"""Shared by all rooflines: convolutions of a decoder, and bytes per number."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from typing import NamedTuple
 
 
 class Conv(NamedTuple):
-    """A convolution of a decoder: channels, taps, and its frames and pixels (in each direction) per
-    frame and pixel of the latents."""
+    """A convolution of a decoder.
+
+    Attributes:
+      inputs, outputs: channels.
+      taps: kernel size in time, height and width.
+      frames: frames per latent frame.
+      scale: pixels per latent pixel in each direction.
+    """
 
     inputs: int
     outputs: int
@@ -19,7 +25,7 @@ class Conv(NamedTuple):
 
 
 def convolved(convs: Iterable[Conv], height: int, width: int) -> float:
-    """FLOPs of convolutions for one latent frame of this size."""
+    """FLOPs of convolutions for one latent frame of `height` x `width`."""
     return sum(
         2
         * one.inputs
@@ -34,14 +40,14 @@ def convolved(convs: Iterable[Conv], height: int, width: int) -> float:
 
 
 def rows_sent(convs: Iterable[Conv], frames: int, width: int, dtype: str) -> float:
-    """Bytes that a device sends while latent frames are decoded at once, whose rows are split: for
-    each convolution a row up and a row down, of the past frames that it looks at as well.
+    """Bytes that a device sends to decode latent frames split by rows: one row up and one down per
+    convolution, for past frames in its kernel too.
 
     Args:
-      convs: of the decoder.
+      convs: convolutions of the decoder.
       frames: latent frames.
-      width: of a row of the latents.
-      dtype: of the convolutions.
+      width: latent width.
+      dtype: dtype of the convolutions.
     """
     return size_of(dtype) * sum(
         2 * (frames * one.frames + one.taps[0] - 1) * width * one.scale * one.inputs
@@ -51,5 +57,5 @@ def rows_sent(convs: Iterable[Conv], frames: int, width: int, dtype: str) -> flo
 
 
 def size_of(dtype: str) -> int:
-    """Bytes of a number."""
+    """Bytes of a number of a dtype."""
     return 2 if dtype == 'bfloat16' else 4

@@ -1,7 +1,7 @@
-"""The floor of Matrix-Game 2.0: Wan's transformer with action modules, on caches, and its decoder.
+"""Roofline of Matrix-Game 2.0: Wan's causal transformer with action modules, and its decoder.
 
-A call makes the T frames of a block, whose queries see the S frames of the window (`cfg.local`).
-Keys and values of the start picture are cached, and made once.
+A call denoises the T latent frames of a block, whose queries attend to the frames of the window
+(`cfg.local`). Keys and values of the start picture are computed once and cached.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ def dit(cfg, frames: int, height: int, width: int) -> float:
     """FLOPs of one call of the transformer on latents of this size."""
     queries, keys = tokens(cfg, frames, height, width)
     d = cfg.width
-    # Self-attention, then that to the picture (queries and outputs), then the MLP.
+    # Self-attention, cross-attention to the picture (queries and outputs), MLP.
     block = 4 * queries * d * d + 2 * queries * keys * d
     block += 2 * queries * d * d + 2 * queries * cfg.image_length * d
     block += 2 * queries * d * cfg.mlp
     total = cfg.layers * block
     total += queries * cfg.patch**2 * (2 * cfg.channels + cfg.cond_channels) * d
-    total += frames * (cfg.time_dim + 7 * d) * d  # levels, and what they modulate
+    total += frames * (cfg.time_dim + 7 * d) * d  # time embedding and modulation
     if cfg.actions:
         size = cfg.actions
         total += (size.end - size.start) * action_block(cfg, frames, queries)
         if size.modulate:
-            told = size.ratio * size.span * (size.keyboard + (size.mouse or 0))
-            total += frames * (told + d) * d
+            inputs = size.ratio * size.span * (size.keyboard + (size.mouse or 0))
+            total += frames * (inputs + d) * d
     return 2 * total
 
 
 def action_block(cfg, frames: int, queries: int) -> float:
-    """Multiplications of an action module: mouse, then keyboard. What was moved or pressed is the
-    same at all sites of a frame, each of which looks at its own frames alone."""
+    """Multiply-adds of an action module: mouse, then keyboard. All patches of a frame share its
+    actions, and each patch attends along time only."""
     size, d, window = cfg.actions, cfg.width, cfg.actions.ratio * cfg.actions.span
     total = 0
     if size.mouse:
@@ -47,13 +47,13 @@ def action_block(cfg, frames: int, queries: int) -> float:
 
 
 def tokens(cfg, frames: int, height: int, width: int) -> tuple[int, int]:
-    """(queries, keys) of the self-attention of a call: of a block, and of the window."""
+    """(queries, keys) of a call's self-attention: tokens of the block and of the window."""
     per = sites(cfg, height, width)
     return frames * per, cfg.local * per
 
 
 def decoder(cfg) -> list[Conv]:
-    """Convolutions of the autoencoder's decoder, as they run behind the first frame of a clip."""
+    """Convolutions of the autoencoder's decoder after the first frame of a clip."""
     widths, convs = cfg.decoder_widths, []
 
     def add(inner, outer, taps):
@@ -89,7 +89,7 @@ def decoder(cfg) -> list[Conv]:
 
 
 def vae(cfg, height: int, width: int) -> float:
-    """FLOPs of decoding one latent frame of this size, without the first of a clip."""
+    """FLOPs of decoding one latent frame after the first of a clip."""
     attention = 4 * (height * width) ** 2 * cfg.decoder_widths[0]
     return convolved(decoder(cfg), height, width) + attention
 
@@ -98,17 +98,18 @@ def vae(cfg, height: int, width: int) -> float:
 
 
 def share(cfg, frames: int, height: int, width: int, parts: int) -> float:
-    """Share of a call's tokens that the busiest of devices holds: the same sites of all frames."""
+    """Largest share of a call's tokens on one device: the same patches of all frames."""
     per = sites(cfg, height, width)
     return math.ceil(per / parts) / per
 
 
 def exchanged(cfg, frames: int, height: int, width: int, parts: int) -> tuple[str, float]:
-    """What devices that share the tokens of a call exchange, and the bytes that each one sends.
+    """What devices exchange during a call, and the bytes that each one sends.
 
-    Heads where they divide: queries and results of the block, keys and values of the window, each
-    once to the others. Else keys and values of the window, gathered by all. The prediction,
-    gathered once, is too small to count; actions are looked at site by site, and need none.
+    'heads' if they divide evenly: queries and results of the block, keys and values of the window,
+    each once through an all-to-all. Otherwise 'keys': keys and values of the window are
+    all-gathered. The prediction, gathered once, is too small to count; action attention runs per
+    patch and exchanges nothing.
     """
     mine = math.ceil(sites(cfg, height, width) / parts) * cfg.width * size_of(cfg.dtype)
     what = route(cfg.heads, parts, cfg.exchange)
@@ -117,8 +118,8 @@ def exchanged(cfg, frames: int, height: int, width: int, parts: int) -> tuple[st
 
 
 def bordered(cfg, frames: int, height: int, width: int, parts: int) -> float:
-    """Bytes that each device sends while latent frames are decoded at once, whose rows are split:
-    rows next to those of others, and keys and values of the attention, gathered by all."""
+    """Bytes that each device sends to decode `frames` latent frames together, split by rows:
+    neighbouring rows for each convolution, and all-gathered keys and values of the attention."""
     if parts == 1:
         return 0
     rows, chunks = math.ceil(height / parts), max(frames // cfg.chunk, 1)

@@ -128,10 +128,9 @@ def open_target(run, random: bool = False, layers: int | None = None, seed: int 
     if random:
         world = build(cfg)
         params = world.quantize(draw(world, mesh, seed, decoder))
-        params, cond = world.precompute_for(params, random_condition(world, seed))
+        cond = random_condition(world, seed)
     else:
         world, params = worlds.open_run(run, split_decoder=True)
-        params = world.precompute(params)
         cond = start(
             world, world.split_decoder(params)[0], mesh, diffusers_layout.resolve(run.weights)
         )

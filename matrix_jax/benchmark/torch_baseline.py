@@ -1,9 +1,9 @@
-"""The same network in PyTorch: diffusers' CogVideoX under the same schedule of calls.
+"""The same network in PyTorch: diffusers' CogVideoX with the same schedule of calls.
 
-The peer gets our weights in the released layout and runs in a process of its own
-(`scripts/torch_cogvideox.py`) after ours. Its transformer has no control blocks and one noise level
-per clip, so for the comparison of the network alone ours runs without its control blocks as well,
-and both outputs are compared; end to end ours runs whole and does more.
+PyTorch reads our weights in the released layout and runs afterwards in its own process
+(`scripts/torch_cogvideox.py`). Its transformer has no control blocks and one noise level per clip.
+The networks alone are therefore compared without our control blocks, outputs included; end to end
+our network runs completely and computes more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.benchmark import measure, report
+from matrix_jax import worlds
+from matrix_jax.benchmark import measure
 from matrix_jax.config import UsageError
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.parallel import compilation
@@ -30,39 +31,40 @@ from matrix_jax.vae import cogvideox as vae
 from matrix_jax.weights import conversion, diffusers_layout
 
 SCRIPT = Path(__file__).with_name('scripts') / 'torch_cogvideox.py'
-LEVEL = 500  # noise level of the outputs that are compared
-LATENTS = 2  # latent frames of the decoding that is compared
+LEVEL = 500  # noise level at which the outputs are compared
+LATENTS = 2  # latent frames of the compared decoding
 
 
 def check(name: str, cfg):
-    """Raises UsageError where the peer cannot run, or has no such network."""
-    if not isinstance(cfg.dit, dit.Config):
+    """Raises UsageError if PyTorch lacks this network or cannot run here."""
+    if not worlds.build(cfg).has_torch_baseline:
         raise UsageError(
             f'--vs torch: got {name}, expected a world of The Matrix (diffusers has '
             'the network of no other)'
         )
     if cfg.dit.int8 != 'none':
         raise UsageError(
-            f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as the peer has no 8-bit layers'
+            f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as PyTorch has no 8-bit layers here'
         )
     lacking = [name for name in ('torch', 'diffusers') if importlib.util.find_spec(name) is None]
     if lacking:
         raise UsageError(f"--vs torch: needs {' and '.join(lacking)}: pip install -e '.[parity]'")
     if not SCRIPT.is_file():
-        raise UsageError(f'--vs torch: no {SCRIPT}; it comes with a checkout of the repository')
+        raise UsageError(f'--vs torch: no {SCRIPT}')
 
 
 def run(target, settings: measure.Settings) -> dict:
-    """Measures the network alone, then the peer.
+    """Measures our network alone, then PyTorch.
 
     Returns:
-      What the peer wrote, with 'plain_dit' (our network without control: milliseconds) and
-      'difference' (part -> largest difference of the outputs over the largest output).
+      results of the PyTorch process, with 'plain_dit' (milliseconds of our network without
+      control blocks) and 'difference' (part -> largest difference of the outputs over the largest
+      output).
     """
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         cfg, plain = export(target, folder)
-        given, wanted, seconds = imitate(target, cfg, plain, settings)
+        given, wanted, seconds = reference(target, cfg, plain, settings)
         np.savez(folder / 'given.npz', **given)
         spec = specify(target, cfg, settings)
         (folder / 'spec.json').write_text(json.dumps(spec))
@@ -70,9 +72,9 @@ def run(target, settings: measure.Settings) -> dict:
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ['no reason given'])[-1]
             raise UsageError(
-                f'--vs torch: the peer ended with exit code {done.returncode} ({reason})'
+                f'--vs torch: the PyTorch process ended with exit code {done.returncode} ({reason})'
             )
-        found = json.loads((folder / 'peer.json').read_text())
+        found = json.loads((folder / 'results.json').read_text())
         with np.load(folder / 'made.npz') as made:
             found['difference'] = {
                 name: float(np.abs(made[name] - wanted[name]).max() / np.abs(wanted[name]).max())
@@ -82,7 +84,7 @@ def run(target, settings: measure.Settings) -> dict:
 
 
 def export(target, folder: Path):
-    """Writes the network without control and the decoder -> (its config, its parameters)."""
+    """Writes the network without control blocks and the decoder -> (its config, its parameters)."""
     world, params = target.world, jax.tree.map(np.asarray, target.params)
     cfg = dataclasses.replace(world.cfg.dit, control=None)
     tensors = {
@@ -101,13 +103,13 @@ def export(target, folder: Path):
     return cfg, conversion.to_jax(dit.weights(cfg), tensors, dit.shapes(cfg))
 
 
-def imitate(target, cfg, plain, settings: measure.Settings):
-    """(inputs, outputs, seconds of our network alone) of what both sides compute."""
+def reference(target, cfg, plain, settings: measure.Settings):
+    """Runs what both sides compute -> (inputs, outputs, seconds of our network alone)."""
     world, chance = target.world, np.random.default_rng(settings.seed)
     shape = target.cond.latents.shape
     latents = chance.standard_normal((1, world.cfg.stream.frames, *shape[2:]), np.float32)
     text = chance.standard_normal((1, cfg.text_length, cfg.text_dim), np.float32)
-    net = compilation.jit(lambda params, *given: dit.DiT(cfg).apply({'params': params}, *given))
+    net = compilation.jit(lambda params, *given: dit.CogVideoXTransformer(cfg).apply({'params': params}, *given))
     given = (jax.device_put(plain), latents, text, jnp.full([1], LEVEL))
     net = net.lower(*given).compile()
     seconds = []
@@ -127,7 +129,7 @@ def imitate(target, cfg, plain, settings: measure.Settings):
 
 
 def specify(target, cfg, settings: measure.Settings) -> dict:
-    """What the peer is to run."""
+    """Instructions for the PyTorch process."""
     world = target.world
     stream, net = world.cfg.stream, world.cfg.vae
     calls = stream.steps // stream.groups
@@ -146,45 +148,3 @@ def specify(target, cfg, settings: measure.Settings) -> dict:
         'device': 'cuda' if jax.default_backend() == 'gpu' else 'cpu',
         'threads': len(os.sched_getaffinity(0)),
     }
-
-
-def markdown(results: dict) -> str:
-    """The comparison as a part of the page."""
-    ours, peer = results['parts'], results['torch']
-    rows = [
-        [
-            label,
-            f'{ours[name]["fps"]:.2f}',
-            f'{peer[name]["fps"]:.2f}',
-            f'{ours[name]["fps"] / peer[name]["fps"]:.2f}',
-        ]
-        for name, label in (
-            ('end_to_end', 'end to end, fps; ours with control blocks'),
-            ('vae', 'VAE + uint8 + host copy, fps'),
-        )
-    ]
-    mine, theirs = (1e3 / one['p50_ms'] for one in (peer['plain_dit'], peer['dit_call']))
-    rows.append(
-        [
-            'the same DiT, calls/s; both without control',
-            f'{mine:.3f}',
-            f'{theirs:.3f}',
-            f'{mine / theirs:.2f}',
-        ]
-    )
-    difference = ', '.join(f'{name} {value:.1e}' for name, value in peer['difference'].items())
-    return (
-        '\n'.join(
-            [
-                '',
-                f'## Against torch {peer["torch"]}, diffusers {peer["diffusers"]} '
-                f'({peer["device"]}, {peer["threads"]} threads, scaled dot product attention)',
-                '',
-                *report.table(['', 'ours', 'torch', 'ratio'], rows),
-                '',
-                f'- largest difference of the outputs, relative: {difference}',
-                *(f'- the peer lacks {what}' for what in peer['lacks']),
-            ]
-        )
-        + '\n'
-    )

@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
         with config.usage_errors():
             from matrix_jax.train import dry_run
 
-            dry_run.imitate(run.mesh.devices)
+            dry_run.emulate_devices(run.mesh.devices)
             print(dry_run.report(run))
         return 0
     if run.data is None:

@@ -270,7 +270,7 @@ def speed(world, params, game, start, cfg: Config, shifts: int = 40) -> dict:
     carry = streams.start(
         [driver.THEMES[start.theme].captions[0]],
         frames[None],
-        indices(keys[: streams.cfg.remembered])[None],
+        indices(keys[: streams.cfg.known_controls])[None],
         cfg.seed,
     )
     straight = np.full((1, 1), SYMBOLS.index('D'), np.int32)
@@ -349,7 +349,7 @@ def drive_world(
         return np.stack([indices(keys[-1:]) for keys in pressed])
 
     prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
-    first = np.stack([indices(keys[: streams.cfg.remembered]) for keys in symbols])
+    first = np.stack([indices(keys[: streams.cfg.known_controls]) for keys in symbols])
     shown = streams.run(streams.start(prompts, clips, first, seed), choose, holds, bar('drive'))
     return [(frames, keys[:holds]) for frames, keys in zip(shown, pressed, strict=True)]
 

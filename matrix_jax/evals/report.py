@@ -1,11 +1,11 @@
-"""What a world is worth: obedience, reconstruction, drift, speed and pictures.
+"""Evaluation of a world: obedience, reconstruction, drift, speed and pictures.
 
-Each section gives plain numbers next to a ceiling, what the real game or its recordings score, and
-a floor. `results.json` is written after each section and `report.md` at the end.
+Every figure stands beside a ceiling (the real game or its recordings) and, where there is one, a
+floor. Writes `results.json` after each section and `report.md` at the end.
 
-A judge is a module with `Config`, `quick(Config)`, `NAME`, and
+An evaluator is a module with `NAME`, `Config`, `quick(Config)` and
 
-    recorded(world, data, cfg)      held-out clips, in a sequence; raises what cannot be judged
+    recorded(world, data, cfg)      sequence of held-out clips; raises if the world cannot be judged
     shape(world)                    latent frames of a stream's start, and of each of its steps
     sections(world, params, data, held_out, rebuilt, cfg, out)      yields (name, results)
 """
@@ -18,45 +18,44 @@ import time
 from pathlib import Path
 
 from matrix_jax.config import UsageError
-from matrix_jax.controls.driving import DrivingVocabulary
-from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.evals import carracing, first_person, tables
 from matrix_jax.evals.video import psnr, rebuild
 
-# What can be pressed says what there is to obey.
-JUDGES = {DrivingVocabulary: carracing, KeyboardMouseVocabulary: first_person}
+EVALUATORS = {'carracing': carracing, 'first_person': first_person}
 
 
-def judge(world):
-    """The judge of a world."""
-    return JUDGES[type(world.vocabulary)]
+def evaluator(world):
+    """The evaluator that a world names (`BaseWorld.evaluator`)."""
+    return EVALUATORS[world.evaluator]
 
 
 def settings(world, quick: bool = False, **given):
-    """How much of a world is evaluated: its judge's `Config`.
+    """The `Config` of a world's evaluator.
 
     Args:
-      quick: a look in a few minutes; the numbers are rough.
-      given: fields of the `Config` that are not the usual ones.
+      quick: evaluate in a few minutes; the figures are rough.
+      given: fields of the `Config` to override.
     """
-    cfg = judge(world).Config()
-    return dataclasses.replace(judge(world).quick(cfg) if quick else cfg, **given)
+    cfg = evaluator(world).Config()
+    return dataclasses.replace(evaluator(world).quick(cfg) if quick else cfg, **given)
 
 
 def evaluate(world, params, data: str, out, cfg, log=print) -> dict:
-    """Runs all sections and writes them to `out` -> the results.
+    """Runs all sections, writes them to `out` and returns the results.
 
     Args:
       world, params: from `worlds.open_run`.
-      data: folder of recorded clips; its train split trains the probe.
+      data: folder of recorded clips; the probe trains on its train split.
+      out: folder to write to.
       cfg: from `settings`.
+      log: prints a line.
 
     Raises:
-      UsageError: what cannot be judged; nothing is written.
+      UsageError: the world or the data cannot be judged; nothing is written.
     """
     if world.cfg.clip is not None:
         raise UsageError('world.clip: got a model of whole clips, expected one that streams')
-    ours = judge(world)
+    ours = evaluator(world)
     held_out = ours.recorded(world, data, cfg)
     out, began = Path(out), time.perf_counter()
     results = {'judge': ours.NAME, 'config': dataclasses.asdict(cfg)}

@@ -27,7 +27,7 @@ class Streams:
     """
 
     def __init__(self, world, params, control_binding: str | None = None):
-        self.world, self.params = world, world.precompute(params)
+        self.world, self.params = world, params
         self.cfg = (
             world.cfg.stream.with_control_binding(control_binding)
             if control_binding

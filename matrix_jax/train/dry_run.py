@@ -25,7 +25,7 @@ FLAG = '--xla_force_host_platform_device_count'
 MIB, GIGA = 2**20, 10**9
 
 
-def imitate(count: int):
+def emulate_devices(count: int):
     """Makes the CPU look like `count` devices, if none was asked for yet."""
     flags = os.environ.get('XLA_FLAGS', '')
     if FLAG not in flags:

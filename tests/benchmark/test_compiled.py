@@ -176,25 +176,12 @@ def test_a_guided_stream_counts_no_guidance_where_it_has_none():
     assert plain == pytest.approx(5 * roofline_wan.dit(cfg.dit, 1, 4, 6), rel=0.15)
 
 
-def test_a_count_is_near_the_floor_and_reads_less_where_it_can():
+def test_flops_are_near_the_roofline():
     cfg = recipes.load('the_matrix:TINY', ['--world.height', '64', '--world.width', '96']).world
-    (work, read), (anew, before) = compiled.costs(cfg)
+    work, read = compiled.costs(cfg)
     for part, least in roofline.flops(cfg).items():
         assert 1 <= work[part] / least < 1.1, part
-    assert work['dit'] < anew['dit'] and work['vae'] == anew['vae']
-    shapes = conversion.flatten(targets.step_params(worlds.build(cfg))['transformer'])
-    made = [
-        path
-        for path in shapes
-        if re.search(
-            '^text/|^time_embedding|^control_embedding|^modulation_out|norm[12]/linear|'
-            'control/attention/(key|key_norm|value)/',
-            path,
-        )
-    ]
-    spared = sum(shapes[path].size * shapes[path].dtype.itemsize for path in made)
-    assert before['transformer'] - read['transformer'] == spared > 0
-    assert read['once'] > 0 and 'once' not in before and read['vae'] == before['vae'] > 0
+    assert read['transformer'] > 0 and read['vae'] > 0
 
 
 def test_what_devices_send_depends_on_whether_heads_divide():

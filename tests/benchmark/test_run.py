@@ -1,4 +1,4 @@
-"""The tool as a whole on the smallest world, its doors, and what the peer is given."""
+"""The tool as a whole on the smallest world, its doors, and what PyTorch is given."""
 
 import importlib.util
 import json
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from matrix_jax import config, recipes
-from matrix_jax.benchmark import measure, report, target, torch_baseline
+from matrix_jax.benchmark import measure, pages, report, target, torch_baseline
 from matrix_jax.benchmark import run as calls
 from matrix_jax.cli.parser import main_guard
 from matrix_jax.dit import cogvideox as dit
@@ -70,15 +70,15 @@ def test_a_benchmark_of_random_weights(tmp_path, capsys):
     assert all(one['fps'] > 0 and one['p95_ms'] >= one['p50_ms'] for one in parts.values())
     assert found['shape']['layers'] == 2 and found['devices'] == 1
     assert found['frames_per_step'] == 2
-    assert found['latency']['tail']['noise'] == 0
+    assert found['latency']['late']['noise'] == 0
     assert all(value > 0 for value in found['ceilings_tflops'].values())
-    assert found['latency']['tail']['changed']['steps'] >= 1
+    assert found['latency']['late']['changed']['steps'] >= 1
     assert found['mesh_bytes'] == 0 and found['program_bytes'] > 0
     assert min(found['compile_seconds'].values()) > 0
     assert found['memory']['process'] > 1e8
     page = (tmp_path / 'benchmark.md').read_text()
-    assert '; 3 steps timed (fewer than 30 steps).' in page and 'did not come to' not in page
-    assert report.RANDOM in page and page.strip() in capsys.readouterr().out
+    assert '; 3 steps timed (fewer than 30 steps).' in page and 'not measured' not in page
+    assert pages.RANDOM in page and page.strip() in capsys.readouterr().out
     rows = [line for line in page.splitlines() if line.startswith('|')]
     assert len({line.count('|') for line in rows[:5]}) == 1
 
@@ -99,7 +99,7 @@ def test_a_benchmark_of_keyboard_and_mouse(tmp_path, capsys, monkeypatch):
     assert found['latency']['block']['changed']['steps'] == 1
     page = (tmp_path / 'benchmark.md').read_text()
     assert '18 tokens that see 24, 3 network call(s) and 12 frames per step' in page
-    assert '| block | step 1, frame ' in page and 'did not come to' not in page
+    assert '| block | step 1, frame ' in page and 'not measured' not in page
 
 
 def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
@@ -128,8 +128,7 @@ def test_a_count_of_keyboard_and_mouse(capsys, monkeypatch):
     assert run('matrix_game_2:TINY', '--random', '--count') == 0
     printed = capsys.readouterr().out
     assert '| both |' in printed and '| seq=8 |' in printed and '12 frames per step' in printed
-    # Nothing is made once and for all, and both halves of a step lie on one mesh.
-    assert 'made once' not in printed and 'dit_' not in printed
+    assert 'dit_' not in printed  # both halves of a step lie on one mesh
 
 
 def test_a_count_prints_the_floor(capsys, monkeypatch):
@@ -137,7 +136,7 @@ def test_a_count_prints_the_floor(capsys, monkeypatch):
     assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--count') == 0
     printed = capsys.readouterr().out
     assert '| 5dit_3vae | ' in printed and 'At 791.2 TFLOP/s' in printed
-    assert '| both |' in printed and 'made once, not in every step' in printed
+    assert '| both |' in printed
 
 
 def test_keyboard_and_mouse_on_a_mesh(monkeypatch):
@@ -175,18 +174,18 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
         random=True,
         layers=1,
     )
-    pages = []
+    made = []
     found = report.run(
         given,
         measure.Settings(steps=2, warmup=1, entries=()),
         {'dit': 1e6, 'vae': 3e6},
         say=lambda line: None,
-        keep=lambda found: pages.append(report.markdown(found)),
+        keep=lambda found: made.append(pages.benchmark(found)),
     )
     # What is measured is there before the rest is.
-    assert len(pages) == 3 and pages[-1] == report.markdown(found)
-    for page, rest in zip(pages, ('DiT; VAE + uint8 + host copy', 'VAE + uint8 + host copy')):
-        assert f'Note: it did not come to: {rest}.' in page and '| DiT + VAE + uint8' in page
+    assert len(made) == 3 and made[-1] == pages.benchmark(found)
+    for page, rest in zip(made, ('DiT; VAE + uint8 + host copy', 'VAE + uint8 + host copy')):
+        assert f'Note: not measured: {rest}.' in page and '| DiT + VAE + uint8' in page
     assert found['devices_of'] == {'dit': 2, 'vae': 3, 'end_to_end': 5}
     assert all(one['fps'] > 0 for one in found['parts'].values())
     # Of the layer: heads for tokens and back.
@@ -195,8 +194,8 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
     assert found['collectives']['dit']['all-to-all']['count'] == 2 * calls_made
     assert found['mesh_bytes'] > 0
     # Both parts at work at the same time: the longer one decides.
-    assert report.at_best(found, 'end_to_end') == report.at_best(found, 'vae') == 1e-3
-    assert 'per step (VAE + uint8' in report.markdown(found)
+    assert pages.at_best(found, 'end_to_end') == pages.at_best(found, 'vae') == 1e-3
+    assert 'per step (VAE + uint8' in pages.benchmark(found)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +269,7 @@ def results(devices, fps):
 
 
 def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
-    def apart(function, *arguments, devices=1, imitate=True):
+    def apart(function, *arguments, devices=1, emulate=True):
         if function is not calls.one:
             return 'gpu'
         parts = arguments[0].mesh.parts
@@ -282,9 +281,9 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
         return results(devices, 10 * devices**0.5)
 
     monkeypatch.setattr(calls, 'apart', apart)
-    given, pages = recipes.load('the_matrix:TINY'), []
+    given, made = recipes.load('the_matrix:TINY'), []
     found, page = calls.sweep(
-        given, measure.Settings(), True, None, lambda found, page: pages.append(page)
+        given, measure.Settings(), True, None, lambda found, page: made.append(page)
     )
     rows = [
         [cell.strip() for cell in line.strip('|').split('|')]
@@ -298,7 +297,7 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
     assert '- seq=8: not run (mesh: expected at most 4)' in page
     assert '- 6dit_2vae: not run (ended abruptly.)' in page
     # After every mesh, whatever became of it.
-    assert len(pages) == 6 and '| seq=1 |' in pages[0] and pages[-1] == page
+    assert len(made) == 6 and '| seq=1 |' in made[0] and made[-1] == page
     assert '30 steps timed.' in page
 
 
@@ -323,7 +322,7 @@ def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):
         calls.sweep(recipes.load('the_matrix:TINY'), measure.Settings(), True, None)
 
 
-def test_the_peer_gets_our_weights_without_control(tmp_path):
+def test_pytorch_gets_our_weights_without_control(tmp_path):
     given = target.open_target(recipes.load('the_matrix:TINY', SMALL), random=True)
     cfg, plain = torch_baseline.export(given, tmp_path)
     _, tensors = diffusers_layout.read_component(tmp_path, 'transformer')
@@ -340,7 +339,7 @@ def test_the_peer_gets_our_weights_without_control(tmp_path):
     None in map(importlib.util.find_spec, ('torch', 'diffusers')),
     reason='needs torch and diffusers',
 )
-def test_the_peer_computes_what_ours_does():
+def test_pytorch_computes_what_ours_does():
     given = target.open_target(recipes.load('the_matrix:TINY'), random=True)
     found = torch_baseline.run(given, measure.Settings(steps=2, warmup=1))
     assert max(found['difference'].values()) < 1e-4

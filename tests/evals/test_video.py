@@ -17,12 +17,10 @@ class World:
     """Latents are every fourth frame, and frames are latents shown four times."""
 
     vocabulary = driving.DrivingVocabulary()
+    evaluator = 'carracing'
 
     def __init__(self, **stream):
         self.cfg = SimpleNamespace(fps=16, clip=None, stream=swin.Config(**stream))
-
-    def precompute(self, params):
-        return params
 
     def tokenize(self, prompts):
         return np.zeros([len(prompts), 1], np.int32)

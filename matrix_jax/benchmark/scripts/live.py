@@ -1,7 +1,7 @@
 """The live player under load, faults and time: measured figures, one line each.
 
     python -m matrix_jax.benchmark.scripts.live load --players 8 --seconds 30
-    python -m matrix_jax.benchmark.scripts.live load --players 1 --entry tail        latency where keys bind as published
+    python -m matrix_jax.benchmark.scripts.live load --players 1 --entry tail
     python -m matrix_jax.benchmark.scripts.live faults --seconds 90
     python -m matrix_jax.benchmark.scripts.live soak --shifts 20000
 
@@ -33,10 +33,11 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import recipes
+from matrix_jax.serve.runtime import batched_stream, replay, session_log, start_frames
 from matrix_jax.serve.runtime import engine as engines
-from matrix_jax.serve.runtime import session_log
-from matrix_jax.serve.web import app
 from matrix_jax.serve.web import server as run
+from matrix_jax.serve.web.app import WorldApp
+from matrix_jax.serve.web.hosted_world import HostedWorld
 
 CLIENTS = Path(__file__).with_name('live_clients.py')
 STORM, COUNTED = b'storm', '/counted'  # as the clients have it
@@ -102,11 +103,13 @@ class Counted(logging.Handler):
 
 @contextlib.contextmanager
 def server(recipe, **fields):
-    """(port, Server, Counted) of a running server."""
+    """(port, HostedWorld, Counted) of a running server."""
     cfg = run.Config(port=0, **fields)
-    slots, folder = run.open_slots(recipe, cfg)
-    one = app.Server(slots, folder, recipe.name, grace=2.0)
-    counted = Counted(one.app())
+    stream, folder = batched_stream.open_stream(
+        recipe, cfg.players, cfg.control_binding, cfg.together
+    )
+    one = HostedWorld(stream, folder, recipe.name, grace=2.0)
+    counted = Counted(WorldApp({recipe.name: one}).asgi())
     logging.getLogger().addHandler(counted)
     with run.listen(cfg) as listening:
         web = run.uvicorn_server(counted, cfg.players)
@@ -158,16 +161,16 @@ def show(found: list[dict], name: str) -> float:
     return most
 
 
-def compare(one: app.Server, found: list[dict], bounds: Bounds):
+def compare(one: HostedWorld, found: list[dict], bounds: Bounds):
     """Plays each log again, alone, on the same program; all frames that were seen must be equal."""
-    slots, equal, other = one.engine.slots.blank(), 0, 0
+    stream, equal, other = one.engine.stream.empty_copy(), 0, 0
     for player in found:
         if 'log' not in player:
             continue
         log = session_log.from_json(player['log'])
-        for index, frame in enumerate(session_log.frames(slots, one.house.folder, log)):
+        for index, frame in enumerate(replay.frames(stream, one.manager.folder, log)):
             if str(index) in player['seen']:
-                same = zlib.crc32(one.engine.encode(frame)) == player['seen'][str(index)]
+                same = zlib.crc32(one.engine.encode_frame(frame)) == player['seen'][str(index)]
                 equal, other = equal + same, other + (not same)
     bounds.hold(
         equal > 0 and not other,
@@ -176,9 +179,9 @@ def compare(one: app.Server, found: list[dict], bounds: Bounds):
     )
 
 
-def still(one: app.Server, counted: Counted, bounds: Bounds):
+def still(one: HostedWorld, counted: Counted, bounds: Bounds):
     """What holds at the end of everything."""
-    compiled = one.meters.compiled._value.get()
+    compiled = one.metrics.compiled._value.get()
     bounds.hold(
         one.engine.alive and not counted.errors,
         'no crash',
@@ -281,9 +284,9 @@ def faults(recipe, options, bounds: Bounds):
         bounds.hold(
             wild / calm - 1 <= SLOWER, 'p95 of the two good players', f'{wild / calm - 1:+.0%}'
         )
-        left = len(one.house.sessions), count_tasks(one) - tasks
+        left = len(one.manager.sessions), count_tasks(one) - tasks
         bounds.hold(
-            left[0] == 0 and left[1] <= 0 and not any(one.engine.seats),
+            left[0] == 0 and left[1] <= 0 and not any(one.engine.slots),
             'left behind',
             f'{left[0]} sessions, {left[1]:+d} tasks, {open_files() - files:+d} open files',
         )
@@ -292,17 +295,17 @@ def faults(recipe, options, bounds: Bounds):
         still(one, counted, bounds)
 
 
-def rests(one: app.Server):
+def rests(one: HostedWorld):
     """Waits until the last player's place is given up."""
     end = time.monotonic() + 20
-    while one.house.sessions and time.monotonic() < end:
+    while one.manager.sessions and time.monotonic() < end:
         time.sleep(0.1)
     time.sleep(3)
 
 
-def count_tasks(one: app.Server) -> int:
+def count_tasks(one: HostedWorld) -> int:
     """Tasks in the event loop of the server."""
-    return len(asyncio.all_tasks(one.house.loop))
+    return len(asyncio.all_tasks(one.manager.loop))
 
 
 def open_files() -> int:
@@ -314,37 +317,38 @@ def soak(recipe, options, bounds: Bounds):
     pictures."""
     with server(recipe, players=1, control_binding=options.entry) as (port, one, counted):
         engine, points = one.engine, []
-        prompt, begun = session_log.choose(engine.slots.world, one.house.folder, None, None)
-        clip = session_log.start_frames(engine.slots, one.house.folder, begun, None)
+        prompt, begun = start_frames.choose(engine.stream.world, one.manager.folder, None, None)
+        clip = start_frames.load(engine.stream, one.manager.folder, begun, None)
         first = statistics(clip[-1])
         print(f'{"":7}start clip: {spelt(first)}', flush=True)
-        engines.PAST_SECONDS *= FAST / engine.period  # as many moments as at its own pace
+        engines.HISTORY_SECONDS *= FAST / engine.period  # as many moments as at its own pace
         engine.period = FAST
         every, began = max(1, options.shifts // 20), time.monotonic()
         # A few more than are looked at: the player is still there at the last look.
-        frames = (options.shifts + every) * engine.slots.frames
+        frames = (options.shifts + every) * engine.stream.frames_per_step
         player = start('last', port, options, frames=frames)
         while engine.alive and player.poll() is None:
-            sessions = list(one.house.sessions.values())
-            if engine.shifts >= every * (len(points) + 1) and sessions and sessions[0].last:
+            sessions = list(one.manager.sessions.values())
+            if engine.steps >= every * (len(points) + 1) and sessions and sessions[0].last:
                 session = sessions[0]
-                points.append((engine.shifts, memory()))
+                points.append((engine.steps, memory()))
                 newest = statistics(decode(session.last.data))
                 print(
-                    f'{"":7}shift {engine.shifts}, frame {session.last.index}: {spelt(newest)}, '
+                    f'{"":7}shift {engine.steps}, frame {session.last.index}: {spelt(newest)}, '
                     f'memory {points[-1][1] / 2**20:.1f} MiB',
                     flush=True,
                 )
-                whole = session.seat.frames, len(session.seat.log.symbols) * engine.slots.frames
+                steps = len(session.slot.log.controls)
+                whole = session.slot.frames, steps * engine.stream.frames_per_step
             time.sleep(0.02)
         saw, took = end(player)[0], time.monotonic() - began
         bounds.hold(
-            engine.shifts >= options.shifts,
+            engine.steps >= options.shifts,
             'shifts',
-            f'{engine.shifts}, {1e3 * took / engine.shifts:.1f} ms each',
+            f'{engine.steps}, {1e3 * took / engine.steps:.1f} ms each',
         )
         bounds.hold(
-            abs(whole[0] - whole[1]) <= engine.slots.frames,
+            abs(whole[0] - whole[1]) <= engine.stream.frames_per_step,
             'frame counter',
             f'{whole[0]} at frame {whole[1]} of the log; the player saw {saw["got"]} of '
             f'{saw["newest"] + 1}, in order',

@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from matrix_jax import recipes
-from matrix_jax.serve.cluster import workers
+from matrix_jax.serve.cluster import ray_serve
 from matrix_jax.serve.web import server
 
 JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None}
@@ -69,7 +69,7 @@ def worlds() -> list[str]:
     return [
         one['name']
         for one in list_named_actors(all_namespaces=True)
-        if one['name'].startswith(f'SERVE_REPLICA::{workers.NAME}#World#')
+        if one['name'].startswith(f'SERVE_REPLICA::{ray_serve.NAME}#WorldReplica#')
     ]
 
 
@@ -117,10 +117,10 @@ def main():
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
     cfg = server.Config(players=options.players, port=port, grace=5.0)
-    fewest, most = workers.parse_worlds(options.worlds)
-    many = workers.Config(fewest, most, cpus=options.cpus, drain=10.0, idle=5.0)
+    fewest, most = ray_serve.parse_worlds(options.worlds)
+    many = ray_serve.Config(fewest, most, cpus=options.cpus, drain=10.0, idle=5.0)
     began, before = time.monotonic(), processes()
-    with workers.running(recipe, cfg, many) as book:
+    with ray_serve.running(recipe, cfg, many) as registry:
         import ray
 
         print(
@@ -151,7 +151,9 @@ def main():
         ray.kill(ray.get_actor(worlds()[0], 'serve'))  # at once, without a word
         dead = time.monotonic()
         print('killed one world')
-        kept = {one: ray.get(book.find.remote(one.welcomes[-1][2]['session'])) for one in players}
+        kept = {
+            one: ray.get(registry.find.remote(one.welcomes[-1][2]['session'])) for one in players
+        }
         until(lambda: any(len(one.welcomes) > 1 for one in players), 300, 'a player back')
         time.sleep(1)
         hit = [
@@ -172,7 +174,7 @@ def main():
             print(
                 f'player {one.seed}: no picture for {first[0] - last[0]:.2f} s, goes on from '
                 f'{lost * per / welcome[2]["fps"]:.2f} s before the last picture; its moment was '
-                f'{dead - kept[one].taken:.2f} s old',
+                f'{dead - kept[one].taken_at:.2f} s old',
                 flush=True,
             )
         others = [one for one in players if one not in hit]

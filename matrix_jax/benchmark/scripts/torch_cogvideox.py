@@ -3,7 +3,7 @@
     python -m matrix_jax.benchmark.scripts.torch_cogvideox FOLDER
 
 FOLDER holds transformer/ and vae/ in the released layout, spec.json (what to run) and given.npz
-(inputs whose outputs are compared). Writes peer.json and made.npz into it.
+(inputs whose outputs are compared). Writes results.json and made.npz into it.
 """
 
 import json
@@ -172,7 +172,7 @@ def main(folder):
         'device': spec['device'],
         'lacks': LACKS + [PAIRS] * (spec['group_frames'] % 2),
     }
-    (folder / 'peer.json').write_text(json.dumps(results))
+    (folder / 'results.json').write_text(json.dumps(results))
 
 
 if __name__ == '__main__':

@@ -1,0 +1,158 @@
+"""Tables of `evals.carracing`."""
+
+from __future__ import annotations
+
+from matrix_jax.evals.markdown import by_minute, ends, table
+
+MEASURES = {
+    'road': 'road area',
+    'car': 'car seen',
+    'palette': 'palette',
+    'sharpness': 'sharpness',
+    'color': 'colour, Delta E',
+}
+HEAD = (
+    'world',
+    'steering seen',
+    'left',
+    'right',
+    'turn / game',
+    'turn without a key',
+    'on the road',
+    'RFD',
+    'seams',
+    'sharpness',
+    'colour, Delta E',
+    'road area',
+    'calls per shift',
+    'fps',
+)
+
+
+def report(results: dict) -> str:
+    """The whole report."""
+    lines = [*_summary(results), *_obedience(results['obedience'])]
+    if 'played' in results:  # older results lack it
+        lines += _obedience(results['played'], 'script, as played')
+    lines += _drift(results)
+    if 'long' in results:
+        lines += by_minute(results['long'], {'on_road': 'on the road', **MEASURES})
+    cfg, speed = results['config'], results['speed']
+    return '\n'.join(
+        [
+            *lines,
+            f'{cfg["streams"]} streams per row, every other one mirrored, {cfg["seconds"]} s '
+            f'under scripted keys; seed {cfg["seed"]}; probe threshold '
+            f'{results["probe"]["threshold"]:.2f} rad/s. The road detector agrees with the '
+            f'telemetry on {100 * results["closed_loop"]["judge_agrees"]:.1f}% of real frames. One '
+            f'stream: {speed["fps"]:.1f} frames per second on this machine '
+            f'({speed["calls_per_shift"]} network calls per shift).',
+            '',
+        ]
+    )
+
+
+def row(results: dict, real: bool) -> list[str]:
+    """Row of a comparison under `HEAD`; `real` gives that of the game itself."""
+    kind, driven, suffix = ('real', 'game', '_real') if real else ('generated', 'world', '')
+    both, loop = results['obedience']['all'], results['closed_loop']
+    fidelity, speed = results['fidelity'], results['speed']
+    drift = results['drive_drift'][driven]
+    return [
+        *(f'{both[kind][name]:.2f}' for name in ('balanced', 'left', 'right')),
+        '1' if real else f'{both["gain"]:.2f}',
+        '0' if real else f'{both["bias"]:+.2f}',
+        f'{loop[driven]["seconds_on_road"]:.1f} of {loop["seconds"]}',
+        *(f'{fidelity[name + suffix]:.2f}' for name in ('rfd', 'seams')),
+        *(ends(drift[name]) for name in ('sharpness', 'color', 'road')),
+        '' if real else str(speed['calls_per_shift']),
+        '' if real else f'{speed["fps"]:.1f}',
+    ]
+
+
+def _summary(results: dict) -> list[str]:
+    probe, both, fidelity = results['probe'], results['obedience']['all'], results['fidelity']
+    loop, played = results['closed_loop'], results.get('played')
+    road = {
+        name: f'{found["seconds_on_road"]:.1f}'
+        for name, found in loop.items()
+        if isinstance(found, dict)
+    }
+    rows = [
+        [
+            'steering that the probe sees, balanced accuracy',
+            f'{both["generated"]["balanced"]:.2f}',
+            f'{both["real"]["balanced"]:.2f} (held-out clips {probe["real"]["balanced"]:.2f}, '
+            f'through the VAE {probe["reconstructed"]["balanced"]:.2f})',
+            f'{both["generated"]["shuffled"]:.2f} (keys shuffled)',
+        ]
+    ]
+    if played:
+        rows += [
+            [
+                'the same as played, from the moment of the key',
+                *(f'{played["all"][kind]["balanced"]:.2f}' for kind in ('generated', 'real')),
+                f'{played["all"]["generated"]["shuffled"]:.2f} (keys shuffled)',
+            ],
+            [
+                'seconds until a key shows, as played',
+                *(f'{played["delay_seconds"][kind]:.2f}' for kind in ('generated', 'real')),
+                '',
+            ],
+        ]
+    rows += [
+        ['turn of a held key / that in the game', f'{both["gain"]:.2f}', '1', '0'],
+        [
+            f'seconds on the road of {loop["seconds"]}, driven from frames',
+            road['world'],
+            f'{road["game"]} ({road["game, late keys"]} with equally late keys)',
+            f'{road["world, D held"]} (D held; in the game {road["game, D held"]})',
+        ],
+        [
+            'RFD: Frechet distance on the features of the probe',
+            f'{fidelity["rfd"]:.2f}',
+            f'{fidelity["rfd_real"]:.2f} (held-out clips)',
+            '',
+        ],
+        [
+            'seams: change from shift to shift / inside one',
+            *(f'{fidelity[name]:.2f}' for name in ('seams', 'seams_real')),
+            '',
+        ],
+        ['VAE on held-out frames', f'{results["reconstruction"]["psnr"]:.1f} dB', '', ''],
+    ]
+    return table(['measure', 'generated', 'real game (ceiling)', 'floor'], rows)
+
+
+def _obedience(obeyed: dict, heading: str = 'script') -> list[str]:
+    rows = [
+        [
+            name,
+            *(f'{one[kind]["accuracy"]:.2f}' for kind in ('generated', 'real')),
+            *(f'{one[key]:.2f}' if key in one else '' for key in ('gain', 'bias')),
+        ]
+        for name, one in obeyed.items()
+        if name not in ('all', 'delay_seconds')
+    ]
+    head = ('steering as commanded', 'in the game', 'turn / game')
+    return table([heading, *head, 'turn without a key, less the game, rad/s'], rows)
+
+
+def _drift(results: dict) -> list[str]:
+    cfg = results['config']
+    seconds = sorted({min(int(at), cfg['seconds']) for at in cfg['times']})
+    rows = [
+        [
+            name,
+            second,
+            *(
+                f'{one[kind][measure][second - 1]:.2f}'
+                for measure in MEASURES
+                for kind in ('generated', 'real')
+            ),
+        ]
+        for name, one in results['drift'].items()
+        for second in seconds
+    ]
+    columns = [heading for name in MEASURES.values() for heading in (name, 'game')]
+    return table(['script', 'second', *columns], rows)
