@@ -20,7 +20,7 @@ import dataclasses
 
 from matrix_jax.config import Run, Train
 from matrix_jax.diffusion import flow
-from matrix_jax.dit.wan_actions import Actions
+from matrix_jax.dit.wan_actions import ActionConfig
 from matrix_jax.dit.wan_config import Config as Dit
 from matrix_jax.encoders.clip_image import Config as Image
 from matrix_jax.stream.causal import Config as Causal
@@ -45,7 +45,7 @@ DIT = Dit(
     image_dim=IMAGE.dim,
     image_length=IMAGE.tokens,
     local=9,
-    actions=Actions(
+    actions=ActionConfig(
         end=3,
         embed=16,
         keyboard_width=128,

@@ -74,7 +74,7 @@ MEDIUM = Run(
             text_length=64,
             spatial_scale=1.0,
             sample=(20, 12, 33),
-            control=dit.Control(dim=64, start=6, end=12),
+            control=dit.ControlConfig(dim=64, start=6, end=12),
         ),
         vae=vae.Config(
             block_out_channels=(32, 64, 64, 128),
@@ -97,7 +97,7 @@ TINY = Run(
             dit.PRESETS['tiny'],
             text_dim=16,
             text_length=12,
-            control=dit.Control(dim=16, start=1, end=3),
+            control=dit.ControlConfig(dim=16, start=1, end=3),
         ),
         vae=dataclasses.replace(vae.PRESETS['tiny'], single_latent_frames=4),
         text=t5.PRESETS['tiny'],

@@ -78,17 +78,20 @@ class ControlBlock(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, video, control, time, counts, rows=None):
-        """Video [B T N/T D], control [B T D], time [B T P], counts [N T] -> video.
+    def __call__(self, video, control, time, bias):
+        """Adds what each token reads from the controls that it sees.
 
-        Counts are in the order of `sequence.flatten`. With `rows` int32 [B T], control is a table
-        [1 S D] of which each frame has one row.
+        Args:
+          video: [B T N/T D].
+          control: embedded control [B T D]; the batch may be 1.
+          time: embedded levels [B T P].
+          bias: `visibility` [N T], in the order of `token_layout.flatten_frames`.
+
+        Returns:
+          video [B T N/T D].
         """
         normed, keys, gate, _ = PairedAdaLN(self.eps, name='norm1')(video, control, time)
-        queries = token_layout.flatten(normed)
-        if rows is None:
-            keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
-        y = MultiHead(self.heads, dtype=self.dtype, name='attention')(
-            queries, keys, counts, rows=rows
-        )
-        return (video + gate * token_layout.unflatten(y, video.shape[1])).astype(self.dtype)
+        queries = token_layout.flatten_frames(normed)
+        keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
+        y = MultiHead(self.heads, dtype=self.dtype, name='attention')(queries, keys, bias)
+        return (video + gate * token_layout.unflatten_frames(y, video.shape[1])).astype(self.dtype)

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
+from matrix_jax.dit.segments import scan_layers
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sites, split
 from matrix_jax.dit.wan_config import PRESETS, Config, check
@@ -43,14 +44,14 @@ from matrix_jax.weights.conversion import Prefix, Row
 
 __all__ = [
     'PRESETS',
-    'STILL',
+    'ZERO_INIT',
     'Caches',
     'Config',
-    'DiT',
+    'WanTransformer',
     'advance',
     'count',
     'init_caches',
-    'laws',
+    'init_rules',
     'shapes',
     'weights',
     'windows',
@@ -71,7 +72,7 @@ class Scene:
     turns: Any
 
 
-class DiT(nn.Module):
+class WanTransformer(nn.Module):
     """The whole network: latents, levels, conditions and actions -> velocity."""
 
     cfg: Config
@@ -85,7 +86,10 @@ class DiT(nn.Module):
         if cfg.actions and cfg.actions.modulate:
             self.action_embedding = ActionEmbedding(cfg.actions, cfg.width, dtype)
         for name, (start, stop) in cfg.segments.items():
-            setattr(self, name, stack(cfg, stop - start)(cfg, name == 'acting'))
+            layers = scan_layers(
+                Block, cfg, stop - start, __call__=(0, nn.broadcast), read_image=nn.broadcast
+            )
+            setattr(self, name, layers(cfg, name == 'acting'))
         normal = nn.initializers.normal(cfg.width**-0.5)
         self.modulation_out = self.param('modulation_out', normal, (2, cfg.width))
         self.out = Linear(cfg.patch**2 * cfg.channels, dtype=dtype)
@@ -175,7 +179,6 @@ class DiT(nn.Module):
     ):
         """(v, keys and values by run of layers)."""
         cfg = self.cfg
-        grid = dict(p=cfg.patch, q=cfg.patch)
 
         def place(table):  # every device makes it whole and keeps its tokens' part
             table = token_layout.pad(constrain(table, None, None, None), 1)
@@ -203,40 +206,15 @@ class DiT(nn.Module):
         )
 
         x = jnp.concatenate([latents, cond], axis=-1)
-        x = rearrange(x, 'b t (h p) (w q) c -> b t (h w) (p q c)', **grid)
-        # Every device has the small latents; how tokens are split says nothing about those.
-        x = token_layout.pad(constrain(x, 'batch', None, None, None), 2)
-        x, made = self.patch(constrain(x, 'batch', None, 'tokens', None)), {}
+        x, made = self.patch(token_layout.to_tokens(x, cfg.patch)), {}
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
             x, made[name] = getattr(self, name)(x, caches and caches.runs[name], scene)
 
         shift, scale = rearrange(self.modulation_out + time[:, :, None], 'b t c d -> c b t 1 d')
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
-        x = constrain(x, 'batch', None, None, None)[:, :, : rows * columns]
-        v = rearrange(x, 'b t (h w) (p q c) -> b t (h p) (w q) c', h=rows, **grid)
+        v = token_layout.from_tokens(x, cfg.patch, rows, columns)
         return v.astype(jnp.float32), made
-
-
-def stack(cfg: Config, length: int):
-    """A scan of `length` equal layers."""
-    layer = Block
-    if cfg.remat != 'none':
-        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        layer = nn.remat(layer, prevent_cse=False, policy=kept if cfg.remat == 'dots' else None)
-    lifted = dict(
-        variable_axes={'params': 0, 'intermediates': 0},
-        split_rngs={'params': True},
-        length=length,
-        unroll=min(cfg.scan_unroll, length),
-    )
-    return nn.scan(
-        layer,
-        methods={
-            '__call__': dict(in_axes=(0, nn.broadcast), **lifted),
-            'read_image': dict(in_axes=nn.broadcast, **lifted),
-        },
-    )
 
 
 class Block(nn.Module):
@@ -371,7 +349,9 @@ def shapes(cfg: Config) -> dict:
             jnp.zeros((1, 1, size.mouse)) if size.mouse else None,
             jnp.zeros((1, 1, size.keyboard)),
         ]
-    return jax.eval_shape(lambda key: DiT(cfg).init(key, *given)['params'], jax.random.key(0))
+    return jax.eval_shape(
+        lambda key: WanTransformer(cfg).init(key, *given)['params'], jax.random.key(0)
+    )
 
 
 def count(cfg: Config) -> int:
@@ -379,7 +359,7 @@ def count(cfg: Config) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(cfg)))
 
 
-def laws(cfg: Config) -> initializers.Laws:
+def init_rules(cfg: Config) -> initializers.InitRules:
     """How fresh parameters are drawn, where it is not by the defaults."""
     return (
         ('*modulation*', initializers.normal(cfg.width**-0.5)),
@@ -388,7 +368,7 @@ def laws(cfg: Config) -> initializers.Laws:
 
 
 # Output layers that start at zero, for training from nothing.
-STILL = (
+ZERO_INIT = (
     ('out/kernel', initializers.zeros),
     ('*/actions/*/out/kernel', initializers.zeros),
     ('action_embedding/linear_2/kernel', initializers.zeros),

@@ -27,7 +27,7 @@ from matrix_jax.weights.conversion import Row, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
-class Actions:
+class ActionConfig:
     """Action modules: what they read, and the layers [start, end) that have one.
 
     Attributes:
@@ -102,7 +102,7 @@ def windows(actions, start, count: int, ratio: int = 4, span: int = 3):
     return jnp.take(actions, jnp.maximum(last - steps + 1 + jnp.arange(steps), 0), axis=1)
 
 
-def grouped(cfg: Actions, window):
+def grouped(cfg: ActionConfig, window):
     """A window [B R(W+T) A] -> what each latent frame sees [B T R*W*A], oldest action first."""
     frames = window.shape[1] // cfg.ratio - cfg.span
     # PARITY: the last pixel frame of a latent frame is not in its own window, but in the next one.
@@ -114,7 +114,7 @@ def grouped(cfg: Actions, window):
 class ActionEmbedding(nn.Module):
     """What is pressed while each latent frame is made, as a level embedding has it."""
 
-    cfg: Actions
+    cfg: ActionConfig
     width: int
     dtype: Any = jnp.float32
 
@@ -135,7 +135,7 @@ class ActionBlock(nn.Module):
       dtype: type of the multiplies and of the residual stream.
     """
 
-    cfg: Actions
+    cfg: ActionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -164,7 +164,7 @@ class ActionBlock(nn.Module):
 class MouseAttention(nn.Module):
     """Frames of a site look at one another, with the mouse mixed into all of them."""
 
-    cfg: Actions
+    cfg: ActionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -189,7 +189,7 @@ class MouseAttention(nn.Module):
 class KeyboardAttention(nn.Module):
     """Tokens look at what was pressed in their own frame's window and in earlier ones."""
 
-    cfg: Actions
+    cfg: ActionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -223,7 +223,7 @@ class HeadNorm(nn.Module):
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
-def look(cfg: Actions, q, new: KVCache, sight, past):
+def look(cfg: ActionConfig, q, new: KVCache, sight, past):
     """Queries [B T n K E] look at keys of their own site -> ([B T n K*E], `new`)."""
     held = sight.recall(past, new)
     speeds = rates(cfg.axes[0] // 2, cfg.period)
@@ -236,7 +236,7 @@ def look(cfg: Actions, q, new: KVCache, sight, past):
     return rearrange(y, 'b t n k e -> b t n (k e)'), new
 
 
-def action_rows(cfg: Actions, torch, path, layers):
+def action_rows(cfg: ActionConfig, torch, path, layers):
     """Rows of a weight table: released action modules <-> `ActionBlock`s."""
     rows = []
     if cfg.mouse:

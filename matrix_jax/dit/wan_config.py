@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from matrix_jax.dit.segments import check_span, segments
-from matrix_jax.dit.wan_actions import Actions
+from matrix_jax.dit.wan_actions import ActionConfig
 from matrix_jax.weights.conversion import check_sizes, config_faults
 
 
@@ -46,7 +46,7 @@ class Config:
     eps: float = 1e-6
     local: int | None = None
     sink: int = 0
-    actions: Actions | None = None
+    actions: ActionConfig | None = None
     dtype: str = 'float32'
     remat: Literal['none', 'block', 'dots'] = 'none'
     scan_unroll: int = 1
@@ -131,7 +131,7 @@ class Config:
                 sizes |= {'mouse': None}
             if 'axes' in sizes:
                 sizes['axes'] = tuple(sizes['axes'])
-            fields['actions'] = Actions(blocks[0], blocks[-1] + 1, **sizes)
+            fields['actions'] = ActionConfig(blocks[0], blocks[-1] + 1, **sizes)
         return cls(**fields | {'head_dim': width // heads, 'patch': patch[-1]})
 
     def to_released(self) -> dict:
@@ -214,12 +214,14 @@ PRESETS = {
         image_dim=10,
         image_length=5,
         local=4,
-        actions=Actions(0, 2, embed=6, keyboard_width=32, mouse_width=32, heads=2, axes=(8, 4, 4)),
+        actions=ActionConfig(
+            0, 2, embed=6, keyboard_width=32, mouse_width=32, heads=2, axes=(8, 4, 4)
+        ),
     ),
-    'universal': Config(local=6, actions=Actions(), **_RELEASED),
-    'gta_drive': Config(local=4, actions=Actions(keyboard=2), **_RELEASED),
-    'templerun': Config(local=6, actions=Actions(keyboard=7, mouse=None), **_RELEASED),
-    'foundation': Config(actions=Actions(end=30), **_RELEASED),
+    'universal': Config(local=6, actions=ActionConfig(), **_RELEASED),
+    'gta_drive': Config(local=4, actions=ActionConfig(keyboard=2), **_RELEASED),
+    'templerun': Config(local=6, actions=ActionConfig(keyboard=7, mouse=None), **_RELEASED),
+    'foundation': Config(actions=ActionConfig(end=30), **_RELEASED),
 }
 
 

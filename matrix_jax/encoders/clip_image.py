@@ -193,14 +193,14 @@ def encode(cfg: Config, params, images):
     return ImageTower(cfg).apply({'params': params}, pixels(cfg, images))
 
 
-LAWS = (('*_embedding', initializers.normal(0.02)),)
+INIT_RULES = (('*_embedding', initializers.normal(0.02)),)
 
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters."""
     return conversion.unflatten(
         {
-            path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+            path: initializers.draw(INIT_RULES, path, leaf.shape, (seed,))
             for path, leaf in conversion.flatten(shapes(cfg)).items()
         }
     )

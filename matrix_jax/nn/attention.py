@@ -12,7 +12,6 @@ from einops import rearrange
 
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
-from matrix_jax.nn.precompute import once
 from matrix_jax.parallel import sharding
 
 LOGITS = 2**28  # logits of one block of queries, where a device has to hold them
@@ -182,7 +181,7 @@ class MultiHead(nn.Module):
     exchange: str = 'auto'
 
     @nn.compact
-    def __call__(self, x, context=None, bias=None, real=None, rows=None):
+    def __call__(self, x, context=None, bias=None, real=None):
         """Tokens look at a context, or at each other.
 
         Args:
@@ -190,8 +189,6 @@ class MultiHead(nn.Module):
           context: [B S D], the same on all devices; None = x.
           bias: [B K N S] or None.
           real: places of the tokens of x that are no padding, if x is the context; None = all.
-          rows: int32 [B S] or None: context is then a table [1 R D] that never changes, of which
-            each example sees these rows; its keys and values are made once (`nn.once`).
 
         Returns:
           [B N D].
@@ -206,14 +203,8 @@ class MultiHead(nn.Module):
         if context is None:
             context, look = x, partial(self_attention, real=real, exchange=self.exchange)
 
-        def keys_and_values():
-            k = LayerNorm(self.eps, name='key_norm')(heads(context, 'key'))
-            return k.astype(self.dtype), heads(context, 'value')
-
         q = LayerNorm(self.eps, name='query_norm')(heads(x, 'query')).astype(self.dtype)
-        if rows is None:
-            k, v = keys_and_values()
-        else:
-            k, v = (table[0][rows] for table in once(self, 'rows', keys_and_values))
+        k = LayerNorm(self.eps, name='key_norm')(heads(context, 'key')).astype(self.dtype)
+        v = heads(context, 'value')
         y = look(q, k, v, bias)
         return Linear(width, dtype=self.dtype, name='out')(rearrange(y, 'b n k e -> b n (k e)'))

@@ -118,7 +118,7 @@ def conv3d(x, kernel):
     kt, kh, kw = kernel.shape[:3]
     if (kt, kh, kw) == (1, 1, 1):
         return x @ kernel[0, 0, 0]
-    x, height = spatial.bordered(x, kh // 2, kh // 2)
+    x, height = spatial.with_halo(x, kh // 2, kh // 2)
     pad = (height, (kw // 2, kw // 2))
     if not on_cpu():
         return lax.conv_general_dilated(
@@ -144,7 +144,7 @@ def doubled2d(x, kernel):
         x = repeat(x, 'b t h w c -> b t (h p) (w q) c', p=2, q=2)
         return conv2d(x, kernel, ((1, 1), (1, 1)))
     rows_, columns = x.shape[2:4]
-    x, height = spatial.bordered(x, 1, 1)
+    x, height = spatial.with_halo(x, 1, 1)
     x = jnp.pad(x, ((0, 0), (0, 0), height, (1, 1), (0, 0)))
 
     def halves(kernel):  # of the first axis: for the even and for the odd pixels
@@ -169,7 +169,7 @@ def doubled2d(x, kernel):
 
 def conv2d(x, kernel, pad, stride=1):
     """Frame by frame: [B T H W in], [kh kw in out] -> [B T H' W' out]."""
-    x, height = spatial.bordered(x, *pad[0])
+    x, height = spatial.with_halo(x, *pad[0])
     y = lax.conv_general_dilated(
         rearrange(x, 'b t h w c -> (b t) h w c'),
         kernel,

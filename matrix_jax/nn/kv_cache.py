@@ -210,7 +210,9 @@ def attend_each_other(q, k, v, visible=None, sites=None, exchange='auto'):
     frames, sites, bias = k.shape[1], sites or k.shape[2], None
     if visible is not None:
         shown = jnp.repeat(visible, sites, axis=1)
-        bias = jnp.where(token_layout.table(shown.T, frames).T, 0.0, -jnp.inf)
-    real = token_layout.real(frames, sites)
-    y = self_attention(*map(token_layout.flatten, (q, k, v)), bias, real=real, exchange=exchange)
-    return token_layout.unflatten(y, q.shape[1])
+        bias = jnp.where(token_layout.flatten_rows(shown.T, frames).T, 0.0, -jnp.inf)
+    real = token_layout.real_positions(frames, sites)
+    y = self_attention(
+        *map(token_layout.flatten_frames, (q, k, v)), bias, real=real, exchange=exchange
+    )
+    return token_layout.unflatten_frames(y, q.shape[1])

@@ -120,7 +120,7 @@ def merge(params: Mapping, adapter: Mapping, scale: float = 1.0) -> dict:
 
 
 def axes(kernels: Mapping) -> dict:
-    """Axis letters of an adapter of every kernel in a tree of letters (`convert.axes`)."""
+    """Axis letters of an adapter of every kernel in a tree of letters (`conversion.axes`)."""
     found = {}
     for path, letters in conversion.flatten(kernels).items():
         if path.endswith('/kernel'):

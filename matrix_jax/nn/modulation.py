@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.precompute import once
 from matrix_jax.nn.rope import timestep_code
 
 
@@ -88,7 +87,7 @@ class PairedAdaLN(nn.Module):
           video [B T N/T D], side [B L D], gate [B T 1 D], side gate [B 1 D]; all float32.
         """
         width = video.shape[-1]
-        parts = once(self, 'parts', lambda: Linear(6 * width, name='linear')(jax.nn.silu(time)))
+        parts = Linear(6 * width, name='linear')(jax.nn.silu(time))
         shift, scale, gate = rearrange(parts[..., : 3 * width], 'b t (c d) -> c b t 1 d', c=3)
         # PARITY: tokens without a frame follow the last frame, which is the noisiest one.
         side_shift, side_scale, side_gate = rearrange(

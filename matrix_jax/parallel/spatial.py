@@ -25,7 +25,7 @@ from matrix_jax.parallel import sharding
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class RowSharding:
     """How the rows of a picture lie on devices, at any size of it.
 
     Attributes:
@@ -61,10 +61,10 @@ class Share:
 
 
 # Set while the function of a `split` is traced, so that layers need not hand it on.
-_share: contextvars.ContextVar[Share | None] = contextvars.ContextVar('share', default=None)
+_share: contextvars.ContextVar[RowSharding | None] = contextvars.ContextVar('share', default=None)
 
 
-def split(function, params, cache, x, unit: int = 1):
+def split_rows(function, params, cache, x, unit: int = 1):
     """`function(params, cache, x) -> (cache, y)` of a picture, its rows split over the devices.
 
     Within `jax.set_mesh`; without a mesh, or with rows that are no multiple of `unit`, it is the
@@ -85,7 +85,7 @@ def split(function, params, cache, x, unit: int = 1):
     if count == 1 or x.shape[2] % unit:
         return function(params, cache, x)
     total = x.shape[2] // unit
-    share = Share(axis, count, total, held=-(-total // count))
+    share = RowSharding(axis, count, total, held=-(-total // count))
     below = share.held * count - total
     x = jnp.pad(x, ((0, 0), (0, 0), (0, below * unit), (0, 0), (0, 0)))
 
@@ -108,7 +108,7 @@ def split(function, params, cache, x, unit: int = 1):
 # --- for layers ------------------------------------------------------------------------------
 
 
-def bordered(x, above: int, below: int):
+def with_halo(x, above: int, below: int):
     """The rows that a convolution reads beyond those it makes.
 
     Args:
@@ -132,7 +132,7 @@ def bordered(x, above: int, below: int):
     return jnp.concatenate(parts, axis=2), (0, 0)
 
 
-def whole(x):
+def all_rows(x):
     """All rows of the picture on every device: [B T H W C] of its own -> [B T H' W C]."""
     share = _share.get()
     if share is None:
@@ -141,7 +141,7 @@ def whole(x):
     return lax.all_gather(x, share.axis, axis=2, tiled=True)[:, :, :total]
 
 
-def mean(x):
+def local_mean(x):
     """Mean of each channel over a device's own rows: [B T H W C] -> [B C]."""
     share = _share.get()
     if share is None or share.even:
@@ -150,7 +150,7 @@ def mean(x):
     return share.masked(x).mean((1, 2, 3)) / part
 
 
-def pool(mean, variance):
+def pooled_statistics(mean, variance):
     """Mean and variance over the whole picture from those of a device's own rows, any shape."""
     share = _share.get()
     if share is None:

@@ -354,7 +354,9 @@ def _dit(record: Record):
 
 def _denoise(cfg: dit.Config):
     def denoise(params, x, level, text, control, guidance=None):
-        return dit.DiT(cfg).apply({'params': params}, x, text, level, control, guidance)
+        return dit.CogVideoXTransformer(cfg).apply(
+            {'params': params}, x, text, level, control, guidance
+        )
 
     return denoise
 

@@ -84,7 +84,7 @@ def dit_whole(record: Record) -> dict:
 
     @compiled
     def call(params, *given):
-        return wan.DiT(cfg).apply(
+        return wan.WanTransformer(cfg).apply(
             {'params': params},
             *given,
             block=block,
@@ -128,7 +128,7 @@ def dit_cached(record: Record) -> dict:
     """Block by block: two denoising calls, then the clean pass."""
     cfg, params = _dit(record)
     inputs, told = record.inputs, record.config
-    count, net = told['num_frame_per_block'], wan.DiT(cfg)
+    count, net = told['num_frame_per_block'], wan.WanTransformer(cfg)
     calls = [(clip(inputs[f'x_noisy{i}']), level) for i, level in enumerate(told['timesteps'])]
     calls.append((clip(inputs['x0']), float(told['context_noise'])))
     cond = clip(inputs['cond_concat'])
@@ -188,7 +188,7 @@ def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: i
     return made
 
 
-def _action_cache(cfg: wan_actions.Actions, ring: Ring, cache: KVCache) -> dict:
+def _action_cache(cfg: wan_actions.ActionConfig, ring: Ring, cache: KVCache) -> dict:
     """Keys and values of an action cache as the reference has them, [B*N S K E]."""
     kept, frames = _in_order(ring, cache)
     turn = turns(frames, rates(cfg.axes[0] // 2, cfg.period))

@@ -242,7 +242,7 @@ def encode_step(cfg: Config, params, cache, frames):
             ENCODE_CHUNK,
         )
 
-    cache, moments = spatial.split(
+    cache, moments = spatial.split_rows(
         run, params['encoder'], cache, frames.astype(cfg.dtype), unit=cfg.spatial_compression // p
     )
     mean, logvar = jnp.split(moments.astype(jnp.float32), 2, axis=-1)
@@ -311,7 +311,7 @@ def step(cfg: Config, params, cache, latents):
             DECODE_CHUNK,
         )
 
-    cache, frames = spatial.split(run, params['decoder'], cache, latents.astype(cfg.dtype))
+    cache, frames = spatial.split_rows(run, params['decoder'], cache, latents.astype(cfg.dtype))
     p = cfg.patch_size
     frames = rearrange(frames, 'b f h w (p q c) -> b f (h p) (w q) c', p=p, q=p)
     return cache, frames.astype(jnp.float32)
@@ -403,14 +403,17 @@ def standardised(cfg: Config, params, means, stds):
 LATENT_INPUT = re.compile(r'^decoder/conv_in/kernel$|^decoder/.*/conv_[yb]/kernel$')
 
 # How parameters start: the modulation by the latents is mild, around the identity.
-LAWS = (('*/conv_y/bias', initializers.ones), ('*/conv_[by]/kernel', initializers.uniform(0.1)))
+INIT_RULES = (
+    ('*/conv_y/bias', initializers.ones),
+    ('*/conv_[by]/kernel', initializers.uniform(0.1)),
+)
 
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
     return conversion.unflatten(
         {
-            path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+            path: initializers.draw(INIT_RULES, path, leaf.shape, (seed,))
             for path, leaf in conversion.flatten(shapes(cfg)).items()
         }
     )

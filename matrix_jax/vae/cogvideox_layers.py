@@ -126,12 +126,12 @@ class GroupNorm(nn.Module):
 
         def group_mean(y):
             # Whole rows first, groups after: the reduction keeps the channels of a row together.
-            means = rearrange(spatial.mean(y), 'b (g c) -> b g c', g=self.cfg.norm_groups)
+            means = rearrange(spatial.local_mean(y), 'b (g c) -> b g c', g=self.cfg.norm_groups)
             means = repeat(means.mean(2), 'b g -> b (g c)', c=means.shape[2])
             return rearrange(means, 'b c -> b 1 1 1 c')
 
         mean = group_mean(wide)
-        mean, variance = spatial.pool(mean, group_mean(jnp.square(wide - mean)))
+        mean, variance = spatial.pooled_statistics(mean, group_mean(jnp.square(wide - mean)))
         wide = (wide - mean) * (lax.rsqrt(variance + self.cfg.norm_eps) * scale) + bias
         return wide.astype(x.dtype)
 

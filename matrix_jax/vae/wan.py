@@ -403,7 +403,7 @@ def encode_step(cfg: Config, params, cache, frames):
             f'{scale}'
         )
     frames = patched(frames, cfg.patch_size).astype(cfg.dtype)
-    cache, moments = spatial.split(
+    cache, moments = spatial.split_rows(
         _coded(Encoder(cfg), cfg.chunk * time),
         params['encoder'],
         cache,
@@ -457,7 +457,7 @@ def step(cfg: Config, params, cache, latents):
       ValueError: the latents do not fit the network.
     """
     check_latents(latents, cfg.latent_channels)
-    cache, frames = spatial.split(
+    cache, frames = spatial.split_rows(
         _coded(Decoder(cfg), cfg.chunk), params['decoder'], cache, latents.astype(cfg.dtype)
     )
     return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
@@ -503,14 +503,14 @@ def standardised(cfg: Config, params, means, stds):
     return dataclasses.replace(cfg, latent_means=means, latent_stds=stds), params
 
 
-LAWS = ()  # how parameters start, beyond the common laws of `nn.fresh`
+INIT_RULES = ()  # how parameters start, beyond the common laws of `nn.fresh`
 
 
 def init(cfg: Config, seed: int) -> dict:
     """Fresh float32 numpy parameters {'encoder', 'decoder'} to train from."""
     return conversion.unflatten(
         {
-            path: initializers.draw(LAWS, path, leaf.shape, (seed,))
+            path: initializers.draw(INIT_RULES, path, leaf.shape, (seed,))
             for path, leaf in conversion.flatten(shapes(cfg)).items()
         }
     )

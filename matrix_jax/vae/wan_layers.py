@@ -158,7 +158,7 @@ class Attention(nn.Module):
         """[B T H W C] -> the same."""
         cfg, width = self.cfg, x.shape[-1]
         h = Linear(3 * width, dtype=cfg.dtype, name='qkv')(RMSNorm(cfg.norm_eps, name='norm')(x))
-        q, seen = h[..., :width], spatial.whole(h[..., width:])
+        q, seen = h[..., :width], spatial.all_rows(h[..., width:])
         q, k, v = (
             rearrange(part, 'b t h w c -> (b t) (h w) 1 c')
             for part in (q, seen[..., :width], seen[..., width:])

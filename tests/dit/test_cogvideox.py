@@ -3,7 +3,6 @@ import functools
 import json
 import operator
 import pathlib
-import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from matrix_jax.dit import cogvideox
 from matrix_jax.dit.actions import ControlEmbedding, log_counts
 from matrix_jax.nn.linear import Linear, quantize
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
-from matrix_jax.weights.conversion import ConversionError, flatten, to_jax, to_torch, unflatten
+from matrix_jax.weights.conversion import ConversionError, to_jax, to_torch
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
 TINY = cogvideox.PRESETS['tiny']
@@ -57,7 +56,7 @@ def inputs(cfg, batch=2, frames=3):
 
 @functools.partial(jax.jit, static_argnums=0)
 def forward(cfg, params, *args):
-    return cogvideox.DiT(cfg).apply({'params': params}, *args)
+    return cogvideox.CogVideoXTransformer(cfg).apply({'params': params}, *args)
 
 
 @pytest.mark.parametrize('case', ['a_stage1_transformer', 'b_stage4_transformer'])
@@ -85,7 +84,7 @@ def test_a_checkpoint_of_another_stage_is_refused():
 @pytest.mark.parametrize(('span', 'unroll'), [((0, 4), 3), ((1, 3), 1), ((2, 4), 1), (None, 1)])
 def test_segments_equal_the_layers_one_by_one(span, unroll):
     cfg = dataclasses.replace(
-        TINY, control=span and cogvideox.Control(10, *span), scan_unroll=unroll
+        TINY, control=span and cogvideox.ControlConfig(10, *span), scan_unroll=unroll
     )
     params = noisy(cfg)
     assert set(cfg.segments) == {'before', 'steered', 'after'} & set(params)
@@ -113,8 +112,8 @@ def one_by_one(cfg, params, latents, text, level, control):
     video = video + cogvideox.positions(cfg, frames, rows, columns)
     tokens = (video, use(Linear(cfg.width), 'text', text))
     if control is not None:
-        steer = use(ControlEmbedding(cfg.width), 'control_embedding', control)
-        steer = (steer, log_counts(frames * rows * columns, frames))
+        control = use(ControlEmbedding(cfg.width), 'control_embedding', control)
+        steer = (control, log_counts(frames * rows * columns, frames))
     for layer in range(cfg.layers):
         name, start = next(
             (name, start) for name, (start, stop) in cfg.segments.items() if start <= layer < stop
@@ -122,7 +121,7 @@ def one_by_one(cfg, params, latents, text, level, control):
         leaves = jax.tree.map(operator.itemgetter(layer - start), params[name])
         plain = dataclasses.replace(cfg, control=None, scan_unroll=1)  # one compilation for all
         if name == 'steered':
-            tokens = layer_of(cogvideox.SteeredLayer, plain, leaves, tokens, time, steer)
+            tokens = layer_of(cogvideox.ControlledBlock, plain, leaves, tokens, time, *steer)
         else:
             tokens = layer_of(cogvideox.Block, plain, leaves, tokens, time)
     shift, scale = rearrange(
@@ -157,53 +156,6 @@ def test_level_and_control_of_batch_one_serve_the_batch():
         np.repeat(control[:1], 2, axis=0),
     )
     np.testing.assert_allclose(one, every, atol=2e-5)
-
-
-def without(params, *patterns):
-    """Parameters without the layers that a pattern names."""
-    flat = flatten(params)
-    return unflatten(
-        {
-            path: leaf
-            for path, leaf in flat.items()
-            if not any(re.search(pattern, path) for pattern in patterns)
-        }
-    )
-
-
-@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_what_is_made_once_changes_nothing(dtype):
-    cfg = dataclasses.replace(TINY, dtype=dtype)
-    params, (latents, text, level, _) = noisy(cfg), inputs(cfg)
-    table = np.random.default_rng(2).normal(size=(6, 10)).astype('float32')
-    symbols = np.array([[3, 0, 5], [1, 1, 2]], np.int32)
-    want = forward(cfg, params, latents, text, level[:1], table[symbols])
-    kept = jax.jit(cogvideox.make_once, static_argnums=0)(cfg, params, level[0], table)
-    tokens = cogvideox.embed_text(cfg, params, text)
-    rest = without(
-        params,
-        '^text/',
-        '^time_embedding/',
-        '^control_embedding/',
-        '^modulation_out/',
-        'norm[12]/linear/',
-        'control/attention/(key|key_norm|value)/',
-    )
-    assert len(flatten(rest)) < len(flatten(params)) - 12
-    net = cogvideox.DiT(cfg, ready=True)
-    given = ({'params': rest, 'once': kept}, latents, tokens, level[:1])
-    run = jax.jit(net.apply).lower(*given, symbols=symbols)
-    assert not re.search('stablehlo.(sine|cosine)', run.as_text())  # positions are constants
-    got = run.compile()(*given, symbols=symbols)
-    if dtype == 'float32':
-        np.testing.assert_allclose(got, want, atol=1e-6)
-    assert float(jnp.abs(got - want).mean()) < 0.005 < 0.1 < np.std(want)
-
-
-def test_levels_alone_are_made_once():
-    cfg = dataclasses.replace(TINY, control=dataclasses.replace(TINY.control, modulate=True))
-    with pytest.raises(ValueError, match='control.modulate: expected False'):
-        cogvideox.make_once(cfg, {}, np.zeros(3, np.int32), np.zeros((6, 10), np.float32))
 
 
 def test_8_bits_stay_near_float32():
@@ -286,7 +238,9 @@ def test_a_control_that_modulates_is_seen_before_the_control_blocks_are():
     latents, text, level, control = inputs(cfg)
     params = cogvideox.init(cfg, jax.random.key(0))  # control blocks start as the identity
     made = [
-        cogvideox.DiT(cfg).apply({'params': params}, latents, text, level, factor * control)
+        cogvideox.CogVideoXTransformer(cfg).apply(
+            {'params': params}, latents, text, level, factor * control
+        )
         for factor in (1, 2)
     ]
     assert float(jnp.abs(made[0] - made[1]).max()) > 1e-4
@@ -307,7 +261,7 @@ def test_config_reads_what_a_stage_one_release_leaves_out():
     assert cogvideox.Config.from_released(released) == cogvideox.Config(layers=6)
     assert cogvideox.Config.from_released(
         released | {'control_dim': 8}
-    ).control == cogvideox.Control(8, 0, 6)
+    ).control == cogvideox.ControlConfig(8, 0, 6)
 
 
 @pytest.mark.parametrize(
@@ -325,9 +279,9 @@ def test_refuses_shapes_that_do_not_fit(fault, message):
     args = dict(zip(('latents', 'text', 'level', 'control'), inputs(TINY), strict=True))
     args |= {name: shape and jnp.zeros(shape) for name, shape in fault.items()}
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda: cogvideox.DiT(TINY).init(jax.random.key(0), **args))
+        jax.eval_shape(lambda: cogvideox.CogVideoXTransformer(TINY).init(jax.random.key(0), **args))
 
 
 def test_refuses_control_layers_outside_the_network():
     with pytest.raises(ValueError, match=r'control: got layers \[2, 5\)'):
-        dataclasses.replace(TINY, control=cogvideox.Control(10, 2, 5))
+        dataclasses.replace(TINY, control=cogvideox.ControlConfig(10, 2, 5))

@@ -27,7 +27,7 @@ CFG = cogvideox.Config(
     time_dim=24,
     text_dim=20,
     text_length=7,
-    control=cogvideox.Control(dim=10, start=0, end=2),
+    control=cogvideox.ControlConfig(dim=10, start=0, end=2),
 )
 MESHES = {
     Mesh(): '',
@@ -64,7 +64,9 @@ def given():
 
 def forward(cfg, given):
     """(v, its collectives: kind -> count, bytes that each device sends)."""
-    function = jax.jit(lambda params, *args: cogvideox.DiT(cfg).apply({'params': params}, *args))
+    function = jax.jit(
+        lambda params, *args: cogvideox.CogVideoXTransformer(cfg).apply({'params': params}, *args)
+    )
     compiled = function.lower(*given).compile()
     found = collectives(compiled.as_text(), 8)
     return compiled(*given), {kind: one['count'] for kind, one in found.items()}, sent(found)

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 from matrix_jax.dit import wan
-from matrix_jax.dit.wan_actions import Actions, grouped
+from matrix_jax.dit.wan_actions import ActionConfig, grouped
 from matrix_jax.weights.conversion import flatten, to_jax, to_torch
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'matrix_game_2'
@@ -58,13 +58,13 @@ def inputs():
 
 @functools.partial(jax.jit, static_argnums=0)
 def cached(cfg, params, caches, *args):
-    return wan.DiT(cfg).apply(params, caches, *args, method='cached')
+    return wan.WanTransformer(cfg).apply(params, caches, *args, method='cached')
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def empty(cfg, params, image):
     caches = wan.init_caches(cfg, len(image), 4, 6)
-    return wan.DiT(cfg).apply(params, image, caches, method='read_image')
+    return wan.WanTransformer(cfg).apply(params, image, caches, method='read_image')
 
 
 def of_block(given, block, rows=slice(None)):
@@ -100,7 +100,7 @@ def trained():
     cfg = dataclasses.replace(TINY, remat='block')
 
     def loss(params):
-        v = wan.DiT(cfg).apply(params, *inputs(), block=BLOCK)
+        v = wan.WanTransformer(cfg).apply(params, *inputs(), block=BLOCK)
         return jnp.sum(v**2), v
 
     grads, v = jax.jit(jax.grad(loss, has_aux=True))(params())
@@ -182,7 +182,7 @@ def test_windows_hold_what_the_frames_of_a_block_may_see(start):
     actions = np.arange(4 * 7 + 1, dtype=np.float32)[None, :, None]
     window = wan.windows(actions, start, 3)
     assert window.shape == (1, 24, 1) and window[0, -1, 0] == 4 * (start + 2)
-    seen = grouped(Actions(), window)[0]
+    seen = grouped(ActionConfig(), window)[0]
     for index, frame in enumerate(range(start, start + 3)):
         want = np.maximum(np.arange(4 * frame - 12, 4 * frame), 0)
         np.testing.assert_array_equal(seen[index], want)
@@ -292,7 +292,7 @@ def test_actions_may_modulate_as_levels_do():
     assert set(weights['params']) == {*noisy(small)['params'], 'action_embedding'}
 
     def whole(cfg, mouse, weights=weights):
-        return wan.DiT(cfg).apply(weights, *given[:4], mouse, given[5], BLOCK)
+        return wan.WanTransformer(cfg).apply(weights, *given[:4], mouse, given[5], BLOCK)
 
     want = whole(cfg, given[4])
     np.testing.assert_allclose(stream(cfg, weights, given)[0], want, atol=3e-5)
@@ -375,7 +375,7 @@ def test_refuses_shapes_that_do_not_fit(fault, message):
         for name, value in fault.items()
     }
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(lambda: wan.DiT(TINY).apply(params(), **args))
+        jax.eval_shape(lambda: wan.WanTransformer(TINY).apply(params(), **args))
 
 
 def test_a_network_without_a_window_has_no_caches():

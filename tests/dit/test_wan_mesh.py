@@ -52,12 +52,14 @@ def stream(params, given):
     """(v of all blocks, the last caches, collectives of a block), one program per kind of call."""
     latents, level, cond, image, mouse, keyboard = given
     caches = jax.jit(
-        lambda params, image: wan.DiT(CFG).apply(
+        lambda params, image: wan.WanTransformer(CFG).apply(
             {'params': params}, image, wan.init_caches(CFG, BATCH, 4, 6), method='read_image'
         )
     )(params, image)
     call = jax.jit(
-        lambda params, *args: wan.DiT(CFG).apply({'params': params}, *args, method='cached')
+        lambda params, *args: wan.WanTransformer(CFG).apply(
+            {'params': params}, *args, method='cached'
+        )
     )
     made = []
     for start in range(0, latents.shape[1], BLOCK):
@@ -123,7 +125,7 @@ def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given,
 
 def test_a_whole_clip_of_sites_that_do_not_divide(params, given):
     """Six sites on four devices, and parameters split over two."""
-    whole = jax.jit(functools.partial(wan.DiT(CFG).apply, block=BLOCK))
+    whole = jax.jit(functools.partial(wan.WanTransformer(CFG).apply, block=BLOCK))
     want = whole({'params': params}, *given)
     mesh = sharding.make_mesh(Mesh(fsdp=2, seq=4))
     with jax.set_mesh(mesh):

@@ -23,11 +23,11 @@ def test_what_is_joined_splits_again_and_padding_is_not_real(parts):
     video, text = numbered(1, FRAMES, PLACES, 1), numbered(1, LENGTH, 1, first=100)
     padded, padded_text = token_layout.pad(video, 2), token_layout.pad(text, 1)
     assert padded.shape[2] % parts == padded_text.shape[1] % parts == 0
-    tokens = token_layout.join(padded, padded_text)
-    again = token_layout.split(tokens, padded.shape)
+    tokens = token_layout.join_text(padded, padded_text)
+    again = token_layout.split_text(tokens, padded.shape)
     for one, other in zip(again, (padded, padded_text), strict=True):
         np.testing.assert_array_equal(one, other)
-    real = token_layout.real(FRAMES, PLACES, LENGTH)
+    real = token_layout.real_positions(FRAMES, PLACES, LENGTH)
     seen = np.asarray(tokens)[0, slice(None) if real is None else real, 0]
     assert sorted(seen) == sorted([*video.flat, *text.flat])
     assert (real is None) == (parts == 1)
@@ -35,12 +35,12 @@ def test_what_is_joined_splits_again_and_padding_is_not_real(parts):
 
 def test_each_device_has_its_places_of_every_frame(parts):
     video = token_layout.pad(numbered(1, FRAMES, PLACES, 1), 2)
-    flat = token_layout.flatten(video)
-    np.testing.assert_array_equal(token_layout.unflatten(flat, FRAMES), video)
+    flat = token_layout.flatten_frames(video)
+    np.testing.assert_array_equal(token_layout.unflatten_frames(flat, FRAMES), video)
     held = video.shape[2] // parts
     for device, mine in enumerate(np.split(np.asarray(flat), parts, axis=1)):
         np.testing.assert_array_equal(
             mine.reshape(FRAMES, held), video[0, :, device * held : (device + 1) * held, 0]
         )
     rows = numbered(FRAMES * PLACES, 1)
-    np.testing.assert_array_equal(token_layout.table(rows, FRAMES), flat[0])
+    np.testing.assert_array_equal(token_layout.flatten_rows(rows, FRAMES), flat[0])

@@ -88,7 +88,7 @@ def test_split_rows_are_the_whole():
 
     want = network(params, None, x)[1]
     with jax.set_mesh(sharding.make_mesh(Mesh(seq=4))):
-        run = jax.jit(lambda params, x: spatial.split(network, params, None, x)[1])
+        run = jax.jit(lambda params, x: spatial.split_rows(network, params, None, x)[1])
         program = run.lower(params, x).compile()
         np.testing.assert_allclose(program(params, x), want, atol=1e-6 * np.abs(want).max())
     assert program.as_text().count(' collective-permute(') <= 4

@@ -17,8 +17,8 @@ def normal(*shape, seed=0):
 def network(params, cache, x):
     """A convolution, a norm, half the rows."""
     y = conv3d(x, params['first'])
-    mean = spatial.mean(y)[:, None, None, None]
-    mean, variance = spatial.pool(mean, spatial.mean(jnp.square(y - mean))[:, None, None, None])
+    mean = spatial.local_mean(y)[:, None, None, None]
+    mean, variance = spatial.pooled_statistics(mean, spatial.local_mean(jnp.square(y - mean))[:, None, None, None])
     y = (y - mean) * jax.lax.rsqrt(variance + 1e-6)
     return x + cache, Downsample2d(4).apply({'params': params['second']}, y)
 
@@ -44,7 +44,7 @@ def test_values_and_gradients_of_split_rows_are_those_of_the_whole(mesh):
         ways = jax.sharding.get_abstract_mesh().shape['seq']
         below = -total % ways * unit
         cache = jnp.pad(cache, ((0, 0), (0, 0), (0, below), (0, 0), (0, 0)))
-        cache, y = spatial.split(function, params, cache, x, unit=unit)
+        cache, y = spatial.split_rows(function, params, cache, x, unit=unit)
         assert cache.shape[2] == x.shape[2] + below
         return cache, y
 
@@ -62,9 +62,9 @@ def test_what_does_not_split_stays_whole():
     x = normal(1, 1, 7, 4, 3)
 
     def seen(params, cache, x):
-        assert spatial.bordered(x, 1, 1)[1] == (1, 1)
+        assert spatial.with_halo(x, 1, 1)[1] == (1, 1)
         return cache, x
 
     with jax.set_mesh(sharding.make_mesh(Mesh(seq=2))):
-        assert spatial.split(seen, {}, None, x, unit=2)[1] is x
-    assert spatial.split(seen, {}, None, x)[1] is x
+        assert spatial.split_rows(seen, {}, None, x, unit=2)[1] is x
+    assert spatial.split_rows(seen, {}, None, x)[1] is x
