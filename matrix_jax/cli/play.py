@@ -16,10 +16,10 @@ from matrix_jax.cli.parser import Parser, whole
 
 def main(argv: Sequence[str]) -> None:
     """Exit codes: 0 stopped, 2 bad input."""
-    from matrix_jax.serve.cluster import workers
+    from matrix_jax.serve.cluster import ray_serve
     from matrix_jax.serve.web import server
 
-    parser, default, cluster = Parser('play', __doc__), server.Config(), workers.Config()
+    parser, default, cluster = Parser('play', __doc__), server.Config(), ray_serve.Config()
     add = parser.add_argument
     add(
         '--players',
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
         )
         if args.ray:
             if 'worlds' in given:
-                given['fewest'], given['most'] = workers.parse_worlds(given.pop('worlds'))
-            workers.serve(runs[0], cfg, workers.Config(**given))
+                given['fewest'], given['most'] = ray_serve.parse_worlds(given.pop('worlds'))
+            ray_serve.serve(runs[0], cfg, ray_serve.Config(**given))
         else:
             server.serve(runs, cfg)

@@ -65,12 +65,12 @@ def plan(world, length: int | None, control: str | None, control_seed: int, pad:
             raise UsageError(
                 f'--control: got {count} controls, expected a video of at most {LONGEST} seconds'
             )
-        return world.vocabulary.read(control, world.whole(count), pad='hold')
+        return world.vocabulary.read(control, world.round_up_controls(count), pad='hold')
     if length is None:
-        length = min(DEFAULT_LENGTH, world.longest or DEFAULT_LENGTH)
+        length = min(DEFAULT_LENGTH, world.max_seconds or DEFAULT_LENGTH)
     if not (isinstance(length, int) and 1 <= length <= LONGEST):
         raise UsageError(f'--length: got {length}, expected whole seconds from 1 to {LONGEST}')
-    return world.vocabulary.read(control, world.needed(length), pad=pad, seed=control_seed)
+    return world.vocabulary.read(control, world.controls_for_seconds(length), pad=pad, seed=control_seed)
 
 
 def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bool) -> np.ndarray:
@@ -106,7 +106,6 @@ class StreamRunner:
 
     def __init__(self, world, params, control_binding: str | None = None):
         params, decoder = world.split_decoder(params)
-        params = world.precompute(params)
         self.world, self.params = world, params
         self._mesh = sharding.mesh_of(params)
         self._condition = compilation.jit(world.condition, fast_compile=True)
@@ -126,7 +125,7 @@ class StreamRunner:
         Args:
           prompt: text.
           frames: start clip uint8 [F H W 3].
-          known: controls that the start takes, the first of `world.split`.
+          known: controls that the start takes, the first of `world.split_controls`.
           seed: seed of all noise.
 
         Returns:
@@ -237,7 +236,7 @@ def generate(
     say(f'compiling {world.cfg.name}')
     if world.cfg.clip:
         return whole_clip(world, params, prompt, frames, symbols, notes, seed)
-    known, steps = world.split(symbols)
+    known, steps = world.split_controls(symbols)
     player = StreamRunner(world, params, control_binding='late')
     began = time.perf_counter()
     carry, cut = player.start(prompt, frames, known, seed)
@@ -297,7 +296,7 @@ def replayed(run, options):
     The frames are those of `matrix-jax play` to the last bit, on a device of the same kind.
     """
     from matrix_jax import worlds
-    from matrix_jax.serve.runtime import session_log
+    from matrix_jax.serve.runtime import replay, session_log
 
     log = session_log.read(options.replay)
     given = [
@@ -308,18 +307,18 @@ def replayed(run, options):
     if given:
         raise UsageError(f'--replay: got {", ".join(given)} as well, which the session decides')
     began = time.perf_counter()
-    slots = session_log.compile_for(
+    stream = replay.compile_stream(
         *worlds.open_run(run, split_decoder=run.world.clip is None), log
     )
     clip = GeneratedVideo(
-        [symbol for symbol in log.symbols for _ in range(slots.group)],
-        list(filter(None, [session_log.difference(slots, log)])),
+        [control for control in log.controls for _ in range(stream.controls_per_step)],
+        list(filter(None, [replay.difference(stream, log)])),
         compile_seconds=time.perf_counter() - began,
     )
 
     def frames():
         began = time.perf_counter()
-        for frame in session_log.frames(slots, diffusers_layout.resolve(run.weights), log):
+        for frame in replay.frames(stream, diffusers_layout.resolve(run.weights), log):
             clip.run_seconds = time.perf_counter() - began
             yield frame
 

@@ -10,23 +10,23 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from matrix_jax import envs
 from matrix_jax.config import UsageError
-from matrix_jax.envs import world_env as envs
 
 gymnasium = pytest.importorskip('gymnasium')
 
 
 @pytest.fixture(scope='session')
-def house(slots, tiny):
-    return slots, tiny
+def opened_stream(stream, tiny):
+    return stream, tiny
 
 
 def poison(players, index):
     """Makes a world not a number."""
     carry = jax.tree.map(
-        lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, players.slots.read(index)
+        lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, players.stream.read(index)
     )
-    players.slots.write(index, carry)
+    players.stream.write(index, carry)
 
 
 def drive(env, seed, actions):
@@ -36,10 +36,10 @@ def drive(env, seed, actions):
 
 
 @pytest.mark.parametrize('whole, shape', [(False, (32, 48, 3)), (True, (8, 32, 48, 3))])
-def test_gymnasium_accepts_it(house, whole, shape):
+def test_gymnasium_accepts_it(opened_stream, whole, shape):
     from gymnasium.utils.env_checker import check_env
 
-    env = envs.WorldEnv(opened=house, whole=whole, render_mode='rgb_array')
+    env = envs.WorldEnv(opened=opened_stream, whole=whole, render_mode='rgb_array')
     assert env.observation_space.shape == shape and env.action_space.n == 9
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -48,8 +48,8 @@ def test_gymnasium_accepts_it(house, whole, shape):
     assert env.render().shape == (32, 48, 3)
 
 
-def test_equal_seeds_and_actions_give_equal_worlds(house):
-    env, lag = envs.WorldEnv(opened=house), house[0].lag
+def test_equal_seeds_and_actions_give_equal_worlds(opened_stream):
+    env, lag = envs.WorldEnv(opened=opened_stream), opened_stream[0].lag
     first, straight = drive(env, 3, [0] * (lag + 2))
     again, same = drive(env, 3, [0] * (lag + 2))
     np.testing.assert_array_equal(first, again)
@@ -67,23 +67,26 @@ def test_equal_seeds_and_actions_give_equal_worlds(house):
         env.reset(options={'start': 'moon'})
 
 
-def test_rewards_come_from_the_user_and_a_broken_world_ends(house):
+def test_rewards_come_from_the_user_and_a_broken_world_ends(opened_stream):
     env = envs.WorldEnv(
-        opened=house, reward=lambda before, action, after: action + (before != after).any()
+        opened=opened_stream, reward=lambda before, action, after: action + (before != after).any()
     )
     with pytest.raises(gymnasium.error.ResetNeeded):
         env.step(0)
     env.reset(seed=0)
-    assert env.step(4)[1:] == (5.0, False, False, {'shift': 1, 'lag': house[0].lag})
+    assert env.step(4)[1:] == (5.0, False, False, {'shift': 1, 'lag': opened_stream[0].lag})
     poison(env.players, 0)
     assert env.step(0)[2]
     env.reset()
     assert not env.step(0)[2]
 
 
-def test_players_side_by_side_are_each_as_alone(house):
+def test_players_side_by_side_are_each_as_alone(opened_stream):
     many = envs.WorldVectorEnv(
-        3, opened=house, reward=lambda before, action, after: action, render_mode='rgb_array'
+        3,
+        opened=opened_stream,
+        reward=lambda before, action, after: action,
+        render_mode='rgb_array',
     )
     first, info = many.reset(seed=3)
     assert many.observation_space.contains(first) and info['shift'].tolist() == [0, 0, 0]
@@ -94,7 +97,7 @@ def test_players_side_by_side_are_each_as_alone(house):
         observations, rewards, *_, info = many.step(row)
         assert rewards.tolist() == row.tolist()
         seen.append(observations)
-    alone = envs.WorldEnv(opened=house)
+    alone = envs.WorldEnv(opened=opened_stream)
     for index in range(3):
         start, frames = drive(alone, 3 + index, actions[:, index])
         np.testing.assert_array_equal(start, first[index])
@@ -109,15 +112,14 @@ def test_players_side_by_side_are_each_as_alone(house):
     assert not many.step(actions[0])[2].any()
     with pytest.raises(UsageError, match='seed: got 2, expected 3'):
         many.reset(seed=[1, 2])
-    with pytest.raises(UsageError, match='got 3 slots, expected at least 4'):
-        envs.WorldVectorEnv(4, opened=house)
+    with pytest.raises(UsageError, match='got 3 stream, expected at least 4'):
+        envs.WorldVectorEnv(4, opened=opened_stream)
 
 
 def test_gymnasium_is_asked_for_in_one_line():
     code = (
         'import sys; sys.modules["gymnasium"] = None\n'
-        'import matrix_jax.envs.world_env\n'
-        'try: matrix_jax.serve.env.WorldEnv\n'
+        'try: from matrix_jax.envs import WorldEnv\n'
         'except ValueError as error: print(error)'
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)

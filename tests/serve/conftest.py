@@ -1,4 +1,4 @@
-"""Compiled houses of two worlds for all tests here, and servers and players on this machine."""
+"""Compiled streams of two worlds for all tests here, and servers and players on this machine."""
 
 import contextlib
 import dataclasses
@@ -14,10 +14,11 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from matrix_jax import recipes, worlds
-from matrix_jax.serve.runtime.batched_stream import Slots
+from matrix_jax.serve.runtime.batched_stream import BatchedStream
 from matrix_jax.serve.runtime.session import HEADER
-from matrix_jax.serve.web import app
-from matrix_jax.serve.web import server as run
+from matrix_jax.serve.web import server
+from matrix_jax.serve.web.app import WorldApp
+from matrix_jax.serve.web.hosted_world import HostedWorld
 
 JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 7}
 
@@ -39,15 +40,15 @@ def opened(tiny):
 
 
 @pytest.fixture(scope='session')
-def slots(opened):
-    """Three places, compiled."""
-    return Slots(*opened, count=3).compile()
+def stream(opened):
+    """Three slots, compiled."""
+    return BatchedStream(*opened, num_slots=3).compile()
 
 
 @pytest.fixture(scope='session')
-def walk_slots(tiny_walk):
-    """Two places in matrix_game_2:TINY, compiled."""
-    return Slots(*open_fast('matrix_game_2:TINY', tiny_walk), count=2).compile()
+def walk_stream(tiny_walk):
+    """Two slots of matrix_game_2:TINY, compiled."""
+    return BatchedStream(*open_fast('matrix_game_2:TINY', tiny_walk), num_slots=2).compile()
 
 
 class Player:
@@ -102,17 +103,18 @@ class Player:
 
 
 class Running:
-    """A server on a free port: of a house, or what `front` is."""
+    """A server on a free port: of one world, or of `app`."""
 
-    def __init__(self, slots, folder, front=None, recipe='the_matrix:TINY', **more):
-        self.cfg = run.Config(players=slots.count, port=0, **more)
-        self.server = front or app.Server(
-            slots.blank(), folder, recipe, self.cfg.token, self.cfg.grace
-        )
+    def __init__(self, stream, folder, app=None, recipe='the_matrix:TINY', **more):
+        self.cfg = server.Config(players=stream.num_slots, port=0, **more)
+        if app is None:
+            self.world = HostedWorld(stream.empty_copy(), folder, recipe, self.cfg.grace)
+            app = WorldApp({recipe: self.world}, self.cfg.token)
+        self.app = app
         self.opened = contextlib.ExitStack()
-        self.listening = run.listen(self.cfg)
+        self.listening = server.listen(self.cfg)
         self.port = self.listening.getsockname()[1]
-        self.web = run.uvicorn_server(self.server.app(), slots.count)
+        self.web = server.uvicorn_server(self.app.asgi(), stream.num_slots)
         self.thread = threading.Thread(target=self.web.run, args=([self.listening],))
 
     def connect(self, query=''):
@@ -174,12 +176,12 @@ def browser(tmp_path):
 
 
 @pytest.fixture
-def serving(slots, tiny):
+def serving(stream, tiny):
     """`serving(**config)` starts a server and gives it; all are stopped at the end."""
     with contextlib.ExitStack() as stack:
 
         def start(**more):
-            running = Running(**{'slots': slots, 'folder': tiny, **more})
+            running = Running(**{'stream': stream, 'folder': tiny, **more})
             running.thread.start()
             stack.callback(running.thread.join)
             stack.callback(setattr, running.web, 'should_exit', True)

@@ -1,8 +1,8 @@
-"""One address for many houses: ties a player's socket to the world that has its carry.
+"""One address for many workers: connects each player with the worker that has its session.
 
-The front computes nothing. It asks for a place (`lease`), pipes messages both ways, and when a
-world is lost it asks for another place, with the newest moment that the `Book` has of the player.
-Who makes the places, and where the book lives, is not known here (`cluster` says it with Ray).
+The gateway computes nothing. It leases a slot, forwards messages both ways, and if a worker is lost
+it leases another slot, which continues from the newest checkpoint in the `SessionRegistry`. How
+workers are started and where the registry runs is not known here; `ray_serve` does it with Ray.
 """
 
 from __future__ import annotations
@@ -12,84 +12,83 @@ import contextlib
 import contextvars
 import json
 import logging
-import secrets
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
-from matrix_jax.serve.cluster import proxy
-from matrix_jax.serve.cluster.registry import Moment
-from matrix_jax.serve.web import protocol
-from matrix_jax.serve.web.app import (
-    BURST,
-    HEADERS,
-    JOIN_SECONDS,
-    PAGE,
-    RATE,
-    Guard,
-    _close,
-    _receive,
-    _trouble,
-)
-from matrix_jax.serve.web.protocol import Bucket, MessageError
-from matrix_jax.serve.web.server import MESSAGE_BYTES
+from matrix_jax.serve.cluster.proxy import NoCapacity, ProxyConnection
+from matrix_jax.serve.cluster.registry import AsyncRegistry, SessionRecord
+from matrix_jax.serve.web.base_app import BaseApp, close_socket
+from matrix_jax.serve.web.metrics import LabelledMetrics
+from matrix_jax.serve.web.transfers import error_response
 
 log = logging.getLogger(__name__)
-WAIT_SECONDS = 300  # for a place
-PASSED = {'content-type', 'content-length', 'content-disposition', 'cache-control', 'retry-after'}
-FILES = 8  # on their way to worlds at a time
-LOST = (1001, 1006, 1011, 1012)  # codes of a world that went away by itself
+WAIT_SECONDS = 300  # for a slot
+FORWARDED = {
+    'content-type',
+    'content-length',
+    'content-disposition',
+    'cache-control',
+    'retry-after',
+}
+MAX_TRANSFERS = 8  # requests to workers that wait for an answer
+CHUNK_SECONDS = 30  # for the next bytes of an upload or a download
+ANSWER_SECONDS = 120  # for a worker to answer
+METRICS_SECONDS = 3
+
+Lease = Callable[[str, dict, bytes | None, bool], AsyncIterator[tuple[str, str] | tuple[None, str]]]
 
 
-class Away(Exception):
-    """No place can be had; the message may be shown."""
+class TooLarge(Exception):
+    """The upload has more bytes than the worker accepts."""
 
 
-class Front:
-    """ASGI application.
+class Gateway(BaseApp):
+    """The application of a cluster.
 
     Args:
-      book: with the methods of `Book`, to be awaited.
-      lease: `(session, join message, data, paused)` -> async iterator whose first item is (address,
-        '') of a world that has the session, or (None, why not); it ends when the session does.
-      secret: token of the worlds.
-      token: as of `app.Server`.
+      registry: of all sessions.
+      lease: `(session, join message, checkpoint or None, paused)` -> async iterator. Its first item
+        is (address of a worker that has the session, ''), or (None, why there is none); it ends
+        when the session does.
+      secret: token of the workers.
+      token: as of `BaseApp`.
     """
 
-    def __init__(self, book, lease, secret: str, token: str | None = None):
-        self.book, self.lease, self.secret, self.token = book, lease, secret, token
+    def __init__(
+        self, registry: AsyncRegistry, lease: Lease, secret: str, token: str | None = None
+    ):
+        super().__init__(token)
+        self.registry, self.lease, self.secret = registry, lease, secret
         self._leases: set[asyncio.Task] = set()
         self._sockets: set = set()
-        self._files, self._moving = ThreadPoolExecutor(FILES, 'files'), 0
-
-    def app(self):
-        """The ASGI application."""
-        from starlette.applications import Starlette
-        from starlette.routing import Route, WebSocketRoute
-
-        routes = [
-            Route('/', self.page),
-            Route('/healthz', self.health),
-            Route('/metrics', self.metrics),
-            WebSocketRoute('/play', self.play),
-            Route('/session/{session}/{what}', self.forward, methods=['GET', 'POST']),
-        ]
-        return Guard(Starlette(routes=routes, lifespan=self._lifespan), self.token)
+        self._transfers = 0
+        self._client: Any = None
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, _):
-        watch = asyncio.create_task(self._watch())
+    async def lifespan(self, _):
+        """Watches for the end of the cluster."""
+        import httpx
+
+        # Workers are reached directly, whatever proxy the environment names.
+        self._client = httpx.AsyncClient(
+            trust_env=False,
+            timeout=httpx.Timeout(CHUNK_SECONDS, read=ANSWER_SECONDS),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=0),
+            headers={'Authorization': f'Bearer {self.secret}'},
+        )
+        watch = asyncio.create_task(self._watch_end())
         try:
-            yield
+            async with self._client:
+                yield
         finally:
             for task in (watch, *self._leases):
                 task.cancel()
-            self._files.shutdown(wait=False, cancel_futures=True)
 
-    async def _watch(self):
-        """Tells all players that the house closes, and then closes."""
+    async def _watch_end(self):
+        """Tells all players that the cluster closes, and closes their sockets at the end."""
         from starlette.websockets import WebSocketDisconnect
 
-        while (left := (await self.book.state())['closing']) is None:
+        while (left := (await self.registry.state())['closing']) is None:
             await asyncio.sleep(1)
         text = json.dumps(
             {
@@ -103,76 +102,75 @@ class Front:
                 await socket.send_text(text)
         await asyncio.sleep(left)
         for socket in list(self._sockets):
-            await _close(socket, 1013, 'the server has stopped')
+            await close_socket(socket, 1013, 'the server has stopped')
         for task in self._leases:
             task.cancel()
 
     # --- pages ---------------------------------------------------------------------------------
 
-    async def page(self, _):
-        from starlette.responses import HTMLResponse
+    async def state(self) -> dict:
+        """The counts of the registry."""
+        state = await self.registry.state()
+        return {'ok': True} | state | {'worlds': len(state['worlds'])}
 
-        return HTMLResponse(PAGE.read_text(encoding='utf-8'), headers=HEADERS)
+    async def collect_metrics(self):
+        """The gateway's own gauges, and the metrics of all workers."""
+        from prometheus_client import CollectorRegistry, Gauge
 
-    async def health(self, _):
-        from starlette.responses import JSONResponse
+        metrics, state = CollectorRegistry(), await self.registry.state()
+        gauges = {
+            'players': ('sessions, including those that wait', state['players']),
+            'waiting': ('players who wait for a slot', state['waiting']),
+            'places': ('slots in all workers that may exist', state['places']),
+            'worlds': ('workers that are alive', len(state['worlds'])),
+            'moment_age_seconds': ('age of the oldest checkpoint of a session', state['oldest']),
+        }
+        for name, (about, value) in gauges.items():
+            Gauge(f'matrix_jax_front_{name}', about, registry=metrics).set(value)
+        texts = await asyncio.gather(*map(self._worker_metrics, state['worlds']))
+        metrics.register(LabelledMetrics(dict(zip(state['worlds'], texts))))
+        return metrics
 
-        state = await self.book.state()
-        return JSONResponse({'ok': True} | state | {'worlds': len(state['worlds'])})
+    async def _worker_metrics(self, address: str) -> str:
+        """/metrics of a worker, '' if it is gone."""
+        import httpx
 
-    async def metrics(self, _):
-        from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
-        from starlette.responses import Response
+        try:
+            answer = await self._client.get(f'http://{address}/metrics', timeout=METRICS_SECONDS)
+        except httpx.HTTPError:
+            return ''
+        return answer.text if answer.status_code == 200 else ''
 
-        registry, state = CollectorRegistry(), await self.book.state()
-        for name, about in (
-            ('players', 'sessions, those that wait included'),
-            ('waiting', 'players that wait for a place'),
-            ('places', 'places in all worlds that there may be'),
-        ):
-            Gauge(f'matrix_jax_front_{name}', about, registry=registry).set(state[name])
-        Gauge('matrix_jax_front_worlds', 'worlds that are there', registry=registry).set(
-            len(state['worlds'])
-        )
-        Gauge(
-            'matrix_jax_front_moment_age_seconds',
-            'what the loss of its world would cost the player who would lose most',
-            registry=registry,
-        ).set(state['oldest'])
-        texts = await asyncio.gather(
-            *(asyncio.to_thread(proxy.counters, one, self.secret) for one in state['worlds'])
-        )
-        registry.register(proxy.Labelled(dict(zip(state['worlds'], texts))))
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
-
-    async def forward(self, request):
-        """A download or an upload of a session, done by its world; passed on piece by piece."""
+    async def file(self, request):
+        """Forwards a download or an upload of a session to its worker, chunk by chunk."""
+        import httpx
         from starlette.requests import ClientDisconnect
         from starlette.responses import StreamingResponse
 
-        session, what = request.path_params['session'], request.path_params['what']
-        where = await self.book.where(session) if what.isalpha() else None
-        if where is None:
-            return _trouble('this session is over', 404)
-        if self._moving >= FILES:
-            return _trouble('too many files are on their way; try again in a moment', 503)
-        (address, limit), loop = where, asyncio.get_running_loop()
-        data = proxy.sent(loop, request.stream(), limit) if request.method == 'POST' else None
-        self._moving += 1
+        session, name = request.path_params['session'], request.path_params['name']
+        location = await self.registry.locate(session) if name.isalpha() else None
+        if location is None:
+            return error_response('this session is over', 404)
+        if self._transfers >= MAX_TRANSFERS:
+            return error_response('too many files at once; try again in a moment', 503)
+        address, limit = location
+        body = limited(request.stream(), limit) if request.method == 'POST' else None
+        forwarded = self._client.build_request(
+            request.method, f'http://{address}/session/{session}/{name}', content=body
+        )
+        self._transfers += 1
         try:
-            answer = await loop.run_in_executor(
-                self._files, proxy.ask, address, f'/session/{session}/{what}', self.secret, data
-            )
-        except proxy.TooLarge:
-            return _trouble(f'the file is too large: expected at most {limit} bytes', 413)
-        except proxy.Unreachable:
-            return _trouble('the world does not answer; try again', 503)
+            answer = await self._client.send(forwarded, stream=True)
+        except TooLarge:
+            return error_response(f'the file is too large: expected at most {limit} bytes', 413)
+        except (httpx.HTTPError, TimeoutError):
+            return error_response('the world does not answer; try again', 503)
         except ClientDisconnect:
-            return _trouble('the upload was cut off', 400)
+            return error_response('the upload was cut off', 400)
         finally:
-            self._moving -= 1
-        kept = {name: value for name, value in answer.headers.items() if name.lower() in PASSED}
-        return StreamingResponse(proxy.pieces(answer), answer.status, kept)
+            self._transfers -= 1
+        headers = {key: value for key, value in answer.headers.items() if key in FORWARDED}
+        return StreamingResponse(_body(answer), answer.status_code, headers)
 
     # --- playing -------------------------------------------------------------------------------
 
@@ -181,160 +179,98 @@ class Front:
         from starlette.websockets import WebSocketDisconnect
 
         await socket.accept()
-        visit = Visit(self, socket)
         self._sockets.add(socket)
         try:
             with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-                await visit.run()
+                await ProxyConnection(self, socket).run()
         finally:
             self._sockets.discard(socket)
 
-    async def place(self, session: str, wanted: dict, known: Moment | None, tell) -> str:
-        """The address of a world that has this session from now on.
+    async def acquire(
+        self,
+        session: str,
+        request: dict,
+        record: SessionRecord | None,
+        on_wait: Callable[[], Awaitable[None]],
+    ) -> str:
+        """Leases a slot for a session -> the address of its worker.
 
         Args:
-          tell: awaited once if there is none at once.
+          session: token of the session.
+          request: the player's 'join' message.
+          record: what the registry knows about the session, or None for a new one.
+          on_wait: awaited once if there is no free slot at once.
 
         Raises:
-          Away: there is none.
+          NoCapacity: there is no free slot.
         """
-        refused = await self.book.enter(session)
+        refused = await self.registry.reserve(session)
         if refused:
-            raise Away(refused)
-        first: asyncio.Future = asyncio.get_running_loop().create_future()
-        # In a context of its own: the lease outlives the socket whose request asks for it.
+            raise NoCapacity(refused)
+        address: asyncio.Future = asyncio.get_running_loop().create_future()
+        # In a context of its own: the lease outlives the request that asks for it.
         task = asyncio.create_task(
-            self._hold(session, wanted, known, first), context=contextvars.Context()
+            self._hold_lease(session, request, record, address), context=contextvars.Context()
         )
         self._leases.add(task)
         task.add_done_callback(self._leases.discard)
         try:
             for second in range(WAIT_SECONDS):
-                done, _ = await asyncio.wait({first}, timeout=1 if second else 0.5)
+                done, _ = await asyncio.wait({address}, timeout=1 if second else 0.5)
                 if done:
-                    return first.result()
+                    return address.result()
                 if not second:
-                    await tell()
-                await self.book.enter(session)
-            raise Away('no place came free; try again later')
-        except BaseException:  # a player who left meanwhile as well
+                    await on_wait()
+                await self.registry.reserve(session)
+            raise NoCapacity('no place became free; try again later')
+        except BaseException:  # includes the cancellation when the player leaves meanwhile
             task.cancel()
             raise
 
-    async def _hold(self, session: str, wanted: dict, known: Moment | None, first: asyncio.Future):
-        """Keeps a lease until the session ends."""
-        data, paused = (known.data, known.paused) if known else (None, False)
+    async def _hold_lease(
+        self, session: str, request: dict, record: SessionRecord | None, address: asyncio.Future
+    ):
+        """Holds a lease until the session ends; the first answer goes into `address`."""
+        data, paused = (record.data, record.paused) if record else (None, False)
+        reason = 'no world took the session; try again'
         try:
-            async for address, why in self.lease(session, wanted, data, paused):
-                if address:
-                    first.set_result(address)
+            async for found, refused in self.lease(session, request, data, paused):
+                if found:
+                    address.set_result(found)
                 else:
-                    first.set_exception(Away(why))
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:  # the world is lost; the socket notices as well
+                    address.set_exception(NoCapacity(refused))
+        except Exception as error:  # the worker is lost; its socket closes as well
             log.warning(
                 'lease_broken',
                 extra={'fields': {'session': session[:6], 'error': type(error).__name__}},
             )
-            if not first.done():
-                first.set_exception(Away('the world could not be started; try again'))
-        if not first.done():
-            first.set_exception(Away('no world took the session; try again'))
+            reason = 'the world could not be started; try again'
+        if not address.done():
+            address.set_exception(NoCapacity(reason))
 
 
-class Visit:
-    """One player's socket, and the world that it is tied to now."""
+async def _body(answer):
+    """The body of an open answer, which is closed at the end."""
+    async with contextlib.aclosing(answer):
+        async for chunk in answer.aiter_raw():
+            yield chunk
 
-    def __init__(self, front: Front, socket):
-        self.front, self.socket, self.world = front, socket, None
 
-    async def run(self):
-        """From the first message to the last.
+async def limited(stream, limit: int):
+    """Yields the chunks of a stream.
 
-        Raises:
-          WebSocketDisconnect: the player is gone.
-        """
-        try:
-            async with asyncio.timeout(JOIN_SECONDS):
-                text = await _receive(self.socket)
-            wanted = protocol.parse(text)
-            if wanted['type'] != 'join':
-                raise MessageError('expected join first')
-        except (MessageError, TimeoutError) as error:
-            await _close(self.socket, 1008, str(error) or f'expected join within {JOIN_SECONDS} s')
+    Raises:
+      TooLarge: there are more than `limit` bytes.
+      TimeoutError: the sender stalls.
+    """
+    size = 0
+    while True:
+        async with asyncio.timeout(CHUNK_SECONDS):
+            chunk = await anext(stream, None)
+        if chunk is None:
             return
-        tasks = [asyncio.create_task(one) for one in (self._up(), self._down(wanted))]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            ends = await asyncio.gather(*tasks, return_exceptions=True)
-        for error in ends:
-            if isinstance(error, Away):
-                await _close(self.socket, 1013, str(error))
-            elif isinstance(error, Exception):
-                raise error
-
-    async def _up(self):
-        """What the player says; while there is no world, nobody hears it."""
-        from websockets.exceptions import ConnectionClosed
-
-        bucket = Bucket(RATE, BURST)
-        while True:
-            text = await _receive(self.socket)
-            if len(text) > MESSAGE_BYTES:
-                await _close(self.socket, 1009, f'expected at most {MESSAGE_BYTES} bytes')
-                return
-            if not bucket.take():
-                await _close(
-                    self.socket, 1008, f'too many messages: expected at most {RATE} a second'
-                )
-                return
-            if self.world:
-                with contextlib.suppress(ConnectionClosed):
-                    await self.world.send(text)
-
-    async def _down(self, wanted: dict):
-        """What the worlds of this session say, one after the other."""
-        session = wanted['session']
-        known = await self.front.book.find(session) if session else None
-        session = session if known else secrets.token_urlsafe(16)
-        address, text = known and known.address, 'All places are taken. Waiting for a new one ...'
-        while True:
-            if address is None:
-                address = await self.front.place(session, wanted, known, partial(self._tell, text))
-            code, why = await self._tie(address, wanted | {'session': session})
-            if code not in LOST:
-                await _close(self.socket, code, why)
-                return
-            known, address = await self.front.book.find(session), None
-            text = 'The machine of your world was lost. It goes on elsewhere in a moment ...'
-            await self._tell(text)
-
-    async def _tie(self, address: str, join: dict) -> tuple[int, str]:
-        """Pipes until the world's end closes -> (code, reason)."""
-        import websockets
-
-        url = f'ws://{address}/play?token={self.front.secret}'
-        try:
-            async with websockets.connect(url, max_size=2**26, compression=None) as world:
-                await world.send(json.dumps(join))
-                self.world = world
-                async for message in world:
-                    if isinstance(message, bytes):
-                        await self.socket.send_bytes(message)
-                    else:
-                        await self.socket.send_text(message)
-                closed = world.close_code, world.close_reason or ''
-        except websockets.ConnectionClosed as error:
-            closed = (error.rcvd.code, error.rcvd.reason) if error.rcvd else (1006, '')
-        except (OSError, websockets.InvalidHandshake):
-            closed = 1006, ''
-        finally:
-            self.world = None
-        return closed
-
-    async def _tell(self, text: str):
-        await self.socket.send_text(json.dumps({'type': 'waiting', 'message': text}))
+        size += len(chunk)
+        if size > limit:
+            raise TooLarge
+        if chunk:
+            yield chunk

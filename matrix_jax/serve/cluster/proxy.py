@@ -1,99 +1,152 @@
-"""What the front passes on between its callers and a world by HTTP: files, and counters."""
+"""Connects a player's socket at the gateway with the worker that has the player's session."""
 
 from __future__ import annotations
 
 import asyncio
-import urllib.error
-import urllib.request
+import contextlib
+import json
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Protocol
 
-PIECE = 2**18  # bytes of a file that are in memory
-PIECE_SECONDS = 30  # for a piece to come
-FILE_SECONDS = 120  # for a world to answer
+from matrix_jax.serve.cluster.registry import AsyncRegistry, SessionRecord
+from matrix_jax.serve.web import protocol
+from matrix_jax.serve.web.base_app import (
+    BURST,
+    JOIN_SECONDS,
+    MESSAGE_BYTES,
+    RATE,
+    close_socket,
+    receive_text,
+)
+from matrix_jax.serve.web.protocol import MessageError, TokenBucket
 
-
-class TooLarge(Exception):
-    """More bytes than the world takes."""
-
-
-class Unreachable(Exception):
-    """The world did not answer, or the sender stalled."""
-
-
-def ask(address: str, path: str, secret: str, data=None, seconds: float = FILE_SECONDS):
-    """The open answer of a world, also where it refuses; `data` are pieces to post, or None.
-
-    Raises:
-      Unreachable: there is none.
-    """
-    asked = urllib.request.Request(
-        f'http://{address}{path}', data, {'Authorization': f'Bearer {secret}'}
-    )
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        return direct.open(asked, timeout=seconds)
-    except urllib.error.HTTPError as error:
-        return error
-    except OSError as error:
-        raise Unreachable from error
+LOST_CODES = (1001, 1006, 1011, 1012)  # close codes of a worker that is gone
 
 
-def sent(loop: asyncio.AbstractEventLoop, stream, limit: int):
-    """For a thread: the pieces of an asynchronous stream, as they come.
-
-    Raises:
-      TooLarge: there are more bytes than the limit.
-    """
-
-    async def following():
-        return await anext(stream, None)
-
-    size = 0
-    while (
-        piece := asyncio.run_coroutine_threadsafe(following(), loop).result(PIECE_SECONDS)
-    ) is not None:
-        size += len(piece)
-        if size > limit:
-            raise TooLarge
-        if piece:
-            yield piece
+class NoCapacity(Exception):
+    """No slot is available; the message may be shown."""
 
 
-def pieces(answer):
-    """The body of an open answer."""
-    with answer:
-        while piece := answer.read(PIECE):
-            yield piece
+class SlotSource(Protocol):
+    """What a `ProxyConnection` needs of the `Gateway`."""
+
+    registry: AsyncRegistry
+    secret: str
+
+    async def acquire(
+        self,
+        session: str,
+        request: dict,
+        record: SessionRecord | None,
+        on_wait: Callable[[], Awaitable[None]],
+    ) -> str: ...
 
 
-def counters(address: str, secret: str) -> str:
-    """/metrics of a world, '' if it is gone."""
-    try:
-        with ask(address, '/metrics', secret, seconds=3) as answer:
-            return answer.read().decode() if answer.status == 200 else ''
-    except (OSError, Unreachable):
-        return ''
-
-
-class Labelled:
-    """Collector of what several worlds count, each sample with the label `world`.
+class ProxyConnection:
+    """One player's socket, and the worker that it is connected to.
 
     Args:
-      texts: /metrics by address.
+      gateway: that finds workers.
+      socket: the player's.
     """
 
-    def __init__(self, texts: dict[str, str]):
-        self.texts = texts
+    def __init__(self, gateway: SlotSource, socket):
+        self.gateway, self.socket, self.worker = gateway, socket, None
 
-    def collect(self):
-        from prometheus_client.core import Metric
-        from prometheus_client.parser import text_string_to_metric_families
+    async def run(self):
+        """Serves the socket until it closes.
 
-        found: dict[str, Metric] = {}
-        for world, text in self.texts.items():
-            for family in text_string_to_metric_families(text):
-                into = found.setdefault(
-                    family.name, Metric(family.name, family.documentation, family.type)
+        Raises:
+          WebSocketDisconnect: the player is gone.
+        """
+        try:
+            async with asyncio.timeout(JOIN_SECONDS):
+                text = await receive_text(self.socket)
+            request = protocol.parse_join(text)
+        except (MessageError, TimeoutError) as error:
+            reason = str(error) or f'expected join within {JOIN_SECONDS} s'
+            await close_socket(self.socket, 1008, reason)
+            return
+        tasks = [
+            asyncio.create_task(one)
+            for one in (self._forward_messages(), self._forward_frames(request))
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in results:
+            if isinstance(error, NoCapacity):
+                await close_socket(self.socket, 1013, str(error))
+            elif isinstance(error, Exception):
+                raise error
+
+    async def _forward_messages(self):
+        """Player to worker; while there is no worker, messages are dropped."""
+        from websockets.exceptions import ConnectionClosed
+
+        bucket = TokenBucket(RATE, BURST)
+        while True:
+            text = await receive_text(self.socket)
+            if len(text) > MESSAGE_BYTES:
+                await close_socket(self.socket, 1009, f'expected at most {MESSAGE_BYTES} bytes')
+                return
+            if not bucket.take():
+                reason = f'too many messages: expected at most {RATE} a second'
+                await close_socket(self.socket, 1008, reason)
+                return
+            if self.worker:
+                with contextlib.suppress(ConnectionClosed):
+                    await self.worker.send(text)
+
+    async def _forward_frames(self, request: dict):
+        """Worker to player, from one worker after another if workers are lost.
+
+        Raises:
+          NoCapacity: no worker has a free slot.
+        """
+        session = request['session']
+        record = await self.gateway.registry.find(session) if session else None
+        session = session if record else secrets.token_urlsafe(16)
+        address = record and record.address
+        text = 'All places are taken. Waiting for a new one ...'
+        while True:
+            if address is None:
+                address = await self.gateway.acquire(
+                    session, request, record, lambda text=text: self._show_waiting(text)
                 )
-                for one in family.samples:
-                    into.add_sample(one.name, one.labels | {'world': world}, one.value)
-        return found.values()
+            code, reason = await self._connect(address, request | {'session': session})
+            if code not in LOST_CODES:
+                await close_socket(self.socket, code, reason)
+                return
+            record, address = await self.gateway.registry.find(session), None
+            text = 'The machine of your world was lost. It continues elsewhere in a moment ...'
+            await self._show_waiting(text)
+
+    async def _connect(self, address: str, join: dict) -> tuple[int, str]:
+        """Forwards frames until the worker closes -> (close code, reason)."""
+        import websockets
+
+        url = f'ws://{address}/play?token={self.gateway.secret}'
+        try:
+            async with websockets.connect(url, max_size=2**26, compression=None) as worker:
+                await worker.send(json.dumps(join))
+                self.worker = worker
+                async for message in worker:
+                    if isinstance(message, bytes):
+                        await self.socket.send_bytes(message)
+                    else:
+                        await self.socket.send_text(message)
+                return worker.close_code, worker.close_reason or ''
+        except websockets.ConnectionClosed as error:
+            return (error.rcvd.code, error.rcvd.reason) if error.rcvd else (1006, '')
+        except (OSError, websockets.InvalidHandshake):
+            return 1006, ''
+        finally:
+            self.worker = None
+
+    async def _show_waiting(self, text: str):
+        await self.socket.send_text(json.dumps({'type': 'waiting', 'message': text}))

@@ -1,131 +1,155 @@
-"""Who plays where, across worlds that come and go."""
+"""The registry of a cluster: which worker has which session, and the newest checkpoint of each."""
 
 from __future__ import annotations
 
 import math
 import time
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-FORGET_SECONDS = 60.0  # a session that no world and no front speaks of is over
-GONE_SECONDS = 15.0  # a world that says nothing is gone
+FORGET_SECONDS = 60.0  # a session that no worker and no gateway mentions is over
+GONE_SECONDS = 15.0  # a worker that is silent for longer is gone
 
 
-class Moment(NamedTuple):
-    """What is known of a session.
+class SessionRecord(NamedTuple):
+    """What is known about a session.
 
     Attributes:
-      address: of its world, or None while it has none.
-      data: bytes of a `.world` file, or None before the first one.
-      paused: whether it rests.
-      spoken: when it was last spoken of, in `time.monotonic` of the book.
-      taken: when the session was as `data` has it, at the latest; None without data.
+      address: of its worker, or None while it has none.
+      data: its newest checkpoint, the bytes of a `.world` file, or None before the first one.
+      paused: whether the player paused it.
+      last_seen: when it was last mentioned, in `time.monotonic` seconds of the registry.
+      taken_at: when the session was as `data` has it, at the latest; None without data.
     """
 
     address: str | None
     data: bytes | None
     paused: bool
-    spoken: float
-    taken: float | None = None
+    last_seen: float
+    taken_at: float | None = None
 
 
-class There(NamedTuple):
-    """What is known of a world.
+class WorkerInfo(NamedTuple):
+    """What is known about a worker.
 
     Attributes:
-      limit: bytes of the largest file that it takes.
-      spoken: when it last spoke, as of `Moment`.
+      max_upload: bytes of the largest file that it accepts.
+      last_seen: when it last registered, as of `SessionRecord`.
     """
 
-    limit: int
-    spoken: float
+    max_upload: int
+    last_seen: float
 
 
-class Book:
-    """Worlds, sessions, where they play, and the newest moment of each; outlives every world.
+class SessionRegistry:
+    """Workers, sessions, and the newest checkpoint of each session; outlives every worker.
 
     Args:
-      places: in all worlds that there may be.
+      places: slots of all workers that may exist.
     """
 
     def __init__(self, places: int):
-        self.places, self._end = places, math.inf
-        self._known: dict[str, Moment] = {}
-        self._worlds: dict[str, There] = {}
+        self.places, self._closes_at = places, math.inf
+        self._sessions: dict[str, SessionRecord] = {}
+        self._workers: dict[str, WorkerInfo] = {}
 
-    def open(self, address: str, limit: int):
-        """A world is there, says it."""
-        self._worlds[address] = There(limit, time.monotonic())
+    def register_worker(self, address: str, max_upload: int):
+        """Notes that a worker is alive; every worker repeats this."""
+        self._workers[address] = WorkerInfo(max_upload, time.monotonic())
 
-    def enter(self, session: str) -> str:
-        """Promises a place, or says why not; '' is a promise. It is to be renewed."""
+    def reserve(self, session: str) -> str:
+        """Reserves a slot for a session, or renews it -> '', or why there is none."""
         self._forget()
-        before = self._known.get(session)
-        if before is None and self._end < math.inf:
+        record = self._sessions.get(session)
+        if record is None and self._closes_at < math.inf:
             return 'the server is closing; come back later'
-        if before is None and len(self._known) >= self.places:
-            return f'the house is full: all {self.places} places are taken; try again in a minute'
-        self._known[session] = (before or Moment(None, None, False, 0))._replace(
-            spoken=time.monotonic()
-        )
+        if record is None and len(self._sessions) >= self.places:
+            return f'all {self.places} places are taken; try again in a minute'
+        record = record or SessionRecord(None, None, False, 0)
+        self._sessions[session] = record._replace(last_seen=time.monotonic())
         return ''
 
-    def claim(self, session: str, address: str, paused: bool):
-        """A world has this session from now on; what others say of it does not count any more."""
-        before = self._known.get(session)
-        self._known[session] = Moment(
-            address, before and before.data, paused, time.monotonic(), before and before.taken
+    def assign(self, session: str, address: str, paused: bool):
+        """Assigns a session to a worker; from now on only that worker's updates count."""
+        before = self._sessions.get(session) or SessionRecord(None, None, False, 0)
+        self._sessions[session] = before._replace(
+            address=address, paused=paused, last_seen=time.monotonic()
         )
 
-    def put(self, session: str, address: str, data: bytes | None, paused: bool, age: float):
-        """A world still has this session; `data` is its newest moment, or None if none is newer,
-        and `age` the seconds since it was so."""
-        before, now = self._known.get(session), time.monotonic()
+    def update(self, session: str, address: str, data: bytes | None, paused: bool, age: float):
+        """Updates a session from its worker.
+
+        Args:
+          session, address: the session, and the worker that has it.
+          data: its newest checkpoint, or None if the last one is still up to date.
+          paused: whether the player paused it.
+          age: seconds since the session was as `data` has it.
+        """
+        before, now = self._sessions.get(session), time.monotonic()
         if before is None or before.address in (None, address):
             data = data or (before and before.data)
-            self._known[session] = Moment(address, data, paused, now, now - age if data else None)
+            taken_at = now - age if data else None
+            self._sessions[session] = SessionRecord(address, data, paused, now, taken_at)
 
-    def find(self, session: str) -> Moment | None:
-        """What is known of a session."""
+    def find(self, session: str) -> SessionRecord | None:
+        """What is known about a session."""
         self._forget()
-        return self._known.get(session)
+        return self._sessions.get(session)
 
-    def where(self, session: str) -> tuple[str, int] | None:
-        """(address, bytes of the largest file that it takes) of the world of a session."""
+    def locate(self, session: str) -> tuple[str, int] | None:
+        """(address, largest upload in bytes) of the worker of a session."""
         self._forget()
-        known = self._known.get(session)
-        there = self._worlds.get(known.address) if known else None
-        return (known.address, there.limit) if there else None
+        record = self._sessions.get(session)
+        worker = self._workers.get(record.address) if record else None
+        return (record.address, worker.max_upload) if worker else None
 
-    def leave(self, session: str, address: str | None = None):
-        """A session is over, says the world at this address."""
-        known = self._known.get(session)
-        if known and known.address in (None, address):
-            del self._known[session]
+    def remove(self, session: str, address: str | None = None):
+        """Removes a session that has ended at the worker `address`."""
+        record = self._sessions.get(session)
+        if record and record.address in (None, address):
+            del self._sessions[session]
 
     def close(self, seconds: float):
-        """No new sessions from now on, and none at all after so long."""
-        self._end = time.monotonic() + seconds
+        """Refuses new sessions from now on; all sessions end after `seconds`."""
+        self._closes_at = time.monotonic() + seconds
 
     def state(self) -> dict:
-        """Counts, addresses of the worlds that are there, seconds of the oldest among the newest
-        moments, and seconds to the end, or None."""
+        """Counts, addresses of the workers, age in seconds of the oldest checkpoint, and seconds
+        until the end or None."""
         self._forget()
         now = time.monotonic()
-        ages = (now - one.taken for one in self._known.values() if one.taken is not None)
+        records = self._sessions.values()
+        ages = (now - one.taken_at for one in records if one.taken_at is not None)
         return {
-            'players': len(self._known),
+            'players': len(records),
             'places': self.places,
-            'worlds': sorted(self._worlds),
-            'waiting': sum(one.address is None for one in self._known.values()),
+            'worlds': sorted(self._workers),
+            'waiting': sum(one.address is None for one in records),
             'oldest': max(ages, default=0.0),
-            'closing': None if self._end == math.inf else self._end - now,
+            'closing': None if self._closes_at == math.inf else self._closes_at - now,
         }
 
     def _forget(self):
         now = time.monotonic()
-        self._known = {
-            name: one for name, one in self._known.items() if one.spoken > now - FORGET_SECONDS
+        self._sessions = {
+            name: one
+            for name, one in self._sessions.items()
+            if one.last_seen > now - FORGET_SECONDS
         }
-        self._worlds = {
-            name: one for name, one in self._worlds.items() if one.spoken > now - GONE_SECONDS
+        self._workers = {
+            name: one for name, one in self._workers.items() if one.last_seen > now - GONE_SECONDS
         }
+
+
+class AsyncRegistry(Protocol):
+    """The methods of a `SessionRegistry` as coroutines, wherever it runs."""
+
+    async def register_worker(self, address: str, max_upload: int) -> None: ...
+    async def reserve(self, session: str) -> str: ...
+    async def assign(self, session: str, address: str, paused: bool) -> None: ...
+    async def update(
+        self, session: str, address: str, data: bytes | None, paused: bool, age: float
+    ) -> None: ...
+    async def find(self, session: str) -> SessionRecord | None: ...
+    async def locate(self, session: str) -> tuple[str, int] | None: ...
+    async def remove(self, session: str, address: str | None = None) -> None: ...
+    async def state(self) -> dict: ...

@@ -1,18 +1,19 @@
-"""Places of players in one compiled program: their carries side by side, stepped together.
+"""One compiled program that steps the streams of several players.
 
-Every slot holds a stream of its own (batch 1). A step runs over all slots, one after the other
-(`lax.map`) or `together` at a time; with 1 together a slot that is not active costs nothing, so a
-house of eight with one player computes one player. Whatever the others do, a slot goes through the
-same instructions with its own numbers: no player can touch the world of another by a single bit.
+Every slot holds the carry of one stream (batch 1). A step runs over all slots, one after the other
+(`jax.lax.map`) or `together` at a time. With `together=1` an inactive slot costs nothing. Every
+slot runs the same instructions on its own numbers, so no player can change another player's frames,
+not even by one bit.
 
-Where the parameters lie on a mesh, the programs are for that mesh; where those of the decoder lie
-on a mesh of their own, both halves of a step are a pipeline.
+If the parameters lie on a mesh, the programs are compiled for that mesh. If the decoder has a mesh
+of its own, the network and the decoder form a pipeline.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,144 +22,145 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from matrix_jax.config import UsageError
 from matrix_jax.parallel import compilation, sharding
-from matrix_jax.stream import swin
-from matrix_jax.stream.base import Decoder, Stream, started
+from matrix_jax.stream.base import Decoder, Stream, prefilled
 from matrix_jax.stream.pipeline import Pipeline
 
 
-class Slots:
-    """The programs of a house; every method but `condition`, `begin` and `embed` is for one thread.
+class BatchedStream:
+    """The compiled programs of a world, and one carry per slot.
+
+    `condition`, `init` and `embed_prompt` may be called from any thread; everything else belongs to
+    one thread.
 
     Args:
-      world, params: from `worlds.open_run`.
-      count: slots.
-      entry: where keys bind; 'head' by default, where a player soon sees them.
+      world, params: as returned by `worlds.open_run`.
+      num_slots: number of slots.
+      control_binding: 'early' (the default) shows keys sooner; 'late' is as published.
       together: slots that are computed side by side.
 
     Attributes:
-      ahead: steps that it pays to hand in before the frames of an earlier one are there.
-      mesh: the devices, for people and for logs.
+      steps_ahead: steps that should be submitted before the frames of an earlier step are ready.
+      mesh: name of the devices, for users and logs.
+      controls_per_step, frames_per_step: controls and pixel frames of a step.
+      lag: steps from the one that takes a control to the one that shows it.
+      carry_shapes: tree of `jax.ShapeDtypeStruct` of one slot's carry; set by `compile`.
 
     Raises:
-      UsageError: the world does not stream, or the counts make no sense.
+      UsageError: the world does not stream, or an argument is out of range.
     """
 
-    def __init__(self, world, params, count: int, entry: str | None = None, together: int = 1):
+    def __init__(
+        self, world, params, num_slots: int, control_binding: str | None = None, together: int = 1
+    ):
         if world.cfg.clip:
             raise UsageError(
                 'this model makes whole clips; only a model that streams can be '
                 'played (stages 3 and 4)'
             )
-        if not 1 <= count <= 1024:
-            raise UsageError(f'--players: got {count}, expected 1 to 1024')
-        if not 1 <= together <= count:
-            raise UsageError(f'--together: got {together}, expected 1 to the players, {count}')
+        if not 1 <= num_slots <= 1024:
+            raise UsageError(f'--players: got {num_slots}, expected 1 to 1024')
+        if not 1 <= together <= num_slots:
+            raise UsageError(f'--together: got {together}, expected 1 to the players, {num_slots}')
         cfg = world.cfg
-        self.entry = entry or 'head'
+        self.control_binding = control_binding or 'early'
         self._weights = params
-        params, decoder = world.apart(params)
-        params = world.ready(params)
+        params, decoder_params = world.split_decoder(params)
         self.world, self.params = world, params
-        self.mesh = ' | '.join(map(sharding.named, filter(None, (params, decoder))))
-        self.count, self.together = count, together
+        self.mesh = ' | '.join(map(sharding.named, filter(None, (params, decoder_params))))
+        self.num_slots, self.together = num_slots, together
         try:
-            stream = cfg.stream.entered(self.entry)
+            stream_cfg = cfg.stream.with_control_binding(self.control_binding)
         except ValueError as error:
-            raise UsageError(f'--entry {self.entry}: {error}') from error
-        self.group, self.lag = stream.taken, stream.lag
-        self.frames = self.group * world.vocabulary.frames
+            raise UsageError(f'--entry {self.control_binding}: {error}') from error
+        self.controls_per_step, self.lag = stream_cfg.controls_per_step, stream_cfg.lag
+        self.frames_per_step = self.controls_per_step * world.vocabulary.frames
         self.start_frames = world.start_frames
-        self.rest = self.encode(world.vocabulary.rest)
-        self._frames = (self.frames, cfg.height, cfg.width, 3), jnp.uint8
-        self._pipeline, self.ahead = None, 0
-        if decoder is None:
-            first = [world.vocabulary.rest] * world.first_controls
-            self._stream = started(world.stream(self.entry), world.vocabulary.encode(first)[None])
+        self.idle = self.encode(world.vocabulary.idle)
+        self._frame_shape = (self.frames_per_step, cfg.height, cfg.width, 3)
+        self._pipeline, self.steps_ahead = None, 0
+        if decoder_params is None:
+            idle = [world.vocabulary.idle] * world.first_step_controls
+            self._stream = prefilled(
+                world.stream(self.control_binding), world.vocabulary.encode(idle)[None]
+            )
         else:
-            self._pipeline, self.ahead = self._in_parts((params, decoder)), 1
+            stages = world.stages(self.control_binding)
+            self._stream = stages['stream']
+            self._pipeline = self._make_pipeline(stages, (params, decoder_params))
+            self.steps_ahead = 1
 
-    def compile(self):
-        """Compiles everything that a session can ask for; nothing compiles after this."""
-        world, one = self.world, jax.ShapeDtypeStruct
+    def compile(self) -> BatchedStream:
+        """Compiles every program that a session can need; nothing compiles after this."""
+        world = self.world
         frames = np.zeros((self.start_frames, world.cfg.height, world.cfg.width, 3), np.uint8)
         inputs, _ = world.inputs('', frames)
-        key = _key(0)  # this compiles as well, once
-        index = one((), jnp.int32)
-        keys = (one((self.count, *self.rest.shape), self.rest.dtype), one((self.count,), jnp.bool_))
+        key = _key(0)  # compiles the key program as well
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        controls = jax.ShapeDtypeStruct((self.num_slots, *self.idle.shape), self.idle.dtype)
+        active = jax.ShapeDtypeStruct((self.num_slots,), jnp.bool_)
 
-        def ready(function, *given, donate=(), like=None):
-            """`like`: what is given back lies as it does."""
-            lies = jax.tree.map(lambda leaf: leaf.sharding, like) if like is not None else None
-            with sharding.within(sharding.mesh_of(given[0])):
-                return (
-                    compilation.jit(function, donate_argnums=donate, out_shardings=lies)
-                    .lower(*given)
-                    .compile()
-                )
-
-        self._condition = ready(world.condition, self.params, *inputs)
+        self._condition = _compile(world.condition, self.params, *inputs)
         cond = sharding.made(self._condition)
         if self._pipeline:
-            self.like = self._pipeline.compile_init(self.params, cond, key)
-            self._begin, self._step = self._pipeline.init, self._pipeline.step
+            self.carry_shapes = self._pipeline.compile_init(self.params, cond, key)
+            self._init, self._step = self._pipeline.init, self._pipeline.step
         else:
-            self._begin = ready(self._stream.init, self.params, cond, key)
-            self.like = sharding.made(self._begin)
-        rows = jax.tree.map(self._many, self.like)
+            self._init = _compile(self._stream.init, self.params, cond, key)
+            self.carry_shapes = sharding.made(self._init)
+        slots = jax.tree.map(self._add_slot_axis, self.carry_shapes)
         if self._pipeline:
-            self._pipeline.compile(self.params, rows, keys)
+            self._pipeline.compile(self.params, slots, (controls, active))
         else:
-            self._step = ready(
-                self._each(self._stream.step, *self._frames),
+            self._step = _compile(
+                self._map_slots(self._stream.step, self._frame_shape, jnp.uint8),
                 self.params,
-                rows,
-                keys,
+                slots,
+                (controls, active),
                 donate=1,
-                like=(rows, None),
+                out_like=(slots, None),
             )
-        # The carry of the network and that of the decoder may lie on devices of their own.
-        self._read = [
-            ready(_read, part, index, like=like) for part, like in zip(rows, self.like, strict=True)
-        ]
+        # The carries of the network and of the decoder may lie on different devices.
+        parts = list(zip(slots, self.carry_shapes, strict=True))
+        self._read = [_compile(_read, part, index, out_like=one) for part, one in parts]
         self._write = [
-            ready(_write, part, index, like, donate=0, like=part)
-            for part, like in zip(rows, self.like, strict=True)
+            _compile(_write, part, index, one, donate=0, out_like=part) for part, one in parts
         ]
         if world.reads_text:
-            ids = one((1, world.cfg.dit.text_length), jnp.int32)
-            self._embed = ready(world.embed_ids, self.params, ids)
-            self._retext = ready(
-                _retext, rows[0], index, sharding.made(self._embed), donate=0, like=rows[0]
+            ids = jax.ShapeDtypeStruct((1, world.cfg.dit.text_length), jnp.int32)
+            self._embed = _compile(world.embed_ids, self.params, ids)
+            text = sharding.made(self._embed)
+            changed = slots[0] if self._pipeline else slots
+            self._set_prompt = _compile(
+                self._with_prompt, changed, index, text, donate=0, out_like=changed
             )
-        self._rows = self._zeros(rows)
+        self._slots = _zeros(slots)
         return self
 
-    def _many(self, leaf):
-        """Shape of a leaf of a carry for all slots, and where it lies."""
+    def empty_copy(self) -> BatchedStream:
+        """The same programs with empty slots of their own."""
+        other = copy.copy(self)
+        other._slots = _zeros(self._slots)
+        return other
+
+    def _add_slot_axis(self, leaf):
+        """Shape and sharding of a carry's leaf for all slots."""
         place = leaf.sharding
         if isinstance(place, NamedSharding):
             place = NamedSharding(place.mesh, PartitionSpec(None, *place.spec))
-        return jax.ShapeDtypeStruct((self.count, *leaf.shape), leaf.dtype, sharding=place)
+        return jax.ShapeDtypeStruct((self.num_slots, *leaf.shape), leaf.dtype, sharding=place)
 
-    def _zeros(self, rows):
-        return jax.tree.map(
-            lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), rows
-        )
+    def _map_slots(self, step, shape, dtype):
+        """Maps a step of batch 1 over the active slots.
 
-    def blank(self):
-        """The same programs with slots of their own."""
-        other = copy.copy(self)
-        other._rows = self._zeros(self._rows)
-        return other
+        Returns:
+          `(params, slots, (inputs [N ...], active [N])) -> (slots, (output [N *shape], finite
+          [N]))`; an inactive slot gives zeros.
+        """
 
-    def _each(self, step, shape, dtype):
-        """A step of batch 1 for all active slots: `(params, rows, (given [N ...], active [N])) ->
-        (rows, (output [N *shape], finite [N]))`; a slot that rests gives zeros."""
+        def run(params, slots, inputs):
+            nothing = jnp.zeros(shape, dtype), jnp.array(True)
 
-        def run(params, rows, given):
-            still = jnp.zeros(shape, dtype), jnp.array(True)
-
-            def shift(carry, given):
+            def step_slot(carry, given):
                 carry, output = step(params, carry, given[None])
                 finite = [
                     jnp.isfinite(leaf).all()
@@ -167,43 +169,53 @@ class Slots:
                 ]
                 return carry, (output[0], jnp.stack(finite).all())
 
-            def slot(row):
-                carry, given, active = row
-                return jax.lax.cond(active, shift, lambda carry, _: (carry, still), carry, given)
+            def run_slot(slot):
+                carry, given, active = slot
+                return jax.lax.cond(
+                    active, step_slot, lambda carry, _: (carry, nothing), carry, given
+                )
 
             size = self.together if self.together > 1 else None
-            return jax.lax.map(slot, (rows, *given), batch_size=size)
+            return jax.lax.map(run_slot, (slots, *inputs), batch_size=size)
 
         return run
 
-    def _in_parts(self, params) -> Pipeline:
-        """The slots with their network on one mesh and their decoder on another."""
-        halves, cfg = self.world.halves(self.entry), self.world.cfg
+    def _make_pipeline(self, stages, params) -> Pipeline:
+        """The slots with the network on one mesh and the decoder on another."""
+        cfg = self.world.cfg
         scale = cfg.vae.spatial_compression
-        latents = self.group, cfg.height // scale, cfg.width // scale, cfg.vae.latent_channels
-        make = self._each(halves['stream'].step, latents, jnp.float32)
-        decode = self._each(halves['decoder'].step, *self._frames)
+        latent_shape = (
+            self.controls_per_step,
+            cfg.height // scale,
+            cfg.width // scale,
+            cfg.vae.latent_channels,
+        )
+        denoise_slots = self._map_slots(stages['stream'].step, latent_shape, jnp.float32)
+        decode_slots = self._map_slots(stages['decoder'].step, self._frame_shape, jnp.uint8)
 
-        def step(params, rows, given):
-            rows, (latents, finite) = make(params, rows, given)
-            return rows, (latents, finite, given[1])
+        def step(params, slots, inputs):
+            slots, (latents, finite) = denoise_slots(params, slots, inputs)
+            return slots, (latents, finite, inputs[1])
 
-        def show(params, rows, given):
-            latents, fine, active = given
-            rows, (frames, finite) = decode(params, rows, (latents, active))
-            return rows, (frames, finite & fine)
+        def decode(params, slots, inputs):
+            latents, finite_latents, active = inputs
+            slots, (frames, finite) = decode_slots(params, slots, (latents, active))
+            return slots, (frames, finite & finite_latents)
 
         return Pipeline(
-            Stream(halves['stream'].init, step, step),
-            Decoder(halves['decoder'].prefill, show),
-            halves['warm'],
+            Stream(stages['stream'].init, step, step),
+            Decoder(stages['decoder'].prefill, decode),
+            stages['decoder_seed'],
             params,
         )
 
-    # --- a player's stream, from any thread ----------------------------------------------------
+    def _with_prompt(self, slots, index, text):
+        return _write(slots, index, self._stream.with_prompt(_read(slots, index), text))
+
+    # --- one player's stream, from any thread --------------------------------------------------
 
     def condition(self, prompt: str, frames: np.ndarray):
-        """What a stream starts from -> (condition on device, the text that did not fit).
+        """Encodes the start of a stream -> (condition on the device, prompt text that did not fit).
 
         Args:
           prompt: text.
@@ -212,58 +224,62 @@ class Slots:
         inputs, cut = self.world.inputs(prompt, frames)
         return self._condition(self.params, *inputs), cut
 
-    def begin(self, condition, seed: int):
+    def init(self, condition, seed: int):
         """The carry of a new stream, batch 1."""
-        return self._begin(self.params, condition, _key(seed))
+        return self._init(self.params, condition, _key(seed))
 
-    def embed(self, prompt: str):
-        """A prompt for `retext` -> (text [1 L D], the text that did not fit)."""
+    def embed_prompt(self, prompt: str):
+        """Encodes a prompt for `set_prompt` -> (text [1 L D], prompt text that did not fit)."""
         ids, cut = self.world.tokenize_and_cut([prompt])
         return self._embed(self.params, np.asarray(ids, np.int32)), cut[0]
 
-    # --- the slots, from one thread --------------------------------------------------------------
+    # --- all slots, from one thread ------------------------------------------------------------
 
     def encode(self, control: str) -> np.ndarray:
-        """What a slot's step takes of a control that is held throughout."""
-        return self.world.vocabulary.encode([control] * self.group)
+        """Encodes a control that is held during a whole step."""
+        return self.world.vocabulary.encode([control] * self.controls_per_step)
 
-    def step(self, symbols: np.ndarray, active: np.ndarray):
-        """One shift of the active slots.
+    def step(self, controls: np.ndarray, active: np.ndarray):
+        """Steps the active slots.
 
         Args:
-          symbols: of each slot what `encode` gives [N ...].
+          controls: the output of `encode` for each slot [N ...].
           active: bool [N].
 
         Returns:
-          (frames uint8 [N F H W 3] on device, whether all numbers of a slot are finite [N]).
+          (frames uint8 [N F H W 3] on the device, whether all numbers of a slot are finite [N]).
         """
-        self._rows, made = self._step(self.params, self._rows, (symbols, active))
-        return made
+        self._slots, output = self._step(self.params, self._slots, (controls, active))
+        return output
 
     def write(self, index: int, carry):
-        """Puts a carry of batch 1, of host or device, into a slot."""
-        self._rows = tuple(
+        """Writes a carry of batch 1, on the host or the device, into a slot."""
+        self._slots = tuple(
             write(part, np.int32(index), new)
-            for write, part, new in zip(self._write, self._rows, carry, strict=True)
+            for write, part, new in zip(self._write, self._slots, carry, strict=True)
         )
 
-    def peek(self, index: int):
-        """A copy of a slot's carry, still to come."""
+    def read_async(self, index: int):
+        """A copy of a slot's carry on the device; does not wait for it."""
         return tuple(
-            read(part, np.int32(index)) for read, part in zip(self._read, self._rows, strict=True)
+            read(part, np.int32(index)) for read, part in zip(self._read, self._slots, strict=True)
         )
 
     def read(self, index: int):
         """A copy of a slot's carry on the host."""
-        return jax.tree.map(np.array, self.peek(index))
+        return jax.tree.map(np.array, self.read_async(index))
 
-    def retext(self, index: int, text):
-        """Another prompt for a slot, from its next shift on."""
-        carry, cache = self._rows
-        self._rows = self._retext(carry, np.int32(index), text), cache
+    def set_prompt(self, index: int, text):
+        """Changes the prompt of a slot from its next step on; `text` is from `embed_prompt`."""
+        index = np.int32(index)
+        if self._pipeline:
+            carry, cache = self._slots
+            self._slots = self._set_prompt(carry, index, text), cache
+        else:
+            self._slots = self._set_prompt(self._slots, index, text)
 
     def fingerprint(self) -> str:
-        """Of the world's sizes and a sample of every weight: what a saved world must fit."""
+        """Hash of the world's config and of a sample of every weight; a saved world must match."""
         found = hashlib.sha256(repr(self.world.cfg).encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self._weights):
             sample = np.asarray(leaf.ravel()[:64].astype(jnp.float32))
@@ -271,18 +287,39 @@ class Slots:
         return found.hexdigest()[:16]
 
 
+def open_stream(
+    run, num_slots: int, control_binding: str | None = None, together: int = 1
+) -> tuple[BatchedStream, Path]:
+    """Opens and compiles the world of a recipe -> (stream, weights folder)."""
+    from matrix_jax import worlds
+    from matrix_jax.weights import diffusers_layout
+
+    world, params = worlds.open_run(run, split_decoder=True)
+    stream = BatchedStream(world, params, num_slots, control_binding, together).compile()
+    return stream, diffusers_layout.resolve(run.weights)
+
+
+def _compile(function, *args, donate=(), out_like=None):
+    """Compiles `function` for `args`; its outputs lie on the devices of `out_like`, if given."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, out_like) if out_like is not None else None
+    with sharding.within(sharding.mesh_of(args[0])):
+        jitted = compilation.jit(function, donate_argnums=donate, out_shardings=places)
+        return jitted.lower(*args).compile()
+
+
+def _zeros(slots):
+    return jax.tree.map(
+        lambda leaf: jax.device_put(jnp.zeros(leaf.shape, leaf.dtype), leaf.sharding), slots
+    )
+
+
 def _key(seed: int):
     return jax.random.split(jax.random.key(seed), 1)
 
 
-def _read(rows, index):
-    return jax.tree.map(lambda leaf: leaf[index], rows)
+def _read(slots, index):
+    return jax.tree.map(lambda leaf: leaf[index], slots)
 
 
-def _write(rows, index, carry):
-    return jax.tree.map(lambda leaf, new: leaf.at[index].set(new.astype(leaf.dtype)), rows, carry)
-
-
-def _retext(rows, index, text):
-    new = swin.with_text(jax.tree.map(lambda leaf: leaf[index], rows), text)
-    return rows.replace(text=rows.text.at[index].set(new.text))
+def _write(slots, index, carry):
+    return jax.tree.map(lambda leaf, new: leaf.at[index].set(new.astype(leaf.dtype)), slots, carry)

@@ -1,9 +1,10 @@
-"""The thread that owns the device: it shifts all active slots, forever, at the pace of the world.
+"""The thread that owns the device: it steps all active slots at the frame rate of the world.
 
-Nobody else touches the slots. A player's keys are plain attributes of its `Seat`, the newest wins;
-everything else that is wanted of a slot is a function that the thread calls between two shifts. A
-shift starts as late as its frames still come in time, so that it takes the newest keys along. Where
-the slots are a pipeline (`slots.ahead`), that may be before the shift before it has its frames.
+No other thread touches the slots. A player's control is an attribute of its `SlotState`, and the
+newest one counts. Everything else that changes a slot is a command that the thread runs between two
+steps. A step starts as late as its frames can still be on time, so that it uses the newest keys. If
+the stream is a pipeline (`stream.steps_ahead`), a step may start before the previous one has its
+frames.
 """
 
 from __future__ import annotations
@@ -15,111 +16,83 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from matrix_jax.serve.runtime import session_log
-from matrix_jax.serve.runtime.batched_stream import Slots
+from matrix_jax.serve.runtime.slot_state import EncodedFrame, HistoryEntry, SlotState
 
 log = logging.getLogger(__name__)
-PAST_BYTES = 128 * 2**20  # of one player's past
-PAST_SECONDS = 12
-MARGIN = 0.02  # seconds between the end of a shift and its first frame
-POLL = 0.001  # seconds between two looks at a shift that is under way
+HISTORY_BYTES = 128 * 2**20  # per player
+HISTORY_SECONDS = 12
+MARGIN_SECONDS = 0.02  # between the end of a step and its first frame
+POLL_SECONDS = 0.001  # between two checks of a running step
 
 
-class Picture(NamedTuple):
-    """One frame on its way to a player.
+class SteppedSlots(Protocol):
+    """What the engine needs of a `BatchedStream`."""
+
+    world: Any
+    num_slots: int
+    frames_per_step: int
+    lag: int
+    steps_ahead: int
+    idle: np.ndarray
+
+    def encode(self, control: str) -> np.ndarray: ...
+    def step(self, controls: np.ndarray, active: np.ndarray) -> tuple: ...
+    def write(self, index: int, carry) -> None: ...
+    def read(self, index: int): ...
+    def read_async(self, index: int): ...
+    def set_prompt(self, index: int, text) -> None: ...
+
+
+class InFlightStep(NamedTuple):
+    """A submitted step whose frames are not ready yet.
 
     Attributes:
-      due: when to show it, in `time.monotonic`.
-      index: number of the frame in this stay.
-      key: id of the key whose first frame this is, or 0.
-      data: the encoded frame.
-    """
-
-    due: float
-    index: int
-    key: int
-    data: bytes
-
-
-class Flight(NamedTuple):
-    """A shift whose frames are still to come.
-
-    Attributes:
-      began: when it was handed in, in `time.monotonic`.
-      rows: (seat, its log, id of the key that its frames show first, the moment behind it if that
-        is one to keep).
-      frames, finite: what the slots give.
+      began: when it was submitted, in `time.monotonic` seconds.
+      players: (slot, its log, id of the key that its frames show first, history entry or None).
+      frames, finite: the output of `BatchedStream.step`.
     """
 
     began: float
-    rows: list
-    frames: object
-    finite: object
-
-
-class Moment(NamedTuple):
-    """A slot's carry after `shifts` shifts and with these prompts in its log."""
-
-    shifts: int
-    prompts: list
-    carry: object
-
-
-class Seat:
-    """A player at a slot, as the engine sees it.
-
-    Attributes:
-      symbol, key: newest control, None for nothing held, and the id that its sender gave it.
-      paused: whether the slot rests.
-      log: the timeline so far.
-      past: moments to go back to, oldest first.
-      kept: (log, carry) that the player keeps, or None.
-    """
-
-    def __init__(self, index: int, log: session_log.Log, deliver: Callable, broken: Callable):
-        self.index, self.log, self.deliver, self.broken = index, log, deliver, broken
-        self.symbol, self.key, self.paused = None, 0, False
-        self.frames = self.echoed = 0
-        self.echoes: dict[int, int] = {}  # shift -> id of the key that its frames show first
-        self.kept: tuple[session_log.Log, object] | None = None
-
-    def begin(self, log: session_log.Log, carry):
-        """Another timeline; `carry` is where it returns to if it breaks."""
-        self.log, self.echoes = log, {}
-        self.origin = log.copy(), carry
-        self.past = collections.deque([Moment(len(log.symbols), list(log.prompts), carry)])
-
-    def release(self):
-        """Forgets what takes memory."""
-        self.origin, self.kept = None, None
-        self.past.clear()
+    players: list
+    frames: Any
+    finite: Any
 
 
 class Engine:
-    """Runs `slots`; `encode` turns a frame uint8 [H W 3] into bytes.
+    """Steps a stream and sends its frames.
 
     Args:
-      slots: compiled.
-      encode: frame -> bytes.
-      observe: called after each shift with (seconds, active slots); for meters.
+      stream: compiled.
+      encode_frame: frame uint8 [H W 3] -> bytes.
+      on_step: called after each step with (seconds, number of active slots).
+
+    Attributes:
+      slots: the player in each slot, or None.
+      period: seconds that the frames of a step last.
+      seconds: time of a step until its frames are ready, smoothed.
+      steps: steps done.
+      heartbeat: when the thread was last seen alive, in `time.monotonic` seconds.
     """
 
-    def __init__(self, slots: Slots, encode: Callable, observe: Callable = lambda *_: None):
-        self.slots, self.encode, self.observe = slots, encode, observe
-        self.period = slots.frames / slots.world.cfg.fps
-        self.seats: list[Seat | None] = [None] * slots.count
-        self.seconds = 0.0  # of a shift until its frames are there, smoothed
-        self.shifts = 0
-        self._busy = 0.0  # from one shift's frames to the next ones, smoothed
-        self._flying: collections.deque[Flight] = collections.deque()
-        self._landed = 0.0  # when the last frames were there
-        self.beat = time.monotonic()  # when the thread was last seen alive
-        self._wanted: queue.SimpleQueue = queue.SimpleQueue()
+    def __init__(
+        self, stream: SteppedSlots, encode_frame: Callable, on_step: Callable = lambda *_: None
+    ):
+        self.stream, self.encode_frame, self.on_step = stream, encode_frame, on_step
+        self.period = stream.frames_per_step / stream.world.cfg.fps
+        self.slots: list[SlotState | None] = [None] * stream.num_slots
+        self.seconds = 0.0
+        self.steps = 0
+        self.heartbeat = time.monotonic()
+        self._interval = 0.0  # from one step's frames to the next ones, smoothed
+        self._in_flight: collections.deque[InFlightStep] = collections.deque()
+        self._collected_at = 0.0  # when the last frames were ready
+        self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, 'encode')
         self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
         self._encoding: Future | None = None
@@ -128,67 +101,69 @@ class Engine:
     # --- from any thread -----------------------------------------------------------------------
 
     def start(self):
+        """Starts the thread."""
         self._thread.start()
 
     def stop(self):
-        """Ends the thread after the shift that runs."""
+        """Ends the thread after the running step."""
         self._stopping = True
-        self.do(lambda: None)
+        self.call(lambda: None)
         self._thread.join(60)
         self._encoder.shutdown()
 
     @property
     def alive(self) -> bool:
+        """Whether the thread runs."""
         return self._thread.is_alive()
 
     @property
     def spacing(self) -> float:
-        """Seconds from one shift's frames to the next ones, as the world or the device has it."""
-        return max(self.period, self._busy)
+        """Seconds from one step's frames to the next: the world's period, or more if it is slow."""
+        return max(self.period, self._interval)
 
-    def do(self, function: Callable, *given) -> Future:
-        """Calls `function(*given)` between two shifts."""
-        done: Future = Future()
+    def call(self, function: Callable, *args) -> Future:
+        """Calls `function(*args)` between two steps."""
+        future: Future = Future()
         if self._stopping:
-            done.cancel()
-        self._wanted.put((done, function, given))
-        return done
+            future.cancel()
+        self._commands.put((future, function, args))
+        return future
 
-    def seat(self, seat: Seat, carry) -> Future:
-        """Puts a new player at its slot."""
-        return self.do(self._seat, seat, carry)
+    def add(self, slot: SlotState, carry) -> Future:
+        """Puts a new player into its slot."""
+        return self.call(self._add, slot, carry)
 
-    def leave(self, seat: Seat) -> Future:
-        """Frees a slot; its memory stays for the next player."""
-        return self.do(self._leave, seat)
+    def remove(self, slot: SlotState) -> Future:
+        """Frees a slot."""
+        return self.call(self._remove, slot)
 
-    def pause(self, seat: Seat, paused: bool) -> Future:
-        """Lets a slot rest, which costs nothing, or go on."""
-        return self.do(setattr, seat, 'paused', paused)
+    def pause(self, slot: SlotState, paused: bool) -> Future:
+        """Pauses or resumes a slot."""
+        return self.call(setattr, slot, 'paused', paused)
 
-    def restart(self, seat: Seat, log: session_log.Log, carry) -> Future:
-        """Another timeline for a player: a new start, or a loaded world."""
-        return self.do(self._restart, seat, log, carry)
+    def restart(self, slot: SlotState, timeline: session_log.Log, carry) -> Future:
+        """Continues a slot from another log and carry: a new start, or a loaded world."""
+        return self.call(self._restart, slot, timeline, carry)
 
-    def retext(self, seat: Seat, prompt: str, text) -> Future:
-        """Another prompt from the next shift on."""
-        return self.do(self._retext, seat, prompt, text)
+    def set_prompt(self, slot: SlotState, prompt: str, text) -> Future:
+        """Changes the prompt from the next step on."""
+        return self.call(self._set_prompt, slot, prompt, text)
 
-    def moment(self, seat: Seat) -> Future:
-        """(log, carry on the host) of now."""
-        return self.do(self._moment, seat)
+    def snapshot(self, slot: SlotState) -> Future:
+        """(log, carry on the host) between two steps."""
+        return self.call(self._snapshot, slot)
 
-    def rewind(self, seat: Seat, seconds: float) -> Future:
-        """Goes back, at most to the oldest moment that is kept -> seconds gone back."""
-        return self.do(self._rewind, seat, seconds)
+    def rewind(self, slot: SlotState, seconds: float) -> Future:
+        """Goes back, at most to the oldest history entry -> seconds gone back."""
+        return self.call(self._rewind, slot, seconds)
 
-    def keep(self, seat: Seat) -> Future:
-        """Keeps the moment on this machine, for `recall`."""
-        return self.do(self._keep, seat)
+    def save(self, slot: SlotState) -> Future:
+        """Saves the slot on the server, for `load_saved`."""
+        return self.call(self._save, slot)
 
-    def recall(self, seat: Seat) -> Future:
-        """Returns to the moment of `keep` -> whether there is one."""
-        return self.do(self._recall, seat)
+    def load_saved(self, slot: SlotState) -> Future:
+        """Returns to what `save` saved -> whether there was anything."""
+        return self.call(self._load_saved, slot)
 
     # --- in the thread -------------------------------------------------------------------------
 
@@ -196,181 +171,191 @@ class Engine:
         due = time.monotonic()
         try:
             while not self._stopping:
-                self.beat = time.monotonic()
-                active = [seat for seat in self.seats if seat and not seat.paused]
-                lead = min(self.seconds * 1.15 + MARGIN, (1 + self.slots.ahead) * self.spacing)
-                lead -= len(self._flying) * self.spacing
-                wait = due - lead - self.beat if active else 1
-                if wait <= 0 and self._wanted.empty():
-                    self._shift(active)
-                    if len(self._flying) > self.slots.ahead:
-                        due = self._land(due)
-                elif not self._flying:
-                    self._answer(max(wait, 0))
-                elif not self._wanted.empty() or self._flying[0].frames.is_ready():
-                    due = self._land(due)  # nobody changes a slot while a shift is under way
+                self.heartbeat = time.monotonic()
+                active = [slot for slot in self.slots if slot and not slot.paused]
+                lead = min(
+                    self.seconds * 1.15 + MARGIN_SECONDS,
+                    (1 + self.stream.steps_ahead) * self.spacing,
+                )
+                lead -= len(self._in_flight) * self.spacing
+                wait = due - lead - self.heartbeat if active else 1
+                if wait <= 0 and self._commands.empty():
+                    self._submit(active)
+                    if len(self._in_flight) > self.stream.steps_ahead:
+                        due = self._collect(due)
+                elif not self._in_flight:
+                    self._run_command(max(wait, 0))
+                elif not self._commands.empty() or self._in_flight[0].frames.is_ready():
+                    due = self._collect(due)  # commands run only while no step is in flight
                 else:
-                    time.sleep(min(wait, POLL))
+                    time.sleep(min(wait, POLL_SECONDS))
         except Exception:
             log.exception('the engine has stopped')
         self._stopping = True
-        while not self._wanted.empty():
-            self._wanted.get()[0].cancel()
+        while not self._commands.empty():
+            self._commands.get()[0].cancel()
 
-    def _answer(self, wait: float):
-        """Does one wanted thing, if one comes in time."""
+    def _run_command(self, wait: float):
+        """Runs one command, if one arrives within `wait` seconds."""
         try:
-            done, function, given = (
-                self._wanted.get(timeout=wait) if wait else (self._wanted.get_nowait())
+            future, function, args = (
+                self._commands.get(timeout=wait) if wait else self._commands.get_nowait()
             )
         except queue.Empty:
             return
-        if done.set_running_or_notify_cancel():
+        if future.set_running_or_notify_cancel():
             try:
-                done.set_result(function(*given))
-            except Exception as error:  # belongs to who asked; the others play on
-                done.set_exception(error)
+                future.set_result(function(*args))
+            except Exception as error:  # for the caller; the other players go on
+                future.set_exception(error)
 
-    def _shift(self, active: list[Seat]):
-        """Hands in one shift."""
+    def _submit(self, active: list[SlotState]):
+        """Submits one step."""
         began, keys = time.monotonic(), []
-        rest = self.slots.world.vocabulary.rest
-        symbols = np.repeat(self.slots.rest[None], self.slots.count, axis=0)
-        mask = np.zeros(self.slots.count, bool)
-        for seat in active:
-            key, symbol = seat.key, seat.symbol or rest
-            symbols[seat.index] = self.slots.encode(symbol)
-            mask[seat.index] = True
-            shift = len(seat.log.symbols)
-            if key > seat.echoed:
-                seat.echoed = seat.echoes[shift + self.slots.lag] = key
-            seat.log.symbols.append(symbol)
-            keys.append(seat.echoes.pop(shift, 0))
-        made = self.slots.step(symbols, mask)
-        rows = [(seat, seat.log, key, self._mark(seat)) for seat, key in zip(active, keys)]
-        self._flying.append(Flight(began, rows, *made))
+        idle = self.stream.world.vocabulary.idle
+        controls = np.repeat(self.stream.idle[None], self.stream.num_slots, axis=0)
+        mask = np.zeros(self.stream.num_slots, bool)
+        for slot in active:
+            key, control = slot.key, slot.control or idle
+            controls[slot.index] = self.stream.encode(control)
+            mask[slot.index] = True
+            step = len(slot.log.controls)
+            if key > slot.echoed:
+                slot.echoed = slot.echoes[step + self.stream.lag] = key
+            slot.log.controls.append(control)
+            keys.append(slot.echoes.pop(step, 0))
+        frames, finite = self.stream.step(controls, mask)
+        players = [
+            (slot, slot.log, key, self._history_entry(slot)) for slot, key in zip(active, keys)
+        ]
+        self._in_flight.append(InFlightStep(began, players, frames, finite))
 
-    def _land(self, due: float) -> float:
-        """Sends the frames of the oldest shift on their way -> when the next ones are due."""
-        flight = self._flying.popleft()
-        frames, finite = np.asarray(flight.frames), np.asarray(flight.finite)
+    def _collect(self, due: float) -> float:
+        """Waits for the oldest step and sends its frames -> when the next frames are due."""
+        step = self._in_flight.popleft()
+        frames, finite = np.asarray(step.frames), np.asarray(step.finite)
         now = time.monotonic()
-        taken = now - flight.began
-        # Shifts that overlap come faster than each of them is made.
-        busy, self._landed = now - max(flight.began, self._landed), now
-        old = 0.8 if self.shifts else 0.0
-        self.seconds = old * self.seconds + (1 - old) * taken
-        self._busy = old * self._busy + (1 - old) * busy
-        self.shifts += 1
+        seconds = now - step.began
+        # Overlapping steps follow each other faster than one step takes.
+        interval, self._collected_at = now - max(step.began, self._collected_at), now
+        old = 0.8 if self.steps else 0.0
+        self.seconds = old * self.seconds + (1 - old) * seconds
+        self._interval = old * self._interval + (1 - old) * interval
+        self.steps += 1
         due = max(due, now)
-        pace = self.spacing / self.slots.frames
-        rows, moments = [], []
-        for seat, timeline, key, moment in flight.rows:
-            if self.seats[seat.index] is not seat or seat.log is not timeline:
+        frame_seconds = self.spacing / self.stream.frames_per_step
+        outputs, entries = [], []
+        for slot, timeline, key, entry in step.players:
+            if self.slots[slot.index] is not slot or slot.log is not timeline:
                 continue
-            if not finite[seat.index]:
-                self._broken(seat)
+            if not finite[slot.index]:
+                self._restart_broken(slot)
                 continue
-            moments.append((seat, moment))
-            rows.append((seat, seat.frames, key, frames[seat.index]))
-            seat.frames += self.slots.frames
-        # The encoder may be one shift behind, not more.
+            entries.append((slot, entry))
+            outputs.append((slot, slot.frames, key, frames[slot.index]))
+            slot.frames += self.stream.frames_per_step
+        # The encoder may be one step behind, not more.
         if self._encoding:
             self._encoding.result()
-        self._encoding = self._encoder.submit(self._send, rows, due, pace)
-        for seat, moment in moments:
-            self._remember(seat, moment)
-        self.observe(taken, len(flight.rows))
-        return due + pace * self.slots.frames
+        self._encoding = self._encoder.submit(self._send, outputs, due, frame_seconds)
+        for slot, entry in entries:
+            self._store_history(slot, entry)
+        self.on_step(seconds, len(step.players))
+        return due + frame_seconds * self.stream.frames_per_step
 
-    def _send(self, rows, due: float, pace: float):
-        for seat, first, key, frames in rows:
+    def _send(self, outputs, due: float, frame_seconds: float):
+        for slot, first, key, frames in outputs:
             try:
-                seat.deliver(
+                slot.on_frames(
                     [
-                        Picture(due + i * pace, first + i, 0 if i else key, self.encode(frame))
+                        EncodedFrame(
+                            due + i * frame_seconds,
+                            first + i,
+                            0 if i else key,
+                            self.encode_frame(frame),
+                        )
                         for i, frame in enumerate(frames)
                     ]
                 )
-            except Exception:  # one player's trouble; the others play on
-                log.exception('a player could not be served')
+            except Exception:  # concerns one player; the others go on
+                log.exception('frames could not be sent')
 
-    def _strides(self, seat: Seat) -> tuple[int, int]:
-        """(how many moments of a slot are kept, shifts from one to the next)."""
-        count = max(2, round(PAST_SECONDS / self.period))
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(seat.past[0].carry))
-        stride = max(1, -(-count * size // PAST_BYTES))
+    def _history_limits(self, slot: SlotState) -> tuple[int, int]:
+        """(entries that a slot's history holds, steps between two entries)."""
+        count = max(2, round(HISTORY_SECONDS / self.period))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(slot.history[0].carry))
+        stride = max(1, -(-count * size // HISTORY_BYTES))
         return max(2, count // stride), stride
 
-    def _mark(self, seat: Seat) -> Moment | None:
-        """The moment behind the shift just handed in, still to come; not after every shift where
-        moments are large."""
-        shifts = len(seat.log.symbols)
-        if shifts - seat.past[-1].shifts < self._strides(seat)[1]:
+    def _history_entry(self, slot: SlotState) -> HistoryEntry | None:
+        """The entry behind the submitted step; None for most steps if the carry is large."""
+        steps = len(slot.log.controls)
+        if steps - slot.history[-1].steps < self._history_limits(slot)[1]:
             return None
-        return Moment(shifts, list(seat.log.prompts), self.slots.peek(seat.index))
+        return HistoryEntry(steps, list(slot.log.prompts), self.stream.read_async(slot.index))
 
-    def _remember(self, seat: Seat, moment: Moment | None):
-        """Keeps a moment, on the host."""
-        if moment:
-            seat.past.append(moment._replace(carry=jax.tree.map(np.array, moment.carry)))
-            if len(seat.past) > self._strides(seat)[0]:
-                seat.past.popleft()
+    def _store_history(self, slot: SlotState, entry: HistoryEntry | None):
+        """Copies an entry to the host."""
+        if entry:
+            slot.history.append(entry._replace(carry=jax.tree.map(np.array, entry.carry)))
+            if len(slot.history) > self._history_limits(slot)[0]:
+                slot.history.popleft()
 
-    def _broken(self, seat: Seat):
-        """A world that is no longer made of numbers starts again; the others do not notice."""
-        shift, (origin, carry) = len(seat.log.symbols) - 1, seat.origin
-        self._restart(seat, origin.copy(), carry)
-        seat.broken(shift)
+    def _restart_broken(self, slot: SlotState):
+        """Restarts a world that is no longer finite; the other slots are not affected."""
+        step, (origin, carry) = len(slot.log.controls) - 1, slot.origin
+        self._restart(slot, origin.copy(), carry)
+        slot.on_broken(step)
 
-    def _seat(self, seat: Seat, carry):
-        if self.seats[seat.index] is not None:
-            raise RuntimeError(f'slot {seat.index} is taken')
-        self.seats[seat.index] = seat
-        self._restart(seat, seat.log, carry)
+    def _add(self, slot: SlotState, carry):
+        if self.slots[slot.index] is not None:
+            raise RuntimeError(f'slot {slot.index} is taken')
+        self.slots[slot.index] = slot
+        self._restart(slot, slot.log, carry)
 
-    def _leave(self, seat: Seat):
-        if self.seats[seat.index] is seat:
-            self.seats[seat.index] = None
-        seat.release()
+    def _remove(self, slot: SlotState):
+        if self.slots[slot.index] is slot:
+            self.slots[slot.index] = None
+        slot.release()
 
-    def _restart(self, seat: Seat, log: session_log.Log, carry):
-        self._check(seat)
-        self.slots.write(seat.index, carry)
-        seat.begin(log, self.slots.read(seat.index))
+    def _restart(self, slot: SlotState, timeline: session_log.Log, carry):
+        self._check(slot)
+        self.stream.write(slot.index, carry)
+        slot.begin(timeline, self.stream.read(slot.index))
 
-    def _retext(self, seat: Seat, prompt: str, text):
-        self._check(seat)
-        self.slots.retext(seat.index, text)
-        shift = len(seat.log.symbols)
-        seat.log.prompts = [one for one in seat.log.prompts if one[0] != shift] + [[shift, prompt]]
+    def _set_prompt(self, slot: SlotState, prompt: str, text):
+        self._check(slot)
+        self.stream.set_prompt(slot.index, text)
+        step = len(slot.log.controls)
+        earlier = [change for change in slot.log.prompts if change[0] != step]
+        slot.log.prompts = [*earlier, [step, prompt]]
 
-    def _moment(self, seat: Seat):
-        self._check(seat)
-        return seat.log.copy(), self.slots.read(seat.index)
+    def _snapshot(self, slot: SlotState):
+        self._check(slot)
+        return slot.log.copy(), self.stream.read(slot.index)
 
-    def _rewind(self, seat: Seat, seconds: float) -> float:
-        self._check(seat)
-        shifts = len(seat.log.symbols)
-        goal = shifts - round(seconds / self.period)
-        while len(seat.past) > 1 and seat.past[-1].shifts > goal:
-            seat.past.pop()
-        moment = seat.past[-1]
-        self.slots.write(seat.index, moment.carry)
-        del seat.log.symbols[moment.shifts :]
-        seat.log.prompts, seat.echoes = list(moment.prompts), {}
-        return (shifts - moment.shifts) * self.period
+    def _rewind(self, slot: SlotState, seconds: float) -> float:
+        self._check(slot)
+        steps = len(slot.log.controls)
+        goal = steps - round(seconds / self.period)
+        while len(slot.history) > 1 and slot.history[-1].steps > goal:
+            slot.history.pop()
+        entry = slot.history[-1]
+        self.stream.write(slot.index, entry.carry)
+        del slot.log.controls[entry.steps :]
+        slot.log.prompts, slot.echoes = list(entry.prompts), {}
+        return (steps - entry.steps) * self.period
 
-    def _keep(self, seat: Seat):
-        seat.kept = self._moment(seat)
+    def _save(self, slot: SlotState):
+        slot.saved = self._snapshot(slot)
 
-    def _recall(self, seat: Seat) -> bool:
-        self._check(seat)
-        if seat.kept is None:
+    def _load_saved(self, slot: SlotState) -> bool:
+        self._check(slot)
+        if slot.saved is None:
             return False
-        self._restart(seat, seat.kept[0].copy(), seat.kept[1])
+        self._restart(slot, slot.saved[0].copy(), slot.saved[1])
         return True
 
-    def _check(self, seat: Seat):
-        if self.seats[seat.index] is not seat:
+    def _check(self, slot: SlotState):
+        if self.slots[slot.index] is not slot:
             raise RuntimeError('this player has left')

@@ -1,7 +1,7 @@
-"""One player's stay: what is on its way to the socket, and what was counted.
+"""One player's session: the frames and messages on their way to its socket.
 
-Frames wait in a short queue from which the oldest fall out, so that a slow reader sees fewer
-frames, in time, and nobody waits for it.
+Frames wait in a short queue that drops the oldest ones. A slow reader sees fewer frames, but on
+time, and nobody else waits for it.
 """
 
 from __future__ import annotations
@@ -13,189 +13,214 @@ import json
 import secrets
 import struct
 import time
+from typing import Any, Protocol
 
-from matrix_jax.serve.runtime.engine import Picture, Seat
-from matrix_jax.serve.web.protocol import Bucket
+from matrix_jax.serve.runtime.slot_state import EncodedFrame, SlotState
 
-QUEUE_SECONDS = 1.0  # frames that wait for a socket
-WINDOW_SECONDS = 2.0  # frames on their way that the player has not seen yet
-STALL_SECONDS = 30.0  # without a sign that frames arrive
+QUEUE_SECONDS = 1.0  # of frames that wait for the socket
+UNSEEN_SECONDS = 2.0  # of frames sent that the player has not acknowledged
+STALL_SECONDS = 30.0  # without an acknowledgement
 RECORD_SECONDS, RECORD_BYTES = 120, 64 * 2**20  # whichever comes first
-TRANSFERS, TRANSFERS_AT_ONCE = 2, 20  # files a second
-HEADER = struct.Struct('<II')  # number of the frame, id of the key that it shows first
+HEADER = struct.Struct('<II')  # frame number, id of the key that the frame shows first
 
 
 class Stalled(Exception):
-    """The player takes no frames any more."""
+    """The player no longer receives frames."""
+
+
+class Socket(Protocol):
+    """Where messages and frames go; a starlette WebSocket is one."""
+
+    async def send_text(self, data: str) -> None: ...
+    async def send_bytes(self, data: bytes) -> None: ...
+
+
+class SessionMetrics(Protocol):
+    """The Prometheus-style counters that sessions update; `web.metrics.Metrics` has them."""
+
+    frames: Any
+    dropped: Any
+    broken: Any
+    refused: Any
+    latency: Any
+    sessions: Any
+    slots: Any
 
 
 class Session:
-    """All of it belongs to the event loop, but `deliver` and `broken`, which any thread calls.
+    """Belongs to the event loop, except `deliver` and `report_broken`, which any thread may call.
 
     Attributes:
-      token: proves on reconnecting that it is the same player; a name of nothing else.
-      seat: its place in the engine; set when it has one.
-      lost: what to call after a while without a socket.
-      met: whether a player was here before.
-      transfers, transferring: how many files may still come and go, and whether one does now.
-      over, reason: set when it has ended, and why it has.
+      token: secret that a returning player proves itself with.
+      slot: the player's slot in the engine; None until it has one.
+      socket: the player's socket, or None while it is away.
+      expiry: timer that ends the session while it has no socket.
+      was_attached: whether the player had a socket before.
+      last: the newest frame, for a player who returns.
+      recording: frames recorded so far, or None while nothing is recorded.
+      recorded: frames of the last recording.
+      lock: held while the world changes.
+      ended, end_reason: set when the session is over, and why.
     """
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, fps: float, meters, token: str | None = None
+        self,
+        loop: asyncio.AbstractEventLoop,
+        fps: float,
+        metrics: SessionMetrics,
+        token: str | None = None,
     ):
-        self.loop, self.fps, self.meters = loop, fps, meters
+        self.loop, self.fps, self.metrics = loop, fps, metrics
         self.token, self.began = token or secrets.token_urlsafe(16), time.monotonic()
-        self.seat: Seat | None = None
-        self.socket = self.lost = None
-        self.paused, self.greeting, self.met = False, '', False
-        self.over, self.reason = asyncio.Event(), ''
-        self.pictures: collections.deque[Picture] = collections.deque()
-        self.notes: collections.deque[str] = collections.deque(maxlen=64)
-        self.room = max(2, round(QUEUE_SECONDS * fps))
-        self.last: Picture | None = None
+        self.slot: SlotState | None = None
+        self.socket: Socket | None = None
+        self.expiry: asyncio.TimerHandle | None = None
+        self.paused, self.greeting, self.was_attached = False, '', False
+        self.lock = asyncio.Lock()
+        self.ended, self.end_reason = asyncio.Event(), ''
+        self.last: EncodedFrame | None = None
         self.recording: list[bytes] | None = None
         self.recorded: list[bytes] = []
+        self.sent = self.dropped = 0
         self._record_bytes = 0
-        self.transfers, self.transferring = Bucket(TRANSFERS, TRANSFERS_AT_ONCE), False
-        self.sent = self.dropped = self.waiting = 0
-        self.pressed: collections.OrderedDict[int, float] = collections.OrderedDict()
-        self.busy = asyncio.Lock()  # one change of the world at a time
-        self._wake = asyncio.Event()
+        self._frames: collections.deque[EncodedFrame] = collections.deque()
+        self._messages: collections.deque[str] = collections.deque(maxlen=64)
+        self._max_frames = max(2, round(QUEUE_SECONDS * fps))
+        self._pressed: collections.OrderedDict[int, float] = collections.OrderedDict()
         self._unseen: collections.deque[int] = collections.deque()
+        self._wake = asyncio.Event()
 
-    # --- from the engine -------------------------------------------------------------------------
+    # --- from the engine -----------------------------------------------------------------------
 
-    def deliver(self, pictures: list[Picture]):
-        """Frames of a shift, from any thread."""
-        self.loop.call_soon_threadsafe(self._take, pictures)
+    def deliver(self, frames: list[EncodedFrame]):
+        """Takes the frames of a step; any thread may call it."""
+        self.loop.call_soon_threadsafe(self._enqueue, frames)
 
-    def broken(self, shift: int):
-        """The world had to start again, from any thread."""
-        text = f'the world broke at shift {shift} (not a number); it starts again'
-        self.meters.broken.inc()
-        self.loop.call_soon_threadsafe(self.note, 'error', {'message': text})
+    def report_broken(self, step: int):
+        """Tells the player that the world was restarted; any thread may call it."""
+        text = f'the world broke at step {step} (a number is not finite); it starts again'
+        self.metrics.broken.inc()
+        self.loop.call_soon_threadsafe(self.notify, 'error', {'message': text})
 
-    def _take(self, pictures: list[Picture]):
-        self.last = pictures[-1]
+    def _enqueue(self, frames: list[EncodedFrame]):
+        self.last = frames[-1]
         if self.recording is not None:
-            self._keep([picture.data for picture in pictures])
+            self._record_frames([frame.data for frame in frames])
         if self.socket is None:
             return
-        self.pictures.extend(pictures)
-        over = len(self.pictures) - max(self.room, 2 * len(pictures))
-        for _ in range(over):
-            late = self.pictures.popleft()
-            if late.key:  # the answer to a key is not lost with its frame
-                self.pictures[0] = self.pictures[0]._replace(key=late.key)
-        self.dropped += max(over, 0)
-        self.meters.dropped.inc(max(over, 0))
+        self._frames.extend(frames)
+        excess = max(0, len(self._frames) - max(self._max_frames, 2 * len(frames)))
+        for _ in range(excess):
+            late = self._frames.popleft()
+            if late.key:  # a dropped frame must not lose the answer to a key
+                self._frames[0] = self._frames[0]._replace(key=late.key)
+        self.dropped += excess
+        self.metrics.dropped.inc(excess)
         self._wake.set()
 
-    def _keep(self, frames: list[bytes]):
-        """Frames for the recording, as long as it may grow."""
+    def _record_frames(self, frames: list[bytes]):
         self._record_bytes += sum(map(len, frames))
         if self._record_bytes <= RECORD_BYTES:
             self.recording += frames
         if self._record_bytes > RECORD_BYTES or len(self.recording) >= RECORD_SECONDS * self.fps:
             self.record(False)
-            self.note(
-                'note',
-                {
-                    'message': 'The recording is full: at most '
-                    f'{RECORD_SECONDS} s and {RECORD_BYTES // 2**20} MiB.'
-                },
-            )
+            limit = f'{RECORD_SECONDS} s and {RECORD_BYTES // 2**20} MiB'
+            self.notify('note', {'message': f'The recording is full: at most {limit}.'})
 
-    # --- from the player -------------------------------------------------------------------------
+    # --- from the player -----------------------------------------------------------------------
 
-    def keys(self, identity: int, symbol: str):
-        """The keys that are held now; the newest wins."""
-        self.seat.symbol, self.seat.key = symbol, identity
-        self.pressed[identity] = time.monotonic()
-        while len(self.pressed) > 64:
-            self.pressed.popitem(last=False)
+    def press(self, key: int, control: str):
+        """Sets the control that the player holds now; the newest counts."""
+        self.slot.control, self.slot.key = control, key
+        self._pressed[key] = time.monotonic()
+        while len(self._pressed) > 64:
+            self._pressed.popitem(last=False)
 
-    def seen(self, frame: int):
-        """The player shows all frames up to this one."""
+    def acknowledge(self, frame: int):
+        """Notes that the player has shown all frames up to this one."""
         while self._unseen and self._unseen[0] <= frame:
             self._unseen.popleft()
         self._wake.set()
 
-    def note(self, kind: str, fields: dict | None = None):
-        """Something to tell the player, in order, before the next frame."""
-        self.notes.append(json.dumps({'type': kind, **(fields or {})}))
-        self._wake.set()
-
     def record(self, on: bool):
-        """Starts to keep frames, in place of those of before, or ends it."""
+        """Starts a new recording, or ends it."""
         if on:
             self.recording, self.recorded, self._record_bytes = [], [], 0
         elif self.recording is not None:
             self.recorded, self.recording = self.recording, None
-        self.state(recorded=len(self.recorded))
+        self.notify_state(recorded=len(self.recorded))
 
-    def state(self, **more):
-        """Tells the player how things are."""
-        self.note(
+    # --- to the player -------------------------------------------------------------------------
+
+    def notify(self, kind: str, fields: dict | None = None):
+        """Queues a message; messages keep their order and go before the next frame."""
+        self._messages.append(json.dumps({'type': kind, **(fields or {})}))
+        self._wake.set()
+
+    def notify_state(self, **more):
+        """Sends the state of the session, with some more fields."""
+        self.notify(
             'state',
             {
                 'paused': self.paused,
                 'recording': self.recording is not None,
-                'kept': self.seat.kept is not None,
-                'prompt': self.seat.log.last_prompt,
+                'kept': self.slot.saved is not None,
+                'prompt': self.slot.log.last_prompt,
                 **more,
             },
         )
 
-    # --- to the player ---------------------------------------------------------------------------
+    def attach(self, socket: Socket):
+        """Hands the session to a socket and forgets what belonged to an earlier one."""
+        if self.expiry:
+            self.expiry.cancel()
+        self.socket, self.expiry, self.was_attached = socket, None, True
+        self.slot.reset_keys()
+        for queue in (self._frames, self._messages, self._pressed, self._unseen):
+            queue.clear()
+        if self.last:  # a returning player sees at once where it was
+            self._frames.append(self.last._replace(due=0.0, key=0))
 
-    def attach(self, socket):
-        """A socket takes over; key ids and counts of an earlier one are void."""
-        if self.lost:
-            self.lost.cancel()
-        self.socket, self.lost, self.met = socket, None, True
-        self.seat.key, self.seat.echoed, self.seat.echoes = 0, 0, {}
-        self.pictures.clear()
-        self.notes.clear()
-        self.pressed.clear()
-        self._unseen.clear()
-        if self.last:  # a page that comes back shows at once where it was
-            self.pictures.append(self.last._replace(due=0.0, key=0))
+    def end(self, reason: str):
+        """Marks the session as over and frees its frames."""
+        if self.expiry:
+            self.expiry.cancel()
+        self.socket, self.recording, self.recorded = None, None, []
+        self._frames.clear()
+        self.end_reason = reason
+        self.ended.set()
 
-    async def send(self, socket):
-        """Sends until the socket is lost or another one took over.
+    async def send(self, socket: Socket):
+        """Sends messages and frames until the socket is lost or replaced.
 
         Raises:
-          Stalled: nothing arrives at the other end.
+          Stalled: the player acknowledged no frame for `STALL_SECONDS`.
         """
-        window, moved = max(2, round(WINDOW_SECONDS * self.fps)), time.monotonic()
+        max_unseen, moved = max(2, round(UNSEEN_SECONDS * self.fps)), time.monotonic()
         while self.socket is socket:
-            while self.notes:
-                await socket.send_text(self.notes.popleft())
+            while self._messages:
+                await socket.send_text(self._messages.popleft())
             now = time.monotonic()
-            full = len(self._unseen) >= window
+            full = len(self._unseen) >= max_unseen
             if not full:
                 moved = now
             elif now - moved > STALL_SECONDS:
                 raise Stalled
-            wait = 5.0 if full or not self.pictures else self.pictures[0].due - now
+            wait = 5.0 if full or not self._frames else self._frames[0].due - now
             if wait > 0:
                 self._wake.clear()
-                # Not `wait_for`, which before Python 3.12 loses a cancellation that comes with the
-                # event: the task would go on, and who waits for its end with it.
+                # Before Python 3.12 `asyncio.wait_for` can lose a cancellation that arrives
+                # together with the event; the task would then never end.
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(min(wait, 5.0)):
                         await self._wake.wait()
                 continue
-            picture = self.pictures.popleft()
-            self._unseen.append(picture.index)
-            await socket.send_bytes(
-                HEADER.pack(picture.index & 0xFFFFFFFF, picture.key) + picture.data
-            )
+            frame = self._frames.popleft()
+            self._unseen.append(frame.index)
+            await socket.send_bytes(HEADER.pack(frame.index & 0xFFFFFFFF, frame.key) + frame.data)
             self.sent += 1
-            self.meters.frames.inc()
-            if picture.key in self.pressed:
-                self.meters.latency.observe(time.monotonic() - self.pressed[picture.key])
-                while self.pressed and next(iter(self.pressed)) <= picture.key:
-                    self.pressed.popitem(last=False)
+            self.metrics.frames.inc()
+            if frame.key in self._pressed:
+                self.metrics.latency.observe(time.monotonic() - self._pressed[frame.key])
+                while self._pressed and next(iter(self._pressed)) <= frame.key:
+                    self._pressed.popitem(last=False)

@@ -1,4 +1,4 @@
-"""Who plays: admission to a fixed number of slots, and all that a player may change in a world."""
+"""Admits players to the slots of one world, and does what they ask for."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ import secrets
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from matrix_jax.controls.driving import ControlError
-from matrix_jax.data import start_clips
-from matrix_jax.serve.runtime import session_log, snapshot
-from matrix_jax.serve.runtime.engine import Engine, Seat
-from matrix_jax.serve.runtime.session import Session
-from matrix_jax.serve.web.protocol import MessageError
+from matrix_jax.serve.runtime import replay, session_log, snapshot, start_frames
+from matrix_jax.serve.runtime.engine import Engine
+from matrix_jax.serve.runtime.session import Session, SessionMetrics, Socket
+from matrix_jax.serve.runtime.slot_state import SlotState
 
 log = logging.getLogger(__name__)
-GRACE_SECONDS = 30.0  # a lost player may come back
+GRACE_SECONDS = 30.0  # how long a session waits for its player to return
+MAX_CONDITIONS = 16  # encoded starts kept for the next players
 
 
 class Refused(Exception):
-    """What a player asked for cannot be had; the message may be shown."""
+    """The request cannot be granted; the message may be shown to the player."""
 
 
-class House:
-    """Sessions by token; lives in the event loop of the server.
+class SessionManager:
+    """The sessions of one world by token; must be created in the server's event loop.
 
     Args:
-      engine: started.
-      folder: weights folder, which may bring start clips.
-      recipe: name of what is played.
-      meters: counters.
-      door: whether a player may come in by itself; else only those that `admit` has seated.
+      engine: of the world.
+      folder: weights folder, which may contain start clips.
+      recipe: name of the recipe that is played.
+      metrics: counters to update.
+      grace: seconds that a session without a socket is kept.
+      open_admission: whether players may join by themselves; otherwise only sessions that `admit`
+        created can be joined.
     """
 
     def __init__(
@@ -40,120 +41,107 @@ class House:
         engine: Engine,
         folder,
         recipe: str,
-        meters,
+        metrics: SessionMetrics,
         grace: float = GRACE_SECONDS,
-        door: bool = True,
+        open_admission: bool = True,
     ):
-        self.loop, self.door = asyncio.get_running_loop(), door
-        self.engine, self.folder, self.recipe, self.meters = engine, folder, recipe, meters
-        self.grace, self.slots = grace, engine.slots
-        self.cfg = self.slots.world.cfg
-        self.captions = {
-            theme: start['caption']
-            for theme, start in start_clips.listing(
-                session_log.starts_folder(self.slots.world, folder)
-            ).items()
-        }
-        self.fingerprint = self.slots.fingerprint()
+        self.loop, self.open_admission = asyncio.get_running_loop(), open_admission
+        self.engine, self.folder, self.recipe, self.metrics = engine, folder, recipe, metrics
+        self.grace, self.stream = grace, engine.stream
+        self.world = self.stream.world
+        self.captions = start_frames.captions(self.world, folder)
+        self.fingerprint = self.stream.fingerprint()
         self.sessions: dict[str, Session] = {}
-        self._free = list(range(self.slots.count))
+        self._free = list(range(self.stream.num_slots))
         self._conditions: collections.OrderedDict = collections.OrderedDict()
-        # Start clips and prompts are encoded beside the engine, one at a time; moments are saved
-        # beside that, since a player may be back at its last one by the time that a clip is done.
-        self._worker = ThreadPoolExecutor(1, 'prepare')
+        # One thread encodes starts and prompts. Another one saves, because a save must not wait for
+        # a long start clip.
+        self._encoder = ThreadPoolExecutor(1, 'prepare')
         self._saver = ThreadPoolExecutor(1, 'save')
-        meters.slots.set(self.slots.count)
+        metrics.slots.set(self.stream.num_slots)
 
-    # --- coming and going ------------------------------------------------------------------------
+    # --- joining and leaving -------------------------------------------------------------------
 
-    async def join(self, wanted: dict) -> tuple[Session, bool]:
-        """The session of a 'join' message, and whether it goes on.
+    async def join(self, request: dict) -> tuple[Session, bool]:
+        """Handles a 'join' message -> (session, whether it continues an earlier one).
 
         Raises:
-          Refused: no slot is free, or the start is unknown.
+          Refused: no slot is free.
+          UsageError: the start clip is unknown.
         """
-        session = self.sessions.get(wanted['session'] or '')
+        session = self.sessions.get(request['session'] or '')
         if session:
-            return session, session.met
-        if not self.door:
+            return session, session.was_attached
+        if not self.open_admission:
             raise Refused('this session is over')
-        return await self._seat(self._anew, wanted), False
+        return await self._create(self._start_new, request), False
 
-    async def admit(self, token: str, wanted: dict, data: bytes | None, paused: bool) -> Session:
-        """A session that waits for its player.
+    async def admit(self, token: str, request: dict, data: bytes | None, paused: bool) -> Session:
+        """Creates a session that waits for its player.
 
         Args:
-          token: of the session.
-          wanted: a 'join' message.
-          data: bytes of a `.world` file to go on from, or None for a new drive.
-          paused: whether it rests.
+          token: token of the session.
+          request: a 'join' message.
+          data: bytes of a `.world` file to continue, or None for a new start.
+          paused: whether the player had paused it.
 
         Raises:
-          Refused, UsageError: as of `join`, or the data do not fit.
+          Refused, UsageError: as of `join`, or the bytes do not fit.
         """
         if token in self.sessions:
             return self.sessions[token]
-        prepare, given = (self._parse, data) if data else (self._anew, wanted)
-        session = await self._seat(prepare, given, token, rests=True)
-        session.met, session.paused = data is not None, paused
-        self._leave_for_now(session)
+        prepare, source = (self._parse, data) if data else (self._start_new, request)
+        session = await self._create(prepare, source, token, paused=True)
+        session.was_attached, session.paused = data is not None, paused
+        self._wait_for_player(session)
         return session
 
-    async def _seat(self, prepare, given, token: str | None = None, rests: bool = False):
-        """A session at a free slot; `prepare(given)` -> (log, carry, note)."""
+    async def _create(self, prepare, source, token: str | None = None, paused: bool = False):
+        """A session in a free slot; `prepare(source)` -> (log, carry, note)."""
         if not self._free:
-            self.meters.refused.inc()
-            raise Refused(
-                f'the house is full: all {self.slots.count} places are taken; try again in a minute'
-            )
+            self.metrics.refused.inc()
+            raise Refused(f'all {self.stream.num_slots} places are taken; try again in a minute')
         index = self._free.pop(0)
-        session = Session(self.loop, self.cfg.fps, self.meters, token)
+        session = Session(self.loop, self.world.cfg.fps, self.metrics, token)
         try:
-            timeline, carry, session.greeting = await prepare(given)
-            session.seat = Seat(index, timeline, session.deliver, session.broken)
-            session.seat.paused = rests
-            await ask(self.engine.seat(session.seat, carry))
-        except BaseException:  # a player who left meanwhile as well
-            if session.seat:
-                self.engine.leave(session.seat)
+            timeline, carry, session.greeting = await prepare(source)
+            session.slot = SlotState(index, timeline, session.deliver, session.report_broken)
+            session.slot.paused = paused
+            await wait_for(self.engine.add(session.slot, carry))
+        except BaseException:  # includes the cancellation when the player leaves meanwhile
+            if session.slot:
+                self.engine.remove(session.slot)
             self._free.append(index)
             raise
         self.sessions[session.token] = session
-        self.meters.sessions.set(len(self.sessions))
+        self.metrics.sessions.set(len(self.sessions))
         return session
 
-    def detach(self, session: Session, socket):
-        """The socket of a session is gone; its slot rests and waits a while for it."""
-        if session.socket is not socket:
-            return
-        session.socket = None
-        self._leave_for_now(session)
+    def detach(self, session: Session, socket: Socket):
+        """Pauses a session whose socket is gone, and keeps it for `grace` seconds."""
+        if session.socket is socket:
+            session.socket = None
+            self._wait_for_player(session)
 
-    def _leave_for_now(self, session: Session):
-        """Nobody sees this session; it rests, and ends after a while."""
-        self.engine.pause(session.seat, True)
-        session.lost = self.loop.call_later(self.grace, self.end, session, 'lost')
+    def _wait_for_player(self, session: Session):
+        self.engine.pause(session.slot, True)
+        session.expiry = self.loop.call_later(self.grace, self.end, session, 'lost')
 
-    async def attach(self, session: Session, socket):
-        """A socket plays this session from now on -> the one that did so far, or None."""
+    async def attach(self, session: Session, socket: Socket) -> Socket | None:
+        """Hands a session to a socket -> the socket that had it before, or None."""
         before, _ = session.socket, session.attach(socket)
-        await ask(self.engine.pause(session.seat, session.paused))
+        await wait_for(self.engine.pause(session.slot, session.paused))
         return before
 
     def end(self, session: Session, reason: str):
-        """Ends a session for good."""
+        """Ends a session and frees its slot."""
         if self.sessions.pop(session.token, None) is None:
             return
-        if session.lost:
-            session.lost.cancel()
-        shifts = len(session.seat.log.symbols)
-        self.engine.leave(session.seat)
-        self._free.append(session.seat.index)
-        session.socket, session.recording, session.recorded = None, None, []
-        session.pictures.clear()
-        session.reason = reason
-        session.over.set()
-        self.meters.sessions.set(len(self.sessions))
+        steps = len(session.slot.log.controls)
+        self.engine.remove(session.slot)
+        self._free.append(session.slot.index)
+        session.end(reason)
+        self.metrics.sessions.set(len(self.sessions))
         log.info(
             'session_end',
             extra={
@@ -161,7 +149,7 @@ class House:
                     'session': session.token[:6],
                     'reason': reason,
                     'seconds': round(time.monotonic() - session.began, 1),
-                    'shifts': shifts,
+                    'steps': steps,
                     'frames': session.sent,
                     'dropped': session.dropped,
                 }
@@ -169,15 +157,15 @@ class House:
         )
 
     def close(self):
-        """Ends all sessions and the helpers."""
+        """Ends all sessions and stops the threads."""
         for session in list(self.sessions.values()):
             self.end(session, 'stopped')
-        for helper in (self._worker, self._saver):
-            helper.shutdown(cancel_futures=True)
+        for executor in (self._encoder, self._saver):
+            executor.shutdown(cancel_futures=True)
 
     def describe(self, session: Session, resumed: bool) -> dict:
-        """The welcome of a player."""
-        seat, cfg = session.seat, self.cfg
+        """The fields of a 'welcome' message."""
+        slot, cfg = session.slot, self.world.cfg
         return {
             'session': session.token,
             'resumed': resumed,
@@ -186,154 +174,152 @@ class House:
             'height': cfg.height,
             'fps': cfg.fps,
             'starts': list(self.captions.items()),
-            'start': seat.log.start,
-            'seed': seat.log.seed,
-            'prompt': seat.log.last_prompt,
+            'start': slot.log.start,
+            'seed': slot.log.seed,
+            'prompt': slot.log.last_prompt,
             'paused': session.paused,
-            'kept': seat.kept is not None,
-            'players': self.slots.count,
+            'kept': slot.saved is not None,
+            'players': self.stream.num_slots,
             'grace': self.grace,
             'message': session.greeting,
-            'shift_frames': self.slots.frames,
-            'reads_text': self.slots.world.reads_text,
-            'controls': self.slots.world.vocabulary.page(),
+            'shift_frames': self.stream.frames_per_step,
+            'reads_text': self.world.reads_text,
+            'controls': self.world.vocabulary.key_layout(),
         }
 
-    def canonical(self, symbol: str) -> str:
-        """The one spelling of a control.
-
-        Raises:
-          MessageError: this world has none of that name.
-        """
-        try:
-            return self.slots.world.vocabulary.canonical(symbol)
-        except ControlError as error:
-            raise MessageError(f'keys.symbol: {error}') from error
-
-    # --- what a player changes -------------------------------------------------------------------
+    # --- what a player changes -----------------------------------------------------------------
 
     async def handle(self, session: Session, message: dict):
-        """Does what a message asks for, except 'join', 'keys', 'seen' and 'leave'.
+        """Does what a message asks for; 'join', 'keys', 'seen' and 'leave' are handled elsewhere.
 
         Raises:
           Refused: it cannot be done.
+          UsageError: the start clip is unknown.
         """
-        kind, seat, engine = message['type'], session.seat, self.engine
-        async with session.busy:
-            if kind == 'prompt':
-                if not self.slots.world.reads_text:
-                    raise Refused('prompt: this world reads no text')
-                if len(seat.log.prompts) >= session_log.MAX_PROMPTS:
-                    raise Refused(
-                        f'prompt: changed {session_log.MAX_PROMPTS} times, which is all that '
-                        'a drive holds; start a new one'
-                    )
-                text, cut = await self._work(self.slots.embed, message['text'])
-                await ask(engine.retext(seat, message['text'], text))
-                session.state(**({'cut': cut} if cut else {}))
-            elif kind == 'pause':
-                session.paused = message['on']
-                await ask(engine.pause(seat, message['on']))
-                session.state()
-            elif kind == 'rewind':
-                seconds = await ask(engine.rewind(seat, message['seconds']))
-                session.state(rewound=round(seconds, 2))
-            elif kind == 'keep':
-                await ask(engine.keep(seat))
-                session.state()
-            elif kind == 'recall':
-                if not await ask(engine.recall(seat)):
-                    raise Refused('nothing was saved yet')
-                session.state(recalled=True)
-            elif kind == 'record':
-                session.record(message['on'])
-            elif kind == 'restart':
-                await self._restart(session, self._log(message))
+        slot = session.slot
+        async with session.lock:
+            match message['type']:
+                case 'prompt':
+                    await self._change_prompt(session, message['text'])
+                case 'pause':
+                    session.paused = message['on']
+                    await wait_for(self.engine.pause(slot, message['on']))
+                    session.notify_state()
+                case 'rewind':
+                    seconds = await wait_for(self.engine.rewind(slot, message['seconds']))
+                    session.notify_state(rewound=round(seconds, 2))
+                case 'keep':
+                    await wait_for(self.engine.save(slot))
+                    session.notify_state()
+                case 'recall':
+                    if not await wait_for(self.engine.load_saved(slot)):
+                        raise Refused('nothing was saved yet')
+                    session.notify_state(recalled=True)
+                case 'record':
+                    session.record(message['on'])
+                case 'restart':
+                    await self._restart(session, self._new_log(message))
 
-    async def picture(self, session: Session, data: bytes):
-        """Starts a session again from a picture that the player sent."""
-        pixels = await self._work(session_log.decode_picture, data, self.slots.world)
-        wanted = {'start': None, 'prompt': session.seat.log.last_prompt, 'seed': None}
-        timeline = self._log(wanted, session_log.encode_picture(pixels))
-        async with session.busy:
+    async def start_from_picture(self, session: Session, data: bytes):
+        """Restarts a session from a picture that the player sent."""
+        pixels = await self._encode(start_frames.decode_picture, data, self.world)
+        request = {'start': None, 'prompt': session.slot.log.last_prompt, 'seed': None}
+        timeline = self._new_log(request, start_frames.encode_picture(pixels))
+        async with session.lock:
             await self._restart(session, timeline)
 
     async def save(self, session: Session) -> bytes:
-        """The session's moment as the bytes of a `.world` file; waits for no other wish."""
-        timeline, carry = await ask(self.engine.moment(session.seat))
+        """The session as the bytes of a `.world` file; does not wait for `session.lock`."""
+        timeline, carry = await wait_for(self.engine.snapshot(session.slot))
         return await self.loop.run_in_executor(self._saver, snapshot.dump, carry, timeline)
 
     async def load(self, session: Session, data: bytes):
-        """Goes on from the bytes of a `.world` file."""
+        """Continues a session from the bytes of a `.world` file."""
         timeline, carry, note = await self._parse(data)
-        async with session.busy:
-            await ask(self.engine.restart(session.seat, timeline, carry))
-        session.state(loaded=True)
+        async with session.lock:
+            await wait_for(self.engine.restart(session.slot, timeline, carry))
+        session.notify_state(loaded=True)
         if note:
-            session.note('note', {'message': note})
+            session.notify('note', {'message': note})
+
+    async def copy_log(self, session: Session) -> session_log.Log:
+        """A copy of the session's log, made by the engine's thread, which alone changes it."""
+        return await wait_for(self.engine.call(lambda: session.slot.log.copy()))
+
+    async def _change_prompt(self, session: Session, prompt: str):
+        if not self.world.reads_text:
+            raise Refused('prompt: this world reads no text')
+        if len(session.slot.log.prompts) >= session_log.MAX_PROMPTS:
+            raise Refused(
+                f'prompt: changed {session_log.MAX_PROMPTS} times, which is the limit of a '
+                'session; start a new one'
+            )
+        text, cut = await self._encode(self.stream.embed_prompt, prompt)
+        await wait_for(self.engine.set_prompt(session.slot, prompt, text))
+        session.notify_state(**({'cut': cut} if cut else {}))
 
     async def _restart(self, session: Session, timeline: session_log.Log):
         timeline, carry, note = await self._prepare(timeline)
-        await ask(self.engine.restart(session.seat, timeline, carry))
-        session.state(restarted=True, **({'message': note} if note else {}))
+        await wait_for(self.engine.restart(session.slot, timeline, carry))
+        session.notify_state(restarted=True, **({'message': note} if note else {}))
 
-    def _log(self, wanted: dict, picture: str | None = None) -> session_log.Log:
-        prompt, start = session_log.choose(
-            self.slots.world, self.folder, wanted['prompt'], wanted['start']
+    def _new_log(self, request: dict, picture: str | None = None) -> session_log.Log:
+        prompt, start = start_frames.choose(
+            self.world, self.folder, request['prompt'], request['start']
         )
-        seed = wanted['seed']
+        seed = request['seed']
         return session_log.Log(
             recipe=self.recipe,
             fingerprint=self.fingerprint,
-            slots=self.slots.count,
-            together=self.slots.together,
-            entry=self.slots.entry,
-            mesh=self.slots.mesh,
+            num_slots=self.stream.num_slots,
+            together=self.stream.together,
+            control_binding=self.stream.control_binding,
+            mesh=self.stream.mesh,
             prompt=prompt,
             picture=picture,
             seed=secrets.randbelow(session_log.MAX_SEED) if seed is None else seed,
             start=start if picture is None else None,
         )
 
-    async def _anew(self, wanted: dict):
-        return await self._prepare(self._log(wanted))
+    async def _start_new(self, request: dict):
+        return await self._prepare(self._new_log(request))
 
     async def _parse(self, data: bytes):
         """As `_prepare`, from the bytes of a `.world` file."""
-        carry, timeline = await self._work(snapshot.parse, data, self.slots.like, self.fingerprint)
-        await self._work(timeline.check, self.slots.world.vocabulary)
-        return timeline, carry, session_log.difference(self.slots, timeline)
+        carry, timeline = await self._encode(
+            snapshot.parse, data, self.stream.carry_shapes, self.fingerprint
+        )
+        await self._encode(timeline.check, self.world.vocabulary)
+        return timeline, carry, replay.difference(self.stream, timeline)
 
     async def _prepare(self, timeline: session_log.Log):
-        """(log, carry, what the player should know) of a new timeline."""
-        carry, cut = await self._work(self._begin, timeline)
+        """The start of a log -> (log, carry, note for the player)."""
+        carry, cut = await self._encode(self._init_carry, timeline)
         note = f'the model does not read the end of the prompt: {cut!r}' if cut else ''
         return timeline, carry, note
 
-    def _begin(self, timeline: session_log.Log):
-        """In the worker; what a start clip and a prompt give is kept for the next player."""
+    def _init_carry(self, timeline: session_log.Log):
+        """In the encoder thread; keeps the encoded start for the next player."""
         name = timeline.start, timeline.prompt
         found = None if timeline.picture else self._conditions.get(name)
         if found is None:
-            found = self.slots.condition(
-                timeline.prompt,
-                session_log.start_frames(self.slots, self.folder, timeline.start, timeline.picture),
-            )
+            frames = start_frames.load(self.stream, self.folder, timeline.start, timeline.picture)
+            found = self.stream.condition(timeline.prompt, frames)
             if timeline.picture is None:
                 self._conditions[name] = found
-                if len(self._conditions) > 16:
+                if len(self._conditions) > MAX_CONDITIONS:
                     self._conditions.popitem(last=False)
-        return self.slots.begin(found[0], timeline.seed), found[1]
+        return self.stream.init(found[0], timeline.seed), found[1]
 
-    async def _work(self, function, *given):
-        return await self.loop.run_in_executor(self._worker, function, *given)
+    async def _encode(self, function, *args):
+        return await self.loop.run_in_executor(self._encoder, function, *args)
 
 
-async def ask(future: Future):
-    """The result of an engine's future.
+async def wait_for(future: Future):
+    """The result of an engine's command.
 
     Raises:
-      Refused: the engine stopped before it was done, or the player has left.
+      Refused: the engine stopped before it ran the command, or the player has left.
     """
     try:
         return await asyncio.wrap_future(future)

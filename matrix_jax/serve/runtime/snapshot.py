@@ -1,6 +1,6 @@
-"""A moment of a world as bytes: `.world` = safetensors of the carry, and JSON of how it came about.
+"""A saved session as the bytes of a `.world` file: safetensors of the carry, and the log as JSON.
 
-Anyone who loads the bytes goes on from that moment: a save-game, or a fork of someone's world.
+Loading the bytes continues the session: a save-game, or a fork of another player's world.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from matrix_jax.config import UsageError
 from matrix_jax.serve.runtime import session_log
 
 FORMAT = 'matrix_jax.world.1'
-HEADER_BYTES = session_log.LOG_BYTES + 2 * 2**20  # its log is JSON in JSON
+HEADER_BYTES = session_log.LOG_BYTES + 2 * 2**20  # the log is JSON inside JSON
 
 
 class WorldFileError(UsageError):
-    """Bytes that are no saved world, or one that does not fit this world."""
+    """The bytes are not a saved world, or do not fit this world."""
 
 
 def names(tree) -> list[str]:
-    """One name per leaf."""
+    """The tensor name of every leaf."""
     return [
         jax.tree_util.keystr(path, simple=True, separator='.')
         for path, _ in jax.tree_util.tree_leaves_with_path(tree)
@@ -31,11 +31,15 @@ def names(tree) -> list[str]:
 
 
 def dump(carry, log: session_log.Log) -> bytes:
-    """Bytes of a carry on the host and its log."""
+    """The bytes of a carry on the host and its log.
+
+    Raises:
+      ReplayError: the log is longer than a file may be.
+    """
     from safetensors.numpy import save
 
     leaves = (np.asarray(leaf, order='C') for leaf in jax.tree.leaves(carry))
-    # The format's reader for numpy does not know bfloat16.
+    # safetensors' numpy reader does not know bfloat16.
     tensors = {
         name: leaf.view(np.uint16) if leaf.dtype == jnp.bfloat16 else leaf
         for name, leaf in zip(names(carry), leaves)
@@ -43,16 +47,16 @@ def dump(carry, log: session_log.Log) -> bytes:
     return save(tensors, {'format': FORMAT, 'log': log.dumps()})
 
 
-def parse(data: bytes, like, fingerprint: str):
-    """(carry, log) of bytes from anyone.
+def parse(data: bytes, carry_shapes, fingerprint: str):
+    """Reads bytes from an untrusted source -> (carry, log).
 
     Args:
       data: the bytes.
-      like: tree of ShapeDtypeStructs that the carry must have.
-      fingerprint: of this world.
+      carry_shapes: tree of `jax.ShapeDtypeStruct` that the carry must have.
+      fingerprint: fingerprint of this world.
 
     Raises:
-      WorldFileError: what does not fit.
+      WorldFileError: the bytes are damaged, or do not fit this world.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import load
@@ -63,7 +67,7 @@ def parse(data: bytes, like, fingerprint: str):
             f'world file: got a log and names of {size} bytes, expected at most {HEADER_BYTES}'
         )
     try:
-        tensors = load(data)  # strict about the header: all that follows is small
+        tensors = load(data)  # checks the header strictly, so that what follows is small
         meta = json.loads(data[8 : 8 + size])['__metadata__']
         log = session_log.loads(meta['log'])
     except session_log.ReplayError as error:
@@ -79,21 +83,21 @@ def parse(data: bytes, like, fingerprint: str):
             f'world file: saved from another world ({log.recipe[:40]}) or other '
             'weights; it does not fit this one'
         )
-    leaves, tree = jax.tree.flatten(like)
-    wanted = dict(zip(names(like), leaves))
+    leaves, tree = jax.tree.flatten(carry_shapes)
+    expected = dict(zip(names(carry_shapes), leaves))
     tensors = {
         name: tensor.view(jnp.bfloat16)
-        if name in wanted and tensor.dtype == np.uint16 and wanted[name].dtype == jnp.bfloat16
+        if name in expected and tensor.dtype == np.uint16 and expected[name].dtype == jnp.bfloat16
         else tensor
         for name, tensor in tensors.items()
     }
-    wrong = sorted(set(wanted) ^ set(tensors)) or [
+    wrong = sorted(set(expected) ^ set(tensors)) or [
         name
-        for name, leaf in wanted.items()
+        for name, leaf in expected.items()
         if tensors[name].shape != leaf.shape or tensors[name].dtype != leaf.dtype
     ]
     if wrong:
         raise WorldFileError(f'world file: does not fit this world in {", ".join(wrong[:4])}')
-    if not all(np.isfinite(tensors[name].astype(np.float32)).all() for name in wanted):
-        raise WorldFileError('world file: holds numbers that are not finite')
-    return jax.tree.unflatten(tree, [tensors[name] for name in wanted]), log
+    if not all(np.isfinite(tensors[name].astype(np.float32)).all() for name in expected):
+        raise WorldFileError('world file: contains numbers that are not finite')
+    return jax.tree.unflatten(tree, [tensors[name] for name in expected]), log

@@ -1,4 +1,4 @@
-"""What a player may say: a closed list of JSON messages, every field checked."""
+"""The JSON messages that a player may send, and the checks of every field."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import time
 
 from matrix_jax.serve.runtime import session_log
 
-MAX_BYTES = 4096
-NAME = 64  # characters of a token or of a start clip's name
+MAX_CHARACTERS = 4096  # of a message
+MAX_NAME = 64  # characters of a token, a control or the name of a start clip
 
 
 class MessageError(ValueError):
-    """A message that is none of ours."""
+    """A message that is not part of the protocol."""
 
 
-def _whole(low, high):
+def _integer(low, high):
     return lambda value: type(value) is int and low <= value <= high, f'{low} to {high}'
 
 
 def _text(longest):
-    # Half a surrogate pair is valid JSON, but no text that a tokenizer takes.
+    # Half a surrogate pair is valid JSON, but a tokenizer does not accept it.
     return (
         lambda value: (
             isinstance(value, str)
@@ -37,23 +37,20 @@ def _or_null(check):
 
 
 FLAG = (lambda value: type(value) is bool, 'true or false')
-KINDS = {
-    'join': {
-        'session': _or_null(_text(NAME)),
-        'start': _or_null(_text(NAME)),
-        'prompt': _or_null(_text(session_log.MAX_PROMPT)),
-        'seed': _or_null(_whole(0, session_log.MAX_SEED)),
-    },
-    'keys': {'id': _whole(1, 2**31 - 1), 'symbol': _text(NAME)},  # which there are, the world says
-    'seen': {'frame': _whole(0, 2**53)},
+START = {
+    'start': _or_null(_text(MAX_NAME)),
+    'prompt': _or_null(_text(session_log.MAX_PROMPT)),
+    'seed': _or_null(_integer(0, session_log.MAX_SEED)),
+}
+# Message type -> field -> (check, what the field must be).
+FIELDS = {
+    'join': {'session': _or_null(_text(MAX_NAME)), **START},
+    'keys': {'id': _integer(1, 2**31 - 1), 'symbol': _text(MAX_NAME)},  # the world checks `symbol`
+    'seen': {'frame': _integer(0, 2**53)},
     'prompt': {'text': _text(session_log.MAX_PROMPT)},
-    'restart': {
-        'start': _or_null(_text(NAME)),
-        'prompt': _or_null(_text(session_log.MAX_PROMPT)),
-        'seed': _or_null(_whole(0, session_log.MAX_SEED)),
-    },
+    'restart': START,
     'pause': {'on': FLAG},
-    'rewind': {'seconds': _whole(1, 60)},
+    'rewind': {'seconds': _integer(1, 60)},
     'keep': {},
     'recall': {},
     'leave': {},
@@ -62,54 +59,66 @@ KINDS = {
 
 
 def parse(text: str) -> dict:
-    """The message that `text` spells.
+    """Parses a message.
 
     Raises:
       MessageError: what is wrong with it, in one line that may be shown.
     """
-    if not isinstance(text, str) or len(text) > MAX_BYTES:
-        raise MessageError(f'expected text of at most {MAX_BYTES} characters')
+    if not isinstance(text, str) or len(text) > MAX_CHARACTERS:
+        raise MessageError(f'expected text of at most {MAX_CHARACTERS} characters')
     try:
-        found = json.loads(text)
+        message = json.loads(text)
     except (ValueError, RecursionError):
         raise MessageError('not JSON') from None
-    kind = found.get('type') if isinstance(found, dict) else None
-    if not isinstance(kind, str) or kind not in KINDS:
-        raise MessageError(f'expected an object with a type of {", ".join(KINDS)}')
-    fields = KINDS[kind]
-    if set(found) - {'type'} != set(fields):
+    kind = message.get('type') if isinstance(message, dict) else None
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise MessageError(f'expected an object with a type of {", ".join(FIELDS)}')
+    fields = FIELDS[kind]
+    if set(message) - {'type'} != set(fields):
         raise MessageError(f'{kind}: expected the fields {", ".join(fields) or "(none)"}')
-    for name, (check, wanted) in fields.items():
-        if not check(found[name]):
-            raise MessageError(f'{kind}.{name}: expected {wanted}')
-    return found
+    for name, (check, expected) in fields.items():
+        if not check(message[name]):
+            raise MessageError(f'{kind}.{name}: expected {expected}')
+    return message
+
+
+def parse_join(text: str) -> dict:
+    """Parses the first message of a player.
+
+    Raises:
+      MessageError: it is not a 'join'.
+    """
+    message = parse(text)
+    if message['type'] != 'join':
+        raise MessageError('expected join first')
+    return message
 
 
 @dataclasses.dataclass
-class Bucket:
-    """Lets `rate` messages a second pass, and `burst` at once."""
+class TokenBucket:
+    """A rate limit: lets `rate` requests a second pass, and `burst` at once."""
 
     rate: float
     burst: float
 
     def __post_init__(self):
-        self.level, self.at = self.burst, time.monotonic()
+        self.level, self.updated = self.burst, time.monotonic()
 
     def take(self) -> bool:
-        """Whether one more may pass now."""
+        """Whether one more request may pass now."""
         now = time.monotonic()
-        self.level = min(self.burst, self.level + (now - self.at) * self.rate)
-        self.at = now
+        self.level = min(self.burst, self.level + (now - self.updated) * self.rate)
+        self.updated = now
         if self.level < 1:
             return False
         self.level -= 1
         return True
 
-    def pay(self, cost: float):
-        """Takes more, afterwards; the next ones wait until that is filled up."""
+    def charge(self, cost: float):
+        """Charges `cost` more requests afterwards; later requests wait until they are paid."""
         self.level -= cost
 
     @property
     def wait(self) -> float:
-        """Seconds until one may pass, as of the last `take`."""
+        """Seconds until one request may pass, as of the last `take`."""
         return max(0.0, (1 - self.level) / self.rate)

@@ -1,4 +1,4 @@
-"""From recipes to a server that listens: what `tools/play.py` does."""
+"""Starts the live player: from recipes to a listening server."""
 
 from __future__ import annotations
 
@@ -13,27 +13,29 @@ import sys
 import time
 
 from matrix_jax.config import UsageError, at_least
-
-MESSAGE_BYTES = 64 * 2**10
+from matrix_jax.serve.web.base_app import MESSAGE_BYTES
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Where to listen, and for how many.
+    """Address and size of a server.
 
     Attributes:
-      players: slots.
+      players: slots of each world.
       together: slots that are computed side by side; 1 suits a CPU, where an idle slot then costs
         nothing.
-      entry: 'head', where keys are soon seen, or 'tail', as published.
+      control_binding: 'early', which shows keys sooner, or 'late', as published.
       host, port: address; port 0 takes a free one.
-      token: that a browser must bring; needed for any address but loopback.
-      grace: seconds that the place of a lost player is kept.
+      token: that a browser must send; required for any address but loopback.
+      grace: seconds that the slot of a lost player is kept.
+
+    Raises:
+      UsageError: a field is out of range, or the address needs a token.
     """
 
     players: int = 4
     together: int = 1
-    entry: str = 'head'
+    control_binding: str = 'early'
     host: str = '127.0.0.1'
     port: int = 8000
     token: str | None = None
@@ -47,19 +49,19 @@ class Config:
             8 <= len(self.token) <= 128 and self.token.isascii() and self.token.isalnum()
         ):
             raise UsageError('--token: expected 8 to 128 letters and digits')
-        if self.token is None and not loopback(self.host):
+        if self.token is None and not is_loopback(self.host):
             raise UsageError(
-                f'--host {self.host}: others can reach this address; '
-                'give a --token that they must know'
+                f'--host {self.host}: other machines can reach this address; '
+                'give a --token that players must know'
             )
 
     def url(self, port: int) -> str:
-        """What to open in a browser."""
+        """The address to open in a browser."""
         host = f'[{self.host}]' if ':' in self.host else self.host
         return f'http://{host}:{port}/' + (f'?token={self.token}' if self.token else '')
 
 
-def loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
@@ -67,10 +69,10 @@ def loopback(host: str) -> bool:
 
 
 def listen(cfg: Config) -> socket.socket:
-    """The listening socket.
+    """Opens the listening socket.
 
     Raises:
-      UsageError: the address cannot be had.
+      UsageError: the address is not available.
     """
     family = socket.AF_INET6 if ':' in cfg.host else socket.AF_INET
     try:
@@ -81,19 +83,8 @@ def listen(cfg: Config) -> socket.socket:
         ) from error
 
 
-def open_slots(run, cfg: Config):
-    """The compiled slots of a recipe, and its weights folder."""
-    from matrix_jax import worlds
-    from matrix_jax.serve.runtime.batched_stream import Slots
-    from matrix_jax.weights import diffusers_layout
-
-    world, params = worlds.open_run(run, apart=True)
-    slots = Slots(world, params, cfg.players, cfg.entry, cfg.together).compile()
-    return slots, diffusers_layout.resolve(run.weights)
-
-
 def uvicorn_server(app, players: int):
-    """The web server, with limits on what one client can take."""
+    """A uvicorn server with limits on what one client can use."""
     import uvicorn
 
     return uvicorn.Server(
@@ -114,12 +105,13 @@ def uvicorn_server(app, players: int):
 
 
 class JsonLines(logging.Formatter):
-    """A record as one JSON object on one line: time, level, event, source, and its `fields`."""
+    """Formats a record as one line of JSON: time, level, event, source, and its `fields`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        moment = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
+        """The record as JSON."""
+        created = datetime.datetime.fromtimestamp(record.created, datetime.UTC)
         line = {
-            'time': moment.isoformat(timespec='milliseconds'),
+            'time': created.isoformat(timespec='milliseconds'),
             'level': record.levelname,
             'event': record.getMessage(),
             'source': record.name,
@@ -131,7 +123,7 @@ class JsonLines(logging.Formatter):
 
 
 def log_to_stderr():
-    """Our own events, and the troubles of others, Python's warnings too."""
+    """Logs our own events, and the warnings of other libraries, to stderr."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
@@ -141,27 +133,31 @@ def log_to_stderr():
 
 
 def serve(runs: list, cfg: Config):
-    """Compiles the worlds of some recipes, one after the other, and plays them until it is
-    interrupted."""
-    from matrix_jax.serve.web.app import Server
-    from matrix_jax.serve.web.multi_world import Street
+    """Compiles the worlds of some recipes one after the other, and serves them until interrupted.
+
+    Raises:
+      UsageError: the address is not available, or a recipe has no weights.
+    """
+    from matrix_jax.serve.runtime.batched_stream import open_stream
+    from matrix_jax.serve.web.app import WorldApp
+    from matrix_jax.serve.web.hosted_world import HostedWorld
     from matrix_jax.weights import diffusers_layout
 
     log_to_stderr()
     with listen(cfg) as sock:
-        began, servers = time.perf_counter(), {}
+        began, worlds = time.perf_counter(), {}
         for run in runs[1:]:
-            diffusers_layout.resolve(run.weights)  # else it would be missed after minutes
+            diffusers_layout.resolve(run.weights)  # fail now, not after minutes of compiling
         for run in runs:
             print(f'compiling {run.name} for {cfg.players} players', flush=True)
-            slots, folder = open_slots(run, cfg)
-            servers[run.name] = Server(slots, folder, run.name, cfg.token, cfg.grace)
-        many = len(servers) > 1
-        server = Street(servers, cfg.token) if many else servers[run.name]
+            stream, folder = open_stream(run, cfg.players, cfg.control_binding, cfg.together)
+            worlds[run.name] = HostedWorld(stream, folder, run.name, cfg.grace)
+        several = len(worlds) > 1
         print(
-            f'{" and ".join(servers)} {"are" if many else "is"} ready after '
+            f'{" and ".join(worlds)} {"are" if several else "is"} ready after '
             f'{time.perf_counter() - began:.0f} s, for {cfg.players} players'
-            f'{" each" * many}: open {cfg.url(sock.getsockname()[1])}',
+            f'{" each" * several}: open {cfg.url(sock.getsockname()[1])}',
             flush=True,
         )
-        uvicorn_server(server.app(), cfg.players * len(servers)).run(sockets=[sock])
+        app = WorldApp(worlds, cfg.token).asgi()
+        uvicorn_server(app, cfg.players * len(worlds)).run(sockets=[sock])

@@ -1,85 +1,105 @@
-"""Files from and to players: one at a time each, not too many, and nobody waits for a slow end.
+"""Downloads and uploads: limited in number, size and time, so that nobody waits for a slow client.
 
-A client is a session here: behind a front, all players come from one address, and a session has one
-of few places.
+Limits apply to sessions, not to addresses: behind the gateway all players have the same address.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import time
+import weakref
 
 from matrix_jax.config import UsageError
 from matrix_jax.serve.runtime.session_manager import Refused
+from matrix_jax.serve.web.protocol import TokenBucket
 
-PATIENCE = 20.0  # seconds that any transfer may take,
-SLOWEST = 32 * 2**10  # and for every so many bytes one more
-PIECE = 64 * 2**10  # bytes that wait for a slow reader
+RATE, BURST = 2, 20  # files per second of a session, and at once
+TIMEOUT_SECONDS = 20.0  # for any transfer, plus one second
+BYTES_PER_SECOND = 32 * 2**10  # for each of these
+CHUNK_BYTES = 64 * 2**10  # that wait for a slow reader
 DRAIN_BYTES = 64 * 2**20
-QUEUE_SECONDS = 20.0  # to wait for others' videos
+QUEUE_SECONDS = 20.0  # to wait for the videos of other players
 
 
 class Busy(Exception):
-    """Not now; the message may be shown.
+    """The transfer must wait; the message may be shown.
 
     Attributes:
-      status: 429 where the client asks too much, 503 where all do.
-      wait: seconds until it is worth another try.
+      status: 429 if this session asks too often, 503 if the server is busy.
+      retry_after: seconds to wait.
     """
 
-    def __init__(self, said: str, status: int, wait: float):
-        super().__init__(said)
-        self.status, self.wait = status, max(1, round(wait))
+    def __init__(self, message: str, status: int, retry_after: float):
+        super().__init__(message)
+        self.status, self.retry_after = status, max(1, round(retry_after))
 
-    def answer(self):
-        """As a response."""
-        return trouble(str(self), self.status, {'Retry-After': str(self.wait)})
+    def response(self):
+        """The HTTP response."""
+        headers = {'Retry-After': str(self.retry_after)}
+        return error_response(str(self), self.status, headers)
 
 
-def trouble(said: str, status: int, headers: dict | None = None):
-    """A refusal as JSON."""
+def error_response(message: str, status: int, headers: dict | None = None):
+    """An error as a JSON response."""
     from starlette.responses import JSONResponse
 
-    return JSONResponse({'error': said}, status, headers)
+    return JSONResponse({'error': message}, status, headers)
+
+
+@dataclasses.dataclass
+class SessionLimit:
+    """What a session has used of its transfers."""
+
+    bucket: TokenBucket = dataclasses.field(default_factory=lambda: TokenBucket(RATE, BURST))
+    active: bool = False
 
 
 class Transfers:
-    """What all transfers of a server share.
+    """The transfers of all players of one world.
 
     Args:
-      room: bytes of uploads that are held at once, of all players together.
+      max_held: bytes of uploads that may be in memory at once.
     """
 
-    def __init__(self, room: int):
-        self.room, self.held = room, 0
-        self._making = asyncio.Lock()
+    def __init__(self, max_held: int):
+        self.max_held, self.held = max_held, 0
+        self.limits: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+        self._encoding = asyncio.Lock()
 
-    def download(self, session, make, kind: str, name: str):
-        """The ASGI response of a file.
+    def limit(self, session) -> SessionLimit:
+        """The limit of a session."""
+        return self.limits.setdefault(session, SessionLimit())
+
+    def download(self, session, make, media_type: str, name: str):
+        """The ASGI response with a file.
 
         Args:
-          make: session -> its bytes, awaited.
-          kind, name: media type, and what the browser calls it.
+          session: whose file it is.
+          make: coroutine function, session -> bytes.
+          media_type: of the file.
+          name: that the browser gives it.
         """
 
         async def respond(scope, receive, send):
             try:
-                with _turn(session):
+                with self._slot(session):
                     body = await make(session)
-                    await _send(send, body, kind, name)
+                    await _send(send, body, media_type, name)
             except (Refused, UsageError) as error:
-                await trouble(str(error), 409)(scope, receive, send)
+                await error_response(str(error), 409)(scope, receive, send)
             except Busy as error:
-                await error.answer()(scope, receive, send)
+                await error.response()(scope, receive, send)
 
         return respond
 
     def upload(self, session, use, limit: int):
-        """The ASGI response to a file.
+        """The ASGI response to an uploaded file.
 
         Args:
-          use: (session, bytes), awaited.
+          session: whose file it is.
+          use: coroutine function (session, bytes).
           limit: bytes.
         """
 
@@ -89,113 +109,114 @@ class Transfers:
 
             data, answer = bytearray(), JSONResponse({'ok': True})
             try:
-                with _turn(session):
+                with self._slot(session):
                     size = await self._receive(Request(scope, receive), data, limit)
                     if size > limit:
-                        answer = trouble(
+                        answer = error_response(
                             f'the file is too large: expected at most {limit} bytes', 413
                         )
                     else:
                         await use(session, bytes(data))
             except ClientDisconnect:
-                answer = trouble('the upload was cut off', 400)
+                answer = error_response('the upload was cut off', 400)
             except TimeoutError:
-                answer = trouble(
-                    f'the upload came too slowly: expected {SLOWEST} bytes a second or more',
+                answer = error_response(
+                    f'the upload is too slow: expected at least {BYTES_PER_SECOND} bytes a second',
                     408,
                     {'Connection': 'close'},
                 )
             except (Refused, UsageError) as error:
-                answer = trouble(str(error), 422)
+                answer = error_response(str(error), 422)
             except Busy as error:
-                answer = error.answer()
+                answer = error.response()
             finally:
                 self.held -= len(data)
             await answer(scope, receive, send)
 
         return respond
 
-    async def alone(self, session, make, *given):
-        """`make(*given)` in a thread, no two of a server at once; its time is on the client's bill.
+    async def run_exclusive(self, session, make, *args):
+        """Runs `make(*args)` in a thread, one call at a time, and charges its time to the session.
 
         Raises:
-          Busy: others take too long.
+          Busy: the calls of other players take too long.
         """
         try:
             async with asyncio.timeout(QUEUE_SECONDS):
-                await self._making.acquire()
+                await self._encoding.acquire()
         except TimeoutError:
             raise Busy(
-                'the server makes videos of others; try again in a moment', 503, QUEUE_SECONDS
+                'the server is making other videos; try again in a moment', 503, QUEUE_SECONDS
             ) from None
         began = time.monotonic()
         try:
-            return await asyncio.to_thread(make, *given)
+            return await asyncio.to_thread(make, *args)
         finally:
-            self._making.release()
-            session.transfers.pay((time.monotonic() - began) * session.transfers.rate)
+            self._encoding.release()
+            self.limit(session).bucket.charge((time.monotonic() - began) * RATE)
+
+    @contextlib.contextmanager
+    def _slot(self, session):
+        """One transfer of a session.
+
+        Raises:
+          Busy: another one is running, or there were too many.
+        """
+        limit = self.limit(session)
+        if limit.active:
+            raise Busy('another file of this session is being transferred; wait for it', 429, 1)
+        if not limit.bucket.take():
+            raise Busy('too many files; try again in a moment', 429, limit.bucket.wait)
+        limit.active = True
+        try:
+            yield
+        finally:
+            limit.active = False
 
     async def _receive(self, request, data: bytearray, limit: int) -> int:
-        """Fills `data`, at most to the limit -> bytes that came."""
+        """Appends at most `limit` bytes to `data` -> bytes received."""
         began, size, chunks = asyncio.get_running_loop().time(), 0, aiter(request.stream())
         while True:
-            async with asyncio.timeout_at(began + PATIENCE + size / SLOWEST):
+            deadline = began + TIMEOUT_SECONDS + size / BYTES_PER_SECOND
+            async with asyncio.timeout_at(deadline):
                 chunk = await anext(chunks, None)
             if chunk is None:
                 return size
             size += len(chunk)
-            # A little more is read and dropped: who still sends does not hear an answer.
+            # Some more is read and dropped: a client that still sends does not read the answer.
             if size > limit + DRAIN_BYTES:
                 return size
             if size <= limit:
-                if self.held + len(chunk) > self.room:
-                    raise Busy('the server takes files of others; try again in a moment', 503, 5)
+                if self.held + len(chunk) > self.max_held:
+                    raise Busy('the server is busy with other files; try again soon', 503, 5)
                 data += chunk
                 self.held += len(chunk)
 
 
-@contextlib.contextmanager
-def _turn(session):
-    """One transfer of a session.
-
-    Raises:
-      Busy: another one is under way, or there were too many.
-    """
-    if session.transferring:
-        raise Busy('another file of this session is on its way; try again when it is there', 429, 1)
-    if not session.transfers.take():
-        raise Busy('too many files; try again in a moment', 429, session.transfers.wait)
-    session.transferring = True
-    try:
-        yield
-    finally:
-        session.transferring = False
-
-
-async def _send(send, body: bytes, kind: str, name: str):
-    """Sends a file piece by piece, so that little of it waits for a slow reader; one that is too
-    slow is hung up on."""
+async def _send(send, body: bytes, media_type: str, name: str):
+    """Sends a file in chunks, so that little of it waits for a slow reader; gives up on a reader
+    that is too slow."""
     headers = {
-        'Content-Type': kind,
-        'Content-Length': str(len(body)),
-        'Cache-Control': 'no-store',
-        'Content-Disposition': f'attachment; filename="{name}"',
+        'content-type': media_type,
+        'content-length': str(len(body)),
+        'cache-control': 'no-store',
+        'content-disposition': f'attachment; filename="{name}"',
     }
     await send(
         {
             'type': 'http.response.start',
             'status': 200,
-            'headers': [(key.lower().encode(), value.encode()) for key, value in headers.items()],
+            'headers': [(key.encode(), value.encode()) for key, value in headers.items()],
         }
     )
     began = asyncio.get_running_loop().time()
     with contextlib.suppress(TimeoutError):
-        for at in range(0, len(body), PIECE):
-            async with asyncio.timeout_at(began + PATIENCE + at / SLOWEST):
+        for start in range(0, len(body), CHUNK_BYTES):
+            async with asyncio.timeout_at(began + TIMEOUT_SECONDS + start / BYTES_PER_SECOND):
                 await send(
                     {
                         'type': 'http.response.body',
-                        'body': body[at : at + PIECE],
-                        'more_body': at + PIECE < len(body),
+                        'body': body[start : start + CHUNK_BYTES],
+                        'more_body': start + CHUNK_BYTES < len(body),
                     }
                 )

@@ -1,4 +1,4 @@
-"""A world of keyboard and mouse behind the same door; its first block differs from the others."""
+"""A world of keyboard and mouse; its first block differs from the others."""
 
 import io
 import json
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from matrix_jax.serve.runtime import session_log
+from matrix_jax.serve.runtime import replay, session_log
 
 
 @pytest.fixture(scope='module')
@@ -17,11 +17,11 @@ def tiny(tiny_walk):
 
 
 @pytest.fixture(scope='module')
-def slots(walk_slots):
-    return walk_slots
+def stream(walk_stream):
+    return walk_stream
 
 
-def test_a_player_walks_and_looks_around(serving, slots, tiny):
+def test_a_player_walks_and_looks_around(serving, stream, tiny):
     server = serving()
     player = server.join()
     offered = player.welcome['controls']
@@ -30,7 +30,7 @@ def test_a_player_walks_and_looks_around(serving, slots, tiny):
     player.send(type='keys', id=1, symbol='w + Right:0.05')
     while 1 not in player.keys:
         player.read()
-    assert player.keys[1] % slots.frames == 0 and slots.frames == 12
+    assert player.keys[1] % stream.frames_per_step == 0 and stream.frames_per_step == 12
     for message, said in (
         ({'type': 'keys', 'id': 2, 'symbol': 'hop'}, "unknown action 'hop'"),
         ({'type': 'prompt', 'text': 'a wood'}, 'reads no text'),
@@ -43,13 +43,13 @@ def test_a_player_walks_and_looks_around(serving, slots, tiny):
     player.wait('state')
     player.watch(24)
     log = session_log.from_json(json.loads(player.ask('replay')[1]))
-    assert log.picture and set(log.symbols) == {'W+right:0.05'}
+    assert log.picture and set(log.controls) == {'W+right:0.05'}
     status, world = player.ask('world')
     assert status == 200 and player.ask('world', world)[0] == 200
     text = server.http('/metrics')[1].decode()
     assert '\nmatrix_jax_recompilations_total 0.0' in text
-    made = np.stack(list(session_log.frames(slots.blank(), tiny, log)))
-    assert made.shape == (12 * len(log.symbols), 16, 24, 3) and made.std() > 3
+    made = np.stack(list(replay.frames(stream.empty_copy(), tiny, log)))
+    assert made.shape == (12 * len(log.controls), 16, 24, 3) and made.std() > 3
 
 
 SWIPE = """const c = document.getElementById('canvas');
@@ -88,27 +88,27 @@ def test_a_page_offers_the_keys_and_turns_by_a_finger(serving, browser):
     assert [line for line in browser.get_log('browser') if line['level'] == 'SEVERE'] == []
 
 
-def test_a_log_of_other_words_is_refused(opened_log, slots):
+def test_a_log_of_other_words_is_refused(opened_log, stream):
     with pytest.raises(session_log.ReplayError, match="unknown action 'DL'"):
-        session_log.compile_for(slots.world, slots.params, opened_log(['DL']))
+        replay.compile_stream(stream.world, stream.params, opened_log(['DL']))
     with pytest.raises(session_log.ReplayError, match="got 'right:0.1', expected 'right'"):
-        session_log.compile_for(slots.world, slots.params, opened_log(['right:0.1']))
+        replay.compile_stream(stream.world, stream.params, opened_log(['right:0.1']))
 
 
 @pytest.fixture
-def opened_log(slots):
+def opened_log(stream):
     """A log of these controls."""
 
-    def log(symbols):
+    def log(controls):
         return session_log.Log(
             'matrix_game_2:TINY',
-            slots.fingerprint(),
-            slots=2,
+            stream.fingerprint(),
+            num_slots=2,
             together=1,
-            entry='head',
+            control_binding='early',
             seed=7,
             prompt='',
-            symbols=symbols,
+            controls=controls,
         )
 
     return log

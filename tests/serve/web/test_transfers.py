@@ -2,23 +2,26 @@
 
 import asyncio
 import json
-import types
 
 import pytest
 
 from matrix_jax.serve.runtime.session_manager import Refused
 from matrix_jax.serve.web import transfers
-from matrix_jax.serve.web.protocol import Bucket
 from matrix_jax.serve.web.transfers import Transfers
+
+
+class Client:
+    """Stands for a session."""
 
 
 @pytest.fixture
 def session():
-    return types.SimpleNamespace(transfers=Bucket(2, 3), transferring=False)
+    return Client()
 
 
 @pytest.fixture
-def files():
+def files(monkeypatch):
+    monkeypatch.setattr(transfers, 'BURST', 3)
     return Transfers(100)
 
 
@@ -65,7 +68,7 @@ def test_one_file_at_a_time_and_not_too_many(files, session):
         answers = [await asked(download) for _ in range(3)]
         assert [answer[0] for answer in answers] == [200, 200, 429]
         assert refused(answers[2], 429, 'too many files') and answers[2][1]['retry-after'] == '1'
-        assert not session.transferring
+        assert not files.limit(session).active
 
     asyncio.run(drive())
 
@@ -80,21 +83,21 @@ def test_what_cannot_be_made_or_used_is_said(files, session):
         assert refused(await asked(files.upload(session, no, 9), b'x' * 10), 413, 'at most 9 bytes')
 
     asyncio.run(drive())
-    assert files.held == 0 and not session.transferring
+    assert files.held == 0 and not files.limit(session).active
 
 
 def test_a_slow_end_is_not_waited_for(files, session, monkeypatch):
-    monkeypatch.setattr(transfers, 'PATIENCE', 0.05)
+    monkeypatch.setattr(transfers, 'TIMEOUT_SECONDS', 0.05)
 
     async def make(_):
-        return bytes(2 * transfers.PIECE)
+        return bytes(2 * transfers.CHUNK_BYTES)
 
     async def drive():
         upload = await asked(files.upload(session, None, 90), b'x' * 50, stuck=True)
-        assert refused(upload, 408, 'too slowly') and upload[1]['connection'] == 'close'
-        assert files.held == 0 and not session.transferring
+        assert refused(upload, 408, 'too slow') and upload[1]['connection'] == 'close'
+        assert files.held == 0 and not files.limit(session).active
         _, _, body = await asked(files.download(session, make, '', ''), stuck=True)
-        assert len(body) == transfers.PIECE and not session.transferring
+        assert len(body) == transfers.CHUNK_BYTES and not files.limit(session).active
 
     asyncio.run(drive())
 
@@ -107,11 +110,10 @@ def test_uploads_of_all_players_share_the_memory(files, session):
         await room.wait()
 
     async def drive():
-        other = types.SimpleNamespace(transfers=Bucket(2, 3), transferring=False)
-        first = asyncio.create_task(asked(files.upload(other, use, 90), b'x' * 80))
+        first = asyncio.create_task(asked(files.upload(Client(), use, 90), b'x' * 80))
         while not used:
             await asyncio.sleep(0)
-        assert refused(await asked(files.upload(session, use, 90), b'x' * 30), 503, 'of others')
+        assert refused(await asked(files.upload(session, use, 90), b'x' * 30), 503, 'other files')
         room.set()
         assert (await first)[0] == 200 and files.held == 0
         assert (await asked(files.upload(session, use, 90), b'x' * 30))[0] == 200
@@ -124,15 +126,15 @@ def test_videos_are_made_one_after_the_other(files, session, monkeypatch):
 
     async def drive():
         async def make(_):
-            return await files.alone(session, lambda: b'video')
+            return await files.run_exclusive(session, lambda: b'video')
 
-        await files._making.acquire()
+        await files._encoding.acquire()
         download = files.download(session, make, 'video/mp4', 'drive.mp4')
         busy = await asked(download)
-        assert refused(busy, 503, 'makes videos of others') and int(busy[1]['retry-after']) >= 1
-        files._making.release()
-        level = session.transfers.level
-        assert (await asked(download))[2] == b'video' and not files._making.locked()
-        assert session.transfers.level < level
+        assert refused(busy, 503, 'making other videos') and int(busy[1]['retry-after']) >= 1
+        files._encoding.release()
+        level = files.limit(session).bucket.level
+        assert (await asked(download))[2] == b'video' and not files._encoding.locked()
+        assert files.limit(session).bucket.level < level
 
     asyncio.run(drive())

@@ -37,11 +37,11 @@ def test_addresses():
 
 LOGS = """
 import logging, warnings
-from matrix_jax.serve import run
-run.log_to_stderr()
-run.uvicorn_server(None, 1)                            # whose own set-up adds no other lines
+from matrix_jax.serve.web import server
+server.log_to_stderr()
+server.uvicorn_server(None, 1)                            # whose own set-up adds no other lines
 log = logging.getLogger('matrix_jax.serve.runtime.session_manager')
-log.info('session_end', extra={'fields': {'session': 'abc', 'shifts': 3}})
+log.info('session_end', extra={'fields': {'session': 'abc', 'steps': 3}})
 logging.getLogger('uvicorn.error').error('two\\nlines %s', 'here')
 logging.getLogger('jax').info('not of interest')
 warnings.warn('careful')
@@ -61,7 +61,7 @@ def test_every_line_of_the_log_is_a_json_object():
     ]
     assert (
         lines[0]['session'] == 'abc'
-        and lines[0]['shifts'] == 3
+        and lines[0]['steps'] == 3
         and lines[0]['time'][-6:] == ('+00:00')
     )
     assert 'careful' in lines[2]['event'] and 'ZeroDivisionError' in lines[3]['exception']

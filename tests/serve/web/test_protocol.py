@@ -5,7 +5,7 @@ import json
 import pytest
 
 from matrix_jax.serve.web import protocol
-from matrix_jax.serve.web.protocol import Bucket, MessageError
+from matrix_jax.serve.web.protocol import MessageError, TokenBucket
 
 
 @pytest.mark.parametrize(
@@ -47,11 +47,11 @@ def test_anything_else_does_not(text, said):
 def test_a_bucket_runs_dry_and_fills(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(protocol.time, 'monotonic', lambda: now[0])
-    bucket = Bucket(rate=2, burst=3)
+    bucket = TokenBucket(rate=2, burst=3)
     assert [bucket.take() for _ in range(4)] == [True, True, True, False]
     now[0] = 0.6
     assert [bucket.take() for _ in range(2)] == [True, False]
-    bucket.pay(3)
+    bucket.charge(3)
     assert bucket.wait == pytest.approx(1.9)
     now[0] += 2
     assert bucket.take()

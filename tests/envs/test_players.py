@@ -8,10 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import recipes
+from matrix_jax import envs, recipes
 from matrix_jax.config import UsageError
-from matrix_jax.envs import world_env as envs
-from matrix_jax.serve.web import server
+from matrix_jax.serve.runtime import batched_stream
 
 pytest.importorskip('gymnasium')
 NAME = 'the_matrix:TINY'
@@ -36,9 +35,9 @@ def drive(many, company, shifts=4):
         # The others hold what `company` says from then on, or rest.
         actions = np.array([0, shift % 3, 0]) + (shift > 0) * np.array(company.keys)
         active = np.array([True, True, shift == 0 or company.last])
-        players.shift(actions, active)
+        players.step(actions, active)
         frames.append(players.frames[1].copy())
-    return np.stack(frames), players.slots.read(1)
+    return np.stack(frames), players.stream.read(1)
 
 
 class Quiet:
@@ -56,36 +55,36 @@ class Wild(Quiet):
     keys, last = (5, 0, 2), False
 
     def __call__(self, players):
-        carry = players.slots.read(0)
-        players.slots.write(
+        carry = players.stream.read(0)
+        players.stream.write(
             0, jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, carry)
         )
 
 
-def test_players_side_by_side_do_not_touch_each_other(many, slots, tiny):
-    assert many.players.slots.together == many.players.slots.count == 3
+def test_players_side_by_side_do_not_touch_each_other(many, stream, tiny):
+    assert many.players.stream.together == many.players.stream.num_slots == 3
     frames, carry = drive(many, Quiet())
     again, same = drive(many, Wild())
     np.testing.assert_array_equal(frames, again)
     jax.tree.map(np.testing.assert_array_equal, carry, same)
-    assert not np.isfinite(jax.tree.leaves(many.players.slots.read(0))[0]).all()
+    assert not np.isfinite(jax.tree.leaves(many.players.stream.read(0))[0]).all()
     # It is the world that players in turns have, to a rounding of its numbers.
-    alone = envs.WorldEnv(opened=(slots, tiny), whole=True)
+    alone = envs.WorldEnv(opened=(stream, tiny), whole=True)
     alone.reset(seed=4)
     turns = np.stack([alone.step(shift % 3)[0] for shift in range(4)])
     assert np.abs(turns.astype(int) - frames).max() <= 2
 
 
-def test_an_environment_by_the_name_of_a_recipe(slots, tiny, monkeypatch):
+def test_an_environment_by_the_name_of_a_recipe(stream, tiny, monkeypatch):
     with pytest.raises(UsageError, match=f'{NAME}: needs --weights'):
         envs.WorldEnv(NAME)
     with pytest.raises(UsageError, match="unknown world 'nowhere'"):
         envs.WorldEnv('nowhere')
     asked = []
     monkeypatch.setattr(
-        server, 'open_slots', lambda *given: (asked.append(given), (slots, tiny))[1]
+        batched_stream, 'open_stream', lambda *args: (asked.append(args), (stream, tiny))[1]
     )
     env = envs.WorldEnv(NAME, control_binding='late')
-    assert asked[0][0].name == NAME and asked[0][1] == server.Config(1, 1, 'tail')
+    assert asked[0][0].name == NAME and asked[0][1:] == (1, 'late', 1)
     env.reset(seed=0)
     assert env.step(1)[0].shape == env.observation_space.shape

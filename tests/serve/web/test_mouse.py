@@ -1,24 +1,23 @@
-"""Mouse look of the page in a real browser, on a door that only listens: no world is compiled."""
+"""Mouse look of the page in a real browser, with a server that only listens: no world compiles."""
 
 import json
 import threading
 import time
 from http import HTTPStatus
-from pathlib import Path
 
 import pytest
 from websockets.datastructures import Headers
 from websockets.http11 import Response
 from websockets.sync.server import serve
 
-from matrix_jax.controls.keyboard_mouse import Actions
-from matrix_jax.serve.web import app, protocol
+from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
+from matrix_jax.serve.web import base_app, protocol
 
-PAGE = (Path(app.__file__).parent / 'player.html').read_bytes()
-WORDS = Actions('universal')
+PAGE = base_app.PAGE.read_bytes()
+WORDS = KeyboardMouseVocabulary('universal')
 
 
-class Door:
+class PageServer:
     """Gives the page, welcomes it, and keeps what it says."""
 
     def __init__(self, vocabulary):
@@ -51,7 +50,7 @@ class Door:
                     'starts': [],
                     'start': '',
                     'prompt': '',
-                    'controls': self.vocabulary.page(),
+                    'controls': self.vocabulary.key_layout(),
                     'reads_text': False,
                     'world': 'walk',
                     'fps': 16,
@@ -77,22 +76,22 @@ class Door:
 
 @pytest.fixture
 def opened(browser):
-    """`opened(mode)` -> (door, the picture) of a page that has been welcomed."""
-    doors = []
+    """`opened(mode)` -> (server, the picture) of a page that has been welcomed."""
+    servers = []
 
     def start(mode):
         from selenium.webdriver.common.by import By
 
-        doors.append(Door(Actions(mode)))
-        browser.get(f'http://127.0.0.1:{doors[-1].port}/')
-        until(lambda: doors[-1].symbols == ['idle'])
-        browser.execute_script('patience = Infinity')  # the door says no more
-        return doors[-1], browser.find_element(By.ID, 'canvas')
+        servers.append(PageServer(KeyboardMouseVocabulary(mode)))
+        browser.get(f'http://127.0.0.1:{servers[-1].port}/')
+        until(lambda: servers[-1].symbols == ['idle'])
+        browser.execute_script('patience = Infinity')  # the server says no more
+        return servers[-1], browser.find_element(By.ID, 'canvas')
 
     yield start
     browser.get('about:blank')
-    for door in doors:
-        door.close()
+    for server in servers:
+        server.close()
 
 
 def until(condition, seconds=20.0):
@@ -102,11 +101,11 @@ def until(condition, seconds=20.0):
         time.sleep(0.02)
 
 
-def heard(door, word):
+def heard(server, word):
     """Waits until an action has the word, and then until nothing is asked for any more."""
-    until(lambda: any(word in symbol for symbol in door.symbols))
-    until(lambda: door.symbols[-1] == 'idle')
-    said, door.symbols[:] = set(door.symbols), ['idle']
+    until(lambda: any(word in symbol for symbol in server.symbols))
+    until(lambda: server.symbols[-1] == 'idle')
+    said, server.symbols[:] = set(server.symbols), ['idle']
     return said
 
 
@@ -116,7 +115,7 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
     from selenium.webdriver.common.actions.pointer_input import PointerInput
     from selenium.webdriver.common.by import By
 
-    door, picture = opened('universal')
+    server, picture = opened('universal')
 
     def locked():
         return browser.execute_script(
@@ -131,24 +130,24 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
 
     # By drag, and past the edge of the picture.
     chain().move_to_element(picture).click_and_hold().move_by_offset(80, 0).perform()
-    assert any(word.startswith('right') for word in heard(door, 'right'))
+    assert any(word.startswith('right') for word in heard(server, 'right'))
     chain().move_by_offset(0, -60).perform()
-    heard(door, 'up')
+    heard(server, 'up')
     chain().release().perform()
     chain().move_by_offset(-90, 0).perform()  # let go: nothing
     time.sleep(0.2)
-    assert door.symbols == ['idle'] and not locked()
+    assert server.symbols == ['idle'] and not locked()
 
     # By finger, with a key at the same time.
     chain().key_down('w').perform()
-    until(lambda: door.symbols[-1] == 'W')
+    until(lambda: server.symbols[-1] == 'W')
     touch = PointerInput('touch', 'finger')
     swipe = ActionBuilder(browser, mouse=touch, duration=60)
     swipe.pointer_action.move_to(picture).pointer_down().move_by(-90, 0).pointer_up()
     swipe.perform()
-    until(lambda: any(word.startswith('W+left') for word in door.symbols))
+    until(lambda: any(word.startswith('W+left') for word in server.symbols))
     chain().key_up('w').perform()
-    heard(door, 'W')
+    heard(server, 'W')
     assert not locked()
 
     # By the mouse alone behind a click; no fast movement is more than the page's limit.
@@ -156,8 +155,8 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
     until(locked)
     until(lambda: 'Esc gives it back' in status())
     chain().move_by_offset(400, 0).perform()
-    limit = WORDS.page()['mouse']['limit']
-    assert f'right:{limit:g}' in {WORDS.canonical(word) for word in heard(door, 'right')}
+    limit = WORDS.key_layout()['mouse']['limit']
+    assert f'right:{limit:g}' in {WORDS.canonical(word) for word in heard(server, 'right')}
     browser.execute_script('document.exitPointerLock()')
     until(lambda: not locked())
 
@@ -174,17 +173,17 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
 def test_where_nothing_looks_around_the_mouse_does_nothing(opened, browser):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    door, picture = opened('templerun')
+    server, picture = opened('templerun')
     ActionChains(browser, duration=40).move_to_element(picture).click_and_hold().move_by_offset(
         60, 0
     ).release().click().key_down('d').perform()
-    until(lambda: door.symbols == ['idle', 'rightside'])
+    until(lambda: server.symbols == ['idle', 'rightside'])
     assert browser.execute_script('return document.pointerLockElement') is None
 
 
 def test_a_socket_that_falls_silent_is_given_up(opened, browser):
-    door, _ = opened('templerun')
+    server, _ = opened('templerun')
     browser.execute_script('patience = 100')
-    until(lambda: len(door.symbols) > 1)
-    assert set(door.symbols) == {'idle'}  # joined again, and told what is held
+    until(lambda: len(server.symbols) > 1)
+    assert set(server.symbols) == {'idle'}  # joined again, and told what is held
     browser.execute_script('patience = Infinity')

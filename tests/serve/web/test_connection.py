@@ -10,8 +10,8 @@ import safetensors.numpy as safetensors
 from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
-from matrix_jax.serve.runtime import session, session_log, snapshot
-from matrix_jax.serve.web.app import to_jpeg
+from matrix_jax.serve.runtime import replay, session, session_log, snapshot
+from matrix_jax.serve.web.encoding import to_jpeg
 
 
 @pytest.fixture
@@ -23,14 +23,14 @@ def picture(frame):
     return np.asarray(Image.open(io.BytesIO(frame)))
 
 
-def test_a_player_sees_frames_and_its_key_comes_back(server, slots):
+def test_a_player_sees_frames_and_its_key_comes_back(server, stream):
     player = server.join()
     assert player.welcome['type'] == 'welcome' and not player.welcome['resumed']
     assert (player.welcome['width'], player.welcome['height']) == (48, 32)
     player.send(type='keys', id=5, symbol='DL')
     while 5 not in player.keys:
         player.read()
-    assert player.keys[5] % slots.frames == 0
+    assert player.keys[5] % stream.frames_per_step == 0
     assert picture(player.frames[0]).shape == (32, 48, 3)
     player.send(type='leave')
     assert player.wait('closed')['code'] == 1000
@@ -39,7 +39,7 @@ def test_a_player_sees_frames_and_its_key_comes_back(server, slots):
     assert '\nmatrix_jax_recompilations_total 0.0' in text  # all was compiled at the start
 
 
-def test_a_stream_is_the_same_alone_and_in_company(server, slots, tiny):
+def test_a_stream_is_the_same_alone_and_in_company(server, stream, tiny):
     def drive(seed):
         player = server.join(seed=seed)
         player.watch(40)
@@ -60,7 +60,7 @@ def test_a_stream_is_the_same_alone_and_in_company(server, slots, tiny):
     other.watch(8)
     assert any(other.frames[index] != seen[index] for index in set(other.frames) & set(seen))
     # and the log makes the very frames again
-    made = list(session_log.frames(slots.blank(), tiny, session_log.from_json(log)))
+    made = list(replay.frames(stream.empty_copy(), tiny, session_log.from_json(log)))
     assert len(made) >= 40
     assert all(to_jpeg(made[index]) == seen[index] for index in seen if index < len(made))
 
@@ -108,9 +108,9 @@ def test_pause_rests_and_goes_on(server):
     player.watch(8)
     player.send(type='pause', on=True)
     assert player.wait('state')['paused']
-    shifts = server.server.engine.shifts
+    shifts = server.world.engine.steps
     time.sleep(0.4)
-    assert server.server.engine.shifts <= shifts + 1
+    assert server.world.engine.steps <= shifts + 1
     player.send(type='pause', on=False)
     assert not player.wait('state')['paused']
     player.watch(24)
@@ -153,7 +153,9 @@ def test_worlds_are_kept_rewound_saved_and_forked(server):
     status, said = fork.ask('world', safetensors.save({}, {'format': snapshot.FORMAT, 'log': long}))
     assert status == 422 and b'got 2000001 runs of keys, expected at most 262144' in said
     # who asks too often is told so, alone
-    server.server.house.sessions[fork.welcome['session']].transfers.level = -20
+    world = server.world
+    forked = world.manager.sessions[fork.welcome['session']]
+    world.transfers.limit(forked).bucket.level = -20
     asked = [
         server.http(f'/session/{one.welcome["session"]}/replay', patient=False)
         for one in (fork, player)
@@ -189,7 +191,7 @@ def test_a_recording_is_a_video(server, tmp_path):
 
 def test_a_slow_reader_loses_frames_and_delays_nobody(server, monkeypatch):
     monkeypatch.setattr(session, 'QUEUE_SECONDS', 0.1)
-    monkeypatch.setattr(session, 'WINDOW_SECONDS', 0.2)
+    monkeypatch.setattr(session, 'UNSEEN_SECONDS', 0.2)
     slow = server.connect()
     slow.send(
         json.dumps({'type': 'join', 'session': None, 'start': None, 'prompt': None, 'seed': 1})
@@ -209,19 +211,19 @@ def test_a_broken_world_is_reset_and_says_so(server):
     import jax.numpy as jnp
 
     player, other = server.join(), server.join(seed=2)
-    engine = server.server.engine
-    seat = engine.seats[0]
+    engine = server.world.engine
+    slot = engine.slots[0]
 
     def poison():
         carry = jax.tree.map(
-            lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, engine.slots.read(0)
+            lambda leaf: leaf * jnp.nan if leaf.dtype.kind == 'f' else leaf, engine.stream.read(0)
         )
-        engine.slots.write(0, carry)
+        engine.stream.write(0, carry)
 
-    engine.do(poison).result()
-    assert 'broke at shift' in player.wait('error')['message']
+    engine.call(poison).result()
+    assert 'broke at step' in player.wait('error')['message']
     player.watch(16)
-    assert len(seat.log.symbols) < 20 or seat.log.symbols
+    assert len(slot.log.controls) < 20 or slot.log.controls
     assert not [note for note in other.notes if note['type'] == 'error']
     other.watch(8)
 
@@ -271,4 +273,4 @@ def test_nonsense_is_answered_then_closed(server):
     for index in range(300):
         flood.send(type='seen', frame=index)
     assert 'too many messages' in flood.wait('closed')['message']
-    assert server.server.engine.alive
+    assert server.world.engine.alive

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from matrix_jax import video
-from matrix_jax.serve.runtime import session_log
-from matrix_jax.serve.web.app import to_jpeg
+from matrix_jax.serve.runtime import replay, session_log
+from matrix_jax.serve.web.encoding import to_jpeg
 
 SIGHT = """const c = document.getElementById('canvas');
            return Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"""
@@ -71,15 +71,15 @@ class Page:
     def log(self):
         """What the page's session did so far, as the server has it."""
         name = self.browser.execute_script('return sessionStorage.getItem("session")')
-        return self.server.server.house.sessions[name].seat.log.copy()
+        return self.server.world.manager.sessions[name].slot.log.copy()
 
     def obeys(self, symbol):
         """Waits until the newest shift has a symbol -> how many shifts there are."""
-        self.server.until(lambda: self.shifts() and self.log().symbols[-1] == symbol)
+        self.server.until(lambda: self.shifts() and self.log().controls[-1] == symbol)
         return self.shifts()
 
     def shifts(self):
-        return len(self.log().symbols)
+        return len(self.log().controls)
 
     def troubles(self):
         """What the browser complained of since the last call."""
@@ -115,14 +115,14 @@ def hold(page, key, symbol):
     page.moves()
     time.sleep(max(0, began + HELD_SECONDS - time.monotonic()))
     page.moves()
-    obeyed = list(page.log().symbols)[bound - 1 :]
+    obeyed = list(page.log().controls)[bound - 1 :]
     assert len(obeyed) > 2 and set(obeyed) == {symbol}
     page.keys.key_up(key).perform()
     page.obeys('N')
     assert page.text('symbol') == 'N'
 
 
-def left_and_right_differ(page, slots, folder):
+def left_and_right_differ(page, stream, folder):
     """From the same moment, as replayed; and the picture that is shown is the last of them."""
     page.click('restart')
     page.says('status', 'A new drive.')
@@ -135,12 +135,12 @@ def left_and_right_differ(page, slots, folder):
         page.click('recall')
         page.keys.key_down(key).perform()
         page.click('pause')
-        page.server.until(lambda: page.shifts() > kept + slots.lag + 2)
+        page.server.until(lambda: page.shifts() > kept + stream.lag + 2)
         page.rests()
         page.keys.key_up(key).perform()
         drive = page.log()
-        assert drive.symbols[-1] == symbol
-        made = np.stack(list(session_log.frames(slots.blank(), folder, drive)))
+        assert drive.controls[-1] == symbol
+        made = np.stack(list(replay.frames(stream.empty_copy(), folder, drive)))
         last = np.asarray(Image.open(io.BytesIO(to_jpeg(made[-1])))).astype(int)
         page.server.until(
             lambda: (
@@ -150,8 +150,10 @@ def left_and_right_differ(page, slots, folder):
         return made
 
     left, right = turn('a', 'NL'), turn('d', 'NR')
-    bound, both = (kept + slots.lag) * slots.frames, min(len(left), len(right))
-    np.testing.assert_array_equal(left[: kept * slots.frames], right[: kept * slots.frames])
+    bound, both = (kept + stream.lag) * stream.frames_per_step, min(len(left), len(right))
+    np.testing.assert_array_equal(
+        left[: kept * stream.frames_per_step], right[: kept * stream.frames_per_step]
+    )
     assert (left[bound:both] != right[bound:both]).any()
     page.rests(False)
 
@@ -213,7 +215,7 @@ def a_cut_socket_is_opened_again(page):
     page.keys.key_down('a').perform()
     page.obeys('NL')
     page.browser.execute_script(COVERS)
-    web, house = page.server.web, page.server.server.house
+    web, manager = page.server.web, page.server.world.manager
 
     def cut():
         for connection in list(web.server_state.connections):
@@ -221,12 +223,12 @@ def a_cut_socket_is_opened_again(page):
 
     bound = page.shifts()
     assert page.troubles() == []
-    house.loop.call_soon_threadsafe(cut)
+    manager.loop.call_soon_threadsafe(cut)
     page.server.until(lambda: 'Welcome back' in page.text('status'), 30)
     assert any('Reconnecting' in said for said in page.browser.execute_script('return covers'))
     page.server.until(lambda: page.shifts() > bound + 3)
     after = page.log()
-    assert after.seed == before.seed and after.symbols[-1] == 'NL'
+    assert after.seed == before.seed and after.controls[-1] == 'NL'
     assert page.server.players() == 1
     assert all('/play' in said for said in page.troubles())
     page.moves()
@@ -260,7 +262,7 @@ def touch_steers(page):
     page.obeys('N')
 
 
-def test_a_person_plays(page, browser, slots, tiny, start_image):
+def test_a_person_plays(page, browser, stream, tiny, start_image):
     from selenium.webdriver.common.keys import Keys
 
     page.moves()
@@ -270,7 +272,7 @@ def test_a_person_plays(page, browser, slots, tiny, start_image):
     page.server.until(
         lambda: page.text('latency').endswith('ms') and page.text('step').endswith('ms')
     )
-    left_and_right_differ(page, slots, tiny)
+    left_and_right_differ(page, stream, tiny)
     a_prompt_applies_and_time_goes_back(page)
 
     browser.refresh()

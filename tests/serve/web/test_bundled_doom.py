@@ -6,23 +6,23 @@ import numpy as np
 import pytest
 
 from matrix_jax import recipes, worlds
-from matrix_jax.serve.runtime.batched_stream import Slots
+from matrix_jax.serve.runtime.batched_stream import BatchedStream
 from matrix_jax.weights import diffusers_layout
-from tests.serve.test_browser import SIGHT
+from tests.serve.web.test_browser import SIGHT
 
 FOLDER = diffusers_layout.ASSETS / 'doom'
 
 
 @pytest.fixture(scope='module')
 def walk():
-    """One place in the bundled world, compiled."""
-    return Slots(*worlds.open_run(recipes.load('doom')), count=1).compile()
+    """One slot of the bundled world, compiled."""
+    return BatchedStream(*worlds.open_run(recipes.load('doom')), num_slots=1).compile()
 
 
 def test_a_person_walks(walk, serving, browser):
     from selenium.webdriver.common.action_chains import ActionChains
 
-    server = serving(slots=walk, folder=FOLDER, recipe='doom:PLAY')
+    server = serving(stream=walk, folder=FOLDER, recipe='doom:PLAY')
     browser.get(f'http://127.0.0.1:{server.port}/')
 
     def text(name):
@@ -33,7 +33,7 @@ def test_a_person_walks(walk, serving, browser):
 
     def log():
         name = browser.execute_script('return sessionStorage.getItem("session")')
-        return list(server.server.house.sessions[name].seat.log.symbols)
+        return list(server.world.manager.sessions[name].slot.log.controls)
 
     def chain():
         return ActionChains(browser, duration=40)

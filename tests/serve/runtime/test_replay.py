@@ -11,22 +11,22 @@ import pytest
 from matrix_jax import config, recipes, video
 from matrix_jax.cli.parser import Parser
 from matrix_jax.pipelines import generate
-from matrix_jax.serve.runtime import session_log, snapshot
+from matrix_jax.serve.runtime import key_runs, replay, session_log, snapshot, start_frames
 from matrix_jax.serve.runtime.session_log import KeyRuns, Log, ReplayError
 from matrix_jax.serve.runtime.snapshot import WorldFileError
 
 
 @pytest.fixture
-def log(slots):
+def log(stream):
     return Log(
         'the_matrix:TINY',
-        slots.fingerprint(),
-        slots=3,
+        stream.fingerprint(),
+        num_slots=3,
         together=1,
-        entry='early',
+        control_binding='early',
         seed=7,
         prompt='A car.',
-        symbols=['D', 'D', 'DL'],
+        controls=['D', 'D', 'DL'],
         prompts=[[1, 'snow']],
     )
 
@@ -71,18 +71,18 @@ def test_runs_of_keys_are_a_list():
             assert list(before)[:cut] == plain
         assert list(runs) == plain and len(runs) == len(plain)
     assert [runs[shift] for shift in range(-3, 9)] == plain[-3:] + plain[:9]
-    assert runs == KeyRuns(plain) == KeyRuns.parse(runs.spell()) and runs.kinds == set(plain)
+    assert runs == KeyRuns(plain) == KeyRuns.parse(runs.format()) and runs.distinct == set(plain)
     assert not KeyRuns.parse('') and runs != KeyRuns(plain[:-1])
 
 
 def test_a_drive_longer_than_a_file_goes_on_but_is_not_written(log, monkeypatch):
-    monkeypatch.setattr(session_log, 'MAX_RUNS', 3)
+    monkeypatch.setattr(key_runs, 'MAX_RUNS', 3)
     for symbol in ('B', 'B', 'D'):
-        log.symbols.append(symbol)
-    assert (len(log.symbols), log.symbols.lost, log.copy().symbols.lost) == (6, 5, 5)
+        log.controls.append(symbol)
+    assert (len(log.controls), log.controls.lost, log.copy().controls.lost) == (6, 5, 5)
     with pytest.raises(ReplayError, match='more than 3 changes of keys'):
         log.dumps()
-    del log.symbols[5:]
+    del log.controls[5:]
     assert list(session_log.loads(log.dumps()).symbols) == ['D', 'D', 'DL', 'B', 'B']
     monkeypatch.setattr(session_log, 'LOG_BYTES', 200)
     for long in (log.dumps, lambda: session_log.loads(' ' * 201)):
@@ -90,46 +90,49 @@ def test_a_drive_longer_than_a_file_goes_on_but_is_not_written(log, monkeypatch)
             long()
 
 
-def test_an_older_log_says_nothing_of_a_mesh(log, slots):
+def test_an_older_log_says_nothing_of_a_mesh(log, stream):
     older = log.to_json()
     assert older.pop('mesh') == ''
-    assert session_log.from_json(older) == log and not session_log.difference(slots, log)
-    assert slots.mesh == 'cpu'
-    assert not session_log.difference(slots, dataclasses.replace(log, mesh='cpu'))
-    other = session_log.difference(slots, dataclasses.replace(log, mesh='cpu seq=2', entry='late'))
+    assert session_log.from_json(older) == log and not replay.difference(stream, log)
+    assert stream.mesh == 'cpu'
+    assert not replay.difference(stream, dataclasses.replace(log, mesh='cpu'))
+    other = replay.difference(
+        stream, dataclasses.replace(log, mesh='cpu seq=2', control_binding='late')
+    )
     assert other.startswith('played with entry late, now early; mesh cpu seq=2, now cpu: ')
 
 
-def test_frames_are_those_of_the_log_whatever_the_slot(slots, tiny, log):
-    made = np.stack(list(session_log.frames(slots.blank(), tiny, log)))
-    assert len(made) == 3 * slots.frames
+def test_frames_do_not_depend_on_the_slot(stream, tiny, log):
+    made = np.stack(list(replay.frames(stream.empty_copy(), tiny, log)))
+    assert len(made) == 3 * stream.frames_per_step
     other = dataclasses.replace(log, prompts=[])
-    without = np.stack(list(session_log.frames(slots.blank(), tiny, other)))
-    np.testing.assert_array_equal(made[: slots.frames], without[: slots.frames])
+    without = np.stack(list(replay.frames(stream.empty_copy(), tiny, other)))
+    np.testing.assert_array_equal(made[: stream.frames_per_step], without[: stream.frames_per_step])
     assert (made != without).any()
     # the same in the last slot, with company, saved in between
-    house = slots.blank()
-    condition, _ = house.condition(log.prompt, session_log.start_frames(house, tiny, '', None))
+    shared = stream.empty_copy()
+    condition, _ = shared.condition(log.prompt, start_frames.load(shared, tiny, '', None))
     for index in range(3):
-        house.write(index, house.begin(condition, 7 if index == 2 else index))
-    for shift, symbol in enumerate(log.symbols):
-        symbols = np.stack([house.encode(one) for one in ('BR', 'BR', symbol)])
-        frames, finite = house.step(symbols, np.array([True, shift != 1, True]))
+        shared.write(index, shared.init(condition, 7 if index == 2 else index))
+    for shift, symbol in enumerate(log.controls):
+        symbols = np.stack([shared.encode(one) for one in ('BR', 'BR', symbol)])
+        frames, finite = shared.step(symbols, np.array([True, shift != 1, True]))
         assert np.asarray(finite).all()
         np.testing.assert_array_equal(
-            np.asarray(frames)[2], without[shift * slots.frames :][: slots.frames]
+            np.asarray(frames)[2],
+            without[shift * stream.frames_per_step :][: stream.frames_per_step],
         )
-        data = snapshot.dump(house.read(2), log)
-        house.write(2, snapshot.parse(data, house.like, log.fingerprint)[0])
+        data = snapshot.dump(shared.read(2), log)
+        shared.write(2, snapshot.parse(data, shared.carry_shapes, log.fingerprint)[0])
         assert (np.asarray(frames)[1] == 0).all() == (shift == 1)
 
 
-def test_a_world_file_that_does_not_fit_is_refused(slots, log, monkeypatch):
-    carry = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), slots.like)
+def test_a_world_file_that_does_not_fit_is_refused(stream, log, monkeypatch):
+    carry = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), stream.carry_shapes)
     data = snapshot.dump(carry, log)
-    found, known = snapshot.parse(data, slots.like, log.fingerprint)
-    assert known == log and jax.tree.structure(found) == jax.tree.structure(slots.like)
-    wrong = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2), leaf.dtype), slots.like)
+    found, known = snapshot.parse(data, stream.carry_shapes, log.fingerprint)
+    assert known == log and jax.tree.structure(found) == jax.tree.structure(stream.carry_shapes)
+    wrong = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2), leaf.dtype), stream.carry_shapes)
     broken = jax.tree.map(lambda leaf: leaf + np.nan if leaf.dtype.kind == 'f' else leaf, carry)
     monkeypatch.setattr(snapshot, 'HEADER_BYTES', 4000)
     for bad, fingerprint, said in (
@@ -142,20 +145,20 @@ def test_a_world_file_that_does_not_fit_is_refused(slots, log, monkeypatch):
         (snapshot.dump(broken, log), log.fingerprint, 'not finite'),
     ):
         with pytest.raises(WorldFileError, match=said):
-            snapshot.parse(bad, slots.like, fingerprint)
+            snapshot.parse(bad, stream.carry_shapes, fingerprint)
 
 
 def test_a_session_of_another_world_is_not_replayed(opened, log):
     with pytest.raises(ReplayError, match='another world, or with other weights'):
-        session_log.compile_for(*opened, dataclasses.replace(log, fingerprint='0'))
+        replay.compile_stream(*opened, dataclasses.replace(log, fingerprint='0'))
     with pytest.raises(ReplayError, match='nothing was played'):
-        session_log.compile_for(*opened, dataclasses.replace(log, symbols=[]))
+        replay.compile_stream(*opened, dataclasses.replace(log, controls=[]))
 
 
-def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, monkeypatch):
+def test_the_command_line_makes_the_video_of_a_log(stream, tiny, log, tmp_path, monkeypatch):
     written = tmp_path / 'session.json'
     written.write_text(json.dumps(log.to_json()))
-    monkeypatch.setattr(session_log, 'compile_for', lambda *_: slots.blank())
+    monkeypatch.setattr(replay, 'compile_stream', lambda *_: stream.empty_copy())
     options = dict(
         replay=str(written),
         prompt=None,
@@ -171,7 +174,7 @@ def test_the_command_line_makes_the_video_of_a_log(slots, tiny, log, tmp_path, m
     )
     path, clip, count = generate.to_file(recipe, argparse.Namespace(**options))
     assert clip.symbols == ['D'] * 4 + ['DL'] * 2 and clip.run_seconds > 0
-    assert count == len(video.read_video(path)) == 3 * slots.frames
+    assert count == len(video.read_video(path)) == 3 * stream.frames_per_step
     with pytest.raises(config.UsageError, match='--replay: got --prompt as well'):
         generate.to_file(recipe, argparse.Namespace(**options | {'prompt': 'A car.'}))
 

@@ -1,0 +1,165 @@
+"""One player's WebSocket, from joining to leaving."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+
+from matrix_jax.config import UsageError
+from matrix_jax.controls.driving import ControlError
+from matrix_jax.serve.runtime.session import Session, Stalled
+from matrix_jax.serve.runtime.session_manager import Refused
+from matrix_jax.serve.web import protocol
+from matrix_jax.serve.web.base_app import BURST, JOIN_SECONDS, RATE, close_socket, receive_text
+from matrix_jax.serve.web.hosted_world import HostedWorld
+from matrix_jax.serve.web.protocol import MessageError, TokenBucket
+
+log = logging.getLogger(__name__)
+MAX_FAULTS = 20  # bad messages per socket
+MAX_REQUESTS = 8  # that wait for earlier ones
+
+
+class EngineStopped(Exception):
+    """The engine no longer runs."""
+
+
+class PlayerConnection:
+    """Connects a socket with a session of a world."""
+
+    def __init__(self, world: HostedWorld, socket):
+        self.world, self.manager, self.socket = world, world.manager, socket
+
+    async def run(self):
+        """Serves the socket until it closes.
+
+        Raises:
+          WebSocketDisconnect: the player is gone.
+        """
+        try:
+            async with asyncio.timeout(JOIN_SECONDS):
+                text = await receive_text(self.socket)
+            session, resumed = await self.manager.join(protocol.parse_join(text))
+        except (MessageError, Refused, TimeoutError, UsageError) as error:
+            reason = str(error) or f'expected join within {JOIN_SECONDS} s'
+            code = 1013 if isinstance(error, Refused) else 1008
+            await close_socket(self.socket, code, reason)
+            return
+        try:
+            await self._play(session, resumed)
+        finally:
+            self.manager.detach(session, self.socket)
+
+    async def _play(self, session: Session, resumed: bool):
+        from starlette.websockets import WebSocketDisconnect
+
+        before = await self.manager.attach(session, self.socket)
+        if before:
+            await close_socket(before, 4001, 'this session goes on in another window')
+        session.notify('welcome', self.manager.describe(session, resumed))
+        requests: asyncio.Queue = asyncio.Queue(MAX_REQUESTS)
+        tasks = [
+            asyncio.create_task(one)
+            for one in (
+                session.send(self.socket),
+                self._receive(session, requests),
+                self._handle(session, requests),
+                self._report(session),
+            )
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
+        for error in results:
+            if isinstance(error, MessageError):
+                await close_socket(self.socket, 1008, str(error))
+            elif isinstance(error, Stalled):
+                await close_socket(self.socket, 4000, 'you receive no frames')
+            elif isinstance(error, Exception) and not isinstance(
+                error, WebSocketDisconnect | RuntimeError | OSError
+            ):
+                log.error('a session failed', exc_info=error)
+                await close_socket(self.socket, 1011, 'the server failed')
+
+    async def _receive(self, session: Session, requests: asyncio.Queue):
+        """Receives messages until the player leaves.
+
+        Raises:
+          MessageError: too many messages, or too many bad ones.
+        """
+        bucket, faults = TokenBucket(RATE, BURST), 0
+        while True:
+            text = await receive_text(self.socket)
+            if not bucket.take():
+                raise MessageError(f'too many messages: expected at most {RATE} a second')
+            try:
+                message = protocol.parse(text)
+                kind = message['type']
+                if kind == 'join':
+                    raise MessageError('join: this socket has a session already')
+                if kind == 'keys':
+                    session.press(message['id'], self._control(message['symbol']))
+                elif kind == 'seen':
+                    session.acknowledge(message['frame'])
+                elif kind == 'leave':
+                    self.manager.end(session, 'left')
+                    await close_socket(self.socket, 1000, 'goodbye')
+                    return
+                elif requests.full():
+                    session.notify('error', {'message': f'{kind}: wait for your earlier requests'})
+                else:
+                    requests.put_nowait(message)
+            except MessageError as error:
+                faults += 1
+                if faults >= MAX_FAULTS:
+                    raise
+                session.notify('error', {'message': str(error)})
+
+    def _control(self, symbol: str) -> str:
+        """The canonical spelling of a control.
+
+        Raises:
+          MessageError: this world has no such control.
+        """
+        try:
+            return self.manager.world.vocabulary.canonical(symbol)
+        except ControlError as error:
+            raise MessageError(f'keys.symbol: {error}') from error
+
+    async def _handle(self, session: Session, requests: asyncio.Queue):
+        """Handles the messages that take time, so that keys need not wait for them."""
+        while True:
+            message = await requests.get()
+            try:
+                await self.manager.handle(session, message)
+            except (Refused, UsageError) as error:
+                session.notify('error', {'message': str(error)})
+
+    async def _report(self, session: Session):
+        """Sends the figures of the page's meter once a second."""
+        while True:
+            await asyncio.sleep(1)
+            if not self.world.engine.alive:
+                raise EngineStopped
+            session.notify(
+                'stats',
+                {
+                    'step_ms': round(self.world.engine.seconds * 1e3, 1),
+                    'dropped': session.dropped,
+                    'players': len(self.manager.sessions),
+                },
+            )
+
+
+async def serve_player(world: HostedWorld, socket, first: dict | None = None):
+    """Serves one socket in a world; `first` is a message that it gets at once."""
+    from starlette.websockets import WebSocketDisconnect
+
+    with contextlib.suppress(WebSocketDisconnect, RuntimeError):  # it may close at any time
+        if first:
+            await socket.send_text(json.dumps(first))
+        await PlayerConnection(world, socket).run()

@@ -1,0 +1,3 @@
+"""The compiled stream of tests/serve, for environments that share it."""
+
+from tests.serve.conftest import opened, stream  # noqa: F401
