@@ -198,5 +198,5 @@ def count(name: str, cfg, tflops: float) -> str:
 
 def meshes(cfg) -> dict[str, Mesh]:
     """Meshes of `SWEEP` that a world of this config can run on."""
-    single = worlds.build(cfg).one_mesh
+    single = worlds.build(cfg).single_mesh
     return {name: mesh for name, mesh in SWEEP.items() if not (single and mesh.parts)}

@@ -256,7 +256,7 @@ def follow(
     streams: Streams, clips: LabelledClips, starts: list[int], name: str, seconds: int, seed: int
 ) -> ScriptedWalks:
     """The streams of a script."""
-    world, count = streams.world, streams.world.needed(seconds)
+    world, count = streams.world, streams.world.controls_for_seconds(seconds)
     texts = [
         script(world.vocabulary, clips, start, name, count, seed + index)
         for index, start in enumerate(starts)

@@ -78,7 +78,7 @@ class Streams:
           texts: the controls of each video, as many as `world.needed` asks for.
           seed: of all noise.
         """
-        known, steps = zip(*map(self.world.split, texts), strict=True)
+        known, steps = zip(*map(self.world.split_controls, texts), strict=True)
         given = [
             self.world.inputs(self.world.cfg.prompt, clip, one)[0]
             for clip, one in zip(frames, known, strict=True)

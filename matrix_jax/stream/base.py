@@ -1,6 +1,8 @@
-"""What a stream is: `init`, `prefill`, `step` over a carry, and how two of them chain.
+"""Streams: endless generation as the functions `init`, `prefill` and `step` over a carry.
 
-The same `step` runs under `scan` (offline), `jit` (a player) and `grad` (training).
+The same `step` runs under `scan` (offline), `jit` (a live player) and `grad` (training). The carry
+is a pytree of arrays whose shapes never change, so saving the carry saves the stream. `chain`
+appends a video decoder to a stream of latents.
 """
 
 from __future__ import annotations
@@ -8,11 +10,50 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+
+PyTree = Any
+
+
+class StreamConfig(Protocol):
+    """What the rest of the package reads of the config of any stream.
+
+    Attributes:
+      frames: latent frames T that a network call sees (the window or the block).
+      context: latent frames of the start that the stream continues from.
+      step_frames: latent frames that a step makes.
+      controls_per_step: controls that a step takes.
+      control_binding: where a new control takes effect.
+      lag: steps between the step that takes a control and the step that shows it.
+      passes: network passes of a step, guidance included.
+      compiled_passes: network passes in the compiled program of a step; more than `passes` where
+        the program holds a pass that only runs on a condition.
+    """
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def context(self) -> int: ...
+    @property
+    def step_frames(self) -> int: ...
+    @property
+    def controls_per_step(self) -> int: ...
+    @property
+    def control_binding(self) -> str: ...
+    @property
+    def lag(self) -> int: ...
+    @property
+    def passes(self) -> int: ...
+    @property
+    def compiled_passes(self) -> int: ...
+
+    def with_control_binding(self, control_binding: str) -> StreamConfig:
+        """Returns the same config with another control binding, where the stream has a choice."""
+        ...
 
 
 class Stream(NamedTuple):
@@ -20,104 +61,102 @@ class Stream(NamedTuple):
 
     Attributes:
       init: `(params, cond, key) -> carry`.
-      prefill: `(params, carry, control) -> (carry, first output)`; run once. Its output may be of
-        another length than that of `step`, and its carry is what `step` takes and returns.
-      step: `(params, carry, control) -> (carry, output)`; every leaf keeps shape and type.
+      prefill: `(params, carry, control) -> (carry, first output)`, called once. Its output may
+        have another length than the output of `step`. The same function as `step` if the first
+        step is like any other.
+      step: `(params, carry, control) -> (carry, output)`. Every leaf of the carry keeps its shape
+        and type.
       with_prompt: `(carry, text [B L D]) -> carry` with another prompt from the next step on; None
-        where the stream reads no text.
+        if the stream reads no text.
     """
 
-    init: Callable
-    prefill: Callable
-    step: Callable
-    with_prompt: Callable | None = None
+    init: Callable[..., PyTree]
+    prefill: Callable[..., tuple[PyTree, PyTree]]
+    step: Callable[..., tuple[PyTree, PyTree]]
+    with_prompt: Callable[[PyTree, jax.Array], PyTree] | None = None
 
 
 class Decoder(NamedTuple):
-    """Latents to frames, in chunks.
+    """Streaming decoder from latents to frames.
 
     Attributes:
       prefill: `(params, latents [B T H W C]) -> (cache, frames [B F H W 3])` for the first chunk.
-      step: `(params, cache, latents) -> (cache, frames)`.
+      step: `(params, cache, latents) -> (cache, frames)` for every later chunk.
     """
 
-    prefill: Callable
-    step: Callable
+    prefill: Callable[..., tuple[PyTree, jax.Array]]
+    step: Callable[..., tuple[PyTree, PyTree]]
 
 
-def rollout(stream: Stream, params, carry, controls):
+def rollout(
+    stream: Stream, params: PyTree, carry: PyTree, controls: jax.Array
+) -> tuple[PyTree, PyTree]:
     """Scans `step` over controls [S B T] -> (carry, outputs with a leading axis S)."""
     return jax.lax.scan(partial(stream.step, params), carry, controls)
 
 
-def join(outputs):
+def join(outputs: jax.Array) -> jax.Array:
     """Outputs of a rollout [S B T ...] -> one clip [B S*T ...]."""
     return rearrange(outputs, 's b t ... -> b (s t) ...')
 
 
 def chain(
-    stream: Stream, decoder: Decoder, first: int = 1, decoder_seed: Callable | None = None
+    stream: Stream, decoder: Decoder, decoder_seed: Callable[[PyTree], jax.Array] | None = None
 ) -> Stream:
-    """A stream of frames: each `step` makes latents and decodes them in one program.
+    """Returns a stream of frames: each `step` makes latents and decodes them in one program.
 
     Args:
       stream: makes latents [B T H W C].
       decoder: turns them into frames.
-      first: steps of `stream` whose latents the first decode waits for. `prefill` then takes their
-        controls side by side, [B first*T].
-      decoder_seed: `cond -> latents` that the decoder starts on in `init`; then `prefill` is `step`, and
-        `first` does not count.
+      decoder_seed: `cond -> latents` that the decoder is filled with in `init`. `prefill` is then
+        the same function as `step`. Without it, the decoder starts on the first latents made.
     """
 
-    def init(params, cond, key):
-        return stream.init(params, cond, key), decoder.prefill(params, decoder_seed(cond))[0]
+    def init(params: PyTree, cond: PyTree, key: jax.Array) -> PyTree:
+        carry = stream.init(params, cond, key)
+        return (carry, decoder.prefill(params, decoder_seed(cond))[0]) if decoder_seed else carry
 
-    def prefill(params, carry, control):
-        parts = jnp.split(control, first, axis=1)
-        carry, latents = stream.prefill(params, carry, parts[0])
-        chunks = [latents]
-        for part in parts[1:]:
-            carry, latents = stream.step(params, carry, part)
-            chunks.append(latents)
-        cache, frames = decoder.prefill(params, jnp.concatenate(chunks, axis=1))
+    def prefill(params: PyTree, carry: PyTree, control: jax.Array) -> tuple[PyTree, PyTree]:
+        carry, latents = stream.prefill(params, carry, control)
+        cache, frames = decoder.prefill(params, latents)
         return (carry, cache), frames
 
-    def step(params, carry, control):
+    def step(params: PyTree, carry: PyTree, control: jax.Array) -> tuple[PyTree, PyTree]:
         carry, cache = carry
         carry, latents = stream.step(params, carry, control)
         cache, frames = decoder.step(params, cache, latents)
         return (carry, cache), frames
 
-    def with_prompt(carry, text):
-        return stream.with_prompt(carry[0], text), carry[1]
-
-    changed = with_prompt if stream.with_prompt else None
-    if decoder_seed:
-        return Stream(init, step, step, changed)
-    return Stream(stream.init, prefill, step, changed)
+    change = stream.with_prompt
+    with_prompt = change and (lambda carry, text: (change(carry[0], text), carry[1]))
+    return Stream(init, step if decoder_seed else prefill, step, with_prompt)
 
 
-def prefilled(stream: Stream, control) -> Stream:
-    """The stream with its first output made by `init` and dropped, so that every step is alike.
+def prefilled(stream: Stream, control: jax.Array) -> Stream:
+    """Returns the stream with `prefill` done by `init` and its output dropped: all steps are alike.
 
     Args:
-      stream: a stream; one whose `prefill` is `step` stays as it is.
-      control: of the first output, [1 T ...].
+      stream: a stream; returned as it is if its `prefill` is `step`.
+      control: control of the prefill, [1 T ...].
     """
     if stream.prefill is stream.step:
         return stream
 
-    def init(params, cond, key):
+    def init(params: PyTree, cond: PyTree, key: jax.Array) -> PyTree:
         return stream.prefill(params, stream.init(params, cond, key), control)[0]
 
     return stream._replace(init=init, prefill=stream.step)
 
 
-# --- randomness of players -----------------------------------------------------------------------
+# --- random numbers of each player ---------------------------------------------------------------
 
 
-def player_keys(key, batch: int):
-    """One typed key per player, from one key (typed or raw) or from [B]."""
+def player_keys(key: jax.Array, batch: int) -> jax.Array:
+    """Returns one typed key per player [B], from one key (typed or raw) or from [B] keys.
+
+    Raises:
+      ValueError: there are neither one nor `batch` keys.
+    """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     keys = jax.random.split(key, batch) if key.ndim == 0 else key
@@ -126,13 +165,13 @@ def player_keys(key, batch: int):
     return keys
 
 
-def fold(keys, numbers):
-    """Keys [B] with one number [B] folded into each."""
+def fold(keys: jax.Array, numbers: jax.Array) -> jax.Array:
+    """Folds one number [B] into each key [B]."""
     return jax.vmap(jax.random.fold_in)(keys, numbers)
 
 
-def normal(keys, shape):
-    """Noise [B *shape], each player's from its own key."""
-    # Drawn flat: with many axes the counters of the generator take XLA seconds to fold.
+def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draws noise [B *shape], each player's from its own key."""
+    # Drawn flat, because XLA takes seconds to fold the generator's counters over many axes.
     flat = jax.vmap(lambda key: jax.random.normal(key, [math.prod(shape)], jnp.float32))(keys)
     return flat.reshape(-1, *shape)

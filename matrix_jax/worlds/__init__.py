@@ -1,42 +1,55 @@
-"""The worlds, and the doors that open one: by recipe and weights, fresh, or abstract."""
+"""The worlds, and three ways to open one: from weights, for training, or without parameters."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from matrix_jax.worlds import matrix_game_2, the_matrix
+from matrix_jax.worlds.networks import Params
+from matrix_jax.worlds.protocols import World
 
-REGISTRY = {module.Config: module for module in (the_matrix, matrix_game_2)}
+# Config of a world -> the world. A new world is one more line.
+REGISTRY: dict[type, Callable[[Any], World]] = {
+    the_matrix.Config: the_matrix.World,
+    matrix_game_2.Config: matrix_game_2.World,
+}
 
 
-def build(cfg):
-    """The world of a config, without weights; abstract until `init` or `load`."""
-    return REGISTRY[type(cfg)].World(cfg)
+def build(cfg: Any) -> World:
+    """Returns the world of a config, without parameters."""
+    return REGISTRY[type(cfg)](cfg)
 
 
-def describe(cfg, folder, whole: bool = False):
-    """The world that a weights folder describes, without weights or tokenizers.
+def describe(cfg: Any, folder: str | Path, whole: bool = False) -> World:
+    """Returns the world with the sizes that a weights folder describes, without parameters.
 
     Args:
       cfg: the recipe's world, which says what the folder does not.
-      folder: in the released layout.
-      whole: whether every part is to be loaded from it.
+      folder: weights folder in the released layout.
+      whole: whether all components are to be loaded from the folder.
+
+    Raises:
+      CheckpointError: the folder describes another world.
     """
-    module = REGISTRY[type(cfg)]
-    return module.World(module.read_folder(cfg, folder, whole))
+    return build(cfg).described_by(folder, whole)
 
 
-def load(name: str = 'carracing', weights: str | None = None, mesh=None):
-    """One-call door: recipe and weights -> (world, params on the mesh).
+def load(
+    name: str = 'carracing', weights: str | None = None, mesh: Any = None
+) -> tuple[World, Params]:
+    """Returns a recipe's world and its parameters, on a mesh.
 
     Args:
       name: 'world:RECIPE' from configs/; a bare world means its default recipe.
-      weights: folder in the released layout, bundled name or hub repository; the recipe's own by
-        default.
+      weights: folder in the released layout, bundled name or hub repository; the recipe's weights
+        by default.
       mesh: `config.Mesh`; one device by default.
 
     Raises:
-      UsageError, CheckpointError, ConversionError: all ValueErrors of one line.
+      UsageError, CheckpointError, ConversionError: what cannot be used, in one line.
     """
     from matrix_jax import recipes
 
@@ -44,13 +57,16 @@ def load(name: str = 'carracing', weights: str | None = None, mesh=None):
     return open_run(dataclasses.replace(run, weights=weights or run.weights, mesh=mesh or run.mesh))
 
 
-def open_run(run, split_decoder: bool = False):
-    """A run's world and its parameters, read strictly and placed on its mesh.
+def open_run(run: Any, split_decoder: bool = False) -> tuple[World, Params]:
+    """Returns a run's world and its parameters, read strictly and placed on the run's mesh.
 
     Args:
-      run: the run.
-      split_decoder: whether the caller streams, so that the run may have a pipeline: the parameters of the
-        decoder then lie on a mesh of their own.
+      run: a `config.Run` with weights.
+      split_decoder: whether the decoder's parameters may lie on a mesh of their own, for callers
+        that stream.
+
+    Raises:
+      UsageError, CheckpointError, ConversionError: what cannot be used, in one line.
     """
     import jax
     import jax.numpy as jnp
@@ -64,51 +80,54 @@ def open_run(run, split_decoder: bool = False):
             f'{run.name}: needs --weights, a folder in the released layout or a hub repository'
         )
     compilation.enable_cache(run.keep_programs)
-    make = sharding.make_meshes if split_decoder else sharding.make_mesh
-    mesh = make(run.mesh)
+    meshes = sharding.make_meshes(run.mesh) if split_decoder else (sharding.make_mesh(run.mesh),)
     folder = diffusers_layout.resolve(run.weights)
     world = describe(run.world, folder, whole=True).with_tokenizers(folder)
-    params = _adapt(run, world, lambda: world.load(folder))
+    params = _with_adapter(run, world, lambda: world.load(folder))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
-    params = world.device_put(params, *(mesh if split_decoder else [mesh]))
-    return world, world.quantize(params)
+    return world, world.quantize(world.device_put(params, *meshes))
 
 
-def start(run):
-    """A training run's world and start parameters: what `weights` holds, the rest fresh."""
+def start(run: Any) -> tuple[World, Params]:
+    """Returns a training run's world and its first parameters.
+
+    Components in the run's weights are read, all others are initialised.
+
+    Raises:
+      UsageError, CheckpointError, ConversionError: what cannot be used, in one line.
+    """
     from matrix_jax import config
     from matrix_jax.parallel import compilation
     from matrix_jax.weights import diffusers_layout
 
     compilation.enable_cache(run.keep_programs)
-    world = build(run.world)
+    seed = run.train.seed
     if run.weights is None:
-        world.with_tokenizers(None)
-        return world, _adapt(run, world, lambda: world.init(run.train.seed))
+        world = build(run.world).with_tokenizers(None)
+        return world, _with_adapter(run, world, lambda: world.init(seed))
     folder = diffusers_layout.resolve(run.weights)
     found = describe(run.world, folder)
     world = found.with_new_layers(run.world).with_tokenizers(folder)
-    borrowed = world.external_parts(folder)
-    if borrowed and getattr(run.stage, 'train_encoders', False):
+    external = world.external_parts(folder)
+    if external and getattr(run.stage, 'train_encoders', False):
         raise config.UsageError(
             f'stage.train_encoders: got True, expected False, as {folder} '
-            'leaves its control encoder to another place'
+            'takes its control encoder from another folder'
         )
-    have = tuple(part.folder for part in world.components if world.can_load(folder, part.folder))
-    lacking = tuple(
-        part.folder for part in world.components if part.folder not in (*have, *borrowed)
+    names = [component.folder for component in world.components]
+    present = tuple(name for name in names if world.can_load(folder, name))
+    missing = tuple(name for name in names if name not in (*present, *external))
+    params = _with_adapter(
+        run, found, lambda: found.init(seed, only=missing) | found.load(folder, only=present)
     )
-    params = _adapt(
-        run, found, lambda: found.init(run.train.seed, only=lacking) | found.load(folder, only=have)
-    )
-    return world, world.add_params(params, found, run.train.seed)
+    return world, world.add_params(params, found, seed)
 
 
-def _adapt(run, world, load):
-    """The parameters that `load()` gives with the run's adapter merged in, if it has one.
+def _with_adapter(run: Any, world: World, load: Callable[[], Params]) -> Params:
+    """Returns the parameters of `load()` with the run's LoRA adapter merged in, if it has one.
 
-    The adapter is read first: it is small, and what is wrong with it shows at once.
+    The adapter is read first: it is small, and its faults show before the weights are read.
     """
     if run.lora is None:
         return load()

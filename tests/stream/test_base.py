@@ -31,7 +31,7 @@ def decoder():
     )
 
 
-def test_a_started_stream_has_its_first_output_behind_it():
+def test_a_prefilled_stream_has_made_and_dropped_its_first_output():
     stream, first = base.chain(counting(), decoder()), np.array([[5, 6]])
     live = base.prefilled(stream, first)
     assert stream.prefill is not stream.step is live.step is live.prefill
@@ -61,15 +61,10 @@ def test_chain_decodes_what_the_latent_stream_makes():
     assert carry[0] == 4
 
 
-def test_the_first_decode_can_wait_for_several_steps():
-    frames = base.chain(counting(), decoder(), first=2)
-    carry, first = frames.prefill(1.0, frames.init(1.0, 0, None), np.array([[1, 2]]))
-    assert first.shape[1] == 4 and carry[0] == 2
-    assert first[0, :, 0, 0, 0].tolist() == [1, 1, 12, 12]
-
-
-def test_a_warm_decoder_makes_every_step_alike():
-    frames = base.chain(counting(), decoder(), decoder_seed=lambda cond: jnp.full([1, 1, 1, 1, 1], cond))
+def test_a_seeded_decoder_makes_every_step_alike():
+    frames = base.chain(
+        counting(), decoder(), decoder_seed=lambda cond: jnp.full([1, 1, 1, 1, 1], cond)
+    )
     assert frames.prefill is frames.step
     carry, first = frames.step(1.0, frames.init(1.0, 7, None), np.array([[1]]))
     assert first[0, :, 0, 0, 0].tolist() == [78, 78] and carry[0] == 8

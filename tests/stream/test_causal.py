@@ -61,7 +61,7 @@ def controls(blocks, batch=BATCH, seed=1):
 
 @functools.cache
 def compiled():
-    return base.Stream(*map(jax.jit, causal.make(CFG, SCHEDULE, NET)))
+    return base.Stream(*map(jax.jit, causal.make(CFG, SCHEDULE, NET)[:3]))
 
 
 def play(blocks=6, cond=None, key=None, carry=None, given=None):
@@ -145,7 +145,7 @@ def test_actions_may_guide():
         np.random.default_rng(seed).normal(size=(BATCH, 2, H, W, size)).astype(np.float32)
         for seed, size in ((3, C), (4, 2))
     )
-    past = np.zeros((BATCH, CFG.remembered, A), np.float32)
+    past = np.zeros((BATCH, CFG.past_actions, A), np.float32)
     actions = np.concatenate([past, controls(1)[0]], axis=1)
     still = np.concatenate([past, np.broadcast_to(rest, controls(1)[0].shape)], axis=1)
 
@@ -304,4 +304,4 @@ def test_wrong_controls_are_refused():
 
 def test_the_released_blocks_have_9_frames_and_then_12():
     cfg = causal.Config()
-    assert (cfg.first_actions, cfg.block_actions, cfg.remembered) == (9, 12, 12)
+    assert (cfg.first_actions, cfg.block_actions, cfg.past_actions) == (9, 12, 12)

@@ -9,7 +9,7 @@ import pytest
 
 from matrix_jax import recipes, worlds
 from matrix_jax.config import Mesh
-from matrix_jax.dit.cogvideox import Control
+from matrix_jax.dit.cogvideox import ControlConfig
 from matrix_jax.parallel import sharding
 from matrix_jax.stream import base, pipeline, swin
 from matrix_jax.stream.pipeline import Pipeline
@@ -100,7 +100,7 @@ def test_no_more_shifts_are_under_way_than_allowed(placed, monkeypatch):
 def real_world():
     """Small in every way; ten rows of latents do not divide by the decoder's devices."""
     cfg = recipes.load('the_matrix:TINY').world
-    net = dataclasses.replace(cfg.dit, layers=1, control=Control(dim=16, start=0, end=1))
+    net = dataclasses.replace(cfg.dit, layers=1, control=ControlConfig(dim=16, start=0, end=1))
     vae = dataclasses.replace(
         cfg.vae,
         block_out_channels=(4, 8),
@@ -113,14 +113,14 @@ def real_world():
 
 def test_frames_of_a_pipeline_are_those_of_one_device():
     world = real_world()
-    drawn, cfg = world.init(0, still=False), world.cfg.stream
+    drawn, cfg = world.init(0, zero_init=False), world.cfg.stream
     noise = np.random.default_rng(0)
     cond = swin.Cond(
         *(
             jnp.asarray(noise.normal(size=shape).astype(np.float32))
             for shape in ((1, cfg.frames, 10, 4, 4), (1, 12, 16), (10, 16))
         ),
-        jnp.zeros((1, cfg.remembered), int),
+        jnp.zeros((1, cfg.known_controls), int),
     )
     placed = world.device_put(drawn, *sharding.make_meshes(Mesh(pipeline='5dit_3vae')))
     network, decoder = world.split_decoder(placed)

@@ -37,7 +37,7 @@ def condition(cfg, batch=BATCH, seed=0):
         text=normal(batch, L, D),
         null_text=normal(batch, L, D),
         control_table=normal(10, A),
-        controls=random.integers(0, 9, (batch, cfg.remembered), np.int32),
+        controls=random.integers(0, 9, (batch, cfg.known_controls), np.int32),
     )
 
 
@@ -196,7 +196,9 @@ def test_levels_are_those_of_the_window():
     carry = jax.eval_shape(stream.init, PARAMS, condition(guided), keys())
     jax.eval_shape(stream.step, PARAMS, carry, controls(guided, 1)[0])
     assert seen == [((4, 9), (4, 9, A), (4, L, D))]
-    table = swin.shift_table(dataclasses.replace(DPM, context=2, condition_level=3), SchedulerConfig())
+    table = swin.shift_table(
+        dataclasses.replace(DPM, context=2, condition_level=3), SchedulerConfig()
+    )
     assert table.levels.tolist() == [
         [3, 3, 249, 249, 499, 499, 749, 749, 999, 999],
         [3, 3, 124, 124, 374, 374, 624, 624, 874, 874],
@@ -253,19 +255,23 @@ def test_a_control_takes_the_slots_from_its_entry_on(binding, group, first):
     assert slots.tolist() == [[9] * first + [1, 2] + held]
 
 
-@pytest.mark.parametrize('binding, group, shown', [('late', 2, 3), ('early', 2, 2), ('early', 0, 0)])
+@pytest.mark.parametrize(
+    'binding, group, shown', [('late', 2, 3), ('early', 2, 2), ('early', 0, 0)]
+)
 def test_a_key_is_shown_after_the_groups_before_its_entry(binding, group, shown):
     """A network that paints the control: when does a pressed key come out?"""
 
     def paint(params, x, level, text, control):
         return -jnp.broadcast_to(control[:, :, None, None, :1], x.shape) / 1000
 
-    cfg = swin.Config(group_frames=1, steps=4, solver='ddim', control_binding=binding, head_group=group)
+    cfg = swin.Config(
+        group_frames=1, steps=4, solver='ddim', control_binding=binding, head_group=group
+    )
     stream = swin.make(cfg, SchedulerConfig(), paint)
     table = np.zeros([10, A], np.float32)
     table[1] = 1e6
     cond = dataclasses.replace(
-        condition(cfg, 1), control_table=table, controls=np.zeros([1, cfg.remembered], np.int32)
+        condition(cfg, 1), control_table=table, controls=np.zeros([1, cfg.known_controls], np.int32)
     )
     given = np.array([0, 0, 1, 1, 1, 1, 1, 1])[:, None, None]
     _, latents = jax.jit(

@@ -14,7 +14,7 @@ from matrix_jax import recipes
 from matrix_jax.benchmark import target
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
-from matrix_jax.dit.cogvideox import Control
+from matrix_jax.dit.cogvideox import ControlConfig
 from matrix_jax.parallel import sharding
 
 SHIFTS = 3
@@ -31,7 +31,7 @@ def world():
             width=8,
             decode_chunk=1,
             dit=dataclasses.replace(
-                cfg.dit, heads=6, head_dim=8, layers=1, control=Control(16, 0, 1)
+                cfg.dit, heads=6, head_dim=8, layers=1, control=ControlConfig(16, 0, 1)
             ),
             vae=dataclasses.replace(
                 cfg.vae,
@@ -48,8 +48,8 @@ def world():
 @pytest.fixture(scope='module')
 def start(world):
     """(parameters, what a stream starts from), as players have them."""
-    params = world.init(0, still=False, only=('transformer', 'vae'))
-    return world.precompute_for(world.quantize(params), target.random_condition(world))
+    params = world.init(0, zero_init=False, only=('transformer', 'vae'))
+    return world.quantize(params), target.random_condition(world)
 
 
 def play(stream, start, mesh=None):

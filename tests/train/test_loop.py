@@ -16,7 +16,8 @@ from matrix_jax.train.optim import Optimizer
 from matrix_jax.train.stage import Stage
 from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import read_component
-from matrix_jax.worlds.base import BaseWorld, Component
+from matrix_jax.worlds.base import BaseWorld
+from matrix_jax.worlds.networks import Component
 
 
 @dataclasses.dataclass(frozen=True)

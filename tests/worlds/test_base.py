@@ -21,7 +21,7 @@ def world():
     return worlds.build(RUN.world)
 
 
-def test_fresh_parameters_follow_the_seed_and_the_laws(world):
+def test_fresh_parameters_follow_the_seed_and_the_rules(world):
     params, again, other = world.init(0), world.init(0), world.init(1)
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, world.shapes())
     jax.tree.map(np.testing.assert_array_equal, params, again)
@@ -45,18 +45,18 @@ def test_fresh_parameters_follow_the_seed_and_the_laws(world):
 
 
 def test_random_parameters_have_no_idle_kernel(world):
-    flat = conversion.flatten(world.init(0, still=False, only=('transformer',)))
+    flat = conversion.flatten(world.init(0, zero_init=False, only=('transformer',)))
     assert all(leaf.any() for path, leaf in flat.items() if path.endswith('kernel'))
     assert {path.split('/')[0] for path in flat} == {'transformer'}
 
 
-def test_a_leaf_without_a_law_is_named():
-    with pytest.raises(ValueError, match='net/table: no law'):
+def test_a_leaf_without_a_rule_is_named():
+    with pytest.raises(ValueError, match='net/table: no rule'):
         initializers.draw((), 'net/table', (2, 2), (0,))
 
 
 def test_a_folder_gives_back_what_was_written(world, tiny, tmp_path):
-    params = world.init(0, still=False)
+    params = world.init(0, zero_init=False)
     found = world.load(tiny)
     assert jax.tree.structure(found) == jax.tree.structure(params)
     jax.tree.map(

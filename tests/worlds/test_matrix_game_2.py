@@ -78,7 +78,7 @@ def player(walk):
 
 def play(player, actions, seed=0):
     """Frames of a stream [F H W 3]; its step is one program, which refuses other shapes."""
-    known, steps = player.world.split(actions)
+    known, steps = player.world.split_controls(actions)
     carry, _ = player.start('', player.world.fit(picture()), known, seed)
     carry, frames = player.compile(carry, steps)
     shown = [frames[0]]
@@ -102,16 +102,18 @@ def test_a_stream_has_9_frames_and_then_12_a_block(player):
 
 @pytest.mark.parametrize('seconds, frames', [(1, 33), (2, 57), (4, 105), (24, 609)])
 def test_frames_of_whole_blocks(world, seconds, frames):
-    assert world.needed(seconds) == frames and (frames - 9) % 12 == 0 and frames >= 25 * seconds
-    known, steps = world.split(['W'] * frames)
+    assert world.controls_for_seconds(seconds) == frames >= 25 * seconds
+    assert (frames - 9) % 12 == 0
+    known, steps = world.split_controls(['W'] * frames)
     assert known == [] and list(map(len, steps)) == [9] + [12] * ((frames - 9) // 12)
 
 
 def test_the_foundation_makes_whole_clips(player):
     world = build('TINY_CLIP')
-    assert world.needed(1) == 25 and build('TINY_CLIP', fps=12).needed(6) == 73
+    assert world.controls_for_seconds(1) == 25
+    assert build('TINY_CLIP', fps=12).controls_for_seconds(6) == 73
     with pytest.raises(config.UsageError, match='--length: got 4, expected at most 3: this model'):
-        world.needed(4)
+        world.controls_for_seconds(4)
     given, _ = world.inputs('', world.fit(picture()), ['W'] * 9)
     frames = jax.jit(world.sample_clip)(player.params, *given, jax.random.key(0))
     assert frames.shape == (1, 9, 16, 24, 3) and frames.dtype == np.uint8
@@ -199,7 +201,8 @@ def test_the_command_line_makes_a_video(walk):
     frames = video.read_video(out, fps=25)
     assert frames.shape[0] == 33 and frames.shape[2] >= 384
     # The keys are drawn: a lit W among dark ones, and the knob of the mouse beside them.
-    held, blank = KeyboardMouseVocabulary('universal').overlay('W'), np.zeros(frames.shape[1:], np.uint8)
+    held = KeyboardMouseVocabulary('universal').overlay('W')
+    blank = np.zeros(frames.shape[1:], np.uint8)
     drawn = video.draw_keys(blank, held).max(axis=-1) > 240
     assert drawn.sum() > 100 and (frames[0][drawn].astype(int)[:, :2] > 150).mean() > 0.9
 

@@ -19,7 +19,7 @@ RUN = recipes.load('the_matrix:TINY')
 @pytest.mark.parametrize(
     'fields, int8', [({'steps': 8, 'guidance': 3.0}, 'none'), ({'solver': 'lcm'}, 'attention')]
 )
-def test_a_ready_stream_is_the_same_stream(tiny, fields, int8):
+def test_a_stream_of_a_folder_runs_in_8_bits_as_well(tiny, fields, int8):
     cfg = dataclasses.replace(RUN.world.stream, **fields)
     run = dataclasses.replace(
         RUN,
@@ -40,22 +40,15 @@ def test_a_ready_stream_is_the_same_stream(tiny, fields, int8):
         cond = swin.Cond(
             latents,
             world.embed_ids(params, world.tokenize(['A road.'])),
-            world.control_table(params),
-            np.full([1, cfg.remembered], 3),
+            world.embed_controls(params),
+            np.full([1, cfg.known_controls], 3),
             world.embed_ids(params, world.empty_ids),
         )
         carry = stream.init(params, cond, jax.random.key(0))
         return rollout(stream, params, carry, np.array([[[0, 1]], [[2, 8]]]))[1]
 
-    made = play(params), play(world.precompute(params))
-    np.testing.assert_allclose(*made, atol=1e-5)
-    assert np.std(made[0]) > 0.1
-
-
-def test_controls_that_modulate_leave_nothing_to_make_once():
-    world = worlds.build(recipes.load('carracing').world)
-    params = {'transformer': {}}
-    assert world.precompute(params) is params
+    made = play(params)
+    assert np.isfinite(made).all() and np.std(made) > 0.1
 
 
 def test_the_folder_decides_the_sizes(tiny):

@@ -1,0 +1,372 @@
+"""The networks of a world: parameters drawn, read, written, converted and placed on devices.
+
+A `Component` is one network: its config, its weight table and its parameter shapes. A world lists
+its components; all that follows from the list alone is the same for every world and is here. The
+config of each component comes from the config.json of its folder, so a weights folder decides the
+sizes, and the recipe decides how the networks run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import functools
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+
+from matrix_jax.nn import initializers, linear
+from matrix_jax.parallel import sharding
+from matrix_jax.stream.base import PyTree
+from matrix_jax.weights import conversion, diffusers_layout
+
+Draw = Callable[[int | None], np.ndarray[Any, Any]]
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One network of a world.
+
+    Attributes:
+      field: name of its config in the world's config.
+      folder: name of its folder in the released layout, and of its part of the parameters.
+      weights: config -> weight table.
+      shapes: config -> tree of ShapeDtypeStructs.
+      init_rules: config -> rules for initial parameters (`nn.initializers`), before the defaults.
+      zero_init: rules before those, with which training starts.
+      run_fields: config fields that say how the network runs, such as 'dtype'. They come from the
+        recipe, all others from the weights folder.
+    """
+
+    field: str
+    folder: str
+    weights: Callable[[Any], conversion.Table]
+    shapes: Callable[[Any], Params]
+    init_rules: Callable[[Any], initializers.InitRules] = lambda cfg: ()
+    zero_init: initializers.InitRules = ()
+    run_fields: tuple[str, ...] = ()
+
+
+class Networks:
+    """Base of `BaseWorld`: what follows from the config and the list of components.
+
+    Attributes:
+      cfg: the world's config.
+      components: the networks.
+      extras: folders without weights in the released layout, such as tokenizers.
+    """
+
+    components: tuple[Component, ...] = ()
+    extras: tuple[str, ...] = ()
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    def replace(self, **fields: Any) -> Self:
+        """Returns the same world with config fields replaced."""
+        return type(self)(dataclasses.replace(self.cfg, **fields))
+
+    @property
+    def tables(self) -> dict[str, conversion.Table]:
+        """Weight table of each component by folder name."""
+        return {one.folder: one.weights(getattr(self.cfg, one.field)) for one in self.components}
+
+    def shapes(self) -> Params:
+        """Returns the parameter tree as ShapeDtypeStructs, by component; allocates nothing."""
+        return {one.folder: _shapes(one, getattr(self.cfg, one.field)) for one in self.components}
+
+    # --- initial parameters ----------------------------------------------------------------------
+
+    def init(
+        self,
+        seed: int,
+        zero_init: bool = True,
+        only: tuple[str, ...] | None = None,
+        paths: str = '*',
+    ) -> Params:
+        """Returns initial parameters, float32 numpy, by component.
+
+        Args:
+          seed: one seed always gives the same parameters.
+          zero_init: whether blocks start as the identity, for training; else all leaves are random.
+          only: folder names of the components to draw; all by default.
+          paths: pattern of the leaves to draw.
+        """
+        drawn = {}
+        for component in self.components:
+            if only is not None and component.folder not in only:
+                continue
+            leaves = {}
+            for row, _, draw in self.draws(component, seed, zero_init):
+                if not fnmatch.fnmatchcase(row.path, paths):
+                    continue
+                layers = range(*row.layers) if row.layers else ()
+                leaves[row.path] = np.stack([draw(i) for i in layers]) if layers else draw(None)
+            drawn[component.folder] = conversion.unflatten(leaves)
+        return drawn
+
+    def draws(
+        self, component: Component, seed: int, zero_init: bool = True
+    ) -> Iterator[tuple[conversion.Row, tuple[int, ...], Draw]]:
+        """Yields (row, shape of one layer, draw) for each row of a component's weight table.
+
+        `draw(i)` returns layer i, or with None a leaf that has no layers.
+        """
+        cfg = getattr(self.cfg, component.field)
+        flat = conversion.flatten(_shapes(component, cfg))
+        zeros = component.zero_init if zero_init else ()
+        rules = (*zeros, *component.init_rules(cfg))
+        seeds = (seed, self.components.index(component))
+        for row in component.weights(cfg):
+            if isinstance(row, conversion.Row) and row.keys():
+                shape = flat[row.path].shape[1:] if row.layers else flat[row.path].shape
+                draw = functools.partial(initializers.draw, rules, row.path, shape, seeds)
+                yield row, shape, draw
+
+    # --- weights folders -------------------------------------------------------------------------
+
+    def locate(self, folder: str | Path, name: str) -> tuple[str, str]:
+        """Returns (folder, name) from which a component of a weights folder is read."""
+        return str(folder), name
+
+    def external_parts(self, folder: str | Path) -> tuple[str, ...]:
+        """Returns names of what a weights folder leaves to another folder, given by `locate`."""
+        return ()
+
+    def has_part(self, folder: str | Path, name: str) -> bool:
+        """Returns whether a weights folder itself holds a component."""
+        return (Path(folder) / name).is_dir()
+
+    def can_load(self, folder: str | Path, name: str) -> bool:
+        """Returns whether training starts from a component in, or next to, a weights folder."""
+        return self.has_part(folder, name)
+
+    def described_by(self, folder: str | Path, whole: bool = False) -> Self:
+        """Returns this world with the sizes that a weights folder describes.
+
+        Args:
+          folder: weights folder in the released layout.
+          whole: whether all components are read from it; else those that it lacks keep the
+            sizes of this world.
+
+        Raises:
+          CheckpointError: a config.json is missing or describes another network.
+        """
+        return self.replace(**self._read_configs(folder, whole))
+
+    def _read_configs(self, folder: str | Path, whole: bool) -> dict[str, Any]:
+        """Config of each component as a weights folder has it, by field."""
+        found = {}
+        for component in self.components:
+            if whole or self.has_part(folder, component.folder):
+                recipe = getattr(self.cfg, component.field)
+                read = read_config(type(recipe), *self.locate(folder, component.folder))
+                kept = {name: getattr(recipe, name) for name in component.run_fields}
+                found[component.field] = dataclasses.replace(read, **kept)
+        return found
+
+    def load(self, folder: str | Path, only: tuple[str, ...] | None = None) -> Params:
+        """Returns parameters of a folder that fits this world exactly; numpy, dtype as stored.
+
+        Raises:
+          CheckpointError: a file is missing, damaged or not safetensors.
+          ConversionError: names or shapes do not fit; lists all faults.
+        """
+        params = {}
+        for component in self.components:
+            if only is None or component.folder in only:
+                place = self.locate(folder, component.folder)
+                _, tensors = diffusers_layout.read_component(*place)
+                cfg = getattr(self.cfg, component.field)
+                try:
+                    params[component.folder] = conversion.to_jax(
+                        component.weights(cfg), tensors, _shapes(component, cfg)
+                    )
+                except conversion.ConversionError as error:
+                    raise conversion.ConversionError(f'{"/".join(place)}: {error}') from error
+        return params
+
+    def save(
+        self,
+        folder: str | Path,
+        params: Mapping[str, Any],
+        start: str | None = None,
+        dtype: str | None = 'bfloat16',
+    ) -> None:
+        """Writes a folder in the released layout.
+
+        Args:
+          folder: where to write.
+          params: parameters by component.
+          start: weights that training started from. Components that `params` lacks are copied from
+            there, and what it leaves to another folder is left there again.
+          dtype: stored type; None = as in `params`.
+        """
+        origin = Path(diffusers_layout.resolve(start)) if start else None
+        external = self.external_parts(origin) if origin else ()
+        for component in self.components:
+            name, cfg = component.folder, getattr(self.cfg, component.field)
+            if name in params and name not in external:
+                tensors = conversion.to_torch(component.weights(cfg), params[name])
+                diffusers_layout.write_component(
+                    folder, name, cfg.to_released(), tensors, dtype=dtype
+                )
+            elif origin and (origin / name).is_dir():
+                _copy(origin / name, Path(folder) / name)
+        extras = [name for name in self.extras if name not in external]
+        for name in extras:
+            if origin and (origin / name).is_dir():
+                _copy(origin / name, Path(folder) / name)
+            else:
+                self.write_extra(name, os.path.join(folder, name))
+        present = [one.folder for one in self.components if (Path(folder) / one.folder).is_dir()]
+        index = {name: ['matrix_jax', name] for name in (*present, *extras)}
+        diffusers_layout.write_json(
+            folder, 'model_index.json', {'_class_name': self.cfg.name, **index}
+        )
+
+    def write_extra(self, name: str, folder: str) -> None:
+        """Writes one of `extras` anew."""
+        raise NotImplementedError(name)
+
+    def fingerprint_text(self) -> str:
+        """Returns a text of the config for fingerprints of saved sessions.
+
+        Fields and classes have the names under which the first sessions were saved, so that a
+        later renaming does not make saved sessions useless.
+        """
+        text = repr(self.cfg)
+        for name, first_name in FIRST_NAMES.items():
+            text = text.replace(name, first_name)
+        return text
+
+    # --- new layers, for training ----------------------------------------------------------------
+
+    def with_new_layers(self, cfg: Any) -> Self:
+        """Returns this world with the layers that `cfg` adds to a network before training."""
+        return self
+
+    def add_params(self, params: Params, before: Self, seed: int) -> Params:
+        """Returns parameters of the world `before` with initial ones for the new layers."""
+        return params
+
+    # --- devices ---------------------------------------------------------------------------------
+
+    def device_put(
+        self, params: Params, mesh: jax.sharding.Mesh, decoder: jax.sharding.Mesh | None = None
+    ) -> Params:
+        """Returns parameters on a mesh, sharded by the axis letters of their weight tables.
+
+        Args:
+          params: parameters.
+          mesh: the mesh.
+          decoder: mesh of the video decoder, if it has its own.
+        """
+        axes = {name: conversion.axes(self.tables[name]) for name in params}
+        places = sharding.shardings(axes, params, mesh)
+        if decoder not in (None, mesh):
+            places['vae']['decoder'] = sharding.shardings(
+                axes['vae']['decoder'], params['vae']['decoder'], decoder
+            )
+        return jax.device_put(params, places)
+
+    def split_decoder(self, params: Params) -> tuple[Params, Params | None]:
+        """Returns (parameters of the network, parameters of the decoder).
+
+        If both lie on the same devices, the first are all parameters and the second are None.
+        """
+        vae = params.get('vae', {})
+        some = [*jax.tree.leaves(vae.get('decoder'))[:1], *jax.tree.leaves(params)[:1]]
+        if len({frozenset(leaf.devices()) for leaf in some if isinstance(leaf, jax.Array)}) < 2:
+            return params, None
+        rest = {name: tree for name, tree in vae.items() if name != 'decoder'}
+        return params | {'vae': rest}, {'vae': {'decoder': vae['decoder']}}
+
+    def quantize(self, params: Params) -> Params:
+        """Returns parameters with the layers in 8 bits that the configs name (`int8_layers`)."""
+        chosen = {
+            one.folder: getattr(getattr(self.cfg, one.field), 'int8_layers', ())
+            for one in self.components
+        }
+        return {
+            name: linear.quantize(tree, chosen[name]) if chosen.get(name) else tree
+            for name, tree in params.items()
+        }
+
+    def summary(self, mesh: Any) -> str:
+        """Returns a line per component: parameters, and memory per device at bfloat16.
+
+        Args:
+          mesh: a mesh, or an abstract one (`sharding.abstract_mesh`); nothing is allocated.
+        """
+
+        def line(name: str, count: int, local: int) -> str:
+            return f'{name:16}{count:>15,} parameters{local * 2 / 2**20:>11,.1f} MiB per device'
+
+        lines, total, total_local = [], 0, 0
+        shapes = self.shapes()
+        axes = {name: conversion.axes(self.tables[name]) for name in shapes}
+        places = sharding.shardings(axes, shapes, mesh)
+        for name in shapes:
+            leaves = list(zip(*map(jax.tree.leaves, (shapes[name], places[name])), strict=True))
+            count = sum(int(np.prod(leaf.shape)) for leaf, _ in leaves)
+            local = sum(int(np.prod(place.shard_shape(leaf.shape))) for leaf, place in leaves)
+            lines.append(line(name, count, local))
+            total, total_local = total + count, total_local + local
+        return '\n'.join([*lines, line('total', total, total_local)])
+
+
+# Parts of a config's repr -> the same when sessions were first saved.
+FIRST_NAMES = {
+    "control_binding='late'": "entry='tail'",
+    "control_binding='early'": "entry='head'",
+    'condition_on_last_frame=': 'tell_last=',
+    'ClipConfig(': 'Clip(',
+    'ActionConfig(': 'Actions(',
+}
+
+
+@functools.cache
+def _shapes(component: Component, cfg: Any) -> PyTree:
+    return component.shapes(cfg)
+
+
+def read_config(kind: Any, folder: str, name: str) -> Any:
+    """Returns the config of a component, `kind.from_released` of its config.json.
+
+    Raises:
+      CheckpointError: the file is missing, or describes no such network; names the file.
+    """
+    released = diffusers_layout.read_config(folder, name)
+    try:
+        cfg = kind.from_released(released)
+        wrong = [
+            f'{field.name}: got {getattr(cfg, field.name)!r}, expected {wanted.__name__}'
+            for field in dataclasses.fields(cfg)
+            if (wanted := type(field.default)) in (int, str)
+            and type(getattr(cfg, field.name)) is not wanted
+        ]
+        if wrong:
+            raise ValueError('; '.join(wrong))
+    except (ValueError, TypeError) as error:
+        found, expected = (one.get('_class_name') for one in (released, kind().to_released()))
+        message = str(error)
+        if found not in (None, expected):
+            message = f'got a {found}, expected a {expected} by the recipe' + (
+                '' if isinstance(error, TypeError) else f': {message}'
+            )
+        raise diffusers_layout.CheckpointError(f'{folder}/{name}/config.json: {message}') from error
+    return cfg
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.resolve() != target.resolve():
+        diffusers_layout.replace_folder(
+            target, lambda part: shutil.copytree(source, part, dirs_exist_ok=True)
+        )
