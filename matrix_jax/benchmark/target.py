@@ -67,7 +67,7 @@ class Target:
 
     def within(self):
         """Context in which programs for the mesh are traced."""
-        return sharding.within(self.mesh)
+        return sharding.use_mesh(self.mesh)
 
     @property
     def controls(self) -> tuple[np.ndarray, np.ndarray]:
@@ -153,7 +153,7 @@ def start(world, params, mesh, folder):
     except UsageError:
         frames = np.full([world.start_frames, cfg.height, cfg.width, 3], 128, np.uint8)
     given, _ = world.inputs(cfg.prompt, frames)
-    with sharding.within(mesh):
+    with sharding.use_mesh(mesh):
         return jax.jit(world.condition)(params, *given)
 
 
@@ -233,7 +233,7 @@ def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
     letters['vae'] = {'decoder': letters['vae']['decoder']}
     meshes = {'transformer': mesh, 'vae': decoder or mesh}
     places = conversion.flatten(
-        {name: sharding.shardings(letters[name], shapes[name], meshes[name]) for name in shapes}
+        {name: sharding.param_shardings(letters[name], shapes[name], meshes[name]) for name in shapes}
     )
     stacked = conversion.flatten(letters)
     key, drawn = jax.random.key(seed, impl='rbg'), {}

@@ -13,7 +13,7 @@ from flax import struct
 
 from matrix_jax.dit.wan_config import Config
 from matrix_jax.nn.kv_cache import KVCache
-from matrix_jax.parallel.sharding import constrain, ways
+from matrix_jax.parallel.sharding import constrain, num_shards
 
 
 @struct.dataclass
@@ -58,7 +58,7 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
             'a window cannot stream)'
         )
     held = sites(cfg, height, width)
-    held += -held % ways('tokens')  # of padding, on a mesh
+    held += -held % num_shards('tokens')  # of padding, on a mesh
 
     def empty(layers, slots, places, heads, elements):
         shape = (layers, batch, slots, places, heads, elements)

@@ -55,13 +55,13 @@ def self_attention(q, k, v, bias=None, scale=None, real=None, exchange='auto'):
       real: places of the keys that are no padding, int [R]; None = all. No query sees others.
       exchange: see `route`.
     """
-    scale, parts = _scale(scale, q), sharding.ways('tokens')
+    scale, parts = _scale(scale, q), sharding.num_shards('tokens')
     if parts == 1 or q.shape[1] % parts or k.shape[1] % parts:
         k, v, bias = _keep(k, v, bias, real)
         return attention(q, k, v, bias, scale)
-    if route(q.shape[2], parts, exchange, sharding.ways('heads')) == 'heads':
+    if route(q.shape[2], parts, exchange, sharding.num_shards('heads')) == 'heads':
         # Heads that tensor does not divide are whole on each of its devices.
-        split = 'shared heads' if q.shape[2] % sharding.ways('heads') == 0 else 'tokens'
+        split = 'shared heads' if q.shape[2] % sharding.num_shards('heads') == 0 else 'tokens'
         function, biases = _by_heads, ('batch', split, None, None)
     else:
         function, biases = _by_keys, ('batch', 'heads', 'tokens', None)
@@ -103,7 +103,7 @@ def _spread(function, names, biases, q, k, v, bias):
     """`function` on every device; `biases` names the axes of a whole bias."""
     given = (q, k, v) if bias is None else (q, k, v, jnp.asarray(bias))
     names = (*names, biases[len(biases) - given[-1].ndim :])[: len(given)]
-    return sharding.spread(function, names, 0)(*given)
+    return sharding.per_device(function, names, 0)(*given)
 
 
 def _keep(k, v, bias, real):
@@ -117,16 +117,16 @@ def _keep(k, v, bias, real):
 
 def _by_heads(q, k, v, bias=None, *, scale, real):
     if q.shape == k.shape:
-        q, k, v = sharding.trade(jnp.stack([q, k, v]), 'tokens', given=3, taken=2)
+        q, k, v = sharding.all_to_all(jnp.stack([q, k, v]), 'tokens', split_axis=3, concat_axis=2)
     else:
-        q = sharding.trade(q, 'tokens', given=2, taken=1)
-        k, v = sharding.trade(jnp.stack([k, v]), 'tokens', given=3, taken=2)
+        q = sharding.all_to_all(q, 'tokens', split_axis=2, concat_axis=1)
+        k, v = sharding.all_to_all(jnp.stack([k, v]), 'tokens', split_axis=3, concat_axis=2)
     y = _local(q, *_keep(k, v, bias, real), scale=scale)
-    return sharding.trade(y, 'tokens', given=1, taken=2)
+    return sharding.all_to_all(y, 'tokens', split_axis=1, concat_axis=2)
 
 
 def _by_keys(q, k, v, bias=None, *, scale, real):
-    k, v = sharding.gather(jnp.stack([k, v]), 'tokens', axis=2)
+    k, v = sharding.all_gather(jnp.stack([k, v]), 'tokens', axis=2)
     return _local(q, *_keep(k, v, bias, real), scale=scale)
 
 

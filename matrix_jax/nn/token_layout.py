@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.parallel.sharding import constrain, ways
+from matrix_jax.parallel.sharding import constrain, num_shards
 
 
 def to_tokens(latents, patch: int):
@@ -34,7 +34,7 @@ def from_tokens(tokens, patch: int, rows: int, columns: int):
 
 def pad(x, axis: int):
     """Pads an axis of tokens with zeros to a multiple of the devices that share them."""
-    more = -x.shape[axis] % ways('tokens')
+    more = -x.shape[axis] % num_shards('tokens')
     if not more:
         return x
     widths = [(0, more if index == axis else 0) for index in range(x.ndim)]
@@ -43,13 +43,13 @@ def pad(x, axis: int):
 
 def flatten_frames(video):
     """Video [B T N/T D] or [B T N/T K E] -> one sequence [B N D] or [B N K E]."""
-    tokens = rearrange(video, 'b t (p n) ... -> b (p t n) ...', p=ways('tokens'))
+    tokens = rearrange(video, 'b t (p n) ... -> b (p t n) ...', p=num_shards('tokens'))
     return constrain(tokens, 'batch', 'tokens', *_feature_axes(tokens, 2))
 
 
 def unflatten_frames(tokens, frames: int):
     """Inverse of `flatten_frames`."""
-    video = rearrange(tokens, 'b (p t n) ... -> b t (p n) ...', p=ways('tokens'), t=frames)
+    video = rearrange(tokens, 'b (p t n) ... -> b t (p n) ...', p=num_shards('tokens'), t=frames)
     return constrain(video, 'batch', None, 'tokens', *_feature_axes(video, 3))
 
 
@@ -60,14 +60,14 @@ def _feature_axes(x, start: int):
 
 def flatten_rows(rows, frames: int):
     """Rows [N ...] in raster order, one per token -> the order of `flatten_frames`."""
-    parts = ways('tokens')
+    parts = num_shards('tokens')
     rows = pad(rearrange(rows, '(t n) c -> t n c', t=frames), 1)
     return rearrange(rows, 't (p n) c -> (p t n) c', p=parts)
 
 
 def join_text(video, text):
     """Video [B T N/T D] and text [B L D] -> one sequence [B L+N D], text first on each device."""
-    parts = ways('tokens')
+    parts = num_shards('tokens')
     text = rearrange(text, 'b (p l) d -> b p l d', p=parts)
     video = rearrange(video, 'b t (p n) d -> b p (t n) d', p=parts)
     tokens = rearrange(jnp.concatenate([text, video], axis=2), 'b p n d -> b (p n) d')
@@ -76,7 +76,7 @@ def join_text(video, text):
 
 def split_text(tokens, shape):
     """Inverse of `join_text`, for video of the given shape."""
-    parts = ways('tokens')
+    parts = num_shards('tokens')
     tokens = rearrange(tokens, 'b (p n) d -> b p n d', p=parts)
     length = tokens.shape[2] - shape[1] * shape[2] // parts
     video = rearrange(tokens[:, :, length:], 'b p (t n) d -> b t (p n) d', t=shape[1])
@@ -95,7 +95,7 @@ def real_positions(frames: int, sites: int, length: int = 0):
     Returns:
       int [R], or None without padding.
     """
-    parts = ways('tokens')
+    parts = num_shards('tokens')
     if sites % parts == length % parts == 0:
         return None
     video = rearrange(pad(np.ones([frames, sites], bool), 1), 't (p n) -> p (t n)', p=parts)

@@ -1,4 +1,4 @@
-"""Axis letters, logical names and mesh axes: the one place that knows a mesh.
+"""Axis letters, logical names and mesh axes; no other module names mesh axes.
 
 | letter | meaning              | logical name | mesh axes by default |
 |--------|----------------------|--------------|----------------------|
@@ -18,39 +18,42 @@
 | A      | action width         |              |                      |
 | G      | noise groups         |              |                      |
 
-Layers and tables speak letters and logical names; only `RULES` names mesh axes.
+Layers and conversion tables use letters and logical names; `RULES` maps them to mesh axes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ContextManager
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from matrix_jax.parallel.mesh import AXES
+from matrix_jax.parallel.mesh import Mesh as MeshShape
 
-RULES = {
+RULES: dict[str, str | tuple[str, ...]] = {
     'batch': ('data', 'fsdp'),
     'rows': 'seq',
     'tokens': 'seq',
     'heads': 'tensor',
     'mlp': 'tensor',
     'embed': 'fsdp',
-    # Heads of a device that has traded its tokens for them.
+    # Heads on a device after an all-to-all has gathered its tokens.
     'shared heads': ('tensor', 'seq'),
 }
 LETTERS = {'b': 'batch', 'n': 'tokens', 'd': 'embed', 'k': 'heads', 'm': 'mlp'}
 
 
-def make_mesh(shape, devices=None) -> Mesh:
-    """Mesh with the axes data, fsdp, tensor, seq.
+def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh with the axes data, fsdp, tensor, seq.
 
     Args:
-      shape: object with int fields data, fsdp, tensor, seq (`config.Mesh`).
-      devices: devices to use; all local ones by default, as many as the shape asks for.
+      shape: devices per axis.
+      devices: devices to use; by default as many of `jax.devices()` as the shape asks for.
 
     Raises:
       ValueError: the shape asks for more devices than there are, or for a pipeline.
@@ -60,17 +63,20 @@ def make_mesh(shape, devices=None) -> Mesh:
             f'mesh.pipeline: got {shape.pipeline}, expected 1: only streams that are '
             'generated or played run in two parts'
         )
-    sizes = tuple(getattr(shape, axis) for axis in AXES)
+    sizes = tuple(shape.axes.values())
     devices = jax.devices() if devices is None else devices
-    count = int(np.prod(sizes))
-    if count > len(devices):
-        asked = ' x '.join(f'{axis}={size}' for axis, size in zip(AXES, sizes))
-        raise ValueError(f'mesh: got {asked} = {count} devices, expected at most {len(devices)}')
-    return Mesh(np.asarray(devices[:count]).reshape(sizes), AXES)
+    if shape.devices > len(devices):
+        asked = ' x '.join(f'{axis}={size}' for axis, size in shape.axes.items())
+        raise ValueError(
+            f'mesh: got {asked} = {shape.devices} devices, expected at most {len(devices)}'
+        )
+    return Mesh(np.asarray(devices[: shape.devices]).reshape(sizes), AXES)
 
 
-def make_meshes(shape, devices=None) -> tuple[Mesh, Mesh]:
-    """Meshes of a stream's network and of its decoder: the same one, or the two of a pipeline.
+def make_meshes(
+    shape: MeshShape, devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, Mesh]:
+    """Returns the meshes of a stream's network and of its decoder, two parts with a pipeline.
 
     Raises:
       ValueError: the shape asks for more devices than there are.
@@ -87,61 +93,59 @@ def make_meshes(shape, devices=None) -> tuple[Mesh, Mesh]:
     return make_mesh(network, devices), make_mesh(decoder, devices[network.devices :])
 
 
-def abstract_mesh(shape) -> AbstractMesh:
-    """The mesh of a shape without devices: for counting what would lie where."""
-    return AbstractMesh(tuple(getattr(shape, axis) for axis in AXES), AXES)
+def abstract_mesh(shape: MeshShape) -> AbstractMesh:
+    """Returns the mesh of a shape without devices, to compute shardings only."""
+    return AbstractMesh(tuple(shape.axes.values()), AXES)
 
 
-def spec(names) -> PartitionSpec:
-    """PartitionSpec of logical names (None = not split)."""
+def spec(names: Iterable[str | None]) -> PartitionSpec:
+    """Returns the PartitionSpec of logical names; None means not split."""
     return PartitionSpec(*(RULES.get(name) if name else None for name in names))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Leading axis over the batch axes of the mesh."""
+    """Splits the leading axis over the batch axes of the mesh."""
     return NamedSharding(mesh, spec(('batch',)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array."""
+    """Gives every device the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def put(tree, places):
-    """Host arrays on the mesh: each process gives its devices their parts of equal arrays.
+def put_global(tree: Any, shardings: Any) -> Any:
+    """Returns a tree of host arrays as arrays on a mesh that may span processes.
 
     Args:
-      tree: arrays that are the same in every process.
-      places: tree of shardings of the same structure.
+      tree: arrays, the same in every process.
+      shardings: tree of shardings of the same structure.
     """
 
-    def one(leaf, place):
+    def one(leaf: Any, sharding: NamedSharding) -> jax.Array:
         leaf = np.asarray(leaf)
-        return jax.make_array_from_callback(leaf.shape, place, lambda index: leaf[index])
+        return jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
 
-    return jax.tree.map(one, tree, places)
+    return jax.tree.map(one, tree, shardings)
 
 
-def within(mesh: Mesh | None):
-    """The context in which programs for a mesh are traced; None = for one device."""
+def use_mesh(mesh: Mesh | None) -> ContextManager[Any]:
+    """The context to trace a program for a mesh in; None or one device needs none."""
     return jax.set_mesh(mesh) if mesh is not None and mesh.size > 1 else contextlib.nullcontext()
 
 
-def mesh_of(tree) -> Mesh | None:
-    """The mesh of several devices that a tree of arrays lies on, if it does."""
+def mesh_of(tree: Any) -> Mesh | None:
+    """Returns the mesh that a tree of arrays lies on, or None on one device."""
     for leaf in jax.tree.leaves(tree):
-        place = getattr(leaf, 'sharding', None)
-        if isinstance(place, NamedSharding):
-            return place.mesh if place.mesh.size > 1 else None
+        sharding = getattr(leaf, 'sharding', None)
+        if isinstance(sharding, NamedSharding):
+            return sharding.mesh if sharding.mesh.size > 1 else None
     return None
 
 
-def named(tree) -> str:
-    """The devices that a tree of arrays lies on, such as 'cpu' or 'NVIDIA H200 data=2 seq=4'."""
-    mesh, arrays = (
-        mesh_of(tree),
-        [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)],
-    )
+def device_names(tree: Any) -> str:
+    """Describes the devices of a tree of arrays, such as 'cpu' or 'NVIDIA H200 data=2 seq=4'."""
+    mesh = mesh_of(tree)
+    arrays = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
     devices = arrays[0].devices() if arrays else jax.devices()
     sizes = mesh.shape.items() if mesh else ()
     return ' '.join(
@@ -149,51 +153,54 @@ def named(tree) -> str:
     )
 
 
-def places(tree):
-    """The shardings of a tree of arrays on a mesh; None on one device, where there is no choice.
+def tree_shardings(tree: Any) -> Any:
+    """Returns the shardings of a tree of arrays on a mesh, or None on one device.
 
-    A carry has to lie at the end of a step as it did at the start, or the next step is compiled
-    anew.
+    As `out_shardings` of a step they keep its carry where it was; else the next step is compiled
+    again.
     """
     if mesh_of(tree) is None:
         return None
     return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
-def made(compiled):
-    """Tree of ShapeDtypeStructs of what a compiled program gives, with where it will lie."""
+def output_shapes(compiled: Any) -> Any:
+    """Returns a tree of ShapeDtypeStructs, with shardings, of what a compiled program returns."""
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
         compiled.out_info,
     )
 
 
-# --- inside a program ------------------------------------------------------------------------
+# --- inside a traced program -----------------------------------------------------------------
 
 
-def ways(name: str) -> int:
-    """Parts that the mesh in force makes of an axis; 1 without one, or in the program of a device."""
+def num_shards(name: str) -> int:
+    """Returns how many parts the current mesh makes of an axis.
+
+    It is 1 without a mesh, and inside `per_device`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return 1 if mesh.empty or mesh.manual_axes else _ways(name, mesh)
+    return 1 if mesh.empty or mesh.manual_axes else _num_shards(name, mesh)
 
 
-def constrain(x, *names):
-    """`x` with its axes split by logical names (None = not split).
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Returns `x` with its axes split by logical names (None means not split).
 
-    Within `jax.set_mesh`; without a mesh it is `x`. An axis that does not divide stays whole.
+    Without a mesh it returns `x`. An axis that does not divide evenly stays whole.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, fitting(names, x.shape, mesh))
+    return jax.lax.with_sharding_constraint(x, fitting_spec(names, x.shape, mesh))
 
 
-def spread(function, arguments, result):
-    """`function` of each device's part of its arguments, as a program of its own per device.
+def per_device(function: Callable, arguments: Sequence[tuple], result: int) -> Callable:
+    """Returns `function` applied by each device to its own part of the arguments.
 
-    Within `jax.set_mesh`; without a mesh, or in such a program, it is `function`. What it computes
-    must not cross the axes that split, but by `trade` and `gather`. An axis that does not divide
-    stays whole.
+    Without a mesh, or inside another `per_device`, it is `function` itself. Inside, data crosses
+    the split axes only by `all_to_all` and `all_gather`. An axis that does not divide evenly stays
+    whole.
 
     Args:
       function: arrays -> array.
@@ -201,12 +208,12 @@ def spread(function, arguments, result):
       result: index of the argument that the result is shaped and split like.
     """
 
-    def call(*arrays):
+    def call(*arrays: jax.Array) -> jax.Array:
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1 or mesh.manual_axes:
             return function(*arrays)
         specs = tuple(
-            fitting(names, array.shape, mesh)
+            fitting_spec(names, array.shape, mesh)
             for names, array in zip(arguments, arrays, strict=True)
         )
         return jax.shard_map(function, in_specs=specs, out_specs=specs[result], check_vma=False)(
@@ -216,36 +223,35 @@ def spread(function, arguments, result):
     return call
 
 
-def trade(x, name: str, given: int, taken: int):
-    """Within `spread`: axis `taken`, of which devices hold parts by `name`, comes together, and
-    axis `given` is parted instead. One all-to-all."""
-    return jax.lax.all_to_all(x, RULES[name], given, taken, tiled=True)
+def all_to_all(x: jax.Array, name: str, split_axis: int, concat_axis: int) -> jax.Array:
+    """Inside `per_device`: gathers `concat_axis`, split by `name`, and splits `split_axis`
+    instead, by one all-to-all."""
+    return jax.lax.all_to_all(x, RULES[name], split_axis, concat_axis, tiled=True)
 
 
-def gather(x, name: str, axis: int):
-    """Within `spread`: the parts by `name` of an axis side by side on every device. One
-    all-gather."""
+def all_gather(x: jax.Array, name: str, axis: int) -> jax.Array:
+    """Inside `per_device`: gathers an axis split by `name` on every device."""
     return jax.lax.all_gather(x, RULES[name], axis=axis, tiled=True)
 
 
-def fitting(names, shape, mesh) -> PartitionSpec:
-    """`spec` of the axes of an array that divide evenly over a mesh."""
+def fitting_spec(names: Iterable[str | None], shape: Sequence[int], mesh: Any) -> PartitionSpec:
+    """Returns `spec` of the axes of an array that divide evenly over a mesh."""
     return spec(
-        name if size % _ways(name, mesh) == 0 else None
+        name if size % _num_shards(name, mesh) == 0 else None
         for name, size in zip(names, shape, strict=True)
     )
 
 
-def _ways(name, mesh) -> int:
-    rule = RULES.get(name) or ()
+def _num_shards(name: str | None, mesh: Any) -> int:
+    rule = RULES.get(name or '', ())
     return math.prod(mesh.shape[axis] for axis in ((rule,) if isinstance(rule, str) else rule))
 
 
 # --- parameters ------------------------------------------------------------------------------
 
 
-def shardings(axes, shapes, mesh: Mesh):
-    """Shardings of a parameter tree from the letters of its weight table.
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Returns the shardings of a parameter tree from the letters of its conversion table.
 
     Args:
       axes: tree of letter tuples (`conversion.axes`).
@@ -253,10 +259,10 @@ def shardings(axes, shapes, mesh: Mesh):
       mesh: the mesh. An axis that does not divide evenly stays whole.
     """
 
-    def one(letters, leaf):
-        names = []
+    def one(letters: tuple[str, ...], leaf: Any) -> NamedSharding:
+        names: list[Any] = []
         for letter, size in zip(letters, leaf.shape, strict=True):
-            rule = RULES.get(LETTERS.get(letter, ''))
+            rule: Any = RULES.get(LETTERS.get(letter, ''))
             free = rule is not None and rule not in names
             names.append(rule if free and size % mesh.shape[rule] == 0 else None)
         return NamedSharding(mesh, PartitionSpec(*names))

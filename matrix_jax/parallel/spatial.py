@@ -96,7 +96,7 @@ def split_rows(function, params, cache, x, unit: int = 1):
         finally:
             _share.reset(token)
 
-    place = sharding.fitting(('batch', None, 'rows', None, None), x.shape, mesh)
+    place = sharding.fitting_spec(('batch', None, 'rows', None, None), x.shape, mesh)
     cache, y = jax.shard_map(
         own, in_specs=(jax.P(), place, place), out_specs=place, check_vma=False
     )(params, cache, x)

@@ -133,7 +133,7 @@ class StreamRunner:
         """
         given, cut = self.world.inputs(prompt, frames, known)
         key = jax.random.split(jax.random.key(seed), 1)
-        with sharding.within(self._mesh):
+        with sharding.use_mesh(self._mesh):
             condition = self._condition(self.params, *given)
             return self._init(self.params, condition, key), cut
 
@@ -144,7 +144,7 @@ class StreamRunner:
           (carry, frames or None): where the first step differs from the others, it is made here.
         """
         frames = None
-        with sharding.within(self._mesh):
+        with sharding.use_mesh(self._mesh):
             if self._prefill:
                 carry, frames = self._prefill(self.params, carry, self._encoded(steps[0]))
                 steps = steps[1:]
@@ -152,7 +152,7 @@ class StreamRunner:
                 self._pipeline.compile(self.params, carry, self._encoded(steps[0]))
             elif steps and not isinstance(self._step, jax.stages.Compiled):
                 step = compilation.jit(
-                    self._step, donate_argnums=1, out_shardings=(sharding.places(carry), None)
+                    self._step, donate_argnums=1, out_shardings=(sharding.tree_shardings(carry), None)
                 )
                 self._step = step.lower(self.params, carry, self._encoded(steps[0])).compile()
         return carry, frames
@@ -253,7 +253,7 @@ def whole_clip(world, params, prompt: str, start, symbols: list[str], notes: lis
     notes = notes + cut_note(world, cut)
     given = (params, *given, jax.random.key(seed))
     began = time.perf_counter()
-    with sharding.within(sharding.mesh_of(params)):
+    with sharding.use_mesh(sharding.mesh_of(params)):
         make = compilation.jit(world.sample_clip).lower(*given).compile()
     clip = GeneratedVideo(symbols, notes, compile_seconds=time.perf_counter() - began)
 

@@ -78,7 +78,7 @@ def build(run, world, params: Mapping) -> TrainProgram:
 
     def init(params):
         flat = conversion.flatten(params)
-        given = sharding.put(flat, states.shardings(flat, axes, mesh))
+        given = sharding.put_global(flat, states.shardings(flat, axes, mesh))
         return jax.jit(start, out_shardings=places)(conversion.unflatten(given))
 
     def put(batch):

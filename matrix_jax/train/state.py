@@ -83,7 +83,7 @@ def shardings(state, axes: Mapping[str, tuple[str, ...]], mesh):
         letters = axes.get(names[-1]) if names else None
         if letters is None or len(letters) != leaf.ndim:
             return sharding.replicated(mesh)
-        return sharding.shardings(letters, leaf, mesh)
+        return sharding.param_shardings(letters, leaf, mesh)
 
     return jax.tree_util.tree_map_with_path(one, state)
 

@@ -203,7 +203,7 @@ def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:
 
 
 def axes(table: Table) -> dict:
-    """Tree of axis letters, one tuple per leaf; what `sharding.shardings` reads."""
+    """Tree of axis letters, one tuple per leaf; for `sharding.param_shardings`."""
     return unflatten({row.path: row.axes() for row in table if isinstance(row, Row) and row.keys()})
 
 

@@ -45,7 +45,7 @@ def given():
 def place(params, mesh):
     """Parameters as a world lays them out."""
     axes = conversion.axes(wan.weights(CFG))
-    return jax.device_put(params, sharding.shardings(axes, params, mesh))
+    return jax.device_put(params, sharding.param_shardings(axes, params, mesh))
 
 
 def stream(params, given):

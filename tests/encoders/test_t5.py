@@ -90,7 +90,7 @@ def test_half_precision_stays_close(params):
 def test_split_tokens_are_the_whole(mesh, exchange, split):
     """Eleven tokens split evenly over no mesh; what differs is the order of sums."""
     cfg, params, ids, wanted = split
-    with sharding.within(sharding.make_mesh(mesh)):
+    with sharding.use_mesh(sharding.make_mesh(mesh)):
         encode = jax.jit(t5.T5Encoder(cfg).apply).lower({'params': params}, ids).compile()
     assert np.abs(encode({'params': params}, ids) - wanted).max() <= 2e-6 * np.abs(wanted).max()
     found = {kind: one['count'] for kind, one in collectives(encode.as_text(), 8).items()}

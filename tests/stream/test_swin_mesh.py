@@ -56,9 +56,9 @@ def play(stream, start, mesh=None):
     """(outputs of all shifts, last carry, collectives: kind -> count) on a mesh, or on a device."""
     place = sharding.replicated(mesh) if mesh else jax.devices()[0]
     params, cond = jax.device_put(start, place)
-    with sharding.within(mesh):
+    with sharding.use_mesh(mesh):
         carry = jax.jit(stream.init)(params, cond, jax.random.key(0))
-        step = jax.jit(stream.step, out_shardings=(sharding.places(carry), None))
+        step = jax.jit(stream.step, out_shardings=(sharding.tree_shardings(carry), None))
         made = []
         for shift in range(SHIFTS):
             given = carry, np.full((1, 1), shift, np.int32)

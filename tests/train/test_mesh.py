@@ -11,7 +11,7 @@ import pytest
 
 from matrix_jax import config, recipes, worlds
 from matrix_jax.config import Mesh
-from matrix_jax.dit.cogvideox import Control
+from matrix_jax.dit.cogvideox import ControlConfig
 from matrix_jax.nn import attention
 from matrix_jax.parallel import sharding
 from matrix_jax.train import program
@@ -33,7 +33,9 @@ class Kernels(SwinDPM):
 
 def recipe(mesh=ONE):
     run = recipes.load('the_matrix:TINY_SWIN')
-    net = dataclasses.replace(run.world.dit, layers=2, control=Control(dim=16, start=0, end=2))
+    net = dataclasses.replace(
+        run.world.dit, layers=2, control=ControlConfig(dim=16, start=0, end=2)
+    )
     return dataclasses.replace(
         run,
         mesh=mesh,
@@ -50,7 +52,7 @@ def world():
 
 @pytest.fixture(scope='module')
 def params(world):
-    drawn = world.init(0, still=False)
+    drawn = world.init(0, zero_init=False)
     return {name: drawn[name] for name in SwinDPM.components}
 
 
@@ -198,4 +200,4 @@ def test_attention_in_blocks_and_on_a_mesh_is_attention(tokens, monkeypatch):
 def test_without_a_mesh_nothing_is_constrained():
     x = jnp.zeros((2, 3, 4))
     assert sharding.constrain(x, 'batch', 'tokens', None) is x
-    assert sharding.spread(jnp.sin, (('batch', None, None),), 0)(x).shape == x.shape
+    assert sharding.per_device(jnp.sin, (('batch', None, None),), 0)(x).shape == x.shape

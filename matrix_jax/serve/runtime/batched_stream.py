@@ -24,6 +24,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.base import Decoder, Stream, prefilled
 from matrix_jax.stream.pipeline import Pipeline
+from matrix_jax.worlds.protocols import World
 
 
 class BatchedStream:
@@ -50,7 +51,7 @@ class BatchedStream:
     """
 
     def __init__(
-        self, world, params, num_slots: int, control_binding: str | None = None, together: int = 1
+        self, world: World, params, num_slots: int, control_binding: str | None = None, together: int = 1
     ):
         if world.cfg.clip:
             raise UsageError(
@@ -66,7 +67,7 @@ class BatchedStream:
         self._weights = params
         params, decoder_params = world.split_decoder(params)
         self.world, self.params = world, params
-        self.mesh = ' | '.join(map(sharding.named, filter(None, (params, decoder_params))))
+        self.mesh = ' | '.join(map(sharding.device_names, filter(None, (params, decoder_params))))
         self.num_slots, self.together = num_slots, together
         try:
             stream_cfg = cfg.stream.with_control_binding(self.control_binding)
@@ -100,13 +101,13 @@ class BatchedStream:
         active = jax.ShapeDtypeStruct((self.num_slots,), jnp.bool_)
 
         self._condition = _compile(world.condition, self.params, *inputs)
-        cond = sharding.made(self._condition)
+        cond = sharding.output_shapes(self._condition)
         if self._pipeline:
             self.carry_shapes = self._pipeline.compile_init(self.params, cond, key)
             self._init, self._step = self._pipeline.init, self._pipeline.step
         else:
             self._init = _compile(self._stream.init, self.params, cond, key)
-            self.carry_shapes = sharding.made(self._init)
+            self.carry_shapes = sharding.output_shapes(self._init)
         slots = jax.tree.map(self._add_slot_axis, self.carry_shapes)
         if self._pipeline:
             self._pipeline.compile(self.params, slots, (controls, active))
@@ -128,7 +129,7 @@ class BatchedStream:
         if world.reads_text:
             ids = jax.ShapeDtypeStruct((1, world.cfg.dit.text_length), jnp.int32)
             self._embed = _compile(world.embed_ids, self.params, ids)
-            text = sharding.made(self._embed)
+            text = sharding.output_shapes(self._embed)
             changed = slots[0] if self._pipeline else slots
             self._set_prompt = _compile(
                 self._with_prompt, changed, index, text, donate=0, out_like=changed
@@ -280,7 +281,7 @@ class BatchedStream:
 
     def fingerprint(self) -> str:
         """Hash of the world's config and of a sample of every weight; a saved world must match."""
-        found = hashlib.sha256(repr(self.world.cfg).encode())
+        found = hashlib.sha256(self.world.fingerprint_text().encode())
         for path, leaf in jax.tree_util.tree_leaves_with_path(self._weights):
             sample = np.asarray(leaf.ravel()[:64].astype(jnp.float32))
             found.update(f'{jax.tree_util.keystr(path)} {leaf.shape}'.encode() + sample.tobytes())
@@ -302,7 +303,7 @@ def open_stream(
 def _compile(function, *args, donate=(), out_like=None):
     """Compiles `function` for `args`; its outputs lie on the devices of `out_like`, if given."""
     places = jax.tree.map(lambda leaf: leaf.sharding, out_like) if out_like is not None else None
-    with sharding.within(sharding.mesh_of(args[0])):
+    with sharding.use_mesh(sharding.mesh_of(args[0])):
         jitted = compilation.jit(function, donate_argnums=donate, out_shardings=places)
         return jitted.lower(*args).compile()
 
