@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'matrix_jax'
 SCRIPTS = PACKAGE / 'benchmark' / 'scripts'
 FILES = sorted(PACKAGE.rglob('*.py'))
+LAZY = PACKAGE / 'envs' / 'world_env.py'  # imported by envs/__init__.py on first use
 # What each room of the package may import besides itself. A stream is given its network and never
 # imports one; what drives a world sees `worlds`, never a network. A longer name wins.
 BASE = {'config', 'recipes', 'video', 'parallel', 'weights', 'controls'}
@@ -39,7 +40,7 @@ ALLOWED = {
     'evals': DRIVERS,
     'pipelines': DRIVERS,
     'serve': WORLDS,
-    'serve.runtime': WORLDS | {'data', 'pipelines', 'serve'},
+    'serve.runtime': WORLDS | {'data'},  # sessions and engine; no HTTP
     'serve.web': DRIVERS | {'serve.runtime'},
     'serve.cluster': DRIVERS | {'serve.runtime', 'serve.web'},
     'envs': DRIVERS,
@@ -55,10 +56,10 @@ HEAVY = {
     'orbax',
     'huggingface_hub',
     'tensorboardX',
-    'starlette',
-    'uvicorn',
     'ray',
 }
+HTTP = {'starlette', 'uvicorn', 'websockets', 'httpx', 'prometheus_client'}
+HEAVY |= HTTP - {'websockets'}  # benchmark clients import it
 
 
 def room(module: str) -> str:
@@ -120,7 +121,10 @@ def test_imports_go_one_way(path):
     assert faults(module, names) == []
     if path.parent != SCRIPTS:  # benchmark scripts compare with PyTorch
         assert not {name for name in names if name.split('.')[0] in ('torch', 'diffusers')}
-    assert not {name for name in imports(path, top_level_only=True) if name.split('.')[0] in HEAVY}
+    heavy = HEAVY - {'gymnasium'} if path == LAZY else HEAVY
+    assert not {name for name in imports(path, top_level_only=True) if name.split('.')[0] in heavy}
+    if module.startswith('matrix_jax.serve.runtime'):
+        assert not {name for name in names if name.split('.')[0] in HTTP}
 
 
 @pytest.mark.parametrize(

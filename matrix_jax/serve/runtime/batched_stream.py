@@ -51,7 +51,12 @@ class BatchedStream:
     """
 
     def __init__(
-        self, world: World, params, num_slots: int, control_binding: str | None = None, together: int = 1
+        self,
+        world: World,
+        params,
+        num_slots: int,
+        control_binding: str | None = None,
+        together: int = 1,
     ):
         if world.cfg.clip:
             raise UsageError(

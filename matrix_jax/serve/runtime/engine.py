@@ -23,6 +23,7 @@ import numpy as np
 
 from matrix_jax.serve.runtime import session_log
 from matrix_jax.serve.runtime.slot_state import EncodedFrame, HistoryEntry, SlotState
+from matrix_jax.worlds.protocols import World
 
 log = logging.getLogger(__name__)
 HISTORY_BYTES = 128 * 2**20  # per player
@@ -34,7 +35,7 @@ POLL_SECONDS = 0.001  # between two checks of a running step
 class SteppedSlots(Protocol):
     """What the engine needs of a `BatchedStream`."""
 
-    world: Any
+    world: World
     num_slots: int
     frames_per_step: int
     lag: int

@@ -10,9 +10,10 @@ from matrix_jax.serve.runtime import start_frames
 from matrix_jax.serve.runtime.batched_stream import BatchedStream
 from matrix_jax.serve.runtime.key_runs import ReplayError
 from matrix_jax.serve.runtime.session_log import Log
+from matrix_jax.worlds.protocols import World
 
 
-def compile_stream(world, params, log: Log) -> BatchedStream:
+def compile_stream(world: World, params, log: Log) -> BatchedStream:
     """Compiles the same program that the log was recorded with.
 
     Raises:

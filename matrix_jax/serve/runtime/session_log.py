@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from matrix_jax.controls import driving
+from matrix_jax.controls.vocabulary import Vocabulary
 from matrix_jax.serve.runtime import key_runs
 from matrix_jax.serve.runtime.key_runs import KeyRuns, ReplayError
 
@@ -97,7 +98,7 @@ class Log:
         """
         return _check_size(json.dumps(self.to_json()))
 
-    def check(self, vocabulary):
+    def check(self, vocabulary: Vocabulary):
         """Raises ReplayError if a control is not in the vocabulary."""
         try:
             wrong = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,23 +13,31 @@ from matrix_jax import video
 from matrix_jax.data import start_clips
 from matrix_jax.serve.runtime.key_runs import ReplayError
 from matrix_jax.weights import diffusers_layout
+from matrix_jax.worlds.protocols import World
 
 MAX_PIXELS = 40_000_000
 
 
-def clips_folder(world, folder) -> Path:
+class StartFrames(Protocol):
+    """What `load` needs of a `BatchedStream`."""
+
+    world: World
+    start_frames: int
+
+
+def clips_folder(world: World, folder) -> Path:
     """The folder of a world's start clips; without clips of their own, the bundled ones."""
     folders = Path(folder), diffusers_layout.ASSETS / world.cfg.name.lower()
     return next(filter(start_clips.listing, folders), folders[0])
 
 
-def captions(world, folder) -> dict[str, str]:
+def captions(world: World, folder) -> dict[str, str]:
     """Start clip -> its caption."""
     found = start_clips.listing(clips_folder(world, folder))
     return {name: clip['caption'] for name, clip in found.items()}
 
 
-def choose(world, folder, prompt: str | None, start: str | None) -> tuple[str, str]:
+def choose(world: World, folder, prompt: str | None, start: str | None) -> tuple[str, str]:
     """Fills in whichever of prompt and start clip is None -> (prompt, name of a start clip).
 
     Raises:
@@ -42,7 +51,7 @@ def choose(world, folder, prompt: str | None, start: str | None) -> tuple[str, s
     return prompt, start
 
 
-def load(stream, folder, start: str | None, picture: str | None) -> np.ndarray:
+def load(stream: StartFrames, folder, start: str | None, picture: str | None) -> np.ndarray:
     """Start frames uint8 [F H W 3] of a log's `start` or `picture`.
 
     Raises:
@@ -65,7 +74,7 @@ def load(stream, folder, start: str | None, picture: str | None) -> np.ndarray:
     return np.repeat(frame[None], count, 0)
 
 
-def decode_picture(data: bytes, world) -> np.ndarray:
+def decode_picture(data: bytes, world: World) -> np.ndarray:
     """Decodes an untrusted picture as the world's first frame, uint8 [H W 3].
 
     Raises:
@@ -98,7 +107,7 @@ def encode_picture(pixels: np.ndarray) -> str:
     return base64.b64encode(file.getvalue()).decode()
 
 
-def _check(world, folder, start: str | None):
+def _check(world: World, folder, start: str | None):
     found = captions(world, folder)
     if start not in (None, '', *found):
         raise ReplayError(

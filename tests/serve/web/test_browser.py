@@ -125,7 +125,7 @@ def hold(page, key, symbol):
 def left_and_right_differ(page, stream, folder):
     """From the same moment, as replayed; and the picture that is shown is the last of them."""
     page.click('restart')
-    page.says('status', 'A new drive.')
+    page.says('status', 'New session.')
     page.rests()
     page.click('keep')
     page.server.until(lambda: page.part('recall').is_enabled())
@@ -171,7 +171,7 @@ def a_prompt_applies_and_time_goes_back(page):
     page.says('status', 'Went back')
     page.rests()
     page.click('recall')
-    page.says('status', 'saved moment')
+    page.says('status', 'saved state')
 
 
 def files_go_and_come(page, picture):
@@ -181,14 +181,14 @@ def files_go_and_come(page, picture):
     page.click('log')
     assert session_log.loads(page.downloaded('session.json').read_text()) == before
     page.click('restart')
-    page.says('status', 'A new drive.')
+    page.says('status', 'New session.')
     assert page.log() != before
     page.choose('worldfile', saved)
-    page.says('status', 'The world file goes on here.')
+    page.says('status', 'World file loaded.')
     assert page.log() == before
 
     page.choose('picturefile', picture)
-    page.says('status', 'A new drive.')
+    page.says('status', 'New session.')
     assert page.log().picture and not page.shifts()
     assert page.troubles() == []
     page.choose('picturefile', saved)  # no picture: one line that says so
@@ -196,12 +196,12 @@ def files_go_and_come(page, picture):
     assert 'bad' in page.part('status').get_attribute('class')
     assert all('422' in said for said in page.troubles())
     page.choose('worldfile', saved)
-    page.says('status', 'The world file goes on here.')
+    page.says('status', 'World file loaded.')
 
 
 def a_recording_arrives(page):
     page.click('record')
-    page.says('record', 'End recording')
+    page.says('record', 'Stop recording')
     bound = page.shifts()
     page.server.until(lambda: page.shifts() > bound + 3)
     page.click('record')

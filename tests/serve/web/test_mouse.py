@@ -153,7 +153,7 @@ def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
     # By the mouse alone behind a click; no fast movement is more than the page's limit.
     chain().move_to_element(picture).click().perform()
     until(locked)
-    until(lambda: 'Esc gives it back' in status())
+    until(lambda: 'Esc to release' in status())
     chain().move_by_offset(400, 0).perform()
     limit = WORDS.key_layout()['mouse']['limit']
     assert f'right:{limit:g}' in {WORDS.canonical(word) for word in heard(server, 'right')}
