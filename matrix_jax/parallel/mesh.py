@@ -1,4 +1,4 @@
-"""The shape of a mesh as a user gives it; `sharding` makes meshes of devices from it."""
+"""The mesh shape that a user asks for; `sharding.make_mesh` makes a mesh of devices from it."""
 
 from __future__ import annotations
 
@@ -14,8 +14,13 @@ PIPELINE = r'([1-9]\d{0,3})dit_([1-9]\d{0,3})vae'
 class Mesh:
     """Devices per mesh axis; their product is the number of devices used.
 
-    `pipeline` is for streams, in place of the axes: '5dit_3vae' gives five devices to the network
-    and three more to its decoder, which then work at the same time; '1' has all devices do both.
+    Attributes:
+      data, fsdp, tensor, seq: devices of each axis.
+      pipeline: for streams, instead of the axes. '5dit_3vae' gives five devices to the network and
+        three others to its decoder, which then run at the same time; '1' means no pipeline.
+
+    Raises:
+      ValueError: an axis is below 1, or `pipeline` is malformed or combined with axes.
     """
 
     data: int = 1
@@ -24,7 +29,7 @@ class Mesh:
     seq: int = 1
     pipeline: str = '1'
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, size in self.axes.items():
             if not size >= 1:
                 raise ValueError(f'mesh.{name}: got {size}, expected at least 1')
@@ -39,7 +44,7 @@ class Mesh:
             sizes = ', '.join(f'mesh.{name} {size}' for name, size in self.axes.items() if size > 1)
             raise ValueError(
                 f'mesh.pipeline: got {self.pipeline} with {sizes}, expected one of '
-                'them: a pipeline says what all of its devices do'
+                'them: a pipeline assigns all of its devices itself'
             )
 
     @property
@@ -49,11 +54,11 @@ class Mesh:
 
     @property
     def parts(self) -> tuple[Mesh, ...]:
-        """The meshes of a pipeline, of the network and of its decoder; none without one."""
+        """The meshes of a pipeline's network and decoder; empty without a pipeline."""
         sizes = re.fullmatch(PIPELINE, self.pipeline)
         return tuple(Mesh(seq=int(size)) for size in sizes.groups()) if sizes else ()
 
     @property
     def devices(self) -> int:
-        """How many devices are used."""
+        """Number of devices used."""
         return sum(part.devices for part in self.parts) or math.prod(self.axes.values())

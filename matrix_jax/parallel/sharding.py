@@ -73,9 +73,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> 
     return Mesh(np.asarray(devices[: shape.devices]).reshape(sizes), AXES)
 
 
-def make_meshes(
-    shape: MeshShape, devices: Sequence[jax.Device] | None = None
-) -> tuple[Mesh, Mesh]:
+def make_meshes(shape: MeshShape, devices: Sequence[jax.Device] | None = None) -> tuple[Mesh, Mesh]:
     """Returns the meshes of a stream's network and of its decoder, two parts with a pipeline.
 
     Raises:

@@ -1,20 +1,23 @@
-"""Pictures whose rows are split over devices.
+"""Images whose rows are split over devices.
 
-A network of convolutions and norms runs on each device with the rows that it holds. What it needs
-of the other devices it asks here: the rows next to its own for a convolution, the statistics of all
-rows for a norm. Where a picture is whole the answers are the plain ones, so layers never learn
-whether there is more than one device.
+Each device runs a network of convolutions and norms on its own rows. Where a layer needs other
+rows, it asks a function here: the neighbouring rows for a convolution, the statistics of all rows
+for a norm. For a whole image these functions return the plain answer, so a layer need not know how
+many devices there are.
 
-    split       function of a picture -> the same over the devices of a mesh
-    bordered    a device's rows -> with its neighbours' next to them
-    whole       a device's rows -> all rows
-    mean, pool  statistics of a device's rows, and of all
+    split_rows          runs a function with the rows split over the devices of a mesh
+    with_halo           a device's rows, with its neighbours' next to them
+    all_rows            all rows on every device
+    local_mean          mean over a device's rows
+    pooled_statistics   mean and variance over all rows
 """
 
 from __future__ import annotations
 
 import contextvars
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +29,14 @@ from matrix_jax.parallel import sharding
 
 @dataclasses.dataclass(frozen=True)
 class RowSharding:
-    """How the rows of a picture lie on devices, at any size of it.
+    """How the rows of an image are split over devices, at any resolution of it.
 
     Attributes:
       axis: mesh axis.
       count: devices.
-      total: rows of the picture at its smallest.
-      held: rows of a device at that size; the last devices may hold rows below the picture, which
-        nothing reads.
+      total: rows of the image at its lowest resolution.
+      held: rows per device at that resolution. The last devices may hold padding rows below the
+        image, which are never used.
     """
 
     axis: str
@@ -43,16 +46,16 @@ class RowSharding:
 
     @property
     def even(self) -> bool:
-        """Whether every row of every device is of the picture."""
+        """Whether no device holds padding rows."""
         return self.count * self.held == self.total
 
     @property
     def parts(self) -> np.ndarray:
-        """The rows of the picture that each device holds, as a share of `held` [count]."""
+        """Image rows on each device as a fraction of `held`, float32 [count]."""
         return np.clip(self.total / self.held - np.arange(self.count), 0, 1).astype(np.float32)
 
-    def masked(self, x):
-        """Rows below the picture as zeros: [B T H W C] -> the same."""
+    def masked(self, x: jax.Array) -> jax.Array:
+        """Sets padding rows to zero: [B T H W C] -> [B T H W C]."""
         if self.even:
             return x
         rows = x.shape[2]
@@ -60,103 +63,106 @@ class RowSharding:
         return jnp.where((row < self.total * rows // self.held)[:, None, None], x, 0)
 
 
-# Set while the function of a `split` is traced, so that layers need not hand it on.
-_share: contextvars.ContextVar[RowSharding | None] = contextvars.ContextVar('share', default=None)
+# Set while `split_rows` traces its function, so that layers need not pass it on.
+_rows: contextvars.ContextVar[RowSharding | None] = contextvars.ContextVar('rows', default=None)
 
 
-def split_rows(function, params, cache, x, unit: int = 1):
-    """`function(params, cache, x) -> (cache, y)` of a picture, its rows split over the devices.
+def split_rows(
+    function: Callable, params: Any, cache: Any, x: jax.Array, unit: int = 1
+) -> tuple[Any, jax.Array]:
+    """Computes `function(params, cache, x) -> (cache, y)` with image rows split over devices.
 
-    Within `jax.set_mesh`; without a mesh, or with rows that are no multiple of `unit`, it is the
-    plain call. The result is equal either way. Where rows do not divide, each device holds as many
-    as the first, and the cache keeps the rows below the picture.
+    Without a mesh, or if the rows are no multiple of `unit`, it calls the function directly. The
+    result is the same either way. If rows do not divide evenly, every device holds as many as the
+    first, and the cache keeps the padding rows.
 
     Args:
-      function: its arrays are [B T H W C], and rows of different sizes of the picture are whole
-        multiples of each other. It asks the functions below wherever rows meet.
-      params: tree that every device has whole.
-      cache: tree of the call before, or None.
+      function: works on arrays [B T H W C] whose row counts are whole multiples of each other, and
+        uses the functions below wherever rows interact.
+      params: tree that every device holds whole.
+      cache: tree from the previous call, or None.
       x: [B T H W C].
-      unit: rows of x that must not be torn apart (those of a latent row).
+      unit: rows of x that must stay on one device (those of a latent row).
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axis = sharding.RULES['rows']
+    axis: Any = sharding.RULES['rows']
     count = mesh.shape.get(axis, 1)
     if count == 1 or x.shape[2] % unit:
         return function(params, cache, x)
     total = x.shape[2] // unit
-    share = RowSharding(axis, count, total, held=-(-total // count))
-    below = share.held * count - total
-    x = jnp.pad(x, ((0, 0), (0, 0), (0, below * unit), (0, 0), (0, 0)))
+    rows = RowSharding(axis, count, total, held=-(-total // count))
+    padding = rows.held * count - total
+    x = jnp.pad(x, ((0, 0), (0, 0), (0, padding * unit), (0, 0), (0, 0)))
 
-    def own(params, cache, x):
-        token = _share.set(share)
+    def on_device(params: Any, cache: Any, x: jax.Array) -> tuple[Any, jax.Array]:
+        token = _rows.set(rows)
         try:
             return function(params, cache, x)
         finally:
-            _share.reset(token)
+            _rows.reset(token)
 
-    place = sharding.fitting_spec(('batch', None, 'rows', None, None), x.shape, mesh)
+    spec = sharding.fitting_spec(('batch', None, 'rows', None, None), x.shape, mesh)
     cache, y = jax.shard_map(
-        own, in_specs=(jax.P(), place, place), out_specs=place, check_vma=False
+        on_device, in_specs=(jax.P(), spec, spec), out_specs=spec, check_vma=False
     )(params, cache, x)
-    if not share.even:
-        y = y[:, :, : y.shape[2] * total // (count * share.held)]
+    if not rows.even:
+        y = y[:, :, : y.shape[2] * total // (count * rows.held)]
     return cache, y
 
 
 # --- for layers ------------------------------------------------------------------------------
 
 
-def with_halo(x, above: int, below: int):
-    """The rows that a convolution reads beyond those it makes.
+def with_halo(x: jax.Array, above: int, below: int) -> tuple[jax.Array, tuple[int, int]]:
+    """Returns the rows that a convolution reads, and the zero rows that it must pad with.
 
     Args:
       x: [B T H W C].
-      above, below: how many, each at most as many as a device holds.
+      above, below: rows that the convolution reads beyond its own, at most as many as a device
+        holds.
 
     Returns:
-      x [B T above+H+below W C] and (0, 0), the zero rows that the convolution has to add itself;
-      or x as it is and (above, below) where the picture is whole.
+      x with its neighbours' rows [B T above+H+below W C], and (0, 0); for a whole image x itself,
+      and (above, below).
     """
-    share = _share.get()
-    if share is None or not above + below:
+    rows = _rows.get()
+    if rows is None or not above + below:
         return x, (above, below)
-    x = share.masked(x)
-    parts, steps = [x], range(share.count - 1)
-    # What nobody sends is zeros: the border of the picture.
+    x = rows.masked(x)
+    parts, steps = [x], range(rows.count - 1)
+    # The first and last device receive zeros, which is the padding at the border of the image.
     if above:
-        parts.insert(0, lax.ppermute(x[:, :, -above:], share.axis, [(i, i + 1) for i in steps]))
+        parts.insert(0, lax.ppermute(x[:, :, -above:], rows.axis, [(i, i + 1) for i in steps]))
     if below:
-        parts.append(lax.ppermute(x[:, :, :below], share.axis, [(i + 1, i) for i in steps]))
+        parts.append(lax.ppermute(x[:, :, :below], rows.axis, [(i + 1, i) for i in steps]))
     return jnp.concatenate(parts, axis=2), (0, 0)
 
 
-def all_rows(x):
-    """All rows of the picture on every device: [B T H W C] of its own -> [B T H' W C]."""
-    share = _share.get()
-    if share is None:
+def all_rows(x: jax.Array) -> jax.Array:
+    """Gathers all rows of the image on every device: [B T H W C] -> [B T H' W C]."""
+    rows = _rows.get()
+    if rows is None:
         return x
-    total = x.shape[2] * share.total // share.held
-    return lax.all_gather(x, share.axis, axis=2, tiled=True)[:, :, :total]
+    total = x.shape[2] * rows.total // rows.held
+    return lax.all_gather(x, rows.axis, axis=2, tiled=True)[:, :, :total]
 
 
-def local_mean(x):
-    """Mean of each channel over a device's own rows: [B T H W C] -> [B C]."""
-    share = _share.get()
-    if share is None or share.even:
+def local_mean(x: jax.Array) -> jax.Array:
+    """Returns the mean of each channel over a device's own rows: [B T H W C] -> [B C]."""
+    rows = _rows.get()
+    if rows is None or rows.even:
         return x.mean((1, 2, 3))
-    part = jnp.asarray(np.where(share.parts, share.parts, 1))[lax.axis_index(share.axis)]
-    return share.masked(x).mean((1, 2, 3)) / part
+    part = jnp.asarray(np.where(rows.parts, rows.parts, 1))[lax.axis_index(rows.axis)]
+    return rows.masked(x).mean((1, 2, 3)) / part
 
 
-def pooled_statistics(mean, variance):
-    """Mean and variance over the whole picture from those of a device's own rows, any shape."""
-    share = _share.get()
-    if share is None:
+def pooled_statistics(mean: jax.Array, variance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns mean and variance over the whole image, given those of a device's own rows."""
+    rows = _rows.get()
+    if rows is None:
         return mean, variance
-    # One exchange for both, and as exact as two passes over the whole.
-    means, variances = lax.all_gather(jnp.stack([mean, variance]), share.axis, axis=1)
-    weights = (share.parts / share.parts.sum()).reshape(-1, *[1] * mean.ndim)
+    # One exchange for both, as exact as two passes over the whole image.
+    means, variances = lax.all_gather(jnp.stack([mean, variance]), rows.axis, axis=1)
+    weights = (rows.parts / rows.parts.sum()).reshape(-1, *[1] * mean.ndim)
     mean = (weights * means).sum(0)
     return mean, (weights * (variances + jnp.square(means - mean))).sum(0)

@@ -18,7 +18,9 @@ def network(params, cache, x):
     """A convolution, a norm, half the rows."""
     y = conv3d(x, params['first'])
     mean = spatial.local_mean(y)[:, None, None, None]
-    mean, variance = spatial.pooled_statistics(mean, spatial.local_mean(jnp.square(y - mean))[:, None, None, None])
+    mean, variance = spatial.pooled_statistics(
+        mean, spatial.local_mean(jnp.square(y - mean))[:, None, None, None]
+    )
     y = (y - mean) * jax.lax.rsqrt(variance + 1e-6)
     return x + cache, Downsample2d(4).apply({'params': params['second']}, y)
 
