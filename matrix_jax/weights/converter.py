@@ -1,20 +1,20 @@
-"""Whole folders of weights: released layout <-> ours, and random ones for tests and benchmarks.
+"""Whole folders of weights: diffusers layout <-> orbax trees, and random weights.
 
-Ours is the same folder with the safetensors of every part replaced by `params/`, an orbax tree in
-our names and axes. All other files (configs, tokenizers, scheduler) are carried along, so there and
-back gives the same folder. Parts are handled one by one: the largest has to fit the memory.
+An orbax folder is the diffusers folder with the safetensors of every component replaced by
+`params/`, an orbax tree with our names and axes. All other files (configs, tokenizers, scheduler)
+are copied, so a round trip gives the same folder. Components are converted one by one; the largest
+has to fit into memory.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from einops import rearrange
@@ -25,142 +25,140 @@ from matrix_jax.weights import conversion, diffusers_layout, training_state
 
 PARAMS = 'params'
 PICKLES = ('.bin', '.pth', '.pt')
-RANDOM_SHARD = 10**9  # bytes that are drawn before they are written
+WEIGHT_SUFFIXES = ('.safetensors', '.safetensors.index.json', *PICKLES)
+RANDOM_SHARD = 10**9  # bytes of random weights in memory at a time
+
+# Writes the tensors of a pickle as safetensors; (pickle, safetensors).
+Unpickle = Callable[[Path, Path], None]
 
 
-def convert(world_cfg, source: str, target: str, unpickle: Callable[[Path, Path], None]) -> str:
-    """Converts a folder to the other layout, whichever it has; strictly, all of it or nothing.
+def convert(world_cfg: Any, source: str, target: str, unpickle: Unpickle) -> str:
+    """Converts a folder to the other layout and returns a line about it; all of it or nothing.
 
     Args:
-      world_cfg: config of a world of that kind; the folder decides all sizes.
-      source: folder in the released layout or ours, or one pickle of tensors.
-      target: what to write; must not exist. Of one pickle it is a `.safetensors` file with the same
-        names, or the folder of a part, such as 'DIR/vae', which is then checked.
-      unpickle: `unpickle(pickle, safetensors)` for `.bin`, `.pth` and `.pt` files.
-
-    Returns:
-      One line about what was done.
+      world_cfg: config of a world with the same components; the folder decides all sizes.
+      source: folder in either layout, or one pickle of tensors.
+      target: must not exist. For a single pickle it is a `.safetensors` file, or the folder of a
+        component, such as 'DIR/vae', whose tensors are then checked.
+      unpickle: reads `.bin`, `.pth` and `.pt` files.
 
     Raises:
       CheckpointError, ConversionError: the source cannot be used.
-      UsageError: it is neither layout, or the target is there.
+      UsageError: the source has neither layout, or the target exists.
     """
     _check_new(target)
     if Path(source).suffix in PICKLES and Path(source).is_file():
-        return _from_pickle(world_cfg, Path(source), Path(target), unpickle)
-    source = diffusers_layout.resolve(source)
-    parts = worlds.build(world_cfg).components
-    ours = [part for part in parts if (source / part.folder / PARAMS).is_dir()]
-    released = [
-        part
-        for part in parts
-        if part not in ours and (source / part.folder / 'config.json').is_file()
+        return _convert_pickle(world_cfg, Path(source), Path(target), unpickle)
+    folder = diffusers_layout.resolve(source)
+    components = worlds.build(world_cfg).components
+    orbax = [one for one in components if (folder / one.folder / PARAMS).is_dir()]
+    diffusers = [
+        one
+        for one in components
+        if one not in orbax and (folder / one.folder / 'config.json').is_file()
     ]
-    if not (ours or released) or (ours and released):
+    if bool(orbax) == bool(diffusers):
         raise UsageError(
-            f'{source}: got {len(released)} parts in the released layout and '
-            f'{len(ours)} in ours, expected parts in one of them '
-            f'({", ".join(part.folder for part in parts)})'
+            f'{folder}: got {len(diffusers)} parts in the diffusers layout and '
+            f'{len(orbax)} as orbax trees, expected parts in one of them ({_names(components)})'
         )
 
-    def fill(folder):
-        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=_weight_files)
-        world = worlds.describe(world_cfg, source)
-        for part in ours:
-            tensors = conversion.to_torch(
-                part.weights(getattr(world.cfg, part.field)), _read_ours(source / part.folder)
-            )
-            diffusers_layout.write_component(
-                folder,
-                part.folder,
-                diffusers_layout.read_config(source, part.folder),
-                tensors,
-                None,
-            )
-        for part in released:
-            with _plain_part(source, part.folder, unpickle) as plain:
-                params = world.load(plain, only=(part.folder,))[part.folder]
-                _write_ours(folder / part.folder, params)
+    def fill(new: Path) -> None:
+        shutil.copytree(folder, new, dirs_exist_ok=True, ignore=_weight_files)
+        world = worlds.describe(world_cfg, folder)
+        for one in orbax:
+            table = one.weights(getattr(world.cfg, one.field))
+            config = diffusers_layout.read_config(folder, one.folder)
+            tensors = conversion.to_torch(table, _read_orbax(folder / one.folder))
+            diffusers_layout.write_component(new, one.folder, config, tensors, dtype=None)
+        for one in diffusers:
+            with _without_pickle(folder, one.folder, unpickle) as plain:
+                params = world.load(plain, only=(one.folder,))[one.folder]
+                _write_orbax(new / one.folder, params)
 
     diffusers_layout.replace_folder(Path(target), fill)
-    return f'{target}: {", ".join(part.folder for part in ours or released)} ' + (
-        'in the released layout' if ours else 'as orbax trees'
-    )
+    layout = 'in the diffusers layout' if orbax else 'as orbax trees'
+    return f'{target}: {_names(orbax or diffusers)} {layout}'
 
 
 def write_random(
-    world_cfg, folder: str, seed: int, layers: int | None = None, text_layers: int | None = None
+    world_cfg: Any,
+    folder: str,
+    seed: int,
+    layers: int | None = None,
+    text_layers: int | None = None,
 ) -> str:
-    """Writes a folder of random weights in the released layout, with byte tokenizers.
+    """Writes random weights in the diffusers layout, with byte tokenizers; returns a line about it.
 
-    Tensors are drawn while they are written, so that the folder may be larger than the memory.
+    Tensors are drawn as they are written, so the folder may be larger than memory.
 
     Args:
       world_cfg: config of the world.
       folder: must not exist.
-      seed: one seed is one folder.
-      layers: of the DiT and the encoders, if it is to have fewer than the recipe.
-      text_layers: of the text encoder; as `layers` by default.
+      seed: the same seed gives the same folder.
+      layers: layers of the DiT and the encoders; None means as many as the config.
+      text_layers: layers of the text encoder; None means `layers`.
+
+    Raises:
+      UsageError: the folder exists, or a number of layers does not fit the world.
     """
     _check_new(folder)
     world = worlds.build(shorten(world_cfg, layers, text_layers))
 
-    def fill(fresh):
-        for part in world.components:
-            tensors = {}
-            for row, shape, draw in world.draws(part, seed, zero_init=False):
-                for key, layer in zip(row.keys(), range(*row.layers) if row.layers else (None,)):
-                    tensors[key] = Drawn(row, shape, draw, layer)
+    def fill(new: Path) -> None:
+        for one in world.components:
+            tensors = {
+                key: RandomTensor(row, shape, draw, layer)
+                for row, shape, draw in world.draws(one, seed, zero_init=False)
+                for key, layer in zip(row.keys(), range(*row.layers) if row.layers else (None,))
+            }
+            config = getattr(world.cfg, one.field).to_released()
             diffusers_layout.write_component(
-                fresh,
-                part.folder,
-                getattr(world.cfg, part.field).to_released(),
-                tensors,
-                shard_size=RANDOM_SHARD,
+                new, one.folder, config, tensors, shard_size=RANDOM_SHARD
             )
-        world.save(fresh, {})
+        world.save(new, {})
 
     diffusers_layout.replace_folder(Path(folder), fill)
     size = sum(path.stat().st_size for path in Path(folder).rglob('*') if path.is_file())
     return f'{folder}: random weights, {size / 2**20:,.1f} MiB'
 
 
-def shorten(cfg, layers: int | None, text_layers: int | None = None):
-    """The world's config with fewer layers; blocks that differ keep their share of the DiT."""
+def shorten(cfg: Any, layers: int | None, text_layers: int | None = None) -> Any:
+    """Returns the world's config with fewer layers (`World.shortened`).
+
+    Raises:
+      UsageError: a number is below 1, or the world has no such layers.
+    """
     for name, count in (('--layers', layers), ('--text-layers', text_layers)):
         if count is not None and count < 1:
             raise UsageError(f'{name}: got {count}, expected at least 1')
-    if text_layers is not None and not hasattr(cfg, 'text'):
-        raise UsageError(f'--text-layers: got {text_layers}, expected a world that reads text')
-    counts = {'text': layers if text_layers is None else text_layers}
-    if layers is not None:
-        name = 'control' if hasattr(cfg.dit, 'control') else 'actions'
-        span, whole = getattr(cfg.dit, name), cfg.dit.layers
-        if span:
-            span = dataclasses.replace(
-                span, start=span.start * layers // whole, end=math.ceil(span.end * layers / whole)
-            )
-        cfg = dataclasses.replace(
-            cfg, dit=dataclasses.replace(cfg.dit, layers=layers, **{name: span})
-        )
-        # Of a tower of images, the last layer is not used.
-        counts |= {
-            name: max(least, min(layers, getattr(cfg, name).layers))
-            for name, least in (('control', 1), ('image', 2))
-            if hasattr(cfg, name)
-        }
-    return dataclasses.replace(
-        cfg,
-        **{
-            name: dataclasses.replace(getattr(cfg, name), layers=count)
-            for name, count in counts.items()
-            if count is not None and hasattr(cfg, name)
-        },
-    )
+    return worlds.build(cfg).shortened(layers, text_layers).cfg
 
 
-def _check_new(target: str):
-    """Raises UsageError unless something can be made under this name."""
+class RandomTensor:
+    """A torch tensor whose values are drawn when it is converted to numpy."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self, row: conversion.Row, shape: Sequence[int], draw: Callable, layer: int | None
+    ):
+        self._sizes = conversion.merged_sizes(row, shape)
+        self._row, self._draw, self._layer = row, draw, layer
+        empty = np.broadcast_to(np.float32(0), shape)  # takes no memory
+        self.shape = rearrange(empty, row.inverse(), **self._sizes).shape
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        drawn = rearrange(self._draw(self._layer), self._row.inverse(), **self._sizes)
+        return np.asarray(drawn, dtype)
+
+
+def _names(components: Sequence[worlds.Component]) -> str:
+    return ', '.join(one.folder for one in components)
+
+
+def _check_new(target: str) -> None:
+    """Raises UsageError unless `target` can be created."""
     if Path(target).name in ('', '..'):
         raise UsageError(f'DST: got {str(target)!r}, expected a new name')
     if os.path.lexists(target):
@@ -168,63 +166,41 @@ def _check_new(target: str):
     check_writable('DST', target)
 
 
-class Drawn:
-    """A torch tensor that is drawn when it is read."""
-
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, row: conversion.Row, shape, draw, layer):
-        self._sizes = conversion.merged_sizes(row, shape)
-        self._row, self._draw, self._layer = row, draw, layer
-        empty = np.broadcast_to(np.float32(0), shape)  # no memory behind it
-        self.shape = rearrange(empty, row.inverse(), **self._sizes).shape
-
-    def __array__(self, dtype=None, copy=None):
-        drawn = rearrange(self._draw(self._layer), self._row.inverse(), **self._sizes)
-        return np.asarray(drawn, dtype)
-
-
-def _from_pickle(world_cfg, source: Path, target: Path, unpickle) -> str:
-    """Translates one pickle: see `convert`."""
+def _convert_pickle(world_cfg: Any, source: Path, target: Path, unpickle: Unpickle) -> str:
+    """Converts one pickle; see `convert`."""
     if target.suffix == '.safetensors':
         if not target.parent.is_dir():
-            raise UsageError(f'DST: got {target}, expected a name in a folder that is there')
+            raise UsageError(f'DST: got {target}, expected a name in an existing folder')
         unpickle(source, target)
         return f'{target}: tensors of {source}'
     world = worlds.build(world_cfg)
-    part = next((part for part in world.components if part.folder == target.name), None)
-    if part is None:
+    one = next((one for one in world.components if one.folder == target.name), None)
+    if one is None:
         raise UsageError(
             f'{target}: a single pickle becomes a .safetensors file, or a part of the '
-            f'recipe ({", ".join(part.folder for part in world.components)})'
+            f'recipe ({_names(world.components)})'
         )
-    cfg = getattr(world.cfg, part.field)
-    table = part.weights(cfg)
+    cfg = getattr(world.cfg, one.field)
+    table = one.weights(cfg)
     with tempfile.TemporaryDirectory() as copy:
         unpickle(source, Path(copy) / 'model.safetensors')
+        tensors = diffusers_layout.Tensors(Path(copy))
         try:
-            params = conversion.to_jax(
-                table, diffusers_layout.Tensors(Path(copy)), part.shapes(cfg)
-            )
+            checked = conversion.to_torch(table, conversion.to_jax(table, tensors, one.shapes(cfg)))
         except conversion.ConversionError as error:
             raise conversion.ConversionError(f'{source}: {error}') from error
         diffusers_layout.write_component(
-            target.parent,
-            target.name,
-            cfg.to_released(),
-            conversion.to_torch(table, params),
-            dtype=None,
+            target.parent, target.name, cfg.to_released(), checked, dtype=None
         )
-    return f'{target}: {part.folder} of {source}'
+    return f'{target}: {one.folder} of {source}'
 
 
 def _weight_files(folder: str, names: list[str]) -> list[str]:
-    """What of a folder is weights, in any layout."""
-    weights = ('.safetensors', '.safetensors.index.json', *PICKLES)
-    return [name for name in names if name.endswith(weights) or name == PARAMS]
+    """The names of a folder that are weights, in any layout."""
+    return [name for name in names if name.endswith(WEIGHT_SUFFIXES) or name == PARAMS]
 
 
-def _read_ours(folder: Path) -> dict:
+def _read_orbax(folder: Path) -> dict[str, Any]:
     saver = training_state.Checkpoints(folder / PARAMS)
     try:
         found = saver.restore()
@@ -235,26 +211,28 @@ def _read_ours(folder: Path) -> dict:
     return found[1]
 
 
-def _write_ours(folder: Path, params: dict):
+def _write_orbax(folder: Path, params: Any) -> None:
     saver = training_state.Checkpoints(folder / PARAMS)
     saver.save(0, params)
     saver.close()
 
 
 @contextlib.contextmanager
-def _plain_part(source: Path, name: str, unpickle):
-    """A folder that holds one part as safetensors: the source, or a copy of its pickle."""
-    part = source / name
-    files = sorted(part.iterdir())
+def _without_pickle(source: Path, name: str, unpickle: Unpickle) -> Iterator[Path]:
+    """A folder with one component as safetensors: `source`, or a copy if it has a pickle."""
+    component = source / name
+    files = sorted(component.iterdir())
     pickles = [path for path in files if path.suffix in PICKLES]
     if not pickles or any(path.suffix == '.safetensors' for path in files):
         yield source
         return
     if len(pickles) > 1:
-        raise diffusers_layout.CheckpointError(f'{part}: got {len(pickles)} pickles, expected one')
+        raise diffusers_layout.CheckpointError(
+            f'{component}: got {len(pickles)} pickles, expected one'
+        )
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(copy) / name
         folder.mkdir()
-        shutil.copy(part / 'config.json', folder)
+        shutil.copy(component / 'config.json', folder)
         unpickle(pickles[0], folder / 'model.safetensors')
-        yield copy
+        yield Path(copy)

@@ -32,7 +32,7 @@ from matrix_jax.stream.base import PyTree, Stream
 from matrix_jax.vae import condition as start
 from matrix_jax.vae import wan as vae
 from matrix_jax.worlds.base import BaseWorld, check_frames
-from matrix_jax.worlds.networks import Component, Params
+from matrix_jax.worlds.networks import Component, Params, fewer_layers
 
 Array = np.ndarray[Any, Any]
 
@@ -326,6 +326,18 @@ class World(BaseWorld):
         if not whole and found and (cfg.dit.local is None) != (found.local is None):
             fields['dit'] = dataclasses.replace(found, local=cfg.dit.local, sink=cfg.dit.sink)
         return self.replace(**fields)
+
+    def shortened(self, layers: int | None, text_layers: int | None = None) -> World:
+        if text_layers is not None:
+            raise UsageError(f'--text-layers: got {text_layers}, expected a world that reads text')
+        if layers is None:
+            return self
+        # The image encoder needs two layers: its last one is not used.
+        count = max(2, min(layers, self.cfg.image.layers))
+        return self.replace(
+            dit=fewer_layers(self.cfg.dit, layers, 'actions'),
+            image=dataclasses.replace(self.cfg.image, layers=count),
+        )
 
     def locate(self, folder: str | Path, name: str) -> tuple[str, str]:
         """The published folder has a transformer for each mode, under another name."""

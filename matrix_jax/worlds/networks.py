@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from matrix_jax.config import UsageError
 from matrix_jax.nn import initializers, linear
 from matrix_jax.parallel import sharding
 from matrix_jax.stream.base import PyTree
@@ -246,7 +248,21 @@ class Networks:
             text = text.replace(name, first_name)
         return text
 
-    # --- new layers, for training ----------------------------------------------------------------
+    # --- other numbers of layers -----------------------------------------------------------------
+
+    def shortened(self, layers: int | None, text_layers: int | None = None) -> Self:
+        """Returns this world with fewer layers, to measure parts of a large one.
+
+        Args:
+          layers: layers of the transformer and of its encoders.
+          text_layers: layers of the text encoder; as `layers` by default.
+
+        Raises:
+          UsageError: the world has no such layers.
+        """
+        if layers is None and text_layers is None:
+            return self
+        raise UsageError(f'--layers: {self.cfg.name} has no version with fewer layers')
 
     def with_new_layers(self, cfg: Any) -> Self:
         """Returns this world with the layers that `cfg` adds to a network before training."""
@@ -269,9 +285,9 @@ class Networks:
           decoder: mesh of the video decoder, if it has its own.
         """
         axes = {name: conversion.axes(self.tables[name]) for name in params}
-        places = sharding.shardings(axes, params, mesh)
+        places = sharding.param_shardings(axes, params, mesh)
         if decoder not in (None, mesh):
-            places['vae']['decoder'] = sharding.shardings(
+            places['vae']['decoder'] = sharding.param_shardings(
                 axes['vae']['decoder'], params['vae']['decoder'], decoder
             )
         return jax.device_put(params, places)
@@ -312,7 +328,7 @@ class Networks:
         lines, total, total_local = [], 0, 0
         shapes = self.shapes()
         axes = {name: conversion.axes(self.tables[name]) for name in shapes}
-        places = sharding.shardings(axes, shapes, mesh)
+        places = sharding.param_shardings(axes, shapes, mesh)
         for name in shapes:
             leaves = list(zip(*map(jax.tree.leaves, (shapes[name], places[name])), strict=True))
             count = sum(int(np.prod(leaf.shape)) for leaf, _ in leaves)
@@ -330,6 +346,22 @@ FIRST_NAMES = {
     'ClipConfig(': 'Clip(',
     'ActionConfig(': 'Actions(',
 }
+
+
+def fewer_layers(cfg: Any, layers: int, span_field: str) -> Any:
+    """Returns a transformer's config with fewer layers.
+
+    Args:
+      cfg: the config.
+      layers: new number of layers.
+      span_field: field that says which layers (`start` to `end`) have additional blocks, or None;
+        these keep their share of the layers.
+    """
+    span, whole = getattr(cfg, span_field), cfg.layers
+    if span:
+        start, end = span.start * layers // whole, math.ceil(span.end * layers / whole)
+        span = dataclasses.replace(span, start=start, end=end)
+    return dataclasses.replace(cfg, layers=layers, **{span_field: span})
 
 
 @functools.cache

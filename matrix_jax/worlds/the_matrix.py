@@ -33,7 +33,7 @@ from matrix_jax.stream.base import Stream
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.weights import conversion, diffusers_layout
 from matrix_jax.worlds.base import BaseWorld, check_frames
-from matrix_jax.worlds.networks import Component, Params
+from matrix_jax.worlds.networks import Component, Params, fewer_layers
 
 Array = np.ndarray[Any, Any]
 
@@ -358,6 +358,16 @@ class World(BaseWorld):
             tokenizers.write_byte_tokenizer(folder)
         else:
             tokenizers.write_clip_byte_tokenizer(folder)
+
+    def shortened(self, layers: int | None, text_layers: int | None = None) -> World:
+        cfg, fields = self.cfg, {}
+        if layers is not None:
+            fields['dit'] = fewer_layers(cfg.dit, layers, 'control')
+            count = min(layers, cfg.control.layers)
+            fields['control'] = dataclasses.replace(cfg.control, layers=count)
+        if (text_layers := layers if text_layers is None else text_layers) is not None:
+            fields['text'] = dataclasses.replace(cfg.text, layers=text_layers)
+        return self.replace(**fields)
 
     def with_new_layers(self, cfg: Config) -> World:
         """A base model without control blocks gets those of `cfg`."""
