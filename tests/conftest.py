@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(items):
 
 
 def write_random(recipe, tmp_path_factory):
-    """A folder of random weights of a recipe in the released layout."""
+    """A folder of random weights of a recipe in the diffusers layout."""
     from matrix_jax import recipes
     from matrix_jax.weights import converter
 

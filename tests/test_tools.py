@@ -273,7 +273,7 @@ def test_convert_there_and_back_is_the_same_folder(tiny, tmp_path, capsys):
     assert any(name.startswith('transformer/params/') for name in ours)
     assert run('convert', tmp_path / 'ours', tmp_path / 'back') == 0
     assert content(tmp_path / 'back') == content(tiny)
-    assert 'control_encoder in the released layout' in capsys.readouterr().out
+    assert 'control_encoder in the diffusers layout' in capsys.readouterr().out
 
 
 def test_random_weights_follow_the_seed(tiny, tmp_path):

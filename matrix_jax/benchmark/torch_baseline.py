@@ -1,6 +1,6 @@
 """The same network in PyTorch: diffusers' CogVideoX with the same schedule of calls.
 
-PyTorch reads our weights in the released layout and runs afterwards in its own process
+PyTorch reads our weights in the diffusers layout and runs afterwards in its own process
 (`scripts/torch_cogvideox.py`). Its transformer has no control blocks and one noise level per clip.
 The networks alone are therefore compared without our control blocks, outputs included; end to end
 our network runs completely and computes more.

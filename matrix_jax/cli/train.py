@@ -61,6 +61,7 @@ def main(argv: Sequence[str]) -> int:
         from matrix_jax.train.nan_guard import Diverged
         from matrix_jax.weights.diffusers_layout import SaveError
 
+        run.stage.check_world(worlds.build(run.world))
         others = multihost.settings(args.coordinator, args.processes, args.process)
         for folder in records.folders(run.data):
             records.shards(folder, 'train')

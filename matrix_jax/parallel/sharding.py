@@ -26,7 +26,8 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ContextManager
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import numpy as np
@@ -126,7 +127,7 @@ def put_global(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(one, tree, shardings)
 
 
-def use_mesh(mesh: Mesh | None) -> ContextManager[Any]:
+def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """The context to trace a program for a mesh in; None or one device needs none."""
     return jax.set_mesh(mesh) if mesh is not None and mesh.size > 1 else contextlib.nullcontext()
 

@@ -24,7 +24,7 @@ from matrix_jax.worlds import open_run
 
 
 class TheMatrix:
-    """Two folders in the released layout (or hub repositories), read when they are needed.
+    """Two folders in the diffusers layout (or hub repositories), read when they are needed.
 
     Args:
       generation_model_path: stage 2, makes the base clip.

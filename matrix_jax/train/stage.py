@@ -1,14 +1,17 @@
-"""What a training stage is: a loss, a choice of what trains, and the data it reads.
+"""A training stage: a loss, the parameters that train, and the data that it reads.
 
-Stages chain by handing on released-layout folders: `weights` of a run is where it starts, and
-`OUT/weights` is what it leaves, ready for `matrix-jax generate --weights` and for the next stage.
+Stages chain by folders of weights in the diffusers layout: a run starts from its `weights` and
+leaves `OUT/weights`, ready for `matrix-jax generate --weights` and for the next stage.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+import jax
+
+from matrix_jax.config import UsageError
 from matrix_jax.train import optim
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.weights import conversion
@@ -21,34 +24,59 @@ class Stage:
     Attributes:
       optimizer: see `optim.Optimizer`.
       ema: decay of the exported average.
-      export: type of the exported weights; 'float32' keeps every bit.
+      export: dtype of the exported weights; 'float32' keeps every bit.
     """
 
     optimizer: Optimizer = Optimizer()
     ema: float = 0.999
     export: Literal['bfloat16', 'float32'] = 'bfloat16'
 
-    components = ()  # parts of the world whose parameters the loss reads
+    # What the network of a world must predict for this stage to train it; None = any world.
+    prediction: ClassVar[str | None] = None
+    components: ClassVar[tuple[str, ...]] = ()  # components whose parameters the loss reads
 
     def __post_init__(self):
         if not 0 <= self.ema < 1:
             raise ValueError(f'stage.ema: got {self.ema}, expected 0 <= ema < 1')
 
+    def check_world(self, world):
+        """Raises UsageError unless the stage trains this kind of world."""
+        if self.prediction not in (None, world.prediction):
+            raise UsageError(
+                f'stage: {type(self).__name__} trains worlds of {self.prediction}, '
+                f'got {world.cfg.name} of {world.prediction}'
+            )
+
+    def check_fields(self, **ranges: tuple[float, float | None]):
+        """Raises ValueError unless each field lies in its range (low, high); high None = no limit.
+
+        A field that is None is not checked.
+        """
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= (float('inf') if high is None else high):
+                wanted = f'at least {low}' if high is None else f'{low} to {high}'
+                raise ValueError(f'stage.{name}: got {value}, expected {wanted}')
+
     def start(self, world, params, seed: int) -> dict:
-        """The parameters by component that the loss reads, from those of the whole world, which may
-        leave out what it has no use for."""
+        """Parameters by component that the loss reads.
+
+        Args:
+          params: parameters of the whole world; components that no stage needs may be missing.
+          seed: seed of new parameters.
+        """
         return {name: params[name] for name in self.components if name in params}
 
     def axes(self, world) -> dict[str, tuple[str, ...]]:
-        """Axis letters of the leaves of `start` by path (`conversion.axes`)."""
+        """Path -> axis letters of the leaves of `start` (`conversion.axes`)."""
         tables = {name: conversion.axes(world.tables[name]) for name in self.components}
         return conversion.flatten(tables)
 
     def transform(self, axes, steps: int):
-        """The optax transformation of the trained leaves, a flat dict.
+        """Optax transformation of the trained leaves, a flat dict.
 
         Args:
-          axes: of `axes`.
+          axes: from `axes`.
           steps: updates of the run.
         """
         return optim.make(self.optimizer, steps, axes)
@@ -58,18 +86,19 @@ class Stage:
         return True
 
     def loader(self, world, params, data: str, batch: int, seed: int, cache: str) -> Any:
-        """An endless iterator of batches (dicts of numpy arrays), with `state() -> bytes` and
-        `restore(state)`. A batch may hold `clip`, int [B]: the clips it was cut from, by number in
-        `loader.names`. The loop tells them when an update is not finite; the loss does not see
-        them.
+        """Endless iterator of batches (dicts of numpy arrays) with `state() -> bytes` and
+        `restore(state)`.
+
+        A batch may hold `clip`, int [B]: the clips it was cut from, as indices into
+        `loader.names`. The loop names them when an update is not finite; the loss never sees them.
 
         Args:
-          world: the World.
-          params: start parameters, for stages that pre-encode their data.
-          data: folder of recorded clips, or several with commas.
+          world: the world.
+          params: start parameters, for stages that encode their data in advance.
+          data: folder of recorded clips, or several separated by commas.
           batch: examples per step.
-          seed: order of the examples.
-          cache: folder for what is computed once.
+          seed: seed of the order of the examples.
+          cache: folder for encoded data.
         """
         raise NotImplementedError
 
@@ -77,7 +106,7 @@ class Stage:
         """ShapeDtypeStructs of a batch of `loader`, for a dry run.
 
         Raises:
-          ValueError: the stage says nothing about them.
+          ValueError: the stage has no dry run.
         """
         raise ValueError(f'stage: {type(self).__name__} has no dry run')
 
@@ -86,8 +115,30 @@ class Stage:
         raise NotImplementedError
 
     def finish(self, world, params, loader):
-        """The world and parameters to export once trained; both unchanged by default."""
+        """The world and the parameters to export after training; unchanged by default."""
         return world, params
 
     def add_files(self, world, params, folder: str):
-        """Writes what the folder of exported weights holds besides the released layout."""
+        """Writes files beside the exported weights; none by default."""
+
+
+def check_clip_frames(frames: int):
+    """Raises ValueError unless a clip of `frames` pixel frames is whole latent frames."""
+    if frames < 5 or (frames - 1) % 4:
+        raise ValueError(
+            f'stage.clip_frames: got {frames}, expected 1 + 4k with k of at least 1 '
+            '(whole latent frames)'
+        )
+
+
+def latent_size(cfg) -> tuple[int, int]:
+    """Latent height and width of a world's config."""
+    return cfg.height // cfg.vae.spatial_compression, cfg.width // cfg.vae.spatial_compression
+
+
+def example_batch(batch: int, **arrays: tuple) -> dict:
+    """ShapeDtypeStructs [batch, *shape] of arrays given as name=(dtype, *shape)."""
+    return {
+        name: jax.ShapeDtypeStruct((batch, *shape), dtype)
+        for name, (dtype, *shape) in arrays.items()
+    }

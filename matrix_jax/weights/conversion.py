@@ -1,8 +1,8 @@
-"""Released PyTorch tensors <-> our parameter trees, by table and strictly.
+"""PyTorch tensors <-> our parameter trees, by a conversion table.
 
-A table is a tuple of `Row`, `Drop` and `Prefix` that stands at the end of the file that defines the
-network. Each torch key hits exactly one row, each of our leaves is written exactly once, and every
-fault is reported in one go, with the nearest names. Numpy only: no device is touched.
+A table is a tuple of `Row`, `Drop` and `Prefix` at the end of the file that defines the network.
+Each torch key matches exactly one row, each of our leaves is written exactly once, and one error
+reports all faults, with the nearest names. Everything is numpy and stays on the host.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import difflib
 import fnmatch
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,19 +22,19 @@ SHOWN = 12  # faults printed in full; the rest are counted
 
 
 class ConversionError(ValueError):
-    """Names or shapes of a checkpoint do not fit the network."""
+    """Names or shapes of tensors do not fit the network."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One torch tensor (or one per layer) and where it lives in our tree.
+    """One torch tensor (or one per layer) and the leaf that it becomes.
 
     Attributes:
       torch: torch key; '{i}' stands for the layer index.
       path: '/'-joined path of our leaf.
       layout: einops pattern from torch axes to ours. The letters on the right name the axes for
         sharding (see `matrix_jax.parallel.sharding`).
-      layers: (start, stop) of '{i}'; our leaf then stacks them on a new leading axis.
+      layers: (start, stop) of '{i}'; our leaf stacks the layers on a new leading axis.
       sizes: sizes of axes that the pattern splits, as ((letter, size), ...) or a dict.
     """
 
@@ -44,25 +44,25 @@ class Row:
     layers: tuple[int, int] | None = None
     sizes: Any = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if ('{i}' in self.torch) != (self.layers is not None):
             raise ValueError(f"row {self.torch}: '{{i}}' and layers go together")
         sizes = self.sizes.items() if isinstance(self.sizes, Mapping) else self.sizes or ()
         object.__setattr__(self, 'sizes', tuple(sizes))
 
     def keys(self) -> list[str]:
-        """The torch keys of this row, in stacking order."""
+        """Returns the torch keys of this row, in stacking order."""
         if self.layers is None:
             return [self.torch]
         return [self.torch.replace('{i}', str(i)) for i in range(*self.layers)]
 
     def inverse(self) -> str:
-        """The einops pattern from our axes to torch's."""
+        """Returns the einops pattern from our axes to torch's."""
         left, right = self.layout.split('->')
         return f'{right.strip()} -> {left.strip()}'
 
     def axes(self) -> tuple[str, ...]:
-        """One letter per axis of our leaf; '_' for a merged axis, 'layers' for the stack."""
+        """Returns a letter per axis of our leaf; '_' for a merged axis, 'layers' for the stack."""
         right = self.layout.split('->')[1]
         names = re.findall(r'\([^)]*\)|\S+', right)
         names = tuple('_' if name.startswith('(') else name for name in names)
@@ -71,7 +71,7 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Drop:
-    """A torch key (with '{i}' or '*') that has no place in our tree, and why."""
+    """A torch key (with '{i}' or '*') that our tree does not need, and why."""
 
     torch: str
     why: str
@@ -82,33 +82,34 @@ class Drop:
 
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """What all torch keys of a file may begin with: the name of a wrapper around the network. It is
-    taken off in reading, and not written."""
+    """A prefix that all torch keys of a file may have: the name of a wrapper around the network.
+
+    It is removed when tensors are read and not written.
+    """
 
     text: str
 
-    def names(self, keys) -> dict[str, str]:
-        """Plain key -> key of the file."""
-        worn = bool(keys) and all(key.startswith(self.text) for key in keys)
-        return {key.removeprefix(self.text) if worn else key: key for key in keys}
+    def names(self, keys: Sequence[str]) -> dict[str, str]:
+        """Returns a dict from the key without the prefix to the key in the file."""
+        present = bool(keys) and all(key.startswith(self.text) for key in keys)
+        return {key.removeprefix(self.text) if present else key: key for key in keys}
 
 
 Table = Sequence[Row | Drop | Prefix]
 
 
-def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict:
-    """Builds our parameter tree from torch tensors.
+def to_jax(
+    table: Table, tensors: Mapping[str, np.ndarray], shapes: Mapping | None = None
+) -> dict[str, Any]:
+    """Returns our parameter tree, nested dicts of numpy arrays, made from torch tensors.
 
     Args:
-      table: rows and drops of the network.
-      tensors: torch name -> array; any dtype, kept.
-      shapes: optional tree of things with `.shape` to check against, complete.
-
-    Returns:
-      Nested dict of numpy arrays.
+      table: table of the network.
+      tensors: torch name -> array; the dtype stays.
+      shapes: tree of objects with `.shape` that the result must match, if given.
 
     Raises:
-      ConversionError: unknown, missing or misshapen tensors; all of them in one message.
+      ConversionError: tensors are unknown, missing or of a wrong shape; one message names all.
     """
     rows = [entry for entry in table if isinstance(entry, Row)]
     drops = [entry for entry in table if isinstance(entry, Drop)]
@@ -161,24 +162,24 @@ def to_jax(table: Table, tensors: Mapping[str, np.ndarray], shapes=None) -> dict
     return unflatten(leaves)
 
 
-class _Renamed(Mapping):
-    """A mapping by other names; values are read on access."""
+class _Renamed(Mapping[str, np.ndarray]):
+    """A mapping under other names; values are read on access."""
 
-    def __init__(self, content, names):
+    def __init__(self, content: Mapping[str, np.ndarray], names: Mapping[str, str]):
         self._content, self._names = content, names
 
-    def __getitem__(self, name):
+    def __getitem__(self, name: str) -> np.ndarray:
         return self._content[self._names[name]]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._names)
 
 
 def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:
-    """The exact inverse of `to_jax`: torch name -> numpy array, dtype kept.
+    """The inverse of `to_jax`: returns torch name -> numpy array; the dtype stays.
 
     Raises:
       ConversionError: the tree has leaves without a row, or rows without a leaf.
@@ -202,19 +203,21 @@ def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     return tensors
 
 
-def axes(table: Table) -> dict:
-    """Tree of axis letters, one tuple per leaf; for `sharding.param_shardings`."""
+def axes(table: Table) -> dict[str, Any]:
+    """Returns a tree of axis letters, one tuple per leaf, for `sharding.param_shardings`."""
     return unflatten({row.path: row.axes() for row in table if isinstance(row, Row) and row.keys()})
 
 
-def config_faults(released: Mapping, fixed: Mapping, known, where: str = '') -> list[str]:
-    """What a released config.json asks for that a network does not do, one text a fault.
+def config_faults(
+    released: Mapping[str, Any], fixed: Mapping[str, Any], known: Container[str], where: str = ''
+) -> list[str]:
+    """Returns one text per key of a diffusers config.json that a network cannot follow.
 
     Args:
-      released: keys and values; those of null, and keys that start with '_', ask for nothing.
-      fixed: keys with the one value that the network does.
-      known: the other keys.
-      where: goes before each key.
+      released: the config; null values and keys that start with '_' are ignored.
+      fixed: keys with the only value that the network supports.
+      known: other keys that the network reads.
+      where: text before each key.
     """
     asked = {
         key: list(value) if isinstance(value, tuple) else value
@@ -233,12 +236,16 @@ def config_faults(released: Mapping, fixed: Mapping, known, where: str = '') -> 
     ]
 
 
-def check_sizes(cfg, where: str = '', zero: Sequence[str] = ()):
-    """ValueError if a whole number in a config of a network is below 1.
+def check_sizes(cfg: Any, where: str = '', zero: Sequence[str] = ()) -> None:
+    """Checks that every whole number in the config of a network is at least 1.
 
     Args:
-      where: goes before the field's name.
+      cfg: the config dataclass.
+      where: text before the field's name.
       zero: fields that may be 0.
+
+    Raises:
+      ValueError: a number is too small.
     """
     for field in dataclasses.fields(cfg):
         value, lowest = getattr(cfg, field.name), int(field.name not in zero)
@@ -248,7 +255,7 @@ def check_sizes(cfg, where: str = '', zero: Sequence[str] = ()):
 
 
 def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:
-    """Nested dict -> {'a/b/c': leaf}."""
+    """Returns {'a/b/c': leaf} of a nested dict."""
     flat = {}
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -271,8 +278,10 @@ def unflatten(flat: Mapping[str, Any]) -> dict:
 
 
 def merged_sizes(row: Row, shape: Sequence[int]) -> dict[str, int]:
-    """Sizes that einops needs for `row.inverse()` on a leaf (or a layer of it) of this shape: those
-    of axes that our side merges and torch's side has apart."""
+    """Returns the sizes that einops needs for `row.inverse()` on a leaf (or layer) of this shape.
+
+    These are the sizes of axes that our side merges and torch's side keeps apart.
+    """
     right = row.layout.split('->')[1]
     groups = re.findall(r'\([^)]*\)|\S+', right)
     known = dict(row.sizes)
@@ -289,6 +298,6 @@ def merged_sizes(row: Row, shape: Sequence[int]) -> dict[str, int]:
     return {letter: size for letter, size in known.items() if letter in used}
 
 
-def _nearest(name: str, names) -> str:
+def _nearest(name: str, names: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.75)
     return f' (nearest: {close[0]})' if close else ''

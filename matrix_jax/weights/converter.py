@@ -22,6 +22,7 @@ from einops import rearrange
 from matrix_jax import worlds
 from matrix_jax.config import UsageError, check_writable
 from matrix_jax.weights import conversion, diffusers_layout, training_state
+from matrix_jax.worlds.networks import Component
 
 PARAMS = 'params'
 PICKLES = ('.bin', '.pth', '.pt')
@@ -153,7 +154,7 @@ class RandomTensor:
         return np.asarray(drawn, dtype)
 
 
-def _names(components: Sequence[worlds.Component]) -> str:
+def _names(components: Sequence[Component]) -> str:
     return ', '.join(one.folder for one in components)
 
 

@@ -1,7 +1,7 @@
-"""Weights on disk, of released and bundled worlds alike, in the released (diffusers) layout.
+"""Weights on disk in the diffusers layout, for released and bundled worlds.
 
-A folder has one sub-folder per component with `config.json` and safetensors. Nothing else is read:
-pickles are refused by content. Training state is in `saves.py`.
+A folder has one subfolder per component, with `config.json` and safetensors. Pickles are refused,
+whatever their file name, because they can contain code.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,9 @@ import numpy as np
 from matrix_jax.config import UsageError
 
 ASSETS = Path(__file__).parents[1] / 'assets'
-STEMS = ('diffusion_pytorch_model', 'model')  # names that diffusers and transformers give
+STEMS = ('diffusion_pytorch_model', 'model')  # file names of diffusers and transformers
 SHARD_SIZE = 5 * 10**9
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room left
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk or quota is full
 HUB_FILES = ('*.json', '*.safetensors', '*.model', '*.txt')
 
 
@@ -32,17 +32,22 @@ class CheckpointError(UsageError):
 
 
 class SaveError(CheckpointError):
-    """Something could not be written; what was there before it is as it was."""
+    """Something could not be written; what was there before is unchanged."""
 
 
 # --- finding a folder ------------------------------------------------------------------------
 
 
 def resolve(weights: str) -> Path:
-    """The local folder of weights: a bundled name, a folder, or a hub repository.
+    """Returns the local folder of weights, downloaded if necessary.
 
-    A hub repository is 'owner/name', 'owner/name/sub/folder' or either with '@revision'. A bundled
-    name wins over a folder of the same name (write './name' for the folder).
+    Args:
+      weights: name of a bundled world, a folder, or a hub repository: 'owner/name' or
+        'owner/name/sub/folder', either with '@revision'. A bundled name wins over a folder of the
+        same name; './name' means the folder.
+
+    Raises:
+      CheckpointError: there is no such folder or repository.
     """
     text = str(weights)
     if re.fullmatch(r'\w+', text) and (ASSETS / text).is_dir():
@@ -66,8 +71,8 @@ def resolve(weights: str) -> Path:
     return _download(match[1], (match[2] or '').strip('/'), (match[3] or '@')[1:] or None)
 
 
-def _check_no_run(folder: Path):
-    """Refuses the folder of a training run, which holds the weights one level down."""
+def _check_no_run(folder: Path) -> None:
+    """Refuses the folder of a training run, whose weights are in a subfolder."""
     if not (folder / 'state').is_dir() or any(folder.glob('*/config.json')):
         return
     weights = folder / 'weights'
@@ -76,7 +81,7 @@ def _check_no_run(folder: Path):
         + (
             f'its weights are in {weights}'
             if weights.is_dir()
-            else 'it has none yet: start the same training again to finish it'
+            else 'it has none yet: repeat the training command to finish it'
         )
     )
 
@@ -87,10 +92,10 @@ def _download(repo: str, folder: str, revision: str | None) -> Path:
     patterns = [f'{folder}/{name}' if folder else name for name in HUB_FILES]
     try:
         root = Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub raises a dozen kinds; each means "not to be had"
+    except Exception as error:  # the hub raises a dozen kinds
         reason = str(error).strip().splitlines()
         raise CheckpointError(
-            f'weights: {repo} is neither a folder here nor a hub repository that can be reached '
+            f'weights: {repo} is neither a local folder nor a hub repository that can be reached '
             f'({type(error).__name__}: {reason[0] if reason else "no reason given"})'
         ) from error
     if not (root / folder).is_dir():
@@ -98,21 +103,21 @@ def _download(repo: str, folder: str, revision: str | None) -> Path:
     return root / folder
 
 
-# --- reading the released layout -------------------------------------------------------------
+# --- reading --------------------------------------------------------------------------------
 
 
 def read_component(folder: str | Path, name: str) -> tuple[dict[str, Any], Tensors]:
-    """(config, tensors) of one component, such as 'transformer'; tensors are read on access."""
+    """Returns (config, tensors) of one component, such as 'transformer'; tensors are lazy."""
     return read_config(folder, name), Tensors(_component(folder, name))
 
 
 def read_config(folder: str | Path, name: str) -> dict[str, Any]:
-    """config.json of one component."""
+    """Returns config.json of one component."""
     return read_json(folder, name, 'config.json')
 
 
 def read_json(folder: str | Path, name: str, file: str) -> dict[str, Any]:
-    """The JSON object in `folder/name/file`."""
+    """Returns the JSON object in `folder/name/file`."""
     path = _component(folder, name) / file
     try:
         found = json.loads(path.read_text(encoding='utf-8'))
@@ -139,7 +144,7 @@ class Tensors(Mapping[str, np.ndarray]):
     """The tensors of one component folder by name, read from its safetensors on access."""
 
     def __init__(self, folder: Path):
-        self._files = {}
+        self._files: dict[str, Any] = {}
         shards, listed = _shards(folder)
         for shard in shards:
             for name in (file := _open(shard)).keys():
@@ -175,10 +180,11 @@ def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
     if not found:
         pickles = [path.name for path in folder.iterdir() if path.suffix in ('.bin', '.pth', '.pt')]
         raise CheckpointError(
-            f'{folder}: {some(pickles)} is a pickle, which is not read here; '
+            f'{folder}: {some(pickles)} is a pickle, which is refused; '
             'matrix-jax convert makes safetensors of it'
             if pickles
-            else f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an index.json'
+            else f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an '
+            'index.json'
         )
     if found[0] in single:
         return found, None
@@ -195,7 +201,7 @@ def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
 
 
 def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """(metadata, tensors) of one safetensors file."""
+    """Returns (metadata, tensors) of one safetensors file."""
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'{path}: no such file')
@@ -203,7 +209,7 @@ def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
 
 
-def _open(path: Path):
+def _open(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -213,7 +219,7 @@ def _open(path: Path):
 
 
 def _diagnose(path: Path) -> str | None:
-    """Why a file is no safetensors, judged by its content."""
+    """Why a file is not safetensors, judged by its content."""
     size = path.stat().st_size
     with path.open('rb') as file:
         head = file.read(64)
@@ -221,11 +227,11 @@ def _diagnose(path: Path) -> str | None:
         head[:1] == b'\x80' and head[1:2] in (b'\2', b'\3', b'\4', b'\5') and head[8:9] != b'{'
     ):
         return (
-            'a PyTorch pickle under a .safetensors name; it can run code, so it is not read '
+            'a PyTorch pickle under a .safetensors name; it can run code, so it is refused '
             '(matrix-jax convert makes safetensors of it)'
         )
     if head.startswith(b'version https://git-lfs'):
-        return 'a git-lfs pointer, not the file itself; fetch it with git lfs pull'
+        return 'a git-lfs pointer, not the file itself; git lfs pull fetches it'
     header = int.from_bytes(head[:8], 'little')
     if size < 8 or (head[8:9] == b'{' and size < 8 + header):
         return f'truncated: {size} bytes end inside the header'
@@ -243,12 +249,12 @@ def _diagnose(path: Path) -> str | None:
 
 
 def some(names: list[str], shown: int = 5) -> str:
-    """The first names of a list, for a message."""
+    """Returns the first names of a list, for a message."""
     more = f' and {len(names) - shown} more' if len(names) > shown else ''
     return ', '.join(names[:shown]) + more if names else 'none'
 
 
-# --- writing the released layout -------------------------------------------------------------
+# --- writing --------------------------------------------------------------------------------
 
 
 def write_component(
@@ -259,8 +265,19 @@ def write_component(
     dtype: str | None = 'bfloat16',
     shard_size: int = SHARD_SIZE,
 ) -> Path:
-    """Writes one component, which appears at once; floating tensors are stored in `dtype`, with
-    None in their own."""
+    """Writes one component, complete or not at all, and returns its folder.
+
+    Args:
+      folder: weights folder.
+      name: subfolder of the component.
+      config: contents of config.json.
+      tensors: name -> array; converted when they are written.
+      dtype: for floating-point tensors; None keeps their own.
+      shard_size: bytes per file.
+
+    Raises:
+      SaveError: the disk is full.
+    """
     import ml_dtypes  # noqa: F401  gives numpy the name bfloat16
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -270,14 +287,16 @@ def write_component(
         floating = kind.kind == 'f' or kind.name.startswith(('bf', 'fl'))
         return np.dtype(dtype) if dtype and floating else kind
 
-    shards, used = [[]], 0
+    shards: list[list[str]] = [[]]
+    used = 0
     for key in sorted(tensors):
         size = int(np.prod(tensors[key].shape)) * stored(tensors[key]).itemsize
         if shards[-1] and used + size > shard_size:
-            shards, used = shards + [[]], 0
+            shards.append([])
+            used = 0
         shards[-1].append(key)
         used += size
-    # What transformers writes names its architectures; its files have another stem.
+    # Only configs of transformers name architectures; its files have another stem.
     stem = STEMS[1] if 'architectures' in config else STEMS[0]
     files = (
         [f'{stem}.safetensors']
@@ -285,7 +304,7 @@ def write_component(
         else [f'{stem}-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
     )
 
-    def fill(target: Path):
+    def fill(target: Path) -> None:
         write_json(target, 'config.json', config)
         total = 0
         for file, keys in zip(files, shards):
@@ -312,7 +331,7 @@ def write_component(
 
 
 def write_json(folder: str | Path, file: str, value: Mapping[str, Any]) -> Path:
-    """Writes `folder/file`, which appears at once; the folder is made if it is missing."""
+    """Writes `folder/file`, complete or not at all, and returns its path; creates the folder."""
     path = Path(folder) / file
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.{os.getpid()}')
@@ -320,18 +339,19 @@ def write_json(folder: str | Path, file: str, value: Mapping[str, Any]) -> Path:
     return part.replace(path)
 
 
-def replace_folder(folder: Path, fill) -> Path:
-    """Makes `folder` with `fill(temporary folder)`; an older one stays if that fails."""
+def replace_folder(folder: Path, fill: Callable[[Path], object]) -> Path:
+    """Creates `folder` by `fill(temporary folder)`, and returns it; if that fails, an older folder
+    stays."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f'.{folder.name}.', dir=folder.parent))
     try:
-        fresh, old = part / 'new', part / 'old'
-        fresh.mkdir()
-        fill(fresh)
+        new, old = part / 'new', part / 'old'
+        new.mkdir()
+        fill(new)
         if folder.exists():
             folder.rename(old)
-        fresh.rename(folder)
+        new.rename(folder)
     except OSError as error:
         if error.errno not in FULL:
             raise

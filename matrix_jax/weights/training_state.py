@@ -35,9 +35,9 @@ class Checkpoints:
     """Training state in a folder: the newest `keep` steps, each complete or absent.
 
     A step is a tree of arrays and a JSON object (iterator state, recipe), committed together by one
-    rename, so a killed or failed save leaves the steps before it. Leaves are arrays, typed PRNG keys
-    or Python and numpy scalars. A save runs in the background; `wait` for it, or `close`. If it
-    fails, the next `save`, `wait` or `close` raises `SaveError`.
+    rename, so a killed or failed save leaves the steps before it. Leaves are arrays, typed PRNG
+    keys or Python and numpy scalars. A save runs in the background; `wait` for it, or `close`. If
+    it fails, the next `save`, `wait` or `close` raises `SaveError`.
 
     Args:
       folder: created if missing. It has one writer at a time; remains of killed saves are removed.
@@ -348,7 +348,7 @@ def _like(leaf: Any, value: Any) -> Any:
 
 
 def write_checksums(folder: Path) -> None:
-    """Writes the size and CRC-32 of every file below `folder` to `folder/sums.json`."""
+    """Writes size and CRC-32 of every file below `folder` to `folder/sums.json`."""
     paths = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != SUMS)
     with ThreadPoolExecutor() as pool:
         names = [path.relative_to(folder).as_posix() for path in paths]

@@ -1,4 +1,4 @@
-"""What a stage exports is the released layout: another start reads the same bits from it."""
+"""What a stage exports is the diffusers layout: another start reads the same bits from it."""
 
 import dataclasses
 
