@@ -128,7 +128,7 @@ def _module(world: str) -> types.ModuleType:
         )
     name = f'matrix_jax_recipes.{world}'
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, _folder() / f'{world}.py')
+        spec: Any = importlib.util.spec_from_file_location(name, _folder() / f'{world}.py')
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         sys.modules[name] = module

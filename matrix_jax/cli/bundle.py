@@ -17,8 +17,8 @@ LIMIT = 12 * 2**20  # bytes of a bundled world
 def main(argv: Sequence[str]) -> None:
     """Exit codes: 0 done, 2 bad input."""
     _, run = Parser('bundle', __doc__).parse_run(argv, 'carracing')
-    if not (run.data and run.out):
-        raise config.UsageError('--data and --out: both are needed')
+    if not (run.data and run.out and run.weights):
+        raise config.UsageError('--data, --out and --weights: all are needed')
     config.check_writable('--out', run.out, folder=True)
     with config.usage_errors():
         from matrix_jax import worlds

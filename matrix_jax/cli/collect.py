@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matrix_jax import config, recipes
@@ -27,9 +27,9 @@ from matrix_jax.cli.parser import Parser, path, whole
 
 ENVIRONMENTS = ('CarRacing-v3', 'vizdoom')
 # Defaults of the options of each source; an option of another source is refused.
-GAME = {'hours': 1.0, 'themes': 'all', 'seed': 0}
-VIDEOS = {'world': 'carracing', 'caption': '', 'shortest': 2.0}
-INDEX = {'world': 'carracing', 'data_root': None, 'frames': 65}
+GAME: dict[str, Any] = {'hours': 1.0, 'themes': 'all', 'seed': 0}
+VIDEOS: dict[str, Any] = {'world': 'carracing', 'caption': '', 'shortest': 2.0}
+INDEX: dict[str, Any] = {'world': 'carracing', 'data_root': None, 'frames': 65}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
     """Exit codes: 0 done, 2 bad input; after 130, Ctrl-C, the same command continues."""
     args = parse(argv)
     with config.usage_errors():
-        sources = {
+        sources: dict[str, tuple[Any, dict[str, Any], Callable[[argparse.Namespace], str]]] = {
             'ENV': (args.env, GAME, record_game),
             '--videos': (args.videos, VIDEOS, ingest_videos),
             '--index': (args.index, INDEX, ingest_index),
@@ -135,7 +135,7 @@ def ingest_index(args: argparse.Namespace) -> str:
     return _ingest(args, settings, args.data_root or args.index.parent, read(args.index))
 
 
-def _size(recipe: str) -> dict[str, int]:
+def _size(recipe: str) -> dict[str, Any]:
     world = recipes.load(recipe).world
     return {name: getattr(world, name) for name in ('height', 'width', 'fps')}
 

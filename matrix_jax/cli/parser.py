@@ -82,7 +82,9 @@ class Parser(argparse.ArgumentParser):
             metavar='RECIPE',
             help='world:NAME from configs/' + (', or several' if count == '*' else ''),
         )
-        options, own, overrides = self._option_string_actions, [], []
+        options = self._option_string_actions
+        own: list[str] = []
+        overrides: list[str] = []
         bucket = own
         for token in argv:
             if token.partition('=')[0] in options:

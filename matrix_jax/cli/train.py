@@ -51,8 +51,9 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if run.data is None:
         raise config.UsageError('--data: needs a folder of recorded clips (matrix-jax collect)')
-    run = dataclasses.replace(run, out=run.out or f'runs/{run.name.replace(":", "-").lower()}')
-    config.check_writable('--out', run.out, folder=True)
+    out = run.out or f'runs/{run.name.replace(":", "-").lower()}'
+    config.check_writable('--out', out, folder=True)
+    run = dataclasses.replace(run, out=out)
     with config.usage_errors():
         from matrix_jax import worlds
         from matrix_jax.data import records
