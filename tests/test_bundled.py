@@ -57,7 +57,7 @@ def test_same_seed_same_frames_and_keys_matter(opened):
 
     left, clip = drive('DL', 1)
     assert left.shape == (32, 64, 96, 3) and left.dtype == np.uint8
-    assert clip.symbols == ['DL'] * 8
+    assert clip.controls == ['DL'] * 8
     np.testing.assert_array_equal(left, drive('DL', 1)[0])
     right = drive('DR', 1)[0]
     assert np.abs(left.astype(int) - right).mean() > 2  # grey levels: the road turns away
@@ -82,7 +82,7 @@ def test_the_view_turns_as_asked(walked):
     """The picture of who turns right wanders left; the same actions and seed make it again."""
     right, clip = walked('right*45')
     assert right.shape == (45, 96, 160, 3) and right.dtype == np.uint8
-    assert clip.symbols[-1] == 'right'
+    assert clip.controls[-1] == 'right'
     np.testing.assert_array_equal(right, walked('right*45')[0])
     left = walked('left*45')[0]
     assert wandered(right[9:33]) < 0 < wandered(left[9:33])

@@ -1,4 +1,4 @@
-"""The nine controls of The Matrix: symbols, prompts, reading, padding and random drives.
+"""The nine controls of The Matrix (arXiv 2412.03568): symbols, prompts, padding, random signals.
 
 A control signal is a comma-separated string, one symbol per latent frame (a quarter of a second).
 """
@@ -6,10 +6,12 @@ A control signal is a comma-separated string, one symbol per latent frame (a qua
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
+from matrix_jax.controls.vocabulary import ControlError, button, fill
 from matrix_jax.video import Held, arrows
 
 PROMPTS = {
@@ -26,20 +28,15 @@ PROMPTS = {
 SYMBOLS = tuple(PROMPTS)
 NULL = len(SYMBOLS)  # index of the null control: the empty prompt, last row of a table
 NULL_PROMPT = ''
-PADS = ('random', 'hold')
 FRAMES_PER_CONTROL = 4
 BASE_SECONDS, FPS = 4, 16  # longest clip of the base stage
 
 
-class ControlError(ValueError):
-    """A control signal that cannot be driven."""
-
-
 def parse(signal: str) -> list[str]:
-    """Symbols of a comma-separated signal.
+    """Returns the symbols of a comma-separated signal.
 
     Raises:
-      ControlError: names each unknown symbol (the first few) and its position, counted from 1.
+      ControlError: a symbol is unknown; names the first few and their positions, counted from 1.
     """
     if not signal.strip():
         raise ControlError(
@@ -59,59 +56,30 @@ def parse(signal: str) -> list[str]:
 def fit(
     symbols: Sequence[str], needed: int, pad: str | None = None, seed: int = 42
 ) -> tuple[list[str], str | None]:
-    """Exactly `needed` symbols.
+    """Returns exactly `needed` symbols, and a note for the user or None.
 
     Args:
       symbols: from `parse`.
-      pad: what follows a signal that is too short: 'random' (seeded, like the published call),
-        'hold' (the last symbol), or None (an error).
-      seed: of 'random'.
-
-    Returns:
-      (symbols, note for the user or None).
+      needed: number of symbols.
+      pad: how to continue a signal that is too short: 'random' (as the published call does), 'hold'
+        (repeats the last symbol), or None (an error).
+      seed: seed of 'random'.
 
     Raises:
-      ControlError: too few symbols and no padding.
+      ControlError: there are too few symbols and no `pad`.
     """
     return fill(
         symbols, needed, pad, lambda more: parse(generate_random_control_signal(more, seed))
     )
 
 
-def fill(
-    given: Sequence[str],
-    needed: int,
-    pad: str | None,
-    random: Callable[[int], list[str]],
-    what: str = 'control',
-    noun: str = 'symbols',
-) -> tuple[list[str], str | None]:
-    """`fit` of any vocabulary: `random(n)` makes n more."""
-    if pad is not None and pad not in PADS:
-        raise ControlError(f'pad: got {pad!r}, expected one of {", ".join(PADS)}')
-    given, got = list(given), len(given)
-    if got >= needed:
-        note = f'{what}: {got} {noun}, {needed} needed; the last {got - needed} are not used'
-        return given[:needed], note if got > needed else None
-    missing = needed - got
-    if pad is None:
-        raise ControlError(
-            f'{what}: got {got} {noun}, expected {needed}; positions {got + 1} to '
-            f'{needed} are missing (pad with {" or ".join(PADS)} if that is meant)'
-        )
-    if pad == 'hold' and not given:
-        raise ControlError(f"{what}: got no {noun}, 'hold' needs at least one")
-    more = given[-1:] * missing if pad == 'hold' else random(missing)
-    return given + more, f'{what}: {got} {noun}, {needed} needed; {missing} added by pad={pad}'
-
-
 def encode(symbols: Sequence[str]) -> np.ndarray:
-    """Vocabulary indices int32 [N]."""
+    """Returns vocabulary indices int32 [N]."""
     return np.array([SYMBOLS.index(symbol) for symbol in symbols], np.int32)
 
 
 def decode(indices) -> list[str]:
-    """Symbols of vocabulary indices; the null control is ''."""
+    """Returns the symbols of vocabulary indices; the null control is ''."""
     return [(*SYMBOLS, NULL_PROMPT)[index] for index in np.asarray(indices).ravel()]
 
 
@@ -122,17 +90,17 @@ def generate_random_control_signal(
     signal_choices: Sequence[str] = ('D', 'DR', 'DL'),
     change_prob_increment: float = 0.2,
 ) -> str:
-    """A random drive: choice 0, and between two stretches of it one of the other choices.
+    """Returns a random signal: the first choice, interrupted by runs of one of the other choices.
 
     Args:
-      length: symbols.
-      seed: of numpy's default generator; the same seed gives the published signal.
-      repeat_lens: shortest stretch of each choice.
-      signal_choices: symbols; the first is the resting one.
-      change_prob_increment: what each further repeat adds to the probability of a change.
+      length: number of symbols.
+      seed: seed of numpy's default generator; gives the same signal as the published function.
+      repeat_lens: shortest run of each choice.
+      signal_choices: symbols; every other run is of the first one.
+      change_prob_increment: how much the probability of a change grows with each repeat.
 
-    Returns:
-      Comma-separated symbols.
+    Raises:
+      ControlError: `length` is below 1, or `repeat_lens` does not fit `signal_choices`.
     """
     if length < 1:
         raise ControlError(f'length: got {length}, expected at least 1')
@@ -158,14 +126,14 @@ def generate_random_control_signal(
 
 
 def base_frames(length: int) -> int:
-    """Frames of the base clip of the published call for `length` seconds."""
+    """Returns the frames of the published call's base clip for a video of `length` seconds."""
     if length < 1:
         raise ControlError(f'length: got {length}, expected at least 1 second')
     return FPS * min(length, BASE_SECONDS) + 1
 
 
 def base_signal(length: int, signal: str | None = None, seed: int = 42) -> str:
-    """The signal of the published call after its own padding, unused symbols included.
+    """Returns the signal as the published call pads it, unused symbols included.
 
     PARITY: the padding starts again from the seed, and only reaches the end of the base clip.
     """
@@ -176,16 +144,16 @@ def base_signal(length: int, signal: str | None = None, seed: int = 42) -> str:
 def streaming_signal(
     signal: str, window_frames: int, groups: int, shifts: int, seed: int = 42
 ) -> str:
-    """A signal padded for `shifts` shifts of a window of `window_frames` pixel frames.
+    """Returns a signal padded for `shifts` shifts of a window of `window_frames` pixel frames.
 
-    PARITY: longer than what the shifts consume.
+    PARITY: longer than what the shifts take.
     """
     latents = (window_frames - 1) / FRAMES_PER_CONTROL
     return _padded(signal, math.ceil(latents * (shifts / groups + 1)) + 1, seed)
 
 
 def one_per_latent(symbols: Sequence[str]) -> list[str]:
-    """Symbols of latent frames from those of pixel frames."""
+    """Returns the symbols of latent frames, given those of pixel frames."""
     return list(symbols[::FRAMES_PER_CONTROL])
 
 
@@ -201,25 +169,13 @@ def _padded(signal, needed, seed):
 
 
 class DrivingVocabulary:
-    """The vocabulary of the nine controls. All vocabularies have what this one has, so that whoever
-    generates and serves a world need not know which it is; a control is a text.
-
-    Attributes:
-      frames: pixel frames that one control steers.
-      idle: the control of a player who holds no key.
-      choices: controls for who can only choose among a few.
-    """
+    """The nine controls as a `Vocabulary`, which has the docstrings of the methods."""
 
     choices = SYMBOLS
-    frames = FRAMES_PER_CONTROL
+    frames_per_control = FRAMES_PER_CONTROL
     idle = 'N'
 
     def canonical(self, text: str) -> str:
-        """The one spelling of a control.
-
-        Raises:
-          ControlError: it is none.
-        """
         if text not in PROMPTS:
             raise ControlError(
                 f'control: unknown symbol {text[:40]!r}; expected {", ".join(SYMBOLS)}'
@@ -227,61 +183,34 @@ class DrivingVocabulary:
         return text
 
     def count(self, text: str) -> int | None:
-        """How many controls a text has; None for one that is as long as the video.
-
-        Raises:
-          ControlError: what is wrong with it.
-        """
         return len(parse(text))
 
-    def read(self, text: str | None, needed: int, pad: str | None = None, seed: int = 42):
-        """(controls, notes for the user): exactly `needed` of what the user gave; None = random.
-
-        Raises:
-          ControlError: what is wrong with it.
-        """
+    def read(
+        self, text: str | None, needed: int, pad: str | None = None, seed: int = 42
+    ) -> tuple[list[str], list[str]]:
         if text is None:
             return self.random(needed, seed), []
         symbols, note = fit(parse(text), needed, pad, seed)
         return symbols, [note] if note else []
 
     def random(self, needed: int, seed: int) -> list[str]:
-        """`needed` random controls."""
         return generate_random_control_signal(needed, seed).split(',')
 
-    def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """What the stream takes of each control, stacked."""
-        return encode(texts)
+    def encode(self, controls: Sequence[str]) -> np.ndarray:
+        return encode(controls)
 
-    def overlay(self, text: str) -> Held:
-        """What the overlay shows."""
-        return arrows(text)
+    def overlay(self, control: str) -> Held:
+        return arrows(control)
 
-    def key_layout(self) -> dict:
-        """What a player's page offers.
-
-        `buttons` of name, label, what they do, place and key codes; `axes` of which each adds the
-        word of its only held button, or its 'none'; how to `join` the words, and what to say if
-        there are none; `mouse`: speed and limit, or None.
-        """
-        sides = (
+    def key_layout(self) -> dict[str, Any]:
+        keys = (
             ('up', '\u25b2', 'Ahead', 0, 1, 'KeyW', 'ArrowUp'),
             ('left', '\u25c0', 'Left', 1, 0, 'KeyA', 'ArrowLeft'),
             ('down', '\u25bc', 'Back', 1, 1, 'KeyS', 'ArrowDown'),
             ('right', '\u25b6', 'Right', 1, 2, 'KeyD', 'ArrowRight'),
         )
         return {
-            'buttons': [
-                {
-                    'name': name,
-                    'label': label,
-                    'about': about,
-                    'row': row,
-                    'column': column,
-                    'codes': codes,
-                }
-                for name, label, about, row, column, *codes in sides
-            ],
+            'buttons': [button(*key) for key in keys],
             'axes': [
                 {'none': 'N', 'keys': {'up': 'D', 'down': 'B'}},
                 {'none': '', 'keys': {'left': 'L', 'right': 'R'}},

@@ -1,16 +1,13 @@
-"""Keyboard and mouse of Matrix-Game 2.0: words, reading, benchmark sequences.
+"""Keyboard and mouse of Matrix-Game 2.0 (arXiv 2508.13009): words, sequences, benchmark sequences.
 
-An action is a text of words joined by '+' ('W', 'W+right', 'idle'), one per pixel frame; a sequence
-of them is 'W*12,W+right*24,idle*12', a JSON list, or a file of either. What the network gets of
-an action are the keys, then the mouse (pitch: up is positive; yaw: right is positive).
-
-A clip of k + 1 blocks has 9 + 12k frames: with 4 pixel frames to a latent frame and 3 latent frames
-to a block, the first block is 9 of them and every other one 12.
+An action is a text of words joined by '+' ('W', 'W+right', 'idle'), one per pixel frame. A sequence
+is a text such as 'W*12,W+right*24,idle*12', a JSON list, or the name of a file with either. The
+network gets a vector of each action: the keys, then the mouse (pitch: up is positive; yaw: right is
+positive).
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import math
@@ -18,83 +15,31 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from matrix_jax.controls.driving import ControlError, fill
+from matrix_jax.controls.modes import IDLE, LIMIT, MODES, MOUSE, SPEED, Mode
+from matrix_jax.controls.vocabulary import ControlError, button, fill
 from matrix_jax.video import Held
 
-IDLE = 'idle'
-SPEED = 0.1  # of a mouse word without an amount
-LIMIT = 1.0  # of an amount
-MOUSE = {'up': (1, 0), 'down': (-1, 0), 'left': (0, -1), 'right': (0, 1)}  # pitch, yaw
 BENCHMARK = 'benchmark'
-BENCHMARK_FRAMES = 12  # of one action of a benchmark sequence
+BENCHMARK_FRAMES = 12  # how long a benchmark sequence holds an action
 MAX_FRAMES = 10**7
 FILE_BYTES = 2**24
 
 
-@dataclasses.dataclass(frozen=True)
-class Mode:
-    """What can be pressed.
+class KeyboardMouseVocabulary:
+    """The actions of a mode as a `Vocabulary`, which has the docstrings of most methods.
 
-    Attributes:
-      name: of the mode.
-      keys: word of each entry of the keyboard vector; None for the entry of no key.
-      mouse: whether there is a mouse.
-      letters: other words, that mean a word of `keys` or of `MOUSE`.
-      alone: whether at most one key is pressed at a time.
-      pad: (letter, row, column) of each key on screen.
+    Args:
+      mode: a key of `modes.MODES`.
+
+    Raises:
+      ValueError: there is no such mode.
     """
 
-    name: str
-    keys: tuple[str | None, ...]
-    mouse: bool = True
-    letters: tuple[tuple[str, str], ...] = ()
-    alone: bool = False
-    pad: tuple[tuple[str, int, int], ...] = (('W', 0, 1), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2))
-
-    @property
-    def width(self) -> int:
-        """Entries A of an action vector."""
-        return len(self.keys) + 2 * self.mouse
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        """All words but the letters that stand for others."""
-        return (*filter(None, self.keys), *(MOUSE if self.mouse else ()), IDLE)
-
-
-# A car is steered by the mouse: A and D are its left and right.
-MODES = {
-    mode.name: mode
-    for mode in (
-        Mode('universal', ('W', 'S', 'A', 'D')),
-        Mode('gta_drive', ('W', 'S'), letters=(('A', 'left'), ('D', 'right'))),
-        Mode(
-            'templerun',
-            (None, 'jump', 'slide', 'turnleft', 'turnright', 'leftside', 'rightside'),
-            mouse=False,
-            alone=True,
-            letters=(
-                ('W', 'jump'),
-                ('S', 'slide'),
-                ('Z', 'turnleft'),
-                ('C', 'turnright'),
-                ('A', 'leftside'),
-                ('D', 'rightside'),
-                ('nomove', IDLE),
-            ),
-            pad=(('Z', 0, 0), ('W', 0, 1), ('C', 0, 2), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2)),
-        ),
-    )
-}
-
-
-class KeyboardMouseVocabulary:
-    """The vocabulary of a mode; see `driving.DrivingVocabulary` for what all vocabularies have."""
-
-    frames = 1  # pixel frames that one action steers
+    frames_per_control = 1
     idle = IDLE
 
     def __init__(self, mode: str):
@@ -106,24 +51,22 @@ class KeyboardMouseVocabulary:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """Actions for who can only choose among a few: nothing, and those of benchmarks."""
+        """The idle action, and those of benchmark sequences."""
         return tuple(dict.fromkeys([IDLE, *map(self.canonical, _choices(self.mode))]))
 
     # --- reading -------------------------------------------------------------------------------
 
     def canonical(self, text: str) -> str:
-        """The one spelling of an action.
-
-        Raises:
-          ControlError: a word that the mode does not have, or words that exclude each other.
-        """
         return _canonical(self, text)
 
     def parse(self, text: str) -> list[str]:
-        """Actions, one per frame, of a sequence: text, JSON, or the name of a file of either.
+        """Returns the actions of a sequence, one per frame.
+
+        Args:
+          text: a sequence as text or JSON, or the name of a file with either.
 
         Raises:
-          ControlError: what is wrong, and where.
+          ControlError: an entry cannot be read; says which one.
         """
         text = _content(text)
         if text.lstrip()[:1] in ('[', '{'):
@@ -188,29 +131,13 @@ class KeyboardMouseVocabulary:
         actions += [action] * int(count)
 
     def count(self, text: str) -> int | None:
-        """How many frames of actions a text has; None for a benchmark sequence.
-
-        Raises:
-          ControlError: what is wrong with it.
-        """
         return None if _benchmark(text) else len(self.parse(text))
 
-    def read(self, text: str | None, needed: int, pad: str | None = None, seed: int = 42):
-        """Exactly `needed` actions of what the user gave.
-
-        Args:
-          text: see `parse`; 'benchmark' or 'benchmark:SEED' is a sequence of the reference, and so
-            is None, with `seed`.
-          needed: frames.
-          pad: how to go on where it ends: 'random' (a benchmark sequence), 'hold', None = an error.
-          seed: of random actions.
-
-        Returns:
-          (actions, notes for the user).
-
-        Raises:
-          ControlError: what is wrong with it, or too few actions.
-        """
+    def read(
+        self, text: str | None, needed: int, pad: str | None = None, seed: int = 42
+    ) -> tuple[list[str], list[str]]:
+        """See `Vocabulary.read`. 'benchmark' and 'benchmark:SEED' are sequences of the reference;
+        random actions are those of a benchmark sequence."""
         if text is None:
             return self.random(needed, seed), []
         if _benchmark(text):
@@ -223,28 +150,25 @@ class KeyboardMouseVocabulary:
         )
         return actions, [note] if note else []
 
-    # --- benchmark sequences ---------------------------------------------------------------------
-
     def random(self, needed: int, seed: int) -> list[str]:
-        """The reference's benchmark sequence of `needed` frames."""
+        """Returns the reference's benchmark sequence of `needed` frames."""
         chance, choices = random.Random(seed), [self.canonical(one) for one in _choices(self.mode)]
         actions: list[str] = []
         while len(actions) < needed:
-            # The draw among one is made, and so is that for a first frame of its own: the sequence
-            # of draws is published.
+            # PARITY: the reference draws among one choice here; its first action lasts one frame.
             chance.randint(0, 0)
             action = choices[chance.randint(0, len(choices) - 1)]
             actions += [action] * min(BENCHMARK_FRAMES if actions else 1, needed - len(actions))
         return actions
 
-    # --- what the network, the screen and the page get ------------------------------------------
+    # --- what the network, the screen and the web page get ---------------------------------------
 
     def encode(self, actions: Sequence[str]) -> np.ndarray:
-        """float32 [N A]: keys, then mouse if there is one."""
+        """Returns float32 [N A]: the keys, then the mouse if there is one."""
         return np.stack([_vector(self, action) for action in actions])
 
     def decode(self, vectors) -> list[str]:
-        """The inverse of `encode`: actions of [N A], amounts of the mouse to four digits."""
+        """Returns the actions of vectors [N A], with mouse amounts to four digits."""
         keys = len(self.mode.keys)
         return [
             _spelled(
@@ -256,80 +180,66 @@ class KeyboardMouseVocabulary:
         ]
 
     def overlay(self, action: str) -> Held:
-        """What the overlay shows of an action."""
         names = {word: letter for letter, word in self.mode.letters}
         words = [word.partition(':')[0] for word in action.split('+')]
         lit = frozenset(names.get(word, word) for word in words)
-        # Where letters move the mouse, they say all of it.
+        # If letters move the mouse, they show all of its movement.
         stick = None
         if self.mode.mouse and not self.mode.letters:
             stick = tuple(float(part) for part in _vector(self, action)[-2:])
         return Held(self.mode.pad, lit, stick)
 
-    def key_layout(self) -> dict:
-        """What a player's page offers: see `driving.DrivingVocabulary.key_layout`."""
+    def key_layout(self) -> dict[str, Any]:
         mode = self.mode
         means = {letter: letter for letter, *_ in mode.pad} | {
             letter: word for letter, word in mode.letters if word != IDLE
         }
         letters = [letter for letter, *_ in mode.pad]
         groups = [letters] if mode.alone else [['W', 'S'], ['A', 'D']]
+        # Without a mouse to look around with, the arrows mean the same as the letters.
+        look = mode.mouse and not mode.letters
+        arrows = {'W': 'ArrowUp', 'A': 'ArrowLeft', 'S': 'ArrowDown', 'D': 'ArrowRight'}
         buttons = [
-            {
-                'name': letter,
-                'label': letter,
-                'about': means[letter],
-                'row': row,
-                'column': column,
-                'codes': [f'Key{letter}'],
-            }
+            button(
+                letter,
+                letter,
+                means[letter],
+                row,
+                column,
+                f'Key{letter}',
+                *([arrows[letter]] if letter in arrows and not look else []),
+            )
             for letter, row, column in mode.pad
         ]
         axes = [
             {'none': '', 'keys': {letter: means[letter] for letter in group}} for group in groups
         ]
-        look = mode.mouse and not mode.letters
-        if not look:  # the arrows are free for the same keys
-            arrows = {'W': 'ArrowUp', 'A': 'ArrowLeft', 'S': 'ArrowDown', 'D': 'ArrowRight'}
-            for button in buttons:
-                button['codes'] += [arrows[button['name']]] if button['name'] in arrows else []
-        else:
+        if look:
             axes += [
                 {'none': '', 'keys': {'look up': 'up', 'look down': 'down'}},
                 {'none': '', 'keys': {'look left': 'left', 'look right': 'right'}},
             ]
             buttons += [
-                {
-                    'name': f'look {side.lower()}',
-                    'label': '',
-                    'about': f'look {side}',
-                    'row': None,
-                    'column': None,
-                    'codes': [f'Arrow{side}'],
-                }
+                button(f'look {side.lower()}', '', f'look {side}', None, None, f'Arrow{side}')
                 for side in ('Up', 'Down', 'Left', 'Right')
             ]
         hint = (
-            'Hold '
-            + ' '.join(letters)
-            + (
-                '; the arrows look around, and so does the mouse: drag the picture, or click on it.'
-                if look
-                else ' or the arrows.'
-            )
+            '; the arrows look around, and so does the mouse: drag the picture, or click on it.'
+            if look
+            else ' or the arrows.'
         )
         return {
             'buttons': buttons,
             'axes': axes,
             'join': '+',
             'idle': IDLE,
-            'hint': hint,
+            'hint': f'Hold {" ".join(letters)}{hint}',
             'mouse': {'speed': SPEED, 'limit': 4 * SPEED} if look else None,
         }
 
 
 def _benchmark(text: str) -> bool:
-    """Whether a text names a sequence of the reference."""
+    """Returns whether a text names a sequence of the reference."""
     return text.strip().partition(':')[0] == BENCHMARK
 
 
@@ -369,7 +279,7 @@ def _canonical(vocabulary: KeyboardMouseVocabulary, text: str) -> str:
 
 
 def _spelled(mode: Mode, keys: Sequence[str | None], mouse) -> str:
-    """The action of keys that are down and a movement of the mouse."""
+    """Returns the action of pressed keys and a mouse movement (pitch, yaw)."""
     return '+'.join([*filter(None, keys), *(_mouse_words(mouse) if mode.mouse else ())]) or IDLE
 
 
@@ -388,7 +298,7 @@ def _amount(word: str, amount: str, mode: Mode) -> float:
 
 
 def _mouse_words(mouse) -> list[str]:
-    """Words of (pitch, yaw)."""
+    """Returns the words of a mouse movement (pitch, yaw)."""
     words = []
     for value, names in zip(mouse, (('up', 'down'), ('right', 'left'))):
         if not abs(value) <= LIMIT:
@@ -422,7 +332,7 @@ def _vector(vocabulary: KeyboardMouseVocabulary, action: str) -> np.ndarray:
 
 
 def _choices(mode: Mode) -> list[str]:
-    """The actions that a benchmark sequence picks from, in the order of the reference."""
+    """Returns the actions that a benchmark sequence draws from, in the order of the reference."""
     camera = ['left', 'right']
     if mode.alone:
         return ['jump', 'slide', 'leftside', 'rightside', 'turnleft', 'turnright', IDLE]
@@ -444,7 +354,7 @@ def _listed(vocabulary: KeyboardMouseVocabulary) -> str:
 
 
 def _content(text: str) -> str:
-    """What a file holds if `text` names one, else `text`."""
+    """Returns the content of the file that `text` names, or `text` if it names none."""
     looks = text.strip().endswith(('.json', '.txt'))
     try:
         path = Path(text.strip()).expanduser()

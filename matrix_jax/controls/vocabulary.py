@@ -1,13 +1,19 @@
-"""What the rest of the package asks of a vocabulary: the words that a player can press."""
+"""The protocol of all vocabularies, the words that a player can press; and what they share."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
 from matrix_jax.video import Held
+
+PADS = ('random', 'hold')
+
+
+class ControlError(ValueError):
+    """A control, or a sequence of controls, cannot be used."""
 
 
 class Vocabulary(Protocol):
@@ -15,14 +21,14 @@ class Vocabulary(Protocol):
 
     Attributes:
       choices: controls to offer where only a few can be chosen from, as in a discrete action space.
-      frames: pixel frames that one control steers.
+      frames_per_control: pixel frames that one control steers.
       idle: the control while no key is pressed.
     """
 
     @property
     def choices(self) -> tuple[str, ...]: ...
     @property
-    def frames(self) -> int: ...
+    def frames_per_control(self) -> int: ...
     @property
     def idle(self) -> str: ...
 
@@ -80,3 +86,55 @@ class Vocabulary(Protocol):
         limit of the mouse, or None.
         """
         ...
+
+
+def fill(
+    given: Sequence[str],
+    needed: int,
+    pad: str | None,
+    random: Callable[[int], list[str]],
+    what: str = 'control',
+    noun: str = 'symbols',
+) -> tuple[list[str], str | None]:
+    """Returns exactly `needed` controls, and a note for the user or None.
+
+    Args:
+      given: controls of the user.
+      needed: number of controls.
+      pad: see `Vocabulary.read`.
+      random: `n -> n random controls`.
+      what, noun: names of a sequence and of its controls, for messages.
+
+    Raises:
+      ControlError: there are too few controls and no `pad`.
+    """
+    if pad is not None and pad not in PADS:
+        raise ControlError(f'pad: got {pad!r}, expected one of {", ".join(PADS)}')
+    given, got = list(given), len(given)
+    if got >= needed:
+        note = f'{what}: {got} {noun}, {needed} needed; the last {got - needed} are not used'
+        return given[:needed], note if got > needed else None
+    missing = needed - got
+    if pad is None:
+        raise ControlError(
+            f'{what}: got {got} {noun}, expected {needed}; positions {got + 1} to '
+            f'{needed} are missing (pad with {" or ".join(PADS)} if that is meant)'
+        )
+    if pad == 'hold' and not given:
+        raise ControlError(f"{what}: got no {noun}, 'hold' needs at least one")
+    more = given[-1:] * missing if pad == 'hold' else random(missing)
+    return given + more, f'{what}: {got} {noun}, {needed} needed; {missing} added by pad={pad}'
+
+
+def button(
+    name: str, label: str, about: str, row: int | None, column: int | None, *codes: str
+) -> dict[str, Any]:
+    """Returns a button of `Vocabulary.key_layout`; `codes` are those of browser key events."""
+    return {
+        'name': name,
+        'label': label,
+        'about': about,
+        'row': row,
+        'column': column,
+        'codes': list(codes),
+    }

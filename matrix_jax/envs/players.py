@@ -100,6 +100,6 @@ class Players:
         world, count = self.stream.world, self.stream.frames_per_step
         prompt, start = start_frames.choose(world, self.folder, prompt, start)
         clip = start_frames.load(self.stream, self.folder, start, None)
-        shown = 1 + (world.cfg.stream.context - 1) * world.vocabulary.frames
+        shown = 1 + (world.cfg.stream.context - 1) * world.vocabulary.frames_per_control
         last = clip[np.maximum(np.arange(shown - count, shown), 0)]
         return self.stream.condition(prompt, clip)[0], last

@@ -1,7 +1,7 @@
-"""The published call of The Matrix: a prompt and keys to `base_video.mp4` and `final_video.mp4`.
+"""The published call of The Matrix (arXiv 2412.03568): a prompt and controls to a video file.
 
-The base clip (up to four seconds) is denoised as a whole by the stage-2 model; a longer video is
-streamed from it by the stage-3 model.
+The stage-2 model denoises the base clip, up to four seconds, as a whole (`base_video.mp4`). The
+stage-3 model continues it as a stream (`final_video.mp4`).
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from matrix_jax.worlds import open_run
 
 
 class TheMatrix:
-    """Two folders in the diffusers layout (or hub repositories), read when they are needed.
+    """The published class. Weights are read when they are needed.
 
     Args:
-      generation_model_path: stage 2, makes the base clip.
-      streaming_model_path: stage 3, goes on from it; only needed for more than four seconds.
+      generation_model_path: weights of stage 2, which makes the base clip; a folder in the
+        diffusers layout or a hub repository.
+      streaming_model_path: weights of stage 3, which continues it; only needed for videos of more
+        than four seconds.
 
     Raises:
-      CheckpointError: a path is no folder of weights.
+      CheckpointError: a path is no weights folder.
     """
 
     def __init__(self, generation_model_path: str, streaming_model_path: str | None = None):
@@ -53,18 +55,18 @@ class TheMatrix:
         """Writes a video and returns its path.
 
         Args:
-          prompt: what the world looks like.
-          length: whole seconds; the video has 16 * length frames, and one more up to four seconds.
+          prompt: text.
+          length: whole seconds. The video has 16 * length frames, and one more up to four seconds.
           control_signal: comma-separated symbols, one per quarter of a second; random by default.
-            One that is too short is continued at random.
+            A signal that is too short is continued at random.
           control_seed: seed of random controls.
-          output_folder: gets `base_video.mp4` and, beyond four seconds, `final_video.mp4`.
-          guidance_scale: of both models; 1 or less switches guidance off.
-          seed: of all noise.
-          gpu_id: which device computes.
+          output_folder: where `base_video.mp4` and `final_video.mp4` are written.
+          guidance_scale: guidance by the prompt in both models; 1 or less switches it off.
+          seed: seed of all noise.
+          gpu_id: index of the device to run on.
 
         Raises:
-          UsageError, ControlError, CheckpointError: what cannot be used; nothing is written.
+          UsageError, ControlError, CheckpointError: an argument cannot be used; nothing is written.
         """
         if not isinstance(length, int) or length < 1:
             raise config.UsageError(f'length: got {length}, expected whole seconds, at least 1')
@@ -100,12 +102,12 @@ class TheMatrix:
     def _open(self, stage: str):
         run = recipes.load(f'the_matrix:{stage}')
         world, params = open_run(dataclasses.replace(run, weights=self.paths[stage]))
-        # The published sizes are those of the folder: 480x720 in all released ones.
+        # The published call takes the frame size from the weights: 480x720 in all released ones.
         cfg = world.cfg.vae
         return world.replace(height=cfg.sample_height, width=cfg.sample_width), params
 
     def _base(self, path, prompt, signal, length, guidance, seed):
-        """Denoises the base clip as a whole."""
+        """Makes the base clip -> its path."""
         world, params = self._open('STAGE2')
         cfg = world.cfg
         latents = (driving.base_frames(length) - 1) // cfg.frames_per_control + 1
@@ -117,7 +119,7 @@ class TheMatrix:
         return path
 
     def _stream(self, base, path, prompt, signal, length, control_seed, guidance, seed):
-        """Streams from the base clip, one second per shift."""
+        """Continues the base clip, one second per shift -> path of the final video."""
         world, params = self._open('STAGE3')
         cfg = world.cfg
         settings = dataclasses.replace(cfg.stream, guidance=guidance)

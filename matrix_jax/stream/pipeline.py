@@ -59,31 +59,31 @@ class Pipeline:
 
     def init(self, params: PyTree, cond: PyTree, key: jax.Array) -> PyTree:
         """Returns the carry of a new stream, (carry of the network, cache of the decoder)."""
-        with sharding.within(self._meshes[0]):
+        with sharding.use_mesh(self._meshes[0]):
             carry, latents = self._start(params, cond, key)
-        with sharding.within(self._meshes[1]):
+        with sharding.use_mesh(self._meshes[1]):
             return carry, self._fill(self.params, self._to_decoder(latents))
 
     def compile_init(self, params: PyTree, cond: PyTree, key: jax.Array) -> PyTree:
         """Compiles `init` -> ShapeDtypeStructs of its carry."""
-        with sharding.within(self._meshes[0]):
+        with sharding.use_mesh(self._meshes[0]):
             self._start = self._start.lower(params, cond, key).compile()
-        carry, latents = sharding.made(self._start)
-        with sharding.within(self._meshes[1]):
+        carry, latents = sharding.output_shapes(self._start)
+        with sharding.use_mesh(self._meshes[1]):
             self._fill = self._fill.lower(self.params, self._decoder_input(latents)).compile()
-        return carry, sharding.made(self._fill)
+        return carry, sharding.output_shapes(self._fill)
 
     def compile(self, params: PyTree, carry: PyTree, control: PyTree) -> None:
         """Compiles both programs of a step, for a carry of `init`."""
         # A step leaves its carry where it was, or the next step would be another program.
         places = [jax.tree.map(lambda leaf: leaf.sharding, part) for part in carry]
-        with sharding.within(self._meshes[0]):
+        with sharding.use_mesh(self._meshes[0]):
             make = compilation.jit(
                 self.stream.step, donate_argnums=1, out_shardings=(places[0], self._replicated[0])
             )
             self._make = make.lower(params, carry[0], control).compile()
-        latents = self._decoder_input(sharding.made(self._make)[1])
-        with sharding.within(self._meshes[1]):
+        latents = self._decoder_input(sharding.output_shapes(self._make)[1])
+        with sharding.use_mesh(self._meshes[1]):
             decode = compilation.jit(
                 self.decoder.step, donate_argnums=1, out_shardings=(places[1], None)
             )

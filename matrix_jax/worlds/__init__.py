@@ -28,7 +28,7 @@ def describe(cfg: Any, folder: str | Path, whole: bool = False) -> World:
 
     Args:
       cfg: the recipe's world, which says what the folder does not.
-      folder: weights folder in the released layout.
+      folder: weights folder in the diffusers layout.
       whole: whether all components are to be loaded from the folder.
 
     Raises:
@@ -44,7 +44,7 @@ def load(
 
     Args:
       name: 'world:RECIPE' from configs/; a bare world means its default recipe.
-      weights: folder in the released layout, bundled name or hub repository; the recipe's weights
+      weights: folder in the diffusers layout, bundled name or hub repository; the recipe's weights
         by default.
       mesh: `config.Mesh`; one device by default.
 
@@ -77,7 +77,7 @@ def open_run(run: Any, split_decoder: bool = False) -> tuple[World, Params]:
 
     if not run.weights:
         raise config.UsageError(
-            f'{run.name}: needs --weights, a folder in the released layout or a hub repository'
+            f'{run.name}: needs --weights, a folder in the diffusers layout or a hub repository'
         )
     compilation.enable_cache(run.keep_programs)
     meshes = sharding.make_meshes(run.mesh) if split_decoder else (sharding.make_mesh(run.mesh),)

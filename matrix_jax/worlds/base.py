@@ -105,7 +105,8 @@ class BaseWorld(Networks):
                 f'--length: got {seconds}, expected at most {self.max_seconds}: '
                 'this model makes whole clips and does not stream'
             )
-        return self.round_up_controls(math.ceil(seconds * self.cfg.fps / self.vocabulary.frames))
+        frames = seconds * self.cfg.fps
+        return self.round_up_controls(math.ceil(frames / self.vocabulary.frames_per_control))
 
     def round_up_controls(self, count: int) -> int:
         """Returns the controls of the shortest video that has at least `count`: whole steps.

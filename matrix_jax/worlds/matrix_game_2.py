@@ -76,7 +76,7 @@ class Config:
       flow: the noise schedule.
       stream: the stream of blocks.
       clip: sampling of whole clips, for a network that does not stream; None = it streams.
-      mode: what can be pressed, a key of `keyboard_mouse.MODES`.
+      mode: what can be pressed, a key of `controls.modes.MODES`.
       height, width: pixels of a frame.
       fps: frames per second. The reference trains on 25 and writes its files at 12.
       prompt: chooses the default start picture by its caption; the networks read no text.

@@ -37,7 +37,7 @@ class Component:
 
     Attributes:
       field: name of its config in the world's config.
-      folder: name of its folder in the released layout, and of its part of the parameters.
+      folder: name of its folder in the diffusers layout, and of its part of the parameters.
       weights: config -> weight table.
       shapes: config -> tree of ShapeDtypeStructs.
       init_rules: config -> rules for initial parameters (`nn.initializers`), before the defaults.
@@ -61,7 +61,7 @@ class Networks:
     Attributes:
       cfg: the world's config.
       components: the networks.
-      extras: folders without weights in the released layout, such as tokenizers.
+      extras: folders without weights in the diffusers layout, such as tokenizers.
     """
 
     components: tuple[Component, ...] = ()
@@ -153,7 +153,7 @@ class Networks:
         """Returns this world with the sizes that a weights folder describes.
 
         Args:
-          folder: weights folder in the released layout.
+          folder: weights folder in the diffusers layout.
           whole: whether all components are read from it; else those that it lacks keep the
             sizes of this world.
 
@@ -201,7 +201,7 @@ class Networks:
         start: str | None = None,
         dtype: str | None = 'bfloat16',
     ) -> None:
-        """Writes a folder in the released layout.
+        """Writes a folder in the diffusers layout.
 
         Args:
           folder: where to write.
@@ -345,6 +345,7 @@ FIRST_NAMES = {
     'condition_on_last_frame=': 'tell_last=',
     'ClipConfig(': 'Clip(',
     'ActionConfig(': 'Actions(',
+    'ControlConfig(': 'Control(',
 }
 
 

@@ -1,6 +1,7 @@
-"""Parts of a world: drawn, written, read, placed and counted, on The Matrix at test size."""
+"""Networks of a world: drawn, written, read, placed and counted, on The Matrix at test size."""
 
 import dataclasses
+import hashlib
 
 import jax
 import ml_dtypes
@@ -106,3 +107,11 @@ def test_training_starts_from_what_there_is(tiny):
     assert world.tokenizer is not None and set(params) == set(world.tables)
     with pytest.raises(config.UsageError, match='needs --weights'):
         worlds.open_run(RUN)
+
+
+@pytest.mark.parametrize(
+    'recipe, first', [('carracing', '5d4ae5eb4d8ff924'), ('doom', 'db6e1106a3413e95')]
+)
+def test_renamed_fields_leave_saved_sessions_readable(recipe, first):
+    text = worlds.build(recipes.load(recipe).world).fingerprint_text()
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == first

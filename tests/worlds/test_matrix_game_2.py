@@ -214,7 +214,7 @@ def test_the_command_line_makes_a_video(walk):
         (['--actions', 'W*12'], 'got 12 frames, expected 33; positions 13 to 33 are missing'),
         (['--prompt', 'a wood', '--image', 'a.png'], '--prompt: this model reads no text'),
         (['--image', 'none.png'], 'none.png: no such file'),
-        ([], 'this world brings no start clip: give --video or --image'),
+        ([], 'this world has no start clip: give --video or --image'),
     ],
 )
 def test_bad_input_is_one_line(tiny_walk, tmp_path, options, words):

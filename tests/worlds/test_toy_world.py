@@ -155,7 +155,7 @@ def registered(monkeypatch, tmp_path):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Random weights in the released layout."""
+    """Random weights in the diffusers layout."""
     world = worlds.build(Config())
     world.save(tmp_path / 'weights', world.init(0, zero_init=False), dtype=None)
     return tmp_path / 'weights'

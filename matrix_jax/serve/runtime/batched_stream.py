@@ -79,7 +79,7 @@ class BatchedStream:
         except ValueError as error:
             raise UsageError(f'--entry {self.control_binding}: {error}') from error
         self.controls_per_step, self.lag = stream_cfg.controls_per_step, stream_cfg.lag
-        self.frames_per_step = self.controls_per_step * world.vocabulary.frames
+        self.frames_per_step = self.controls_per_step * world.vocabulary.frames_per_control
         self.start_frames = world.start_frames
         self.idle = self.encode(world.vocabulary.idle)
         self._frame_shape = (self.frames_per_step, cfg.height, cfg.width, 3)

@@ -173,7 +173,7 @@ def test_the_command_line_makes_the_video_of_a_log(stream, tiny, log, tmp_path, 
         recipes.load('the_matrix:TINY'), weights=str(tiny), out=str(tmp_path / 'again.mp4')
     )
     path, clip, count = generate.to_file(recipe, argparse.Namespace(**options))
-    assert clip.symbols == ['D'] * 4 + ['DL'] * 2 and clip.run_seconds > 0
+    assert clip.controls == ['D'] * 4 + ['DL'] * 2 and clip.run_seconds > 0
     assert count == len(video.read_video(path)) == 3 * stream.frames_per_step
     with pytest.raises(config.UsageError, match='--replay: got --prompt as well'):
         generate.to_file(recipe, argparse.Namespace(**options | {'prompt': 'A car.'}))
