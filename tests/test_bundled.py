@@ -1,4 +1,4 @@
-"""The bundled worlds: complete, light, and under way by the shortest commands."""
+"""The bundled worlds: complete, small, and run by the shortest commands."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def opened():
 
 @pytest.fixture(scope='module')
 def walked():
-    """`walked(actions, seed=0)` -> frames and actions of the bundled world to walk in."""
+    """`walked(actions, seed=0)` -> frames and actions of the bundled first-person world."""
     world, params = worlds.open_run(recipes.load('doom'))
 
     def walk(actions, seed=0):
@@ -39,7 +39,7 @@ def walked():
         (WALK, {'image_encoder'}),
     ],
 )
-def test_folder_is_complete_and_light(folder, parts):
+def test_the_folder_is_complete_and_small(folder, parts):
     names = {path.name for path in folder.iterdir()}
     assert parts | {'transformer', 'vae', 'starts', 'model_index.json', 'card.md'} <= names
     size = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
@@ -78,8 +78,8 @@ def test_default_command_writes_a_video(tmp_path, capsys):
     assert f'{out}: 16 frames' in capsys.readouterr().out
 
 
-def test_the_view_turns_as_asked(walked):
-    """The picture of who turns right wanders left; the same actions and seed make it again."""
+def test_the_view_turns_under_the_mouse(walked):
+    """Turning right moves the picture left; the same actions and seed make the same video."""
     right, clip = walked('right*45')
     assert right.shape == (45, 96, 160, 3) and right.dtype == np.uint8
     assert clip.controls[-1] == 'right'
@@ -89,8 +89,8 @@ def test_the_view_turns_as_asked(walked):
 
 
 def wandered(frames, most=8):
-    """Mean columns that the picture moves to the right from frame to frame."""
-    rows = frames.mean(axis=(1, 3))  # what a column shows, whatever its height
+    """Mean shift of the picture to the right from frame to frame, in columns."""
+    rows = frames.mean(axis=(1, 3))  # mean of each column
     rows = rows - rows.mean(axis=1, keepdims=True)
     moves = range(-most, most + 1)
     found = [
@@ -105,7 +105,7 @@ def wandered(frames, most=8):
     return np.mean(found)
 
 
-def test_the_command_of_the_readme_walks(tmp_path, capsys):
+def test_the_first_person_command_of_the_readme(tmp_path, capsys):
     out = tmp_path / 'walk.mp4'
     tool.main(['doom', '--actions', 'W*8,right*8,W*5', '--out', str(out)])
     assert video.read_video(out).shape == (21, 288, 480, 3)

@@ -10,7 +10,7 @@ from matrix_jax.controls.driving import ControlError
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
 
 
-def test_replays_the_reference_signals():
+def test_random_signals_equal_the_published_ones():
     lines = parity.replay(parity.read(GOLDENS / 'g_control_signals.json'))
     assert {line.output for line in lines} == {
         'random',
@@ -29,7 +29,7 @@ def test_vocabulary():
     assert driving.decode([2, 0, 9]) == ['DR', 'D', '']
 
 
-def test_parse_forgives_spaces_only():
+def test_parse_only_ignores_spaces():
     assert driving.parse(' D, DL ,NR') == ['D', 'DL', 'NR']
 
 
@@ -59,7 +59,7 @@ def test_fit_pads_only_when_asked():
     assert symbols[1:] == driving.generate_random_control_signal(16, 3).split(',')
 
 
-def test_fit_leaves_the_rest_unused_with_a_note():
+def test_fit_notes_unused_symbols():
     assert driving.fit(['D', 'B'], 2) == (['D', 'B'], None)
     symbols, note = driving.fit(['D', 'B', 'N'], 1)
     assert symbols == ['D'] and 'the last 2 are not used' in note
@@ -79,6 +79,6 @@ def test_one_symbol_per_latent_frame():
         lambda: driving.fit([], 2, pad='hold'),
     ],
 )
-def test_bad_values_are_refused(call):
+def test_invalid_values_raise(call):
     with pytest.raises(ControlError, match='(?s)got .*(expected|needs)'):
         call()

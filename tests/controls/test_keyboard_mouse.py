@@ -1,4 +1,4 @@
-"""Reading actions; tests/test_parity.py holds benchmark sequences to the reference."""
+"""Actions; the parity tests compare benchmark sequences with the reference."""
 
 import json
 
@@ -32,7 +32,7 @@ def test_one_spelling_for_each_action(vocabulary, text, want):
     assert [vocabulary.canonical(action) for action in want] == want
 
 
-def test_what_the_network_gets():
+def test_encode():
     np.testing.assert_array_equal(
         UNIVERSAL.encode(['W+D', 'down:0.5+left', 'idle']),
         np.float32([[1, 0, 0, 1, 0, 0], [0, 0, 0, 0, -0.5, -0.1], [0] * 6]),
@@ -44,7 +44,7 @@ def test_what_the_network_gets():
         assert vocabulary.encode([action]).shape == (1, vocabulary.mode.width)
 
 
-def test_what_the_network_gets_is_spelled_again():
+def test_decode_is_the_inverse_of_encode():
     for vocabulary, texts in (
         (UNIVERSAL, ['W+D+up:0.05+left', 'idle', 'right:0.1234']),
         (DRIVE, ['S+right']),
@@ -60,7 +60,7 @@ def test_a_file_is_read(tmp_path):
         assert UNIVERSAL.parse(str(tmp_path / name)) == ['W'] * 3 + ['right'] * 2
 
 
-def test_as_many_actions_as_needed():
+def test_read_returns_as_many_actions_as_needed():
     assert UNIVERSAL.read('W*5', 3) == (
         ['W'] * 3,
         ['actions: 5 frames, 3 needed; the last 2 are not used'],
@@ -102,7 +102,7 @@ def test_as_many_actions_as_needed():
         (UNIVERSAL, 'benchmark:x', 'benchmark:SEED'),
     ],
 )
-def test_what_cannot_be_read_is_named(vocabulary, text, words):
+def test_errors_name_what_cannot_be_read(vocabulary, text, words):
     with pytest.raises(ControlError, match=words) as caught:
         vocabulary.read(text, 1)
     assert '\n' not in str(caught.value)
@@ -114,7 +114,7 @@ def test_an_unknown_mode_lists_the_modes():
 
 
 @pytest.mark.parametrize('vocabulary', [UNIVERSAL, DRIVE, RUN], ids=lambda one: one.mode.name)
-def test_a_page_and_an_overlay_know_every_key(vocabulary):
+def test_web_page_and_overlay_show_every_key(vocabulary):
     page = vocabulary.key_layout()
     names = {button['name'] for button in page['buttons']}
     for axis in page['axes']:

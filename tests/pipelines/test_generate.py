@@ -1,4 +1,4 @@
-"""How long a video is, and what the door to a world of keyboard and mouse refuses."""
+"""Lengths of videos, and invalid input of `generate` for keyboard and mouse."""
 
 import pytest
 
@@ -29,12 +29,12 @@ from tests.test_tools import run
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else '',
 )
-def test_what_cannot_be_walked_is_one_line(argv, said, tiny_walk, tmp_path, monkeypatch, capsys):
+def test_invalid_input_is_one_line(argv, said, tiny_walk, tmp_path, monkeypatch, capsys):
     given, out = tmp_path / 'given', tmp_path / 'out'
     given.mkdir()
     (given / 'empty.png').touch()
     (given / 'notes.txt').write_text('A walk.')
-    # A header that tells of 5x0 pixels.
+    # A header of 5x0 pixels.
     (given / 'flat.bmp').write_bytes(
         b'BM6\0\0\0\0\0\0\0006\0\0\0(\0\0\0\5\0\0\0\0\0\0\0\1\0\x18' + bytes(25)
     )
@@ -91,9 +91,9 @@ def test_without_a_length_a_video_lasts_as_its_controls(recipe, given, pad, coun
         ('matrix_game_2:TINY', 'hop*9', "unknown action 'hop'"),
         ('matrix_game_2:TINY', '', 'actions: got none'),
         ('matrix_game_2:TINY_CLIP', 'W*99', 'got 99 frames, expected at most'),
-        ('the_matrix:TINY_CLIP', ','.join('D' * 99), '--length: got 25, expected at most'),
+        ('the_matrix:TINY_CLIP', ','.join('D' * 99), '--control: got 99 symbols, expected at most'),
     ],
 )
-def test_controls_without_a_length_that_make_no_video(recipe, given, said):
+def test_too_many_controls_for_a_clip_raise(recipe, given, said):
     with pytest.raises(ValueError, match=said):
         generate.plan(worlds.build(recipes.load(recipe).world), None, given, 42, None)

@@ -37,10 +37,10 @@ def test_a_long_video_is_streamed_from_the_base_clip(tiny, tmp_path, compiled_on
         (dict(control_signal='D,X'), "'X' at position 2"),
     ],
 )
-def test_wrong_arguments_are_named(given, said, tiny, tmp_path):
-    door = matrix_jax.TheMatrix(str(tiny))
+def test_invalid_arguments_raise(given, said, tiny, tmp_path):
+    pipeline = matrix_jax.TheMatrix(str(tiny))
     with pytest.raises(ValueError, match=said):
-        door.generate('A car', output_folder=str(tmp_path), **given)
+        pipeline.generate('A car', output_folder=str(tmp_path), **given)
     with pytest.raises(UsageError, match='no folder'):
         matrix_jax.TheMatrix(str(tmp_path / 'nowhere'))
     assert list(tmp_path.iterdir()) == []

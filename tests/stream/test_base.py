@@ -20,7 +20,7 @@ def counting():
 
 
 def decoder():
-    """Doubles time; the cache is the last latent, which joins the next frames."""
+    """Doubles time, and adds the last latent, which is its cache, to the next frames."""
 
     def decode(last, latents):
         return latents[:, -1:], jnp.repeat(latents, 2, axis=1) + last

@@ -1,4 +1,4 @@
-"""Laws of block autoregression on a toy network; tests/test_parity.py replays the reference."""
+"""Block autoregression on a toy network; tests/test_parity.py replays the reference."""
 
 import dataclasses
 import functools
@@ -19,13 +19,13 @@ SCHEDULE = flow.Config()
 
 
 def denoise(params, caches, x, level, cond, actions):
-    """A network in miniature: all that goes in comes out; it keeps the mean of each block."""
+    """A toy network: every input changes its output; its cache keeps the mean of each block."""
     memory, start = caches
-    told = cond[..., :1] + actions.mean(axis=(1, 2))[:, None, None, None, None]
+    given = cond[..., :1] + actions.mean(axis=(1, 2))[:, None, None, None, None]
     v = jnp.tanh(
         params['mix'] * x
         + params['past'] * memory.mean(axis=1)[:, None]
-        + told
+        + given
         + level[..., None, None, None] / 1000
     )
     return v, (memory.at[:, start % SLOTS].set(x.mean(axis=1)), start)
@@ -82,7 +82,7 @@ def assert_trees_close(got, want, atol=1e-5):
         np.testing.assert_allclose(ours, theirs, atol=atol, rtol=0)
 
 
-def test_scan_of_step_is_repeated_step():
+def test_scan_of_step_equals_repeated_step():
     carry, latents = play()
     again = compiled().init(PARAMS, condition(), keys())
     again, scanned = jax.jit(functools.partial(base.rollout, causal.make(CFG, SCHEDULE, NET)))(
@@ -93,7 +93,7 @@ def test_scan_of_step_is_repeated_step():
     assert np.isfinite(latents).all() and np.all(carry.block == 6)
 
 
-def test_the_same_key_is_the_same_video_and_no_noise_is_used_twice():
+def test_one_key_gives_one_video_and_no_noise_is_used_twice():
     def record(params, caches, x, level, cond, actions):
         return 0 * x, caches  # the clean estimate is the noise itself
 
@@ -109,12 +109,12 @@ def test_the_same_key_is_the_same_video_and_no_noise_is_used_twice():
     assert np.array_equal(alike, np.eye(len(noise), dtype=bool))
 
 
-def test_a_block_may_be_told_the_last_frame_before_it():
-    """In a stream as in training; the masks beside it stay those of the start."""
+def test_a_block_can_be_conditioned_on_the_last_frame():
+    """A stream gives the same conditions as training; the mask channels stay those of the start."""
     cfg = dataclasses.replace(CFG, steps=(1000,), condition_on_last_frame=True)
 
     def repeat(params, caches, x, level, cond, actions):
-        return x - cond[..., 1:] - cond[..., :1], caches  # the clean estimate is what it is told
+        return x - cond[..., 1:] - cond[..., :1], caches  # the clean estimate is the condition
 
     net, draw = NET._replace(denoise=repeat), np.random.default_rng(2).normal
     cond = causal.Cond(draw(size=(BATCH, 3, H, W, 1 + C)).astype(np.float32), condition().image)
@@ -135,8 +135,8 @@ def test_a_block_may_be_told_the_last_frame_before_it():
         carry = causal.read_block(cfg, table, net, PARAMS, carry, control, clean[:, block])
 
 
-def test_actions_may_guide():
-    """Beyond what a block at rest would be; what is remembered and the past stay as they are."""
+def test_guidance_by_actions():
+    """Guidance scales the velocity, and leaves caches and past actions as they are."""
     cfg, rest = dataclasses.replace(CFG, action_guidance=2.5), np.float32([0.5, 0, 0])
     assert causal.with_action_guidance(CFG, NET, rest) is NET and (CFG.passes, cfg.passes) == (3, 5)
     net, params = causal.with_action_guidance(cfg, NET, rest), PARAMS
@@ -163,7 +163,7 @@ def test_actions_may_guide():
 
 
 @pytest.mark.parametrize('cut', [1, 4])
-def test_a_saved_carry_goes_on_as_if_never_stopped(cut, tmp_path):
+def test_a_saved_carry_continues_exactly(cut, tmp_path):
     given = controls(6)
     carry, latents = play()
     middle, before = play(given=given[:cut])
@@ -176,7 +176,7 @@ def test_a_saved_carry_goes_on_as_if_never_stopped(cut, tmp_path):
     assert_trees_close(end, carry)
 
 
-def test_four_players_are_four_single_players():
+def test_four_players_equal_four_single_players():
     cond, key, given = condition(4), keys(4), controls(5, 4)
     _, together = play(cond=cond, key=key, given=given)
     for player in range(4):
@@ -189,7 +189,7 @@ def test_four_players_are_four_single_players():
         np.testing.assert_allclose(together[one], alone, atol=1e-5)
 
 
-def test_two_hundred_blocks_compile_once_and_hold_no_more_memory():
+def test_two_hundred_blocks_compile_once_in_constant_memory():
     traces = []
 
     def traced(*given):
@@ -209,11 +209,11 @@ def test_two_hundred_blocks_compile_once_and_hold_no_more_memory():
     assert np.isfinite(latents).all()
 
 
-# --- what a block is told ------------------------------------------------------------------------
+# --- what the network is given -------------------------------------------------------------------
 
 
-def told(blocks, control=None, first=None):
-    """What the network was given in each call: levels, x, conditions, actions."""
+def record_calls(blocks, control=None, first=None):
+    """Returns the inputs of each network call (level, x, condition, actions), and the latents."""
     seen = []
 
     def record(params, caches, x, level, cond, actions):
@@ -238,24 +238,24 @@ def told(blocks, control=None, first=None):
     return seen, latents
 
 
-def test_the_last_call_of_a_block_reads_it_clean():
-    seen, latents = told(2)
+def test_the_last_call_on_a_block_gets_it_clean():
+    seen, latents = record_calls(2)
     levels = [call[0][0, 0].item() for call in seen]
     np.testing.assert_allclose(levels, [1000, 833.3333, 0] * 2, rtol=1e-6)
     np.testing.assert_array_equal(seen[-1][1], latents)
 
 
-def test_frames_get_their_condition_and_the_last_one_stays():
-    seen, _ = told(4)
+def test_frames_get_their_condition_and_later_ones_the_last():
+    seen, _ = record_calls(4)
     want = np.asarray(condition().latents)
     for index in range(4):
         frames = np.minimum([2 * index, 2 * index + 1], 4)
         np.testing.assert_array_equal(seen[3 * index][2], want[:, frames])
 
 
-def test_before_the_first_frame_everything_was_as_at_it():
+def test_actions_before_the_first_frame_repeat_it():
     first, rest = controls(1)[0][:, : CFG.first_actions], controls(2, seed=5)
-    seen, _ = told(0, rest, first)
+    seen, _ = record_calls(0, rest, first)
     actions = np.concatenate([first, *rest], axis=1)  # pixel frames 0 ..
     for index in range(3):
         last = 2 * (2 * index + 1)
@@ -263,7 +263,7 @@ def test_before_the_first_frame_everything_was_as_at_it():
         np.testing.assert_array_equal(seen[3 * index][3], actions[:, frames])
 
 
-def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
+def test_a_given_clean_block_leaves_the_carry_of_a_made_one():
     stream, table = causal.make(CFG, SCHEDULE, NET), causal.step_table(CFG, SCHEDULE)
     given = controls(1)[0]
     carry = stream.init(PARAMS, condition(), keys())
@@ -272,7 +272,7 @@ def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
     assert_trees_close(fed, made)
 
 
-# --- errors at the door --------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -288,12 +288,12 @@ def test_a_block_fed_clean_is_remembered_like_one_that_was_made():
         {'action_guidance': 0.5},
     ],
 )
-def test_bad_configs_are_refused(fields):
+def test_invalid_configs_raise(fields):
     with pytest.raises(ValueError, match=f'stream.{list(fields)[0]}: got .* expected'):
         causal.Config(**fields)
 
 
-def test_wrong_controls_are_refused():
+def test_controls_of_a_wrong_shape_raise():
     stream = causal.make(CFG, SCHEDULE, NET)
     carry = compiled().init(PARAMS, condition(), keys())
     with pytest.raises(ValueError, match=r'control: got .* = \(2, 4, 3\)'):
@@ -302,6 +302,6 @@ def test_wrong_controls_are_refused():
         stream.prefill(PARAMS, carry, np.zeros([2, 4, 3], np.float32))
 
 
-def test_the_released_blocks_have_9_frames_and_then_12():
+def test_published_blocks_have_9_frames_then_12():
     cfg = causal.Config()
     assert (cfg.first_actions, cfg.block_actions, cfg.past_actions) == (9, 12, 12)

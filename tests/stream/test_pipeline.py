@@ -1,4 +1,4 @@
-"""Two parts on two meshes make the frames of one device."""
+"""Network and decoder on two meshes make the same frames as on one device."""
 
 import dataclasses
 
@@ -48,7 +48,7 @@ def run(step, params, carry):
 
 @pytest.fixture
 def placed():
-    """Parameters of both parts on the two meshes of a preset."""
+    """Parameters of network and decoder on two meshes."""
     meshes = sharding.make_meshes(Mesh(pipeline='6dit_2vae'))
     return tuple(
         jax.device_put(tree, sharding.replicated(mesh))
@@ -56,7 +56,7 @@ def placed():
     )
 
 
-def test_latents_alone_cross_and_nothing_compiles_after_the_start(placed, monkeypatch):
+def test_only_latents_move_and_nothing_compiles_after_the_start(placed, monkeypatch):
     chained, params = base.chain(**parts()), {'speed': 2.0, 'scale': 3.0}
     wanted = run(jax.jit(chained.step), params, chained.init(params, 5.0, None))
     crossed, compiled, put = [], [], jax.device_put
@@ -81,7 +81,7 @@ def test_latents_alone_cross_and_nothing_compiles_after_the_start(placed, monkey
         np.testing.assert_array_equal(one, other)
 
 
-def test_no_more_shifts_are_under_way_than_allowed(placed, monkeypatch):
+def test_no_more_steps_are_in_flight_than_allowed(placed, monkeypatch):
     made, events = Pipeline(**parts(), params=placed, ahead=2), []
     wait = jax.block_until_ready
     monkeypatch.setattr(
@@ -98,7 +98,7 @@ def test_no_more_shifts_are_under_way_than_allowed(placed, monkeypatch):
 
 
 def real_world():
-    """Small in every way; ten rows of latents do not divide by the decoder's devices."""
+    """A small world; its ten rows of latents do not divide by the devices of the decoder."""
     cfg = recipes.load('the_matrix:TINY').world
     net = dataclasses.replace(cfg.dit, layers=1, control=ControlConfig(dim=16, start=0, end=1))
     vae = dataclasses.replace(
@@ -111,7 +111,7 @@ def real_world():
     return worlds.build(dataclasses.replace(cfg, dit=net, vae=vae, height=20, width=8))
 
 
-def test_frames_of_a_pipeline_are_those_of_one_device():
+def test_frames_of_a_pipeline_equal_those_of_one_device():
     world = real_world()
     drawn, cfg = world.init(0, zero_init=False), world.cfg.stream
     noise = np.random.default_rng(0)
@@ -140,6 +140,6 @@ def test_frames_of_a_pipeline_are_those_of_one_device():
             shown.append(made_now)
         frames.append(np.stack([np.asarray(one) for one in shown]).astype(int))
     assert frames[0].shape == (3, 1, 2 * cfg.group_frames, 20, 8, 3) and np.std(frames[1]) > 10
-    # Rounding to whole grey levels is where the last bit of a float may show.
+    # Rounding to whole grey levels can amplify the last bit of a float.
     assert np.abs(frames[0] - frames[1]).max() <= 1
     assert (frames[0] != frames[1]).mean() < 0.01

@@ -1,4 +1,4 @@
-"""Laws of the stream on a toy network; tests/test_parity.py replays the reference loops."""
+"""The Swin-DPM stream on a toy network; the parity tests replay the reference."""
 
 import dataclasses
 import functools
@@ -18,11 +18,11 @@ LCM = dataclasses.replace(DPM, solver='lcm')
 
 
 def denoise(params, x, level, text, control):
-    """A network in miniature: everything that goes in comes out, frames see each other."""
-    told = text.mean(axis=(1, 2))[:, None, None, None, None] + control[:, :, None, None, :C]
+    """A toy network: every input changes its output, and frames see each other."""
+    given = text.mean(axis=(1, 2))[:, None, None, None, None] + control[:, :, None, None, :C]
     past = jnp.cumsum(x, axis=1) / x.shape[1]
     return jnp.tanh(
-        params['mix'] * x + params['across'] * past + told + level[..., None, None, None] / 1000
+        params['mix'] * x + params['across'] * past + given + level[..., None, None, None] / 1000
     )
 
 
@@ -104,7 +104,7 @@ CASES = (
 
 
 @pytest.mark.parametrize('cfg', CASES)
-def test_scan_of_step_is_repeated_step(cfg):
+def test_scan_of_step_equals_repeated_step(cfg):
     carry, latents = play(cfg)
     again = compiled(cfg)[0](PARAMS, condition(cfg), keys())
     again, scanned = jax.jit(
@@ -115,7 +115,7 @@ def test_scan_of_step_is_repeated_step(cfg):
     assert np.isfinite(latents).all() and np.all(carry.shift == 6)
 
 
-def test_the_same_key_is_the_same_video_and_another_is_not():
+def test_one_key_gives_one_video():
     video = play(DPM)[1]
     assert np.array_equal(play(DPM)[1], video)
     assert np.abs(play(DPM, key=keys(seed=1))[1] - video).max() > 0.1
@@ -133,7 +133,7 @@ def test_no_noise_is_used_twice():
 
 
 @pytest.mark.parametrize('cut', [1, 4])
-def test_a_saved_carry_goes_on_as_if_never_stopped(cut, tmp_path):
+def test_a_saved_carry_continues_exactly(cut, tmp_path):
     given = controls(DPM, 6)
     carry, latents = play(DPM)
     middle, before = play(DPM, given=given[:cut])
@@ -147,7 +147,7 @@ def test_a_saved_carry_goes_on_as_if_never_stopped(cut, tmp_path):
 
 
 @pytest.mark.parametrize('cfg', CASES)
-def test_four_players_are_four_single_players(cfg):
+def test_four_players_equal_four_single_players(cfg):
     cond, key, given = condition(cfg, 4), keys(4), controls(cfg, 5, 4)
     _, together = play(cfg, cond=cond, key=key, given=given)
     for player in range(4):
@@ -156,7 +156,7 @@ def test_four_players_are_four_single_players(cfg):
         np.testing.assert_allclose(together[one], alone, atol=1e-5)
 
 
-def test_players_may_be_at_different_shifts():
+def test_players_can_be_at_different_shifts():
     early, late = play(DPM, 2)[0], play(DPM, 5)[0]
     mixed = jax.tree.map(lambda a, b: np.concatenate([a[:1], b[1:]]), early, late)
     given = controls(DPM, 3, seed=9)
@@ -165,7 +165,7 @@ def test_players_may_be_at_different_shifts():
     np.testing.assert_allclose(got[1], play(DPM, carry=late, given=given)[1][1], atol=1e-5)
 
 
-def test_two_hundred_shifts_compile_once_and_hold_no_more_memory():
+def test_two_hundred_shifts_compile_once_in_constant_memory():
     traces = []
 
     def traced(*arguments):
@@ -184,7 +184,7 @@ def test_two_hundred_shifts_compile_once_and_hold_no_more_memory():
     assert np.isfinite(latents).all()
 
 
-def test_levels_are_those_of_the_window():
+def test_the_network_gets_the_levels_of_the_window():
     seen = []
 
     def record(params, x, level, text, control):
@@ -217,8 +217,8 @@ def test_guidance_mixes_the_two_texts():
     assert np.abs(video(6.0, text[:1]) - plain)[1].max() > 0.01  # one negative text for all
 
 
-def test_control_guidance_goes_beyond_the_key():
-    """A network that paints the control: guidance paints as much more of it, the null less."""
+def test_control_guidance_goes_beyond_the_control():
+    """The network outputs the control: guidance scales its difference from the null control."""
 
     def paint(params, x, level, text, control):
         return -jnp.broadcast_to(control[:, :, None, None, :1], x.shape)
@@ -240,14 +240,14 @@ def test_control_guidance_goes_beyond_the_key():
         swin.Config(control_guidance=float('nan'))
 
 
-# --- where a control enters ----------------------------------------------------------------------
+# --- where a control takes effect ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     'binding, group, first',
     [('late', 2, 7), ('early', 3, 7), ('early', 2, 5), ('early', 1, 3), ('early', 0, 1)],
 )
-def test_a_control_takes_the_slots_from_its_entry_on(binding, group, first):
+def test_a_control_takes_the_slots_from_its_binding_on(binding, group, first):
     cfg = dataclasses.replace(DPM, control_binding=binding, head_group=group)
     remembered, control = jnp.full([1, 7], 9), jnp.array([[1, 2]])
     held = [2] * (9 - first - 2)
@@ -258,8 +258,8 @@ def test_a_control_takes_the_slots_from_its_entry_on(binding, group, first):
 @pytest.mark.parametrize(
     'binding, group, shown', [('late', 2, 3), ('early', 2, 2), ('early', 0, 0)]
 )
-def test_a_key_is_shown_after_the_groups_before_its_entry(binding, group, shown):
-    """A network that paints the control: when does a pressed key come out?"""
+def test_a_control_is_shown_after_the_groups_before_it(binding, group, shown):
+    """The network outputs the control, which shows after how many shifts it appears."""
 
     def paint(params, x, level, text, control):
         return -jnp.broadcast_to(control[:, :, None, None, :1], x.shape) / 1000
@@ -282,7 +282,7 @@ def test_a_key_is_shown_after_the_groups_before_its_entry(binding, group, shown)
 
 
 @pytest.mark.parametrize('binding', ['late', 'early'])
-def test_a_whole_sequence_reaches_each_frame_under_its_own_symbol(binding):
+def test_each_frame_is_made_under_its_own_symbol(binding):
     cfg = dataclasses.replace(DPM, control_binding=binding, head_group=1)
     needed = swin.needed_controls(cfg, 5)
     symbols = np.arange(100)[None, :needed]
@@ -333,7 +333,7 @@ def test_a_new_prompt_changes_the_whole_window_at_once():
         swin.with_text(carry, carry.text[:, :2])
 
 
-def test_one_key_is_split_over_players():
+def test_one_key_is_split_for_the_players():
     init = compiled(DPM)[0]
     window = init(PARAMS, condition(DPM), jax.random.key(0)).window
     assert np.array_equal(window, init(PARAMS, condition(DPM), keys()).window)
@@ -342,7 +342,7 @@ def test_one_key_is_split_over_players():
     assert np.abs(window[0, -1] - window[1, -1]).max() > 0.1
 
 
-# --- errors at the door --------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -360,7 +360,7 @@ def test_one_key_is_split_over_players():
         {'lcm_multiplier': 0},
     ],
 )
-def test_bad_configs_are_refused(fields):
+def test_invalid_configs_raise(fields):
     with pytest.raises(ValueError, match=f'stream.{list(fields)[-1]}: got .* expected'):
         swin.Config(**fields)
 
@@ -368,7 +368,7 @@ def test_bad_configs_are_refused(fields):
 @pytest.mark.parametrize(
     'fields', [{'original_steps': 50, 'steps': 4}, {'lcm_multiplier': 2, 'steps': 4}]
 )
-def test_a_schedule_that_jumps_over_a_phase_boundary_is_refused(fields):
+def test_a_schedule_that_jumps_over_a_phase_boundary_raises(fields):
     with pytest.raises(ValueError, match='jumps over the phase boundary'):
         swin.make(dataclasses.replace(LCM, **fields), SchedulerConfig(), denoise)
 
@@ -382,13 +382,13 @@ def test_a_schedule_that_jumps_over_a_phase_boundary_is_refused(fields):
         ({'null_text': None}, 'cond.null_text: got None'),
     ],
 )
-def test_bad_conditions_are_refused(fields, words):
+def test_invalid_conditions_raise(fields, words):
     stream = swin.make(dataclasses.replace(DPM, guidance=2.0), SchedulerConfig(), denoise)
     with pytest.raises(ValueError, match=words):
         stream.init(PARAMS, dataclasses.replace(condition(DPM), **fields), keys())
 
 
-def test_wrong_controls_and_keys_are_refused():
+def test_controls_and_keys_of_a_wrong_shape_raise():
     stream = swin.make(DPM, SchedulerConfig(), denoise)
     with pytest.raises(ValueError, match=r'key: got \(3,\) keys, expected one or \[2\]'):
         stream.init(PARAMS, condition(DPM), keys(3))

@@ -1,4 +1,4 @@
-"""The stream of a small world whose tokens are split over devices is that of one device.
+"""The stream of a small world on several devices equals that on one device.
 
 Held to 1e-5 of the largest value, after three shifts of two calls each under guidance; frames,
 which are whole grey levels, to one of them.
@@ -22,7 +22,7 @@ SHIFTS = 3
 
 @pytest.fixture(scope='module')
 def world():
-    """Frames of 5 x 2 tokens and 12 of text; six heads, that 5 and 8 devices do not divide."""
+    """Frames of 5 x 2 tokens, 12 text tokens; six heads do not divide by 5 or 8 devices."""
     cfg = recipes.load('the_matrix:TINY').world
     return target.build(
         dataclasses.replace(
@@ -47,13 +47,13 @@ def world():
 
 @pytest.fixture(scope='module')
 def start(world):
-    """(parameters, what a stream starts from), as players have them."""
+    """(parameters, condition) of a stream."""
     params = world.init(0, zero_init=False, only=('transformer', 'vae'))
     return world.quantize(params), target.random_condition(world)
 
 
 def play(stream, start, mesh=None):
-    """(outputs of all shifts, last carry, collectives: kind -> count) on a mesh, or on a device."""
+    """Returns (outputs of all shifts, last carry, collectives: kind -> count)."""
     place = sharding.replicated(mesh) if mesh else jax.devices()[0]
     params, cond = jax.device_put(start, place)
     with sharding.use_mesh(mesh):
@@ -90,8 +90,8 @@ def alone(world, start):
     ],
     ids=str,
 )
-def test_latents_of_a_mesh_are_those_of_one_device(mesh, world, start, alone):
-    """With data=2 the two halves of the guidance are computed side by side."""
+def test_latents_on_a_mesh_equal_those_on_one_device(mesh, world, start, alone):
+    """With data=2, the two passes of guidance run on different devices."""
     latents, carry, found = play(world.stages()['stream'], start, sharding.make_mesh(mesh))
     for made, wanted in ((latents, alone[0]), (carry.window, alone[1])):
         assert np.abs(made - wanted).max() <= 1e-5 * np.abs(wanted).max()
@@ -101,16 +101,16 @@ def test_latents_of_a_mesh_are_those_of_one_device(mesh, world, start, alone):
         return
     heads = world.cfg.dit.heads % mesh.seq == 0
     assert found.pop('all-to-all', 0) == 2 * calls * world.cfg.dit.layers * heads
-    # The prediction of a call is gathered, over seq and where halves are split over data.
+    # The prediction of a call is gathered over seq, and over data if guidance is split.
     gathers = calls * ((not heads) + 1 + (mesh.data > 1))
     assert found == {'all-gather': gathers}
 
 
-def test_frames_of_a_mesh_are_those_of_one_device(world, start):
-    """Network and decoder in one program, on all devices; ten rows of latents over three."""
+def test_frames_on_a_mesh_equal_those_on_one_device(world, start):
+    """Network and decoder are one program on all devices; ten rows of latents lie on three."""
     alone, _, _ = play(world.stream(), start)
     made, _, found = play(world.stream(), start, sharding.make_mesh(Mesh(seq=3)))
     assert made.shape == (SHIFTS, 1, 2, 20, 8, 3) and made.dtype == np.uint8 and alone.std() > 10
-    # Rounding is where the last bit of a float may show.
+    # Rounding to whole grey levels can amplify the last bit of a float.
     assert np.abs(made.astype(int) - alone).max() <= 1 and (made != alone).mean() < 0.01
     assert {'all-to-all', 'collective-permute'} <= set(found)

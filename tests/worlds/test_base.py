@@ -22,7 +22,7 @@ def world():
     return worlds.build(RUN.world)
 
 
-def test_fresh_parameters_follow_the_seed_and_the_rules(world):
+def test_initial_parameters_follow_the_seed_and_the_rules(world):
     params, again, other = world.init(0), world.init(0), world.init(1)
     assert jax.tree.map(np.shape, params) == jax.tree.map(lambda leaf: leaf.shape, world.shapes())
     jax.tree.map(np.testing.assert_array_equal, params, again)
@@ -45,13 +45,13 @@ def test_fresh_parameters_follow_the_seed_and_the_rules(world):
     assert all((leaf == 1).all() for path, leaf in flat.items() if path.endswith('/scale'))
 
 
-def test_random_parameters_have_no_idle_kernel(world):
+def test_random_parameters_have_no_zero_kernel(world):
     flat = conversion.flatten(world.init(0, zero_init=False, only=('transformer',)))
     assert all(leaf.any() for path, leaf in flat.items() if path.endswith('kernel'))
     assert {path.split('/')[0] for path in flat} == {'transformer'}
 
 
-def test_a_leaf_without_a_rule_is_named():
+def test_a_leaf_without_a_rule_raises():
     with pytest.raises(ValueError, match='net/table: no rule'):
         initializers.draw((), 'net/table', (2, 2), (0,))
 
@@ -82,7 +82,7 @@ def test_a_folder_gives_back_what_was_written(world, tiny, tmp_path):
         world.load(tmp_path / 'more')
 
 
-def test_parameters_lie_where_their_letters_say(world):
+def test_parameters_are_sharded_by_their_letters(world):
     mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=2))
     params = world.device_put(world.init(0, only=('transformer',)), mesh)
     kernel = params['transformer']['steered']['block']['mlp']['up']['kernel']
@@ -90,7 +90,7 @@ def test_parameters_lie_where_their_letters_say(world):
     assert kernel.addressable_shards[0].data.shape == (2, 16, 64)
 
 
-def test_the_summary_counts_what_lies_on_a_device(world):
+def test_the_summary_counts_bytes_per_device(world):
     def total(shape):
         last = world.summary(sharding.abstract_mesh(shape)).splitlines()[-1].split()
         return int(last[1].replace(',', '')), float(last[3].replace(',', ''))
@@ -101,7 +101,7 @@ def test_the_summary_counts_what_lies_on_a_device(world):
     assert total(config.Mesh(fsdp=8))[1] < total(config.Mesh())[1]
 
 
-def test_training_starts_from_what_there_is(tiny):
+def test_training_reads_what_the_folder_has(tiny):
     run = dataclasses.replace(RUN, weights=str(tiny))
     world, params = worlds.start(run)
     assert world.tokenizer is not None and set(params) == set(world.tables)

@@ -1,4 +1,4 @@
-"""Matrix-Game 2.0 as a world; its networks and its sampler are held to the reference elsewhere."""
+"""Matrix-Game 2.0 as a world; the parity tests compare its networks with the reference."""
 
 import contextlib
 import dataclasses
@@ -56,7 +56,7 @@ def generate(folder, out, *options):
 
 @pytest.fixture(scope='module')
 def walk(tiny_walk, start_image, tmp_path_factory):
-    """(file, what the tool said, its player) of a walk; the player has compiled for other tests."""
+    """(file, output, runner) of one `generate`; other tests use the compiled runner."""
     players, said = [], io.StringIO()
 
     class Kept(making.StreamRunner):
@@ -77,7 +77,7 @@ def player(walk):
 
 
 def play(player, actions, seed=0):
-    """Frames of a stream [F H W 3]; its step is one program, which refuses other shapes."""
+    """Returns the frames of a stream [F H W 3]. Its step is compiled for one shape."""
     known, steps = player.world.split_controls(actions)
     carry, _ = player.start('', player.world.fit(picture()), known, seed)
     carry, frames = player.compile(carry, steps)
@@ -88,13 +88,13 @@ def play(player, actions, seed=0):
     return np.concatenate(shown)
 
 
-def test_a_stream_has_9_frames_and_then_12_a_block(player):
+def test_a_stream_has_9_frames_then_12_per_block(player):
     actions = ['W'] * 9 + ['W+right'] * 24
     frames = play(player, actions)
     assert frames.shape == (33, 16, 24, 3) and frames.dtype == np.uint8 and frames.std() > 5
     np.testing.assert_array_equal(frames, play(player, actions))
     other = play(player, ['W'] * 21 + ['left'] * 12)
-    # Block 1 hears of it: its last frame is not in its own window.
+    # Only the blocks under other actions differ.
     np.testing.assert_array_equal(frames[:9], other[:9])
     assert (frames[9:21] != other[9:21]).any() and (frames[21:] != other[21:]).any()
     assert (frames != play(player, actions, seed=1)).any()
@@ -119,7 +119,7 @@ def test_the_foundation_makes_whole_clips(player):
     assert frames.shape == (1, 9, 16, 24, 3) and frames.dtype == np.uint8
 
 
-def test_bytes_are_cut_off_as_in_the_reference():
+def test_frames_are_rounded_down_as_in_the_reference():
     values = np.float32([-1.5, -1, -0.999, 0, 0.9999, 1, 3])
     assert matrix_game_2.World.to_uint8(values).tolist() == [0, 0, 0, 127, 254, 255, 255]
 
@@ -155,7 +155,7 @@ def test_released_sizes(name, count):
         ({'clip': matrix_game_2.ClipConfig()}, 'world.clip: got'),
     ],
 )
-def test_bad_configs_are_refused(fields, words):
+def test_invalid_configs_raise(fields, words):
     with pytest.raises(ValueError, match=words):
         build('TINY', **fields)
 
@@ -183,8 +183,8 @@ def test_the_published_transformer_is_read(world, tiny_walk, tmp_path):
         worlds.describe(build('TINY_RUN').cfg, tmp_path, whole=True)
 
 
-def test_training_begins_with_either_kind_of_network(world, tiny_walk, tmp_path):
-    """They differ by the window alone; who runs one has to name it."""
+def test_training_starts_from_either_kind_of_network(world, tiny_walk, tmp_path):
+    """A network of clips only lacks the window; to run one, the recipe must be of its kind."""
     clips = build('TINY_CLIP')
     assert worlds.describe(clips.cfg, tiny_walk).cfg.dit == clips.cfg.dit
     with pytest.raises(ValueError, match='the network has a window'):
@@ -200,7 +200,7 @@ def test_the_command_line_makes_a_video(walk):
     assert '33 frames' in said
     frames = video.read_video(out, fps=25)
     assert frames.shape[0] == 33 and frames.shape[2] >= 384
-    # The keys are drawn: a lit W among dark ones, and the knob of the mouse beside them.
+    # The overlay is drawn: a lit W among dark keys, and the mouse beside them.
     held = KeyboardMouseVocabulary('universal').overlay('W')
     blank = np.zeros(frames.shape[1:], np.uint8)
     drawn = video.draw_keys(blank, held).max(axis=-1) > 240
@@ -217,7 +217,7 @@ def test_the_command_line_makes_a_video(walk):
         ([], 'this world has no start clip: give --video or --image'),
     ],
 )
-def test_bad_input_is_one_line(tiny_walk, tmp_path, options, words):
+def test_invalid_input_is_one_line(tiny_walk, tmp_path, options, words):
     with pytest.raises(config.UsageError, match=words) as caught:
         generate(tiny_walk, tmp_path / 'no.mp4', *options)
     assert '\n' not in str(caught.value) and not list(tmp_path.iterdir())
@@ -227,7 +227,7 @@ def test_bad_input_is_one_line(tiny_walk, tmp_path, options, words):
     'recipe, want', [('matrix_game_2:UNIVERSAL', 0), ('matrix_game_2:GTA_DRIVE', 0), ('doom', 7)]
 )
 def test_steps_that_fill_the_caches(recipe, want):
-    """As the ring has it: some slots are empty in these steps, and none in those after them."""
+    """Some cache slots are empty in these steps, and none in later steps."""
     cfg = recipes.load(recipe).world
     block, size = cfg.stream.frames, cfg.dit.local
     full = [bool(np.all(Ring(step * block, block, size).visible())) for step in range(1, 12)]

@@ -88,7 +88,7 @@ def test_an_autoencoder_in_half_precision_takes_weights_in_full(tiny, tmp_path):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(cache)} == {'bfloat16'}
 
 
-def test_a_released_folder_borrows_its_control_encoder(tiny, tmp_path):
+def test_a_published_folder_takes_its_control_encoder_from_elsewhere(tiny, tmp_path):
     folder, clip = tmp_path / 'stage', tmp_path / 'clip'
     shutil.copytree(tiny, folder)
     shutil.move(folder / 'control_encoder', clip)
@@ -126,6 +126,6 @@ def test_prompts_are_cut_and_padded_to_the_length_of_the_model():
         (dict(decode_chunk=3), 'world.decode_chunk: got 3'),
     ],
 )
-def test_wrong_sizes_are_named(fields, said):
+def test_invalid_sizes_raise(fields, said):
     with pytest.raises(ValueError, match=said):
         dataclasses.replace(RUN.world, **fields)

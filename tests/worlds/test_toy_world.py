@@ -1,4 +1,4 @@
-"""A world in one file, as docs/adding_a_world.md builds it, through every door of the package."""
+"""A world in one file, as docs/adding_a_world.md builds it, and the commands that run it."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ class World(BaseWorld):
 PLAY = config.Run(world=Config())
 RECIPES = 'from tests.worlds.test_toy_world import PLAY\n\nDEFAULT = "PLAY"\n'
 
-# --- the line of the registry, and the doors -----------------------------------------------------
+# --- the line of the registry, and the tests -----------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
