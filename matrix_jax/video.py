@@ -1,8 +1,8 @@
-"""Videos and pictures in and out: uint8 frames [F H W 3] on the outside, files underneath.
+"""Reads and writes videos and images; frames are uint8 [F H W 3].
 
-Reading picks frames at 16 fps and resizes as the reference does. Writing is H.264 (or GIF), with
-small worlds enlarged by a whole factor and, if asked, the pressed keys drawn in a corner; a file
-appears when it is complete, or not at all.
+Reading picks frames at 16 fps and resizes as the reference does. Writing gives H.264 or GIF; it
+enlarges small frames by a whole factor and can draw the pressed keys. A file appears when it is
+complete, or not at all.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import numpy as np
 from matrix_jax.config import UsageError
 
 FPS = 16
-MIN_WIDTH = 384  # narrower videos are enlarged: 96x64 is a stamp on today's screens
+MIN_WIDTH = 384  # narrower videos are enlarged, because 96x64 is tiny on a screen
 SUFFIXES = ('.mp4', '.gif')
-SIDES = {  # of a control symbol: the name of its key, and where that is (row, column)
+ARROWS = {  # letter of a driving control: name of its key, row, column
     'D': ('\u25b2', 0, 1),
     'L': ('\u25c0', 1, 0),
     'B': ('\u25bc', 1, 1),
     'R': ('\u25b6', 1, 2),
 }
-SHAPES = {  # names of keys that are drawn by their points
+POLYGONS = {  # keys that are drawn as polygons: their points
     '\u25b2': ((0.5, 0.26), (0.78, 0.7), (0.22, 0.7)),
     '\u25c0': ((0.26, 0.5), (0.7, 0.22), (0.7, 0.78)),
     '\u25bc': ((0.5, 0.74), (0.78, 0.3), (0.22, 0.3)),
@@ -40,32 +40,32 @@ SHAPES = {  # names of keys that are drawn by their points
 LIT, DARK, EDGE = (255, 214, 10, 245), (20, 20, 20, 130), (255, 255, 255, 200)
 
 
-class Held(NamedTuple):
-    """What the overlay shows.
+class KeyOverlay(NamedTuple):
+    """Keys and mouse that are drawn on a frame.
 
     Attributes:
-      pad: (name, row, column) of each key.
-      lit: names of the keys that are pressed.
-      stick: (up, right) of the mouse, small numbers, or None for no mouse.
+      layout: (name, row, column) of each key.
+      pressed: names of the pressed keys.
+      mouse: (up, right) movement of the mouse, or None for no mouse.
     """
 
-    pad: tuple[tuple[str, int, int], ...]
-    lit: frozenset[str]
-    stick: tuple[float, float] | None = None
+    layout: tuple[tuple[str, int, int], ...]
+    pressed: frozenset[str]
+    mouse: tuple[float, float] | None = None
 
 
 class VideoError(UsageError):
-    """A video or picture cannot be read or written."""
+    """A video or image cannot be read or written."""
 
 
 # --- writing ---------------------------------------------------------------------------------
 
 
 def check_path(path: str | Path) -> Path:
-    """The path, if a video can be written there; nothing is made.
+    """Returns `path` if it can name a video; creates nothing.
 
     Raises:
-      VideoError: it is a folder, or its suffix is none of SUFFIXES.
+      VideoError: it is a folder, or its suffix is not in SUFFIXES.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -81,16 +81,21 @@ def write_video(
     path: str | Path,
     frames: Iterable[np.ndarray],
     fps: float = FPS,
-    keys: Iterable[Held | str] | None = None,
+    keys: Iterable[KeyOverlay | str] | None = None,
     min_width: int = MIN_WIDTH,
 ) -> int:
-    """Writes frames; returns how many. Folders on the way are made.
+    """Writes a video and returns its number of frames; creates missing folders.
 
     Args:
-      frames: uint8 [H W 3] each, all of one size; a stream of any length.
-      keys: what to draw on each frame, `Held` or a control symbol ('D', 'BL', 'N', ...); None
-        draws nothing.
-      min_width: narrower frames are enlarged by the least whole factor that reaches it.
+      path: file to write, .mp4 or .gif.
+      frames: uint8 [H W 3] each, all of one size; may be a generator.
+      fps: frames per second.
+      keys: for each frame a `KeyOverlay` or a driving control ('D', 'BL', 'N', ...); None draws
+        nothing.
+      min_width: narrower frames are enlarged by the smallest whole factor that reaches it.
+
+    Raises:
+      VideoError: there are no frames, or a frame, `keys` or the path does not fit.
     """
     path = check_path(path)
     pictures = _pictures(frames, keys, min_width)
@@ -103,7 +108,7 @@ def write_video(
     try:
         count = write(part, itertools.chain([first], pictures), fps)
         part.replace(path)
-    except OSError as error:  # imageio's goes on for lines about its command
+    except OSError as error:  # the first line; imageio appends its whole command
         raise VideoError(f'{path}: could not be written ({_first_line(error)})') from error
     finally:
         part.unlink(missing_ok=True)
@@ -111,7 +116,7 @@ def write_video(
 
 
 def write_image(path: str | Path, picture: np.ndarray):
-    """Writes uint8 [H W 3] as PNG or JPEG, by suffix."""
+    """Writes uint8 [H W 3] as PNG or JPEG, by suffix; creates missing folders."""
     from PIL import Image
 
     path = Path(path)
@@ -139,7 +144,7 @@ def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
         output_params=['-crf', '16', '-movflags', '+faststart'],
     )
     count = 0
-    with contextlib.closing(writer):  # the writer's own context stays open after an error
+    with contextlib.closing(writer):  # the writer's own context would stay open after an error
         for picture in pictures:
             with _starting_ffmpeg():
                 writer.append_data(picture)
@@ -151,7 +156,7 @@ def _write_gif(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
     from PIL import Image
 
     images = [Image.fromarray(picture).quantize(128) for picture in pictures]
-    # GIF counts in 10 ms: cumulative rounding keeps the mean rate right.
+    # GIF durations are multiples of 10 ms; cumulative rounding keeps the mean rate right.
     ends = [round(100 * (i + 1) / fps) * 10 for i in range(len(images))]
     durations = [end - start for start, end in zip([0, *ends], ends)]
     images[0].save(path, save_all=True, append_images=images[1:], duration=durations, loop=0)
@@ -159,7 +164,7 @@ def _write_gif(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
 
 
 def _pictures(frames, keys, min_width: int) -> Iterator[np.ndarray]:
-    """Frames enlarged, of even size, with keys drawn."""
+    """Yields the frames enlarged to an even size, with keys drawn."""
     keys = itertools.repeat(None) if keys is None else iter(keys)
     size = None
     for index, frame in enumerate(frames):
@@ -172,65 +177,69 @@ def _pictures(frames, keys, min_width: int) -> Iterator[np.ndarray]:
             raise VideoError(
                 f'frame {index}: got {list(frame.shape)}, expected {list(size)} like the first'
             )
-        held = next(keys, '')
-        if held == '':
+        overlay = next(keys, '')
+        if overlay == '':
             raise VideoError(f'keys: got {index}, expected one per frame')
         picture = enlarge(frame, min_width)
-        yield picture if held is None else draw_keys(picture, held)
+        yield picture if overlay is None else draw_keys(picture, overlay)
 
 
 def enlarge(frame: np.ndarray, min_width: int = MIN_WIDTH) -> np.ndarray:
-    """[H W 3] by the least whole factor to `min_width`; an odd side repeats its last line."""
+    """Enlarges [H W 3] by the smallest whole factor to `min_width`; pads odd sides by a line."""
     factor = max(1, math.ceil(min_width / frame.shape[1]))
     frame = frame.repeat(factor, 0).repeat(factor, 1)
     height, width = frame.shape[:2]
     return np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode='edge')
 
 
-def arrows(symbol: str) -> Held:
-    """The arrow pad under a control symbol: D lights up, B down, L left, R right; N nothing."""
-    return Held(
-        tuple(SIDES.values()), frozenset(SIDES[letter][0] for letter in symbol if letter in SIDES)
+def arrows(symbol: str) -> KeyOverlay:
+    """Returns the arrow keys of a driving control: D up, B down, L left, R right, N none."""
+    return KeyOverlay(
+        tuple(ARROWS.values()),
+        frozenset(ARROWS[letter][0] for letter in symbol if letter in ARROWS),
     )
 
 
-def draw_keys(picture: np.ndarray, held: Held | str) -> np.ndarray:
-    """A copy of uint8 [H W 3] with the keys in the lower left, those that are pressed lit, and the
-    mouse beside them."""
-    held = arrows(held) if isinstance(held, str) else held
+def draw_keys(picture: np.ndarray, overlay: KeyOverlay | str) -> np.ndarray:
+    """Returns a copy of uint8 [H W 3] with keys, and the mouse if any, in the lower left corner."""
+    overlay = arrows(overlay) if isinstance(overlay, str) else overlay
     height, width = picture.shape[:2]
-    pad = _pad(held, max(8, min(height // 9, width // 12)))
-    rows, columns = pad.shape[:2]
+    drawn = _drawn(overlay, max(8, min(height // 9, width // 12)))
+    rows, columns = drawn.shape[:2]
     edge = max(2, height // 40)
     picture = picture.copy()
     corner = picture[max(0, height - edge - rows) : height - edge, edge : edge + columns]
-    pad = pad[-corner.shape[0] :, : corner.shape[1]]
-    alpha = pad[..., 3:] / 255
-    corner[:] = np.round(corner * (1 - alpha) + pad[..., :3] * alpha)
+    drawn = drawn[-corner.shape[0] :, : corner.shape[1]]
+    alpha = drawn[..., 3:] / 255
+    corner[:] = np.round(corner * (1 - alpha) + drawn[..., :3] * alpha)
     return picture
 
 
 @functools.lru_cache(1024)
-def _pad(held: Held, cell: int) -> np.ndarray:
-    """RGBA uint8 [2*cell W 4] of the pad; drawn at 4 times the size for soft edges."""
+def _drawn(overlay: KeyOverlay, cell: int) -> np.ndarray:
+    """Draws keys and mouse as RGBA uint8 [2*cell W 4], at 4 times the size for smooth edges."""
     from PIL import Image, ImageDraw, ImageFont
 
-    big, columns = 4 * cell, 3 if held.stick is None else 5
+    big, columns = 4 * cell, 3 if overlay.mouse is None else 5
     image = Image.new('RGBA', (columns * big, 2 * big))
     draw = ImageDraw.Draw(image)
-    for key, row, column in held.pad:
+    for key, row, column in overlay.layout:
         box = [
             column * big + big * 0.06,
             row * big + big * 0.06,
             (column + 1) * big - big * 0.06,
             (row + 1) * big - big * 0.06,
         ]
-        face, ink = (LIT, (20, 20, 20, 255)) if key in held.lit else (DARK, (255, 255, 255, 170))
+        face, ink = (
+            (LIT, (20, 20, 20, 255)) if key in overlay.pressed else (DARK, (255, 255, 255, 170))
+        )
         draw.rounded_rectangle(
             box, radius=big * 0.18, fill=face, outline=EDGE, width=max(1, big // 24)
         )
-        if key in SHAPES:
-            draw.polygon([((column + x) * big, (row + y) * big) for x, y in SHAPES[key]], fill=ink)
+        if key in POLYGONS:
+            draw.polygon(
+                [((column + x) * big, (row + y) * big) for x, y in POLYGONS[key]], fill=ink
+            )
         else:
             draw.text(
                 ((column + 0.5) * big, (row + 0.5) * big),
@@ -239,9 +248,9 @@ def _pad(held: Held, cell: int) -> np.ndarray:
                 anchor='mm',
                 font=ImageFont.load_default(big * 0.55),
             )
-    if held.stick is not None:
-        # A knob that leans where the picture turns; a small movement already shows.
-        up, right = (math.tanh(6 * one) for one in held.stick)
+    if overlay.mouse is not None:
+        # A joystick knob that leans in the direction of the turn, already for small movements.
+        up, right = (math.tanh(6 * one) for one in overlay.mouse)
         x, y = (4.05 + 0.55 * right) * big, (1 - 0.55 * up) * big
         draw.ellipse(
             [3.15 * big, 0.1 * big, 4.95 * big, 1.9 * big],
@@ -260,19 +269,23 @@ def _pad(held: Held, cell: int) -> np.ndarray:
 
 
 def read_video(path: str | Path, fps: float = FPS, count: int | None = None) -> np.ndarray:
-    """uint8 [F H W 3]: the frames nearest to `fps`, from the start; at most `count` of them.
+    """Returns uint8 [F H W 3]: the frames nearest to `fps`, at most the first `count`.
 
-    Fewer than `count` come back when the video is shorter.
+    Raises:
+      VideoError: the file cannot be read as a video, or has no frames.
     """
     with contextlib.closing(read_frames(path, fps)) as frames:
         return np.stack(list(itertools.islice(frames, count)))
 
 
 def read_frames(path: str | Path, fps: float | None = FPS) -> Iterator[np.ndarray]:
-    """The frames nearest to `fps`, one by one: uint8 [H W 3]; None gives every frame.
+    """Yields the frames nearest to `fps`, uint8 [H W 3] each; every frame if it is None.
 
-    Frame indices are round(arange(0, N, video fps / fps)), as in the reference, less those that
+    Frame indices are round(arange(0, N, video fps / fps)), as in the reference, without those that
     rounding pushes past the end.
+
+    Raises:
+      VideoError: the file cannot be read as a video, or has no frames.
     """
     found = 0
     with _opened(path) as reader:
@@ -283,33 +296,22 @@ def read_frames(path: str | Path, fps: float | None = FPS) -> Iterator[np.ndarra
                 found += 1
                 yield frame
     if not found:
-        raise VideoError(f'{path}: a video without frames')
+        raise VideoError(f'{path}: has no frames')
 
 
 def frame_rate(path: str | Path) -> float:
-    """Frames per second that a video says it has."""
+    """Returns the frames per second that a video's header states."""
     with _opened(path) as reader:
         return _rate(reader, path)
 
 
 def check_whole(path: str | Path):
-    """Raises VideoError if any part of a video is damaged; reading it would show broken frames."""
+    """Raises VideoError if a part of a video is damaged; reading would give broken frames."""
     import imageio_ffmpeg
 
-    command = [
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        '-v',
-        'error',
-        '-nostdin',
-        '-xerror',
-        '-i',
-        str(_readable(path)),
-        '-map',
-        '0:v:0',
-        '-f',
-        'null',
-        '-',
-    ]
+    options = '-v error -nostdin -xerror -i'.split()
+    output = '-map 0:v:0 -f null -'.split()
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options, str(_readable(path)), *output]
     with _starting_ffmpeg():
         done = subprocess.run(command, capture_output=True)
     if done.returncode:
@@ -325,7 +327,7 @@ def _rate(reader, path) -> float:
 
 @contextlib.contextmanager
 def _opened(path: str | Path):
-    """An imageio reader; what it cannot do is a VideoError that names the file."""
+    """An imageio reader whose errors become a VideoError that names the file."""
     import imageio.v2 as imageio
 
     path = _readable(path)
@@ -341,7 +343,7 @@ def _opened(path: str | Path):
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """uint8 [H W 3] of any picture that Pillow reads, turned as its camera says."""
+    """Returns uint8 [H W 3] of any image that Pillow reads, rotated as its EXIF data say."""
     from PIL import Image, ImageOps
 
     path = _readable(path)
@@ -349,12 +351,12 @@ def read_image(path: str | Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f'{path}: not readable as a picture ({_first_line(error)})') from error
+        raise VideoError(f'{path}: not readable as an image ({_first_line(error)})') from error
 
 
 @contextlib.contextmanager
 def _starting_ffmpeg():
-    """JAX warns of every fork; this one becomes ffmpeg at once, and is safe."""
+    """Silences JAX's warning about forks; this one only starts ffmpeg, which is safe."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
         yield
@@ -376,7 +378,7 @@ def _first_line(error: Exception) -> str:
 
 
 def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [F H W 3] -> [F height width 3]: bicubic to cover the size, then a centre crop."""
+    """Scales to cover a size (bicubic) and crops the centre: [F H W 3] -> [F height width 3]."""
     from PIL import Image
 
     scale = max(height / frames.shape[1], width / frames.shape[2])
@@ -391,7 +393,7 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def resize(frames: np.ndarray, height: int, width: int, method: int | None = None) -> np.ndarray:
-    """uint8 [F H W 3] -> [F height width 3], the whole picture; Lanczos unless told otherwise."""
+    """Scales uint8 [F H W 3] -> [F height width 3], by default with Lanczos filtering."""
     from PIL import Image
 
     if frames.shape[1:3] == (height, width):
@@ -403,7 +405,7 @@ def resize(frames: np.ndarray, height: int, width: int, method: int | None = Non
 
 
 def contact_sheet(frames: Sequence[np.ndarray], columns: int, gap: int = 4) -> np.ndarray:
-    """uint8 pictures [H W 3] of one size in rows of `columns`, on white."""
+    """Returns uint8 images [H W 3] of one size in rows of `columns`, on white."""
     height, width, _ = frames[0].shape
     rows = math.ceil(len(frames) / columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)

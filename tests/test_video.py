@@ -152,7 +152,7 @@ def test_a_keyboard_and_a_mouse_are_drawn():
     frame = np.full((96, 160, 3), 90, np.uint8)
     pad = (('W', 0, 1), ('A', 1, 0))
     drawn = [
-        video.draw_keys(frame, video.Held(pad, frozenset(lit), stick))
+        video.draw_keys(frame, video.KeyOverlay(pad, frozenset(lit), stick))
         for lit, stick in (
             ('W', None),
             ('A', None),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from matrix_jax.controls.vocabulary import ControlError, button, fill
-from matrix_jax.video import Held, arrows
+from matrix_jax.video import KeyOverlay, arrows
 
 PROMPTS = {
     'D': 'The car is moving straight ahead.',
@@ -199,7 +199,7 @@ class DrivingVocabulary:
     def encode(self, controls: Sequence[str]) -> np.ndarray:
         return encode(controls)
 
-    def overlay(self, control: str) -> Held:
+    def overlay(self, control: str) -> KeyOverlay:
         return arrows(control)
 
     def key_layout(self) -> dict[str, Any]:

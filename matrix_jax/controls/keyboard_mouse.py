@@ -21,7 +21,7 @@ import numpy as np
 
 from matrix_jax.controls.modes import IDLE, LIMIT, MODES, MOUSE, SPEED, Mode
 from matrix_jax.controls.vocabulary import ControlError, button, fill
-from matrix_jax.video import Held
+from matrix_jax.video import KeyOverlay
 
 BENCHMARK = 'benchmark'
 BENCHMARK_FRAMES = 12  # how long a benchmark sequence holds an action
@@ -163,9 +163,9 @@ class KeyboardMouseVocabulary:
 
     # --- what the network, the screen and the web page get ---------------------------------------
 
-    def encode(self, actions: Sequence[str]) -> np.ndarray:
+    def encode(self, controls: Sequence[str]) -> np.ndarray:
         """Returns float32 [N A]: the keys, then the mouse if there is one."""
-        return np.stack([_vector(self, action) for action in actions])
+        return np.stack([_vector(self, action) for action in controls])
 
     def decode(self, vectors) -> list[str]:
         """Returns the actions of vectors [N A], with mouse amounts to four digits."""
@@ -179,15 +179,15 @@ class KeyboardMouseVocabulary:
             for vector in np.asarray(vectors, np.float32)
         ]
 
-    def overlay(self, action: str) -> Held:
+    def overlay(self, control: str) -> KeyOverlay:
         names = {word: letter for letter, word in self.mode.letters}
-        words = [word.partition(':')[0] for word in action.split('+')]
+        words = [word.partition(':')[0] for word in control.split('+')]
         lit = frozenset(names.get(word, word) for word in words)
         # If letters move the mouse, they show all of its movement.
         stick = None
         if self.mode.mouse and not self.mode.letters:
-            stick = tuple(float(part) for part in _vector(self, action)[-2:])
-        return Held(self.mode.pad, lit, stick)
+            stick = tuple(float(part) for part in _vector(self, control)[-2:])
+        return KeyOverlay(self.mode.pad, lit, stick)
 
     def key_layout(self) -> dict[str, Any]:
         mode = self.mode

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from matrix_jax.video import Held
+from matrix_jax.video import KeyOverlay
 
 PADS = ('random', 'hold')
 
@@ -73,7 +73,7 @@ class Vocabulary(Protocol):
         """Returns what the stream takes for each control, stacked on axis 0."""
         ...
 
-    def overlay(self, control: str) -> Held:
+    def overlay(self, control: str) -> KeyOverlay:
         """Returns the keys to draw on a frame of this control."""
         ...
 

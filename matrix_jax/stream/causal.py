@@ -60,8 +60,8 @@ class Carry:
     block: jax.Array
 
 
-class Network(NamedTuple):
-    """What a stream needs of a network.
+class CachedNetwork(NamedTuple):
+    """A network with caches, as the functions that a stream calls.
 
     Attributes:
       denoise: `(params, caches, x [B T H W C], level [B T], cond [B T H W C'],
@@ -81,7 +81,7 @@ class Network(NamedTuple):
 
 
 def make(
-    cfg: Config, schedule: flow.Config, net: Network, table: StepTable | None = None
+    cfg: Config, schedule: flow.Config, net: CachedNetwork, table: StepTable | None = None
 ) -> Stream:
     """Returns the stream of a network.
 
@@ -121,7 +121,7 @@ def make(
     return Stream(init, prefill, step)
 
 
-def with_action_guidance(cfg: Config, net: Network, idle: jax.Array) -> Network:
+def with_action_guidance(cfg: Config, net: CachedNetwork, idle: jax.Array) -> CachedNetwork:
     """Returns the network with its velocity guided by actions, v_idle + s (v - v_idle).
 
     Classifier-free guidance (arXiv 2207.12598) with the idle action as the null condition. It needs
@@ -155,7 +155,9 @@ def with_action_guidance(cfg: Config, net: Network, idle: jax.Array) -> Network:
     return net._replace(denoise=denoise)
 
 
-def initial_carry(cfg: Config, net: Network, params: PyTree, cond: Cond, keys: jax.Array) -> Carry:
+def initial_carry(
+    cfg: Config, net: CachedNetwork, params: PyTree, cond: Cond, keys: jax.Array
+) -> Carry:
     """Returns the carry of a new stream."""
     batch, condition = len(cond.latents), jnp.asarray(cond.latents)
     if cfg.condition_on_last_frame:
@@ -190,7 +192,7 @@ def pad_first_block(cfg: Config, carry: Carry, control: jax.Array) -> tuple[Carr
 def make_block(
     cfg: Config,
     table: StepTable,
-    net: Network,
+    net: CachedNetwork,
     params: PyTree,
     carry: Carry,
     control: jax.Array,
@@ -216,7 +218,7 @@ def make_block(
 def read_block(
     cfg: Config,
     table: StepTable,
-    net: Network,
+    net: CachedNetwork,
     params: PyTree,
     carry: Carry,
     control: jax.Array,
@@ -230,7 +232,7 @@ def read_block(
 def _advance(
     cfg: Config,
     table: StepTable,
-    net: Network,
+    net: CachedNetwork,
     params: PyTree,
     carry: Carry,
     control: jax.Array,
@@ -255,7 +257,7 @@ def _advance(
 
 def run_calls(
     table: StepTable,
-    net: Network,
+    net: CachedNetwork,
     params: PyTree,
     caches: PyTree,
     x: jax.Array,
@@ -268,7 +270,7 @@ def run_calls(
     Args:
       x: float32 [B T H W C].
       noises: [calls B T H W C], added after each call at its `following` sigma s'.
-      cond, actions: see `Network`.
+      cond, actions: see `CachedNetwork`.
 
     Returns:
       (caches, x).

@@ -1,16 +1,15 @@
 """Self-forcing with distribution matching: a stream learns from clips that it makes itself.
 
-The student makes a clip on its own caches (Self-Forcing, arXiv 2506.08009), by the very `step` that
-a player runs. Two networks that see clips whole say how it should change: the teacher knows the
-distribution of recorded clips, the critic is trained on that of the student's. Both name the clean
-clip x0 behind the student's clip x with noise on it, and x moves by their difference (DMD2, arXiv
-2405.14867):
+The student makes a clip x on its own caches (Self-Forcing, arXiv 2506.08009) with the same `step`
+that a player runs. Two networks score it: the teacher models the distribution of recorded clips,
+the critic, trained alongside, that of the student's clips. Both predict the clean clip x0 from x
+with noise added, and x moves by their difference (DMD2, arXiv 2405.14867):
 
-    student    1/2 (x - stop(x - d))^2,  d = (x0_critic - x0_teacher) / mean |x - x0_teacher|
+    student    1/2 |x - stop(x - d)|^2,   d = (x0_critic - x0_teacher) / mean |x - x0_teacher|
     critic     flow matching on x
 
-Nothing is compared with the recorded clip, of which pictures and actions are used. Of the calls on
-a block, those up to a drawn one count, and the gradient goes through that one alone.
+Recorded clips provide only pictures and actions. A block ends at a random one of its calls, and
+only that call has a gradient.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from matrix_jax.train.flow_matching import FlowMatching, flow_loss
 from matrix_jax.train.optim import Optimizer
 from matrix_jax.weights import conversion
 
-TOWER = 'judges_image'  # what teacher and critic see a picture with, if it is not the student's
+TOWER = 'judges_image'  # image encoder of teacher and critic, if it is not the student's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,14 +38,14 @@ class SelfForcing(FlowMatching):
 
     Attributes:
       critic: optimizer of the critic.
-      ratio: the student has one update in so many; all others are the critic's.
-      teacher: weights folder of a network that sees clips whole, with the image tower that it was
-        trained with, of the student's sizes; None = the weights that training starts from.
-      action_guidance: how far the teacher goes from what it would make of a clip in which nothing
-        is pressed to what it makes under the clip's actions; 1 is no further, as published.
-      causal: whether teacher and critic see blocks and what came before them, as the student does.
-      random_exit: draw the call whose clean estimate is the block; else it is the last one.
-      lowest, highest: shares of noise at which teacher and critic are asked.
+      ratio: one update in `ratio` trains the student; the others train the critic.
+      teacher: weights folder of the teacher, of the student's sizes, with its image encoder; None =
+        the start weights of the run.
+      action_guidance: classifier-free guidance of the teacher against idle actions; 1 (published)
+        is none.
+      causal: whether teacher and critic are block-causal, as the student is.
+      random_exit: whether a block ends at a random call; otherwise at the last one.
+      lowest, highest: range of sigma at which teacher and critic see the clip.
     """
 
     optimizer: Optimizer = Optimizer(learning_rate=2e-6, b1=0.0, b2=0.999, weight_decay=0.01)
@@ -62,12 +61,7 @@ class SelfForcing(FlowMatching):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.ratio < 1:
-            raise ValueError(f'stage.ratio: got {self.ratio}, expected at least 1')
-        if self.action_guidance < 1:
-            raise ValueError(
-                f'stage.action_guidance: got {self.action_guidance:g}, expected at least 1'
-            )
+        self.check_fields(ratio=(1, None), action_guidance=(1, None))
         if not 0 < self.lowest < self.highest <= 1:
             raise ValueError(
                 f'stage.lowest: got {self.lowest} to {self.highest}, expected a range within 0 to 1'
@@ -114,30 +108,32 @@ class SelfForcing(FlowMatching):
     def loss(self, world, params, batch, key):
         keys = jax.random.split(key, 3)
         turn = jax.random.uniform(keys[0]) * self.ratio < 1
-        given = judged = self.given(world, params, batch)
+        cond = judges = self.condition(world, params, batch)
         if TOWER in params:
-            judged = self.given(world, {**params, 'image_encoder': params[TOWER]}, batch)
+            judges = self.condition(world, {**params, 'image_encoder': params[TOWER]}, batch)
 
         def clip(params):
-            return self.rollout(world, params, given, batch['actions'], keys[1])
+            return self.rollout(world, params, cond, batch['actions'], keys[1])
 
-        # In the critic's turn the clip has no gradient, and nothing of it is kept for one.
+        # In the critic's turn the clip needs no gradient, so no activations are kept.
         loss = jax.lax.cond(
             turn,
-            lambda: self.matching(world, params, clip(params), judged, batch['actions'], keys[2]),
-            lambda: self.criticism(
+            lambda: self.student_loss(
+                world, params, clip(params), judges, batch['actions'], keys[2]
+            ),
+            lambda: self.critic_loss(
                 world,
                 params,
                 clip(jax.lax.stop_gradient(params)),
-                judged,
+                judges,
                 batch['actions'],
                 keys[2],
             ),
         )
         return loss, {'student': turn.astype(jnp.float32)}
 
-    def rollout(self, world, params, given, actions, key):
-        """The student's clip [B T H W C] from pictures, under actions [B F A]."""
+    def rollout(self, world, params, cond, actions, key):
+        """Clip [B T H W C] that the student makes from a condition under actions [B F A]."""
         stream, keys = world.cfg.stream, jax.random.split(key)
         table = causal.step_table(stream, world.cfg.flow)
         last = len(stream.steps) - 1
@@ -146,19 +142,19 @@ class SelfForcing(FlowMatching):
             change=lambda net: truncated(net, jnp.asarray(table.level)[end]),
             table=ended(table, end),
         )
-        carry = made.init(params, given, keys[1])
+        carry = made.init(params, cond, keys[1])
         carry, head = made.prefill(params, carry, actions[:, : stream.first_actions])
-        self.blocks(world)  # a clip is whole blocks
+        self.blocks(world)  # raises unless the clip is whole blocks
         controls = rearrange(
             actions[:, stream.first_actions :], 'b (s f) a -> s b f a', f=stream.block_actions
         )
         _, tail = streams.rollout(made, params, carry, controls)
         return jnp.concatenate([head, streams.join(tail)], axis=1)
 
-    def matching(self, world, params, clip, given, actions, key):
-        """The student's loss on its clip."""
+    def student_loss(self, world, params, clip, cond, actions, key):
+        """Distribution-matching loss of the student's clip [B T H W C]."""
         keys = jax.random.split(key)
-        given = self._told(world, given, clip)
+        cond = self._judges_condition(world, cond, clip)
         sigma = self._drawn(world, keys[0], clip)
         noisy = flow.add_noise(sigma, clip, jax.random.normal(keys[1], clip.shape))
 
@@ -167,7 +163,7 @@ class SelfForcing(FlowMatching):
                 {**params, 'transformer': params[role]},
                 noisy,
                 1000 * sigma,
-                given,
+                cond,
                 actions,
                 self._block(world),
             )
@@ -175,26 +171,26 @@ class SelfForcing(FlowMatching):
 
         real, fake = clean('teacher', actions), clean('critic', actions)
         if self.action_guidance != 1:
-            words = world.vocabulary
-            still = jnp.broadcast_to(words.encode([words.idle])[0], actions.shape)
-            rest = clean('teacher', still)
-            real = rest + self.action_guidance * (real - rest)
+            vocabulary = world.vocabulary
+            idle = jnp.broadcast_to(vocabulary.encode([vocabulary.idle])[0], actions.shape)
+            unguided = clean('teacher', idle)
+            real = unguided + self.action_guidance * (real - unguided)
         real, fake = jax.lax.stop_gradient((real, fake))
-        apart = jnp.abs(clip - real).mean(axis=(1, 2, 3, 4), keepdims=True)
-        target = jax.lax.stop_gradient(clip - (fake - real) / jnp.maximum(apart, 1e-6))
+        scale = jnp.abs(clip - real).mean(axis=(1, 2, 3, 4), keepdims=True)
+        target = jax.lax.stop_gradient(clip - (fake - real) / jnp.maximum(scale, 1e-6))
         return 0.5 * jnp.square(clip - target).mean()
 
-    def criticism(self, world, params, clip, given, actions, key):
-        """The critic's loss on the student's clip."""
+    def critic_loss(self, world, params, clip, cond, actions, key):
+        """Flow-matching loss of the critic on the student's clip [B T H W C]."""
         keys = jax.random.split(key)
-        given = self._told(world, given, clip)
+        cond = self._judges_condition(world, cond, clip)
         sigma = self._drawn(world, keys[0], clip)
         entry = flow.nearest(flow.table(world.cfg.flow), 1000 * sigma)
         return flow_loss(
             world,
             {**params, 'transformer': params['critic']},
             clip,
-            given,
+            cond,
             actions,
             entry,
             keys[1],
@@ -202,28 +198,33 @@ class SelfForcing(FlowMatching):
         )
 
     def finish(self, world, params, loader):
-        """Drops teacher and critic, and what they see with."""
+        """Drops teacher and critic, and their image encoder."""
         return world, {
             name: part for name, part in params.items() if name not in ('teacher', 'critic', TOWER)
         }
 
     def _drawn(self, world, key, clip):
-        """Shares of noise [B T], one for a clip."""
+        """Random sigmas [B T], one per clip."""
         u = jax.random.uniform(key, (len(clip), 1))
         shift = world.cfg.flow.shift
         sigma = jnp.clip(shift * u / (1 + (shift - 1) * u), self.lowest, self.highest)
         return jnp.broadcast_to(sigma, clip.shape[:2])
 
-    def _told(self, world, given, clip):
-        return self.told(world, given, jax.lax.stop_gradient(clip)) if self.causal else given
+    def _judges_condition(self, world, cond, clip):
+        if not self.causal:
+            return cond
+        return self.block_condition(world, cond, jax.lax.stop_gradient(clip))
 
     def _block(self, world):
         return world.cfg.stream.frames if self.causal else None
 
 
-def truncated(net: causal.Network, level) -> causal.Network:
-    """The same network, with a gradient through the call at one level, and of its answer alone:
-    not through what it is given, nor through what the caches keep."""
+def truncated(net: causal.CachedNetwork, level) -> causal.CachedNetwork:
+    """The same network with a gradient only through the call at one level.
+
+    The gradient reaches the parameters through the prediction; inputs, conditions and caches have
+    none.
+    """
 
     def denoise(params, caches, x, levels, cond, actions):
         caches, x, cond = jax.lax.stop_gradient((caches, x, cond))
@@ -232,7 +233,7 @@ def truncated(net: causal.Network, level) -> causal.Network:
             v, kept = net.denoise(params, caches, x, levels, cond, actions)
             return v, jax.lax.stop_gradient(kept)
 
-        # Where the branch has no gradient, nothing is computed backwards.
+        # A branch without a gradient costs no backward pass.
         return jax.lax.cond(
             levels.reshape(-1)[0] == level,
             call,
@@ -244,8 +245,10 @@ def truncated(net: causal.Network, level) -> causal.Network:
 
 
 def ended(table: causal.StepTable, end) -> causal.StepTable:
-    """The calls of a block whose clean estimate of call `end` is the block: all behind it read the
-    clean block, as the last one does, and change nothing."""
+    """Table of a block that ends at call `end`.
+
+    Later calls read the clean block and change nothing, as the last call of any table does.
+    """
     call = jnp.arange(len(table.level))
     return causal.StepTable(
         jnp.where(call <= end, table.level, table.level[-1]),
@@ -255,7 +258,7 @@ def ended(table: causal.StepTable, end) -> causal.StepTable:
 
 
 def _equal(some, others) -> bool:
-    """Whether two trees hold the same numbers; shapes alone do not."""
+    """Whether two trees of arrays are equal; False for ShapeDtypeStructs."""
     return all(
         not isinstance(b, jax.ShapeDtypeStruct) and np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
@@ -263,6 +266,6 @@ def _equal(some, others) -> bool:
 
 
 def _role(path: str) -> str:
-    """Who a leaf belongs to."""
+    """Role of the leaf 'component/path': 'student', 'critic' or 'frozen'."""
     component = path.split('/')[0]
     return {'transformer': 'student', 'critic': 'critic'}.get(component, 'frozen')

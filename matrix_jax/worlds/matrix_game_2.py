@@ -286,7 +286,7 @@ class World(BaseWorld):
         self,
         control_binding: str | None = None,
         *,
-        change: Callable[[causal.Network], causal.Network] = lambda net: net,
+        change: Callable[[causal.CachedNetwork], causal.CachedNetwork] = lambda net: net,
         table: causal.StepTable | None = None,
     ) -> Stream:
         """Returns the causal stream: actions in, latents [B T H W C] out.
@@ -350,8 +350,8 @@ class World(BaseWorld):
         return Path(*self.locate(folder, name)).is_dir()
 
 
-def network(cfg: dit.Config) -> causal.Network:
-    """Returns what a stream needs of a network; parameters are those of a world."""
+def network(cfg: dit.Config) -> causal.CachedNetwork:
+    """Returns the transformer as a stream calls it, with the parameters of a world."""
     net = dit.WanTransformer(cfg)
 
     def denoise(
@@ -369,7 +369,7 @@ def network(cfg: dit.Config) -> causal.Network:
 
     sizes: Any = cfg.actions
     width = sizes.keyboard + (sizes.mouse or 0)
-    return causal.Network(denoise, read, dit.advance, cfg.channels, width)
+    return causal.CachedNetwork(denoise, read, dit.advance, cfg.channels, width)
 
 
 def split_actions(cfg: dit.Config, actions: Any) -> tuple[Any, Any]:

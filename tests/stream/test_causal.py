@@ -36,7 +36,7 @@ def read(params, cond):
     return jnp.zeros([len(cond.latents), SLOTS, H, W, C]) + image, jnp.int32(0)
 
 
-NET = causal.Network(denoise, read, lambda caches, frames: (caches[0], caches[1] + 1), C, A)
+NET = causal.CachedNetwork(denoise, read, lambda caches, frames: (caches[0], caches[1] + 1), C, A)
 
 
 def condition(batch=BATCH, seed=0):

@@ -53,7 +53,7 @@ class Toy:
             )
             return v, (caches[0], x.mean())
 
-        net = causal.Network(
+        net = causal.CachedNetwork(
             denoise,
             lambda params, cond: (jnp.zeros(()),) * 2,
             lambda caches, frames: (caches[1], caches[1]),
@@ -66,7 +66,7 @@ class Toy:
 @pytest.fixture(scope='module')
 def toy():
     draws = np.random.default_rng(0)
-    shapes = {'latents': (6, 2, 2, 3), 'told': (6, 2, 2, 4), 'actions': (21, 6)}
+    shapes = {'latents': (6, 2, 2, 3), 'condition': (6, 2, 2, 4), 'actions': (21, 6)}
     batch = {
         name: draws.normal(size=(2, *shape)).astype(np.float32) for name, shape in shapes.items()
     }
@@ -105,7 +105,7 @@ def test_every_stage_fits_a_world(name):
 
 def test_history_is_clean_and_does_not_count(toy):
     world, params, batch = toy
-    clean, given = batch['latents'], FlowMatching().given(world, params, batch)
+    clean, given = batch['latents'], FlowMatching().condition(world, params, batch)
     entry, history = jnp.full((2, 6), 300), jnp.arange(6) < jnp.array([[3], [0]])
     seen = []
 
@@ -152,7 +152,7 @@ def test_blocks_are_told_what_a_stream_tells_them(toy):
     )
     for stage in (CausalFlow(clip_frames=21), CausalFlow(clip_frames=21, history_noise=0.5)):
         stage.loss(watched, params, batch, KEY)
-    want = causal.condition_blocks(stream, batch['told'], batch['latents'])
+    want = causal.condition_blocks(stream, batch['condition'], batch['latents'])
     np.testing.assert_allclose(seen[0], want, atol=1e-6)
     # A stream's own work is never clean: later blocks are told a noisy frame, not so the first.
     np.testing.assert_allclose(seen[1][:, :3], want[:, :3], atol=1e-6)
@@ -184,7 +184,11 @@ def test_the_student_of_a_known_path_has_nothing_to_learn(toy):
     world, stage = Toy(steps=(1000,)), ODEPairs(clip_frames=21, points=1)
     noise = np.asarray(jax.random.normal(KEY, batch['latents'].shape))
     v = world.denoise(
-        params, noise, jnp.full((2, 6), 1000.0), stage.given(world, params, batch), batch['actions']
+        params,
+        noise,
+        jnp.full((2, 6), 1000.0),
+        stage.condition(world, params, batch),
+        batch['actions'],
     )
     path = np.stack([noise, noise - v], axis=1)
 
@@ -202,7 +206,7 @@ def test_paths_are_walked_once_for_the_first_clips(toy, tmp_path):
     assert made.shape == (1, 3, 6, 2, 2, 3) and made.dtype == np.float16
     key = jax.random.fold_in(jax.random.key(0), 0)
     noise = jax.random.normal(key, (8, 6, 2, 2, 3))[:1]
-    given = stage.given(world, params, batch)
+    given = stage.condition(world, params, batch)
     given = jax.tree.map(lambda leaf: leaf[:1], given)
 
     def denoise(params, x, level):
@@ -219,7 +223,7 @@ def test_paths_are_walked_once_for_the_first_clips(toy, tmp_path):
 def test_a_rollout_is_what_the_stream_makes(toy):
     world, params, batch = toy
     stage = SelfForcing(clip_frames=21, random_exit=False)
-    given = stage.given(world, params, batch)
+    given = stage.condition(world, params, batch)
     clip = jit(lambda p: stage.rollout(world, p, given, batch['actions'], KEY))(params)
     stream, key = world.latents(), jax.random.split(KEY)[1]
     carry, head = stream.prefill(params, stream.init(params, given, key), batch['actions'][:, :9])
@@ -233,7 +237,7 @@ def test_a_block_may_end_at_any_call(end):
     gradient is that of this call alone."""
     cfg, schedule = causal.Config(steps=(1000, 500)), flow.Config(shift=1.0)
     table = causal.step_table(cfg, schedule)
-    net = causal.Network(lambda p, caches, x, *_: (p * x, caches), None, None, 1, 1)
+    net = causal.CachedNetwork(lambda p, caches, x, *_: (p * x, caches), None, None, 1, 1)
     noises = jnp.ones((3, 1, 3, 1, 1, 1))
 
     def made(weight):
@@ -250,7 +254,7 @@ def test_a_block_may_end_at_any_call(end):
 
 
 def test_no_gradient_through_what_a_block_is_given():
-    net = causal.Network(
+    net = causal.CachedNetwork(
         lambda p, caches, x, levels, cond, actions: (p * (x + cond + caches), x), None, None, 1, 1
     )
 
@@ -286,11 +290,11 @@ def test_a_critic_that_agrees_with_the_teacher_moves_nobody(toy):
     world, params, batch = toy
     stage = SelfForcing(clip_frames=21)
     params = stage.start(world, params, 0)
-    given = stage.given(world, params, batch)
+    given = stage.condition(world, params, batch)
 
     def slope(params):
         return jax.grad(
-            lambda clip: stage.matching(world, params, clip, given, batch['actions'], KEY)
+            lambda clip: stage.student_loss(world, params, clip, given, batch['actions'], KEY)
         )(jnp.asarray(batch['latents']))
 
     np.testing.assert_allclose(slope(params), 0, atol=1e-9)
@@ -309,10 +313,12 @@ def test_a_guided_teacher_asks_for_more_of_what_is_pressed(toy):
 
     world, stage = Plain(), SelfForcing(clip_frames=21, action_guidance=1.5)
     params = stage.start(world, params, 0)
-    given = stage.given(world, params, batch)
+    given = stage.condition(world, params, batch)
 
     def slope(actions):
-        return jax.grad(lambda clip: stage.matching(world, params, clip, given, actions, KEY))(clip)
+        return jax.grad(lambda clip: stage.student_loss(world, params, clip, given, actions, KEY))(
+            clip
+        )
 
     keys = jax.random.split(KEY)
     sigma = stage._drawn(world, keys[0], clip)[..., None, None, None]
