@@ -104,13 +104,7 @@ def argument_bytes(function, *arguments) -> int:
 
 def memory(compiled) -> int:
     """Bytes that a compiled program holds on each device while it runs, according to XLA."""
-    sizes = compiled.memory_analysis()
-    return (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        + sizes.temp_size_in_bytes
-        - sizes.alias_size_in_bytes
-    )
+    return dry_run.program_bytes(compiled.memory_analysis())
 
 
 # --- the mesh --------------------------------------------------------------------------------

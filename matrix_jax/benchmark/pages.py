@@ -150,7 +150,7 @@ def _notes(results: dict) -> list[str]:
     if machine['device'] == 'cpu':
         notes += [
             'FLOPs are those of plain convolutions; the CPU uses faster algorithms '
-            '(`nn/winograd.py`), so a share of the ceiling may exceed 100 %'
+            '(`nn/conv_cpu.py`), so a share of the ceiling may exceed 100 %'
         ]
     if machine['busy'] > BUSY:
         notes += [

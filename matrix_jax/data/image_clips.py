@@ -1,57 +1,57 @@
-"""Short clips that begin with a picture, each encoded on its own as a stream begins, memory-mapped.
+"""Encoded short clips that begin with a picture, memory-mapped.
 
-A window of `data.latents` has frames before it; the first latent frame of a clip here is that of a
-picture alone. Beside the latents lie the picture, what a network is told of it, and the actions.
-Every other clip is stored as its mirror image, where the world allows it.
+A window of `data.latents` has frames before it; here the first latent frame of a clip encodes a
+single picture, as at the start of a stream. A store also holds the picture, its image condition and
+the actions. If the world allows it, every other clip is stored as its mirror image.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 
 import numpy as np
 
-from matrix_jax.data import latents, records
+from matrix_jax.data import cache, records
+from matrix_jax.data.batches import ResumableBatches, shuffled
 from matrix_jax.data.loader import crop, mirror
 from matrix_jax.parallel import compilation
-from matrix_jax.weights import diffusers_layout
 
-TOGETHER = 8  # clips encoded side by side
-ARRAYS = 'latents', 'told', 'picture', 'actions'
+TOGETHER = 8  # clips encoded in one batch
+# Array -> name of its file.
+ARRAYS = {'latents': 'latents', 'condition': 'told', 'picture': 'picture', 'actions': 'actions'}
 
 
 class ClipStore:
     """Encoded clips: `len(store)`, and an array [M ...] for each name of ARRAYS.
 
     Attributes:
-      names: where each clip lies, for messages.
+      names: origin of each clip, for messages.
       latents: float16 [M T H W C].
-      told: float16 [M T H W Cc], conditions of the network by the picture.
-      picture: uint8 [M H W 3].
-      actions: float32 [M F A], what was pressed while each frame was made.
+      condition: float16 [M T H W Cc], image condition of the network.
+      picture: uint8 [M H W 3], the first frame.
+      actions: float32 [M F A], actions held while each frame was made.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.names = json.loads((folder / 'store.json').read_text())['names']
-        for name in ARRAYS:
-            setattr(self, name, np.load(folder / f'{name}.npy', mmap_mode='r'))
+        for name, file in ARRAYS.items():
+            setattr(self, name, np.load(folder / f'{file}.npy', mmap_mode='r'))
 
     def __len__(self):
         return len(self.names)
 
 
-class ClipBatches(latents.ShuffledBatches):
-    """Batches of a store: its arrays, and clip int32 [B], clips by number in `names`.
+class ClipBatches(ResumableBatches):
+    """Batches of a store: its arrays, and `clip` int32 [B], indices into `names`.
 
     Args:
       store: encoded clips.
-      batch: B of all processes together.
-      seed: order.
-      more: further arrays by name, of the first clips at least.
+      batch: B over all processes.
+      seed: seed of the order.
+      more: further arrays by name; a shorter one restricts the batches to the first clips.
       process: (index, count) of this process.
     """
 
@@ -61,11 +61,10 @@ class ClipBatches(latents.ShuffledBatches):
         self.names = store.names
         self.arrays = {name: getattr(store, name) for name in ARRAYS} | (more or {})
         count = min(map(len, self.arrays.values()))
-        super().__init__(
-            batch, process, {'places': count, 'seed': seed}, self._drawn, [(np.arange(count), 1)]
-        )
+        super().__init__(batch, process, {'places': count, 'seed': seed})
+        self.start(shuffled([(np.arange(count), 1)], seed, batch, self._clips), prefetch=4)
 
-    def _drawn(self, clips):
+    def _clips(self, clips):
         clips = clips[self.rows]
         return {
             'clip': clips.astype(np.int32),
@@ -85,14 +84,13 @@ def encode(
       data: folder of recorded clips, or several (`records.folders`).
       world: gives `encode_frames`, `tell` and `vocabulary`.
       params: the world's parameters.
-      folder: where stores lie, each under a name made of what it follows from; written aside and
-        renamed, so a killed run leaves none.
-      frames: F = 1 + 4k of a clip.
+      folder: folder of all stores.
+      frames: frames F = 1 + 4k of a clip.
       split: 'train' or 'heldout'.
 
     Raises:
-      RecordError: no recording is that long, or one without keys or mouse, or of another size.
-      ValueError: the world has keys that recordings do not.
+      RecordError: no recording is long enough, or one has another size, no keys or no mouse.
+      ValueError: the world has keys that recordings lack.
     """
     keys = columns(world.vocabulary)
     opened = [
@@ -106,11 +104,10 @@ def encode(
         'frames': frames,
         'keys': keys,
         **world.cfg.vae.normalisation,
-        'encoder': latents.digest(params['vae']['encoder']),
+        'encoder': cache.params_digest(params['vae']['encoder']),
     }
-    name = hashlib.sha256(json.dumps(source).encode()).hexdigest()
-    final = Path(folder) / f'scenes-{name[:16]}' / split
-    if not (final / 'store.json').exists():
+
+    def fill(part):
         places = [
             (shard, index, start)
             for shard in opened
@@ -119,15 +116,17 @@ def encode(
         ]
         if not places:
             raise records.RecordError(f'{data}: no {split} recording of {frames} frames')
-        _write(final, source, places, world, params)
-    return ClipStore(final)
+        _write(part, source, places, world, params)
+
+    final = Path(folder) / f'scenes-{cache.name(source)}' / split
+    return ClipStore(cache.build(final, 'store.json', fill))
 
 
 def columns(vocabulary) -> list[int]:
-    """The recorded key of each entry of a keyboard vector.
+    """Index in `records.KEYS` of each key of a vocabulary.
 
     Raises:
-      ValueError: nobody records such a key.
+      ValueError: recordings lack a key.
     """
     keys = vocabulary.mode.keys
     if not set(keys) <= set(records.KEYS):
@@ -137,28 +136,26 @@ def columns(vocabulary) -> list[int]:
     return [records.KEYS.index(key) for key in keys]
 
 
-def _write(final, source, places, world, params):
-    def fill(part):
-        filled, names = {}, []
-        for first, made in _encode(source, places, world, params):
-            for name, values in made.items():
-                if name not in filled:
-                    filled[name] = np.lib.format.open_memmap(
-                        part / f'{name}.npy', 'w+', values.dtype, (len(places), *values.shape[1:])
-                    )
-                filled[name][first : first + len(values)] = values
-        for array in filled.values():
-            array.flush()
-        for number, (shard, index, start) in enumerate(places):
-            turned = ' mirrored' * _turned(source, number)
-            names.append(f'{shard.path} record {index} frame {start}{turned}')
-        (part / 'store.json').write_text(json.dumps({'source': source, 'names': names}))
-
-    diffusers_layout.replace_folder(final, fill)
+def _write(folder, source, places, world, params):
+    arrays = {}
+    for first, batch in _encode(source, places, world, params):
+        for name, values in batch.items():
+            if name not in arrays:
+                shape = len(places), *values.shape[1:]
+                path = folder / f'{ARRAYS[name]}.npy'
+                arrays[name] = np.lib.format.open_memmap(path, 'w+', values.dtype, shape)
+            arrays[name][first : first + len(values)] = values
+    for array in arrays.values():
+        array.flush()
+    names = [
+        f'{shard.path} record {index} frame {start}{" mirrored" * _mirrored(source, number)}'
+        for number, (shard, index, start) in enumerate(places)
+    ]
+    (folder / 'store.json').write_text(json.dumps({'source': source, 'names': names}))
 
 
 def _encode(source, places, world, params):
-    """Yields (number of the first clip, arrays of some clips)."""
+    """Yields (index of the first clip, arrays of a batch of clips)."""
     from tqdm import tqdm
 
     frames, keys = source['frames'], source['keys']
@@ -169,33 +166,38 @@ def _encode(source, places, world, params):
             world.image_condition(params, frames[:, :1], count),
         )
     )
-    size = world.cfg.height, world.cfg.width
     for first in tqdm(range(0, len(places), TOGETHER), desc='encode', unit='batch'):
         clips = []
         for number, (shard, index, start) in enumerate(places[first : first + TOGETHER], first):
             clip = crop(shard[index], start, frames)
-            if clip.frames.shape[1:3] != size or not (
-                clip.knows('keyboard') and clip.knows('mouse')
-            ):
-                raise records.RecordError(
-                    f'{shard.path} record {index}: got frames {list(clip.frames.shape[1:3])}'
-                    f'{"" if clip.knows("keyboard") else " without keys"}'
-                    f'{"" if clip.knows("mouse") else " without mouse"}, expected {list(size)}, '
-                    "the world's size, with keys and mouse"
-                )
-            clips.append(mirror(clip) if _turned(source, number) else clip)
-        shown = np.stack([clip.frames for clip in clips])
+            _check(clip, world, f'{shard.path} record {index}')
+            clips.append(mirror(clip) if _mirrored(source, number) else clip)
+        pixels = np.stack([clip.frames for clip in clips])
         actions = np.stack([clip.keyboard[:, keys] for clip in clips]).astype(np.float32)
         if world.vocabulary.mode.mouse:
-            actions = np.concatenate(
-                [actions, [clip.mouse for clip in clips]], axis=-1, dtype=np.float32
-            )
-        padded = np.concatenate([shown, shown[-1:].repeat(TOGETHER - len(clips), axis=0)])
-        made, told = (
+            mouse = [clip.mouse for clip in clips]
+            actions = np.concatenate([actions, mouse], axis=-1, dtype=np.float32)
+        padded = np.concatenate([pixels, pixels[-1:].repeat(TOGETHER - len(clips), axis=0)])
+        made, condition = (
             np.asarray(part)[: len(clips)].astype(np.float16) for part in code(params, padded)
         )
-        yield first, {'latents': made, 'told': told, 'picture': shown[:, 0], 'actions': actions}
+        yield (
+            first,
+            {'latents': made, 'condition': condition, 'picture': pixels[:, 0], 'actions': actions},
+        )
 
 
-def _turned(source, number: int) -> bool:
+def _check(clip: records.Clip, world, where: str):
+    """Raises RecordError unless a clip has the world's size, keys and mouse."""
+    lacks = [name for name in ('keyboard', 'mouse') if not clip.knows(name)]
+    size, wanted = clip.frames.shape[1:3], (world.cfg.height, world.cfg.width)
+    if size != wanted or lacks:
+        raise records.RecordError(
+            f'{where}: got frames {list(size)}'
+            f'{" without " + " and ".join(lacks) if lacks else ""}, expected {list(wanted)}, '
+            "the world's size, with keyboard and mouse"
+        )
+
+
+def _mirrored(source, number: int) -> bool:
     return source['mirror'] and number % 2 == 1

@@ -1,9 +1,9 @@
-"""Clips encoded once: latents, controls, actions and captions of whole episodes, memory-mapped.
+"""Encoded clips: latents, controls, actions and captions of whole episodes, memory-mapped.
 
-Episodes go through the encoder whole, so that a window cut from the middle has the temporal context
-that streamed latents have. One store per folder and split; where the world allows it, every episode
-is stored a second time as its mirror image with mirrored keys, so that left and right weigh the
-same. Episodes without label hold the null control.
+Whole episodes pass the encoder, so a window from the middle has the same temporal context as in a
+stream. Each folder and split has one store. If the world allows it, every episode is stored twice,
+the second time as its mirror image with mirrored keys, so that left and right count alike. Episodes
+without a label hold the null control.
 """
 
 from __future__ import annotations
@@ -12,36 +12,39 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.data import records
-from matrix_jax.data.loader import EPOCHS, mirror, rows
+from matrix_jax.data import cache, records
+from matrix_jax.data.batches import ResumableBatches, shuffled
+from matrix_jax.data.loader import mirror
 from matrix_jax.parallel import compilation
-from matrix_jax.weights import diffusers_layout
 
-CHUNK = 8  # frames of an encoder chunk
-TOGETHER = 8  # clips encoded side by side
+CHUNK = 8  # frames per encoder chunk
+TOGETHER = 8  # clips encoded in one batch
 
 
 class LatentStore:
-    """Encoded episodes of one split, of one folder or several; the latents are not copied.
+    """Encoded episodes of one split of one or more folders; latents stay on disk.
+
+    The N latent frames of all episodes follow one another.
 
     Attributes:
-      controls: int8 [N], one control per latent frame of all episodes in a row.
-      actions: name -> [N 4 ...], keys, mouse and pose of the four frames of each latent frame, the
-        last one its own; empty where no part has them.
-      starts: first latent of each episode, and the end of the last one.
-      captions: caption index of each episode.
+      controls: int8 [N], one control per latent frame.
+      actions: name -> [N 4 ...], keys, mouse and pose of the four pixel frames of each latent
+        frame; empty if no folder has them.
+      starts: index of the first latent frame of each episode, and of the end.
+      captions: index of each episode's caption in `texts`.
       texts: the distinct captions.
-      recordings: number of the recording of each episode; a mirror image has that of its clip.
-      names: where the clip of each episode lies, for messages.
+      recordings: index of each episode's recording; a mirror image has that of its clip.
+      names: origin of each episode, for messages.
     """
 
     def __init__(self, parts: Sequence[tuple[Path, Sequence[str]]]):
-        """Args: the folder of each part, and the names of its clips."""
+        """Args: parts, the folder of each part and the names of its clips."""
         metas = [json.loads((folder / 'store.json').read_text()) for folder, _ in parts]
         self._latents = [np.load(folder / 'latents.npy', mmap_mode='r') for folder, _ in parts]
         self._ends = np.cumsum([len(part) for part in self._latents])
@@ -64,14 +67,14 @@ class LatentStore:
                 self.names.append(names[clip] + ' mirrored' * turned)
 
     def cut(self, start: int, frames: int) -> np.ndarray:
-        """Latents float16 [T H W C] from number `start` on, within one episode."""
+        """Latents float16 [T H W C] from index `start` on, within one episode."""
         part = int(np.searchsorted(self._ends, start, 'right'))
         first = start - (int(self._ends[part - 1]) if part else 0)
         return np.asarray(self._latents[part][first : first + frames])
 
 
 def _load_actions(folder, name):
-    """Actions [N 4 ...] of one part; unknown ones where it has none."""
+    """Actions [N 4 ...] of one part; unknown if it has none."""
     path = folder / f'{name}.npy'
     if path.exists():
         return np.load(path)
@@ -80,17 +83,16 @@ def _load_actions(folder, name):
 
 
 def encode(data, world, params, folder: str | os.PathLike, split: str = 'train') -> LatentStore:
-    """Encodes all clips of `data` with the world's VAE, each folder unless that was done.
+    """Encodes all clips of `data` with the world's VAE, unless a store exists.
 
     Args:
       data: folder of recorded clips, or several (`records.folders`).
       world: gives `encode_step(params, cache, frames [B F H W 3]) -> (cache, latents [B T H W C])`.
       params: the world's parameters.
-      folder: where stores lie, each under a name made of what it follows from; written aside and
-        renamed, so a killed run leaves none.
+      folder: folder of all stores.
       split: 'train' or 'heldout'.
     """
-    encoder, parts = digest(params['vae']['encoder']), []
+    encoder, parts = cache.params_digest(params['vae']['encoder']), []
     for one in records.folders(data):
         opened = [records.Shard(shard) for shard in records.shards(Path(one), split)]
         source = {
@@ -99,25 +101,15 @@ def encode(data, world, params, folder: str | os.PathLike, split: str = 'train')
             **world.cfg.vae.normalisation,
             'encoder': encoder,
         }
-        name = hashlib.sha256(json.dumps(source).encode()).hexdigest()
-        final = Path(folder) / name[:16] / split
         clips = [(shard, index) for shard in opened for index in range(len(shard))]
-        if not (final / 'store.json').exists():
-            _write(final, source, clips, world, params)
-        parts.append((final, [f'{shard.path} record {index}' for shard, index in clips]))
+        fill = partial(_write, source=source, clips=clips, world=world, params=params)
+        store = cache.build(Path(folder) / cache.name(source) / split, 'store.json', fill)
+        parts.append((store, [f'{shard.path} record {index}' for shard, index in clips]))
     return LatentStore(parts)
 
 
-def digest(params) -> str:
-    """Names weights, so that latents of other ones are not taken for theirs."""
-    import jax
-
-    leaves = (np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(params))
-    return hashlib.sha256(b''.join(leaves)).hexdigest()
-
-
-def _write(final, source, clips, world, params):
-    """Makes one store. Clips are read when they are needed: a folder may be larger than memory."""
+def _write(folder, source, clips, world, params):
+    """Fills the folder of a store; reads clips one by one, as they may exceed the memory."""
     places = [
         (*clip, flip)
         for flip in ((False, True) if source['mirror'] else (False,))
@@ -130,45 +122,38 @@ def _write(final, source, clips, world, params):
         size = world.cfg.height, world.cfg.width
         if clip.frames.shape[1:3] != size:
             raise records.RecordError(
-                f'{shard.path} record {index}: got frames '
-                f'{list(clip.frames.shape[1:3])}, expected {list(size)}, the '
-                "world's size"
+                f'{shard.path} record {index}: got frames {list(clip.frames.shape[1:3])}, '
+                f"expected {list(size)}, the world's size"
             )
         captions.append(clip.caption)
-        # The encoder is causal, but its norms see a chunk: one that padding enters is cut.
+        # The encoder is causal, but its norms see whole chunks: drop a chunk with padding.
         kept = 1 + (len(clip.frames) - 1) // CHUNK * (CHUNK // per)
         controls.append(clip.controls[::per][:kept])
         known |= any(map(clip.knows, records.ACTIONS))
-        for name, made in actions.items():
+        for name, values in actions.items():
             value = getattr(clip, name)[: 1 + per * (kept - 1)]
             value = np.concatenate([value[:1].repeat(per - 1, axis=0), value])
-            made.append(rearrange(value, '(t f) a -> t f a', f=per))
+            values.append(rearrange(value, '(t f) a -> t f a', f=per))
     texts = sorted(set(captions))
     starts = np.cumsum([0] + [len(one) for one in controls]).tolist()
 
-    def fill(part):
-        filled = None
-        for start, end, one in zip(starts, starts[1:], _encode(places, world, params)):
-            if filled is None:
-                shape = starts[-1], *one.shape[1:]
-                filled = np.lib.format.open_memmap(part / 'latents.npy', 'w+', np.float16, shape)
-            filled[start:end] = one[: end - start]
-        filled.flush()
-        np.save(part / 'controls.npy', np.concatenate(controls).astype(np.int8))
-        for name, made in actions.items() if known else ():
-            np.save(part / f'{name}.npy', np.concatenate(made))
-        (part / 'store.json').write_text(
-            json.dumps(
-                {
-                    'source': source,
-                    'starts': starts,
-                    'texts': texts,
-                    'captions': [texts.index(caption) for caption in captions],
-                }
-            )
-        )
-
-    diffusers_layout.replace_folder(final, fill)
+    latents = None
+    for start, end, one in zip(starts, starts[1:], _encode(places, world, params)):
+        if latents is None:
+            shape = starts[-1], *one.shape[1:]
+            latents = np.lib.format.open_memmap(folder / 'latents.npy', 'w+', np.float16, shape)
+        latents[start:end] = one[: end - start]
+    latents.flush()
+    np.save(folder / 'controls.npy', np.concatenate(controls).astype(np.int8))
+    for name, values in actions.items() if known else ():
+        np.save(folder / f'{name}.npy', np.concatenate(values))
+    about = {
+        'source': source,
+        'starts': starts,
+        'texts': texts,
+        'captions': [texts.index(caption) for caption in captions],
+    }
+    (folder / 'store.json').write_text(json.dumps(about))
 
 
 def _read(shard, index, flip):
@@ -176,7 +161,7 @@ def _read(shard, index, flip):
 
 
 def _encode(places, world, params):
-    """Yields float16 latents [T H W C] of each clip, several side by side, 8 frames a chunk."""
+    """Yields latents float16 [T H W C] of each clip."""
     from tqdm import tqdm
 
     step = compilation.jit(world.encode_step)
@@ -192,89 +177,35 @@ def _encode(places, world, params):
                 for clip in group
             ]
         )
-        cache, head = step(params, None, frames[:, : 1 + CHUNK])
+        carry, head = step(params, None, frames[:, : 1 + CHUNK])
         made = [np.asarray(head)]
         for start in range(1 + CHUNK, longest, CHUNK):
-            cache, more = step(params, cache, frames[:, start : start + CHUNK])
+            carry, more = step(params, carry, frames[:, start : start + CHUNK])
             made.append(np.asarray(more))
         yield from np.concatenate(made, axis=1).astype(np.float16)[:count]
 
 
-class ShuffledBatches:
-    """Base of endless shuffled batches; `state()` and `restore(state)` as in `loader.Loader`.
+class LatentWindows(ResumableBatches):
+    """Batches of windows cut from episodes.
 
-    Whatever the number of processes, all of them draw the same batches, and each reads its own
-    `rows`. `about` names what the batches follow from, `missing` what older states leave out of it.
-    """
-
-    missing = {}
-
-    def __init__(self, batch: int, process: tuple[int, int], about: dict, draw, pools):
-        """Args: `pools`, [(numbers to draw, weight)]; `draw`, drawn numbers -> batch."""
-        import grain
-
-        self.batch, self.about = batch, about
-        self.share(*process)
-        mixed = [
-            (grain.MapDataset.source(pool).seed(about['seed']).shuffle().repeat(EPOCHS), weight)
-            for pool, weight in pools
-        ]
-        data = grain.MapDataset.mix(*zip(*mixed)) if len(mixed) > 1 else mixed[0][0]
-        data = data.batch(batch).map(draw)
-        self.iterator = iter(
-            data.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
-        )
-
-    def share(self, index: int, count: int):
-        """From the first batch on, reads part `index` of `count` equal parts of each batch."""
-        self.rows = rows(self.batch, index, count)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return next(self.iterator)
-
-    def state(self) -> bytes:
-        """The place in the data, as JSON bytes."""
-        return json.dumps({**self.about, 'grain': self.iterator.get_state()}).encode()
-
-    def restore(self, state: bytes):
-        """Goes on where `state` was taken.
-
-        Raises:
-          ValueError: the state is of other data.
-        """
-        saved = {**self.missing, **json.loads(state)}
-        for name, ours in self.about.items():
-            if saved[name] != ours:
-                raise ValueError(
-                    f'latents.restore: the state has {name} {saved[name]}, '
-                    f'here it is {ours}: the batches would differ'
-                )
-        self.iterator.set_state(saved['grain'])
-
-
-class LatentWindows(ShuffledBatches):
-    """Batches of windows.
-
-    A batch: latents float16 [B T H W C], controls int32 [B T], ids int32 [B L], clip int32 [B], the
-    episodes by number in `names`; where the store has actions, also keyboard, mouse and pose
-    [B F ...] of the F = 1 + 4 (T-1) frames, as `loader.Loader` gives them.
+    A batch holds latents float16 [B T H W C], controls int32 [B T], ids int32 [B L] and clip int32
+    [B], indices into `names`. If the store has actions, also keyboard, mouse and pose [B F ...] of
+    the F = 1 + 4 (T-1) pixel frames, as in `loader.Loader`.
 
     Args:
       store: encoded episodes.
-      frames: T, latent frames of a window.
-      batch: B of all processes together.
-      seed: order.
-      ids: int32 [K L], token ids of `store.texts`.
-      labelled: share of windows with label; None takes all windows alike.
-      label_share: share of the recordings with label that keep it. The others count as unlabelled;
-        a smaller share is part of a larger one.
+      frames: latent frames T of a window.
+      batch: B over all processes.
+      seed: seed of the order.
+      ids: token ids of `store.texts`, int32 [K L].
+      labelled: share of windows with a label; None = as in the data.
+      label_share: share of the labelled recordings that keep their label; a smaller share is a
+        subset of a larger one.
       process: (index, count) of this process.
 
     Raises:
-      RecordError: no episode is as long as a window, or one kind of windows is missing.
+      RecordError: no episode is as long as a window, or the data lacks labelled or unlabelled
+        windows.
     """
 
     missing = {'labelled': None, 'label_share': 1.0}
@@ -302,16 +233,17 @@ class LatentWindows(ShuffledBatches):
         )
         if not len(places):
             raise records.RecordError(f'latents: no episode has {frames} latent frames')
-        super().__init__(
-            batch,
-            process,
-            {'places': len(places), 'seed': seed, 'labelled': labelled, 'label_share': label_share},
-            self._windows,
-            self._pools(places, labelled),
-        )
+        source = {
+            'places': len(places),
+            'seed': seed,
+            'labelled': labelled,
+            'label_share': label_share,
+        }
+        super().__init__(batch, process, source)
+        self.start(shuffled(self._pools(places, labelled), seed, batch, self._windows), prefetch=4)
 
     def _pools(self, places, labelled):
-        """[(places, weight)] of the kinds of windows to draw from."""
+        """[(places, weight)] of labelled and unlabelled windows, or of all."""
         if labelled is None:
             return [(places, 1)]
         known = self.controls[places[:, 0]] != records.NULL
@@ -341,20 +273,19 @@ class LatentWindows(ShuffledBatches):
         }
 
     def _frames(self, value, start):
-        """Actions [F ...] of the frames of a window: one of its first latent frame, four of each
-        other."""
+        """Actions [F ...] of the pixel frames of a window: the first latent frame has one."""
         window = rearrange(value[start : start + self.frames], 't f a -> (t f) a')
         return window[records.FRAMES_PER_LATENT - 1 :]
 
 
 def _labels(store: LatentStore, share: float) -> np.ndarray:
-    """Controls int8 [N] of a store, with the labels of a share of its recordings alone."""
+    """Controls int8 [N] of a store, labelled only in a share of its recordings."""
     known = {
         recording
         for recording, start in zip(store.recordings, store.starts)
         if store.controls[start] != records.NULL
     }
-    # A hash, and no generator: the choice outlives versions of numpy.
+    # Hashed instead of drawn, so that the choice does not depend on the numpy version.
     order = sorted(known, key=lambda one: hashlib.sha256(str(one).encode()).digest())
     kept = set(order[: max(round(share * len(order)), int(share > 0))])
     controls = store.controls.copy()

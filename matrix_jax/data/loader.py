@@ -1,17 +1,16 @@
-"""Recorded clips to training batches through grain, with a state that resumes exactly.
+"""Recorded clips as training batches.
 
-Every batch follows from (data set, seed, step) alone: grain draws the crop and the mirror of
-element i from the seed and i, so a restored state goes on with the very batches that would have
-come.
+A batch depends only on the data, the seed and the step: grain draws the crop and the mirroring of
+element i from (seed, i). A restored position continues with exactly the same batches.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import numpy as np
 
+from matrix_jax.data.batches import EPOCHS, ResumableBatches
 from matrix_jax.data.records import (
     ACTIONS,
     FRAMES_PER_LATENT,
@@ -27,8 +26,7 @@ from matrix_jax.data.records import (
     shards,
 )
 
-EPOCHS = 2**32  # as good as endless; what grain calls endless overflows in batches of one
-# A mirror across the car's axis turns these round: left is positive.
+# Signs under a mirror across the car's axis; left is positive.
 MIRROR_SIGN = np.array(
     [-1 if name in ('yaw_rate', 'x', 'heading') else 1 for name in TELEMETRY], np.float32
 )
@@ -38,13 +36,22 @@ MIRROR_POSE = np.array([-1 if name in ('y', 'yaw', 'roll') else 1 for name in PO
 
 
 class Clips:
-    """The clips of a split, of one folder or several (`records.folders`): `len(clips)`, `clips[i]`;
-    a grain random-access source.
+    """Clips of a split of one or more folders (`records.folders`), a grain random-access source.
 
-    `captions` is the sorted tuple of all captions; `actions` says whether some clip has keys, mouse
-    or pose. With `cache` the decoded frames stay in memory
-    (about 1.1 GB an hour at 64 x 96), which makes a crop cost a copy; without, a clip is decoded at
-    each access (5 ms).
+    Args:
+      data: folder or folders.
+      split: 'train' or 'heldout'.
+      least_frames: leaves out shorter clips.
+      themes: leaves out clips of other themes; None = all.
+      cache: whether decoded clips stay in memory (about 1.1 GB per hour at 64 x 96); otherwise each
+        access decodes a clip (5 ms).
+
+    Attributes:
+      captions: all captions, sorted.
+      actions: whether any clip has keys, mouse or pose.
+
+    Raises:
+      RecordError: no such clip, or clips of different sizes.
     """
 
     def __init__(
@@ -90,12 +97,12 @@ class Clips:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Where each clip lies, for messages."""
+        """Origin of each clip, for messages."""
         return tuple(f'{shard.path} record {index}' for shard, index in self.where)
 
 
 class _Numbered:
-    """`(i, clips[i])`, so that a batch can say what it was cut from."""
+    """`(i, clips[i])`, so that a batch can name its clips."""
 
     def __init__(self, clips):
         self.clips = clips
@@ -111,7 +118,11 @@ class _Numbered:
 
 
 def crop(clip: Clip, start: int, frames: int) -> Clip:
-    """`frames` = 1 + 4k frames from `start`, a multiple of four: again a clip."""
+    """Clip of `frames` = 1 + 4k frames from `start`, a multiple of four.
+
+    Raises:
+      ValueError: the crop does not lie within the clip.
+    """
     if start % FRAMES_PER_LATENT or not 0 <= start <= len(clip.frames) - frames:
         raise ValueError(
             f'crop.start: got {start}, expected a multiple of {FRAMES_PER_LATENT} in '
@@ -128,7 +139,7 @@ def crop(clip: Clip, start: int, frames: int) -> Clip:
 
 
 def mirror(clip: Clip) -> Clip:
-    """The clip seen in a mirror: left and right change places in all that it holds."""
+    """Mirror image of a clip: left and right are swapped in frames, controls and telemetry."""
     return replace(
         clip,
         frames=clip.frames[:, :, ::-1],
@@ -140,32 +151,28 @@ def mirror(clip: Clip) -> Clip:
     )
 
 
-def rows(batch: int, index: int, count: int) -> slice:
-    """The rows of a batch that process `index` of `count` reads.
+class Loader(ResumableBatches):
+    """Endless batches of random crops.
 
-    Raises:
-      ValueError: the batch does not divide.
-    """
-    if batch % count:
-        raise ValueError(f'train.batch: got {batch}, expected a multiple of {count} processes')
-    return slice(index * batch // count, (index + 1) * batch // count)
-
-
-class Loader:
-    """An endless iterator of batches whose place `state()` saves and `restore(state)` finds again.
-
-    A batch: `frames` uint8 [B F H W 3], `controls` int32 [B T] (the control held while a latent
-    frame's frames were made; latent 0: the one before), `caption` int32 [B] into `loader.captions`,
-    `telemetry` float32 [B F 6], `clip` int32 [B] into `loader.names`. Where some clip has keys,
-    mouse or pose, also `keyboard` int8 [B F 4], `mouse` float32 [B F 2] and `pose` float32
-    [B F 6], what was held while each frame was made; as in `records.Clip` where unknown.
+    A batch holds `frames` uint8 [B F H W 3], `controls` int32 [B T] (the control held while the
+    frames of a latent frame were made; for latent frame 0 the one before), `caption` int32 [B] into
+    `captions`, `telemetry` float32 [B F 6] and `clip` int32 [B] into `names`. If any clip has keys,
+    mouse or pose, also `keyboard` int8 [B F 4], `mouse` float32 [B F 2] and `pose` float32 [B F 6],
+    held while each frame was made; unknown values are as in `records.Clip`.
 
     Args:
-        frames: F = 1 + 4k of each crop; crops start at random multiples of four.
-        split: 'train' or 'heldout'.
-        mirror: share of crops that are mirrored.
-        process: (index, count) of this process. All of them draw the same batches, of `batch`
-          examples in all, and each reads its own rows.
+      data: folder or folders of recorded clips.
+      frames: frames F = 1 + 4k of each crop; crops start at random multiples of four.
+      batch: B over all processes.
+      seed: seed of order, crops and mirroring.
+      split: 'train' or 'heldout'.
+      mirror: share of crops that are mirrored.
+      themes, cache: see `Clips`.
+      process: (index, count) of this process.
+
+    Raises:
+      ValueError: `frames` or `batch` is impossible.
+      RecordError: see `Clips`.
     """
 
     def __init__(
@@ -188,9 +195,8 @@ class Loader:
             raise ValueError(f'loader.batch: got {batch}, expected 1 or more')
         self.clips = Clips(data, split, frames, themes, cache)
         self.captions, self.names = self.clips.captions, self.clips.names
-        self.frames, self.mirror, self.seed = frames, mirror, seed
-        self.batch = batch
-        self.share(*process)
+        self.frames, self.mirror = frames, mirror
+        super().__init__(batch, process, {'clips': len(self.clips), 'seed': seed})
         self.elements = (
             grain.MapDataset.source(_Numbered(self.clips))
             .seed(seed)
@@ -199,14 +205,7 @@ class Loader:
             .random_map(self._example)
         )
         batches = grain.MapDataset.range(len(self.elements) // batch).map(self._batch)
-        # One thread prepares the next batches beside the training step; the order stays the same.
-        self.iterator = iter(
-            batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2))
-        )
-
-    def share(self, index: int, count: int):
-        """From the first batch on, reads part `index` of `count` equal parts of each batch."""
-        self.rows = rows(self.batch, index, count)
+        self.start(batches, prefetch=2)
 
     def _batch(self, index):
         start = index * self.batch
@@ -216,37 +215,14 @@ class Loader:
     def _example(self, numbered, rng):
         number, clip = numbered
         last = (len(clip.frames) - self.frames) // FRAMES_PER_LATENT
-        clip_ = crop(clip, FRAMES_PER_LATENT * int(rng.integers(last + 1)), self.frames)
+        cut = crop(clip, FRAMES_PER_LATENT * int(rng.integers(last + 1)), self.frames)
         if rng.random() < self.mirror:
-            clip_ = mirror(clip_)
+            cut = mirror(cut)
         return {
-            'frames': np.ascontiguousarray(clip_.frames),
-            'controls': clip_.controls[::FRAMES_PER_LATENT].astype(np.int32),
+            'frames': np.ascontiguousarray(cut.frames),
+            'controls': cut.controls[::FRAMES_PER_LATENT].astype(np.int32),
             'caption': np.int32(self.captions.index(clip.caption)),
             'clip': np.int32(number),
-            'telemetry': clip_.telemetry,
-            **({name: getattr(clip_, name) for name in ACTIONS} if self.clips.actions else {}),
+            'telemetry': cut.telemetry,
+            **({name: getattr(cut, name) for name in ACTIONS} if self.clips.actions else {}),
         }
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return next(self.iterator)
-
-    def state(self) -> bytes:
-        """The place in the data, as JSON bytes."""
-        return json.dumps(
-            {'clips': len(self.clips), 'seed': self.seed, 'grain': self.iterator.get_state()}
-        ).encode()
-
-    def restore(self, state: bytes):
-        """Goes on where `state` was taken; refuses the state of other data."""
-        saved = json.loads(state)
-        if (saved['clips'], saved['seed']) != (len(self.clips), self.seed):
-            raise ValueError(
-                f'loader.restore: the state is of {saved["clips"]} clips and seed {saved["seed"]}, '
-                f'this loader has {len(self.clips)} clips and seed {self.seed}: '
-                'the batches would differ'
-            )
-        self.iterator.set_state(saved['grain'])

@@ -233,5 +233,7 @@ def shards(folder: Path, split: str) -> tuple[Path, ...]:
     """The finished shards of a split ('train' or 'heldout') in order."""
     found = tuple(sorted(Path(folder).glob(f'{split}-*{SUFFIX}')))
     if not found:
-        raise RecordError(f'{folder}: no {split}-*{SUFFIX} file; record some with matrix-jax collect')
+        raise RecordError(
+            f'{folder}: no {split}-*{SUFFIX} file; record some with matrix-jax collect'
+        )
     return found

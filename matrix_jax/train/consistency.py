@@ -1,14 +1,17 @@
 """Stage 4, stream consistency distillation: one network call per shift, without guidance.
 
-All groups of a window share one u, so the whole window follows a single probability flow from
-u = 1000/G - 1 down to the phase boundaries below, which is one shift. Two ways to learn that jump:
+All groups of a window share one u, so a shift takes the whole window along a single probability
+flow from u = 1000/G - 1 down to the phase boundaries below. The student learns this jump from x:
 
-    shift    the teacher makes the shift in its own small steps; the student's jump learns the end
-    window   the student's jumps from two neighbouring points of the teacher's path agree (phased
-             consistency, arXiv 2405.18407, per noise group)
+    shift    the teacher solves the shift in `points` small steps; the target is where it ends
+    window   the jumps from two neighbouring points of the teacher's path must agree (phased
+             consistency, arXiv 2405.18407, for each noise group; LCM, arXiv 2310.04378)
 
-The authors did not publish their stage 4. 'window' is what their sampler points to (reference
-section 6); 'shift' needs no bootstrapping, and takes windows that the student itself has made.
+    jump(x) = skip x + out x0^,   x0^ = a x - s v
+    loss    = mean over groups g of  w_g |jump(x) - target|^2,   w_g ~ out_g^(-2 balance)
+
+The authors of The Matrix did not publish their stage 4. Their sampler suggests 'window'; 'shift'
+needs no bootstrapping and can train on windows that the student made itself.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matrix_jax.config import UsageError
 from matrix_jax.diffusion import sampling, schedules, solvers
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import Denoising
@@ -27,10 +31,13 @@ from matrix_jax.weights import conversion
 
 
 class ShiftTables(NamedTuple):
-    """Host tables of the points i of a shift: levels [I T], and per graded frame [I G*W].
+    """Host tables of the I points of a shift; N = groups * group_frames frames are noisy.
 
-    `skip` and `out` jump from a point to the phase boundary, `plan` is the teacher's step to the
-    next point, `weights` [G*W] balance the groups.
+    Attributes:
+      levels: noise levels int32 [I T].
+      skip, out: coefficients [I N] of the jump from a point to the phase boundary.
+      plan: the teacher's step to the next point, coefficients [I N].
+      weights: loss weight of each noisy frame [N].
     """
 
     levels: np.ndarray
@@ -48,7 +55,7 @@ def tables(
     below = np.arange(points, 0, -1) * width // points - 1
     bases = np.repeat(np.arange(stream.groups) * width, stream.group_frames)
     graded = below[:, None] + bases
-    # Level 0 stands for 'clean', as in the few-step sampler, which lands there.
+    # Level 0 means clean, as in the few-step sampler.
     boundary = np.broadcast_to(np.maximum(bases - 1, 0), graded.shape)
     following = np.append(graded[1:], boundary[:1], axis=0)
     abar = schedules.alphas_cumprod(scheduler)
@@ -66,20 +73,20 @@ def tables(
 
 @dataclasses.dataclass(frozen=True)
 class StreamConsistency(Denoising):
-    """Distils the stream that `weights` hold into one of `groups` steps.
+    """Distils a stream into one of `groups` solver steps.
 
     Attributes:
-      objective: 'shift' or 'window', see above.
+      objective: 'shift' or 'window', see the module.
       points: teacher steps per shift.
-      guidance: classifier-free guidance of the teacher by the prompt, baked into the student; 1 or
-        less switches it off.
-      control_guidance: the same by the controls, against the null control.
-      balance: p of the group weights c_out^(-2p). At 0 the cleanest group has nearly all of the
-        loss, at 1 all groups count alike in clean latents.
-      start_share: 'window' only: share of samples at the first point, the only one that a stream
-        of `groups` steps evaluates.
-      rollout: 'shift' only: most shifts that the student makes on its own, under the real controls,
-        before the teacher shows the next one. 0 = recorded windows only.
+      guidance: scale of the teacher's classifier-free guidance by the prompt, which the student
+        absorbs; 1 or less switches it off.
+      control_guidance: scale of the same against the null control.
+      balance: exponent p of the group weights out^(-2p). With 0 the cleanest group dominates the
+        loss, with 1 all groups count alike in clean latents.
+      start_share: 'window' only: share of samples at the first point, the only one that a stream of
+        `groups` steps visits.
+      rollout: 'shift' only: largest number of shifts that the student makes itself, under recorded
+        controls, before the teacher makes the next one. 0 = recorded windows only.
       rollout_share: share of updates on such windows.
     """
 
@@ -99,18 +106,15 @@ class StreamConsistency(Denoising):
             raise ValueError(
                 f"stage.objective: got {self.objective!r}, expected 'shift' or 'window'"
             )
-        for name, low, high in (
-            ('points', 1, 250),
-            ('guidance', 0, 100),
-            ('control_guidance', 0, 100),
-            ('balance', 0, 1),
-            ('start_share', 0, 1),
-            ('rollout', 0, 1000),
-            ('rollout_share', 0, 1),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f'stage.{name}: got {value}, expected {low} to {high}')
+        self.check_fields(
+            points=(1, 250),
+            guidance=(0, 100),
+            control_guidance=(0, 100),
+            balance=(0, 1),
+            start_share=(0, 1),
+            rollout=(0, 1000),
+            rollout_share=(0, 1),
+        )
         if self.rollout and self.objective == 'window':
             raise ValueError(
                 f'stage.rollout: got {self.rollout}, expected 0 with objective '
@@ -135,20 +139,21 @@ class StreamConsistency(Denoising):
         stream = world.cfg.stream
         return (stream.frames + self.rollout * stream.group_frames,)
 
-    def loader(self, world, params, data, batch, seed, cache):
+    def check_world(self, world):
+        super().check_world(world)
         stream = world.cfg.stream
         if (stream.solver, stream.steps) != ('lcm', stream.groups):
-            raise ValueError(
+            raise UsageError(
                 f'stream: got solver {stream.solver!r} with {stream.steps} steps, '
                 f"expected 'lcm' with groups = {stream.groups} steps"
             )
-        return super().loader(world, params, data, batch, seed, cache)
 
     def loss(self, world, params, batch, key):
         stream, keys = world.cfg.stream, jax.random.split(key, 6)
         table = tables(stream, world.cfg.scheduler, self.points, self.balance)
-        controls = self.heard(batch['controls'], keys[4])
-        batch = {**batch, 'controls': controls, 'ids': self.read(world, batch['ids'], keys[5])}
+        controls = self.drop_controls(batch['controls'], keys[4])
+        ids = self.drop_text(world, batch['ids'], keys[5])
+        batch = {**batch, 'controls': controls, 'ids': ids}
         text = world.embed_ids(params, batch['ids'])
         null_text = world.embed_ids(params, world.empty_ids)
 
@@ -157,7 +162,7 @@ class StreamConsistency(Denoising):
 
         def teacher(x, level, control):
             level = jnp.broadcast_to(level, x.shape[:2])
-            given = {**params, 'transformer': params['teacher']}
+            teacher_params = {**params, 'transformer': params['teacher']}
             null_control = jnp.broadcast_to(carry.control_table[-1], control.shape)
             conditions, scales = sampling.conditions(
                 text,
@@ -167,29 +172,31 @@ class StreamConsistency(Denoising):
                 self.guidance,
                 self.control_guidance,
             )
-            return sampling.guide(world.denoise, given, x, level, conditions, scales)
+            return sampling.guide(world.denoise, teacher_params, x, level, conditions, scales)
 
         carry = self._start(world, params, batch, keys[0], text, table)
         carry, control = self._rolled(world, params, batch, keys[1], carry)
         control = carry.control_table[control]
         condition, x = jnp.split(carry.window, [stream.context], axis=1)
 
-        def whole(x):
+        def window(x):
             return jnp.concatenate([condition, x], axis=1)
 
-        def jumped(params, x, row):
-            v = student(params, whole(x), row.levels, control)[:, stream.context :]
+        def jump(params, x, row):
+            v = student(params, window(x), row.levels, control)[:, stream.context :]
             x0 = _column(row.plan.signal) * x - _column(row.plan.sigma) * v
             return _column(row.skip) * x + _column(row.out) * x0
 
-        def taught(x, row):
-            v = teacher(whole(x), row.levels, control)[:, stream.context :]
+        def teacher_step(x, row):
+            v = teacher(window(x), row.levels, control)[:, stream.context :]
             return solvers.step(row.plan, solvers.init(x), x, v)[1]
 
         if self.objective == 'shift':
             row = _row(table, jnp.zeros(1, jnp.int32))
             target = jax.lax.scan(
-                lambda x, i: (taught(x, _row(table, i[None])), None), x, jnp.arange(self.points)
+                lambda x, i: (teacher_step(x, _row(table, i[None])), None),
+                x,
+                jnp.arange(self.points),
             )[0]
         else:
             point = jax.random.randint(keys[2], (x.shape[0],), 0, self.points)
@@ -197,10 +204,10 @@ class StreamConsistency(Denoising):
             point = jnp.where(first, 0, point)
             x = self._noised(world, batch, keys[0], table, point)[:, stream.context :]
             row, last = _row(table, point), point == self.points - 1
-            reached = taught(x, row)
-            target = jumped(params, reached, _row(table, jnp.where(last, 0, point + 1)))
+            reached = teacher_step(x, row)
+            target = jump(params, reached, _row(table, jnp.where(last, 0, point + 1)))
             target = jnp.where(last[:, None, None, None, None], reached, target)
-        error = jnp.square(jumped(params, x, row) - jax.lax.stop_gradient(target))
+        error = jnp.square(jump(params, x, row) - jax.lax.stop_gradient(target))
         groups = error.mean(axis=(0, 2, 3, 4)) / jnp.square(table.out[0])
         loss = (jnp.square(table.out[0]) * table.weights * groups).mean()
         groups = groups.reshape(stream.groups, -1).mean(axis=1)
@@ -211,28 +218,28 @@ class StreamConsistency(Denoising):
         return world, {name: part for name, part in params.items() if name != 'teacher'}
 
     def _noised(self, world, batch, key, table, point):
-        """Windows [B T H W C] of recorded latents at points [B] of the shift."""
+        """Recorded windows [B T H W C] with the noise of points [B] of the shift."""
         stream = world.cfg.stream
         clean = batch['latents'][:, : stream.frames].astype(jnp.float32)
         noise = jax.random.normal(key, clean.shape)
         return schedules.add_noise(world.schedule, clean, noise, jnp.asarray(table.levels)[point])
 
     def _start(self, world, params, batch, key, text, table):
-        """The stream that shows a recorded window at the start of a shift."""
+        """Carry of a stream that holds a recorded window at the start of a shift."""
         size = batch['controls'].shape[0]
         first = jnp.zeros([size], jnp.int32)
         return swin.Carry(
             window=self._noised(world, batch, key, table, first),
             text=text,
             null_text=None,
-            controls=batch['controls'][:, : world.cfg.stream.remembered],
+            controls=batch['controls'][:, : world.cfg.stream.known_controls],
             control_table=world.embed_controls(params),
             shift=first,
             key=jax.random.key_data(jax.random.split(key, size)),
         )
 
     def _rolled(self, world, params, batch, key, carry):
-        """(carry, controls [B T] of its next shift) after some shifts of the student's own."""
+        """Lets the student make some shifts -> (carry, controls [B T] of the next one)."""
         stream, keys = world.cfg.stream, jax.random.split(key, 3)
         size, shape = stream.group_frames, carry.window.shape
 
@@ -243,7 +250,7 @@ class StreamConsistency(Denoising):
         if not self.rollout:
             return carry, swin.bind(stream, carry.controls, control(0))
         plan = swin.shift_table(stream, world.cfg.scheduler)
-        # A loop of a drawn length has no reverse derivative, and needs none.
+        # A loop of random length has no reverse derivative, and needs none.
         carry, params = jax.lax.stop_gradient((carry, params))
 
         def advance(shift, carry):
@@ -272,7 +279,7 @@ class StreamConsistency(Denoising):
 
 
 def _row(table: ShiftTables, point):
-    """The rows of points [B] (or [1]) of a table, on the device; `weights` are left out."""
+    """Rows of points [B] (or [1]) of a table, on the device; `weights` are meaningless."""
     rows = table._replace(weights=np.zeros(len(table.levels)))
     return jax.tree.map(lambda column: jnp.asarray(column)[point], rows)
 

@@ -1,9 +1,9 @@
-"""A training step weighed before there is a machine for it: compiled in full size, never run.
+"""Memory and FLOPs of a training step on devices that are not there: compiled, never run.
 
-Memory is XLA's own account of the compiled step, per device; FLOPs are its cost analysis. Nothing
-of the size of a parameter is allocated. Devices are imitated by the CPU, so two things differ from
-an accelerator: XLA keeps many bfloat16 values in float32 there, and attention goes block by block
-through plain products. Temporaries are therefore an upper bound.
+Memory is XLA's analysis of the compiled step, per device; FLOPs are its cost analysis. No
+parameters are allocated. The CPU emulates the devices, so two things differ from an accelerator:
+XLA keeps many bfloat16 values in float32, and attention is computed block by block. Work space is
+therefore an upper bound.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 
 from matrix_jax import worlds
-from matrix_jax.nn import conv3d
+from matrix_jax.nn import conv_cpu
 from matrix_jax.parallel import sharding
 from matrix_jax.train import program
 from matrix_jax.weights import conversion
@@ -26,21 +26,23 @@ MIB, GIGA = 2**20, 10**9
 
 
 def emulate_devices(count: int):
-    """Makes the CPU look like `count` devices, if none was asked for yet."""
+    """Makes the CPU emulate `count` devices, unless the environment sets a number."""
     flags = os.environ.get('XLA_FLAGS', '')
     if FLAG not in flags:
-        # How well the code would run does not matter.
+        # The code never runs, so it need not be optimised.
         os.environ['XLA_FLAGS'] = f'{flags} {FLAG}={count} --xla_backend_optimization_level=0'
     jax.config.update('jax_platforms', 'cpu')
 
 
 def report(run) -> str:
-    """What one update of a run costs, as lines of text.
+    """Cost of one update of a run, as lines of text.
 
     Raises:
+      UsageError: the stage does not train this kind of world.
       ValueError: the stage or the batch does not fit the mesh.
     """
     world = worlds.build(run.world).with_tokenizers(None)
+    run.stage.check_world(world)
     params = _start(run, world)
     made = program.build(run, world, params)
     state = jax.eval_shape(made.start, params)
@@ -52,36 +54,40 @@ def report(run) -> str:
     lowering, began = time.time() - began, time.time()
     memory = lowered.compile().memory_analysis()
     compiling = time.time() - began
-    # Of the examples that one device has: a larger batch would be cut into smaller blocks.
+    # Counted for the examples of one device, as attention blocks depend on the batch size.
     ways = run.mesh.data * run.mesh.fsdp
     work = ways * flops(made.update, state, run.stage.example(world, made.examples // ways))
     rows = [
         *sizes(state, made.places).items(),
         ('activations, gradients and work space', memory.temp_size_in_bytes),
-        (
-            'in all',
-            memory.argument_size_in_bytes
-            + memory.output_size_in_bytes
-            + memory.temp_size_in_bytes
-            - memory.alias_size_in_bytes,
-        ),
+        ('in all', program_bytes(memory)),
     ]
     mesh = ' x '.join(f'{axis}={size}' for axis, size in made.mesh.shape.items() if size > 1)
     return '\n'.join(
         [
-            f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, {made.examples} '
-            f'examples per update, {_count(state.student):,} of {_count(params):,} parameters train',
+            f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, '
+            f'{made.examples} examples per update, {_count(state.student):,} of {_count(params):,} parameters train',
             'per device:',
             *(f'  {name:40}{size / MIB:>12,.1f} MiB' for name, size in rows),
-            f'FLOPs per update: {work / GIGA:,.1f} G in all, {work / made.mesh.size / GIGA:,.1f} G per '
-            'device',
+            f'FLOPs per update: {work / GIGA:,.1f} G in all, '
+            f'{work / made.mesh.size / GIGA:,.1f} G per device',
             f'(lowered in {lowering:.0f} s, compiled in {compiling:.0f} s; nothing was allocated)',
         ]
     )
 
 
+def program_bytes(memory) -> int:
+    """Bytes that a compiled program holds on each device, of its `memory_analysis()`."""
+    return (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+
+
 def _start(run, world):
-    """ShapeDtypeStructs of a stage's start: what trains in float32, the rest as the network runs."""
+    """ShapeDtypeStructs of a stage's start: trained leaves float32, others as the network runs."""
     dtype, stage = world.cfg.dit.dtype, run.stage
     flat = conversion.flatten(stage.start(world, world.shapes(), run.train.seed))
     return conversion.unflatten(
@@ -103,7 +109,7 @@ def _placed(tree, places):
 
 
 def sizes(state, places) -> dict[str, int]:
-    """Bytes of the parts of a state on one device.
+    """Bytes per device of the parts of a state.
 
     Args:
       state: `state.TrainState` of ShapeDtypeStructs.
@@ -139,10 +145,13 @@ def _count(tree) -> int:
 
 
 def flops(function, *arguments) -> float:
-    """FLOPs of a function by XLA's cost analysis, which takes a loop for one turn of it: the turns
-    that it leaves out are analysed by themselves and added. Convolutions are plain ones."""
-    with conv3d.native():
-        # A function of its own: what jax keeps of a trace is for runs, or was.
+    """FLOPs of a function by XLA's cost analysis, with plain convolutions.
+
+    The analysis counts the body of a loop once; the other iterations are analysed separately and
+    added.
+    """
+    with conv_cpu.disabled():
+        # A new function, as jax caches traces that were made with other convolutions.
         return _flops(jax.make_jaxpr(lambda *given: function(*given))(*arguments))
 
 
@@ -155,7 +164,7 @@ def _flops(program: ClosedJaxpr) -> float:
 
 
 def _once(program: ClosedJaxpr) -> float:
-    """FLOPs with one turn of every loop, of those within loops as well."""
+    """FLOPs with one iteration of every loop, nested ones included."""
     return jax.jit(jaxpr_as_fun(program)).lower(*program.in_avals).cost_analysis()['flops']
 
 

@@ -1,7 +1,7 @@
-"""The only training loop: step, log, save, resume.
+"""The training loop: step, log, save, resume.
 
-A run is a pure function of (recipe, seed, data): the state and the position in the data are saved
-together, so a run that was stopped anywhere goes on to the same parameters.
+A run is a pure function of (recipe, seed, data). State and position in the data are saved together,
+so an interrupted run ends with the same parameters as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from matrix_jax.train.nan_guard import NaNGuard
 from matrix_jax.train.scalars import Scalars
 from matrix_jax.weights import training_state
 
-STOPPED = 75  # exit code after SIGTERM: state is saved, start again to go on
+STOPPED = 75  # exit code after SIGTERM: the state is saved, the same command resumes
 
 
 def fit(run, world, params) -> dict:
@@ -28,19 +28,21 @@ def fit(run, world, params) -> dict:
 
     Args:
       run: the recipe (`config.Run`); `run.out` is the folder of the run.
-      world: the World whose parts train.
+      world: the world whose components train.
       params: start parameters by component.
 
     Returns:
-      dict with step, loss (mean since the last log line), refused (updates that were left out,
-      being not finite), seconds.
+      dict with step, loss (mean since the last log line), refused (number of skipped updates that
+      were not finite) and seconds.
 
     Raises:
-      guard.Diverged: several updates in a row were not finite.
-      checkpoint.SaveError: a save could not be written; the one before it is whole.
-      SystemExit(STOPPED): SIGTERM came; the state was saved first.
+      UsageError: the stage does not train this kind of world.
+      nan_guard.Diverged: several updates in a row were not finite.
+      diffusers_layout.SaveError: a save could not be written; the one before it is complete.
+      SystemExit(STOPPED): SIGTERM was received; the state was saved first.
     """
     stage, train = run.stage, run.train
+    stage.check_world(world)
     params = stage.start(world, params, train.seed)
     made = program.build(run, world, params)
     with multihost.first_alone():

@@ -1,7 +1,7 @@
-"""Several processes as one run: joining, who writes, what all of them have to agree on.
+"""One run in several processes.
 
-Every process runs the same program on its own devices and reads its own rows of each batch. They
-share one file system. With a single process all of this does nothing.
+Every process runs the same program on its own devices and reads its own rows of each batch. All
+share one file system, and process 0 writes. With one process these functions do nothing.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ ENVIRONMENT = {
 def settings(
     coordinator: str | None = None, processes: int | None = None, process: int | None = None
 ) -> dict | None:
-    """What `join` takes, before anything is read; None where this process is alone.
+    """Arguments of `join`; None for a single process.
 
-    What is not given comes from `ENVIRONMENT`; where that is empty too, this process is alone.
+    Missing arguments come from the variables in `ENVIRONMENT`.
 
     Args:
       coordinator: 'HOST:PORT' of process 0; 'auto' asks the cluster (Slurm, MPI, Kubernetes).
-      processes: how many there are.
-      process: which of them this is, from 0.
+      processes: number of processes.
+      process: index of this process.
 
     Raises:
-      ValueError: the three do not fit each other.
+      ValueError: the arguments are incomplete or contradict each other.
     """
     coordinator = coordinator or os.environ.get(ENVIRONMENT['coordinator'])
     processes, process = _number('processes', processes), _number('process', process)
@@ -45,14 +45,14 @@ def settings(
     if not re.fullmatch(r'[^\s:]+:\d{1,5}', coordinator or ''):
         raise ValueError(f'--coordinator: got {coordinator}, expected HOST:PORT of process 0')
     if processes is None or processes < 1:
-        raise ValueError(f'--processes: got {processes}, expected how many there are')
+        raise ValueError(f'--processes: got {processes}, expected at least 1')
     if process is None or not 0 <= process < processes:
         raise ValueError(f'--process: got {process}, expected 0 to {processes - 1}')
     return {'coordinator_address': coordinator, 'num_processes': processes, 'process_id': process}
 
 
 def join(given: dict | None):
-    """Joins the other processes by their `settings`, before anything asks for a device."""
+    """Connects to the other processes; call it with `settings` before jax uses a device."""
     if given is not None:
         jax.distributed.initialize(**given)
 
@@ -73,7 +73,7 @@ def first() -> bool:
 
 @contextlib.contextmanager
 def first_alone() -> Iterator[None]:
-    """Process 0 goes through the block first, the others find what it left."""
+    """Context in which process 0 runs before the others, which find its files."""
     if not first():
         meet('first')
     yield
@@ -82,7 +82,7 @@ def first_alone() -> Iterator[None]:
 
 
 def meet(name: str):
-    """Returns when all processes are here."""
+    """Waits until all processes have called this."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -99,7 +99,7 @@ def anyone(flag: bool) -> bool:
 
 
 def fetch(tree):
-    """Numpy arrays of a tree that may lie on devices of several processes."""
+    """Tree as numpy arrays, gathered from the devices of all processes."""
     if jax.process_count() == 1:
         return jax.device_get(tree)
     from jax.experimental import multihost_utils

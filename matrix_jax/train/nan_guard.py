@@ -1,8 +1,8 @@
-"""Updates that are refused because they are not finite: counted, told, and when to give up.
+"""Guard against updates that are not finite.
 
-A step refuses such an update by itself (`state.make_step`), on the device. The host looks at a
-step's metrics only when the next one is on its way: the wait for them costs the device nothing,
-and a run still stops at most one step late.
+The step itself skips such an update on the device (`state.make_step`). The host counts and reports
+them. It reads the metrics of a step only after the next one has started, so that the device never
+waits; a run stops at most one step late.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 
 import jax
 
-MAX_SKIPPED = 3  # refused updates in a row before a run gives up
-SHOWN = 8  # clips of a batch that a message names
+MAX_SKIPPED = 3  # consecutive skipped updates that end a run
+SHOWN = 8  # number of clips that a message names
 
 
 class Diverged(RuntimeError):
@@ -20,11 +20,11 @@ class Diverged(RuntimeError):
 
 
 class NaNGuard:
-    """Watches the steps of a run; `refused` counts the updates that changed nothing.
+    """Watches the steps of a run; `refused` counts the skipped updates.
 
     Args:
-      names: name of a clip by its number in the data, or None.
-      refused: count to start from.
+      names: names of the clips, or None.
+      refused: initial count.
     """
 
     def __init__(self, names=None, refused: int = 0):
@@ -32,21 +32,26 @@ class NaNGuard:
         self._late, self._row = None, []
 
     def watch(self, step: int, clips, metrics):
-        """Takes what step number `step` returned, and looks at the step before it.
+        """Registers step number `step` and checks the step before it.
 
         Args:
-          clips: numbers of the clips of the batch [B], or None.
+          step: number of the step.
+          clips: indices of the clips of the batch [B], or None.
           metrics: dict with loss, grad_norm and skipped, still on the device.
 
         Raises:
-          Diverged: the MAX_SKIPPED-th update in a row was refused.
+          Diverged: MAX_SKIPPED consecutive updates were skipped.
         """
         late, self._late = self._late, (step, clips, metrics)
         if late:
             self._look(*late)
 
     def settle(self):
-        """Looks at the last step too; waits for it."""
+        """Waits for the last step and checks it.
+
+        Raises:
+          Diverged: see `watch`.
+        """
         late, self._late = self._late, None
         if late:
             self._look(*late)

@@ -1,40 +1,41 @@
-"""ODE initialisation: a streaming network learns where the paths of its teacher end.
+"""ODE initialisation: a streaming network learns where the probability-flow paths of a teacher end.
 
-The teacher, which sees clips whole, walks from noise to clean latents in many steps. Of each path
-the points at the student's own levels are kept. The student sees blocks and what came before them,
-each block at a level of its own, and is to name the end of the path (CausVid, arXiv 2412.07772;
-Self-Forcing, arXiv 2506.08009). Teacher and student start as the weights that the run starts from.
+The teacher sees whole clips and solves each path from noise to clean latents in many Euler steps.
+The points at the student's own levels are kept. The block-causal student sees each block at a level
+of its own and predicts the end of the path (CausVid, arXiv 2412.07772; Self-Forcing, arXiv
+2506.08009):
+
+    loss = | (x - sigma v_student) - x_end |^2
+
+Teacher and student both start from the weights of the run.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.data import image_clips, latents
+from matrix_jax.data import cache as caches
+from matrix_jax.data import image_clips
 from matrix_jax.diffusion import flow
 from matrix_jax.parallel import compilation
 from matrix_jax.stream import causal
 from matrix_jax.train.flow_matching import FlowMatching
-from matrix_jax.weights import diffusers_layout
 
-TOGETHER = 8  # paths walked side by side
+TOGETHER = 8  # paths solved in one batch
 
 
 @dataclasses.dataclass(frozen=True)
 class ODEPairs(FlowMatching):
-    """Regression of the ends of the teacher's paths.
+    """Regression on the ends of the teacher's paths.
 
     Attributes:
       points: steps of the teacher between two levels of the student.
-      paths: how many clips a path is walked for; None = for all.
+      paths: number of clips with a path; None = all.
     """
 
     points: int = 12
@@ -42,16 +43,13 @@ class ODEPairs(FlowMatching):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ('points', 'paths'):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f'stage.{name}: got {value}, expected at least 1')
+        self.check_fields(points=(1, None), paths=(1, None))
 
     def loader(self, world, params, data, batch, seed, cache):
         store = image_clips.encode(data, world, params, cache, self.clip_frames)
         count = min(self.paths or len(store), len(store))
-        made = self._walked(world, params, store, count, seed, cache)
-        return image_clips.ClipBatches(store, batch, seed, {'path': made})
+        paths = self._solved(world, params, store, count, seed, cache)
+        return image_clips.ClipBatches(store, batch, seed, {'path': paths})
 
     def example(self, world, batch):
         clip = super().example(world, batch)
@@ -61,33 +59,31 @@ class ODEPairs(FlowMatching):
     def loss(self, world, params, batch, key):
         stream, count = world.cfg.stream, self.blocks(world)
         table, path = causal.step_table(stream, world.cfg.flow), batch['path'].astype(jnp.float32)
-        drawn = jax.random.randint(key, (len(path), count), 0, len(stream.steps))
-        drawn = jnp.repeat(drawn, stream.frames, axis=1)
-        x = jnp.take_along_axis(path, drawn[:, None, :, None, None, None], axis=1)[:, 0]
-        given = self.told(world, self.given(world, params, batch), path[:, -1])
+        step = jax.random.randint(key, (len(path), count), 0, len(stream.steps))
+        step = jnp.repeat(step, stream.frames, axis=1)
+        x = jnp.take_along_axis(path, step[:, None, :, None, None, None], axis=1)[:, 0]
+        cond = self.block_condition(world, self.condition(world, params, batch), path[:, -1])
         v = world.denoise(
-            params, x, jnp.asarray(table.level)[drawn], given, batch['actions'], stream.frames
+            params, x, jnp.asarray(table.level)[step], cond, batch['actions'], stream.frames
         )
-        error = jnp.square(flow.x0_from_v(jnp.asarray(table.sigma)[drawn], x, v) - path[:, -1])
+        error = jnp.square(flow.x0_from_v(jnp.asarray(table.sigma)[step], x, v) - path[:, -1])
         return error.mean(), {}
 
-    def _walked(self, world, params, store, count: int, seed: int, cache):
-        """Paths float16 [M S+1 T H W C] of the first `count` clips of a store, walked once."""
-        about = {
+    def _solved(self, world, params, store, count: int, seed: int, cache):
+        """Paths float16 [M S+1 T H W C] of the first `count` clips of a store; solved only once."""
+        source = {
             'steps': world.cfg.stream.steps,
             'shift': world.cfg.flow.shift,
             'points': self.points,
             'count': count,
             'seed': seed,
             'clips': store.folder.name,
-            'teacher': latents.digest(params['transformer']),
-            'image_encoder': latents.digest(params['image_encoder']),
+            'teacher': caches.params_digest(params['transformer']),
+            'image_encoder': caches.params_digest(params['image_encoder']),
         }
-        name = hashlib.sha256(json.dumps(about).encode()).hexdigest()
-        final = Path(cache) / f'paths-{name[:16]}'
 
-        def walk(params, batch, key):
-            cond = self.given(world, params, batch)
+        def solve(params, batch, key):
+            cond = self.condition(world, params, batch)
             noise = jax.random.normal(key, batch['latents'].shape)
 
             def denoise(x, level):
@@ -95,33 +91,34 @@ class ODEPairs(FlowMatching):
 
             return path(world.cfg.flow, world.cfg.stream.steps, self.points, denoise, noise)
 
-        def fill(part):
+        def fill(folder):
             from tqdm import tqdm
 
             shape = count, len(world.cfg.stream.steps) + 1, *store.latents.shape[1:]
-            made = np.lib.format.open_memmap(part / 'path.npy', 'w+', np.float16, shape)
-            step = compilation.jit(walk)
+            paths = np.lib.format.open_memmap(folder / 'path.npy', 'w+', np.float16, shape)
+            step = compilation.jit(solve)
             for first in tqdm(range(0, count, TOGETHER), desc='paths', unit='batch'):
                 chosen = np.minimum(np.arange(first, first + TOGETHER), count - 1)
                 batch = {name: getattr(store, name)[chosen] for name in image_clips.ARRAYS}
                 key = jax.random.fold_in(jax.random.key(seed), first)
-                made[first : first + TOGETHER] = step(params, batch, key)[: count - first]
-            made.flush()
+                paths[first : first + TOGETHER] = step(params, batch, key)[: count - first]
+            paths.flush()
 
-        if not (final / 'path.npy').exists():
-            os.makedirs(cache, exist_ok=True)
-            diffusers_layout.replace_folder(final, fill)
-        return np.load(final / 'path.npy', mmap_mode='r')
+        folder = Path(cache) / f'paths-{caches.name(source)}'
+        return np.load(caches.build(folder, 'path.npy', fill) / 'path.npy', mmap_mode='r')
 
 
 def path(cfg: flow.Config, steps, points: int, denoise, noise):
-    """A walk from noise [B T H W C] in Euler steps: [B S+1 T H W C], where it was at each of the
-    student's `steps`, and its end.
+    """Solves the probability flow by Euler steps.
 
     Args:
-      steps: S even steps, descending from `cfg.train_steps`.
-      points: Euler steps from one of these to the next, and from the last one to 0.
+      steps: S student levels, descending from `cfg.train_steps`.
+      points: Euler steps between two student levels, and from the last one to 0.
       denoise: `denoise(x, level [B T]) -> v`.
+      noise: start of the path [B T H W C].
+
+    Returns:
+      [B S+1 T H W C]: the points at the student levels, and the end.
     """
     marks = np.append(steps, 0) / cfg.train_steps
     grid = np.linspace(marks[:-1], marks[1:], points + 1, axis=1)
@@ -135,5 +132,5 @@ def path(cfg: flow.Config, steps, points: int, denoise, noise):
     def leg(x, sigmas):
         return jax.lax.scan(advance, x, (sigmas[:-1], sigmas[1:]))[0], x
 
-    end, made = jax.lax.scan(leg, noise, sigmas)
-    return jnp.moveaxis(jnp.concatenate([made, end[None]]), 0, 1)
+    end, starts = jax.lax.scan(leg, noise, sigmas)
+    return jnp.moveaxis(jnp.concatenate([starts, end[None]]), 0, 1)

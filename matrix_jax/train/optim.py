@@ -1,4 +1,8 @@
-"""Optimizers and learning-rate schedules as data."""
+"""Optimizers and learning-rate schedules.
+
+AdamW (arXiv 1711.05101), or Muon (https://kellerjordan.github.io/posts/muon) for kernels with AdamW
+for the other parameters.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +18,17 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW (the published choice) or Muon for kernels with AdamW for the rest.
+    """Settings of an optimizer; AdamW is the published choice.
 
     Attributes:
       kind: 'adamw' or 'muon'.
-      learning_rate: peak rate; with Muon it is the rate of the kernels.
-      adam_rate: rate of the leaves that Muon leaves to Adam.
+      learning_rate: peak learning rate; with Muon, that of the kernels.
+      adam_rate: peak learning rate of the parameters that Muon leaves to AdamW.
       schedule: 'constant', or 'cosine' down to `floor` times the peak at `Train.steps`.
-      warmup: steps of linear rise.
+      warmup: steps of linear increase.
+      floor: see `schedule`.
+      b1, b2, eps, weight_decay: as in optax.
+      clip: largest global norm of the gradient.
     """
 
     kind: Literal['adamw', 'muon'] = 'adamw'
@@ -52,7 +59,7 @@ class Optimizer:
 
 
 def rate(cfg: Optimizer, peak: float, steps: int) -> optax.Schedule:
-    """Learning rate by step."""
+    """Learning-rate schedule with peak `peak` for a run of `steps`."""
     body = (
         optax.constant_schedule(peak)
         if cfg.schedule == 'constant'
@@ -64,13 +71,13 @@ def rate(cfg: Optimizer, peak: float, steps: int) -> optax.Schedule:
 
 
 def make(cfg: Optimizer, steps: int, axes: Mapping[str, tuple[str, ...]]):
-    """Builds the optax chain for a flat dict of leaves.
+    """Builds the optax transformation of a flat dict of leaves.
 
     Args:
       cfg: settings.
-      steps: length of the run (for the schedule).
-      axes: path -> axis letters of the leaf (`conversion.axes`, flattened); a leading 'layers' axis is
-        a batch of matrices for Muon.
+      steps: length of the run.
+      axes: path -> axis letters of the leaf (`conversion.axes`, flattened); for Muon, a leading
+        'layers' axis is a batch of matrices.
     """
     peak = rate(cfg, cfg.learning_rate, steps)
     if cfg.kind == 'adamw':
@@ -78,7 +85,7 @@ def make(cfg: Optimizer, steps: int, axes: Mapping[str, tuple[str, ...]]):
     else:
 
         def dimensions(params):
-            # optax also asks about the tree in which Adam's leaves are masked away.
+            # optax also calls this with a tree in which Adam's leaves are masked.
             return {
                 path: _matrix(path, getattr(leaf, 'ndim', 0), axes.get(path, ()))
                 for path, leaf in params.items()
@@ -98,31 +105,33 @@ def make(cfg: Optimizer, steps: int, axes: Mapping[str, tuple[str, ...]]):
 
 
 def by_turns(members: Mapping[str, optax.GradientTransformation], role):
-    """Several optimizers, each for the leaves of its role; one whose gradients are all zero has no
-    turn and rests, so that its schedule and its moments count its own updates.
+    """One optimizer per role.
+
+    An optimizer whose gradients are all zero keeps its state, so that its schedule and moments
+    count only its own updates.
 
     Args:
       members: role -> optimizer.
       role: path -> role.
     """
 
-    def resting(inner):
+    def skip_zero(inner):
         def update(updates, state, params=None):
             turn = optax.global_norm(updates) != 0
-            made = inner.update(updates, state, params)
-            still = jax.tree.map(jnp.zeros_like, made[0]), state
-            return jax.tree.map(lambda new, old: jnp.where(turn, new, old), made, still)
+            updated = inner.update(updates, state, params)
+            unchanged = jax.tree.map(jnp.zeros_like, updated[0]), state
+            return jax.tree.map(lambda new, old: jnp.where(turn, new, old), updated, unchanged)
 
         return optax.GradientTransformation(inner.init, update)
 
     return optax.multi_transform(
-        {name: resting(inner) for name, inner in members.items()},
+        {name: skip_zero(inner) for name, inner in members.items()},
         lambda params: {path: role(path) for path in params},
     )
 
 
 def _matrix(path: str, ndim: int, letters: tuple[str, ...]):
-    """Muon treats kernels as matrices: all input axes against the last one; None means Adam."""
+    """Kernels as matrices for Muon, all input axes against the last one; None means Adam."""
     start = 1 if letters[:1] == ('layers',) else 0
     if not path.endswith('kernel') or ndim - start < 2:
         return None

@@ -1,7 +1,8 @@
-"""One update of a stage as one compiled program on a mesh: what the loop runs and a dry run weighs.
+"""One update of a stage as a compiled program on a mesh, for the training loop and for dry runs.
 
-Student, average and optimizer state lie alike: split by the letters of the weight tables over fsdp
-and tensor. The batch is split over data and fsdp, the video tokens over seq.
+Parameters, their average and the optimizer state have the same shardings: over fsdp and tensor, by
+the axis letters of the weight tables. The batch is sharded over data and fsdp, video tokens over
+seq.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ class TrainProgram(NamedTuple):
 
     Attributes:
       mesh: the mesh.
-      examples: examples per update, of all processes and all accumulated batches.
-      share: (index, count) of the equal parts of these that this process reads.
+      examples: examples per update, over all processes and accumulated batches.
+      share: (index, count) of the equal part of these that this process reads.
       places: shardings of the state.
       start: `start(params) -> state`, pure.
-      init: `init(params) -> state` on the mesh, from arrays of the host.
-      put: `put(rows of a batch) -> batch` on the mesh.
-      step: `step(state, batch) -> (state, metrics)`; the state is donated.
+      init: `init(params) -> state` on the mesh, from host arrays.
+      put: `put(batch rows of this process) -> batch` on the mesh.
+      step: `step(state, batch) -> (state, metrics)`; donates the state.
       update: `step` before compilation.
       lower: `lower(state, batch)` lowers `step` for arrays or ShapeDtypeStructs.
     """
@@ -47,15 +48,15 @@ class TrainProgram(NamedTuple):
 
 
 def build(run, world, params: Mapping) -> TrainProgram:
-    """The program of a run.
+    """Builds the program of a run.
 
     Args:
       run: the recipe (`config.Run`).
-      world: the World whose parts train.
+      world: the world whose components train.
       params: parameters by component, or their ShapeDtypeStructs.
 
     Raises:
-      ValueError: the batch does not divide over the mesh, or the mesh not over the devices.
+      ValueError: the batch does not divide by the mesh, or the mesh does not fit the devices.
     """
     stage, train = run.stage, run.train
     check(run)
@@ -121,7 +122,7 @@ def check(run):
 
 
 def _share(split, examples: int) -> tuple[int, int]:
-    """(index, count) of the equal parts of a batch of which this process holds one."""
+    """(index, count): this process holds part `index` of `count` equal parts of a batch."""
     spans = [
         index[0].indices(examples)[:2]
         for index in split.addressable_devices_indices_map((examples,)).values()

@@ -1,4 +1,4 @@
-"""Scalars of a run as a TensorBoard event file."""
+"""Scalars of a run in a TensorBoard event file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,14 @@ from collections.abc import Mapping
 
 
 class Scalars:
-    """Writes scalars to a new event file in `folder`, each time through to the disk.
+    """Writes scalars to a new event file in `folder`, flushing each time.
 
-    Without tensorboardX's own writer: its thread ends at the first write that fails, and then a run
-    on a full disk waits for it forever. A run goes on without its scalars. Of several processes
-    one writes; the others are not `active`.
+    A failed write is reported once and the run continues. (tensorboardX's own writer thread ends at
+    a failed write, after which a run on a full disk would wait forever.)
+
+    Args:
+      folder: folder of the run.
+      active: False for processes that must not write.
     """
 
     def __init__(self, folder: str, active: bool = True):
@@ -46,7 +49,7 @@ class Scalars:
             self.failed = True
 
     def close(self):
-        """Gives up the file."""
+        """Closes the file."""
         if self._writer is not None:
             with contextlib.suppress(OSError):
                 self._writer.close()

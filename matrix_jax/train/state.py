@@ -1,8 +1,8 @@
-"""Training state by role, and the one update step.
+"""Training state and the update step.
 
-A stage gives a loss over the whole parameter tree and says which leaves train. The state keeps the
-two kinds apart as flat dicts ('component/path/leaf' -> array), so that frozen weights cost neither
-gradients nor optimizer memory, and a role more (a teacher, a critic) is one more dict.
+A stage defines a loss over the whole parameter tree and which leaves train. The state keeps trained
+and frozen leaves in separate flat dicts ('component/path/leaf' -> array), so that frozen weights
+cost neither gradients nor optimizer memory.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from matrix_jax.weights.conversion import flatten, unflatten
 
 @struct.dataclass
 class TrainState:
-    """Everything that a run needs in order to go on exactly.
+    """All that a run needs to resume exactly.
 
     Attributes:
       step: int32 [], updates tried so far.
-      skipped: int32 [], updates in a row that were refused because they were not finite.
+      skipped: int32 [], number of consecutive updates refused because they were not finite.
       student: flat dict of trained leaves, float32.
-      ema: flat dict like `student`; what is evaluated and exported.
+      ema: moving average of `student`; the exported weights.
       frozen: flat dict of leaves that the loss reads and nothing updates.
       opt: optimizer state of `student`.
-      key: uint32 [2], raw key of the run; a step folds in its index.
+      key: uint32 [2], raw PRNG key of the run; each step folds in its index.
     """
 
     step: jax.Array
@@ -67,10 +67,10 @@ def init(params: Mapping, trainable: Callable[[str], bool], tx, seed: int) -> Tr
 
 
 def shardings(state, axes: Mapping[str, tuple[str, ...]], mesh):
-    """Where the leaves of a state lie: those under a path of `axes` as its letters say.
+    """Shardings of the leaves of a state.
 
-    The optimizer keeps its moments under the paths of the leaves that they belong to, so they lie
-    beside them. What has no letters lies whole on every device.
+    Optimizer moments are keyed by the paths of their leaves and share their shardings. Leaves
+    without axis letters are replicated.
 
     Args:
       state: tree of arrays or ShapeDtypeStructs.
@@ -89,7 +89,7 @@ def shardings(state, axes: Mapping[str, tuple[str, ...]], mesh):
 
 
 def merged(state: TrainState, role: str = 'ema') -> dict:
-    """The whole parameter tree with the trained leaves of `role` ('student' or 'ema')."""
+    """Whole parameter tree with the trained leaves of `role` ('student' or 'ema')."""
     return unflatten({**state.frozen, **getattr(state, role)})
 
 
@@ -99,13 +99,12 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
     Args:
       loss: `loss(params, batch, key) -> (scalar, metrics dict)`.
       tx: optax transformation.
-      ema_decay: decay of the running average; it is ramped up as (1+step)/(10+step) at first.
-      accumulate: parts that a batch is worked off in, one after the other. Loss and gradients are
-        the means over the parts. Each part has a key of its own, so a loss that draws noise draws
-        other noise than for the batch in one go; what it draws is as random.
+      ema_decay: decay of the average; at most (1 + step) / (10 + step).
+      accumulate: number of parts that a batch is processed in. Loss and gradients are means over
+        the parts; each part has its own key.
 
-    A step whose loss or gradient is not finite leaves parameters, average and optimizer untouched
-    and counts in `skipped`.
+    A step whose loss or gradient is not finite changes no parameters, average or optimizer state,
+    and increments `skipped`.
     """
 
     def step(state: TrainState, batch):
@@ -145,7 +144,7 @@ def _accumulated(gradient, batch, key, parts: int):
     """Mean of `gradient(part of the batch, key of the part)` over the parts."""
     if parts == 1:
         return gradient(batch, key)
-    # Part a takes the examples a, a + parts, ...: every device keeps to those that it holds.
+    # Part a takes the examples a, a + parts, ..., so no example moves between devices.
     split = jax.tree.map(lambda leaf: rearrange(leaf, '(b a) ... -> a b ...', a=parts), batch)
     keys = jax.random.split(key, parts)
 

@@ -1,8 +1,8 @@
-"""Stage 3, Swin-DPM: the denoising loss at the grouped levels that the stream will visit.
+"""Stage 3, Swin-DPM (arXiv 2412.03568): the denoising loss at the noise levels of the stream.
 
-Level of frame f in group g: u + g * 1000/G with one u per sample; the condition frames stay near
-level 0 and do not count (reference section 6). Two additions against drift, both told to the
-network or paired with clean targets: condition noise, and error recycling on the condition frames.
+A frame of group g of G has level u + g * 1000/G, with one u per sample; the condition frames stay
+near level 0 and do not count. Two additions reduce drift: noise on the condition frames, whose
+level the network is given, and recycled prediction errors on them, with clean targets.
 """
 
 from __future__ import annotations
@@ -12,15 +12,19 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from matrix_jax.diffusion import schedules
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import Denoising, denoise_loss
 
 
 def grouped_levels(u, groups: int, group_frames: int, context, train_steps: int = 1000):
-    """Levels [B T] of a window: `context` levels [B T_c], then u + g * train_steps / groups.
+    """Levels int32 [B T] of a window: `context`, then u + g * train_steps / groups.
 
     Args:
       u: int32 [B], 0 <= u < train_steps / groups.
+      groups, group_frames: groups of the window, and latent frames in each.
+      context: levels [B C] of the condition frames.
+      train_steps: levels of the schedule.
     """
     offsets = jnp.repeat(jnp.arange(groups) * (train_steps // groups), group_frames)
     return jnp.concatenate([context, u[:, None] + offsets[None]], axis=1).astype(jnp.int32)
@@ -28,18 +32,17 @@ def grouped_levels(u, groups: int, group_frames: int, context, train_steps: int 
 
 @dataclasses.dataclass(frozen=True)
 class SwinDPM(Denoising):
-    """Grouped-level denoising on pre-encoded latents.
+    """Denoising of windows at grouped levels, on encoded latents; the defaults are published.
 
     Attributes:
-      uniform: share of samples with one level, 0 to 999, in all frames but the condition. There no
-        cleaner frame gives the motion away: it must be read off the controls. 0 switches it off
-        (reference).
-      condition_noise: highest level of the noise on condition frames, told to the network;
-        half of the samples get level 0. 0 switches it off (reference).
-      recycle: scale of one-step prediction errors that are put back on the condition frames of
-        half of the samples, targets staying clean. 0 switches it off (reference).
-      late_binding: share of samples whose noisiest slots hold the control of the stream's entry
-        slot, as in play, where later controls are not known yet. 0 switches it off (reference).
+      uniform: share of samples with one level, 0 to 999, in all frames but the condition. No
+        cleaner frame then reveals the motion, so the network must read it from the controls.
+      condition_noise: highest noise level of the condition frames, which the network is given;
+        half of the samples have level 0.
+      recycle: scale of one-step prediction errors added to the condition frames of half of the
+        samples, with clean targets.
+      late_binding: share of samples whose noisiest slots repeat the control of the binding slot, as
+        in play, where later controls are not known yet.
     """
 
     uniform: float = 0.0
@@ -49,40 +52,36 @@ class SwinDPM(Denoising):
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_shares('late_binding', 'uniform')
-        if not 0 <= self.condition_noise < 250:
-            raise ValueError(
-                f'stage.condition_noise: got {self.condition_noise}, expected 0 to 249'
-            )
-        if not 0 <= self.recycle <= 4:
-            raise ValueError(f'stage.recycle: got {self.recycle}, expected 0 to 4')
+        self.check_fields(
+            late_binding=(0, 1), uniform=(0, 1), condition_noise=(0, 249), recycle=(0, 4)
+        )
 
     def lengths(self, world):
-        stream, made = world.cfg.stream, super().lengths(world)
-        for frames, length in zip(self.clip_frames, made):
+        stream, lengths = world.cfg.stream, super().lengths(world)
+        for frames, length in zip(self.clip_frames, lengths):
             if length <= stream.context or (length - stream.context) % stream.groups:
                 raise ValueError(
                     f'stage.clip_frames: got {frames}, which is {length} latent '
                     f'frames, expected context = {stream.context} and a multiple '
                     f'of groups = {stream.groups}'
                 )
-        return made
+        return lengths
 
     def loss(self, world, params, batch, key):
         keys, schedule = jax.random.split(key, 9), world.schedule
         clean = batch['latents'].astype(jnp.float32)
-        stream = world.cfg.stream  # with groups as wide as this batch has them
+        stream = world.cfg.stream  # with the group width of this batch
         width = (clean.shape[1] - stream.context) // stream.groups
         stream = dataclasses.replace(stream, group_frames=width)
         size, context = clean.shape[0], stream.context
         late = jax.random.uniform(keys[7], (size, 1)) < self.late_binding
-        controls = jnp.where(late, played(stream, batch['controls']), batch['controls'])
+        controls = jnp.where(late, controls_in_play(stream, batch['controls']), batch['controls'])
         text, control = self.conditions(world, params, batch['ids'], controls, keys[:2])
         u = jax.random.randint(keys[2], (size,), 0, 1000 // stream.groups)
-        told = jax.random.randint(keys[3], (size, 1), 0, self.condition_noise + 1)
-        told = jnp.where(jax.random.uniform(keys[4], (size, 1)) < 0.5, 0, told)
-        told = jnp.broadcast_to(told, (size, context))
-        levels = grouped_levels(u, stream.groups, stream.group_frames, told)
+        condition = jax.random.randint(keys[3], (size, 1), 0, self.condition_noise + 1)
+        condition = jnp.where(jax.random.uniform(keys[4], (size, 1)) < 0.5, 0, condition)
+        condition = jnp.broadcast_to(condition, (size, context))
+        levels = grouped_levels(u, stream.groups, stream.group_frames, condition)
         if self.uniform:
             draws = jax.random.split(keys[8])
             one = jax.random.uniform(draws[0], (size, 1)) < self.uniform
@@ -94,17 +93,16 @@ class SwinDPM(Denoising):
         def denoise(noisy, levels):
             return world.denoise(params, noisy, levels, text, control)
 
-        seen = clean
+        inputs = clean
         if self.recycle:
-            seen = self._recycled(schedule, denoise, clean, noise, levels, context, keys[6])
-        loss, aux = denoise_loss(schedule, denoise, clean, noise, levels, counted, seen)
+            inputs = self._recycled(schedule, denoise, clean, noise, levels, context, keys[6])
+        loss, aux = denoise_loss(schedule, denoise, clean, noise, levels, counted, inputs)
         groups = jnp.square(aux['v'] - aux['target'])[:, context:].mean(axis=(0, 2, 3, 4))
         groups = groups.reshape(stream.groups, -1).mean(axis=1)
         return loss, {f'v_loss_{g}': groups[g] for g in range(stream.groups)}
 
     def _recycled(self, schedule, denoise, clean, noise, levels, context, key):
-        """Clean latents whose condition frames carry errors that the network itself makes."""
-        from matrix_jax.diffusion import schedules
+        """Clean latents whose condition frames carry prediction errors of the network itself."""
 
         noisy = schedules.add_noise(schedule, clean, noise, levels)
         x0 = schedules.x0_from_v(schedule, noisy, denoise(noisy, levels), levels)
@@ -118,7 +116,7 @@ class SwinDPM(Denoising):
         return clean.at[:, :context].add(scale * error)
 
 
-def played(stream, controls):
-    """Controls [B T] of a window as a stream has them when its newest control is the last known."""
+def controls_in_play(stream, controls):
+    """Controls [B T] of a window as in play: slots after the binding slot repeat its control."""
     newest = controls[:, stream.binding_slot : stream.binding_slot + stream.group_frames]
-    return swin.bind(stream, controls[:, : stream.remembered], newest)
+    return swin.bind(stream, controls[:, : stream.known_controls], newest)

@@ -1,7 +1,9 @@
-"""Stage 0: the video autoencoder of a bundled world, trained from scratch.
+"""Stage 0: trains the video autoencoder of a bundled world from scratch.
 
-Clips go through encoder and *streaming* decoder exactly as they will be used, so that where norms
-see a chunk, their statistics are the trained ones.
+Clips pass the encoder and the *streaming* decoder as in use, because norms that see one chunk at a
+time have other statistics than norms over a whole clip.
+
+    loss = |e| + 2 e^2 + edges |grad e| + kl KL(N(mean, var) || N(0, 1)),   e = decoded - clip
 """
 
 from __future__ import annotations
@@ -14,19 +16,19 @@ import numpy as np
 
 from matrix_jax import vae
 from matrix_jax.parallel import compilation
-from matrix_jax.train.stage import Stage
+from matrix_jax.train.stage import Stage, example_batch
 
 
 @dataclasses.dataclass(frozen=True)
 class Autoencode(Stage):
-    """Reconstruction + gradient-domain term + weak KL.
+    """Reconstruction, spatial gradients and a weak KL divergence.
 
     Attributes:
-      frames: clip length F = 1 + 4k.
+      frames: clip length F = 1 + 8k.
       kl: weight of the KL divergence to N(0, 1), per latent element.
-      edges: weight of the L1 difference of spatial gradients.
-      train_encoder: whether the encoder trains too. If not, latents stay the ones that a stream
-        has learned.
+      edges: weight of the L1 error of spatial gradients.
+      train_encoder: whether the encoder trains too; if not, latents keep their meaning for a
+        trained stream.
     """
 
     frames: int = 9
@@ -53,8 +55,8 @@ class Autoencode(Stage):
         return Loader(data, self.frames, batch, seed, mirror=0.5 if world.cfg.mirror else 0.0)
 
     def example(self, world, batch):
-        shape = batch, self.frames, world.cfg.height, world.cfg.width, 3
-        return {'frames': jax.ShapeDtypeStruct(shape, jnp.uint8)}
+        size = world.cfg.height, world.cfg.width
+        return example_batch(batch, frames=('uint8', self.frames, *size, 3))
 
     def loss(self, world, params, batch, key):
         cfg = world.cfg.vae
@@ -72,7 +74,7 @@ class Autoencode(Stage):
         return loss, {'psnr': psnr, 'kl': kl, 'latent_std': jnp.std(mean)}
 
     def finish(self, world, params, loader):
-        """Gives each latent channel mean 0 and deviation 1, as the noise schedule expects."""
+        """Scales each latent channel to mean 0 and deviation 1, as the noise schedule expects."""
         if not self.train_encoder:
             return world, params
         cfg = world.cfg.vae

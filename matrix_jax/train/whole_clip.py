@@ -1,9 +1,9 @@
-"""Stages 1 and 2: denoising of whole clips, all frames at one level, none of them a condition.
+"""Stages 1 and 2 (arXiv 2412.03568): denoising of whole clips, without condition frames.
 
-Level of a sample: t uniform in 0 .. 999 for all of its frames, all of which count (reference,
-section 6). The base model of a bundled world trains as a whole (`WholeClip`); on a released one,
-stage 1 adapts the attention to the domain by LoRA, without control (`LoRA`), and stage 2 adds the
-control path and trains nothing else (`ControlSFT`).
+Each sample has one level t, uniform in 0 .. 999; all frames count. The base model of a bundled
+world trains completely (`WholeClip`). From a released model, stage 1 adapts the attention to the
+domain by LoRA, without control (`LoRA`), and stage 2 adds the control path and trains only that
+(`ControlSFT`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matrix_jax.weights import conversion
 
 @dataclasses.dataclass(frozen=True)
 class WholeClip(Denoising):
-    """Denoising of whole clips; everything trains."""
+    """Denoising of whole clips; the whole transformer trains."""
 
     clip_frames: tuple[int, ...] = (65,)
 
@@ -42,7 +42,7 @@ class WholeClip(Denoising):
 
 @dataclasses.dataclass(frozen=True)
 class ControlSFT(WholeClip):
-    """Stage 2: only the control path trains, from a model that it does not change at first."""
+    """Stage 2: only the control path trains; it starts as the identity."""
 
     clip_frames: tuple[int, ...] = (21, 65)
 
@@ -55,17 +55,17 @@ class ControlSFT(WholeClip):
 
 @dataclasses.dataclass(frozen=True)
 class LoRA(WholeClip):
-    """Stage 1: low-rank updates of the attention train, under text alone.
+    """Stage 1: low-rank updates of the attention train on text alone (LoRA, arXiv 2106.09685).
 
-    What is exported is the merged model, and the adapter beside it as `nn.lora.FILE`.
+    Exports the merged model, and the adapter beside it as `nn.lora.FILE`.
 
     Attributes:
-      rank: r of the adapter.
-      alpha: its update is scaled by alpha / rank.
+      rank: rank r of the adapter.
+      alpha: the update is scaled by alpha / rank.
     """
 
     clip_frames: tuple[int, ...] = (17, 33, 65)
-    control_dropout: float = 1.0  # a network with control blocks sees the null control
+    control_dropout: float = 1.0  # control blocks, if any, see the null control
     rank: int = 256
     alpha: float = 256.0
 
@@ -76,8 +76,7 @@ class LoRA(WholeClip):
                 'stage.train_encoders: got True, expected False (an adapter changes '
                 'the transformer alone)'
             )
-        if self.rank < 1:
-            raise ValueError(f'stage.rank: got {self.rank}, expected at least 1')
+        self.check_fields(rank=(1, None))
         if not 0 < self.alpha < float('inf'):
             raise ValueError(f'stage.alpha: got {self.alpha}, expected a number above 0')
 
@@ -104,5 +103,5 @@ class LoRA(WholeClip):
 
 
 def _merged(params):
-    """The same parameters with the adapter in the transformer's weights."""
+    """Parameters with the adapter merged into the transformer."""
     return {**params, 'transformer': lora.merge(params['transformer'], params['lora'])}

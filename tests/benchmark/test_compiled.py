@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from matrix_jax import config, recipes, worlds
 from matrix_jax.benchmark import compiled, int8, roofline, roofline_cogvideox, roofline_wan
 from matrix_jax.benchmark import target as targets
-from matrix_jax.nn import conv3d
+from matrix_jax.nn import conv3d, conv_cpu
 from matrix_jax.parallel import sharding
 from matrix_jax.train import dry_run
 from matrix_jax.vae import cogvideox, wan
@@ -236,7 +236,7 @@ def test_rows_that_devices_send_are_those_of_the_program(net, count, cfg, latent
     """Of a step that continues a stream; where rows do not divide as well."""
     cfg = dataclasses.replace(cfg, dtype=dtype)
     given = jax.ShapeDtypeStruct((1, latents, 12, 3, cfg.latent_channels), 'float32')
-    with jax.set_mesh(sharding.make_mesh(config.Mesh(seq=parts))), conv3d.native():
+    with jax.set_mesh(sharding.make_mesh(config.Mesh(seq=parts))), conv_cpu.disabled():
         cache, _ = jax.eval_shape(partial(net.prefill, cfg), net.shapes(cfg), given)
         traced = jax.make_jaxpr(partial(net.step, cfg))(net.shapes(cfg), cache, given)
     assert sent_by(traced.jaxpr) == count.bordered(cfg, latents, 12, 3, parts) > 0
@@ -282,8 +282,8 @@ def test_a_loop_within_a_loop_of_one_turn_counts():
 
 @pytest.mark.parametrize(
     'function, taps',
-    [(conv3d.conv3d, (3, 3, 3)), (conv3d.doubled2d, (3, 3))],
-    ids=['conv3d', 'doubled2d'],
+    [(conv3d.conv3d, (3, 3, 3)), (conv3d.upsample_conv2d, (3, 3))],
+    ids=['conv3d', 'upsample_conv2d'],
 )
 def test_a_count_takes_no_detour_of_the_cpu(function, taps):
     """There float32 of many channels is convolved with fewer multiplies; what counts is the plain

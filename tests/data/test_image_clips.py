@@ -62,7 +62,7 @@ def test_clips_are_cut_encoded_and_turned(recorded, tmp_path):
     np.testing.assert_array_equal(store.latents[1, :, 0, :, 0], [[0, 12], [0, 16], [0, 20]])
     np.testing.assert_array_equal(store.actions[2, 3], [1, 0, 0, 1, 27, 1])
     np.testing.assert_array_equal(store.actions[1, 3], [1, 0, 1, 0, 15, -1])  # D is A there
-    assert store.picture[2].max() == 24 and store.told.shape == (4, 3, 1, 2, 1)
+    assert store.picture[2].max() == 24 and store.condition.shape == (4, 3, 1, 2, 1)
     calls = World.calls
     image_clips.encode(recorded, World(), PARAMS, tmp_path / 'cache', 9)
     assert World.calls == calls
@@ -95,7 +95,7 @@ def test_what_cannot_be_used_is_named(recorded, tmp_path):
         dumb / f'train-0{records.SUFFIX}',
         iter([clip(0, 9, keyboard=unknown['keyboard'], mouse=unknown['mouse'])]),
     )
-    with pytest.raises(records.RecordError, match='without keys without mouse'):
+    with pytest.raises(records.RecordError, match='without keyboard and mouse'):
         image_clips.encode(dumb, World(), PARAMS, tmp_path / 'cache', 9)
     with pytest.raises(ValueError, match='world.mode: got keys'):
         image_clips.columns(KeyboardMouseVocabulary('templerun'))

@@ -207,7 +207,7 @@ def test_a_mixture_resumes_exactly_and_refuses_another(recorded, footage, tmp_pa
         batch = next(fresh)
         assert list(zip(batch['clip'], batch['controls'][:, 0], strict=True)) == one
     _, other = drawn(store, 0, labelled=0.5, label_share=0.5)
-    with pytest.raises(ValueError, match='the state has labelled 0.25, here it is 0.5'):
+    with pytest.raises(ValueError, match='the state has labelled 0.25, expected 0.5'):
         other.restore(again.state())
 
 

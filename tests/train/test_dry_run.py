@@ -12,7 +12,7 @@ import pytest
 
 from matrix_jax import recipes, worlds
 from matrix_jax.cli.parser import main_guard
-from matrix_jax.dit.cogvideox import Control, DiT, shapes
+from matrix_jax.dit.cogvideox import CogVideoXTransformer, ControlConfig, shapes
 from matrix_jax.train import dry_run
 from matrix_jax.weights import conversion
 
@@ -52,7 +52,7 @@ def test_rematerialisation_costs_what_it_recomputes():
         )
 
         def loss(params, *given):
-            return DiT(cfg).apply({'params': params}, *given).sum()
+            return CogVideoXTransformer(cfg).apply({'params': params}, *given).sum()
 
         return dry_run.flops(jax.grad(loss), shapes(cfg), latents, text, level, control)
 
@@ -62,7 +62,9 @@ def test_rematerialisation_costs_what_it_recomputes():
 
 def test_the_report_says_what_a_device_holds(monkeypatch):
     run = recipes.load('the_matrix:TINY_CONTROL', ['--train.batch', '8', '--mesh.fsdp', '8'])
-    net = dataclasses.replace(run.world.dit, layers=2, control=Control(dim=16, start=0, end=2))
+    net = dataclasses.replace(
+        run.world.dit, layers=2, control=ControlConfig(dim=16, start=0, end=2)
+    )
     run = dataclasses.replace(run, world=dataclasses.replace(run.world, dit=net))
     monkeypatch.setattr(dry_run, 'MIB', 1)
     lines = dry_run.report(run).splitlines()
@@ -97,7 +99,7 @@ def test_the_report_says_what_a_device_holds(monkeypatch):
         (['--mesh.seq', '16', '--dry-run'], 'seq=16 = 16 devices, expected at most 8'),
         (['--data', '.', '--processes', '2'], '--coordinator: got None, expected HOST:PORT'),
         (['--data', '.', '--coordinator', 'here'], '--coordinator: got here, expected HOST:PORT'),
-        (['--data', '.', '--coordinator', 'here:1'], '--processes: got None, expected how many'),
+        (['--data', '.', '--coordinator', 'here:1'], '--processes: got None, expected at least 1'),
         (
             ['--data', '.', '--coordinator', 'here:1', '--processes', '2', '--process', '2'],
             '--process: got 2, expected 0 to 1',

@@ -202,7 +202,7 @@ def test_paths_are_walked_once_for_the_first_clips(toy, tmp_path):
     world, params, batch = toy
     stage = ODEPairs(clip_frames=21, points=2, paths=1)
     store = types.SimpleNamespace(**batch, folder=tmp_path / 'clips')
-    made = stage._walked(world, params, store, 1, 0, tmp_path / 'cache')
+    made = stage._solved(world, params, store, 1, 0, tmp_path / 'cache')
     assert made.shape == (1, 3, 6, 2, 2, 3) and made.dtype == np.float16
     key = jax.random.fold_in(jax.random.key(0), 0)
     noise = jax.random.normal(key, (8, 6, 2, 2, 3))[:1]
@@ -215,7 +215,7 @@ def test_paths_are_walked_once_for_the_first_clips(toy, tmp_path):
 
     end = flow.sample(world.cfg.flow, 4, denoise, params, noise)
     np.testing.assert_allclose(made[:, -1], end, atol=2e-3)
-    assert made is not stage._walked(
+    assert made is not stage._solved(
         types.SimpleNamespace(cfg=world.cfg), params, store, 1, 0, tmp_path / 'cache'
     )
 

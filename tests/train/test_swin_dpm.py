@@ -9,7 +9,7 @@ from matrix_jax import recipes
 from matrix_jax.diffusion import schedules
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import denoise_loss
-from matrix_jax.train.swin_dpm import SwinDPM, grouped_levels, played
+from matrix_jax.train.swin_dpm import SwinDPM, controls_in_play, grouped_levels
 from matrix_jax.train.vae import Autoencode
 
 SCHEDULE = schedules.make(schedules.SchedulerConfig())
@@ -90,9 +90,9 @@ def test_wrong_settings_are_named(make, said):
 def test_late_binding_holds_the_control_of_the_entry_slot():
     controls = jnp.arange(9)[None]
     stream = swin.Config(groups=4, group_frames=2, context=1, control_binding='early', head_group=1)
-    np.testing.assert_array_equal(played(stream, controls), [[0, 1, 2, 3, 4, 4, 4, 4, 4]])
+    np.testing.assert_array_equal(controls_in_play(stream, controls), [[0, 1, 2, 3, 4, 4, 4, 4, 4]])
     tail = swin.Config(groups=4, group_frames=2, context=1)
-    np.testing.assert_array_equal(played(tail, controls), controls)
+    np.testing.assert_array_equal(controls_in_play(tail, controls), controls)
 
 
 def test_groups_are_as_wide_as_the_batch():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import repeat
 
-from matrix_jax.nn import conv3d, winograd
+from matrix_jax.nn import conv3d, conv_cpu
 
 # Frames, height, width, channels in and out: decoders of the bundled and the middle-sized worlds.
 SIZES = (
@@ -28,7 +28,7 @@ SIZES = (
 
 def plain3d(x, kernel):
     """The taps stacked on the channels."""
-    with mock.patch.object(winograd, 'best', lambda frames: 1):
+    with mock.patch.object(conv_cpu, 'best_tile', lambda frames: 1):
         return conv3d.conv3d(x, kernel)
 
 
@@ -86,7 +86,7 @@ def main():
         ]
         errors = [error(jax.jit(way)(x, kernel), wanted) for way in ways]
         print(
-            f'| {frames} x {height}x{width}, {inputs} to {outputs}, m = {winograd.best(frames)} '
+            f'| {frames} x {height}x{width}, {inputs} to {outputs}, m = {conv_cpu.best_tile(frames)} '
             f'| {" | ".join(f"{one:.1f}" for one in times)} '
             f'| {" | ".join(f"{one:.0e}" for one in errors)} |',
             flush=True,
@@ -94,7 +94,7 @@ def main():
     for frames, height, width, inputs, outputs in SIZES[:-1]:
         x = draw((1, frames, height, width, inputs)).astype(np.float32)
         kernel = (draw((3, 3, inputs, outputs)) / np.sqrt(9 * inputs)).astype(np.float32)
-        ways = plain2d, conv3d.doubled2d
+        ways = plain2d, conv3d.upsample_conv2d
         times = [
             milliseconds(turn(way), x, kernel) for turn in (lambda way: way, both) for way in ways
         ]

@@ -2,7 +2,7 @@
 
     python -m matrix_jax.benchmark.scripts.torch_cogvideox FOLDER
 
-FOLDER holds transformer/ and vae/ in the released layout, spec.json (what to run) and given.npz
+FOLDER holds transformer/ and vae/ in the diffusers layout, spec.json (what to run) and given.npz
 (inputs whose outputs are compared). Writes results.json and made.npz into it.
 """
 
