@@ -37,7 +37,8 @@ POLYGONS = {  # keys that are drawn as polygons: their points
     '\u25bc': ((0.5, 0.74), (0.78, 0.3), (0.22, 0.3)),
     '\u25b6': ((0.74, 0.5), (0.3, 0.22), (0.3, 0.78)),
 }
-LIT, DARK, EDGE = (255, 214, 10, 245), (20, 20, 20, 130), (255, 255, 255, 200)
+LIT, DARK = (255, 214, 10, 245), (20, 20, 20, 130)  # RGBA of pressed and other keys
+EDGE, FAINT = (255, 255, 255, 200), (255, 255, 255, 170)
 
 
 class KeyOverlay(NamedTuple):
@@ -223,45 +224,28 @@ def _drawn(overlay: KeyOverlay, cell: int) -> np.ndarray:
     big, columns = 4 * cell, 3 if overlay.mouse is None else 5
     image = Image.new('RGBA', (columns * big, 2 * big))
     draw = ImageDraw.Draw(image)
+    line, margin = max(1, big // 24), big * 0.06
     for key, row, column in overlay.layout:
-        box = [
-            column * big + big * 0.06,
-            row * big + big * 0.06,
-            (column + 1) * big - big * 0.06,
-            (row + 1) * big - big * 0.06,
-        ]
-        face, ink = (
-            (LIT, (20, 20, 20, 255)) if key in overlay.pressed else (DARK, (255, 255, 255, 170))
-        )
-        draw.rounded_rectangle(
-            box, radius=big * 0.18, fill=face, outline=EDGE, width=max(1, big // 24)
-        )
+        pressed = key in overlay.pressed
+        ink = (20, 20, 20, 255) if pressed else FAINT
+        left, top = column * big, row * big
+        box = [left + margin, top + margin, left + big - margin, top + big - margin]
+        fill = LIT if pressed else DARK
+        draw.rounded_rectangle(box, radius=big * 0.18, fill=fill, outline=EDGE, width=line)
         if key in POLYGONS:
-            draw.polygon(
-                [((column + x) * big, (row + y) * big) for x, y in POLYGONS[key]], fill=ink
-            )
+            points = [((column + x) * big, (row + y) * big) for x, y in POLYGONS[key]]
+            draw.polygon(points, fill=ink)
         else:
-            draw.text(
-                ((column + 0.5) * big, (row + 0.5) * big),
-                key,
-                fill=ink,
-                anchor='mm',
-                font=ImageFont.load_default(big * 0.55),
-            )
+            font, middle = ImageFont.load_default(big * 0.55), (column + 0.5) * big
+            draw.text((middle, (row + 0.5) * big), key, fill=ink, anchor='mm', font=font)
     if overlay.mouse is not None:
         # A joystick knob that leans in the direction of the turn, already for small movements.
         up, right = (math.tanh(6 * one) for one in overlay.mouse)
-        x, y = (4.05 + 0.55 * right) * big, (1 - 0.55 * up) * big
-        draw.ellipse(
-            [3.15 * big, 0.1 * big, 4.95 * big, 1.9 * big],
-            fill=DARK,
-            outline=EDGE,
-            width=max(1, big // 24),
-        )
-        draw.ellipse(
-            [x - 0.28 * big, y - 0.28 * big, x + 0.28 * big, y + 0.28 * big],
-            fill=LIT if up or right else (255, 255, 255, 170),
-        )
+        x, y, size = (4.05 + 0.55 * right) * big, (1 - 0.55 * up) * big, 0.28 * big
+        base = [3.15 * big, 0.1 * big, 4.95 * big, 1.9 * big]
+        draw.ellipse(base, fill=DARK, outline=EDGE, width=line)
+        fill = LIT if up or right else FAINT
+        draw.ellipse([x - size, y - size, x + size, y + size], fill=fill)
     return np.asarray(image.resize((columns * cell, 2 * cell), Image.Resampling.LANCZOS))
 
 

@@ -215,7 +215,7 @@ def test_the_folder_of_a_run_is_not_its_weights(folder, tmp_path):
     with pytest.raises(
         CheckpointError,
         match=f'{run} is the folder of a training run; it has none '
-        'yet: start the same training again',
+        'yet: repeat the training command',
     ):
         diffusers_layout.resolve(run)
     diffusers_layout.write_component(run / 'weights', 'transformer', CONFIG, TENSORS)
@@ -243,6 +243,6 @@ def test_hub(folder, monkeypatch):
 
 def test_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv('HF_HOME', str(tmp_path))
-    with pytest.raises(CheckpointError, match='neither a folder here nor a hub') as error:
+    with pytest.raises(CheckpointError, match='neither a local folder nor a hub') as error:
         diffusers_layout.resolve('MatrixTeam/NotThere')
     assert '\n' not in str(error.value)
