@@ -1,4 +1,4 @@
-"""The open questions of the paper's stage 3 and of our stage 4, on the driving world, one by one.
+"""Ablations of the streaming stages (3 and 4 of the paper) on the driving world.
 
 Each recipe changes one thing of `carracing:SWIN` (or `:STREAM`) and starts from the same weights,
 those of `carracing:BASE` (or `:SWIN`). `matrix_jax.benchmark.scripts.ablations` trains and measures them in turn.
@@ -25,20 +25,20 @@ def _changed(recipe, stream=None, steps=300, **stage):
 
 
 def _swin(stream=None, **stage):
-    # Without error recycling, which doubles the cost of a step.
+    # Error recycling would double the cost of a step.
     return _changed('carracing:SWIN', stream, recycle=0.0, **stage)
 
 
-SWIN = _swin()  # what the others differ from
-# Window and groups: one latent frame each, 20 solver steps from noise to picture in all of them.
+SWIN = _swin()  # the baseline
+# Number of noise groups: one latent frame each, 20 (or 24) solver steps from noise to image.
 G2 = _swin({'groups': 2, 'head_group': 1})
 G8 = _swin({'groups': 8, 'steps': 24, 'head_group': 4})
-# Labels: half or a tenth of the recordings keep theirs; the others stay in as plain footage.
+# Labels: half or a tenth of the recordings keep their controls; the others count as unlabelled.
 LABELS_50 = _swin(label_share=0.5)
 LABELS_10 = _swin(label_share=0.1)
-# The same tenth, and no footage without labels.
+# The same tenth, without unlabelled footage.
 LABELS_10_ALONE = _swin(label_share=0.1, labelled=1.0)
 STREAM = _changed('carracing:STREAM')
-# Recorded windows only; and the other objective on them.
+# Recorded windows only, without rollouts; then with the other objective.
 STREAM_NO_ROLLOUT = _changed('carracing:STREAM', rollout=0)
 STREAM_WINDOW = _changed('carracing:STREAM', rollout=0, objective='window')

@@ -1,4 +1,4 @@
-"""CarRacing, the bundled world: 64x96 at 16 fps, drivable on a laptop CPU.
+"""CarRacing, the bundled driving world: 64x96 at 16 fps, playable on a laptop CPU.
 
     matrix-jax collect CarRacing-v3 --out data/carracing --hours 1 --themes all
     matrix-jax train carracing:VAE      --out runs/vae
@@ -8,8 +8,8 @@
     matrix-jax train carracing:STREAM   --out runs/stream --weights runs/swin/weights
     matrix-jax generate carracing:STREAM --weights runs/stream/weights
 
-The weights of the last three stages are bundled: PLAY is STREAM's, TEACHER is SWIN's, and CLIPS is
-BASE's, which makes clips of two seconds from noise.
+The weights of the last three stages are bundled: PLAY uses those of STREAM, TEACHER those of SWIN,
+and CLIPS those of BASE, which makes clips of two seconds from noise.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds.the_matrix import Config
 
 DEFAULT = 'PLAY'
-# Three clean frames of context: one latent frame alone does not show speed and turn rate.
+# Three clean latent frames of context, because one does not show speed and turn rate.
 WORLD = Config(
     name='CarRacing',
     dit=dit.PRESETS['carracing'],
@@ -40,7 +40,13 @@ WORLD = Config(
     decode_chunk=1,
     prompt='A red car drives on a grey road through a green meadow.',
     stream=Swin(
-        groups=4, group_frames=1, context=3, steps=20, solver='ddim', control_binding='early', head_group=2
+        groups=4,
+        group_frames=1,
+        context=3,
+        steps=20,
+        solver='ddim',
+        control_binding='early',
+        head_group=2,
     ),
 )
 
@@ -48,8 +54,8 @@ MUON = Optimizer(
     kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50, weight_decay=0.0
 )
 
-# Short clips first, because they are cheap; then clips of three encoder chunks, because all chunks
-# but the first are coded with the frames before them.
+# Short clips first, because they are cheap; then clips of three encoder chunks, because every chunk
+# but the first is encoded with the frames before it.
 VAE = Run(
     world=WORLD,
     data='data/carracing',
@@ -64,9 +70,11 @@ VAE_LONG = Run(
     ),
     train=Train(steps=1400, batch=1, save_every=200),
 )
-# Stage 2: whole clips of two seconds from nothing but text and keys.
+# Stage 2: whole clips of two seconds from text and keys alone.
 BASE = Run(
-    world=dataclasses.replace(WORLD, clip=ClipConfig(steps=20, guidance=1.0, solver='ddim', longest=2)),
+    world=dataclasses.replace(
+        WORLD, clip=ClipConfig(steps=20, guidance=1.0, solver='ddim', longest=2)
+    ),
     data='data/carracing',
     stage=WholeClip(
         clip_frames=(33,),
@@ -92,7 +100,7 @@ SWIN = Run(
     ),
     train=Train(steps=4800, batch=8),
 )
-# One network call per shift, learned from the stream of SWIN under guidance by its keys.
+# One network call per shift, distilled from the stream of SWIN with guidance by the keys.
 STREAM = Run(
     world=dataclasses.replace(
         WORLD, stream=dataclasses.replace(WORLD.stream, steps=4, solver='lcm')
@@ -108,7 +116,7 @@ STREAM = Run(
 )
 
 PLAY = Run(world=STREAM.world, weights='carracing')
-# Twenty steps from noise to picture, each of them twice: with the keys, and without.
+# Twenty steps from noise to image; guidance calls the network twice per step.
 TEACHER = Run(
     world=dataclasses.replace(
         WORLD, stream=dataclasses.replace(WORLD.stream, control_guidance=3.0)

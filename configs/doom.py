@@ -1,4 +1,4 @@
-"""Doom, a small world to walk in: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
+"""Doom, the bundled first-person world: 96x160 at 16 fps, keyboard and mouse, on a laptop CPU.
 
     matrix-jax collect vizdoom --out data/doom --hours 0.5 --themes hall
     matrix-jax train doom:VAE        --out runs/vae
@@ -11,9 +11,9 @@
         --stage.teacher runs/teacher/weights
     matrix-jax generate doom:DMD     --weights runs/dmd/weights
 
-CAUSAL learns to stream from recordings. ODE, from the paths of FOUNDATION, is the published way
-to begin; walking them takes longer. PLAY is what is bundled, DMD's weights, in four steps. With
-CAUSAL's it plays `--world.stream.action_guidance 1.5`.
+CAUSAL learns to stream from recordings. ODE learns from the denoising paths of FOUNDATION, as
+published, which takes longer. PLAY is the bundled world: the weights of DMD, four steps per block.
+The weights of CAUSAL play best with `--world.stream.action_guidance 1.5`.
 """
 
 import dataclasses
@@ -34,8 +34,8 @@ from matrix_jax.worlds.matrix_game_2 import ClipConfig, Config
 
 DEFAULT = 'PLAY'
 IMAGE = Image(image=56, dim=64, heads=2, layers=3)
-# 60 tokens a latent frame; a block is one of them, 4 frames, and sees the eight (2 seconds) before
-# it. Published blocks are three: of so small a network the next quarter second is enough to ask.
+# 60 tokens per latent frame. A block is one latent frame (4 frames) and attends to the eight (2
+# seconds) before it. Published blocks have three; one is easier for so small a network.
 DIT = Dit(
     heads=4,
     head_dim=48,
@@ -56,7 +56,7 @@ DIT = Dit(
         modulate=True,
     ),
 )
-# Small frames need less noise than large ones: the shift is 3, and not 5.
+# Small frames need less noise than large ones: a shift of 3 instead of 5.
 WORLD = Config(
     name='Doom',
     dit=DIT,
@@ -72,8 +72,8 @@ WORLD = Config(
 MUON = Optimizer(
     kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50, weight_decay=0.0
 )
-# Short clips first, because they are cheap; then longer ones, because all latent frames but the
-# first ones are coded with frames before them.
+# Short clips first, because they are cheap; then longer ones, because all but the first latent
+# frames are encoded with the frames before them.
 VAE = Run(
     world=WORLD,
     data='data/doom',
@@ -98,7 +98,7 @@ FOUNDATION = Run(
     ),
     train=Train(steps=3000, batch=4, save_every=100),
 )
-# Straight from recordings, for as many steps a block as time allows.
+# Directly from recordings, with eight steps per block.
 CAUSAL = Run(
     world=dataclasses.replace(
         WORLD, stream=dataclasses.replace(WORLD.stream, steps=tuple(range(1000, 0, -125)))
@@ -119,7 +119,7 @@ ODE = Run(
     stage=ODEPairs(ema=0.99, points=5, paths=512, optimizer=SLOW),
     train=Train(steps=1000, batch=8, save_every=100),
 )
-# A guided teacher: what it asks for, the student then makes by itself, in half the calls.
+# The teacher is guided by actions; the student learns the result and needs no guidance.
 DMD = Run(
     world=WORLD,
     data='data/doom',

@@ -1,17 +1,17 @@
-"""Matrix-Game 2.0 as released: 352x640 at 25 fps, Wan 2.1 of 1.3B. Weights come with --weights.
+"""Matrix-Game 2.0 as released: 352x640 at 25 fps, Wan 2.1 with 1.3B parameters; needs --weights.
 
     matrix-jax generate matrix_game_2:UNIVERSAL --weights DIR --image a.png --actions "W*48,right*49"
     matrix-jax play matrix_game_2:UNIVERSAL --weights DIR
 
-DIR is the published folder, whose two pickles become parts once:
+DIR is the published folder. Its two pickles have to be converted once:
 
     matrix-jax convert DIR/Wan2.1_VAE.pth DIR/vae --recipe matrix_game_2:UNIVERSAL
     matrix-jax convert DIR/models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth \\
         DIR/image_encoder --recipe matrix_game_2:UNIVERSAL
 
-The first block of a stream is 9 frames and every other one 12, so that a video has 9 + 12k frames.
-UNIVERSAL has four keys and a mouse; in GTA_DRIVE the mouse steers, as A and D; TEMPLERUN has no
-mouse. FOUNDATION, their teacher, makes whole clips in many steps. To train:
+The first block of a stream has 9 frames and every other one 12, so a video has 9 + 12k frames.
+UNIVERSAL has four keys and a mouse; in GTA_DRIVE the mouse steers (keys A and D); TEMPLERUN has no
+mouse. FOUNDATION, the teacher, makes whole clips in many steps. To train:
 
     matrix-jax train matrix_game_2:FOUNDATION --weights DIR --data ...        whole clips
     matrix-jax train matrix_game_2:CAUSAL --weights FOUNDATION_DIR --data ... blocks, by flow matching
@@ -52,7 +52,7 @@ FOUNDATION = Run(
     stage=Foundation(clip_frames=81),
     train=Train(steps=120000, batch=64),
 )
-# A student begins with the foundation's layers: all 30 have actions.
+# A student starts from the layers of FOUNDATION, all 30 of which read actions.
 _STUDENT = Config(
     vae=VAE,
     image=IMAGE,
@@ -72,7 +72,7 @@ ODE = Run(
 )
 DMD = Run(world=_STUDENT, stage=SelfForcing(clip_frames=81), train=Train(steps=3000, batch=64))
 
-# Every part at test size: random weights, seconds to compile.
+# Every component at test size: random weights, seconds to compile.
 _TINY_IMAGE = clip_image.PRESETS['tiny']
 _TINY_VAE = vae.Config(
     latent_channels=4,

@@ -1,6 +1,6 @@
-"""The Matrix as released: 480x720 at 16 fps, CogVideoX-2b sizes. Weights come with --weights.
+"""The Matrix as released: 480x720 at 16 fps, sizes of CogVideoX-2b; needs --weights.
 
-Its stages train one from the weights of the other, the first three with the published settings:
+Each stage trains from the weights of the one before, the first three with the published settings:
 
     matrix-jax train the_matrix:STAGE1 --data DIR --out runs/1 --weights THUDM/CogVideoX-2b
     matrix-jax train the_matrix:STAGE2 --data DIR --out runs/2 --weights runs/1/weights
@@ -23,14 +23,16 @@ from matrix_jax.vae import cogvideox as vae
 from matrix_jax.worlds.the_matrix import Config
 
 DEFAULT = 'STAGE4'
-# Its norms stay in float32.
+# Norms still compute in float32.
 VAE = dataclasses.replace(vae.PRESETS['released'], single_latent_frames=4, dtype='bfloat16')
 
-PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)  # eight devices, 8 each
+PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)  # 8 clips on each of 8 devices
 
 # Stages 1 and 2 make whole clips of 65 frames; STAGE3 and STAGE4 stream.
 STAGE2 = Run(
-    world=Config(vae=vae.PRESETS['released'], stream=Swin(groups=1, group_frames=16), clip=ClipConfig()),
+    world=Config(
+        vae=vae.PRESETS['released'], stream=Swin(groups=1, group_frames=16), clip=ClipConfig()
+    ),
     stage=ControlSFT(),
     train=PUBLISHED,
 )
@@ -51,19 +53,24 @@ STAGE4 = Run(
     stage=StreamConsistency(guidance=6.0, rollout=8),
     train=PUBLISHED,
 )
-# The published interactive setting: one latent frame per shift, decoded one by one.
+# The published interactive setting: one latent frame per shift, decoded alone.
 LIVE = Run(
     world=Config(
         vae=VAE,
         decode_chunk=1,
         stream=Swin(
-            groups=4, group_frames=1, steps=4, solver='lcm', original_steps=40, control_binding='early'
+            groups=4,
+            group_frames=1,
+            steps=4,
+            solver='lcm',
+            original_steps=40,
+            control_binding='early',
         ),
     )
 )
-# The same on eight devices: five for the network, three for its decoder.
+# LIVE on eight devices: five for the network, three for its decoder.
 LIVE8 = dataclasses.replace(LIVE, mesh=Mesh(pipeline='5dit_3vae'))
-# About 100 million parameters, for comparisons on a machine without a GPU: random weights.
+# About 100 million parameters and random weights, for comparisons on a CPU.
 MEDIUM = Run(
     world=Config(
         dit=dit.Config(
@@ -90,7 +97,7 @@ MEDIUM = Run(
         stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim'),
     )
 )
-# Every part at test size: random weights, seconds to compile.
+# Every component at test size: random weights, seconds to compile.
 TINY = Run(
     world=Config(
         dit=dataclasses.replace(
@@ -107,7 +114,9 @@ TINY = Run(
         stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim'),
     )
 )
-TINY_CLIP = dataclasses.replace(TINY, world=dataclasses.replace(TINY.world, clip=ClipConfig(steps=2)))
+TINY_CLIP = dataclasses.replace(
+    TINY, world=dataclasses.replace(TINY.world, clip=ClipConfig(steps=2))
+)
 TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
 TINY_LORA = dataclasses.replace(
     TINY,

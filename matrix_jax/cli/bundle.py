@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
 
         folder = diffusers_layout.resolve(run.weights)
         world, params = worlds.open_run(run)
-        world.save(run.out, params, start=folder)
+        world.save(run.out, params, start=str(folder))
         start_clips.write(run.data, run.out, picture=world.start_frames == 1)
     size = sum(path.stat().st_size for path in Path(run.out).rglob('*') if path.is_file())
     if size > LIMIT:

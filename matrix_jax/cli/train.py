@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from matrix_jax import config, recipes
 from matrix_jax.cli.parser import Parser
@@ -65,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
         run.stage.check_world(worlds.build(run.world))
         others = multihost.settings(args.coordinator, args.processes, args.process)
         for folder in records.folders(run.data):
-            records.shards(folder, 'train')
+            records.shards(Path(folder), 'train')
         multihost.join(others)
         world, params = worlds.start(run)
         try:

@@ -83,7 +83,7 @@ def enable_cache(wanted: bool = True) -> None:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    config = jax.config
+    config: Any = jax.config
     if not wanted or config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
         return
     folder = cache_folder()

@@ -135,9 +135,10 @@ def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
 def mesh_of(tree: Any) -> Mesh | None:
     """Returns the mesh that a tree of arrays lies on, or None on one device."""
     for leaf in jax.tree.leaves(tree):
-        sharding = getattr(leaf, 'sharding', None)
+        sharding: Any = getattr(leaf, 'sharding', None)
         if isinstance(sharding, NamedSharding):
-            return sharding.mesh if sharding.mesh.size > 1 else None
+            mesh: Any = sharding.mesh
+            return mesh if mesh.size > 1 else None
     return None
 
 

@@ -64,9 +64,9 @@ class Row:
     def axes(self) -> tuple[str, ...]:
         """Returns a letter per axis of our leaf; '_' for a merged axis, 'layers' for the stack."""
         right = self.layout.split('->')[1]
-        names = re.findall(r'\([^)]*\)|\S+', right)
-        names = tuple('_' if name.startswith('(') else name for name in names)
-        return names if self.layers is None else ('layers',) + names
+        axes = re.findall(r'\([^)]*\)|\S+', right)
+        letters = tuple('_' if axis.startswith('(') else axis for axis in axes)
+        return letters if self.layers is None else ('layers', *letters)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -282,7 +282,7 @@ def write_component(
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    def stored(value) -> np.dtype:
+    def stored(value: Any) -> np.dtype:
         kind = np.dtype(value.dtype)
         floating = kind.kind == 'f' or kind.name.startswith(('bf', 'fl'))
         return np.dtype(dtype) if dtype and floating else kind

@@ -155,7 +155,8 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            with contextlib.suppress(Exception if self._failed else ()):  # reported already
+            reported = (Exception,) if self._failed else ()
+            with contextlib.suppress(*reported):
                 self._manager.close()
             if self._failed:  # free the disk; the next start removes what is written after this
                 for part in self.folder.glob('*.orbax-checkpoint-tmp*'):
@@ -231,7 +232,7 @@ def _orbax() -> tuple[Any, _Item, _Item]:
         """Writes the checksums of an item just before orbax commits it."""
 
         class Handler(handler):
-            def finalize(self, directory):
+            def finalize(self, directory: Any) -> None:
                 super().finalize(directory)
                 write_checksums(Path(directory))
 
