@@ -1,7 +1,8 @@
 """Ablations of the streaming stages (3 and 4 of the paper) on the driving world.
 
-Each recipe changes one thing of `carracing:SWIN` (or `:STREAM`) and starts from the same weights,
-those of `carracing:BASE` (or `:SWIN`). `matrix_jax.benchmark.scripts.ablations` trains and measures them in turn.
+Each recipe changes one setting of `carracing:SWIN` (or `:STREAM`) and starts from the same weights,
+those of `carracing:BASE` (or `:SWIN`). `python -m matrix_jax.benchmark.scripts.ablations` trains
+and measures them one after the other.
 
     matrix-jax train ablations:G8 --out runs/g8 --weights runs/base/weights
 """

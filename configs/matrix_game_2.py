@@ -1,6 +1,6 @@
 """Matrix-Game 2.0 as released: 352x640 at 25 fps, Wan 2.1 with 1.3B parameters; needs --weights.
 
-    matrix-jax generate matrix_game_2:UNIVERSAL --weights DIR --image a.png --actions "W*48,right*49"
+    matrix-jax generate matrix_game_2:UNIVERSAL --weights DIR --image a.png --actions "W*48"
     matrix-jax play matrix_game_2:UNIVERSAL --weights DIR
 
 DIR is the published folder. Its two pickles have to be converted once:
@@ -13,10 +13,10 @@ The first block of a stream has 9 frames and every other one 12, so a video has 
 UNIVERSAL has four keys and a mouse; in GTA_DRIVE the mouse steers (keys A and D); TEMPLERUN has no
 mouse. FOUNDATION, the teacher, makes whole clips in many steps. To train:
 
-    matrix-jax train matrix_game_2:FOUNDATION --weights DIR --data ...        whole clips
-    matrix-jax train matrix_game_2:CAUSAL --weights FOUNDATION_DIR --data ... blocks, by flow matching
-    matrix-jax train matrix_game_2:ODE    --weights FOUNDATION_DIR --data ... or the teacher's paths
-    matrix-jax train matrix_game_2:DMD    --weights ODE_DIR --stage.teacher FOUNDATION_DIR --data ...
+    matrix-jax train matrix_game_2:FOUNDATION --weights DIR --data ...      whole clips
+    matrix-jax train matrix_game_2:CAUSAL --weights FOUNDATION_DIR ...      blocks, flow matching
+    matrix-jax train matrix_game_2:ODE --weights FOUNDATION_DIR ...         blocks, teacher's paths
+    matrix-jax train matrix_game_2:DMD --weights ODE_DIR --stage.teacher FOUNDATION_DIR ...
 """
 
 import dataclasses

@@ -1,14 +1,22 @@
 """Interactive video world models in JAX: run, train and serve them.
 
-`TheMatrix(...)` keeps the call of the published system; `load(name, weights)` is the general door.
-Both are resolved on first use, so that importing the package stays free of work.
+`load(name, weights)` opens any world. `TheMatrix(...)` keeps the call of the published system. Both
+are imported on first use, so that importing the package is fast.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matrix_jax.pipelines.the_matrix import TheMatrix
+    from matrix_jax.worlds import load
 
 __version__ = '0.1.0'
 __all__ = ['TheMatrix', 'load']
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name == 'TheMatrix':
         from matrix_jax.pipelines.the_matrix import TheMatrix
 
