@@ -34,7 +34,8 @@ def main(argv: Sequence[str]) -> None:
     add('--token', help='secret that players must know; required for other addresses')
     add(
         '--entry',
-        choices=('early', 'late', 'head', 'tail'),
+        type=lambda text: {'head': 'early', 'tail': 'late'}.get(text, text),
+        choices=('early', 'late'),
         default=default.control_binding,
         help='when keys bind: early (or head) is seen soonest, late (or tail) is as published '
         '(default early)',

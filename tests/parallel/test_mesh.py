@@ -38,12 +38,12 @@ def test_a_pipeline_has_a_mesh_for_each_part(mesh, sizes):
         ),
     ],
 )
-def test_what_is_no_pipeline_is_refused(options, message):
+def test_malformed_pipelines_are_refused(options, message):
     with pytest.raises(config.UsageError, match=message):
         recipes.load('carracing', options)
 
 
-def test_a_pipeline_is_refused_where_it_cannot_be_had():
+def test_a_pipeline_needs_enough_devices_and_a_stream():
     with pytest.raises(ValueError, match='got 7dit_2vae = 9 devices, expected at most 8'):
         sharding.make_meshes(Mesh(pipeline='7dit_2vae'))
     with pytest.raises(ValueError, match='expected 1: only streams'):

@@ -1,4 +1,4 @@
-"""convert.py: exact inverse, and every fault reported at once."""
+"""Conversion tables: exact inverse, and all faults reported at once."""
 
 import numpy as np
 import pytest
@@ -80,7 +80,7 @@ def test_axes_name_each_dimension():
     assert letters['patch/kernel'] == ('_', 'o')
 
 
-def test_a_prefix_of_all_keys_is_taken_off():
+def test_a_prefix_of_all_keys_is_removed():
     table = (Prefix('model.'), *TABLE)
     plain = to_jax(table, tensors())
     worn = to_jax(table, {f'model.{name}': tensor for name, tensor in tensors().items()})

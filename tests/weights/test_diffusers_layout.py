@@ -1,4 +1,4 @@
-"""Released folders read strictly; training state that survives a killed save."""
+"""Weights folders are read strictly and written whole."""
 
 import json
 import pickle

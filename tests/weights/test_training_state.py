@@ -139,7 +139,7 @@ def test_state_of_another_recipe_is_refused(tmp_path, change, words):
     saver.close()
 
 
-def test_a_file_is_no_folder_for_state(tmp_path):
+def test_a_file_is_refused_as_folder(tmp_path):
     (tmp_path / 'file').touch()
     with pytest.raises(CheckpointError, match='is a file'):
         Checkpoints(tmp_path / 'file')
@@ -207,7 +207,7 @@ def test_a_damaged_step_is_named_and_refused(saved, tmp_path, damage, what):
         restore(folder)
 
 
-def test_every_file_of_a_step_is_refused_or_of_no_account(saved, tmp_path):
+def test_damage_to_any_file_that_matters_is_refused(saved, tmp_path):
     names = [path.relative_to(saved) for path in filter(Path.is_file, (saved / '30').rglob('*'))]
     notes = [name for name in names if name.name in ('commit_success.txt', '_CHECKPOINT_METADATA')]
     refused = 0
@@ -226,7 +226,7 @@ def test_every_file_of_a_step_is_refused_or_of_no_account(saved, tmp_path):
     assert refused == len(names) - len(notes) > 8
 
 
-def test_a_step_without_checksums_is_read_or_named(saved, tmp_path):
+def test_a_step_without_checksums_is_loaded_or_refused(saved, tmp_path):
     folder = tmp_path / 'state'
     shutil.copytree(saved, folder)
     for path in folder.rglob('sums.json'):
@@ -238,7 +238,7 @@ def test_a_step_without_checksums_is_read_or_named(saved, tmp_path):
         restore(folder)
 
 
-def test_half_of_the_checksums_are_not_enough(saved, tmp_path):
+def test_a_step_with_half_of_its_checksums_is_refused(saved, tmp_path):
     folder = tmp_path / 'state'
     shutil.copytree(saved, folder)
     (folder / '30/extra/sums.json').unlink()
