@@ -1,7 +1,7 @@
 """Replays recorded PyTorch tensors through the shipped loaders and networks, and compares.
 
-What a recording is: `record.py`. What runs for each kind: one module per system. Everything runs in
-float32 with full-precision multiplies.
+`record` reads the recordings; the other modules have one replay function for each kind of them.
+Everything runs in float32 with full-precision matrix products.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ REPLAYS = {
     for kind, function in replays.REPLAYS.items()
 }
 
-INFORMATIONAL = 'inter'  # activations inside the reference, to bisect with
+INTERMEDIATE = 'inter'  # prefix of activations that help to bisect and are not compared
 HEADER = f'{"file":<34} {"output":<44} {"max abs":>9} {"max rel":>9} {"tolerance":>12}  ok'
 
 
 @dataclasses.dataclass(frozen=True)
-class Line:
-    """One output compared: largest difference, also relative to the largest recorded value."""
+class Comparison:
+    """One output: the largest error, also relative to the largest recorded value."""
 
     output: str
     max_abs: float
@@ -49,7 +49,7 @@ class Line:
 
 
 def tolerance(record: Record, name: str, want: np.ndarray) -> tuple[float, float, str]:
-    """(atol, rtol, how to say it) of one output: the file's, or a stricter one of its kind."""
+    """(atol, rtol, text) of an output: those of the file, or fixed ones for its kind."""
     if want.dtype.kind not in 'fc':
         return 0.0, 0.0, 'exact'
     for kind, pattern, value in ABSOLUTE:
@@ -74,20 +74,22 @@ RELATIVE = (
 )
 
 
-def compare(record: Record, got: Mapping[str, np.ndarray]) -> list[Line]:
-    """A line for every recorded output but the informational ones."""
-    lines = []
+def compare(record: Record, got: Mapping[str, np.ndarray]) -> list[Comparison]:
+    """Compares all recorded outputs but the intermediate ones."""
+    rows = []
     for name, want in sorted(record.outputs.items()):
-        if name.startswith(INFORMATIONAL):
+        if name.startswith(INTERMEDIATE):
             continue
         if name not in got:
-            lines.append(Line(name, np.nan, np.nan, '-', False, 'this library does not make it'))
+            rows.append(
+                Comparison(name, np.nan, np.nan, '-', False, 'this library does not make it')
+            )
             continue
         want, ours = np.asarray(want), np.asarray(got[name])
-        if want.dtype.kind not in 'fciu':  # texts; None stands for no text
-            wrong = sum(map(lambda pair: pair[0] != pair[1], zip(want, ours, strict=True)))
-            lines.append(
-                Line(
+        if want.dtype.kind not in 'fciu':  # strings, or None
+            wrong = sum(a != b for a, b in zip(want, ours, strict=True))
+            rows.append(
+                Comparison(
                     name,
                     wrong,
                     wrong / len(want),
@@ -97,29 +99,29 @@ def compare(record: Record, got: Mapping[str, np.ndarray]) -> list[Line]:
                 )
             )
             continue
-        atol, rtol, said = tolerance(record, name, want)
+        atol, rtol, limit = tolerance(record, name, want)
         if ours.shape != want.shape:
-            lines.append(
-                Line(
-                    name, np.nan, np.nan, said, False, f'shape {ours.shape}, recorded {want.shape}'
+            rows.append(
+                Comparison(
+                    name, np.nan, np.nan, limit, False, f'shape {ours.shape}, recorded {want.shape}'
                 )
             )
             continue
         want = want.astype(np.float64)
         error = np.abs(ours.astype(np.float64) - want)
-        # A NaN compares as false, so it never holds.
+        # NaN compares as false, so it fails.
         ok = bool(np.all(error <= atol + rtol * np.abs(want)))
         largest = error.max(initial=0)
         scale = np.abs(want).max(initial=0)
-        lines.append(Line(name, largest, largest / scale if scale else largest, said, ok))
-    return lines
+        rows.append(Comparison(name, largest, largest / scale if scale else largest, limit, ok))
+    return rows
 
 
-def replay(record: Record) -> list[Line]:
-    """Runs a recording through its replay function and compares.
+def replay(record: Record) -> list[Comparison]:
+    """Runs the replay function of a recording and compares its outputs.
 
     Raises:
-      BadInput: no replay function, or the file lacks what it needs.
+      BadInput: there is no replay function, or the file lacks an input.
       ValueError: weights or configuration do not fit our networks.
     """
     function = REPLAYS.get((record.system, record.kind))
@@ -133,7 +135,11 @@ def replay(record: Record) -> list[Line]:
 
 
 def run(paths: Sequence[str | Path], out=None, err=None) -> int:
-    """Replays files and prints the table; 0 all outputs hold, 1 some do not, 2 a file is bad."""
+    """Replays files and prints a table.
+
+    Returns:
+      Exit code: 0 all outputs hold, 1 some do not, 2 a file cannot be read.
+    """
     out, err = out or sys.stdout, err or sys.stderr
     code, total, failed = 0, 0, []
     print(HEADER, file=out)
@@ -141,7 +147,7 @@ def run(paths: Sequence[str | Path], out=None, err=None) -> int:
         name = Path(path).name.removesuffix('.safetensors')
         try:
             record = read(path)
-            lines = replay(record)
+            rows = replay(record)
         except BadInput as error:
             print(f'error: {_one_line(error)}', file=err)
             code = 2
@@ -150,15 +156,15 @@ def run(paths: Sequence[str | Path], out=None, err=None) -> int:
             print(f'{name:<34} FAILED: {_one_line(error)}', file=out)
             failed.append(name)
             continue
-        for line in lines:
+        for row in rows:
             print(
-                f'{name:<34} {line.output:<44} {line.max_abs:>9.1e} {line.max_rel:>9.1e} '
-                f'{line.tolerance:>12}  {"ok" if line.ok else "FAILED"} {line.note}'.rstrip(),
+                f'{name:<34} {row.output:<44} {row.max_abs:>9.1e} {row.max_rel:>9.1e} '
+                f'{row.tolerance:>12}  {"ok" if row.ok else "FAILED"} {row.note}'.rstrip(),
                 file=out,
                 flush=True,
             )
-            failed += [] if line.ok else [f'{name}: {line.output}']
-        total += len(lines)
+            failed += [] if row.ok else [f'{name}: {row.output}']
+        total += len(rows)
     print(
         f'{total} outputs of {len(paths)} files: '
         + (

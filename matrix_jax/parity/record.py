@@ -1,32 +1,37 @@
-"""A recording: tensors of the PyTorch reference, and what to run on them.
+"""Recordings: tensors of the PyTorch reference, and what to run on them.
 
-A safetensors file with `weights/*` (names of the reference's state dict), `inputs/*` and
-`outputs/*`; its metadata says what to run (`system`, `kind`), its sizes and options (`config`,
-JSON), and how close the outputs must be (`atol`, `rtol`). A file without weights may name another
-beside it that has them (`weights`). Control signals are recorded as JSON.
+A recording is a safetensors file with `weights/*` (names of the reference's state dict), `inputs/*`
+and `outputs/*`. Its metadata holds what to run (`system`, `kind`), sizes and options (`config`,
+JSON) and the tolerances of the outputs (`atol`, `rtol`). A file without weights may name another
+file in its folder that has them (`weights`). Control signals are recorded as JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
 import numpy as np
 from einops import rearrange
 
-SYSTEM = 'the_matrix'  # of JSON files, which do not say
+SYSTEM = 'the_matrix'  # of JSON files, which have no metadata
 PREFIXES = ('weights/', 'inputs/', 'outputs/')
-EXPECTED = ('grad_norm', 'guidance_per_step')  # results that a file keeps in its config
+EXPECTED = ('grad_norm', 'guidance_per_step')  # outputs that a file keeps in its config
+
+# Recordings are tiny: compiling takes far longer than running.
+fast_jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 class BadInput(ValueError):
-    """A file that is no recording we can replay."""
+    """A file is not a recording that can be replayed."""
 
 
 class Fields(dict):
-    """Named parts of a recording; a missing one is the file's fault."""
+    """Named parts of a recording; a missing name raises `BadInput`."""
 
     def __init__(self, where: str, content: Mapping):
         super().__init__(content)
@@ -38,7 +43,7 @@ class Fields(dict):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One recording."""
+    """A recording; the parts are those of its file."""
 
     path: Path
     system: str
@@ -62,8 +67,8 @@ def read(path: str | Path) -> Record:
         return _read_signals(path)
     metadata, tensors = _read_tensors(path)
     if 'weights' in metadata:
-        lent = _read_tensors(path.parent / metadata['weights'])[1]
-        tensors |= {name: lent[name] for name in lent if name.startswith('weights/')}
+        shared = _read_tensors(path.parent / metadata['weights'])[1]
+        tensors |= {name: shared[name] for name in shared if name.startswith('weights/')}
     parts = [
         Fields(
             f'{path}: {prefix[:-1]}',
@@ -75,9 +80,9 @@ def read(path: str | Path) -> Record:
         )
         for prefix in PREFIXES
     ]
-    strange = [name for name in tensors if not name.startswith(PREFIXES)]
-    if strange:
-        raise BadInput(f'{path}: tensor {strange[0]!r}, expected names in {", ".join(PREFIXES)}')
+    unexpected = [name for name in tensors if not name.startswith(PREFIXES)]
+    if unexpected:
+        raise BadInput(f'{path}: tensor {unexpected[0]!r}, expected names in {", ".join(PREFIXES)}')
     try:
         config = Fields(f'{path}: config', json.loads(metadata['config']))
         atol, rtol = float(metadata['atol']), float(metadata['rtol'])
@@ -141,26 +146,26 @@ def _read_signals(path: Path) -> Record:
     )
 
 
-def video(x) -> np.ndarray:
-    """Latents as the DiT of the reference has them, [... T C H W] -> [... T H W C]."""
+def from_btchw(x) -> np.ndarray:
+    """[... T C H W] -> [... T H W C], the layout of the reference's DiT."""
     return np.moveaxis(np.asarray(x), -3, -1)
 
 
-def torch_video(x) -> np.ndarray:
-    """The inverse of `video`."""
+def to_btchw(x) -> np.ndarray:
+    """Inverse of `from_btchw`."""
     return np.moveaxis(np.asarray(x), -1, -3)
 
 
-def clip(x) -> np.ndarray:
-    """Frames or latents as the VAE of the reference has them, [B C T H W] -> [B T H W C]."""
+def from_bcthw(x) -> np.ndarray:
+    """[B C T H W] -> [B T H W C], the layout of the reference's VAE."""
     return rearrange(np.asarray(x), 'b c t h w -> b t h w c')
 
 
-def torch_clip(x) -> np.ndarray:
-    """The inverse of `clip`."""
+def to_bcthw(x) -> np.ndarray:
+    """Inverse of `from_bcthw`."""
     return rearrange(np.asarray(x), 'b t h w c -> b c t h w')
 
 
-def levels(x) -> np.ndarray:
-    """Noise levels [B], [B T] or [B T 1 1 1] -> int32 [B T]; T = 1 is one level for all frames."""
+def frame_levels(x) -> np.ndarray:
+    """Noise levels [B], [B T] or [B T 1 1 1] -> int32 [B T], T = 1 for one level for all frames."""
     return np.asarray(x, np.int32).reshape(len(x), -1)

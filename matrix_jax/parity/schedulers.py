@@ -1,4 +1,4 @@
-"""Replay of scheduler recordings: tables and single solver steps, found by their names."""
+"""Replays of schedules and single solver steps; the name of an output says what it is."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import re
 import numpy as np
 
 from matrix_jax.diffusion import schedules, solvers
-from matrix_jax.parity.record import Record, torch_video, video
-from matrix_jax.parity.record import levels as to_levels
+from matrix_jax.parity.record import Record, frame_levels, from_btchw, to_btchw
 
 
 def schedulers(record: Record) -> dict:
-    """Tables and single solver steps; the names say the sizes."""
-    bench = Bench(record)
-    got = {}
+    """Tables and single solver steps."""
+    replay = SolverReplay(record)
+    outputs = {}
     for name in record.outputs:
         for pattern, make in STEPS:
             if part := re.fullmatch(pattern, name):
-                got[name] = make(bench, *part.groups())
+                outputs[name] = make(replay, *part.groups())
                 break
-    return got
+    return outputs
 
 
-class Bench:
-    """Solver steps on the inputs of a recording; every method makes one output."""
+class SolverReplay:
+    """Schedules and solver steps of one recording; each method computes one output."""
 
     def __init__(self, record: Record):
         self.cfg = schedules.SchedulerConfig.from_released(record.config['sched'])
         self.abar = schedules.alphas_cumprod(self.cfg)
-        self.given = record.inputs
+        self.inputs = record.inputs
 
     def video(self, name):
-        return video(self.given[name])
+        return from_btchw(self.inputs[name])
 
     def table(self, spacing, steps):
         cfg = dataclasses.replace(self.cfg, spacing=spacing)
@@ -51,13 +50,13 @@ class Bench:
         return schedules.phase_boundary(levels, int(phases), self.cfg.train_steps)
 
     def lcm_coefficient(self, steps, original, phases, what):
-        levels = self.given[f'lcm_{steps}_{original}_{phases}_t']
+        levels = self.inputs[f'lcm_{steps}_{original}_{phases}_t']
         boundary = self.boundaries(phases)[levels]
         skip, out = solvers.jump(self.abar, levels, boundary)
         return {'boundary': boundary, 'cskip': skip, 'cout': out}[what]
 
     def lcm_step(self, steps, original, phases, what):
-        levels = self.given[f'lcm_{steps}_{original}_{phases}_t']
+        levels = self.inputs[f'lcm_{steps}_{original}_{phases}_t']
         x, v, noise = (self.video(name)[:1] for name in ('x', 'model_output', 'noise'))
         plan = solvers.lcm(self.cfg, levels[None], self.lcm_table(steps, original), int(phases))
         row = solvers.Plan(*(column[0] for column in plan))
@@ -66,13 +65,13 @@ class Bench:
                 self.lcm_coefficient(steps, original, phases, name) for name in ('cskip', 'cout')
             )
             row = row._replace(keep=np.float32(skip), clean=np.float32(out), fresh=0 * row.fresh)
-        return torch_video(solvers.step(row, solvers.init(x), x, v, noise)[1])
+        return to_btchw(solvers.step(row, solvers.init(x), x, v, noise)[1])
 
     def noised(self, family, what):
         uniform = family in ('ddim', 'dpm')
-        levels = to_levels(self.given['t_uniform' if uniform else 't_perframe'])
+        levels = frame_levels(self.inputs['t_uniform' if uniform else 't_perframe'])
         function = {'add_noise': schedules.add_noise, 'velocity': schedules.velocity}[what]
-        return torch_video(
+        return to_btchw(
             function(schedules.make(self.cfg), self.video('x0'), self.video('noise'), levels)
         )
 
@@ -83,13 +82,13 @@ class Bench:
 
     def window(self, solver, steps, which, order, what):
         name = f'swin_{steps}_{which}'
-        back = self.given[f'{name}_tback'] if order == 'second' else None
+        back = self.inputs[f'{name}_tback'] if order == 'second' else None
         return self.step(
-            {'swin': 'dpm', 'swinddim': 'ddim'}[solver], steps, self.given[f'{name}_t'], back, what
+            {'swin': 'dpm', 'swinddim': 'ddim'}[solver], steps, self.inputs[f'{name}_t'], back, what
         )
 
     def window_row(self, steps, index, what):
-        rows, index = self.given['swin2_grouped_t'], int(index)
+        rows, index = self.inputs['swin2_grouped_t'], int(index)
         return self.step('dpm', steps, rows[index], rows[index - 1] if index else None, what)
 
     def step(self, solver, steps, level, back, what):
@@ -103,19 +102,19 @@ class Bench:
         x0, x = solvers.step(
             plan, history, self.video('x'), self.video('model_output'), self.video('noise')
         )
-        return torch_video({'prev': x, 'x0': x0}[what])
+        return to_btchw({'prev': x, 'x0': x0}[what])
 
 
 STEPS = (
-    (r'table_alphas_cumprod_\w+', lambda bench: bench.abar),
-    (r'table_(trailing|leading|linspace)_timesteps_(\d+)', Bench.table),
-    (r'table_lcm_timesteps_(\d+)_of_(\d+)', Bench.lcm_table),
-    (r'table_grouped_(\d+)steps_(\d+)frames_(\d+)groups', Bench.grouped),
-    (r'table_lcm_all_boundary_(\d+)', Bench.boundaries),
-    (r'table_lcm_(\d+)_(\d+)_(\d+)_(boundary|cskip|cout)', Bench.lcm_coefficient),
-    (r'lcm_(\d+)_(\d+)_(\d+)_(denoised|prev)', Bench.lcm_step),
-    (r'(ddim|dpm|swin|swinddim|lcm)_(add_noise|velocity)', Bench.noised),
-    (r'(ddim|dpm)_(\d+)_i(\d+)_(?:(first|second)_)?(prev|x0)', Bench.uniform),
-    (r'(swin|swinddim)_(\d+)_([a-z]+)_(?:(first|second)_)?(prev|x0)', Bench.window),
-    (r'swin2_(\d+)_row(\d+)_(prev|x0)', Bench.window_row),
+    (r'table_alphas_cumprod_\w+', lambda replay: replay.abar),
+    (r'table_(trailing|leading|linspace)_timesteps_(\d+)', SolverReplay.table),
+    (r'table_lcm_timesteps_(\d+)_of_(\d+)', SolverReplay.lcm_table),
+    (r'table_grouped_(\d+)steps_(\d+)frames_(\d+)groups', SolverReplay.grouped),
+    (r'table_lcm_all_boundary_(\d+)', SolverReplay.boundaries),
+    (r'table_lcm_(\d+)_(\d+)_(\d+)_(boundary|cskip|cout)', SolverReplay.lcm_coefficient),
+    (r'lcm_(\d+)_(\d+)_(\d+)_(denoised|prev)', SolverReplay.lcm_step),
+    (r'(ddim|dpm|swin|swinddim|lcm)_(add_noise|velocity)', SolverReplay.noised),
+    (r'(ddim|dpm)_(\d+)_i(\d+)_(?:(first|second)_)?(prev|x0)', SolverReplay.uniform),
+    (r'(swin|swinddim)_(\d+)_([a-z]+)_(?:(first|second)_)?(prev|x0)', SolverReplay.window),
+    (r'swin2_(\d+)_row(\d+)_(prev|x0)', SolverReplay.window_row),
 )

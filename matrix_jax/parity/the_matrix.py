@@ -1,4 +1,4 @@
-"""Replays of The Matrix: one function per kind of recording, from a `Record` to our outputs."""
+"""Replays of The Matrix: one function per kind of recording."""
 
 from __future__ import annotations
 
@@ -16,9 +16,16 @@ from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
 from matrix_jax.nn import rope
-from matrix_jax.parity.record import Fields, Record, torch_clip, torch_video, video
-from matrix_jax.parity.record import clip as to_clip
-from matrix_jax.parity.record import levels as to_levels
+from matrix_jax.parity.record import (
+    Fields,
+    Record,
+    fast_jit,
+    frame_levels,
+    from_bcthw,
+    from_btchw,
+    to_bcthw,
+    to_btchw,
+)
 from matrix_jax.parity.schedulers import schedulers
 from matrix_jax.stream import swin
 from matrix_jax.train import denoise as training
@@ -26,75 +33,77 @@ from matrix_jax.vae import cogvideox as vae
 from matrix_jax.vae.tiling import Tiles
 from matrix_jax.weights import conversion
 
-# Recordings are tiny: compiling takes far longer than running, so the compiler is to hurry.
-compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
 
 def transformer(record: Record) -> dict:
     """One call of the DiT."""
     cfg, params = _dit(record)
-    given = record.inputs
-    latents, levels = video(given['hidden_states']), to_levels(given['timestep'])
-    guidance = given.get('timestep_cond')
+    inputs = record.inputs
+    latents, levels = from_btchw(inputs['hidden_states']), frame_levels(inputs['timestep'])
+    guidance = inputs.get('timestep_cond')
     if guidance is not None:  # one row per sample and frame, or one for all
         guidance = guidance.reshape(
             -1, levels.shape[1] if len(guidance) > 1 else 1, guidance.shape[-1]
         )
-    v = compiled(_denoise(cfg))(
-        params, latents, levels, given['encoder_hidden_states'], given.get('control_emb'), guidance
+    v = fast_jit(_denoise(cfg))(
+        params,
+        latents,
+        levels,
+        inputs['encoder_hidden_states'],
+        inputs.get('control_emb'),
+        guidance,
     )
-    return {'sample': torch_video(v)}
+    return {'sample': to_btchw(v)}
 
 
 def video_autoencoder(record: Record) -> dict:
-    """Whole-clip encode, posterior sample and decode; tiled if the config says so."""
+    """Whole-clip encoding, posterior sample and decoding; tiled if the config says so."""
     cfg, params = _vae(record)
     encode, decode = vae.encode, vae.decode
     if record.config.get('tiling'):
-        told = record.config
+        config = record.config
         sizes = (
-            tuple(told[f'tile_{space}_min_{side}'] for side in ('height', 'width'))
+            tuple(config[f'tile_{space}_min_{side}'] for side in ('height', 'width'))
             for space in ('sample', 'latent')
         )
-        tiles = Tiles(*sizes, tuple(told['overlap']))
+        tiles = Tiles(*sizes, tuple(config['overlap']))
         encode = functools.partial(vae.encode_tiled, tiles=tiles)
         decode = functools.partial(vae.decode_tiled, tiles=tiles)
-    given = record.inputs
-    mean, logvar = compiled(functools.partial(encode, cfg))(params, to_clip(given['x']))
-    sample = vae.sample(mean, logvar, to_clip(given['posterior_noise']))
-    frames = compiled(functools.partial(decode, cfg))(params, to_clip(given['z']))
+    inputs = record.inputs
+    mean, logvar = fast_jit(functools.partial(encode, cfg))(params, from_bcthw(inputs['x']))
+    sample = vae.sample(mean, logvar, from_bcthw(inputs['posterior_noise']))
+    frames = fast_jit(functools.partial(decode, cfg))(params, from_bcthw(inputs['z']))
     return {
-        'moments': torch_clip(jnp.concatenate([mean, logvar], axis=-1)),
-        'sample': torch_clip(sample),
-        'decoded': torch_clip(frames),
+        'moments': to_bcthw(jnp.concatenate([mean, logvar], axis=-1)),
+        'sample': to_bcthw(sample),
+        'decoded': to_bcthw(frames),
     }
 
 
 def vae_stream(record: Record) -> dict:
-    """Decoding in chunks with a carried cache, and in one go."""
+    """Decoding in chunks with a carried cache, and whole."""
     cfg, params = _vae(record)
-    latents = to_clip(record.inputs['z'])
-    decode = compiled(functools.partial(vae.decode, cfg))
-    got = {
-        'full': torch_clip(decode(params, latents)),
-        'single_latent': torch_clip(decode(params, latents[:, :1])),
+    latents = from_bcthw(record.inputs['z'])
+    decode = fast_jit(functools.partial(vae.decode, cfg))
+    outputs = {
+        'full': to_bcthw(decode(params, latents)),
+        'single_latent': to_bcthw(decode(params, latents[:, :1])),
     }
-    steps = compiled(functools.partial(vae.step, cfg))
+    steps = fast_jit(functools.partial(vae.step, cfg))
     cache, start = None, 0
     for index, size in enumerate(record.config['chunks']):
-        run = steps if index else compiled(functools.partial(vae.prefill, cfg))
-        given = (cache,) if index else ()
-        cache, frames = run(params, *given, latents[:, start : start + size])
-        got[f'chunk{index}'] = torch_clip(frames)
+        run = steps if index else fast_jit(functools.partial(vae.prefill, cfg))
+        state = (cache,) if index else ()
+        cache, frames = run(params, *state, latents[:, start : start + size])
+        outputs[f'chunk{index}'] = to_bcthw(frames)
         start += size
     for name, leaf in conversion.flatten(cache).items():
         theirs = re.sub(r'^up_', 'up_block_', re.sub(r'^mid/', 'mid_block/', name))
-        got['final_cache.' + theirs.replace('/', '.')] = torch_clip(leaf)
-    return got
+        outputs['final_cache.' + theirs.replace('/', '.')] = to_bcthw(leaf)
+    return outputs
 
 
 def vae_sliced_decode(record: Record) -> dict:
-    """Decoding of a long clip in overlapping windows; the file keeps parts of the frames."""
+    """Decoding of a long clip in overlapping windows; the recording has some of the frames."""
     cfg, params = _vae(record)
     decode = functools.partial(
         vae.decode_sliced,
@@ -102,41 +111,41 @@ def vae_sliced_decode(record: Record) -> dict:
         window=record.config['decode_window'],
         overlap=record.config['overlap_latents'],
     )
-    frames = compiled(decode)(params, video(record.inputs['latents']) / cfg.scaling_factor)
-    got = {'frame_mean': reduce(frames, 'b f h w c -> b f', 'mean')}
+    frames = fast_jit(decode)(params, from_btchw(record.inputs['latents']) / cfg.scaling_factor)
+    outputs = {'frame_mean': reduce(frames, 'b f h w c -> b f', 'mean')}
     for name in record.outputs:
         if part := re.fullmatch(r'frames_(\d+)_(\d+)', name):
             start, stop = map(int, part.groups())
-            got[name] = torch_clip(frames[:, start:stop])
-    return got
+            outputs[name] = to_bcthw(frames[:, start:stop])
+    return outputs
 
 
 def swin_stream(record: Record) -> dict:
-    """The streaming loop with all its noise given."""
+    """The Swin-DPM loop on recorded noise."""
     cfg, params = _dit(record)
-    told, given = record.config, record.inputs
-    scheduler = schedules.SchedulerConfig.from_released(told['sched'])
-    few_steps = told.get('original_inference_steps')
+    config, inputs = record.config, record.inputs
+    scheduler = schedules.SchedulerConfig.from_released(config['sched'])
+    few_steps = config.get('original_inference_steps')
     stream = swin.Config(
-        groups=told['num_noise_groups'],
-        group_frames=told['window_size'],
-        steps=told['num_inference_steps'],
-        guidance=told.get('guidance_scale') or 1.0,
-        solver=told.get('sampler', 'lcm' if few_steps else 'dpm'),
+        groups=config['num_noise_groups'],
+        group_frames=config['window_size'],
+        steps=config['num_inference_steps'],
+        guidance=config.get('guidance_scale') or 1.0,
+        solver=config.get('sampler', 'lcm' if few_steps else 'dpm'),
         original_steps=few_steps or 40,
-        lcm_multiplier=told.get('lcm_multiplier') or 1,
+        lcm_multiplier=config.get('lcm_multiplier') or 1,
     )
-    shifts = told['num_sample_groups']
-    symbols = _symbols(told)[None, : swin.needed_controls(stream, shifts)]
+    shifts = config['num_sample_groups']
+    symbols = _symbols(config)[None, : swin.needed_controls(stream, shifts)]
     first, rest = swin.split_controls(stream, symbols, shifts)
     guided = stream.guidance > 1
-    latents = video(given['latents'])
+    latents = from_btchw(inputs['latents'])
     cond = swin.Cond(
         latents=latents,
-        text=given['prompt_embeds'],
+        text=inputs['prompt_embeds'],
         controls=first,
-        control_table=given['control_embeddings'],
-        null_text=given['negative_prompt_embeds'] if guided else None,
+        control_table=inputs['control_embeddings'],
+        null_text=inputs['negative_prompt_embeds'] if guided else None,
     )
     table, schedule = swin.shift_table(stream, scheduler), schedules.make(scheduler)
     carry = swin.initial_carry(
@@ -145,35 +154,36 @@ def swin_stream(record: Record) -> dict:
         schedule,
         cond,
         jax.random.split(jax.random.key(0), 1),
-        video(given['noise_init']),
+        from_btchw(inputs['noise_init']),
     )
     noise = [
-        video(given[name]) if name in given else None for name in ('noise_step', 'noise_append')
+        from_btchw(inputs[name]) if name in inputs else None
+        for name in ('noise_step', 'noise_append')
     ]
     denoise = _denoise(cfg)
 
-    @compiled
-    def roll(params, carry, now):
+    @fast_jit
+    def run_shifts(params, carry, now):
         def advance(carry, now):
             after, popped = swin.shift(stream, table, schedule, denoise, params, carry, *now)
             return after, (carry.window, popped)
 
         return jax.lax.scan(advance, carry, now)[1]
 
-    windows, popped = roll(params, carry, (rest, *noise))
+    windows, popped = run_shifts(params, carry, (rest, *noise))
     text = jnp.concatenate([cond.null_text, cond.text]) if guided else cond.text
     control = carry.control_table[swin.bind(stream, carry.controls, rest[0])]
-    v = compiled(denoise)(
+    v = fast_jit(denoise)(
         params,
         *(jnp.repeat(part, len(text), axis=0) for part in (carry.window, table.levels[:1])),
         text,
         jnp.repeat(control, len(text), axis=0),
     )
     return {
-        'first_noisy_window': torch_video(carry.window),
-        'first_model_out': torch_video(v),
+        'first_noisy_window': to_btchw(carry.window),
+        'first_model_out': to_btchw(v),
         'timesteps_used': table.levels,
-        'window_before_shift': torch_video(windows),
+        'window_before_shift': to_btchw(windows),
         'dequeued': rearrange(popped, 's b t h w c -> b (s t) c h w'),
     }
 
@@ -181,32 +191,32 @@ def swin_stream(record: Record) -> dict:
 def text_to_video(record: Record) -> dict:
     """The clip sampler of stages 1 and 2."""
     cfg, params = _dit(record)
-    told, given = record.config, record.inputs
-    scheduler = schedules.SchedulerConfig.from_released(told['sched'])
+    config, inputs = record.config, record.inputs
+    scheduler = schedules.SchedulerConfig.from_released(config['sched'])
     run = sampling.Config(
-        steps=told['num_inference_steps'],
-        guidance=told['guidance_scale'],
-        dynamic_guidance=told['use_dynamic_cfg'],
-        solver=told['sampler'],
+        steps=config['num_inference_steps'],
+        guidance=config['guidance_scale'],
+        dynamic_guidance=config['use_dynamic_cfg'],
+        solver=config['sampler'],
     )
-    control = given['control_embeddings'][_symbols(told)][None] if cfg.control else None
-    noise = video(given['noise_step']) if 'noise_step' in given else None
-    latents = compiled(
+    control = inputs['control_embeddings'][_symbols(config)][None] if cfg.control else None
+    noise = from_btchw(inputs['noise_step']) if 'noise_step' in inputs else None
+    latents = fast_jit(
         lambda params: sampling.sample(
             run,
             scheduler,
             _denoise(cfg),
             params,
-            video(given['noise_init']),
+            from_btchw(inputs['noise_init']),
             lambda index: jnp.asarray(noise)[index],
-            given['prompt_embeds'],
-            given.get('negative_prompt_embeds'),
+            inputs['prompt_embeds'],
+            inputs.get('negative_prompt_embeds'),
             control,
         )
     )(params)
     levels = schedules.timesteps(scheduler, run.steps)
     return {
-        'latents': torch_video(latents),
+        'latents': to_btchw(latents),
         'guidance_per_step': sampling.guidance_scales(run, levels),
     }
 
@@ -214,35 +224,37 @@ def text_to_video(record: Record) -> dict:
 def train_loss(record: Record) -> dict:
     """The denoising loss and its gradients."""
     cfg, params = _dit(record)
-    told, given = record.config, record.inputs
-    schedule = schedules.make(schedules.SchedulerConfig.from_released(told['sched']))
-    clean, noise = video(given['x0']), video(given['noise'])
-    per_sample = given['timesteps'].ndim == 1
-    levels = np.broadcast_to(to_levels(given['timesteps']), clean.shape[:2])
-    counted = np.ones(clean.shape[1], np.float32)
-    if told['stage'] >= 3:
-        counted[0] = 0  # the condition frame
+    config, inputs = record.config, record.inputs
+    schedule = schedules.make(schedules.SchedulerConfig.from_released(config['sched']))
+    clean, noise = from_btchw(inputs['x0']), from_btchw(inputs['noise'])
+    per_sample = inputs['timesteps'].ndim == 1
+    levels = np.broadcast_to(frame_levels(inputs['timesteps']), clean.shape[:2])
+    loss_mask = np.ones(clean.shape[1], np.float32)
+    if config['stage'] >= 3:
+        loss_mask[0] = 0  # the condition frame
 
     @functools.partial(jax.value_and_grad, has_aux=True)
     def loss(params):
         def denoise(noisy, levels):
             return _denoise(cfg)(
-                params, noisy, levels, given['prompt_embeds'], given.get('control_emb')
+                params, noisy, levels, inputs['prompt_embeds'], inputs.get('control_emb')
             )
 
-        return training.denoise_loss(schedule, denoise, clean, noise, levels, counted)
+        return training.denoise_loss(schedule, denoise, clean, noise, levels, loss_mask)
 
-    (value, aux), gradients = compiled(loss)(params)
+    (value, aux), gradients = fast_jit(loss)(params)
     gradients = conversion.to_torch(dit.weights(cfg), gradients)
-    # Stage 2 trains its control modules only.
+    # Stage 2 trains the control modules only.
     trained = [
-        gradient for name, gradient in gradients.items() if told['stage'] != 2 or 'control' in name
+        gradient
+        for name, gradient in gradients.items()
+        if config['stage'] != 2 or 'control' in name
     ]
     weights = aux['weights'][:, :1] if per_sample else aux['weights']
     return {
-        'model_output': torch_video(aux['v']),
-        'noisy': torch_video(aux['noisy']),
-        'x0_pred': torch_video(aux['x0']),
+        'model_output': to_btchw(aux['v']),
+        'noisy': to_btchw(aux['noisy']),
+        'x0_pred': to_btchw(aux['x0']),
         'table_weights': weights.reshape(-1),
         'table_loss': value.reshape(1),
         'table_per_sample_loss': aux['per_sample'],
@@ -252,26 +264,26 @@ def train_loss(record: Record) -> dict:
 
 
 def embeddings(record: Record) -> dict:
-    """Position, noise level and guidance codes; the names say the sizes."""
-    got = {}
+    """Position, noise level and guidance codes; the output names hold the sizes."""
+    outputs = {}
     for name in record.outputs:
         if part := re.fullmatch(r'(timestep|guidance)_emb_dim(\d+)', name):
             code, values = {
                 'timestep': (rope.timestep_code, 't'),
                 'guidance': (rope.guidance_code, 'w'),
             }[part[1]]
-            got[name] = code(record.inputs[values], int(part[2]))
+            outputs[name] = code(record.inputs[values], int(part[2]))
         elif part := re.fullmatch(r'pos3d_D(\d+)_W(\d+)_H(\d+)_T(\d+)_s([\d.]+)_t([\d.]+)', name):
             width, columns, rows, frames = map(int, part.groups()[:4])
             space, time = map(float, part.groups()[4:])
-            got[name] = rope.sincos_3d(
+            outputs[name] = rope.sincos_3d(
                 *(
                     rope.scaled_positions(*axis)
                     for axis in ((frames, time), (rows, space), (columns, space))
                 ),
                 width,
             )
-    return got
+    return outputs
 
 
 def t5_encoder(record: Record) -> dict:
@@ -287,7 +299,7 @@ def t5_encoder(record: Record) -> dict:
             'encoder.embed_tokens.weight differs from shared.weight, to which it is tied'
         )
     params = conversion.to_jax(t5.weights(cfg), record.weights, t5.shapes(cfg))
-    features = compiled(t5.T5Encoder(cfg).apply)({'params': params}, _ids(record))
+    features = fast_jit(t5.T5Encoder(cfg).apply)({'params': params}, _ids(record))
     return {'last_hidden_state': features}
 
 
@@ -295,7 +307,7 @@ def clip_text(record: Record) -> dict:
     """Control prompt features."""
     cfg = clip.Config.from_released(record.config['cfg'])
     params = conversion.to_jax(clip.weights(cfg), record.weights, clip.shapes(cfg))
-    features = compiled(clip.TextTower(cfg).apply)({'params': params}, _ids(record))
+    features = fast_jit(clip.TextTower(cfg).apply)({'params': params}, _ids(record))
     return {'text_features': features}
 
 
@@ -323,7 +335,7 @@ def control_signals(record: Record) -> dict:
         frames.append(driving.base_frames(length))
         needed = (frames[-1] - 1) // driving.FRAMES_PER_CONTROL + 1
         base.append(','.join(signal.split(',')[:needed]))
-        # A clip that the base stage makes whole is not streamed.
+        # Short clips are made whole by the base stage, and not streamed.
         streaming.append(
             None
             if length <= driving.BASE_SECONDS
@@ -341,10 +353,12 @@ def _ids(record: Record):
     return record.inputs['input_ids'].astype(np.int32)
 
 
-def _symbols(told: Fields) -> np.ndarray:
-    """Rows of the recorded control table that the recorded signal asks for."""
-    keys = told['control_keys']
-    return np.array([keys.index(symbol) for symbol in told['control_signal'].split(',')], np.int32)
+def _symbols(config: Fields) -> np.ndarray:
+    """Rows of the recorded control table for the recorded signal."""
+    keys = config['control_keys']
+    return np.array(
+        [keys.index(symbol) for symbol in config['control_signal'].split(',')], np.int32
+    )
 
 
 def _dit(record: Record):
@@ -362,9 +376,9 @@ def _denoise(cfg: dit.Config):
 
 
 def _vae(record: Record):
-    """The VAE of a stage; a recording without encoder weights gets its decoder only."""
+    """Config and parameters of the VAE; without the encoder if the recording has none."""
     cfg = vae.Config.from_released(record.config['cfg'])
-    # PARITY: stages 1 and 2 decode one latent frame to one frame, stages 3 and 4 to four.
+    # PARITY: a single latent frame decodes to one frame in stages 1 and 2, to four in 3 and 4.
     frames = 1 if record.config['stage'] <= 2 else cfg.temporal_compression
     cfg = dataclasses.replace(cfg, single_latent_frames=frames)
     table, shapes = vae.weights(cfg), vae.shapes(cfg)

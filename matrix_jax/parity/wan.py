@@ -1,52 +1,48 @@
-"""Replays of the Wan autoencoder, of the image tower and of conditioning on a picture."""
+"""Replays of the Wan 2.1 autoencoder, the image encoder and image conditioning."""
 
 from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
 from matrix_jax.encoders import clip_image
-from matrix_jax.parity.record import Record, clip, torch_clip, torch_video
+from matrix_jax.parity.record import Record, fast_jit, from_bcthw, to_bcthw, to_btchw
 from matrix_jax.vae import condition, wan
 from matrix_jax.weights import conversion
 
-# Recordings are tiny: compiling takes far longer than running, so the compiler is to hurry.
-compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
-
 
 def autoencoder(record: Record) -> dict:
-    """Encoding of a clip and of a picture, decoding in one go and in chunks."""
+    """Encoding of a clip and of an image; decoding whole and in chunks."""
     cfg, params = _vae(record)
-    frames = clip(record.inputs['video'])
-    latents = wan.unscaled(cfg, clip(record.inputs['z']))
-    encode = compiled(lambda params, frames: wan.scaled(cfg, wan.encode(cfg, params, frames)[0]))
-    got = {
-        'latent_normalized': torch_clip(encode(params, frames)),
-        'latent_single_image': torch_clip(encode(params, frames[:, :1])),
-        'decoded_unclamped': torch_clip(
-            compiled(functools.partial(wan.decode, cfg))(params, latents)
+    frames = from_bcthw(record.inputs['video'])
+    latents = wan.unscaled(cfg, from_bcthw(record.inputs['z']))
+    encode = fast_jit(lambda params, frames: wan.scaled(cfg, wan.encode(cfg, params, frames)[0]))
+    outputs = {
+        'latent_normalized': to_bcthw(encode(params, frames)),
+        'latent_single_image': to_bcthw(encode(params, frames[:, :1])),
+        'decoded_unclamped': to_bcthw(
+            fast_jit(functools.partial(wan.decode, cfg))(params, latents)
         ),
     }
     chunk, cache = record.config['chunk'], None
-    prefill = compiled(functools.partial(wan.prefill, cfg))
-    step = compiled(functools.partial(wan.step, cfg))
+    prefill = fast_jit(functools.partial(wan.prefill, cfg))
+    step = fast_jit(functools.partial(wan.step, cfg))
     for index, start in enumerate(range(0, latents.shape[1], chunk)):
         part = latents[:, start : start + chunk]
         cache, made = step(params, cache, part) if index else prefill(params, part)
-        got[f'stream_pixels_chunk{index}'] = torch_video(jnp.clip(made, -1, 1))
+        outputs[f'stream_pixels_chunk{index}'] = to_btchw(jnp.clip(made, -1, 1))
     leaves = conversion.flatten(cache)
-    got['n_cache_used'] = len(leaves)
-    for slot, path in enumerate(slots(cfg)):
-        got[f'stream_cache_{slot:02}_final'] = torch_clip(leaves[path])
-    return got
+    outputs['n_cache_used'] = len(leaves)
+    for slot, path in enumerate(decoder_cache_paths(cfg)):
+        outputs[f'stream_cache_{slot:02}_final'] = to_bcthw(leaves[path])
+    return outputs
 
 
-def slots(cfg: wan.Config) -> list[str]:
-    """Paths in the cache of the decoder, in the order in which the reference counts them."""
+def decoder_cache_paths(cfg: wan.Config) -> list[str]:
+    """Paths of the decoder's cache, in the order of the reference."""
 
     def resnets(where, count):
         return [f'{where}/resnet_{i}/conv{part}' for i in range(count) for part in (1, 2)]
@@ -60,33 +56,33 @@ def slots(cfg: wan.Config) -> list[str]:
 
 
 def cond_concat(record: Record) -> dict:
-    """A picture to the channels next to the noise."""
+    """The condition channels of an image."""
     cfg, params = _vae(record)
-    told, picture = record.config, record.inputs['image_uint8'].astype(np.uint8)
-    size = told['height'], told['width']
-    top, left, bottom, right = condition.crop(*picture.shape[:2], *size)
-    image = condition.pixels(condition.fit(picture, *size))[None]
-    made = compiled(
-        lambda params, image: condition.condition(cfg, params, image, told['num_output_frames'])
+    config, photo = record.config, record.inputs['image_uint8'].astype(np.uint8)
+    size = config['height'], config['width']
+    top, left, bottom, right = condition.crop(*photo.shape[:2], *size)
+    image = condition.pixels(condition.fit(photo, *size))[None]
+    made = fast_jit(
+        lambda params, image: condition.condition(cfg, params, image, config['num_output_frames'])
     )(params, image)
-    made = torch_clip(made)
+    made = to_bcthw(made)
     return {
         'cropped_hw': np.array([bottom - top, right - left]),
-        'image_normalized': torch_clip(image[:, None]),
+        'image_normalized': to_bcthw(image[:, None]),
         'cond_concat': made,
         'img_cond': made[:, cfg.temporal_compression :],
     }
 
 
 def clip_visual(record: Record) -> dict:
-    """The picture as the tower sees it, and its tokens."""
+    """The preprocessed image, and its features."""
     cfg = clip_image.Config.from_released(record.config['vision'])
     params = conversion.to_jax(clip_image.weights(cfg), record.weights, clip_image.shapes(cfg))
-    image = clip(record.inputs['video'])[:, 0]
-    seen = compiled(functools.partial(clip_image.pixels, cfg))(image)
+    image = from_bcthw(record.inputs['video'])[:, 0]
+    seen = fast_jit(functools.partial(clip_image.pixels, cfg))(image)
     return {
         'clip_pixels': rearrange(np.asarray(seen), 'b h w c -> b c h w'),
-        'visual_context': compiled(functools.partial(clip_image.encode, cfg))(params, image),
+        'visual_context': fast_jit(functools.partial(clip_image.encode, cfg))(params, image),
     }
 
 
@@ -95,14 +91,15 @@ ARGUMENTS = ('dim', 'z_dim', 'dim_mult', 'num_res_blocks', 'temperal_downsample'
 
 def _vae(record: Record):
     cfg = wan.Config.from_released({name: record.config[name] for name in ARGUMENTS})
-    return cfg, halves(cfg, record)
+    return cfg, read_params(cfg, record)
 
 
-def halves(cfg: wan.Config, record: Record) -> dict:
-    """Parameters of the encoder, of the decoder or of both, whichever a recording has."""
-    both = wan.shapes(cfg)
+def read_params(cfg: wan.Config, record: Record) -> dict:
+    """Parameters of the encoder, the decoder or both, as the recording has them."""
     found = {
-        half: both[half] for half in both if any(name.startswith(half) for name in record.weights)
+        part: shapes
+        for part, shapes in wan.shapes(cfg).items()
+        if any(name.startswith(part) for name in record.weights)
     }
     table = [row for row in wan.weights(cfg) if row.path.split('/')[0] in found]
     return conversion.to_jax(table, record.weights, found)

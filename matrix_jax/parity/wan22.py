@@ -1,4 +1,4 @@
-"""Replays of the autoencoder of Wan 2.2 as Matrix-Game 3.0 runs it."""
+"""Replays of the Wan 2.2 autoencoder with the settings of Matrix-Game 3.0."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.parity.record import Record, clip, torch_clip
-from matrix_jax.parity.wan import compiled, halves, slots
+from matrix_jax.parity.record import Record, fast_jit, from_bcthw, to_bcthw
+from matrix_jax.parity.wan import decoder_cache_paths, read_params
 from matrix_jax.vae import wan
 from matrix_jax.weights import conversion
 
@@ -26,45 +26,49 @@ ARGUMENTS = (
 
 
 def autoencoder(record: Record) -> dict:
-    """Encoding of a clip; decoding of its latents and of others, the latter also as the first
-    release of Wan 2.2 does."""
+    """Encoding of a clip, decoding of its latents and of recorded ones.
+
+    The recorded latents are also decoded with the settings of the first release of Wan 2.2.
+    """
     cfg, params = _vae(record)
     plain = dataclasses.replace(cfg, time_sees_first=False, norm_eps=wan.Config.norm_eps)
-    latents = compiled(lambda params, frames: wan.scaled(cfg, wan.encode(cfg, params, frames)[0]))(
-        params, clip(record.inputs['video'])
+    latents = fast_jit(lambda params, frames: wan.scaled(cfg, wan.encode(cfg, params, frames)[0]))(
+        params, from_bcthw(record.inputs['video'])
     )
-    decode = compiled(lambda params, latents: wan.decode(cfg, params, wan.unscaled(cfg, latents)))
-    other = clip(record.inputs['z'])
+    decode = fast_jit(lambda params, latents: wan.decode(cfg, params, wan.unscaled(cfg, latents)))
+    other = from_bcthw(record.inputs['z'])
     return {
-        'latent': torch_clip(latents),
-        'decode_raw': torch_clip(decode(params, latents)),
-        'decode_z_raw': torch_clip(decode(params, other)),
-        'upstream_wan22_decode_z_raw': torch_clip(
-            compiled(functools.partial(wan.decode, plain))(params, wan.unscaled(cfg, other))
+        'latent': to_bcthw(latents),
+        'decode_raw': to_bcthw(decode(params, latents)),
+        'decode_z_raw': to_bcthw(decode(params, other)),
+        'upstream_wan22_decode_z_raw': to_bcthw(
+            fast_jit(functools.partial(wan.decode, plain))(params, wan.unscaled(cfg, other))
         ),
     }
 
 
 def stream(record: Record) -> dict:
-    """Decoding of clips that go on, in chunks."""
+    """Decoding in chunks with a carried cache."""
     cfg, params = _vae(record)
     cfg = dataclasses.replace(cfg, chunk=record.config['segment_size'])
-    got, cache = {}, None
+    outputs, cache = {}, None
     for index in range(len(record.config['chunks'])):
-        latents = wan.unscaled(cfg, clip(record.inputs[f'chunk{index}.z']))
-        cache, frames = compiled(functools.partial(wan.step, cfg))(params, cache, latents)
-        got[f'chunk{index}.video'] = torch_clip(jnp.clip(frames, -1, 1))
+        latents = wan.unscaled(cfg, from_bcthw(record.inputs[f'chunk{index}.z']))
+        cache, frames = fast_jit(functools.partial(wan.step, cfg))(params, cache, latents)
+        outputs[f'chunk{index}.video'] = to_bcthw(jnp.clip(frames, -1, 1))
     leaves = conversion.flatten(cache)
-    shapes = [leaves[path].shape for path in slots(cfg)]
-    got['cache_shapes_flat'] = np.array([(b, c, t, h, w) for b, t, h, w, c in shapes], np.float32)
-    return got
+    shapes = [leaves[path].shape for path in decoder_cache_paths(cfg)]
+    outputs['cache_shapes_flat'] = np.array(
+        [(b, c, t, h, w) for b, t, h, w, c in shapes], np.float32
+    )
+    return outputs
 
 
 def _vae(record: Record):
-    told = record.config['vae']
-    sizes = {name: told[name] for name in ARGUMENTS}
-    for name in ('dim', 'dec_dim'):  # a pruned network is declared with its full widths
-        sizes[name] = round(sizes[name] * (1 - told['pruning_rate']))
+    config = record.config['vae']
+    sizes = {name: config[name] for name in ARGUMENTS}
+    for name in ('dim', 'dec_dim'):  # the config of a pruned network has the full widths
+        sizes[name] = round(sizes[name] * (1 - config['pruning_rate']))
     cfg = wan.Config.from_released(
         sizes
         | {
@@ -76,7 +80,7 @@ def _vae(record: Record):
             'norm_eps': 1e-6,
         }
     )
-    return cfg, halves(cfg, record)
+    return cfg, read_params(cfg, record)
 
 
 REPLAYS = {'vae': autoencoder, 'vae_stream': stream, 'lightvae_stream': stream}

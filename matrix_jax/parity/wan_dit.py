@@ -1,4 +1,4 @@
-"""Replays of the Wan DiT and its action modules: whole clips, and block by block on caches."""
+"""Replays of the Wan DiT and its action modules, on whole clips and block by block."""
 
 from __future__ import annotations
 
@@ -12,81 +12,83 @@ from einops import rearrange
 from matrix_jax.dit import wan, wan_actions
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring
 from matrix_jax.nn.rope import rates, rotate, turns, turns_3d
-from matrix_jax.parity.record import Record, clip, torch_clip
+from matrix_jax.parity.record import Record, fast_jit, from_bcthw, to_bcthw
 from matrix_jax.weights import conversion
-
-# Recordings are tiny: compiling takes far longer than running, so the compiler is to hurry.
-compiled = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def action(record: Record) -> dict:
-    """An action module alone, on a whole clip."""
-    net, params, given = _actions(record)
+    """One action module on a whole clip."""
+    net, params, windows = _actions(record)
     frames = record.config['grid'][0]
-    sights = {
+    masks = {
         'y_causal': Blocks(
             frames, record.config['num_frame_per_block'], record.config['local_attn_size']
         ),
         'y_bidirectional': Blocks(frames, frames),
     }
-    x, mouse, keyboard = (_tokens(record, record.inputs['x']), *given(0, frames))
-    got = {
-        name: _flat(compiled(net.apply)({'params': params}, x, mouse, keyboard, sight)[0])
-        for name, sight in sights.items()
+    x, mouse, keyboard = (_tokens(record, record.inputs['x']), *windows(0, frames))
+    outputs = {
+        name: _flat(fast_jit(net.apply)({'params': params}, x, mouse, keyboard, mask)[0])
+        for name, mask in masks.items()
     }
-    return got | {'block_causal_mask': sights['y_causal'].visible()}
+    return outputs | {'block_causal_mask': masks['y_causal'].visible()}
 
 
 def action_cached(record: Record) -> dict:
-    """An action module alone, block by block; each block twice on the same slots."""
-    net, params, given = _actions(record)
-    told, inputs = record.config, record.inputs
-    (frames, rows, columns), size = told['grid'], told['local_attn_size']
-    count, cfg = told['num_frame_per_block'], net.cfg
-    held = [
+    """One action module block by block; each block is computed twice, on the same cache slots."""
+    net, params, windows = _actions(record)
+    config, inputs = record.config, record.inputs
+    (frames, rows, columns), size = config['grid'], config['local_attn_size']
+    count, cfg = config['num_frame_per_block'], net.cfg
+    caches = [
         KVCache(*(jnp.zeros((1, size, sites, cfg.heads, sum(cfg.axes))) for _ in 'kv'))
         for sites in (rows * columns, 1)
     ]
-    held[0] = held[0] if cfg.mouse else None
+    caches[0] = caches[0] if cfg.mouse else None
 
-    @compiled
-    def call(start, x, mouse, keyboard, held):
+    @fast_jit
+    def call(start, x, mouse, keyboard, caches):
         ring = Ring(start, count, size)
-        y, new = net.apply({'params': params}, x, mouse, keyboard, ring, held)
-        return y, [past and past.put(now, ring.slots) for past, now in zip(held, new, strict=True)]
+        y, new = net.apply({'params': params}, x, mouse, keyboard, ring, caches)
+        return y, [
+            past and past.put(now, ring.slots) for past, now in zip(caches, new, strict=True)
+        ]
 
-    got = {}
+    outputs = {}
     for block in range(frames // count):
         span = slice(block * count, (block + 1) * count)
         for index, x in enumerate((inputs['x'] + 0.3 * inputs['x_delta'], inputs['x'])):
-            y, held = call(
-                jnp.int32(span.start), _tokens(record, x)[:, span], *given(span.start, count), held
+            y, caches = call(
+                jnp.int32(span.start),
+                _tokens(record, x)[:, span],
+                *windows(span.start, count),
+                caches,
             )
-            got[f'y_block{block}_call{index}'] = _flat(y)
+            outputs[f'y_block{block}_call{index}'] = _flat(y)
         ends = [span.stop, min(span.stop, size)]
-        got[f'idx_block{block}'] = np.array(ends + (ends if cfg.mouse else [0, 0]))
+        outputs[f'idx_block{block}'] = np.array(ends + (ends if cfg.mouse else [0, 0]))
     ring = Ring(jnp.int32(span.start), count, size)
-    for name, cache in zip(('mouse', 'keyboard'), held, strict=True):
+    for name, cache in zip(('mouse', 'keyboard'), caches, strict=True):
         if cache:
-            got |= {
+            outputs |= {
                 f'{name}_cache_{part}': leaf
                 for part, leaf in _action_cache(cfg, ring, cache).items()
             }
-    return got
+    return outputs
 
 
 def dit_whole(record: Record) -> dict:
-    """A whole clip, in blocks or in both directions, with what the layers make of it."""
+    """A whole clip, block-causal or bidirectional, with the output of each layer."""
     cfg, params = _dit(record)
-    inputs, told = record.inputs, record.config
-    block = told.get('num_frame_per_block')
+    inputs, config = record.inputs, record.config
+    block = config.get('num_frame_per_block')
     parts = ('patch', 'time_projection', 'image_embedding')
 
-    @compiled
-    def call(params, *given):
+    @fast_jit
+    def call(params, *args):
         return wan.WanTransformer(cfg).apply(
             {'params': params},
-            *given,
+            *args,
             block=block,
             mutable='intermediates',
             capture_intermediates=lambda module, method: (
@@ -95,12 +97,12 @@ def dit_whole(record: Record) -> dict:
             ),
         )
 
-    latents = clip(inputs['x'])
+    latents = from_bcthw(inputs['x'])
     v, made = call(
         params,
         latents,
         inputs['t'],
-        clip(inputs['cond_concat']),
+        from_bcthw(inputs['cond_concat']),
         inputs['visual_context'],
         inputs.get('mouse_cond'),
         inputs['keyboard_cond'],
@@ -108,37 +110,39 @@ def dit_whole(record: Record) -> dict:
     made = made['intermediates']
     patches, modulation, image = (made[part]['__call__'][0] for part in parts)
     rows, frames = latents.shape[2] // cfg.patch, latents.shape[1]
-    got = {
-        'flow': torch_clip(v),
+    outputs = {
+        'flow': to_bcthw(v),
         'img_context': image,
         'patch_embedding': rearrange(patches, 'b t (h w) d -> b d t h w', h=rows),
         'time_projection': rearrange(modulation, 'b t d -> (b t) d'),
     }
     for name, (start, _) in cfg.segments.items():
         for layer, tokens in enumerate(made[name]['__call__'][0][0], start):
-            got[f'after_block{layer}'] = _flat(tokens)
+            outputs[f'after_block{layer}'] = _flat(tokens)
     if block:
         seen = Blocks(frames, block, cfg.local).visible()
-        got['action_mask'] = seen
-        got['self_attn_mask'] = np.kron(seen, np.ones([patches.shape[2]] * 2))
-    return got
+        outputs['action_mask'] = seen
+        outputs['self_attn_mask'] = np.kron(seen, np.ones([patches.shape[2]] * 2))
+    return outputs
 
 
 def dit_cached(record: Record) -> dict:
     """Block by block: two denoising calls, then the clean pass."""
     cfg, params = _dit(record)
-    inputs, told = record.inputs, record.config
-    count, net = told['num_frame_per_block'], wan.WanTransformer(cfg)
-    calls = [(clip(inputs[f'x_noisy{i}']), level) for i, level in enumerate(told['timesteps'])]
-    calls.append((clip(inputs['x0']), float(told['context_noise'])))
-    cond = clip(inputs['cond_concat'])
+    inputs, config = record.inputs, record.config
+    count, net = config['num_frame_per_block'], wan.WanTransformer(cfg)
+    calls = [
+        (from_bcthw(inputs[f'x_noisy{i}']), level) for i, level in enumerate(config['timesteps'])
+    ]
+    calls.append((from_bcthw(inputs['x0']), float(config['context_noise'])))
+    cond = from_bcthw(inputs['cond_concat'])
     batch, frames, height, width, _ = cond.shape
     sites = height * width // cfg.patch**2
-    call = compiled(functools.partial(net.apply, method='cached'))
-    caches = compiled(functools.partial(net.apply, method='read_image'))(
+    call = fast_jit(functools.partial(net.apply, method='cached'))
+    caches = fast_jit(functools.partial(net.apply, method='read_image'))(
         {'params': params}, inputs['visual_context'], wan.init_caches(cfg, batch, height, width)
     )
-    got = {}
+    outputs = {}
     for block in range(frames // count):
         span = slice(block * count, (block + 1) * count)
         seen = [
@@ -150,9 +154,9 @@ def dit_cached(record: Record) -> dict:
             v, caches = call(
                 {'params': params}, caches, latents[:, span], levels, cond[:, span], *seen
             )
-            got[f'flow_block{block}_call{index}'] = torch_clip(v)
+            outputs[f'flow_block{block}_call{index}'] = to_bcthw(v)
         ends = np.array([span.stop, min(span.stop, cfg.local)])
-        got[f'idx_block{block}'] = np.concatenate(
+        outputs[f'idx_block{block}'] = np.concatenate(
             [ends * sites, ends * bool(cfg.actions.mouse), ends]
         )
         caches, last = wan.advance(caches, count), caches
@@ -160,12 +164,12 @@ def dit_cached(record: Record) -> dict:
     for name in record.outputs:
         if '_layer' in name:
             kind, layer = name.split('_layer')
-            got[name] = layer_caches(cfg, last, count, grid, int(layer))[kind]
-    return got
+            outputs[name] = layer_caches(cfg, last, count, grid, int(layer))[kind]
+    return outputs
 
 
 def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: int) -> dict:
-    """Caches of a layer as the reference has them."""
+    """Caches of a layer in the layout of the reference."""
     name, start = next(
         (name, start) for name, (start, stop) in cfg.segments.items() if start <= layer < stop
     )
@@ -189,7 +193,7 @@ def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: i
 
 
 def _action_cache(cfg: wan_actions.ActionConfig, ring: Ring, cache: KVCache) -> dict:
-    """Keys and values of an action cache as the reference has them, [B*N S K E]."""
+    """Keys and values of an action cache in the layout of the reference, [B*N S K E]."""
     kept, frames = _in_order(ring, cache)
     turn = turns(frames, rates(cfg.axes[0] // 2, cfg.period))
     k = rotate(kept.k, tuple(part[:, None] for part in turn))
@@ -200,10 +204,10 @@ def _action_cache(cfg: wan_actions.ActionConfig, ring: Ring, cache: KVCache) -> 
 
 
 def _in_order(ring: Ring, cache: KVCache):
-    """The filled slots from the oldest frame on, and the frames."""
-    held = np.asarray(ring.held())[: int(ring.end)]
-    order = np.argsort(held)
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, order], cache), held[order]
+    """(filled slots, their frame numbers), oldest frame first."""
+    frames = np.asarray(ring.held())[: int(ring.end)]
+    order = np.argsort(frames)
+    return jax.tree.map(lambda leaf: np.asarray(leaf)[:, order], cache), frames[order]
 
 
 def _padded(leaf, slots: int):
@@ -220,40 +224,43 @@ def _flat(x):
 
 
 def _actions(record: Record):
-    """(network, parameters, `(start, count) -> windows of mouse and keyboard`) of an action module."""
-    told = record.config['action_config']
+    """(network, parameters, `(start, count)` -> windows of mouse and keyboard)."""
+    config = record.config['action_config']
     cfg = wan.Config.from_released(
         {
-            'dim': told['img_hidden_size'],
+            'dim': config['img_hidden_size'],
             'num_heads': 1,
-            'num_layers': 1 + max(told['blocks']),
-            'action_config': told,
+            'num_layers': 1 + max(config['blocks']),
+            'action_config': config,
         }
     ).actions
     name, net = 'blocks.{i}.action_model', wan_actions.ActionBlock(cfg)
     tensors = {f'blocks.0.action_model.{key}': tensor for key, tensor in record.weights.items()}
     inputs = record.inputs
 
-    def given(start, count):
+    def windows(start, count):
         return [
             part if part is None else wan.windows(part, start, count, cfg.ratio, cfg.span)
             for part in (inputs.get('mouse_cond'), inputs['keyboard_cond'])
         ]
 
     shapes = jax.eval_shape(
-        lambda key: net.init(key, _tokens(record, inputs['x'])[:, :1], *given(0, 1), Blocks(1, 1)),
+        lambda key: net.init(
+            key, _tokens(record, inputs['x'])[:, :1], *windows(0, 1), Blocks(1, 1)
+        ),
         jax.random.key(0),
     )['params']
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes)
     rows = wan_actions.action_rows(cfg, name, 'layers', (0, 1))
     params = conversion.to_jax(rows, tensors, {'layers': stacked})['layers']
-    return net, jax.tree.map(lambda leaf: leaf[0], params), given
+    return net, jax.tree.map(lambda leaf: leaf[0], params), windows
 
 
 def _dit(record: Record):
-    told = record.config
+    config = record.config
     cfg = wan.Config.from_released(
-        dict(told['model']) | {'image_dim': told['clip_dim'], 'image_length': told['clip_tokens']}
+        dict(config['model'])
+        | {'image_dim': config['clip_dim'], 'image_length': config['clip_tokens']}
     )
     return cfg, conversion.to_jax(wan.weights(cfg), record.weights, wan.shapes(cfg))
 

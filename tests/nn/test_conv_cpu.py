@@ -4,66 +4,66 @@ import numpy as np
 import pytest
 
 from matrix_jax.config import Mesh
-from matrix_jax.nn import conv3d, winograd
+from matrix_jax.nn import conv3d, conv_cpu
 from matrix_jax.parallel import sharding, spatial
 from tests.nn.test_conv3d import direct, normal, spatial_pad
 
-WIDE = 24  # channels, enough for the detour
+WIDE = 24  # channels, enough for Winograd
 
 
-@pytest.mark.parametrize('m', winograd.POINTS)
+@pytest.mark.parametrize('m', conv_cpu.POINTS)
 @pytest.mark.parametrize('frames', [1, 4, 5])
-def test_the_detour_is_the_sum_of_three_taps(m, frames):
+def test_winograd_equals_the_sum_of_three_taps(m, frames):
     x, kernel = normal(2, frames + 2, 3), normal(3, 3, seed=1)
-    y = winograd.convolve(x, kernel, m, lambda x, tap: x * tap)
+    y = conv_cpu.winograd(x, kernel, m, lambda x, tap: x * tap)
     want = sum(x[:, tap : tap + frames] * kernel[tap] for tap in range(3))
     assert y.shape == want.shape
     np.testing.assert_allclose(y, want, atol=2e-6)
 
 
-def test_the_cheapest_way_is_taken():
-    assert [winograd.best(frames) for frames in (1, 2, 3, 4, 8, 9)] == [1, 2, 4, 4, 4, 4]
-    assert winograd.cost(8, 4) == 12 and winograd.cost(8, 2) == 16 and winograd.cost(8, 1) == 24
+def test_the_tile_with_the_fewest_products_is_chosen():
+    assert [conv_cpu.best_tile(frames) for frames in (1, 2, 3, 4, 8, 9)] == [1, 2, 4, 4, 4, 4]
+    assert conv_cpu.products(8, 4) == 12 and conv_cpu.products(8, 2) == 16 and conv_cpu.products(8, 1) == 24
 
 
 @pytest.mark.parametrize('frames', [2, 3, 4, 9])
-def test_wide_convolutions_take_it_and_stay_exact(frames, monkeypatch):
+def test_wide_convolutions_use_winograd_and_stay_exact(frames, monkeypatch):
     x, kernel = normal(1, frames + 2, 5, 6, WIDE), normal(3, 3, 3, WIDE, 4, seed=1)
     want = direct(spatial_pad(x, 1, 1).astype(np.float64), kernel.astype(np.float64))
     np.testing.assert_allclose(conv3d.conv3d(x, kernel), want, atol=5e-6 * np.abs(want).max())
-    taken = []
-    monkeypatch.setattr(winograd, 'convolve', lambda *given: taken.append(given[2]))
+    tiles = []
+    monkeypatch.setattr(conv_cpu, 'winograd', lambda *given: tiles.append(given[2]))
     conv3d.conv3d(x, kernel)
-    assert taken == [winograd.best(frames)]
+    assert tiles == [conv_cpu.best_tile(frames)]
 
 
 @pytest.mark.parametrize(
     'x, taps',
     [
-        (normal(1, 3, 3, 3, WIDE), 3),  # one frame has nothing to share
+        (normal(1, 3, 3, 3, WIDE), 3),  # one frame saves no products
         (normal(1, 6, 3, 3, 8), 3),  # few channels
         (normal(1, 6, 3, 3, WIDE), 2),
         (normal(1, 6, 3, 3, WIDE).astype(jnp.bfloat16), 3),
     ],
-)  # differences cost half precision dear
-def test_other_convolutions_do_not(x, taps, monkeypatch):
-    monkeypatch.setattr(winograd, 'convolve', None)
+)  # differences lose digits of half precision
+def test_other_convolutions_do_not_use_winograd(x, taps, monkeypatch):
+    monkeypatch.setattr(conv_cpu, 'winograd', None)
     kernel = normal(taps, 3, 3, x.shape[-1], 2).astype(x.dtype)
     assert conv3d.conv3d(x, kernel).shape == (1, x.shape[1] - taps + 1, 3, 3, 2)
 
 
-@pytest.mark.parametrize('function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.doubled2d, (3, 3))])
-def test_an_accelerator_takes_no_detour_and_gets_the_same(function, taps, monkeypatch):
+@pytest.mark.parametrize('function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.upsample_conv2d, (3, 3))])
+def test_an_accelerator_runs_one_plain_convolution_of_the_same_result(function, taps, monkeypatch):
     x, kernel = normal(1, 6, 5, 6, WIDE), normal(*taps, WIDE, 4, seed=1)
     want = function(x, kernel)
-    monkeypatch.setattr(winograd, 'convolve', None)
+    monkeypatch.setattr(conv_cpu, 'winograd', None)
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     program = str(jax.make_jaxpr(function)(x, kernel))
     assert program.count('conv_general_dilated[') == 1
     np.testing.assert_allclose(function(x, kernel), want, atol=5e-6 * np.abs(want).max())
 
 
-def test_gradients_are_those_of_the_plain_sum(monkeypatch):
+def test_winograd_gradients_equal_those_of_the_plain_sum(monkeypatch):
     x, kernel = normal(1, 6, 4, 4, WIDE), normal(3, 3, 3, WIDE, 4, seed=1)
 
     def gradients():
@@ -72,19 +72,19 @@ def test_gradients_are_those_of_the_plain_sum(monkeypatch):
         )
 
     made = gradients()
-    monkeypatch.setattr(winograd, 'best', lambda frames: 1)
+    monkeypatch.setattr(conv_cpu, 'best_tile', lambda frames: 1)
     for one, other in zip(made, gradients(), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * np.abs(other).max())
 
 
-def test_split_rows_are_the_whole():
-    """The rows next to a device's own are fetched once, for all products."""
+def test_split_rows_equal_the_whole_picture():
+    """A convolution exchanges its halo once, for all of its products."""
     params = {'first': normal(3, 3, 3, WIDE, WIDE, seed=1), 'second': normal(3, 3, WIDE, 3, seed=2)}
     x = normal(1, 6, 8, 3, WIDE)
 
     def network(params, cache, x):
         y = conv3d.conv3d(x, params['first'])
-        return cache, conv3d.doubled2d(y, params['second'])
+        return cache, conv3d.upsample_conv2d(y, params['second'])
 
     want = network(params, None, x)[1]
     with jax.set_mesh(sharding.make_mesh(Mesh(seq=4))):
