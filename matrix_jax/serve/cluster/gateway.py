@@ -182,7 +182,7 @@ class Gateway(BaseApp):
         self._sockets.add(socket)
         try:
             with contextlib.suppress(WebSocketDisconnect, RuntimeError):
-                await ProxyConnection(self, socket).run()
+                await ProxyConnection(self.registry, self.secret, self.acquire, socket).run()
         finally:
             self._sockets.discard(socket)
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import secrets
 from collections.abc import Awaitable, Callable
-from typing import Protocol
 
-from matrix_jax.serve.cluster.registry import AsyncRegistry, SessionRecord
-from matrix_jax.serve.web import protocol
+from matrix_jax.serve.cluster.registry import AsyncRegistry
 from matrix_jax.serve.web.base_app import (
     BURST,
-    JOIN_SECONDS,
     MESSAGE_BYTES,
     RATE,
     close_socket,
+    receive_join,
     receive_text,
+    run_until_first_ends,
 )
-from matrix_jax.serve.web.protocol import MessageError, TokenBucket
+from matrix_jax.serve.web.protocol import TokenBucket
 
 LOST_CODES = (1001, 1006, 1011, 1012)  # close codes of a worker that is gone
 
@@ -28,31 +26,21 @@ class NoCapacity(Exception):
     """No slot is available; the message may be shown."""
 
 
-class SlotSource(Protocol):
-    """What a `ProxyConnection` needs of the `Gateway`."""
-
-    registry: AsyncRegistry
-    secret: str
-
-    async def acquire(
-        self,
-        session: str,
-        request: dict,
-        record: SessionRecord | None,
-        on_wait: Callable[[], Awaitable[None]],
-    ) -> str: ...
-
-
 class ProxyConnection:
     """One player's socket, and the worker that it is connected to.
 
     Args:
-      gateway: that finds workers.
+      registry: of the cluster.
+      secret: token of the workers.
+      acquire: `Gateway.acquire`.
       socket: the player's.
     """
 
-    def __init__(self, gateway: SlotSource, socket):
-        self.gateway, self.socket, self.worker = gateway, socket, None
+    def __init__(
+        self, registry: AsyncRegistry, secret: str, acquire: Callable[..., Awaitable[str]], socket
+    ):
+        self.registry, self.secret, self.acquire = registry, secret, acquire
+        self.socket, self.worker = socket, None
 
     async def run(self):
         """Serves the socket until it closes.
@@ -60,29 +48,15 @@ class ProxyConnection:
         Raises:
           WebSocketDisconnect: the player is gone.
         """
-        try:
-            async with asyncio.timeout(JOIN_SECONDS):
-                text = await receive_text(self.socket)
-            request = protocol.parse_join(text)
-        except (MessageError, TimeoutError) as error:
-            reason = str(error) or f'expected join within {JOIN_SECONDS} s'
-            await close_socket(self.socket, 1008, reason)
+        request = await receive_join(self.socket)
+        if request is None:
             return
-        tasks = [
-            asyncio.create_task(one)
-            for one in (self._forward_messages(), self._forward_frames(request))
-        ]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        for error in results:
-            if isinstance(error, NoCapacity):
-                await close_socket(self.socket, 1013, str(error))
-            elif isinstance(error, Exception):
+        for error in await run_until_first_ends(
+            self._forward_messages(), self._forward_frames(request)
+        ):
+            if not isinstance(error, NoCapacity):
                 raise error
+            await close_socket(self.socket, 1013, str(error))
 
     async def _forward_messages(self):
         """Player to worker; while there is no worker, messages are dropped."""
@@ -109,20 +83,20 @@ class ProxyConnection:
           NoCapacity: no worker has a free slot.
         """
         session = request['session']
-        record = await self.gateway.registry.find(session) if session else None
+        record = await self.registry.find(session) if session else None
         session = session if record else secrets.token_urlsafe(16)
         address = record and record.address
         text = 'All places are taken. Waiting for a new one ...'
         while True:
             if address is None:
-                address = await self.gateway.acquire(
+                address = await self.acquire(
                     session, request, record, lambda text=text: self._show_waiting(text)
                 )
             code, reason = await self._connect(address, request | {'session': session})
             if code not in LOST_CODES:
                 await close_socket(self.socket, code, reason)
                 return
-            record, address = await self.gateway.registry.find(session), None
+            record, address = await self.registry.find(session), None
             text = 'The machine of your world was lost. It continues elsewhere in a moment ...'
             await self._show_waiting(text)
 
@@ -130,7 +104,7 @@ class ProxyConnection:
         """Forwards frames until the worker closes -> (close code, reason)."""
         import websockets
 
-        url = f'ws://{address}/play?token={self.gateway.secret}'
+        url = f'ws://{address}/play?token={self.secret}'
         try:
             async with websockets.connect(url, max_size=2**26, compression=None) as worker:
                 await worker.send(json.dumps(join))

@@ -16,38 +16,20 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from matrix_jax.serve.runtime import session_log
+from matrix_jax.serve.runtime.batched_stream import BatchedStream
 from matrix_jax.serve.runtime.slot_state import EncodedFrame, HistoryEntry, SlotState
-from matrix_jax.worlds.protocols import World
 
 log = logging.getLogger(__name__)
 HISTORY_BYTES = 128 * 2**20  # per player
 HISTORY_SECONDS = 12
 MARGIN_SECONDS = 0.02  # between the end of a step and its first frame
 POLL_SECONDS = 0.001  # between two checks of a running step
-
-
-class SteppedSlots(Protocol):
-    """What the engine needs of a `BatchedStream`."""
-
-    world: World
-    num_slots: int
-    frames_per_step: int
-    lag: int
-    steps_ahead: int
-    idle: np.ndarray
-
-    def encode(self, control: str) -> np.ndarray: ...
-    def step(self, controls: np.ndarray, active: np.ndarray) -> tuple: ...
-    def write(self, index: int, carry) -> None: ...
-    def read(self, index: int): ...
-    def read_async(self, index: int): ...
-    def set_prompt(self, index: int, text) -> None: ...
 
 
 class InFlightStep(NamedTuple):
@@ -82,7 +64,7 @@ class Engine:
     """
 
     def __init__(
-        self, stream: SteppedSlots, encode_frame: Callable, on_step: Callable = lambda *_: None
+        self, stream: BatchedStream, encode_frame: Callable, on_step: Callable = lambda *_: None
     ):
         self.stream, self.encode_frame, self.on_step = stream, encode_frame, on_step
         self.period = stream.frames_per_step / stream.world.cfg.fps
@@ -129,42 +111,6 @@ class Engine:
             future.cancel()
         self._commands.put((future, function, args))
         return future
-
-    def add(self, slot: SlotState, carry) -> Future:
-        """Puts a new player into its slot."""
-        return self.call(self._add, slot, carry)
-
-    def remove(self, slot: SlotState) -> Future:
-        """Frees a slot."""
-        return self.call(self._remove, slot)
-
-    def pause(self, slot: SlotState, paused: bool) -> Future:
-        """Pauses or resumes a slot."""
-        return self.call(setattr, slot, 'paused', paused)
-
-    def restart(self, slot: SlotState, timeline: session_log.Log, carry) -> Future:
-        """Continues a slot from another log and carry: a new start, or a loaded world."""
-        return self.call(self._restart, slot, timeline, carry)
-
-    def set_prompt(self, slot: SlotState, prompt: str, text) -> Future:
-        """Changes the prompt from the next step on."""
-        return self.call(self._set_prompt, slot, prompt, text)
-
-    def snapshot(self, slot: SlotState) -> Future:
-        """(log, carry on the host) between two steps."""
-        return self.call(self._snapshot, slot)
-
-    def rewind(self, slot: SlotState, seconds: float) -> Future:
-        """Goes back, at most to the oldest history entry -> seconds gone back."""
-        return self.call(self._rewind, slot, seconds)
-
-    def save(self, slot: SlotState) -> Future:
-        """Saves the slot on the server, for `load_saved`."""
-        return self.call(self._save, slot)
-
-    def load_saved(self, slot: SlotState) -> Future:
-        """Returns to what `save` saved -> whether there was anything."""
-        return self.call(self._load_saved, slot)
 
     # --- in the thread -------------------------------------------------------------------------
 
@@ -305,37 +251,53 @@ class Engine:
     def _restart_broken(self, slot: SlotState):
         """Restarts a world that is no longer finite; the other slots are not affected."""
         step, (origin, carry) = len(slot.log.controls) - 1, slot.origin
-        self._restart(slot, origin.copy(), carry)
+        self.restart(slot, origin.copy(), carry)
         slot.on_broken(step)
 
-    def _add(self, slot: SlotState, carry):
+    # --- commands: run them with `call` --------------------------------------------------------
+
+    def add(self, slot: SlotState, carry):
+        """Puts a new player into its slot.
+
+        Raises:
+          RuntimeError: the slot is taken.
+        """
         if self.slots[slot.index] is not None:
             raise RuntimeError(f'slot {slot.index} is taken')
         self.slots[slot.index] = slot
-        self._restart(slot, slot.log, carry)
+        self.restart(slot, slot.log, carry)
 
-    def _remove(self, slot: SlotState):
+    def remove(self, slot: SlotState):
+        """Frees a slot."""
         if self.slots[slot.index] is slot:
             self.slots[slot.index] = None
         slot.release()
 
-    def _restart(self, slot: SlotState, timeline: session_log.Log, carry):
+    def pause(self, slot: SlotState, paused: bool):
+        """Pauses or resumes a slot."""
+        slot.paused = paused
+
+    def restart(self, slot: SlotState, timeline: session_log.Log, carry):
+        """Continues a slot from another log and carry: a new start, or a loaded world."""
         self._check(slot)
         self.stream.write(slot.index, carry)
         slot.begin(timeline, self.stream.read(slot.index))
 
-    def _set_prompt(self, slot: SlotState, prompt: str, text):
+    def set_prompt(self, slot: SlotState, prompt: str, text):
+        """Changes the prompt from the next step on."""
         self._check(slot)
         self.stream.set_prompt(slot.index, text)
         step = len(slot.log.controls)
         earlier = [change for change in slot.log.prompts if change[0] != step]
         slot.log.prompts = [*earlier, [step, prompt]]
 
-    def _snapshot(self, slot: SlotState):
+    def snapshot(self, slot: SlotState):
+        """(log, carry on the host)."""
         self._check(slot)
         return slot.log.copy(), self.stream.read(slot.index)
 
-    def _rewind(self, slot: SlotState, seconds: float) -> float:
+    def rewind(self, slot: SlotState, seconds: float) -> float:
+        """Goes back, at most to the oldest history entry -> seconds gone back."""
         self._check(slot)
         steps = len(slot.log.controls)
         goal = steps - round(seconds / self.period)
@@ -347,14 +309,16 @@ class Engine:
         slot.log.prompts, slot.echoes = list(entry.prompts), {}
         return (steps - entry.steps) * self.period
 
-    def _save(self, slot: SlotState):
-        slot.saved = self._snapshot(slot)
+    def save(self, slot: SlotState):
+        """Saves the slot on the server, for `load_saved`."""
+        slot.saved = self.snapshot(slot)
 
-    def _load_saved(self, slot: SlotState) -> bool:
+    def load_saved(self, slot: SlotState) -> bool:
+        """Returns to what `save` saved -> whether there was anything."""
         self._check(slot)
         if slot.saved is None:
             return False
-        self._restart(slot, slot.saved[0].copy(), slot.saved[1])
+        self.restart(slot, slot.saved[0].copy(), slot.saved[1])
         return True
 
     def _check(self, slot: SlotState):

@@ -7,7 +7,7 @@ import collections
 import logging
 import secrets
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 from matrix_jax.serve.runtime import replay, session_log, snapshot, start_frames
 from matrix_jax.serve.runtime.engine import Engine
@@ -107,10 +107,10 @@ class SessionManager:
             timeline, carry, session.greeting = await prepare(source)
             session.slot = SlotState(index, timeline, session.deliver, session.report_broken)
             session.slot.paused = paused
-            await wait_for(self.engine.add(session.slot, carry))
+            await self._command(self.engine.add, session.slot, carry)
         except BaseException:  # includes the cancellation when the player leaves meanwhile
             if session.slot:
-                self.engine.remove(session.slot)
+                self.engine.call(self.engine.remove, session.slot)
             self._free.append(index)
             raise
         self.sessions[session.token] = session
@@ -124,13 +124,13 @@ class SessionManager:
             self._wait_for_player(session)
 
     def _wait_for_player(self, session: Session):
-        self.engine.pause(session.slot, True)
+        self.engine.call(self.engine.pause, session.slot, True)
         session.expiry = self.loop.call_later(self.grace, self.end, session, 'lost')
 
     async def attach(self, session: Session, socket: Socket) -> Socket | None:
         """Hands a session to a socket -> the socket that had it before, or None."""
         before, _ = session.socket, session.attach(socket)
-        await wait_for(self.engine.pause(session.slot, session.paused))
+        await self._command(self.engine.pause, session.slot, session.paused)
         return before
 
     def end(self, session: Session, reason: str):
@@ -138,7 +138,7 @@ class SessionManager:
         if self.sessions.pop(session.token, None) is None:
             return
         steps = len(session.slot.log.controls)
-        self.engine.remove(session.slot)
+        self.engine.call(self.engine.remove, session.slot)
         self._free.append(session.slot.index)
         session.end(reason)
         self.metrics.sessions.set(len(self.sessions))
@@ -203,16 +203,16 @@ class SessionManager:
                     await self._change_prompt(session, message['text'])
                 case 'pause':
                     session.paused = message['on']
-                    await wait_for(self.engine.pause(slot, message['on']))
+                    await self._command(self.engine.pause, slot, message['on'])
                     session.notify_state()
                 case 'rewind':
-                    seconds = await wait_for(self.engine.rewind(slot, message['seconds']))
+                    seconds = await self._command(self.engine.rewind, slot, message['seconds'])
                     session.notify_state(rewound=round(seconds, 2))
                 case 'keep':
-                    await wait_for(self.engine.save(slot))
+                    await self._command(self.engine.save, slot)
                     session.notify_state()
                 case 'recall':
-                    if not await wait_for(self.engine.load_saved(slot)):
+                    if not await self._command(self.engine.load_saved, slot):
                         raise Refused('nothing was saved yet')
                     session.notify_state(recalled=True)
                 case 'record':
@@ -230,21 +230,21 @@ class SessionManager:
 
     async def save(self, session: Session) -> bytes:
         """The session as the bytes of a `.world` file; does not wait for `session.lock`."""
-        timeline, carry = await wait_for(self.engine.snapshot(session.slot))
+        timeline, carry = await self._command(self.engine.snapshot, session.slot)
         return await self.loop.run_in_executor(self._saver, snapshot.dump, carry, timeline)
 
     async def load(self, session: Session, data: bytes):
         """Continues a session from the bytes of a `.world` file."""
         timeline, carry, note = await self._parse(data)
         async with session.lock:
-            await wait_for(self.engine.restart(session.slot, timeline, carry))
+            await self._command(self.engine.restart, session.slot, timeline, carry)
         session.notify_state(loaded=True)
         if note:
             session.notify('note', {'message': note})
 
     async def copy_log(self, session: Session) -> session_log.Log:
         """A copy of the session's log, made by the engine's thread, which alone changes it."""
-        return await wait_for(self.engine.call(lambda: session.slot.log.copy()))
+        return await self._command(lambda: session.slot.log.copy())
 
     async def _change_prompt(self, session: Session, prompt: str):
         if not self.world.reads_text:
@@ -255,12 +255,12 @@ class SessionManager:
                 'session; start a new one'
             )
         text, cut = await self._encode(self.stream.embed_prompt, prompt)
-        await wait_for(self.engine.set_prompt(session.slot, prompt, text))
+        await self._command(self.engine.set_prompt, session.slot, prompt, text)
         session.notify_state(**({'cut': cut} if cut else {}))
 
     async def _restart(self, session: Session, timeline: session_log.Log):
         timeline, carry, note = await self._prepare(timeline)
-        await wait_for(self.engine.restart(session.slot, timeline, carry))
+        await self._command(self.engine.restart, session.slot, timeline, carry)
         session.notify_state(restarted=True, **({'message': note} if note else {}))
 
     def _new_log(self, request: dict, picture: str | None = None) -> session_log.Log:
@@ -314,18 +314,18 @@ class SessionManager:
     async def _encode(self, function, *args):
         return await self.loop.run_in_executor(self._encoder, function, *args)
 
+    async def _command(self, function, *args):
+        """Runs a command between two steps of the engine.
 
-async def wait_for(future: Future):
-    """The result of an engine's command.
-
-    Raises:
-      Refused: the engine stopped before it ran the command, or the player has left.
-    """
-    try:
-        return await asyncio.wrap_future(future)
-    except RuntimeError as error:
-        raise Refused(str(error)) from error
-    except asyncio.CancelledError:
-        if not future.cancelled() or asyncio.current_task().cancelling():
-            raise
-        raise Refused('the engine has stopped') from None
+        Raises:
+          Refused: the engine stopped before it ran the command, or the player has left.
+        """
+        future = self.engine.call(function, *args)
+        try:
+            return await asyncio.wrap_future(future)
+        except RuntimeError as error:
+            raise Refused(str(error)) from error
+        except asyncio.CancelledError:
+            if not future.cancelled() or asyncio.current_task().cancelling():
+                raise
+            raise Refused('the engine has stopped') from None

@@ -5,24 +5,17 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from matrix_jax import video
 from matrix_jax.data import start_clips
+from matrix_jax.serve.runtime.batched_stream import BatchedStream
 from matrix_jax.serve.runtime.key_runs import ReplayError
 from matrix_jax.weights import diffusers_layout
 from matrix_jax.worlds.protocols import World
 
 MAX_PIXELS = 40_000_000
-
-
-class StartFrames(Protocol):
-    """What `load` needs of a `BatchedStream`."""
-
-    world: World
-    start_frames: int
 
 
 def clips_folder(world: World, folder) -> Path:
@@ -51,7 +44,7 @@ def choose(world: World, folder, prompt: str | None, start: str | None) -> tuple
     return prompt, start
 
 
-def load(stream: StartFrames, folder, start: str | None, picture: str | None) -> np.ndarray:
+def load(stream: BatchedStream, folder, start: str | None, picture: str | None) -> np.ndarray:
     """Start frames uint8 [F H W 3] of a log's `start` or `picture`.
 
     Raises:

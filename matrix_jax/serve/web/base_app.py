@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
 from pathlib import Path
 
+from matrix_jax.serve.web import protocol
 from matrix_jax.serve.web.transfers import error_response
 
 PAGE = Path(__file__).with_name('player.html')
@@ -142,6 +144,32 @@ async def receive_text(socket) -> str:
     if message['type'] == 'websocket.disconnect':
         raise WebSocketDisconnect(message.get('code') or 1000)
     return message.get('text') or ''
+
+
+async def receive_join(socket) -> dict | None:
+    """The 'join' message that a player sends first; None if the socket was closed instead.
+
+    Raises:
+      WebSocketDisconnect: the player is gone.
+    """
+    try:
+        async with asyncio.timeout(JOIN_SECONDS):
+            return protocol.parse_join(await receive_text(socket))
+    except (protocol.MessageError, TimeoutError) as error:
+        await close_socket(socket, 1008, str(error) or f'expected join within {JOIN_SECONDS} s')
+        return None
+
+
+async def run_until_first_ends(*coroutines) -> list[Exception]:
+    """Runs coroutines side by side; when one ends, cancels the others -> their exceptions."""
+    tasks = [asyncio.create_task(one) for one in coroutines]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+    return [result for result in results if isinstance(result, Exception)]
 
 
 async def close_socket(socket, code: int, reason: str):

@@ -12,7 +12,14 @@ from matrix_jax.controls.driving import ControlError
 from matrix_jax.serve.runtime.session import Session, Stalled
 from matrix_jax.serve.runtime.session_manager import Refused
 from matrix_jax.serve.web import protocol
-from matrix_jax.serve.web.base_app import BURST, JOIN_SECONDS, RATE, close_socket, receive_text
+from matrix_jax.serve.web.base_app import (
+    BURST,
+    RATE,
+    close_socket,
+    receive_join,
+    receive_text,
+    run_until_first_ends,
+)
 from matrix_jax.serve.web.hosted_world import HostedWorld
 from matrix_jax.serve.web.protocol import MessageError, TokenBucket
 
@@ -37,14 +44,14 @@ class PlayerConnection:
         Raises:
           WebSocketDisconnect: the player is gone.
         """
+        request = await receive_join(self.socket)
+        if request is None:
+            return
         try:
-            async with asyncio.timeout(JOIN_SECONDS):
-                text = await receive_text(self.socket)
-            session, resumed = await self.manager.join(protocol.parse_join(text))
-        except (MessageError, Refused, TimeoutError, UsageError) as error:
-            reason = str(error) or f'expected join within {JOIN_SECONDS} s'
+            session, resumed = await self.manager.join(request)
+        except (Refused, UsageError) as error:
             code = 1013 if isinstance(error, Refused) else 1008
-            await close_socket(self.socket, code, reason)
+            await close_socket(self.socket, code, str(error))
             return
         try:
             await self._play(session, resumed)
@@ -59,29 +66,18 @@ class PlayerConnection:
             await close_socket(before, 4001, 'this session goes on in another window')
         session.notify('welcome', self.manager.describe(session, resumed))
         requests: asyncio.Queue = asyncio.Queue(MAX_REQUESTS)
-        tasks = [
-            asyncio.create_task(one)
-            for one in (
-                session.send(self.socket),
-                self._receive(session, requests),
-                self._handle(session, requests),
-                self._report(session),
-            )
-        ]
-        try:
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            results = await asyncio.gather(*tasks, return_exceptions=True)
-        for error in results:
+        errors = await run_until_first_ends(
+            session.send(self.socket),
+            self._receive(session, requests),
+            self._handle(session, requests),
+            self._report(session),
+        )
+        for error in errors:
             if isinstance(error, MessageError):
                 await close_socket(self.socket, 1008, str(error))
             elif isinstance(error, Stalled):
                 await close_socket(self.socket, 4000, 'you receive no frames')
-            elif isinstance(error, Exception) and not isinstance(
-                error, WebSocketDisconnect | RuntimeError | OSError
-            ):
+            elif not isinstance(error, WebSocketDisconnect | RuntimeError | OSError):
                 log.error('a session failed', exc_info=error)
                 await close_socket(self.socket, 1011, 'the server failed')
 

@@ -23,22 +23,20 @@ DRAIN_BYTES = 64 * 2**20
 QUEUE_SECONDS = 20.0  # to wait for the videos of other players
 
 
-class Busy(Exception):
-    """The transfer must wait; the message may be shown.
+class TransferError(Exception):
+    """The transfer is refused with an HTTP status; the message may be shown."""
 
-    Attributes:
-      status: 429 if this session asks too often, 503 if the server is busy.
-      retry_after: seconds to wait.
-    """
-
-    def __init__(self, message: str, status: int, retry_after: float):
+    def __init__(self, message: str, status: int, retry_after: float | None = None):
         super().__init__(message)
-        self.status, self.retry_after = status, max(1, round(retry_after))
+        self.status, self.headers = status, {}
+        if retry_after is not None:
+            self.headers['Retry-After'] = str(max(1, round(retry_after)))
+        if status == 408:  # the rest of the upload is not read
+            self.headers['Connection'] = 'close'
 
     def response(self):
         """The HTTP response."""
-        headers = {'Retry-After': str(self.retry_after)}
-        return error_response(str(self), self.status, headers)
+        return error_response(str(self), self.status, self.headers)
 
 
 def error_response(message: str, status: int, headers: dict | None = None):
@@ -89,7 +87,7 @@ class Transfers:
                     await _send(send, body, media_type, name)
             except (Refused, UsageError) as error:
                 await error_response(str(error), 409)(scope, receive, send)
-            except Busy as error:
+            except TransferError as error:
                 await error.response()(scope, receive, send)
 
         return respond
@@ -104,30 +102,17 @@ class Transfers:
         """
 
         async def respond(scope, receive, send):
-            from starlette.requests import ClientDisconnect, Request
+            from starlette.requests import Request
             from starlette.responses import JSONResponse
 
             data, answer = bytearray(), JSONResponse({'ok': True})
             try:
                 with self._slot(session):
-                    size = await self._receive(Request(scope, receive), data, limit)
-                    if size > limit:
-                        answer = error_response(
-                            f'the file is too large: expected at most {limit} bytes', 413
-                        )
-                    else:
-                        await use(session, bytes(data))
-            except ClientDisconnect:
-                answer = error_response('the upload was cut off', 400)
-            except TimeoutError:
-                answer = error_response(
-                    f'the upload is too slow: expected at least {BYTES_PER_SECOND} bytes a second',
-                    408,
-                    {'Connection': 'close'},
-                )
+                    await self._receive(Request(scope, receive), data, limit)
+                    await use(session, bytes(data))
             except (Refused, UsageError) as error:
                 answer = error_response(str(error), 422)
-            except Busy as error:
+            except TransferError as error:
                 answer = error.response()
             finally:
                 self.held -= len(data)
@@ -139,15 +124,14 @@ class Transfers:
         """Runs `make(*args)` in a thread, one call at a time, and charges its time to the session.
 
         Raises:
-          Busy: the calls of other players take too long.
+          TransferError: the calls of other players take too long.
         """
         try:
             async with asyncio.timeout(QUEUE_SECONDS):
                 await self._encoding.acquire()
         except TimeoutError:
-            raise Busy(
-                'the server is making other videos; try again in a moment', 503, QUEUE_SECONDS
-            ) from None
+            message = 'the server is making other videos; try again in a moment'
+            raise TransferError(message, 503, QUEUE_SECONDS) from None
         began = time.monotonic()
         try:
             return await asyncio.to_thread(make, *args)
@@ -160,37 +144,50 @@ class Transfers:
         """One transfer of a session.
 
         Raises:
-          Busy: another one is running, or there were too many.
+          TransferError: another one is running, or there were too many.
         """
         limit = self.limit(session)
         if limit.active:
-            raise Busy('another file of this session is being transferred; wait for it', 429, 1)
+            raise TransferError('another file of this session is being transferred', 429, 1)
         if not limit.bucket.take():
-            raise Busy('too many files; try again in a moment', 429, limit.bucket.wait)
+            raise TransferError('too many files; try again in a moment', 429, limit.bucket.wait)
         limit.active = True
         try:
             yield
         finally:
             limit.active = False
 
-    async def _receive(self, request, data: bytearray, limit: int) -> int:
-        """Appends at most `limit` bytes to `data` -> bytes received."""
+    async def _receive(self, request, data: bytearray, limit: int):
+        """Receives an upload into `data`.
+
+        Raises:
+          TransferError: the upload is too large, too slow or incomplete, or the server is busy.
+        """
+        from starlette.requests import ClientDisconnect
+
         began, size, chunks = asyncio.get_running_loop().time(), 0, aiter(request.stream())
-        while True:
-            deadline = began + TIMEOUT_SECONDS + size / BYTES_PER_SECOND
-            async with asyncio.timeout_at(deadline):
-                chunk = await anext(chunks, None)
+        # Some more than the limit is read and dropped: a client that still sends does not read the
+        # answer.
+        while size <= limit + DRAIN_BYTES:
+            try:
+                deadline = began + TIMEOUT_SECONDS + size / BYTES_PER_SECOND
+                async with asyncio.timeout_at(deadline):
+                    chunk = await anext(chunks, None)
+            except ClientDisconnect:
+                raise TransferError('the upload was cut off', 400) from None
+            except TimeoutError:
+                message = f'the upload is too slow: expected {BYTES_PER_SECOND} bytes a second'
+                raise TransferError(message, 408) from None
             if chunk is None:
-                return size
+                break
             size += len(chunk)
-            # Some more is read and dropped: a client that still sends does not read the answer.
-            if size > limit + DRAIN_BYTES:
-                return size
             if size <= limit:
                 if self.held + len(chunk) > self.max_held:
-                    raise Busy('the server is busy with other files; try again soon', 503, 5)
+                    raise TransferError('the server is busy with other files; try again', 503, 5)
                 data += chunk
                 self.held += len(chunk)
+        if size > limit:
+            raise TransferError(f'the file is too large: expected at most {limit} bytes', 413)
 
 
 async def _send(send, body: bytes, media_type: str, name: str):

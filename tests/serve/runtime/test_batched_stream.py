@@ -194,9 +194,9 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
     )
     slot = SlotState(0, timeline, deliver, None)
     engine.start()
-    engine.add(slot, np.array(0)).result(30)
+    engine.call(engine.add, slot, np.array(0)).result(30)
     assert enough.wait(30)
-    log, carry = engine.snapshot(slot).result(30)
+    log, carry = engine.call(engine.snapshot, slot).result(30)
     events = list(stream.events)
     engine.stop()
     assert shown[:12] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
