@@ -1,4 +1,4 @@
-"""The judge of worlds that are driven by the nine controls: obedience and the closed loop.
+"""Evaluation of worlds driven by the nine controls: obedience, drift, fidelity and the closed loop.
 
 The ceiling is the real game, CarRacing, under the same keys from the same place.
 """
@@ -15,30 +15,31 @@ from matrix_jax.config import UsageError
 from matrix_jax.controls.driving import FRAMES_PER_CONTROL, SYMBOLS
 from matrix_jax.data.carracing import THEMES
 from matrix_jax.data.loader import Clips
-from matrix_jax.evals import control, driver
+from matrix_jax.evals import closed_loop, control, driver
 from matrix_jax.evals import drift as drifts
 from matrix_jax.evals import scripted as scripts
 from matrix_jax.evals.scripted import ScriptedDrives
-from matrix_jax.evals.video import Streams, bar, by_second, indices, sheet, spread
+from matrix_jax.evals.video import Streams, bar, indices, sheet, spread
 
 NAME = 'driving'
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How much is evaluated.
+    """Settings of the evaluation.
 
     Attributes:
       seconds: length of streams under scripted keys.
       drive_seconds: length of driven streams.
-      long_seconds: length of one more driven stream; 0 = none.
+      long_seconds: length of one long driven stream; 0 = none.
       streams: streams per script, and driven ones; themes in turn, every other one mirrored.
-      clips, clip_frames: held-out clips for the reconstruction, and frames of each, 1 + 8k.
-      windows: most windows of real clips that the probe is tested on.
-      settle: latent frames at the start that are not judged: the window knows the real ones.
-      times: seconds that the contact sheets show.
-      cruise: speed of the driver.
-      seed: of starts, scripts and noise.
+      clips, clip_frames: number of held-out clips for the reconstruction, and frames F = 1 + 8k of
+        each.
+      windows: largest number of windows of real clips that the probe is tested on.
+      settle: latent frames at the start that are not judged, as the start clip shows them.
+      times: seconds shown on contact sheets.
+      cruise: speed of the driver in units/s.
+      seed: seed of starts, scripts and noise.
       probe: the inverse-dynamics probe.
     """
 
@@ -57,17 +58,17 @@ class Config:
 
 
 def quick(cfg: Config) -> Config:
-    """A look in a few minutes; the numbers are rough."""
+    """Settings of a rough evaluation in a few minutes."""
     return dataclasses.replace(
         cfg, seconds=8, drive_seconds=15, streams=2, clips=3, times=(1.0, 4.0, 8.0)
     )
 
 
 def recorded(world, data: str, cfg: Config) -> Clips:
-    """Held-out clips; those of other origin, which say nothing about the car, are left aside.
+    """Held-out clips of the game.
 
     Raises:
-      UsageError: a world that cannot be judged.
+      UsageError: the world cannot be driven.
     """
     stream = world.cfg.stream
     if stream.group_frames != 1:
@@ -79,17 +80,17 @@ def recorded(world, data: str, cfg: Config) -> Clips:
 
 
 def shape(world) -> tuple[int, int]:
-    """Latent frames that a stream shows nothing of, and those of each step."""
+    """(latent frames of the condition, latent frames of a step)."""
     return world.cfg.stream.context, world.cfg.stream.group_frames
 
 
 def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, out: Path):
-    """Yields (name, results) of each section of the report, and draws its pictures.
+    """Yields (name, results) of each section of the report, and writes its pictures to `out`.
 
     Args:
-      data: folder of recorded clips; its train split trains the probe.
+      data: folder of recorded clips; the probe trains on its train split.
       held_out: from `recorded`.
-      rebuilt: frames of some of them behind the autoencoder, from `video.rebuild`.
+      rebuilt: some of them after the autoencoder, from `video.rebuild`.
     """
     context = world.cfg.stream.context
     probe, real = probes(cfg, data, held_out, list(rebuilt), context, out)
@@ -98,35 +99,20 @@ def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, ou
     starts = driver.starts(game, cfg.streams, 8 + world.cfg.stream.frames, cfg.seed)
     yield 'speed', speed(world, params, game, starts[0], cfg)
     scripted = scripts.run(world, params, game, starts, cfg.seconds, cfg.seed, bar)
-    yield 'obedience', obedience(cfg, probe, scripted, context)
+    yield 'obedience', obedience(cfg, probe, scripted, context + cfg.settle)
+    live = scripts.run_played(world, params, game, starts, cfg.seconds, cfg.seed, bar)
+    yield 'played', played(cfg, probe, live, context, world.cfg)
     yield 'drift', drift(scripted, starts, world.cfg.fps)
     yield 'fidelity', fidelity(cfg, probe, scripted, held_out, context)
     draw_scripts(scripted, cfg, world.cfg.fps, out)
-    loop, drives = closed_loop(world, params, game, starts, cfg)
-    yield 'closed_loop', loop
-    measures = [driver.measures(start.theme) for start in starts]
-    yield (
-        'drive_drift',
-        {
-            name: drifts.seconds(
-                [frames for frames, _ in drives[name]],
-                [frames for frames, _ in drives['game']],
-                measures,
-                world.cfg.fps,
-            )
-            for name in ('world', 'game')
-        },
-    )
-    draw_drives(drives, cfg, world.cfg.fps, out)
-    if cfg.long_seconds:
-        yield 'long', long_drive(world, params, game, starts[:1], cfg, out)
+    yield from closed_loop.sections(world, params, game, starts, cfg, out)
 
 
 # --- the probe -------------------------------------------------------------------------------
 
 
 def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: Path):
-    """((params, threshold), scores on real frames); a trained probe is kept in `out`."""
+    """((params, threshold), scores on real frames); reads or writes the probe in `out`."""
     path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
     if found is None:
         recorded = Clips(data, 'train', themes=THEMES, cache=False)
@@ -181,21 +167,67 @@ def _rebuilt_examples(clips, rebuilt, context: int, cfg: Config):
 # --- scripted keys ---------------------------------------------------------------------------
 
 
-def obedience(cfg: Config, probe, scripted: dict[str, ScriptedDrives], context: int) -> dict:
-    """Scores of each script and of all together, in the world and in the game."""
+def obedience(cfg: Config, probe, scripted: dict[str, ScriptedDrives], skip: int) -> dict:
+    """Scores of each script and of all together, in the world and in the game.
+
+    Args:
+      skip: latent frames at the start that are not judged.
+    """
     params, limit = probe
     result, pooled = {}, {'generated': [], 'real': [], 'controls': [], 'truth': []}
     for name, one in scripted.items():
         seen = {}
         for kind, frames in (('generated', one.made), ('real', one.real)):
             clips = list(zip(frames, map(indices, one.keys), one.telemetry, strict=True))
-            data = control.examples(cfg.probe, clips, context + cfg.settle)
+            data = control.examples(cfg.probe, clips, skip)
             seen[kind] = control.read(cfg.probe, params, data)
         result[name] = _obeyed(seen['generated'], seen['real'], data.controls, limit)
         for key, value in (*seen.items(), ('controls', data.controls), ('truth', data.truth)):
             pooled[key].append(value)
     made, real, keys, _ = map(np.concatenate, pooled.values())
     return {'all': _obeyed(made, real, keys, limit), **result}
+
+
+def played(cfg: Config, probe, live: dict[str, ScriptedDrives], context: int, world) -> dict:
+    """`obedience` of scripts as played, judged from the moment of each key, and `delay_seconds`:
+    the delay at which the steering seen fits the keys best.
+
+    Args:
+      live: from `scripted.run_played`.
+      context: latent frames before the first key.
+      world: the world's config.
+    """
+    seconds = FRAMES_PER_CONTROL / world.fps
+    return {
+        **obedience(cfg, probe, live, context),
+        'delay_seconds': {
+            kind: seconds
+            * delay(cfg, probe, frames, live['mixed'].keys, context, world.stream.frames)
+            for kind, frames in (('generated', live['mixed'].made), ('real', live['mixed'].real))
+        },
+    }
+
+
+def delay(cfg: Config, probe, frames, keys: list[list[str]], skip: int, most: int) -> int:
+    """Latent frames by which the steering seen in streams lags behind their keys, at most `most`.
+
+    Args:
+      frames: uint8 [B F H W 3].
+      keys: per stream, one symbol per latent frame.
+      skip: latent frames at the start that are not judged.
+    """
+    params, limit = probe
+    clips = [(one, indices(held), None) for one, held in zip(frames, keys, strict=True)]
+    data = control.examples(cfg.probe, clips, skip)
+    seen = control.steers(control.read(cfg.probe, params, data)[:, 0], limit)
+    count = len(seen) // len(keys)
+
+    def agreement(late: int) -> float:
+        shifted = [[held[0]] * late + held[: len(held) - late] for held in keys]
+        sides = [control.STEER[indices(held)][-count:] for held in shifted]
+        return control.balanced(seen, np.concatenate(sides))
+
+    return max(range(most + 1), key=agreement)
 
 
 def _obeyed(made, real, controls, limit) -> dict:
@@ -214,7 +246,7 @@ def _obeyed(made, real, controls, limit) -> dict:
 
 
 def drift(scripted: dict[str, ScriptedDrives], starts, fps: int) -> dict:
-    """Per script, for the world and the game: `drift.seconds` of what comes after the context."""
+    """`drift.seconds` after the context, per script, of the world and of the game."""
     measures = [driver.measures(start.theme) for start in starts]
     result = {}
     for name, one in scripted.items():
@@ -229,9 +261,9 @@ def drift(scripted: dict[str, ScriptedDrives], starts, fps: int) -> dict:
 def fidelity(
     cfg: Config, probe, scripted: dict[str, ScriptedDrives], held_out: Clips, context: int
 ) -> dict:
-    """RFD, the Frechet distance on the probe's own features, and seams; each with its ceiling.
+    """Frechet distance on the features of the probe (RFD), and seams, each with its ceiling.
 
-    The ceiling of the RFD is that of held-out clips to the game under the same keys.
+    The ceiling of the RFD is the distance of held-out clips from the game under the same keys.
     """
     params, _ = probe
 
@@ -264,7 +296,7 @@ def fidelity(
 
 
 def speed(world, params, game, start, cfg: Config, shifts: int = 40) -> dict:
-    """Frames per second of one stream on this machine, after compilation, decoder included."""
+    """Frames per second of one stream on this machine, decoder included, without compilation."""
     streams = Streams(world, params, 'head')
     frames, keys, _ = driver.begin(game, start, world.cfg.stream.frames)
     carry = streams.start(
@@ -282,112 +314,8 @@ def speed(world, params, game, start, cfg: Config, shifts: int = 40) -> dict:
     }
 
 
-# --- the closed loop -------------------------------------------------------------------------
-
-
-def closed_loop(world, params, game, starts, cfg: Config):
-    """(scores, videos): the frame-only driver and a held `D`, in the game and in the world."""
-    stream, fps = world.cfg.stream, world.cfg.fps
-    streams, holds = Streams(world, params, 'head'), cfg.drive_seconds * fps // FRAMES_PER_CONTROL
-    plain = driver.Config(cruise=cfg.cruise)
-    lagged = dataclasses.replace(plain, lag=streams.lag)
-    drives, truth, seen = {}, [], []
-    # The world is entered where its window's newest clean frame is: the same place in the game.
-    ahead = stream.frames - stream.context
-    for name, way, key in (
-        ('game', plain, None),
-        ('game, late keys', lagged, None),
-        ('game, D held', plain, 'D'),
-    ):
-        drives[name] = []
-        for start in starts:
-            place = dataclasses.replace(start, keys=start.keys[: len(start.keys) - ahead + way.lag])
-            frames, telemetry, keys = driver.drive_game(game, place, way, holds, key)
-            drives[name].append((frames, keys))
-            truth.append(telemetry[:, 0] >= 0.5)
-            seen.append(driver.on_road(frames, start.theme))
-    begun = [driver.begin(game, start, stream.frames) for start in starts]
-    for name, key in (('world', None), ('world, D held', 'D')):
-        drives[name] = drive_world(streams, starts, begun, lagged, holds, key, cfg.seed)
-    scores = {
-        name: _mean(
-            [
-                driver.judge(frames, start.theme)
-                for (frames, _), start in zip(videos, starts, strict=True)
-            ]
-        )
-        for name, videos in drives.items()
-    }
-    scores['judge_agrees'] = float(np.mean(np.concatenate(truth) == np.concatenate(seen)))
-    scores['seconds'] = cfg.drive_seconds
-    return scores, drives
-
-
-def drive_world(
-    streams: Streams, starts, begun, cfg: driver.Config, holds: int, key: str | None, seed: int
-):
-    """Drives the world from starts -> per stream (frames uint8 [F H W 3], keys).
-
-    Args:
-      begun: what `driver.begin` gives for each start, of as many latent frames as the window.
-      key: hold this key in place of driving.
-    """
-    context, lag, per = streams.cfg.context, cfg.lag, FRAMES_PER_CONTROL
-    clips = np.stack([frames for frames, _, _ in begun])
-    symbols = [keys for _, keys, _ in begun]
-    last = per * (context - 1)
-    drivers = [
-        driver.FrameDriver(cfg, start.theme, keys[context : context + lag], states[last, 2])
-        for start, keys, (_, _, states) in zip(starts, symbols, begun, strict=True)
-    ]
-    pressed = [keys[context : context + lag] for keys in symbols]
-
-    def choose(_, newest):
-        views = clips[:, last] if newest is None else newest[:, -1]
-        for one, keys, view in zip(drivers, pressed, views, strict=True):
-            keys.append(key or one.key(view))
-        return np.stack([indices(keys[-1:]) for keys in pressed])
-
-    prompts = [driver.THEMES[start.theme].captions[0] for start in starts]
-    first = np.stack([indices(keys[: streams.cfg.known_controls]) for keys in symbols])
-    shown = streams.run(streams.start(prompts, clips, first, seed), choose, holds, bar('drive'))
-    return [(frames, keys[:holds]) for frames, keys in zip(shown, pressed, strict=True)]
-
-
-def long_drive(world, params, game, starts, cfg: Config, out: Path) -> dict:
-    """One stream that is driven from its frames for long: what each minute shows."""
-    fps, stream = world.cfg.fps, world.cfg.stream
-    streams = Streams(world, params, 'head')
-    lagged = driver.Config(cruise=cfg.cruise, lag=streams.lag)
-    holds = cfg.long_seconds * fps // FRAMES_PER_CONTROL
-    begun = [driver.begin(game, start, stream.frames) for start in starts]
-    ((frames, _),) = drive_world(streams, starts, begun, lagged, holds, None, cfg.seed)
-    found = drifts.seconds([frames], [begun[0][0]], [driver.measures(starts[0].theme)], fps)
-    found['on_road'] = by_second(driver.on_road(frames, starts[0].theme), fps).tolist()
-    times = np.linspace(2, cfg.long_seconds, 16)
-    video.write_image(out / 'long.png', sheet([frames], times, fps, width=160))
-    return {
-        'seconds': cfg.long_seconds,
-        **{
-            name: [
-                round(float(np.mean(values[at : at + 60])), 3)
-                for at in range(0, cfg.long_seconds, 60)
-            ]
-            for name, values in found.items()
-        },
-    }
-
-
-def _mean(scores: list[dict]) -> dict:
-    mean = {name: float(np.mean([score[name] for score in scores])) for name in scores[0]}
-    return mean | {'each': [round(score['seconds_on_road'], 1) for score in scores]}
-
-
-# --- pictures --------------------------------------------------------------------------------
-
-
 def draw_scripts(scripted: dict[str, ScriptedDrives], cfg: Config, fps: int, out: Path):
-    """One contact sheet per start: a row per script, a column per time; and those of the game."""
+    """Per start, a contact sheet of the world and one of the game: a row per script."""
     per = FRAMES_PER_CONTROL
     keys = {
         name: [np.repeat(keys, per)[per - 1 :] for keys in one.keys]
@@ -399,12 +327,3 @@ def draw_scripts(scripted: dict[str, ScriptedDrives], cfg: Config, fps: int, out
         video.write_image(out / f'scripts-{index}.png', sheet(rows, cfg.times, fps, drawn))
         rows = [one.real[index, one.context :] for one in scripted.values()]
         video.write_image(out / f'scripts-{index}-real.png', sheet(rows, cfg.times, fps, drawn))
-
-
-def draw_drives(drives, cfg: Config, fps: int, out: Path):
-    """A contact sheet of all driven streams, and the first as a video."""
-    times = np.linspace(2, cfg.drive_seconds, 8)
-    rows = [frames for frames, _ in drives['world']]
-    drawn = [np.repeat(keys, FRAMES_PER_CONTROL).tolist() for _, keys in drives['world']]
-    video.write_image(out / 'drive.png', sheet(rows, times, fps, drawn, width=160))
-    video.write_video(out / 'drive.mp4', rows[0], fps, drawn[0])

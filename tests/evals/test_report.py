@@ -66,6 +66,7 @@ def test_a_blank_world_fails_where_the_game_passes(recorded, tmp_path):
     assert made['car'] == [0, 0] and real['car'] == [1, 1]
     assert made['sharpness'] == [0, 0] and min(made['color']) > 10 > max(real['color'])
     assert set(results['obedience']) == {'all', *SCRIPTS}
+    assert set(results['played']) == {'all', 'delay_seconds', *SCRIPTS}
     assert results['fidelity']['rfd'] > results['fidelity']['rfd_real'] > 0
     assert results['long']['on_road'] == [0] and results['speed']['calls_per_shift'] == 5
     text = (tmp_path / 'report.md').read_text()
