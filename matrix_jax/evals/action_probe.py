@@ -1,9 +1,9 @@
-"""Did a first-person world obey? A probe reads keys and mouse back out of plain frames.
+"""Obedience of first-person worlds: a probe that reads keys and mouse from frames.
 
-The probe learns on recorded clips, whose keys and mouse are known, and is then shown others: real
-ones of maps that it never saw, which is the ceiling, or generated ones. Four numbers of a latent
-frame, each of them odd or even under a mirror: yaw and pitch of the mouse, the way ahead (W less S)
-and to the right (D less A). Keys held against a wall move nothing, and no probe finds them.
+The probe trains on recorded clips with known keys and mouse. It then judges recordings of maps it
+never saw, which is the ceiling, and generated clips. It reads four numbers per latent frame, each
+odd or even under a mirror: yaw and pitch of the mouse, W minus S, and D minus A. Keys held against
+a wall move nothing, so no probe can find them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ AXES = {
     'ahead': {1: 'W', 0: 'none', -1: 'S'},
     'side': {1: 'D', 0: 'none', -1: 'A'},
 }
-STILL = 0.02  # of the mouse: below, it is not asked to turn
+STILL = 0.02  # mouse movement below which no turn is asked for
 W, S, A, D = (KEYS.index(key) for key in 'WSAD')
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(control.Config):
-    """The probe of keyboard and mouse; `scale` is of AXES, a turning key and a key."""
+    """The probe of keyboard and mouse; `scale` follows AXES: a turning key, and a pressed key."""
 
     scale: tuple[float, ...] = (0.1, 0.1, 1.0, 1.0)
     steps: int = 2400
@@ -37,21 +37,21 @@ class Config(control.Config):
 
 
 def axes(keyboard, mouse) -> np.ndarray:
-    """Keys [F 4] and mouse [F 2] -> float32 [F 4], what they ask for along AXES."""
+    """Movement along AXES float32 [F 4] that keys [F 4] and mouse [F 2] ask for."""
     keys = np.asarray(keyboard, np.float32)
     pitch, yaw = np.asarray(mouse, np.float32).T
     return np.stack([yaw, pitch, keys[:, W] - keys[:, S], keys[:, D] - keys[:, A]], axis=-1)
 
 
 def examples(cfg: Config, clips: Iterable, skip: int = 0) -> control.Examples:
-    """Windows of clips (frames uint8 [F H W 3], axes [F 4]); see `control.examples`."""
+    """Windows of clips of (frames uint8 [F H W 3], axes [F 4]); see `control.examples`."""
     return control.examples(
         cfg, ((frames, asked, asked) for frames, asked in clips), skip, range(len(AXES))
     )
 
 
 def recorded(clips: Iterable[Clip]):
-    """(frames, axes) of the clips whose keys and mouse are known."""
+    """(frames, axes) of the clips with known keys and mouse."""
     return (
         (clip.frames, axes(clip.keyboard, clip.mouse))
         for clip in clips
@@ -60,7 +60,7 @@ def recorded(clips: Iterable[Clip]):
 
 
 def sides(asked) -> np.ndarray:
-    """Axes [M 4] -> int [M 4], 1, 0 or -1."""
+    """Signs int [M 4] of axes [M 4]: 1, 0 or -1."""
     return (np.sign(asked) * (np.abs(asked) >= STILL)).astype(int)
 
 
@@ -70,7 +70,7 @@ def train(
     windows: int = 3000,
     progress: Callable = lambda steps: steps,
 ):
-    """(parameters, limits [4] that tell each axis' sides from none) of a probe for examples."""
+    """Trains a probe -> (parameters, the threshold of each axis [4])."""
     params = control.train(cfg, data, progress)
     some = control.sample(data, windows)
     found = control.read(cfg, params, some) / cfg.scale
@@ -80,12 +80,13 @@ def train(
 
 
 def obedience(cfg: Config, probe, data: control.Examples) -> dict[str, dict[str, float]]:
-    """Scores of each axis of AXES: how often its sides are found, what chance finds (`shuffled`),
-    and the `slope`: how far the picture moves for what was asked.
+    """Scores of each axis: recall of its sides, that of chance (`shuffled`), and `slope`, movement
+    seen per movement asked.
 
     Args:
+      cfg: the probe's config.
       probe: from `train`.
-      data: windows of real or generated frames, with the actions they were made under.
+      data: windows of real or generated frames with their actions.
     """
     params, limits = probe
     found, asked = control.read(cfg, params, data) / cfg.scale, data.controls / cfg.scale

@@ -1,8 +1,8 @@
-"""Did it obey? An inverse-dynamics probe reads the turn rate and the speed out of plain frames.
+"""Obedience: an inverse-dynamics probe that reads turn rate and speed from frames.
 
-The probe learns on recorded clips, whose telemetry is the truth, and is then shown generated ones.
-A turn is odd under a mirror and a speed is even, and so is the probe, exactly: half the data, and
-no bias to one side that the world could be blamed for.
+The probe trains on recorded clips with their telemetry and then judges generated ones. A turn rate
+changes its sign under a mirror and a speed does not. The probe has exactly these symmetries, which
+halves the data it needs and rules out a bias to one side.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ class Config:
     """The probe and its training.
 
     Attributes:
-      frames: grey frames that it sees; the last `FRAMES_PER_CONTROL` are those it judges.
-      shrink: pixels per side that are averaged into one.
-      widths: channels of the convolutions, each of which halves the picture.
-      hidden: units before the numbers that it reads.
-      scale: what counts as one of each; here rad/s and units/s.
-      parity: what a mirror makes of each: 1 or -1.
-      steps, batch, learning_rate, seed: of the training.
+      frames: grey frames of a window; the probe judges the last `FRAMES_PER_CONTROL`.
+      shrink: factor by which frames are reduced.
+      widths: channels of the convolutions, each of stride 2.
+      hidden: units of the hidden layer.
+      scale: unit of each output; here rad/s and units/s.
+      parity: sign of each output under a mirror, 1 or -1.
+      steps, batch, learning_rate, seed: settings of the training.
     """
 
     frames: int = 9
@@ -57,8 +57,8 @@ class Config:
 
 
 class Probe(nn.Module):
-    """Grey windows [B H W F] in [0, 1] -> (turn rate, speed) [B 2], or what else the config has a
-    scale for, in units of `cfg.scale`."""
+    """Grey windows [B H W F] in [0, 1] -> outputs such as (turn rate, speed) [B 2], in units of
+    `cfg.scale`."""
 
     cfg: Config
 
@@ -73,7 +73,7 @@ class Probe(nn.Module):
         return (plain + mirrored * jnp.array(self.cfg.parity)) / 2
 
     def features(self, x):
-        """Windows [B H W F] -> what the two numbers are read from, [B hidden]."""
+        """Hidden layer [B hidden] of windows [B H W F]."""
         x = x - x.mean((1, 2, 3), keepdims=True)
         x = x / (x.std((1, 2, 3), keepdims=True) + 0.02)
         for conv in self.convs:
@@ -83,14 +83,14 @@ class Probe(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Grey clips one after the other, and where windows end.
+    """Windows of grey clips.
 
     Attributes:
-      grey: uint8 [N h w], the frames of all clips.
-      ends: int [M], the last frame of each window in `grey`.
-      controls: [M ...], the control of each window's last latent frame.
-      truth: float32 [M 2], mean turn rate and speed over that latent frame, or what the probe reads
-        in their place; nan if unknown.
+      grey: frames of all clips, uint8 [N h w].
+      ends: index in `grey` of the last frame of each window, int [M].
+      controls: control of the last latent frame of each window, [M ...].
+      truth: targets of the probe over that latent frame, float32 [M 2], here mean turn rate and
+        speed; NaN if unknown.
     """
 
     grey: np.ndarray
@@ -100,7 +100,7 @@ class Examples:
 
 
 def shrink(frames, factor: int) -> np.ndarray:
-    """Frames uint8 [F H W 3] -> grey uint8 [F h w], averaged over factor x factor pixels."""
+    """Frames uint8 [F H W 3] -> grey uint8 [F h w], averaged over `factor` x `factor` pixels."""
     grey = frames.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32)
     grey = reduce(grey, 'f (h a) (w b) -> f h w', 'mean', a=factor, b=factor)
     return np.round(grey).astype(np.uint8)
@@ -109,13 +109,17 @@ def shrink(frames, factor: int) -> np.ndarray:
 def examples(
     cfg: Config, clips: Iterable, skip: int = 0, columns: Sequence[int] = MOTION
 ) -> Examples:
-    """Windows of all latent frames of clips that have `cfg.frames` frames up to their own end.
+    """Windows that end at each latent frame of the clips, as far as they have `cfg.frames` frames.
 
     Args:
+      cfg: the probe.
       clips: (frames uint8 [F H W 3], controls [T ...] or [F ...], telemetry [F 6] or None) each,
         F = 1 + 4 (T-1).
       skip: latent frames at the start of each clip that are not judged.
-      columns: of the telemetry, that the probe is to read.
+      columns: columns of the telemetry that the probe reads.
+
+    Raises:
+      ValueError: a clip has too few frames for its controls.
     """
     per = FRAMES_PER_CONTROL
     grey, ends, keys, truth, start = [], [], [], [], 0
@@ -141,19 +145,19 @@ def examples(
 
 
 def windows(cfg: Config, data: Examples, index) -> np.ndarray:
-    """Windows `index` [B] of the examples: float32 [B h w F] in [0, 1]."""
+    """Windows `index` [B] of the examples, float32 [B h w F] in [0, 1]."""
     frames = data.grey[data.ends[index][:, None] + np.arange(1 - cfg.frames, 1)]
     return rearrange(frames, 'b f h w -> b h w f').astype(np.float32) / 255
 
 
 def sample(data: Examples, count: int, seed: int = 0) -> Examples:
-    """At most `count` of the windows, drawn at random."""
+    """At most `count` random windows."""
     some = np.random.default_rng(seed).permutation(len(data.ends))[:count]
     return Examples(data.grey, data.ends[some], data.controls[some], data.truth[some])
 
 
 def train(cfg: Config, data: Examples, progress: Callable = lambda steps: steps) -> dict:
-    """Fits the probe to examples with known truth -> parameters.
+    """Trains the probe on examples with known truth -> parameters.
 
     Args:
       progress: wraps the range of steps, such as `tqdm`.
@@ -183,56 +187,56 @@ def train(cfg: Config, data: Examples, progress: Callable = lambda steps: steps)
 
 
 def read(cfg: Config, params, data: Examples, batch: int = 256) -> np.ndarray:
-    """What the probe sees: float32 [M 2], turn rate (left positive) and speed."""
-    return _each(_see, cfg, params, data, batch) * np.array(cfg.scale, np.float32)
+    """Outputs of the probe float32 [M 2]: turn rate (left positive) and speed."""
+    return _each(_outputs, cfg, params, data, batch) * np.array(cfg.scale, np.float32)
 
 
 def features(cfg: Config, params, data: Examples, batch: int = 256) -> np.ndarray:
-    """What the probe reads its numbers from: float32 [M hidden]."""
-    return _each(_feel, cfg, params, data, batch)
+    """Features of the probe float32 [M hidden]."""
+    return _each(_features, cfg, params, data, batch)
 
 
-def _each(look: Callable, cfg: Config, params, data: Examples, batch: int) -> np.ndarray:
+def _each(apply: Callable, cfg: Config, params, data: Examples, batch: int) -> np.ndarray:
     count, found = len(data.ends), []
     for start in range(0, count, batch):
-        # One shape, one compilation: the last batch is filled with what is there.
+        # The last batch is padded, so that one compilation serves all.
         index = np.minimum(np.arange(start, start + batch), count - 1)
-        found.append(np.asarray(look(cfg, params, windows(cfg, data, index))))
+        found.append(np.asarray(apply(cfg, params, windows(cfg, data, index))))
     return np.concatenate(found)[:count]
 
 
 @partial(jax.jit, static_argnums=0)
-def _see(cfg: Config, params, x):
+def _outputs(cfg: Config, params, x):
     return Probe(cfg).apply({'params': params}, x)
 
 
 @partial(jax.jit, static_argnums=0)
-def _feel(cfg: Config, params, x):
+def _features(cfg: Config, params, x):
     return Probe(cfg).apply({'params': params}, x, method='features')
 
 
 def threshold(turn, side) -> float:
-    """The turn rate that best tells held steering keys from none, by balanced accuracy.
+    """Turn rate that separates held steering keys from none with the best balanced accuracy.
 
     Args:
-      turn: float [M], turn rates as the probe reads them.
-      side: int [M], 1, 0 or -1, what the controls ask for, such as `STEER[controls]`.
+      turn: turn rates read by the probe, float [M].
+      side: sides that the controls ask for, int [M] of 1, 0 or -1, such as `STEER[controls]`.
     """
     return max(np.linspace(0.1, 1.2, 23), key=lambda t: balanced(steers(turn, t), side))
 
 
 def steers(turn, limit: float) -> np.ndarray:
-    """Turn rates [M] -> 1 left, 0 none, -1 right."""
+    """Turn rates [M] -> sides int [M]: 1 left, 0 none, -1 right."""
     return np.where(np.abs(turn) < limit, 0, np.sign(turn)).astype(int)
 
 
 def balanced(found, side) -> float:
-    """Mean over left, none and right of the share that was recognised."""
+    """Balanced accuracy: mean recall over left, none and right."""
     return float(np.mean([np.mean(found[side == one] == one) for one in np.unique(side)]))
 
 
 def shuffled(found, side, seed: int = 0) -> float:
-    """Balanced accuracy against controls in random order: what chance scores."""
+    """Balanced accuracy against controls in random order: the score of chance."""
     rng = np.random.default_rng(seed)
     return float(np.mean([balanced(found, rng.permutation(side)) for _ in range(20)]))
 
@@ -241,7 +245,8 @@ def score(turn, side, limit: float, names: dict[int, str] = SIDES) -> dict[str, 
     """Obedience of turn rates [M] to the sides [M] that controls ask for, and the floor.
 
     Args:
-      names: of the sides in the result.
+      turn, side, limit: see `threshold`.
+      names: names of the sides in the result.
     """
     found = steers(turn, limit)
     sides = {names[one]: float(np.mean(found[side == one] == one)) for one in np.unique(side)}
@@ -254,14 +259,15 @@ def score(turn, side, limit: float, names: dict[int, str] = SIDES) -> dict[str, 
 
 
 def gain(turn, reference, side) -> dict[str, float]:
-    """How far a held key turns, against a reference under the same controls.
+    """Compares turn rates with a reference under the same controls.
 
     Args:
-      turn, reference: float [M], turn rates under controls that ask for sides [M].
+      turn, reference: turn rates float [M].
+      side: sides that the controls ask for, int [M].
 
     Returns:
-      gain: ratio of the mean turn to the side of the key; bias: mean turn without a steering key,
-      less that of the reference (left positive, rad/s).
+      gain: mean turn to the side of a held key over that of the reference.
+      bias: mean turn without a steering key minus that of the reference (left positive, rad/s).
     """
     held, free = side != 0, side == 0
     result = {}
@@ -273,7 +279,7 @@ def gain(turn, reference, side) -> dict[str, float]:
 
 
 def save(path, cfg: Config, params, limit):
-    """Writes a trained probe to one file; `limit` is one threshold or a list of them."""
+    """Writes a trained probe to one file; `limit` is a threshold or a list of thresholds."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     state = {
@@ -287,7 +293,7 @@ def save(path, cfg: Config, params, limit):
 
 
 def load(path, cfg: Config):
-    """(params, threshold) of a saved probe, or None where there is none of this config."""
+    """(params, threshold) of a saved probe; None if there is none with this config."""
     path = Path(path)
     if not path.is_file():
         return None

@@ -1,6 +1,6 @@
-"""Does it last? What any video tells per second, and how far two sets of videos lie apart.
+"""Drift of videos: measures per second, and distances between sets of videos.
 
-All of it is shown next to the real game: a palette that holds proves nothing without a road.
+Every figure is shown next to that of the real game.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from matrix_jax.evals.video import by_second
 
-# Of linear sRGB (D65) to XYZ, over the white point: CIE 1976 L*a*b*.
+# Linear sRGB to XYZ, divided by the white point D65, for CIE 1976 L*a*b*.
 XYZ = np.array(
     [
         [0.4124564, 0.3575761, 0.1804375],
@@ -35,7 +35,7 @@ def lab(colors) -> np.ndarray:
 
 
 def sharpness(frames) -> np.ndarray:
-    """Frames uint8 [F H W 3] -> mean step of the luma between neighbouring pixels [F], 0 .. 255."""
+    """Mean luma difference of neighbouring pixels [F], 0 to 255, of frames uint8 [F H W 3]."""
     found = []
     for frame in frames:
         luma = frame.astype(np.float32) @ LUMA
@@ -44,7 +44,7 @@ def sharpness(frames) -> np.ndarray:
 
 
 def change(frames) -> np.ndarray:
-    """Frames uint8 [F H W 3] -> how far each is from the one before [F], 0 .. 255; 0 of the first."""
+    """Mean difference from the frame before [F], 0 to 255, of frames uint8 [F H W 3]; first 0."""
     steps = [
         np.abs(np.subtract(after, before, dtype=np.float32)).mean()
         for before, after in zip(frames, frames[1:], strict=False)
@@ -53,7 +53,7 @@ def change(frames) -> np.ndarray:
 
 
 def mean_color(frames) -> np.ndarray:
-    """Frames uint8 [F H W 3] -> their mean colours [F 3]."""
+    """Mean colours [F 3] of frames uint8 [F H W 3]."""
     return frames.reshape(len(frames), -1, 3).mean(axis=1)
 
 
@@ -63,16 +63,17 @@ def seconds(
     own: Sequence[Mapping[str, Callable]],
     fps: int,
 ) -> dict[str, list[float]]:
-    """Means over videos, by second.
+    """Measures by second, averaged over videos.
 
     Args:
-      videos: uint8 [F H W 3] each, all of one length.
-      reference: real videos, whose mean colour is what the colour is held against.
-      own: for each video, what else is measured: frames -> [F], by name.
+      videos: uint8 [F H W 3] each, all of the same length.
+      reference: real videos, one per video; their mean colour is the reference colour.
+      own: further measures of each video: name -> function of frames that returns [F].
+      fps: frames per second.
 
     Returns:
-      what `own` names, sharpness, and color: Delta E of the second's mean colour from that of the
-      whole reference.
+      the measures of `own`, sharpness, and color: Delta E between the mean colour of the second
+      and that of the whole reference.
     """
     found = {}
     for frames, real, measures in zip(videos, reference, own, strict=True):
@@ -87,12 +88,20 @@ def seconds(
     return {name: np.mean(values, axis=0).round(3).tolist() for name, values in found.items()}
 
 
+def minutes(values: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    """Means by minute of values by second."""
+    return {
+        name: [round(float(np.mean(one[at : at + 60])), 3) for at in range(0, len(one), 60)]
+        for name, one in values.items()
+    }
+
+
 def seams(videos, shift_frames: int) -> float:
-    """How much more a picture changes from shift to shift than inside one; 1 = no seam, or still.
+    """Change of the picture between steps over that within steps; 1 = no seam.
 
     Args:
-      videos: uint8 [B F H W 3] whose first frame starts a shift.
-      shift_frames: frames of a shift.
+      videos: uint8 [B F H W 3] whose first frame starts a step.
+      shift_frames: frames of a step.
     """
     inside, across = [], []
     for frames in videos:
@@ -105,10 +114,10 @@ def seams(videos, shift_frames: int) -> float:
 
 
 def frechet(first, second) -> float:
-    """Frechet distance of two Gaussians that are fitted to features [N D] and [M D].
+    """Frechet distance of Gaussians fitted to features [N D] and [M D].
 
     |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), as in the Frechet inception distance
-    (arXiv 1706.08500). Its value depends on the features: name them next to it.
+    (arXiv 1706.08500). Values compare only between the same features.
 
     Raises:
       ValueError: fewer than two samples.

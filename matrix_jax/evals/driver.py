@@ -1,7 +1,7 @@
-"""A driver that sees only frames, and a judge of where the car is: the closed loop of CarRacing.
+"""A driver that sees only frames of CarRacing, and a detector of where the car is.
 
-All that is known of this game beyond its frames stands here: colours by theme, where the car is
-drawn, the scale of the picture, and how fast keys move and turn the car.
+This module holds all that they know of the game: the colours of each theme, where the car is drawn,
+the scale of the picture, and how keys accelerate and turn the car.
 """
 
 from __future__ import annotations
@@ -18,36 +18,36 @@ from matrix_jax.data.carracing import FPS, FRAMES_PER_LATENT, HEIGHT, THEMES, TO
 CAR = (51, 48)  # row and column of the car's centre
 SCALE = 1.556  # pixels per unit
 CAR_BOX = (slice(47, 56), slice(45, 52))
-RING = (slice(44, 59), slice(43, 54))  # around the car; the car itself is cut out
+RING = (slice(44, 59), slice(43, 54))  # around the car, which is cut out
 RED, BLACK, WHITE = (204, 0, 0), (0, 0, 0), (255, 255, 255)
 THEME_NAMES = tuple(THEMES)
 
 
-# --- the judge -------------------------------------------------------------------------------
+# --- where the car is ------------------------------------------------------------------------
 
 
 def palette(theme: str) -> np.ndarray:
-    """float32 [6 3]: road, ground, patch, and the red, black and white of car and kerbs."""
+    """Colours float32 [6 3]: road, ground, patch, and red, black and white of car and kerbs."""
     colors = THEMES[theme]
     return np.array([colors.road, colors.ground, colors.patch, RED, BLACK, WHITE], np.float32)
 
 
 def classes(frames, theme: str) -> np.ndarray:
-    """Pixels uint8 [... 3] -> index of the nearest colour of `palette` [...]."""
+    """Index of the nearest colour of `palette` [...] for pixels uint8 [... 3]."""
     colors = palette(theme)
-    # |x - c|^2 less |x|^2, which is the same for all colours.
+    # |x - c|^2 without |x|^2, which is the same for all colours.
     return np.argmin((colors**2).sum(-1) - 2 * (frames.astype(np.float32) @ colors.T), axis=-1)
 
 
 def road(frames, theme: str) -> np.ndarray:
-    """Frames uint8 [... H W 3] -> bool [... H W]: road, the car's own pixels as those around it."""
+    """Road mask [... H W] of frames uint8 [... H W 3]; the car's pixels are as those around it."""
     mask = classes(frames, theme) == 0
     mask[..., CAR_BOX[0], CAR_BOX[1]] = (ring_share(frames, theme) > 0.5)[..., None, None]
     return mask
 
 
 def ring_share(frames, theme: str) -> np.ndarray:
-    """Frames uint8 [... H W 3] -> share of road in the ring around the car [...]."""
+    """Share of road [...] in the ring around the car, of frames uint8 [... H W 3]."""
     inside = np.zeros((HEIGHT, WIDTH), bool)
     inside[RING] = True
     inside[CAR_BOX] = False
@@ -55,25 +55,25 @@ def ring_share(frames, theme: str) -> np.ndarray:
 
 
 def on_road(frames, theme: str, least: float = 0.35) -> np.ndarray:
-    """Frames uint8 [... H W 3] -> bool [...]: the car is on the road, by the pixels around it."""
+    """Whether the car is on the road [...], from the pixels around it."""
     return ring_share(frames, theme) >= least
 
 
 def road_area(frames, theme: str) -> np.ndarray:
-    """Frames uint8 [... H W 3] -> share of the picture that is road [...]."""
+    """Share of the picture that is road [...], of frames uint8 [... H W 3]."""
     return road(frames, theme).mean(axis=(-2, -1))
 
 
 def car_seen(frames, least: float = 5) -> np.ndarray:
-    """Frames uint8 [... H W 3] -> bool [...]: the red of a car where the car has to be."""
+    """Whether the place of the car is red [...], of frames uint8 [... H W 3]."""
     red = frames.astype(np.int16)[..., CAR_BOX[0], CAR_BOX[1], :]
     red = (red[..., 0] > 90) & (red[..., 0] > 2 * red[..., 1]) & (red[..., 0] > 2 * red[..., 2])
     return red.sum(axis=(-2, -1)) >= least
 
 
 def measures(theme: str) -> dict:
-    """What `drift.seconds` measures besides: road (share of the picture), car (share of frames that
-    show it) and palette (share of pixels near the theme's colours)."""
+    """Measures for `drift.seconds`: road (share of the picture), car (share of frames that show it)
+    and palette (share of pixels near the theme's colours)."""
     return {
         'road': partial(road_area, theme=theme),
         'car': car_seen,
@@ -82,7 +82,7 @@ def measures(theme: str) -> dict:
 
 
 def palette_match(frames, theme: str, near: float = 40.0) -> np.ndarray:
-    """Frames uint8 [... H W 3] -> share of pixels near road, ground or patch colour [...]."""
+    """Share of pixels near the road, ground or patch colour [...], of frames uint8 [... H W 3]."""
     colors, pixels = palette(theme)[:3], frames.astype(np.float32)
     apart = (pixels**2).sum(-1) + ((colors**2).sum(-1) - 2 * pixels @ colors.T).min(-1)
     return (apart < near**2).mean(axis=(-2, -1))
@@ -93,12 +93,12 @@ def palette_match(frames, theme: str, near: float = 40.0) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The frame-only driver.
+    """Settings of the frame-only driver.
 
     Attributes:
-      lag: latent frames between the choice of a key and the first frames that it moves; 0 in the
-        game, more in a stream whose window holds keys that are already given.
-      cruise: speed that it keeps, units/s.
+      lag: latent frames between the choice of a key and the first frame it affects; 0 in the game,
+        more in a stream whose window holds earlier keys.
+      cruise: target speed in units/s.
       holds: key holds of a plan beyond the lag.
       change: cost of each change of the steering key.
     """
@@ -110,19 +110,22 @@ class Config:
 
 
 class FrameDriver:
-    """Presses one key per latent frame, from the last frame and the keys it pressed before.
+    """Chooses one key per latent frame from the newest frame and its earlier keys.
 
-    It finds the road by colour, rolls the car forward under the keys that are on their way, tries
-    all plans of the next holds, and takes the first key of the plan that stays on the road best.
+    Finds the road by colour, moves the car forward under the keys that have not shown yet, tries
+    all plans of the next holds, and returns the first key of the plan that stays on the road best.
+
+    Args:
+      cfg: settings.
+      theme: theme whose colours to look for.
+      given: the `cfg.lag` keys that have not shown yet, oldest first.
+      speed: current speed in units/s.
+
+    Raises:
+      ValueError: the number of keys is not the lag.
     """
 
     def __init__(self, cfg: Config, theme: str, given: list[str], speed: float = TOP_SPEED):
-        """
-        Args:
-          theme: whose colours to look for.
-          given: the keys on their way, oldest first; `cfg.lag` of them.
-          speed: units/s now.
-        """
         if len(given) != cfg.lag:
             raise ValueError(f'driver.given: got {len(given)} keys, expected lag = {cfg.lag}')
         self.cfg, self.theme, self.given, self.speed = cfg, theme, list(given), speed
@@ -135,7 +138,7 @@ class FrameDriver:
         speed = self.speed
         for symbol in self.given:
             speed = advance(speed, symbol)
-        # The road bends more than a plan at this speed can follow: less speed, tighter turns.
+        # No plan stays on the road: slow down for tighter turns.
         target = self.cfg.cruise * (0.7 if cost > 0.5 else 1.0)
         pedal = 'D' if speed < target - 1 else 'B' if speed > target + 6 else 'N'
         symbol = pedal + {1: 'L', 0: '', -1: 'R'}[steer]
@@ -144,7 +147,7 @@ class FrameDriver:
         return symbol
 
     def _plan(self, mask):
-        """(first steering of the best plan, its mean cost) on a road mask [H W]."""
+        """(first steering, mean cost) of the best plan on a road mask [H W]."""
         given = [steering(symbol) for symbol in self.given]
         plans = np.concatenate(
             [np.broadcast_to(given, (len(self.plans), len(given))), self.plans], axis=1
@@ -158,21 +161,23 @@ class FrameDriver:
 
 
 def steering(symbol: str) -> int:
-    """1 left, 0 none, -1 right."""
+    """Steering of a symbol: 1 left, 0 none, -1 right."""
     return ('L' in symbol) - ('R' in symbol)
 
 
 def advance(speed: float, symbol: str) -> float:
-    """Speed after a hold of a quarter second, as measured in the game."""
+    """Speed after a symbol is held for a quarter second, as measured in the game."""
     if symbol[0] == 'D':
         return speed + min(10.4, 0.7 * (TOP_SPEED - speed))
     return max(speed - {'N': 0.95, 'B': 4.6}[symbol[0]], 0.0)
 
 
 def paths(plans, speed: float) -> np.ndarray:
-    """Where the car goes: steering [P K] held K times at a speed -> [P 2K 2], row and column.
+    """Path of the car (row, column) [P 2K 2] in the current picture, two points per hold.
 
-    The picture is the driver's view now: the car at `CAR`, ahead is up. Two points per hold.
+    Args:
+      plans: steering [P K] of K holds.
+      speed: units/s.
     """
     speed = max(speed, 6.0)
     rate = min(carracing.TURN_RATE, speed * carracing.STEER_LIMIT / carracing.WHEELBASE)
@@ -186,10 +191,8 @@ def paths(plans, speed: float) -> np.ndarray:
 
 
 def off_road(mask, points) -> np.ndarray:
-    """Mean cost of points [P K 2] on a road mask [H W]: 0 in the middle of the road, 1 at its edge.
-
-    Points outside the picture count as the nearest ones at its border. Cost grows with the distance
-    to the road, so that a car on the grass finds back.
+    """Mean cost [P] of points [P K 2] on a road mask [H W]: 0 in the middle of the road, 1 at its
+    edge, more with the distance from the road. Points outside the picture are moved to its border.
     """
     limit = np.array(mask.shape) - 1
     points = np.clip(points, 0, limit)
@@ -205,7 +208,7 @@ def off_road(mask, points) -> np.ndarray:
 
 
 def blur(mask, radius: int) -> np.ndarray:
-    """Mean of a mask [H W] over squares of 2 radius + 1; the border continues outward."""
+    """Mean of a mask [H W] over squares of 2 radius + 1 pixels, with repeated borders."""
     size = 2 * radius + 1
     total = np.pad(mask.astype(np.float32), radius, mode='edge').cumsum(0).cumsum(1)
     total = np.pad(total, ((1, 0), (1, 0)))
@@ -223,11 +226,13 @@ def blur(mask, radius: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class DriveStart:
-    """A place on a held-out track, and how the game came there; `begin` goes there again.
+    """A place on a held-out track and the keys that lead to it; `begin` replays them.
 
     Attributes:
-      seed, theme, place: of the track, the colours, the share of the lap.
-      keys: what the driver with the truth pressed until here; the last ones are drawn.
+      seed: seed of the track.
+      theme: its colours.
+      place: where the car starts, as a share of the lap.
+      keys: keys pressed from there on by the driver that knows the track.
     """
 
     seed: int
@@ -237,10 +242,12 @@ class DriveStart:
 
 
 def starts(game, count: int, holds: int, seed: int = 0) -> list[DriveStart]:
-    """`count` starts on held-out tracks (odd seeds), themes in turn, the car rolling on the road.
+    """`count` starts on held-out tracks (odd seeds), themes in turn, with the car in motion.
 
     Args:
+      game: a `carracing.CarRacingGame`.
       holds: key holds before the start.
+      seed: seed of tracks and places.
     """
     rng, found = np.random.default_rng(seed), []
     for index in range(count):
@@ -256,8 +263,12 @@ def starts(game, count: int, holds: int, seed: int = 0) -> list[DriveStart]:
 
 
 def begin(game, start: DriveStart, shown: int):
-    """Plays a start again -> (frames uint8 [F H W 3] of the last `shown` latent frames, F = 1 + 4k;
-    their keys; telemetry [F 6])."""
+    """Replays a start.
+
+    Returns:
+      (frames uint8 [F H W 3] of the last `shown` latent frames, F = 1 + 4 (shown - 1); their keys;
+      telemetry [F 6]).
+    """
     game.reset(start.seed, start.theme, start.place)
     hidden = len(start.keys) - shown + 1
     for key in start.keys[:hidden]:
@@ -277,12 +288,14 @@ def play(game, keys):
 
 
 def drive_game(game, start: DriveStart, cfg: Config, holds: int, key: str | None = None):
-    """Drives the real game -> (frames uint8 [F H W 3], telemetry [F 6], keys pressed).
+    """Drives the real game -> (frames uint8 [F H W 3], telemetry [F 6], keys).
 
     Args:
-      cfg: of the driver; its `lag` delays the keys in the game as the window of a stream does, and
-        the last `lag` keys of the start are those on their way.
-      key: hold this key in place of driving.
+      game, start: where to drive.
+      cfg: settings of the driver. A `lag` delays its keys in the game as in a stream; the last
+        `lag` keys of the start are then still to show.
+      holds: number of key holds.
+      key: key to hold instead of driving.
     """
     known = len(start.keys) - cfg.lag
     given = list(start.keys[known:])
@@ -299,7 +312,7 @@ def drive_game(game, start: DriveStart, cfg: Config, holds: int, key: str | None
 
 
 def judge(frames, theme: str) -> dict[str, float]:
-    """Of a drive uint8 [F H W 3]: seconds on the road, and seconds until it was left for 3 s."""
+    """Seconds on the road of a drive uint8 [F H W 3], and seconds until it leaves it for 3 s."""
     on = on_road(frames, theme)
     span = 3 * FPS
     seen = np.convolve(on, np.ones(span), 'valid') if len(on) >= span else np.ones(1)

@@ -1,10 +1,9 @@
-"""The judge of first-person worlds: do they obey keyboard and mouse, and do they last?
+"""Evaluation of first-person worlds: obedience to keyboard and mouse, drift and fidelity.
 
-Streams begin with the first pictures of held-out clips. Under the script `mixed` they are given
-what was pressed in those clips and then in the next ones, so that the recordings show what the real
-game makes of it; `mouse` turns and tilts by any amount; all other scripts hold one thing. The
-ceiling of obedience is what the probe finds in held-out clips, with all their walls; the floor are
-actions in another order.
+Streams begin with the first pictures of held-out clips. The script `mixed` repeats the actions of
+those clips and of the next ones, so the recordings show what the real game makes of them; `mouse`
+turns and tilts by random amounts; each other script holds one action. The ceiling of obedience is
+the score of the probe on held-out clips, walls included; the floor is that under shuffled actions.
 """
 
 from __future__ import annotations
@@ -32,26 +31,27 @@ HELD = {
     'strafe right': 'D',
 }
 SCRIPTS = (*HELD, 'mouse', 'mixed')
-SPANS = (4, 15, 30)  # seconds that part a stream for its obedience
-LONG_SPANS = (15, 30)  # and for the RFD, which needs many windows
-SHORTEST = 4  # seconds of a part
-TURNS = (0.04, 0.2)  # of the mouse in the script `mouse`: half to twice a turning key
+SPANS = (4, 15, 30)  # seconds at which a stream is split to score its obedience
+LONG_SPANS = (15, 30)  # the same for the RFD, which needs many windows
+SHORTEST = 4  # seconds of the shortest part
+TURNS = (0.04, 0.2)  # mouse in the script `mouse`: about half to twice a turning key
 MEASURES = {'change': drifts.change}
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """How much is evaluated.
+    """Settings of the evaluation.
 
     Attributes:
-      seconds: length of streams under scripts.
+      seconds: length of scripted streams.
       drive_seconds: length of the streams under `mixed`.
-      long_seconds: length of one more of these; 0 = none.
+      long_seconds: length of one long stream under `mixed`; 0 = none.
       streams: streams per script.
-      clips, clip_frames: held-out clips for the reconstruction, and frames of each, 1 + 24k.
-      windows: most windows of real clips that the probe is tested on.
-      times: seconds that the contact sheets show.
-      seed: of scripts and noise.
+      clips, clip_frames: number of held-out clips for the reconstruction, and frames F = 1 + 24k of
+        each.
+      windows: largest number of windows of real clips that the probe is tested on.
+      times: seconds shown on contact sheets.
+      seed: seed of scripts and noise.
       probe: the inverse-dynamics probe.
     """
 
@@ -68,7 +68,7 @@ class Config:
 
 
 def quick(cfg: Config) -> Config:
-    """A look in a few minutes; the numbers are rough."""
+    """Settings of a rough evaluation in a few minutes."""
     return dataclasses.replace(
         cfg, seconds=8, drive_seconds=15, streams=2, clips=3, times=(0.5, 4.0, 8.0)
     )
@@ -79,8 +79,8 @@ class ScriptedWalks:
     """Streams of one script.
 
     Attributes:
-      texts: per stream, an action per frame.
-      asked: the same along `walk.AXES`, float32 [B F 4].
+      texts: per stream, one action per frame.
+      asked: the same along `action_probe.AXES`, float32 [B F 4].
       frames: uint8 [B F H W 3].
     """
 
@@ -90,7 +90,7 @@ class ScriptedWalks:
 
 
 class LabelledClips:
-    """The clips whose keys and mouse are known: a sequence that reads one when it is asked for."""
+    """Sequence of the clips with known keys and mouse; each is read when it is accessed."""
 
     def __init__(self, clips: Clips):
         self.clips, self.lengths = clips, {}
@@ -111,10 +111,10 @@ class LabelledClips:
 
 
 def recorded(world, data: str, cfg: Config) -> LabelledClips:
-    """Held-out clips whose keys and mouse are known.
+    """Held-out clips with known keys and mouse.
 
     Raises:
-      UsageError: a world that cannot be judged, or clips of something else.
+      UsageError: the world has other actions, or the clips have another size or rate.
     """
     mode = world.vocabulary.mode
     if mode.keys != KEYS or not mode.mouse:
@@ -136,17 +136,17 @@ def recorded(world, data: str, cfg: Config) -> LabelledClips:
 
 
 def shape(world) -> tuple[int, int]:
-    """Latent frames that a stream shows nothing of, here the picture; and those of a block."""
+    """(latent frames of the condition, latent frames of a block)."""
     return world.cfg.stream.context, world.cfg.stream.frames
 
 
 def sections(world, params, data: str, held_out: LabelledClips, rebuilt, cfg: Config, out: Path):
-    """Yields (name, results) of each section of the report, and draws its pictures.
+    """Yields (name, results) of each section of the report, and writes its pictures to `out`.
 
     Args:
-      data: folder of recorded clips; its train split trains the probe.
+      data: folder of recorded clips; the probe trains on its train split.
       held_out: from `recorded`.
-      rebuilt: frames of some of them behind the autoencoder, from `video.rebuild`.
+      rebuilt: some of them after the autoencoder, from `video.rebuild`.
     """
     fps = world.cfg.fps
     probe, real = probes(cfg, data, held_out, rebuilt, out)
@@ -178,7 +178,7 @@ def sections(world, params, data: str, held_out: LabelledClips, rebuilt, cfg: Co
 
 
 def probes(cfg: Config, data: str, held_out: LabelledClips, rebuilt, out: Path):
-    """((params, limits), scores on real frames); a trained probe is kept in `out`."""
+    """((params, limits), scores on real frames); reads or writes the probe in `out`."""
     path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
     if found is None:
         train = action_probe.examples(
@@ -210,7 +210,7 @@ def probes(cfg: Config, data: str, held_out: LabelledClips, rebuilt, out: Path):
 
 
 def begin(clips: LabelledClips, count: int) -> list[int]:
-    """At most `count` places of clips that streams begin with, among the longest ones."""
+    """At most `count` indices of start clips, among the longest ones."""
     longest = max(clips.lengths.values())
     best = [index for index, place in enumerate(clips.places) if clips.lengths[place] == longest]
     return [best[index] for index in spread(best, count)]
@@ -219,10 +219,15 @@ def begin(clips: LabelledClips, count: int) -> list[int]:
 def script(
     vocabulary, clips: LabelledClips, start: int, name: str, count: int, seed: int
 ) -> list[str]:
-    """`count` actions, one per frame, that change where latent frames do.
+    """`count` actions, one per frame, that change between latent frames.
 
     Args:
-      start: place of the clip that the stream begins with.
+      vocabulary: vocabulary of the world.
+      clips: held-out clips.
+      start: index of the clip that the stream begins with.
+      name: one of SCRIPTS.
+      count: number of actions.
+      seed: seed of random scripts.
     """
     if name in HELD:
         return [vocabulary.canonical(HELD[name])] * count
@@ -230,7 +235,7 @@ def script(
         return recorded_actions(vocabulary, clips, start, count)
     rng, texts = np.random.default_rng(seed), ['idle']
     while len(texts) < count:
-        # Both ways for as long: what stood ahead is ahead again.
+        # Turns both ways equally long, so that the view returns.
         turn, way = rng.uniform(*TURNS), rng.permutation(['left', 'right'])
         for word, amount, holds in (
             *((one, turn, int(rng.integers(4, 9))) for one in way),
@@ -242,11 +247,11 @@ def script(
 
 
 def recorded_actions(vocabulary, clips: LabelledClips, start: int, count: int) -> list[str]:
-    """What was pressed in a clip and in those after it, for `count` frames."""
+    """The first `count` recorded actions of a clip and those after it."""
     vectors, index = [], start
     while sum(map(len, vectors)) < count:
         clip = clips[index % len(clips)]
-        # The first frame of a clip belongs to the latent frame before the others.
+        # Skip the first frame of each further clip, which alone fills a latent frame.
         vectors.append(np.concatenate([clip.keyboard, clip.mouse], axis=1)[bool(vectors) :])
         index += 1
     return vocabulary.decode(np.concatenate(vectors)[:count])
@@ -255,7 +260,7 @@ def recorded_actions(vocabulary, clips: LabelledClips, start: int, count: int) -
 def follow(
     streams: Streams, clips: LabelledClips, starts: list[int], name: str, seconds: int, seed: int
 ) -> ScriptedWalks:
-    """The streams of a script."""
+    """Runs the streams of a script."""
     world, count = streams.world, streams.world.controls_for_seconds(seconds)
     texts = [
         script(world.vocabulary, clips, start, name, count, seed + index)
@@ -270,7 +275,7 @@ def follow(
 
 
 def speed(streams: Streams, clip: Clip, steps: int = 20) -> dict:
-    """Frames per second of one stream on this machine, after compilation, decoder included."""
+    """Frames per second of one stream on this machine, decoder included, without compilation."""
     world = streams.world
     given, _ = world.inputs(world.cfg.prompt, clip.frames[: world.start_frames], [])
     first, others = (
@@ -287,13 +292,13 @@ def speed(streams: Streams, clip: Clip, steps: int = 20) -> dict:
 
 
 def spans(seconds: float, at: Sequence[int]) -> list[tuple[int, int]]:
-    """(first, last) whole second of each part of a stream that is cut `at` some."""
+    """(first, last) second of each part of a stream that is split at the seconds `at`."""
     ends = [0, *(end for end in at if end + SHORTEST <= seconds), int(seconds)]
     return list(zip(ends, ends[1:], strict=False))
 
 
 def windows(cfg: Config, one: ScriptedWalks, fps: int, first: int = 0, last: int | None = None):
-    """The probe's windows of streams, between two seconds."""
+    """Windows of the probe between two seconds of streams."""
     per = FRAMES_PER_LATENT
     end = len(one.frames[0]) if last is None else 1 + last * fps // per * per
     return action_probe.examples(
@@ -304,7 +309,7 @@ def windows(cfg: Config, one: ScriptedWalks, fps: int, first: int = 0, last: int
 
 
 def obedience(cfg: Config, probe, one: ScriptedWalks, fps: int) -> dict:
-    """`walk.obedience` of streams: `all`, and by seconds such as `0-4`."""
+    """`action_probe.obedience` of whole streams (`all`) and of parts such as `0-4` seconds."""
     return {
         'all': action_probe.obedience(cfg.probe, probe, windows(cfg, one, fps)),
         **{
@@ -317,8 +322,8 @@ def obedience(cfg: Config, probe, one: ScriptedWalks, fps: int) -> dict:
 
 
 def drift(walks: dict[str, ScriptedWalks], shown, fps: int) -> dict:
-    """Per script `drift.seconds`, colours against the clips `shown` that the streams begin like;
-    and those clips' own, as `real`."""
+    """`drift.seconds` per script, with the start clips `shown` as colour reference, and that of the
+    start clips (`real`)."""
     own = [MEASURES] * len(shown)
     return {
         **{name: drifts.seconds(one.frames, shown, own, fps) for name, one in walks.items()},
@@ -329,11 +334,11 @@ def drift(walks: dict[str, ScriptedWalks], shown, fps: int) -> dict:
 def fidelity(
     cfg: Config, probe, mixed: ScriptedWalks, held_out: LabelledClips, shown, stream, fps: int
 ) -> dict:
-    """RFD, the Frechet distance on the probe's own features, between streams and held-out clips, by
-    seconds; and seams.
+    """Frechet distance on the features of the probe (RFD) between parts of streams and held-out
+    clips, and seams.
 
-    The ceiling of the RFD is that of every other held-out clip to the rest. All of them are of as
-    many windows, since the distance of few samples is larger.
+    The ceiling of the RFD is the distance between two halves of the held-out clips. All distances
+    use the same number of windows, as fewer samples give larger distances.
     """
     params, _ = probe
     clips = list(action_probe.recorded(held_out))
@@ -361,31 +366,22 @@ def fidelity(
 def long_walk(
     streams: Streams, held_out: LabelledClips, starts: list[int], cfg: Config, out: Path
 ) -> dict:
-    """One stream for long: what each minute shows."""
+    """One long stream: means of each minute."""
     fps = streams.world.cfg.fps
     one = follow(streams, held_out, starts, 'mixed', cfg.long_seconds, cfg.seed)
     found = drifts.seconds(one.frames, [held_out[starts[0]].frames], [MEASURES], fps)
     video.write_image(
         out / 'long.png', sheet(one.frames, np.linspace(2, cfg.long_seconds, 16), fps, width=160)
     )
-    return {
-        'seconds': cfg.long_seconds,
-        **{
-            name: [
-                round(float(np.mean(values[at : at + 60])), 3)
-                for at in range(0, cfg.long_seconds, 60)
-            ]
-            for name, values in found.items()
-        },
-    }
+    return {'seconds': cfg.long_seconds, **drifts.minutes(found)}
 
 
 # --- pictures ------------------------------------------------------------------------------------
 
 
 def draw(vocabulary, walks: dict[str, ScriptedWalks], shown, cfg: Config, fps: int, out: Path):
-    """`scripts-I.png` of each start, a row per script; `mixed.png`, streams above their recordings;
-    `drive.png`, all of `mixed`; and its first stream as a video."""
+    """Writes `scripts-I.png` of each start, a row per script; `mixed.png`, streams above their
+    recordings; `drive.png`, all streams of `mixed`; and the first of them as a video."""
     held = {
         name: [[vocabulary.overlay(text) for text in texts] for texts in one.texts]
         for name, one in walks.items()

@@ -1,4 +1,4 @@
-"""Videos out of a world, and what can be measured in any of them."""
+"""Streams of a world for evaluation, reconstructions, and measures of any video."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from matrix_jax.controls import driving as vocabulary
 from matrix_jax.parallel import compilation
 from matrix_jax.stream import swin
 
-CHUNK = 8  # frames that are encoded together
+CHUNK = 8  # frames per encoder chunk
 
 
 class Streams:
-    """Several streams of one world at once, compiled once per number of streams.
+    """Batches of streams of one world; each batch size compiles once.
 
     Args:
       world, params: from `worlds.open_run`.
-      control_binding: where keys bind, 'late' or 'early'; the recipe's choice by default.
+      control_binding: where keys bind, 'late' or 'early'; None = as in the recipe.
     """
 
     def __init__(self, world, params, control_binding: str | None = None):
@@ -43,7 +43,7 @@ class Streams:
 
     @property
     def lag(self) -> int:
-        """Latent frames that a new key waits behind keys that are already bound."""
+        """Latent frames between a new key and the first frame that it was bound to."""
         return self.cfg.binding_slot - self.cfg.context
 
     def start(self, prompts: Sequence[str], frames, symbols, seed: int):
@@ -52,15 +52,15 @@ class Streams:
         Args:
           prompts: B texts.
           frames: start clips uint8 [B F H W 3] that fill the window.
-          symbols: int [B R], controls of the window's slots but its newest group.
-          seed: of all noise.
+          symbols: int [B R], controls of all window slots but the newest group.
+          seed: seed of all noise.
         """
         return self.enter(
             (self.world.tokenize(prompts), frames, np.asarray(symbols, np.int32)), seed
         )
 
     def enter(self, given: tuple, seed: int):
-        """Carry of B streams, from what the world's `condition` takes."""
+        """Carry of B streams from the batched inputs of the world's `condition`."""
         keys = jax.random.split(jax.random.key(seed), len(given[0]))
         return self._init(self.params, self._condition(self.params, *given), keys)
 
@@ -74,9 +74,10 @@ class Streams:
         """Frames uint8 [B F H W 3] of whole videos under known controls of any vocabulary.
 
         Args:
-          frames: start clips [B F' H W 3] of the world's own size and length.
-          texts: the controls of each video, as many as `world.needed` asks for.
-          seed: of all noise.
+          frames: start clips [B F' H W 3] of the world's size and length.
+          texts: controls of each video, as many as the world needs for its length.
+          seed: seed of all noise.
+          progress: wraps the range of steps, such as `tqdm`.
         """
         known, steps = zip(*map(self.world.split_controls, texts), strict=True)
         given = [
@@ -92,7 +93,7 @@ class Streams:
         return np.concatenate(shown, axis=1)
 
     def run(self, carry, keys: Callable, shifts: int, progress: Callable = lambda steps: steps):
-        """Frames uint8 [B F H W 3] of `shifts` shifts.
+        """Frames uint8 [B F H W 3] of `shifts` shifts with controls chosen on the way.
 
         Args:
           keys: `(shift, frames of the shift before [B f H W 3] or None) -> int [B group_frames]`.
@@ -107,10 +108,11 @@ class Streams:
         return np.concatenate(shown, axis=1)
 
     def pace(self, carry, first, control, steps: int) -> dict[str, float]:
-        """How fast frames come, by the median of `steps` steps under one control.
+        """Frames per second and milliseconds per step: the median of `steps` steps.
 
         Args:
-          first: control of the first step, where it takes another.
+          first: control of the first step, which may take another number of them.
+          control: control of the other steps.
         """
         took = [time.perf_counter()]
         for index in range(5 + steps):
@@ -130,11 +132,12 @@ class Streams:
         seed: int,
         progress: Callable = lambda steps: steps,
     ):
-        """Frames uint8 [B F H W 3] under known controls.
+        """Frames uint8 [B F H W 3] of `shifts` shifts under controls known in advance.
 
         Args:
-          symbols: int [B N], one per latent frame from the first of the window on; the frames that
-            are shown stand under those from `context` on.
+          prompts, frames, seed: as for `start`.
+          symbols: int [B N], one per latent frame from the start of the window; the frames shown
+            are those from index `context` on.
         """
         symbols = np.asarray(symbols, np.int32)
         short = swin.needed_controls(self.cfg, shifts) - symbols.shape[1]
@@ -145,23 +148,24 @@ class Streams:
 
 
 def bar(name: str) -> Callable:
-    """What wraps a range of steps in a progress bar that vanishes at its end."""
+    """Wrapper of a range of steps in a progress bar that disappears at the end."""
     from tqdm import tqdm
 
     return partial(tqdm, desc=name, leave=False, dynamic_ncols=True)
 
 
 def spread(clips, count: int) -> list[int]:
-    """At most `count` places of clips, evenly from the first to the last."""
+    """At most `count` indices of clips, evenly spaced from the first to the last."""
     return np.linspace(0, len(clips) - 1, min(count, len(clips))).round().astype(int).tolist()
 
 
 def rebuild(world, params, clips, count: int, frames: int, context: int, group: int):
-    """(reconstructed, original) frames uint8 [N F' H W 3] of clips, spread over all of them.
+    """(reconstructed, original) frames uint8 [N F' H W 3] of evenly spaced clips.
 
     Args:
       clips: a sequence of recorded clips.
-      count, frames: at most so many clips, and so many frames of each.
+      count: largest number of clips.
+      frames: frames of each clip.
       context, group: see `reconstruct`.
     """
     original = np.stack([clips[index].frames[:frames] for index in spread(clips, count)])
@@ -175,19 +179,19 @@ def indices(keys: Sequence[str]) -> np.ndarray:
 
 
 def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
-    """Clips through the encoder and the streaming decoder, as a stream shows them.
+    """Clips after the encoder and the streaming decoder.
 
     Args:
       frames: uint8 [B F H W 3], F = 1 + 8k.
-      context: latent frames that the decoder starts on.
-      group: latent frames that it decodes at once.
+      context: latent frames that the decoder starts with, which it does not return.
+      group: latent frames decoded at once.
 
     Returns:
-      uint8 [B F' H W 3], F' = 4 (T - context), the last frames: the decoder starts on the others.
+      uint8 [B F' H W 3], the last F' = 4 (T - context) frames.
     """
     decoder = world.decoder()
     encode, step = compilation.jit(world.encode_step), compilation.jit(decoder.step)
-    # Compiled chunks called one by one: XLA's CPU convolutions are many times slower in a loop.
+    # Chunks are called one by one: XLA's CPU convolutions are many times slower inside a loop.
     cache, latents = encode(params, None, frames[:, : 1 + CHUNK])
     made = [latents]
     for start in range(1 + CHUNK, frames.shape[1], CHUNK):
@@ -203,7 +207,7 @@ def reconstruct(world, params, frames, context: int, group: int) -> np.ndarray:
 
 
 def psnr(pairs) -> float:
-    """Peak signal-to-noise ratio in dB of (frames, frames) pairs uint8, over the pooled error."""
+    """Peak signal-to-noise ratio in dB of pairs of uint8 frames, from their pooled error."""
     errors = [np.square(np.subtract(a, b, dtype=np.float32)) for a, b in pairs]
     total = sum(error.sum(dtype=np.float64) for error in errors)
     mean = total / sum(error.size for error in errors)
@@ -221,8 +225,10 @@ def sheet(
 
     Args:
       rows: videos uint8 [F H W 3].
-      times: seconds from the first frame; past the end is the last frame.
-      keys: what `video.draw_keys` takes, per frame of each video; drawn where given.
+      times: seconds from the first frame; times past the end show the last frame.
+      fps: frames per second.
+      keys: keys to draw, per frame of each video (`video.draw_keys`); None = draw none.
+      width: width of each picture in pixels.
     """
     pictures = []
     for row, frames in enumerate(rows):
@@ -234,7 +240,7 @@ def sheet(
 
 
 def by_second(values, fps: int) -> np.ndarray:
-    """Values of frames [... F] -> means of whole seconds [... S]."""
+    """Means of whole seconds [... S] of values per frame [... F]."""
     values = np.asarray(values, np.float64)
     count = values.shape[-1] // fps
     return values[..., : count * fps].reshape(*values.shape[:-1], count, fps).mean(axis=-1)
