@@ -14,7 +14,7 @@ import math
 import os
 import subprocess
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -262,7 +262,7 @@ def read_video(path: str | Path, fps: float = FPS, count: int | None = None) -> 
         return np.stack(list(itertools.islice(frames, count)))
 
 
-def read_frames(path: str | Path, fps: float | None = FPS) -> Iterator[np.ndarray]:
+def read_frames(path: str | Path, fps: float | None = FPS) -> Generator[np.ndarray]:
     """Yields the frames nearest to `fps`, uint8 [H W 3] each; every frame if it is None.
 
     Frame indices are round(arange(0, N, video fps / fps)), as in the reference, without those that

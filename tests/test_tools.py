@@ -375,6 +375,8 @@ def test_convert_reads_pickles_of_tensors_alone(tiny, tmp_path):
             '--players: got 99999999, expected a whole number from 1 to 1024',
         ),
         (['--together', '0'], '--together: got 0'),
+        (['--entry', 'never'], "--entry: got 'never', expected one of 'early', 'late'"),
+        (['--entry', 'head', '--together', '9'], '--together: got 9'),
         (['--players', '2', '--together', '3'], '--together: got 3, expected 1 to the players, 2'),
         (['--drain', 'nan'], '--drain: got nan, expected --ray'),
         (
