@@ -25,16 +25,16 @@ def many(tiny):
         return envs.WorldVectorEnv(3, NAME)
 
 
-def drive(many, company, shifts=4):
+def drive(many, company, steps=4):
     """Frames and carry of the middle one of three players; `company(players)` comes in between."""
     many.reset(seed=3)
     players, frames = many.players, []
-    for shift in range(shifts):
-        if shift == 1:
+    for step in range(steps):
+        if step == 1:
             company(players)
         # The others hold what `company` says from then on, or rest.
-        actions = np.array([0, shift % 3, 0]) + (shift > 0) * np.array(company.keys)
-        active = np.array([True, True, shift == 0 or company.last])
+        actions = np.array([0, step % 3, 0]) + (step > 0) * np.array(company.keys)
+        active = np.array([True, True, step == 0 or company.last])
         players.step(actions, active)
         frames.append(players.frames[1].copy())
     return np.stack(frames), players.stream.read(1)
@@ -71,7 +71,7 @@ def test_players_side_by_side_do_not_touch_each_other(many, stream, tiny):
     # It is the world that players in turns have, to a rounding of its numbers.
     alone = envs.WorldEnv(opened=(stream, tiny), whole=True)
     alone.reset(seed=4)
-    turns = np.stack([alone.step(shift % 3)[0] for shift in range(4)])
+    turns = np.stack([alone.step(step % 3)[0] for step in range(4)])
     assert np.abs(turns.astype(int) - frames).max() <= 2
 
 

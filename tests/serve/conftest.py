@@ -127,7 +127,7 @@ class Running:
         return Player(self, query, **wanted)
 
     def http(self, path, data=None, headers=None, patient=True):
-        """(status, body); waits where it is told to, unless it is not `patient`."""
+        """(status, body); waits for `Retry-After` if `patient`."""
         request = urllib.request.Request(f'http://127.0.0.1:{self.port}{path}', data, headers or {})
         while True:
             try:

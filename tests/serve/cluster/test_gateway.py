@@ -129,8 +129,8 @@ def test_files_pass_chunk_by_chunk(cluster, monkeypatch):
     assert player.ask('world', bytes(2**22))[0] == 422  # the world has judged it
     assert sum(sizes) == 2**22 and max(sizes) <= 2**18
     cluster.registry.register_worker(cluster.workers[0].address, 2**20)  # as if this were its limit
-    status, said = player.ask('world', bytes(2**20 + 1))
-    assert status == 413 and b'at most 1048576 bytes' in said
+    status, message = player.ask('world', bytes(2**20 + 1))
+    assert status == 413 and b'at most 1048576 bytes' in message
     monkeypatch.setattr(gateway, 'MAX_TRANSFERS', 0)
     assert player.ask('replay')[0] == 503
     assert cluster.app._transfers == 0 and player.ask('unknown.file')[0] == 404
@@ -153,7 +153,7 @@ def test_a_lost_worker_loses_no_player(cluster, stream, tiny):
     player.watch(24)
     log = json.loads(player.ask('replay')[1])
     assert log['seed'] == saved['seed'] and log['start'] == saved['start']
-    # it goes on from a moment of the same drive, and each frame is what the drive would have shown
+    # it continues from a checkpoint of the same log, and each frame is the frame of that log
     made = [
         to_jpeg(frame)
         for frame in replay.frames(stream.empty_copy(), tiny, session_log.from_json(log))
@@ -221,7 +221,7 @@ def test_a_full_or_closing_town_says_so_at_once(cluster):
     assert player.wait('closed')['message'] == 'the server has stopped'
 
 
-def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
+def test_sessions_that_nobody_mentions_are_forgotten(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
     registry = SessionRegistry(places=1)
@@ -236,12 +236,12 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
     registry.update('a', 'host:1', None, True, 0.5)
     assert registry.find('a').taken_at is None and registry.state()['oldest'] == 0
     now[0] = 1.0
-    registry.update('a', 'host:1', b'moment', True, 0.5)
+    registry.update('a', 'host:1', b'checkpoint', True, 0.5)
     assert registry.find('a').taken_at == 0.5
     registry.update('a', 'host:1', None, False, 0.25)  # it rests, and is as it was saved
     registry.update('a', 'host:0', b'late', True, 0.0)  # of a world that had it before
     registry.remove('a', 'host:0')
-    assert registry.find('a')[:3] == ('host:1', b'moment', False)
+    assert registry.find('a')[:3] == ('host:1', b'checkpoint', False)
     now[0] = 2.0
     assert registry.state() == {
         'players': 1,
@@ -251,7 +251,7 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
         'oldest': 1.25,
         'closing': None,
     }
-    registry.assign('a', 'host:2', False)  # another world goes on from it
+    registry.assign('a', 'host:2', False)  # another worker continues it
     assert registry.find('a').taken_at == 0.75
     assert registry.locate('a') is None  # which has not spoken yet
     now[0] = 15.0
@@ -261,7 +261,7 @@ def test_sessions_that_nobody_speaks_of_are_forgotten(monkeypatch):
     assert registry.state()['waiting'] == 1
 
 
-@pytest.mark.parametrize('text, said', [('0', 'got 0-0'), ('3-2', 'got 3-2'), ('x', "got 'x'")])
-def test_a_wrong_count_of_worlds_is_refused(text, said):
-    with pytest.raises(UsageError, match=said):
+@pytest.mark.parametrize('text, message', [('0', 'got 0-0'), ('3-2', 'got 3-2'), ('x', "got 'x'")])
+def test_a_wrong_count_of_worlds_is_refused(text, message):
+    with pytest.raises(UsageError, match=message):
         ray_serve.Config(*ray_serve.parse_worlds(text))

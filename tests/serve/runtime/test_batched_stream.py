@@ -84,12 +84,12 @@ def drive(stream):
         cond, _ = stream.condition('a road', noise.integers(0, 255, size).astype(np.uint8))
         stream.write(index, stream.init(cond, seed=index))
     kept, shown = stream.read(1), []
-    for shift, active in enumerate([(True, True), (True, False), (False, True)]):
-        if shift == 1:
+    for step, active in enumerate([(True, True), (True, False), (False, True)]):
+        if step == 1:
             stream.set_prompt(0, stream.embed_prompt('snow')[0])
-        if shift == 2:
+        if step == 2:
             stream.write(1, kept)
-        symbols = np.full((2, stream.controls_per_step), shift, np.int32)
+        symbols = np.full((2, stream.controls_per_step), step, np.int32)
         shown.append(stream.step(symbols, np.array(active)))
     assert all(np.asarray(finite).all() for _, finite in shown)
     return np.stack([np.asarray(frames) for frames, _ in shown])
@@ -200,7 +200,7 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
     events = list(stream.events)
     engine.stop()
     assert shown[:12] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
-    # One shift is always ahead, never two; but for the moment, which all frames come before.
+    # One step is always ahead, never two. A snapshot waits for all frames before it.
     place = {event: index for index, event in enumerate(events)}
     for number in range(5):
         assert place['step', number + 1] < place['frames', number] < place['step', number + 2]
@@ -212,7 +212,7 @@ def test_the_engine_hands_in_a_shift_before_the_last_one_has_its_frames():
 
 
 def test_frames_a_second_are_counted_by_what_lies_between_shifts(monkeypatch):
-    """Shifts of 1 s each that overlap by half: two frames every half second."""
+    """Steps of 1 s each that overlap by half: two frames every half second."""
     now = [0.0]
     monkeypatch.setattr(time, 'monotonic', lambda: now[0])
     metrics, stream = Metrics(), Steps()
@@ -220,9 +220,9 @@ def test_frames_a_second_are_counted_by_what_lies_between_shifts(monkeypatch):
     engine.on_step = functools.partial(
         HostedWorld._record_step, types.SimpleNamespace(metrics=metrics, engine=engine)
     )
-    for shift in range(12):
-        engine._in_flight.append(InFlightStep(0.5 * shift, [], np.zeros(1), np.ones(1, bool)))
-        now[0] = 0.5 * shift + 1
+    for step in range(12):
+        engine._in_flight.append(InFlightStep(0.5 * step, [], np.zeros(1), np.ones(1, bool)))
+        now[0] = 0.5 * step + 1
         engine._collect(now[0])
     engine._encoder.shutdown()
     text = generate_latest(metrics.registry).decode()

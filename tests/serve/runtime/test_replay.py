@@ -38,7 +38,7 @@ def test_a_log_survives_json(log):
 
 
 @pytest.mark.parametrize(
-    'change, said',
+    'change, message',
     [
         ({'matrix_jax_session': 9}, 'matrix_jax_session'),
         ({'more': 1}, 'got the fields'),
@@ -54,8 +54,8 @@ def test_a_log_survives_json(log):
         ({'prompt': 3}, 'replay.prompt'),
     ],
 )
-def test_a_wrong_log_is_refused(log, change, said):
-    with pytest.raises(ReplayError, match=said):
+def test_a_wrong_log_is_refused(log, change, message):
+    with pytest.raises(ReplayError, match=message):
         session_log.from_json(log.to_json() | change)
 
 
@@ -70,7 +70,7 @@ def test_runs_of_keys_are_a_list():
             del plain[cut:], runs[cut:]
             assert list(before)[:cut] == plain
         assert list(runs) == plain and len(runs) == len(plain)
-    assert [runs[shift] for shift in range(-3, 9)] == plain[-3:] + plain[:9]
+    assert [runs[step] for step in range(-3, 9)] == plain[-3:] + plain[:9]
     assert runs == KeyRuns(plain) == KeyRuns.parse(runs.format()) and runs.distinct == set(plain)
     assert not KeyRuns.parse('') and runs != KeyRuns(plain[:-1])
 
@@ -114,17 +114,17 @@ def test_frames_do_not_depend_on_the_slot(stream, tiny, log):
     condition, _ = shared.condition(log.prompt, start_frames.load(shared, tiny, '', None))
     for index in range(3):
         shared.write(index, shared.init(condition, 7 if index == 2 else index))
-    for shift, symbol in enumerate(log.controls):
+    for step, symbol in enumerate(log.controls):
         symbols = np.stack([shared.encode(one) for one in ('BR', 'BR', symbol)])
-        frames, finite = shared.step(symbols, np.array([True, shift != 1, True]))
+        frames, finite = shared.step(symbols, np.array([True, step != 1, True]))
         assert np.asarray(finite).all()
         np.testing.assert_array_equal(
             np.asarray(frames)[2],
-            without[shift * stream.frames_per_step :][: stream.frames_per_step],
+            without[step * stream.frames_per_step :][: stream.frames_per_step],
         )
         data = snapshot.dump(shared.read(2), log)
         shared.write(2, snapshot.parse(data, shared.carry_shapes, log.fingerprint)[0])
-        assert (np.asarray(frames)[1] == 0).all() == (shift == 1)
+        assert (np.asarray(frames)[1] == 0).all() == (step == 1)
 
 
 def test_a_world_file_that_does_not_fit_is_refused(stream, log, monkeypatch):
@@ -135,7 +135,7 @@ def test_a_world_file_that_does_not_fit_is_refused(stream, log, monkeypatch):
     wrong = jax.tree.map(lambda leaf: np.zeros((*leaf.shape, 2), leaf.dtype), stream.carry_shapes)
     broken = jax.tree.map(lambda leaf: leaf + np.nan if leaf.dtype.kind == 'f' else leaf, carry)
     monkeypatch.setattr(snapshot, 'HEADER_BYTES', 4000)
-    for bad, fingerprint, said in (
+    for bad, fingerprint, message in (
         ((5000).to_bytes(8, 'little') + bytes(5000), '', 'a log and names of 5000 bytes'),
         (data, 'other', 'does not fit'),
         (data[:-9], log.fingerprint, 'damaged'),
@@ -144,7 +144,7 @@ def test_a_world_file_that_does_not_fit_is_refused(stream, log, monkeypatch):
         (snapshot.dump(wrong, log), log.fingerprint, 'does not fit this world in'),
         (snapshot.dump(broken, log), log.fingerprint, 'not finite'),
     ):
-        with pytest.raises(WorldFileError, match=said):
+        with pytest.raises(WorldFileError, match=message):
             snapshot.parse(bad, stream.carry_shapes, fingerprint)
 
 

@@ -58,13 +58,13 @@ def test_both_worlds_are_played_at_once(running):
     assert sizes(driver) == {(32, 48, 3)} and sizes(walker) == {(16, 24, 3)}
     assert sessions(running) == (1, 1)
 
-    # Files know their world, whoever is asked for them.
+    # Files belong to the world of their session.
     logs = [json.loads(player.ask('replay')[1])['recipe'] for player in (driver, walker)]
     assert logs == [ROAD, WALK]
     status, saved = driver.ask('world')
     assert status == 200 and driver.ask('world', saved)[0] == 200
-    status, said = walker.ask('world', saved)
-    assert status == 422 and f'saved from another world ({ROAD})'.encode() in said
+    status, message = walker.ask('world', saved)
+    assert status == 422 and f'saved from another world ({ROAD})'.encode() in message
     assert running.http('/session/unknown/world')[0] == 404
 
     text = running.http('/metrics')[1].decode()
@@ -85,13 +85,13 @@ def test_a_full_world_leaves_the_others_open(running):
     driver = running.join()
     driver.watch(8)
     assert sessions(running) == (1, 2)
-    # Who goes to another world makes room in the one before.
+    # A player who switches worlds frees its slot.
     walkers[0].send(type='leave')
     back = running.join()
     running.until(lambda: sessions(running) == (2, 1))
     assert back.welcome['world'] == ROAD
 
-    # Who was cut off comes back to the same world.
+    # A player who reconnects returns to the same world.
     walkers[1].close()
     token = walkers[1].welcome['session']
     again = running.join(TO_WALK, session=token)
@@ -105,9 +105,9 @@ def test_a_full_world_leaves_the_others_open(running):
     'query', ['?world=..%2F..%2Fetc%2Fpasswd', '?world=', TO_WALK[:-1], f'{TO_WALK}&world={ROAD}']
 )
 def test_a_world_that_is_not_there_is_refused(running, query):
-    said = json.loads(running.connect(query).recv(timeout=60))
-    assert said['type'] == 'closed' and said['code'] == NO_SUCH_WORLD
-    assert said['message'].endswith(f'expected one of {ROAD}, {WALK}')
+    message = json.loads(running.connect(query).recv(timeout=60))
+    assert message['type'] == 'closed' and message['code'] == NO_SUCH_WORLD
+    assert message['message'].endswith(f'expected one of {ROAD}, {WALK}')
     assert sessions(running) == (0, 0)
 
 
@@ -126,9 +126,11 @@ def test_worlds_are_compiled_one_after_the_other(stream, tiny, monkeypatch, caps
     )
     runs = [recipes.load(name, [f'--weights={tiny}']) for name in (ROAD, WALK)]
     server.serve(runs, server.Config(port=0))
-    said = capsys.readouterr().out.splitlines()
-    assert said[:2] == [f'compiling {name} for 4 players' for name in (ROAD, WALK)]
-    assert said[2].startswith(f'{ROAD} and {WALK} are ready after 0 s, for 4 players each: open ')
+    message = capsys.readouterr().out.splitlines()
+    assert message[:2] == [f'compiling {name} for 4 players' for name in (ROAD, WALK)]
+    assert message[2].startswith(
+        f'{ROAD} and {WALK} are ready after 0 s, for 4 players each: open '
+    )
     server.serve(runs[:1], server.Config(port=0))
     assert f'{ROAD} is ready after 0 s, for 4 players: open ' in capsys.readouterr().out
     assert served == [8, 4]

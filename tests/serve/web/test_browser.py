@@ -74,11 +74,11 @@ class Page:
         return self.server.world.manager.sessions[name].slot.log.copy()
 
     def obeys(self, symbol):
-        """Waits until the newest shift has a symbol -> how many shifts there are."""
-        self.server.until(lambda: self.shifts() and self.log().controls[-1] == symbol)
-        return self.shifts()
+        """Waits until the newest step has a symbol -> how many steps there are."""
+        self.server.until(lambda: self.steps() and self.log().controls[-1] == symbol)
+        return self.steps()
 
-    def shifts(self):
+    def steps(self):
         return len(self.log().controls)
 
     def troubles(self):
@@ -123,19 +123,19 @@ def hold(page, key, symbol):
 
 
 def left_and_right_differ(page, stream, folder):
-    """From the same moment, as replayed; and the picture that is shown is the last of them."""
+    """The page shows the last frame of the replayed log, and left differs from right."""
     page.click('restart')
     page.says('status', 'New session.')
     page.rests()
     page.click('keep')
     page.server.until(lambda: page.part('recall').is_enabled())
-    kept = page.shifts()
+    kept = page.steps()
 
     def turn(key, symbol):
         page.click('recall')
         page.keys.key_down(key).perform()
         page.click('pause')
-        page.server.until(lambda: page.shifts() > kept + stream.lag + 2)
+        page.server.until(lambda: page.steps() > kept + stream.lag + 2)
         page.rests()
         page.keys.key_up(key).perform()
         drive = page.log()
@@ -189,12 +189,12 @@ def files_go_and_come(page, picture):
 
     page.choose('picturefile', picture)
     page.says('status', 'New session.')
-    assert page.log().picture and not page.shifts()
+    assert page.log().picture and not page.steps()
     assert page.troubles() == []
     page.choose('picturefile', saved)  # no picture: one line that says so
     page.says('status', 'drive.world: ')
     assert 'bad' in page.part('status').get_attribute('class')
-    assert all('422' in said for said in page.troubles())
+    assert all('422' in message for message in page.troubles())
     page.choose('worldfile', saved)
     page.says('status', 'World file loaded.')
 
@@ -202,8 +202,8 @@ def files_go_and_come(page, picture):
 def a_recording_arrives(page):
     page.click('record')
     page.says('record', 'Stop recording')
-    bound = page.shifts()
-    page.server.until(lambda: page.shifts() > bound + 3)
+    bound = page.steps()
+    page.server.until(lambda: page.steps() > bound + 3)
     page.click('record')
     clip = video.read_video(page.downloaded('drive.mp4'), 100)
     assert len(clip) > 3 and clip.shape[-1] == 3 and np.diff(clip.astype(int), axis=0).any()
@@ -221,16 +221,18 @@ def a_cut_socket_is_opened_again(page):
         for connection in list(web.server_state.connections):
             connection.transport.abort()
 
-    bound = page.shifts()
+    bound = page.steps()
     assert page.troubles() == []
     manager.loop.call_soon_threadsafe(cut)
     page.server.until(lambda: 'Welcome back' in page.text('status'), 30)
-    assert any('Reconnecting' in said for said in page.browser.execute_script('return covers'))
-    page.server.until(lambda: page.shifts() > bound + 3)
+    assert any(
+        'Reconnecting' in message for message in page.browser.execute_script('return covers')
+    )
+    page.server.until(lambda: page.steps() > bound + 3)
     after = page.log()
     assert after.seed == before.seed and after.controls[-1] == 'NL'
     assert page.server.players() == 1
-    assert all('/play' in said for said in page.troubles())
+    assert all('/play' in message for message in page.troubles())
     page.moves()
     page.keys.key_up('a').perform()
     page.obeys('N')

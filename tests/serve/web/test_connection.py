@@ -65,7 +65,7 @@ def test_a_stream_is_the_same_alone_and_in_company(server, stream, tiny):
     assert all(to_jpeg(made[index]) == seen[index] for index in seen if index < len(made))
 
 
-def test_a_full_house_says_so_at_once(server):
+def test_a_full_server_refuses_at_once(server):
     inside = [server.join(seed=seed) for seed in range(3)]
     outside = server.join()
     assert outside.welcome['code'] == 1013
@@ -86,7 +86,7 @@ def test_a_lost_player_comes_back_to_its_world(serving):
     back.watch(9)
     assert max(back.frames) > max(player.frames)
     back.close()
-    assert server.players() == 1  # its place is kept for a while
+    assert server.players() == 1  # its slot is kept for a while
     server.until(lambda: server.players() == 0)
     assert not server.join(session=token).welcome['resumed']
 
@@ -108,9 +108,9 @@ def test_pause_rests_and_goes_on(server):
     player.watch(8)
     player.send(type='pause', on=True)
     assert player.wait('state')['paused']
-    shifts = server.world.engine.steps
+    steps = server.world.engine.steps
     time.sleep(0.4)
-    assert server.world.engine.steps <= shifts + 1
+    assert server.world.engine.steps <= steps + 1
     player.send(type='pause', on=False)
     assert not player.wait('state')['paused']
     player.watch(24)
@@ -135,7 +135,7 @@ def test_worlds_are_kept_rewound_saved_and_forked(server):
     player.send(type='recall')
     assert player.wait('state')['recalled']
     assert json.loads(player.ask('replay')[1]) == kept
-    # someone else goes on from there
+    # another player continues from there
     fork = server.join(seed=99)
     assert fork.ask('world', data)[0] == 200
     fork.send(type='pause', on=True)
@@ -143,16 +143,18 @@ def test_worlds_are_kept_rewound_saved_and_forked(server):
         pass
     log = json.loads(fork.ask('replay')[1])
     assert log['seed'] == 7 and len(log['symbols']) >= len(kept['symbols'])
-    status, said = fork.ask('world', data[:-5] + b'xxxxx')
+    status, message = fork.ask('world', data[:-5] + b'xxxxx')
     assert status in (200, 422)  # five other bytes of a float may be a float
     assert fork.ask('world', b'nonsense') == (
         422,
         b'{"error":"world file: not a saved world, or damaged"}',
     )
     long = json.dumps(kept | {'symbols': 'D*1,' * 2_000_000})
-    status, said = fork.ask('world', safetensors.save({}, {'format': snapshot.FORMAT, 'log': long}))
-    assert status == 422 and b'got 2000001 runs of keys, expected at most 262144' in said
-    # who asks too often is told so, alone
+    status, message = fork.ask(
+        'world', safetensors.save({}, {'format': snapshot.FORMAT, 'log': long})
+    )
+    assert status == 422 and b'got 2000001 runs of keys, expected at most 262144' in message
+    # only the session that asks too often is refused
     world = server.world
     forked = world.manager.sessions[fork.welcome['session']]
     world.transfers.limit(forked).bucket.level = -20
@@ -229,15 +231,15 @@ def test_a_broken_world_is_reset_and_says_so(server):
 
 
 @pytest.mark.parametrize(
-    'headers, said',
+    'headers, message',
     [
         ({'Host': 'evil.example'}, b'this machine only'),
         ({'Origin': 'http://evil.example'}, b'another origin'),
     ],
 )
-def test_pages_elsewhere_are_refused(server, headers, said):
+def test_pages_elsewhere_are_refused(server, headers, message):
     status, body = server.http('/', headers=headers)
-    assert status == 403 and said in body
+    assert status == 403 and message in body
 
 
 def test_the_token_opens(serving):

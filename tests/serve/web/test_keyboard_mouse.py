@@ -12,7 +12,7 @@ from matrix_jax.serve.runtime import replay, session_log
 
 @pytest.fixture(scope='module')
 def tiny(tiny_walk):
-    """In the place of the other world's weights."""
+    """The weights of this world instead of the other."""
     return tiny_walk
 
 
@@ -31,12 +31,12 @@ def test_a_player_walks_and_looks_around(serving, stream, tiny):
     while 1 not in player.keys:
         player.read()
     assert player.keys[1] % stream.frames_per_step == 0 and stream.frames_per_step == 12
-    for message, said in (
+    for sent, message in (
         ({'type': 'keys', 'id': 2, 'symbol': 'hop'}, "unknown action 'hop'"),
         ({'type': 'prompt', 'text': 'a wood'}, 'reads no text'),
     ):
-        player.send(**message)
-        assert said in player.wait('error')['message']
+        player.send(**sent)
+        assert message in player.wait('error')['message']
     file = io.BytesIO()
     Image.new('RGB', (40, 50), (200, 30, 30)).save(file, 'PNG')
     assert player.ask('picture', file.getvalue())[0] == 200

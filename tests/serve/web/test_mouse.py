@@ -64,10 +64,10 @@ class PageServer:
             )
         )
         for text in socket:
-            said = protocol.parse(text)
-            if said['type'] == 'keys':
-                assert self.vocabulary.canonical(said['symbol'])
-                self.symbols.append(said['symbol'])
+            message = protocol.parse(text)
+            if message['type'] == 'keys':
+                assert self.vocabulary.canonical(message['symbol'])
+                self.symbols.append(message['symbol'])
 
     def close(self):
         self.server.shutdown()
@@ -105,8 +105,8 @@ def heard(server, word):
     """Waits until an action has the word, and then until nothing is asked for any more."""
     until(lambda: any(word in symbol for symbol in server.symbols))
     until(lambda: server.symbols[-1] == 'idle')
-    said, server.symbols[:] = set(server.symbols), ['idle']
-    return said
+    message, server.symbols[:] = set(server.symbols), ['idle']
+    return message
 
 
 def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
@@ -185,5 +185,5 @@ def test_a_socket_that_falls_silent_is_given_up(opened, browser):
     server, _ = opened('templerun')
     browser.execute_script('patience = 100')
     until(lambda: len(server.symbols) > 1)
-    assert set(server.symbols) == {'idle'}  # joined again, and told what is held
+    assert set(server.symbols) == {'idle'}  # joined again, and sent the held keys
     browser.execute_script('patience = Infinity')

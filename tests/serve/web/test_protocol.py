@@ -21,7 +21,7 @@ def test_messages_pass(message):
 
 
 @pytest.mark.parametrize(
-    'text, said',
+    'text, message',
     [
         ('', 'not JSON'),
         ('[' * 4000, 'not JSON'),
@@ -39,8 +39,8 @@ def test_messages_pass(message):
         ('{"type": "pause", "on": 1}', 'pause.on: expected true or false'),
     ],
 )
-def test_anything_else_does_not(text, said):
-    with pytest.raises(MessageError, match=said):
+def test_anything_else_does_not(text, message):
+    with pytest.raises(MessageError, match=message):
         protocol.parse(text)
 
 

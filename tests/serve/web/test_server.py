@@ -12,7 +12,7 @@ from matrix_jax.serve.web import server
 
 
 @pytest.mark.parametrize(
-    'fields, said',
+    'fields, message',
     [
         ({'host': '0.0.0.0'}, '--token'),
         ({'host': '::'}, '--token'),
@@ -22,8 +22,8 @@ from matrix_jax.serve.web import server
         ({'port': 70_000}, '--port'),
     ],
 )
-def test_a_careless_address_is_refused(fields, said):
-    with pytest.raises(UsageError, match=said):
+def test_a_careless_address_is_refused(fields, message):
+    with pytest.raises(UsageError, match=message):
         server.Config(**fields)
 
 

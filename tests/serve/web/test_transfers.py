@@ -44,8 +44,8 @@ async def asked(respond, *chunks, stuck=False):
     return sent[0]['status'], headers, b''.join(one.get('body', b'') for one in sent[1:])
 
 
-def refused(answer, status, said):
-    return answer[0] == status and said in json.loads(answer[2])['error']
+def refused(answer, status, message):
+    return answer[0] == status and message in json.loads(answer[2])['error']
 
 
 def test_one_file_at_a_time_and_not_too_many(files, session):
