@@ -1,10 +1,10 @@
-"""Flow matching: noise levels of a straight path from clean to noise, and the few steps down it.
+"""Flow matching (arXiv 2210.02747): the schedule, and Euler steps along the straight path.
 
     x = (1 - sigma) x0 + sigma eps          v = eps - x0
 
-A level is 1000 sigma. Levels come from a table of `train_steps` entries, pushed towards noise by
-`shift` (as in Self-Forcing, arXiv 2506.08009); sigma of any other level is that of the nearest
-entry. Tables are computed on the host in float64 and rounded once.
+A level is 1000 sigma. Levels come from a table of `train_steps` entries that `shift` moves towards
+noise (as in Self-Forcing, arXiv 2506.08009). Any other level has the sigma of the nearest entry.
+Tables are computed on the host in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Config:
     """The table; the defaults are Matrix-Game 2.0.
 
     Attributes:
-      shift: how far the table leans towards noise; 1 is even.
-      train_steps: entries.
-      weighting: of the training loss over the table: 'bell', as published, or 'even'. A bell leaves
-        out pure noise, where a network has nothing but its actions to go by.
+      shift: how far the levels move towards noise; 1 is uniform.
+      train_steps: entries of the table.
+      weighting: weights of the training loss: 'bell', as published, or 'even'. The bell gives pure
+        noise no weight, where a network can only use its actions.
     """
 
     shift: float = 5.0
@@ -47,8 +47,8 @@ class Table(NamedTuple):
 
     Attributes:
       sigmas: share of noise.
-      levels: what the network is told, 1000 sigma.
-      weights: of the training loss, mean 1; of a bell largest in the middle.
+      levels: input of the network, 1000 sigma.
+      weights: weights of the training loss, with mean 1.
     """
 
     sigmas: np.ndarray
@@ -57,13 +57,13 @@ class Table(NamedTuple):
 
 
 def sigma(cfg: Config, u):
-    """Share of noise, float64, where a fraction `u` of an even path is left."""
+    """Shifted share of noise, float64, for an unshifted share `u`."""
     u = np.asarray(u, np.float64)
     return cfg.shift * u / (1 + (cfg.shift - 1) * u)
 
 
 def table(cfg: Config) -> Table:
-    """The tables of a schedule."""
+    """Computes the tables of a schedule."""
     sigmas = sigma(cfg, 1 - np.arange(cfg.train_steps) / cfg.train_steps)
     bell = np.exp(-2 * (sigmas - 0.5) ** 2)
     weights = bell - bell.min()
@@ -74,7 +74,7 @@ def table(cfg: Config) -> Table:
 
 
 def warp(cfg: Config, steps) -> np.ndarray:
-    """Levels float32 of a run whose even `steps` (such as 1000, 666, 333) the shift moves.
+    """Shifted levels, float32, of unshifted `steps` such as 1000, 666, 333.
 
     Raises:
       ValueError: a step is outside the table.
@@ -86,7 +86,7 @@ def warp(cfg: Config, steps) -> np.ndarray:
 
 
 def nearest(table: Table, levels):
-    """Index of the entry whose level is nearest to each of `levels`, the noisier one on ties."""
+    """Index of the nearest entry for each of `levels`, the noisier one on ties."""
     levels = jnp.asarray(levels, jnp.float32)[..., None]
     return jnp.abs(jnp.asarray(table.levels) - levels).argmin(axis=-1)
 
@@ -104,7 +104,7 @@ def weight_at(table: Table, levels):
 def next_sigma(table: Table, levels):
     """Sigma of the entry after each of `levels`, for an Euler step down the table.
 
-    PARITY: one sample at the last entry sends all samples to 0.
+    PARITY: if one sample is at the last entry, all samples step to 0.
     """
     after = nearest(table, levels) + 1
     ended = jnp.any(after >= len(table.sigmas))
@@ -112,7 +112,7 @@ def next_sigma(table: Table, levels):
     return jnp.where(ended, 0.0, jnp.asarray(table.sigmas)[after])
 
 
-# --- what a sigma does to latents [B T H W C]; sigmas are scalars or [B T] ---------------------
+# --- latents [B T H W C]; sigmas are scalars or [B T] -----------------------------------------
 
 
 def add_noise(sigmas, x0, noise):
@@ -122,17 +122,17 @@ def add_noise(sigmas, x0, noise):
 
 
 def velocity(x0, noise):
-    """The network's target; the same all along the path."""
+    """The target of the network, the same at all levels."""
     return noise - x0
 
 
 def x0_from_v(sigmas, x, v):
-    """Clean estimate of noisy latents and predicted v."""
+    """Clean estimate from noisy latents and predicted v."""
     return x - _spread(sigmas, x) * v
 
 
 def v_from_x0(sigmas, x, x0):
-    """The v that leads from x to x0; sigma > 0."""
+    """The v that leads from x to x0, for sigma > 0."""
     return (x - x0) / _spread(sigmas, x)
 
 
@@ -144,11 +144,16 @@ def euler(sigmas, following, x, v):
 # --- whole clips -------------------------------------------------------------------------------
 
 
-def sample(cfg: Config, steps: int, denoise: Callable, params, noise, *given):
-    """A clip from noise [B T H W C] in even Euler steps, one level for all frames.
+def sample(cfg: Config, steps: int, denoise: Callable, params, noise, *inputs):
+    """Denoises a whole clip [B T H W C] in Euler steps, with one level for all frames.
 
     Args:
-      denoise: `denoise(params, x [B T H W C], level [B T], *given) -> v`.
+      cfg: the schedule.
+      steps: network calls.
+      denoise: `denoise(params, x [B T H W C], level [B T], *inputs) -> v`.
+      params: parameters of the network.
+      noise: start [B T H W C].
+      inputs: further inputs of `denoise`.
 
     Raises:
       ValueError: fewer than one step.
@@ -160,7 +165,7 @@ def sample(cfg: Config, steps: int, denoise: Callable, params, noise, *given):
     def advance(x, now):
         here, there = now
         level = jnp.broadcast_to(1000 * here, x.shape[:2])
-        v = denoise(params, x, level, *given).astype(jnp.float32)
+        v = denoise(params, x, level, *inputs).astype(jnp.float32)
         return euler(here, there, x, v), None
 
     x = jnp.asarray(noise, jnp.float32)

@@ -1,4 +1,7 @@
-"""The clip sampler of stages 1 and 2: one noise level for all frames, dynamic guidance."""
+"""Sampler of whole clips for stages 1 and 2, with dynamic classifier-free guidance.
+
+One noise level for all frames; guidance as in arXiv 2207.12598.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ from matrix_jax.parallel.sharding import constrain
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """A text-to-video run.
+    """Settings of a text-to-video run.
 
     Attributes:
       steps: network calls.
-      guidance: classifier-free guidance g; 1 or less switches it off.
-      dynamic_guidance: whether the scale moves within [1, 1 + g] from step to step.
+      guidance: scale g of classifier-free guidance; 1 or less switches it off.
+      dynamic_guidance: whether the scale varies within [1, 1 + g] from step to step.
       solver: 'ddim', 'dpm', or None for the scheduler's own.
       longest: seconds of the longest clip.
     """
@@ -41,12 +44,12 @@ class Config:
 
 
 def guidance_scales(cfg: Config, levels) -> np.ndarray:
-    """Guidance scale of every step, float64 [steps]."""
+    """Guidance scale of each step, float64 [steps]."""
     levels = np.asarray(levels, np.float64)
     if not cfg.dynamic_guidance:
         return np.full(len(levels), cfg.guidance)
-    # PARITY: the raw level stands where a step index is meant, so the base is large and negative
-    # and its fifth power needs double precision.
+    # PARITY: uses the level instead of the step index, so the base is large and negative and its
+    # fifth power needs double precision.
     turn = ((cfg.steps - levels) / cfg.steps) ** 5
     return 1 + cfg.guidance * (1 - np.cos(np.pi * turn)) / 2
 
@@ -66,14 +69,17 @@ def sample(
 
     Args:
       denoise: `denoise(params, x [B T H W C], level [B T], text [B L D], control [B T A]) -> v`.
-      noise: where to start, [B T H W C].
-      draw: `draw(i) -> noise` like the first, for step i; only called by solvers that add noise.
+      noise: start [B T H W C].
+      draw: `draw(i)` -> noise [B T H W C] of step i, for solvers that add noise.
       text: [B L D].
-      null_text: like text, of the negative prompt; needed if guidance is on.
+      null_text: text of the negative prompt; required with guidance.
       control: [B T A], or None for a network without control.
 
     Returns:
       Latents [B T H W C], float32.
+
+    Raises:
+      ValueError: guidance without a null text.
     """
     guided = cfg.guidance > 1
     if guided and null_text is None:
@@ -99,16 +105,16 @@ def sample(
 
 
 def conditions(text, null_text, control, null_control, guidance=1.0, control_guidance=1.0):
-    """What `guide` takes for guidance by text, by control or by both.
+    """Inputs of `guide` for guidance by text, control or both.
 
     Args:
       text, null_text: [B L D]; null_text may be None where `guidance` is 1 or less.
       control, null_control: [B T A], or None for a network without control.
-      guidance: how far to go from the null text to the text.
-      control_guidance: how far to go from the null control to the control.
+      guidance: scale of the step from null text to text.
+      control_guidance: scale of the step from null control to control.
 
     Returns:
-      (conditions, scales), from the least to the fully conditioned one.
+      (conditions, scales), the least conditioned first.
     """
     chain, scales = [(text, control)], []
     if control_guidance > 1:
@@ -119,27 +125,31 @@ def conditions(text, null_text, control, null_control, guidance=1.0, control_gui
 
 
 def guide(denoise, params, x, level, conditions, scales):
-    """v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) .. of conditions 0, 1, .., in float32 and one call.
+    """Guided prediction v_0 + s_1 (v_1 - v_0) + s_2 (v_2 - v_1) + ..., by one network call.
 
     Args:
-      conditions: (text [B L D], control [B T A] or None) each, every one adding to that before.
-      scales: s_1, s_2, ..
+      denoise, params, x, level: as for `sample`.
+      conditions: (text [B L D], control [B T A] or None) of v_0, v_1, ...
+      scales: s_1, s_2, ...
+
+    Returns:
+      [B T H W C], float32.
     """
 
-    def together(parts):
-        # Those of an example are neighbours: examples that a mesh splits stay where they are, and
-        # where there is one alone it splits its conditions.
+    def stack(parts):
+        # The conditions of an example are neighbours, so a mesh that splits the batch moves no
+        # data, and splits the conditions of a single example.
         parts = jnp.stack(parts, axis=1)
         parts = constrain(parts, 'batch', *[None] * (parts.ndim - 1))
         return rearrange(parts, 'b c ... -> (b c) ...')
 
     count = len(conditions)
     text, control = zip(*conditions, strict=True)
-    control = None if control[0] is None else together(control)
-    v = denoise(params, together([x] * count), together([level] * count), together(text), control)
+    control = None if control[0] is None else stack(control)
+    v = denoise(params, stack([x] * count), stack([level] * count), stack(text), control)
     v = rearrange(v.astype(jnp.float32), '(b c) ... -> b c ...', c=count)
     first, *others = jnp.moveaxis(constrain(v, 'batch', *[None] * (v.ndim - 1)), 1, 0)
-    made, before = first, first
+    guided, previous = first, first
     for scale, now in zip(scales, others, strict=True):
-        made, before = made + scale * (now - before), now
-    return made
+        guided, previous = guided + scale * (now - previous), now
+    return guided

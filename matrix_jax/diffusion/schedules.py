@@ -1,9 +1,9 @@
-"""The v-prediction noise schedule of CogVideoX and its tables of levels.
+"""Noise schedule of CogVideoX with v-prediction, and the levels of a run.
 
     x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) eps        v = sqrt(abar_t) eps - sqrt(1 - abar_t) x0
 
-abar is the scaled-linear schedule with an SNR shift and a zero terminal SNR (abar_999 = 0). Tables
-are computed on the host in float64 and rounded once: float32 on the device loses nothing.
+abar is a scaled-linear schedule with shifted SNR and zero terminal SNR (arXiv 2305.08891), so
+abar_999 = 0. Tables are computed on the host in float64 and rounded once.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ class SchedulerConfig:
 
     Attributes:
       train_steps: levels 0 .. train_steps - 1.
-      beta_start: first beta (its root is interpolated linearly).
+      beta_start: first beta (square roots are interpolated linearly).
       beta_end: last beta.
       snr_shift: divisor of the signal-to-noise ratio.
       zero_terminal_snr: whether the last level is pure noise.
-      spacing: how inference levels are picked, one of `SPACINGS`.
-      steps_offset: added to the levels of 'leading'.
+      spacing: rule for the levels of a run, one of `SPACINGS`.
+      steps_offset: offset of the levels of 'leading'.
       solver: 'ddim' or 'dpm', from the class name in the released file.
     """
 
@@ -81,9 +81,9 @@ class SchedulerConfig:
         """Reads a released `scheduler/scheduler_config.json`.
 
         Raises:
-          ValueError: the file asks for maths that this schedule does not have.
+          ValueError: the file asks for a schedule that is not supported.
         """
-        # Variants of a class (Swin, LCM) differ in their loops, not in the noise schedule.
+        # Variants of a class (Swin, LCM) have the same noise schedule.
         name = released.get('_class_name', SOLVERS['ddim'])
         faults = (
             []
@@ -113,7 +113,7 @@ class Schedule(NamedTuple):
 
 
 def alphas_cumprod(cfg: SchedulerConfig) -> np.ndarray:
-    """abar in float64 on the host [train_steps]; level -1 (clean) is not part of it."""
+    """abar in float64 on the host [train_steps], without the clean level -1."""
     betas = np.linspace(cfg.beta_start**0.5, cfg.beta_end**0.5, cfg.train_steps) ** 2
     abar = np.cumprod(1 - betas)
     abar = abar / (cfg.snr_shift + (1 - cfg.snr_shift) * abar)
@@ -124,7 +124,7 @@ def alphas_cumprod(cfg: SchedulerConfig) -> np.ndarray:
 
 
 def make(cfg: SchedulerConfig) -> Schedule:
-    """The device tables of a schedule."""
+    """Computes the device tables of a schedule."""
     abar = alphas_cumprod(cfg)
     return Schedule(
         *(jnp.asarray(table, jnp.float32) for table in (abar, np.sqrt(abar), np.sqrt(1 - abar)))
@@ -132,19 +132,19 @@ def make(cfg: SchedulerConfig) -> Schedule:
 
 
 def add_noise(schedule: Schedule, x0, noise, levels):
-    """Noised latents x_t [B T H W C] of clean ones at levels [B T]."""
+    """Noisy latents x_t [B T H W C] at levels [B T]."""
     signal, sigma = _at(schedule, levels)
     return signal * x0 + sigma * noise
 
 
 def velocity(schedule: Schedule, x0, noise, levels):
-    """The network's target v [B T H W C] at levels [B T]."""
+    """The target v [B T H W C] of the network at levels [B T]."""
     signal, sigma = _at(schedule, levels)
     return signal * noise - sigma * x0
 
 
 def x0_from_v(schedule: Schedule, x, v, levels):
-    """Clean estimate [B T H W C] from noised latents and predicted v at levels [B T]."""
+    """Clean estimate [B T H W C] from noisy latents and predicted v at levels [B T]."""
     signal, sigma = _at(schedule, levels)
     return signal * x - sigma * v
 
@@ -157,7 +157,11 @@ def _at(schedule, levels):
 
 
 def timesteps(cfg: SchedulerConfig, steps: int) -> np.ndarray:
-    """Levels of a run of `steps` network calls, descending int64 [steps]."""
+    """Levels of a run of `steps` network calls, descending int64 [steps].
+
+    Raises:
+      ValueError: more steps than levels, or none.
+    """
     count = cfg.train_steps
     if not 1 <= steps <= count:
         raise ValueError(f'steps: got {steps}, expected 1 to {count}')
@@ -171,7 +175,11 @@ def timesteps(cfg: SchedulerConfig, steps: int) -> np.ndarray:
 
 
 def lcm_timesteps(steps: int, original: int, train_steps: int = 1000) -> np.ndarray:
-    """Levels of a few-step run, picked from a teacher's `original` ones; descending [steps]."""
+    """Levels of a few-step run, a subset of the `original` ones of its teacher; descending [steps].
+
+    Raises:
+      ValueError: more steps than original levels.
+    """
     if not 1 <= steps <= original <= train_steps:
         raise ValueError(
             f'steps: got {steps} of {original} original ones, expected '
@@ -182,22 +190,29 @@ def lcm_timesteps(steps: int, original: int, train_steps: int = 1000) -> np.ndar
 
 
 def phase_boundary(levels, phases: int, train_steps: int = 1000) -> np.ndarray:
-    """The level each of `levels` jumps to when its noise range is cut into `phases`."""
+    """Target level of a phased consistency jump from each of `levels`."""
     width = train_steps // phases
     return np.maximum(np.asarray(levels) // width * width - 1, 0)
 
 
 def grouped(levels, groups: int, group_frames: int, context: int = 1, context_level: int = 0):
-    """Per-frame levels of a noise-graded window, one row per inner step.
+    """Levels per frame of a Swin-DPM window, one row per inner step.
 
-    Group g (0 = cleanest, first) owns the g-th slice of the ascending levels and walks it down; the
-    `context` condition frames in front stay at `context_level`.
+    Group g (0 = first and cleanest) goes down the g-th slice of the ascending levels. The `context`
+    condition frames in front stay at `context_level`.
 
     Args:
       levels: descending [steps].
+      groups: noise groups G.
+      group_frames: latent frames of a group.
+      context: condition frames.
+      context_level: their level.
 
     Returns:
       int64 [steps/G, context + G*group_frames].
+
+    Raises:
+      ValueError: the levels do not divide into groups.
     """
     levels = np.asarray(levels)
     if len(levels) % groups:

@@ -1,8 +1,8 @@
-"""Control by cross-attention: video tokens look at the control of their own and earlier frames.
+"""Control blocks of The Matrix (arXiv 2412.03568): cross-attention from video tokens to controls.
 
-The Matrix, arXiv 2412.03568. The reference repeats each control token once per video token and
-masks causally over tokens, in raster order. Repeated keys share their logit, so this is the same as
-attention over the T distinct controls with the logarithm of their visible count as a bias.
+The reference repeats each control once per video token of its frame and masks causally over tokens
+in raster order. Repeated keys have equal logits, so this equals attention over the T controls with
+the logarithm of the number of visible copies as a bias: c exp(l) = exp(l + log c).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matrix_jax.nn.modulation import PairedAdaLN
 
 
 def log_counts(tokens: int, controls: int) -> np.ndarray:
-    """Bias [N T] of collapsed attention: log of how often token n sees control t, -inf for never.
+    """Bias [N T]: log of the number of copies of control t that token n sees, -inf for none.
 
     Raises:
       ValueError: the tokens are not a multiple of the controls.
@@ -38,10 +38,9 @@ def log_counts(tokens: int, controls: int) -> np.ndarray:
 
 
 def visibility(tokens: int, controls: int, recency: float | None = None) -> np.ndarray:
-    """Bias [N T] of the attention of video tokens to controls.
+    """Attention bias [N T] of video tokens to controls.
 
-    The counts of the reference; with `recency`, minus that much per frame that a control is older
-    than the token, the same for all tokens of a frame.
+    `log_counts` as in the reference, or with `recency`: -recency * (age of the control in frames).
     """
     counts = log_counts(tokens, controls)
     if recency is None:
@@ -51,7 +50,7 @@ def visibility(tokens: int, controls: int, recency: float | None = None) -> np.n
 
 
 class ControlEmbedding(nn.Module):
-    """Three linear layers with SiLU between; embeds the control of each latent frame."""
+    """Embedding of the control of each latent frame: three linear layers with SiLU between."""
 
     features: int
     dtype: Any = jnp.float32
@@ -65,12 +64,12 @@ class ControlEmbedding(nn.Module):
 
 
 class ControlBlock(nn.Module):
-    """Gated cross-attention from video to control; text is not touched, control is not updated.
+    """Gated cross-attention from video to control; does not change text and control.
 
     Attributes:
       heads: attention heads K.
       eps: epsilon of the modulated norm.
-      dtype: type of the multiplies and of the residual stream.
+      dtype: type of the products and of the residual stream.
     """
 
     heads: int

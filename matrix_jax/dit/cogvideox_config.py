@@ -1,4 +1,4 @@
-"""Sizes of the CogVideoX DiT, its presets, and the `transformer/config.json` of released folders."""
+"""Sizes of the CogVideoX DiT, its presets, and `transformer/config.json`."""
 
 from __future__ import annotations
 

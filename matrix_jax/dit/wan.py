@@ -1,21 +1,21 @@
-"""Wan DiT with image context, keyboard and mouse: all frames at once, or block by block on caches.
+"""Wan DiT with image context, keyboard and mouse, for whole clips or block by block on caches.
 
-Wan 2.1 (arXiv 2503.20314) without its text branch; Matrix-Game 2.0 (arXiv 2508.13009) adds action
-modules to the layers [start, end), and trains the same weights block-causally:
+Wan 2.1 (arXiv 2503.20314) without its text branch. Matrix-Game 2.0 (arXiv 2508.13009) adds action
+modules to the layers [start, end) and trains the network block-causally:
 
-    x <- x + m2 * attend(norm(x) * (1 + m1) + m0)      m_i of the layer + the frame's noise level
+    x <- x + m2 * attend(norm(x) * (1 + m1) + m0)      m = layer's own + embedded level of the frame
     x <- x + attend_image(norm3(x))
     x <- x + mouse(x);  x <- x + keyboard(x)           layers with actions
     x <- x + m5 * mlp(norm(x) * (1 + m4) + m3)
 
-`__call__` sees a whole clip: in both directions (the foundation), or in blocks of n frames that see
-themselves and earlier frames (training of the streaming networks). `cached` takes the next block:
+`__call__` takes a whole clip, bidirectional (the foundation model) or in blocks of n frames that
+see themselves and earlier frames (training of streaming networks). `cached` takes the next block:
 
     caches = net.apply(params, image, init_caches(cfg, batch, height, width), method='read_image')
     v, caches = net.apply(params, caches, latents, level, cond, mouse, keyboard, method='cached')
     caches = advance(caches, n)
 
-Calls for one block overwrite their slots, so that the last one, of clean latents, is remembered.
+The calls for one block write to the same cache slots, so the last one, of clean latents, remains.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from flax import struct
 
 from matrix_jax.dit.segments import scan_layers
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
-from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sites, split
+from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sharded, sites
 from matrix_jax.dit.wan_config import PRESETS, Config, check
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
-from matrix_jax.nn.rope import level_code, rotate, turns_3d
+from matrix_jax.nn.rope import level_code, rotate, rotations_3d
 from matrix_jax.parallel.sharding import constrain
 from matrix_jax.weights.conversion import Prefix, Row
 
@@ -59,17 +59,24 @@ __all__ = [
 
 
 @struct.dataclass
-class Scene:
-    """What all layers are given: modulation [B T 6 D], image [B L D] or None where it is cached,
-    windows of actions, who sees whom, and rotations of queries and keys."""
+class LayerInputs:
+    """Inputs that all layers share.
+
+    Attributes:
+      time: modulation by the noise level [B T 6 D].
+      image: image tokens [B L D], or None if their keys and values are cached.
+      mouse, keyboard: windows of actions.
+      pattern, action_pattern: which frames attend to which.
+      rotations: RoPE of queries and of keys.
+    """
 
     time: Any
     image: Any
     mouse: Any
     keyboard: Any
-    sight: Blocks | Ring
-    action_sight: Blocks | Ring
-    turns: Any
+    pattern: Blocks | Ring
+    action_pattern: Blocks | Ring
+    rotations: Any
 
 
 class WanTransformer(nn.Module):
@@ -102,17 +109,17 @@ class WanTransformer(nn.Module):
           level: noise levels 0 .. 1000, [B T] or [B]; the batch may be 1.
           cond: conditions [B T H W Cc] (mask and image latents).
           image: features of the first image [B L Di].
-          mouse: actions [B F 2] of pixel frames 0 .. R(T-1), None without a mouse.
-          keyboard: actions [B F A] of the same frames, None without actions.
-          block: latent frames that are made together, each of which sees its own block and earlier
-            frames within `cfg.local` of the block's end; None = every frame sees all.
+          mouse: mouse [B F 2] of pixel frames 0 .. R(T-1); None without a mouse.
+          keyboard: keys [B F A] of the same frames; None without actions.
+          block: latent frames of a block, each of which sees its block and earlier frames within
+            `cfg.local` of the end of the block; None = all frames see all.
 
         Returns:
           v [B T H W C], float32.
         """
         cfg, frames = self.cfg, latents.shape[1]
         check(cfg, latents, level, cond, image, mouse, keyboard)
-        sight = Blocks(
+        pattern = Blocks(
             frames,
             block or frames,
             cfg.local if block else None,
@@ -126,7 +133,14 @@ class WanTransformer(nn.Module):
                 for actions in (mouse, keyboard)
             )
         v, _ = self._run(
-            latents, level, cond, mouse, keyboard, sight, sight, image=self.image_embedding(image)
+            latents,
+            level,
+            cond,
+            mouse,
+            keyboard,
+            pattern,
+            pattern,
+            image=self.image_embedding(image),
         )
         return v
 
@@ -134,12 +148,12 @@ class WanTransformer(nn.Module):
         """Predicts the velocity of the block at `caches.start`.
 
         Args:
-          caches: from `init_caches` and `read_image`.
-          latents, level, cond: as in a call, of the block's frames.
+          caches: of `init_caches` and `read_image`, advanced to this block.
+          latents, level, cond: as in `__call__`, for the frames of the block.
           mouse, keyboard: windows of actions [B R(W+T) A] (`windows`).
 
         Returns:
-          (v [B T H W C] float32, caches with the block's keys and values).
+          (v [B T H W C] float32, caches with the keys and values of the block).
         """
         cfg, frames = self.cfg, latents.shape[1]
         check(cfg, latents, level, cond, None, mouse, keyboard, window=True)
@@ -152,7 +166,7 @@ class WanTransformer(nn.Module):
         v, made = self._run(latents, level, cond, mouse, keyboard, ring, action_ring, caches=caches)
 
         def write(past, new):
-            return split(
+            return sharded(
                 past.replace(
                     video=past.video.put(new[0], ring.slots),
                     mouse=past.mouse and past.mouse.put(new[1][0], action_ring.slots),
@@ -165,22 +179,31 @@ class WanTransformer(nn.Module):
         )
 
     def read_image(self, image, caches):
-        """Caches that hold the keys and values of an image [B L Di], for `cached`."""
+        """Caches with the keys and values of an image [B L Di], for `cached`."""
         tokens = self.image_embedding(image)
         return caches.replace(
             runs={
-                name: split(past.replace(image=getattr(self, name).read_image(None, tokens)[1]))
+                name: sharded(past.replace(image=getattr(self, name).read_image(None, tokens)[1]))
                 for name, past in caches.runs.items()
             }
         )
 
     def _run(
-        self, latents, level, cond, mouse, keyboard, sight, action_sight, image=None, caches=None
+        self,
+        latents,
+        level,
+        cond,
+        mouse,
+        keyboard,
+        pattern,
+        action_pattern,
+        image=None,
+        caches=None,
     ):
-        """(v, keys and values by run of layers)."""
+        """Returns (v, {run of layers: its new keys and values})."""
         cfg = self.cfg
 
-        def place(table):  # every device makes it whole and keeps its tokens' part
+        def split_sites(table):  # each device computes all of it and keeps its part
             table = token_layout.pad(constrain(table, None, None, None), 1)
             return constrain(table, None, 'tokens', None)
 
@@ -192,16 +215,16 @@ class WanTransformer(nn.Module):
         if cfg.actions and cfg.actions.modulate:
             time = time + self.action_embedding(mouse, keyboard)
         modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
-        scene = Scene(
+        inputs = LayerInputs(
             rearrange(modulation, 'b t (c d) -> b t c d', c=6),
             image,
             mouse,
             keyboard,
-            sight,
-            action_sight,
+            pattern,
+            action_pattern,
             [
-                [place(part) for part in turns_3d(places, rows, columns, cfg.head_dim)]
-                for places in sight.places()
+                [split_sites(part) for part in rotations_3d(positions, rows, columns, cfg.head_dim)]
+                for positions in pattern.positions()
             ],
         )
 
@@ -209,7 +232,7 @@ class WanTransformer(nn.Module):
         x, made = self.patch(token_layout.to_tokens(x, cfg.patch)), {}
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
-            x, made[name] = getattr(self, name)(x, caches and caches.runs[name], scene)
+            x, made[name] = getattr(self, name)(x, caches and caches.runs[name], inputs)
 
         shift, scale = rearrange(self.modulation_out + time[:, :, None], 'b t c d -> c b t 1 d')
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
@@ -218,10 +241,10 @@ class WanTransformer(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention and MLP, modulated by the noise level; image and actions between."""
+    """Self-attention and MLP, modulated by the noise level, with image and actions between them."""
 
     cfg: Config
-    acting: bool
+    has_actions: bool
 
     def setup(self):
         cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
@@ -231,32 +254,35 @@ class Block(nn.Module):
         self.attention = Projections(cfg)
         self.image_norm = LayerNorm(cfg.eps)
         self.image_attention = Projections(cfg)
-        if self.acting:
+        if self.has_actions:
             self.actions = ActionBlock(cfg.actions, dtype)
         self.up, self.down = Linear(cfg.mlp, dtype=dtype), Linear(cfg.width, dtype=dtype)
 
-    def __call__(self, x, past, scene):
-        """Tokens [B T N/T D], `Past` or None -> (tokens, new keys and values)."""
+    def __call__(self, x, past, inputs):
+        """Tokens [B T N/T D], `LayerCaches` or None -> (tokens, new keys and values)."""
         dtype, eps = jnp.dtype(self.cfg.dtype), self.cfg.eps
-        m = rearrange(self.modulation + scene.time, 'b t c d -> c b t 1 d')
+        m = rearrange(self.modulation + inputs.time, 'b t c d -> c b t 1 d')
 
         y = modulate(standardize(x, eps), m[0], m[1]).astype(dtype)
         q, new = self.attention.queries(y), self.attention.keys(y)
-        held = scene.sight.recall(past and past.video, new)
-        q, k = (rotate(heads, turn) for heads, turn in zip((q, held.k), scene.turns, strict=True))
-        x = (x + m[2] * self.attention.output(scene.sight.attend(q, k, held.v))).astype(dtype)
+        cached = inputs.pattern.keys_and_values(past and past.video, new)
+        q, k = (
+            rotate(heads, rotation)
+            for heads, rotation in zip((q, cached.k), inputs.rotations, strict=True)
+        )
+        x = (x + m[2] * self.attention.output(inputs.pattern.attend(q, k, cached.v))).astype(dtype)
 
         q = self.image_attention.queries(self.image_norm(x).astype(dtype))
-        image = past.image if past else self.image_attention.keys(scene.image[:, None])
+        image = past.image if past else self.image_attention.keys(inputs.image[:, None])
         x = x + self.image_attention.output(attend_all(q, image.k, image.v))
 
         acted = None
-        if self.acting:
+        if self.has_actions:
             x, acted = self.actions(
                 x,
-                scene.mouse,
-                scene.keyboard,
-                scene.action_sight,
+                inputs.mouse,
+                inputs.keyboard,
+                inputs.action_pattern,
                 (past.mouse, past.keyboard) if past else (None, None),
             )
 
@@ -265,12 +291,12 @@ class Block(nn.Module):
         return x, (new, acted)
 
     def read_image(self, carry, image):
-        """Keys and values of image tokens [B L D], as the y of a scan."""
+        """Keys and values of image tokens [B L D], as the output of a scan."""
         return carry, self.image_attention.keys(image[:, None])
 
 
 class Projections(nn.Module):
-    """Around an attention: queries and keys with an RMS norm over all heads together, output."""
+    """Projections of an attention; RMS norms of queries and keys span all heads."""
 
     cfg: Config
 
@@ -360,14 +386,14 @@ def count(cfg: Config) -> int:
 
 
 def init_rules(cfg: Config) -> initializers.InitRules:
-    """How fresh parameters are drawn, where it is not by the defaults."""
+    """Rules for initial parameters, before the defaults."""
     return (
         ('*modulation*', initializers.normal(cfg.width**-0.5)),
         ('time_embedding/*/kernel', initializers.normal(0.02)),
     )
 
 
-# Output layers that start at zero, for training from nothing.
+# Output layers that start at zero, for training from scratch.
 ZERO_INIT = (
     ('out/kernel', initializers.zeros),
     ('*/actions/*/out/kernel', initializers.zeros),
@@ -376,7 +402,7 @@ ZERO_INIT = (
 
 
 def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
-    """Weight table: released state dict <-> our tree."""
+    """Weight table: released state dict <-> parameter tree."""
     patch = dict(t=1, p=cfg.patch, q=cfg.patch)
     rows = [
         Prefix('model.'),
@@ -392,7 +418,7 @@ def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
         Row('head.modulation', 'modulation_out', '1 c d -> c d'),
         *linear_rows('head.head', 'out', 'd', 'o'),
     ]
-    if cfg.actions and cfg.actions.modulate:  # ours: under our own name
+    if cfg.actions and cfg.actions.modulate:  # not in released networks
         for name in ('linear_1', 'linear_2'):
             rows += linear_rows(f'action_embedding.{name}', f'action_embedding/{name}', 'i', 'o')
     for path, layers in cfg.segments.items():
@@ -409,7 +435,7 @@ def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
 
 
 def _attention_rows(torch, path, layers):
-    """Projections with norms over all heads together."""
+    """Rows of `Projections`."""
     rows = []
     for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
         rows += linear_rows(f'{torch}.{theirs}', f'{path}/{ours}', 'd', 'k', layers)

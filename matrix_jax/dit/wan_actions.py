@@ -1,10 +1,10 @@
-"""Keyboard and mouse of Matrix-Game: each latent frame attends to the actions that led up to it.
+"""Action modules of Matrix-Game 2.0 (arXiv 2508.13009): mouse and keyboard.
 
     y = mlp([x, mouse window]);  x <- x + out(attend(q(y), k(y), v(y)))
     y = embed(keyboard window);  x <- x + out(attend(q(x), k(y), v(y)))
 
-One latent frame decodes to R = 4 pixel frames and looks at a window of W*R = 12 actions. Sites of a
-frame do not see one another here: attention runs over latent frames alone.
+A latent frame decodes to R = 4 pixel frames and reads a window of W*R = 12 actions. Attention is
+over latent frames, separately for each site of a frame.
 """
 
 from __future__ import annotations
@@ -22,30 +22,29 @@ from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn.kv_cache import KVCache, attend_per_site
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
-from matrix_jax.nn.rope import rates, rotate, turns
+from matrix_jax.nn.rope import frequencies, rotate, rotations
 from matrix_jax.weights.conversion import Row, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class ActionConfig:
-    """Action modules: what they read, and the layers [start, end) that have one.
+    """Sizes of the action modules.
 
     Attributes:
-      start, end: the layers.
+      start, end: layers [start, end) with action modules.
       keyboard: keys, the width A of a keyboard vector.
-      mouse: width of a mouse vector, or None for a network without.
+      mouse: width of a mouse vector, or None without a mouse.
       embed: width of an embedded keyboard vector.
       keyboard_width, mouse_width: widths of the two attentions.
       heads: heads K of both.
       ratio: pixel frames R of a latent frame.
-      span: latent frames W whose actions a latent frame looks at.
-      axes: elements of a head for frame, row and column; sites are alone, so that the last two
-        never turn.
+      span: latent frames W whose actions a latent frame reads.
+      axes: elements of a head for frame, row and column; only those of the frame are rotated.
       period: period of the frame's rotation.
-      gain: what mouse actions are multiplied by before anything reads them, as a small network sees
-        little of a mouse that turns by 0.1. Published networks: 1.
-      modulate: add the actions of each latent frame to its level embedding as well, so that all
-        layers are told of them at once. Ours; published networks have no such weights.
+      gain: factor of mouse actions, whose typical size of 0.1 is small for a small network;
+        1 in published networks.
+      modulate: whether the actions of a latent frame are also added to its level embedding, which
+        all layers read. Published networks have no such weights.
     """
 
     start: int = 0
@@ -76,15 +75,15 @@ class ActionConfig:
                 )
 
     def steps(self, frames: int) -> int:
-        """Action frames in the window of this many latent frames."""
+        """Action frames R(W+T) in the window of T latent frames."""
         return self.ratio * (self.span + frames)
 
 
 def windows(actions, start, count: int, ratio: int = 4, span: int = 3):
-    """The last actions up to the end of a block: all that its latent frames look at.
+    """Actions that the latent frames of a block read, up to the end of the block.
 
-    Latent frame i shows pixel frames R(i-1)+1 .. Ri, frame 0 pixel frame 0 alone; before the first
-    action was the first action.
+    Latent frame i has pixel frames R(i-1)+1 .. Ri, and latent frame 0 pixel frame 0. The first
+    action is repeated before the start.
 
     Args:
       actions: [B F A] of pixel frames 0 .. R(start + count - 1) at least.
@@ -94,8 +93,8 @@ def windows(actions, start, count: int, ratio: int = 4, span: int = 3):
       span: latent frames W of the past.
 
     Returns:
-      [B R(W+T) A]: the actions up to pixel frame R(start + count - 1), that one included. What the
-      next block needs drops the first R*count of them and ends in as many new ones.
+      [B R(W+T) A], up to and including pixel frame R(start + count - 1). The window of the next
+      block drops the first R*count actions and appends as many.
     """
     steps = ratio * (span + count)
     last = ratio * (start + count - 1)
@@ -103,16 +102,16 @@ def windows(actions, start, count: int, ratio: int = 4, span: int = 3):
 
 
 def grouped(cfg: ActionConfig, window):
-    """A window [B R(W+T) A] -> what each latent frame sees [B T R*W*A], oldest action first."""
+    """A window [B R(W+T) A] -> actions of each latent frame [B T R*W*A], oldest first."""
     frames = window.shape[1] // cfg.ratio - cfg.span
-    # PARITY: the last pixel frame of a latent frame is not in its own window, but in the next one.
+    # PARITY: the last pixel frame of a latent frame is missing from its window.
     first = cfg.ratio - 1 + cfg.ratio * np.arange(frames)
     seen = window[:, first[:, None] + np.arange(cfg.ratio * cfg.span)]
     return rearrange(seen, 'b t f a -> b t (f a)')
 
 
 class ActionEmbedding(nn.Module):
-    """What is pressed while each latent frame is made, as a level embedding has it."""
+    """Embedding of the actions of each latent frame, to be added to its level embedding."""
 
     cfg: ActionConfig
     width: int
@@ -120,7 +119,7 @@ class ActionEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, mouse, keyboard):
-        """Windows of actions [B R(W+T) A], no mouse where there is none -> [B T D] float32."""
+        """Windows [B R(W+T) A] of mouse (or None) and keyboard -> [B T D] float32."""
         pressed = [grouped(self.cfg, part) for part in (mouse, keyboard) if part is not None]
         x = jnp.concatenate(pressed, axis=-1).astype(self.dtype)
         x = jax.nn.silu(Linear(self.width, dtype=self.dtype, name='linear_1')(x))
@@ -128,47 +127,49 @@ class ActionEmbedding(nn.Module):
 
 
 class ActionBlock(nn.Module):
-    """Mouse, then keyboard; each adds to the tokens.
+    """Adds mouse attention, then keyboard attention to the tokens.
 
     Attributes:
       cfg: sizes.
-      dtype: type of the multiplies and of the residual stream.
+      dtype: type of the products and of the residual stream.
     """
 
     cfg: ActionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, mouse, keyboard, sight, past=(None, None)):
-        """Tokens and the keys and values that were made of them.
+    def __call__(self, x, mouse, keyboard, pattern, past=(None, None)):
+        """Computes the tokens and the new keys and values.
 
         Args:
           x: tokens [B T N/T D].
           mouse: window of mouse actions [B R(W+T) 2], or None without a mouse.
           keyboard: window of keyboard actions [B R(W+T) A].
-          sight: `Blocks` or `Ring` of T frames.
-          past: caches of mouse and keyboard, for a ring.
+          pattern: `Blocks` or `Ring` of T frames.
+          past: caches of mouse and keyboard, if `pattern` is a `Ring`.
 
         Returns:
           (tokens [B T N/T D], (mouse, keyboard) `KVCache`s of T frames).
         """
         moved = None
         if self.cfg.mouse:
-            x, moved = MouseAttention(self.cfg, self.dtype, name='mouse')(x, mouse, sight, past[0])
+            x, moved = MouseAttention(self.cfg, self.dtype, name='mouse')(
+                x, mouse, pattern, past[0]
+            )
         x, pressed = KeyboardAttention(self.cfg, self.dtype, name='keyboard')(
-            x, keyboard, sight, past[1]
+            x, keyboard, pattern, past[1]
         )
         return x, (moved, pressed)
 
 
 class MouseAttention(nn.Module):
-    """Frames of a site look at one another, with the mouse mixed into all of them."""
+    """Self-attention of the frames of each site, with the mouse joined to the tokens."""
 
     cfg: ActionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, window, sight, past):
+    def __call__(self, x, window, pattern, past):
         """Tokens [B T n D], window [B R(W+T) 2] -> (tokens, `KVCache` of T frames)."""
         cfg, dtype = self.cfg, self.dtype
         moves = grouped(cfg, window)[:, :, None].astype(dtype)
@@ -182,18 +183,18 @@ class MouseAttention(nn.Module):
             k=cfg.heads,
         )
         q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
-        y, new = look(cfg, q, KVCache(k.astype(dtype), v), sight, past)
+        y, new = attend(cfg, q, KVCache(k.astype(dtype), v), pattern, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
 
 
 class KeyboardAttention(nn.Module):
-    """Tokens look at what was pressed in their own frame's window and in earlier ones."""
+    """Cross-attention from tokens to the keyboard windows of their own and earlier frames."""
 
     cfg: ActionConfig
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, x, window, sight, past):
+    def __call__(self, x, window, pattern, past):
         """Tokens [B T n D], window [B R(W+T) A] -> (tokens, `KVCache` of T frames, one site)."""
         cfg, dtype = self.cfg, self.dtype
         keys = jax.nn.silu(Linear(cfg.embed, dtype=dtype, name='linear_1')(window))
@@ -207,7 +208,7 @@ class KeyboardAttention(nn.Module):
             k=cfg.heads,
         )
         q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
-        y, new = look(cfg, q, KVCache(k.astype(dtype), v), sight, past)
+        y, new = attend(cfg, q, KVCache(k.astype(dtype), v), pattern, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
 
 
@@ -217,27 +218,28 @@ class HeadNorm(nn.Module):
     @nn.compact
     def __call__(self, x):
         """[... E] -> [... E] float32."""
-        # PARITY: the released networks have a weight here, which nothing reads. We carry it along.
+        # PARITY: released networks have a scale that is not used; it is kept for export.
         self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
         x = x.astype(jnp.float32)
         return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
 
 
-def look(cfg: ActionConfig, q, new: KVCache, sight, past):
-    """Queries [B T n K E] look at keys of their own site -> ([B T n K*E], `new`)."""
-    held = sight.recall(past, new)
-    speeds = rates(cfg.axes[0] // 2, cfg.period)
+def attend(cfg: ActionConfig, q, new: KVCache, pattern, past):
+    """Attention of queries [B T n K E] to keys of their own site -> ([B T n K*E], `new`)."""
+    cached = pattern.keys_and_values(past, new)
+    speeds = frequencies(cfg.axes[0] // 2, cfg.period)
     own, theirs = (
-        tuple(part[:, None] for part in turns(places, speeds)) for places in sight.places()
+        tuple(part[:, None] for part in rotations(positions, speeds))
+        for positions in pattern.positions()
     )
     y = attend_per_site(
-        rotate(q, own).astype(new.k.dtype), rotate(held.k, theirs), held.v, sight.visible()
+        rotate(q, own).astype(new.k.dtype), rotate(cached.k, theirs), cached.v, pattern.visible()
     )
     return rearrange(y, 'b t n k e -> b t n (k e)'), new
 
 
 def action_rows(cfg: ActionConfig, torch, path, layers):
-    """Rows of a weight table: released action modules <-> `ActionBlock`s."""
+    """Weight table rows: released action modules <-> `ActionBlock`s."""
     rows = []
     if cfg.mouse:
         rows += linear_rows(f'{torch}.mouse_mlp.0', f'{path}/mouse/linear_1', 'i', 'o', layers)

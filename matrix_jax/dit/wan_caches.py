@@ -1,6 +1,6 @@
-"""What a stream of the Wan DiT remembers: keys and values of a window of frames.
+"""Caches of a stream of the Wan DiT: keys and values of a window of frames.
 
-Every array keeps its shape, so that a stream compiles once; `nn/kv_cache.py` has the ring.
+All arrays keep their shapes, so a stream compiles once (`nn.kv_cache`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from matrix_jax.parallel.sharding import constrain, num_shards
 
 
 @struct.dataclass
-class Past:
-    """Caches of a run of layers, stacked in front.
+class LayerCaches:
+    """Caches of a run of layers, stacked along the first axis.
 
     Attributes:
       video: S frames of all sites.
-      mouse: S frames of all sites, None for layers or networks without.
-      keyboard: S frames of one site, likewise.
-      image: the image's tokens, as one frame of L sites.
+      mouse: S frames of all sites; None without a mouse.
+      keyboard: S frames of one site; None without actions.
+      image: the image tokens, as one frame of L sites.
     """
 
     video: KVCache
@@ -35,14 +35,14 @@ class Past:
 
 @struct.dataclass
 class Caches:
-    """All that a stream remembers; every leaf keeps its shape.
+    """All caches of a stream.
 
     Attributes:
-      runs: `Past` of each run of equal layers.
-      start: first latent frame of the block that is being made, int32 [].
+      runs: `LayerCaches` of each run of equal layers.
+      start: first latent frame of the current block, int32 [].
     """
 
-    runs: dict[str, Past]
+    runs: dict[str, LayerCaches]
     start: Any
 
 
@@ -57,26 +57,26 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
             'local: got None, expected a number of latent frames (a network without '
             'a window cannot stream)'
         )
-    held = sites(cfg, height, width)
-    held += -held % num_shards('tokens')  # of padding, on a mesh
+    frame_sites = sites(cfg, height, width)
+    frame_sites += -frame_sites % num_shards('tokens')  # padding for the mesh
 
-    def empty(layers, slots, places, heads, elements):
-        shape = (layers, batch, slots, places, heads, elements)
+    def empty(layers, slots, sites, heads, elements):
+        shape = (layers, batch, slots, sites, heads, elements)
         return KVCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 
     def past(name, layers):
-        own, mouse, keyboard = (cfg.heads, cfg.head_dim), None, None
+        heads, mouse, keyboard = (cfg.heads, cfg.head_dim), None, None
         if name == 'acting':
             size = cfg.actions
-            theirs = (size.heads, sum(size.axes))
-            mouse = empty(layers, cfg.local, held, *theirs) if size.mouse else None
-            keyboard = empty(layers, cfg.local, 1, *theirs)
-        return split(
-            Past(
-                empty(layers, cfg.local, held, *own),
+            action_heads = (size.heads, sum(size.axes))
+            mouse = empty(layers, cfg.local, frame_sites, *action_heads) if size.mouse else None
+            keyboard = empty(layers, cfg.local, 1, *action_heads)
+        return sharded(
+            LayerCaches(
+                empty(layers, cfg.local, frame_sites, *heads),
                 mouse,
                 keyboard,
-                empty(layers, 1, cfg.image_length, *own),
+                empty(layers, 1, cfg.image_length, *heads),
             )
         )
 
@@ -92,18 +92,18 @@ def sites(cfg: Config, height: int, width: int) -> int:
 
 
 def advance(caches: Caches, count: int) -> Caches:
-    """The block of `count` latent frames is done: the next call makes those after it."""
+    """Moves on to the block after the current one of `count` latent frames."""
     return caches.replace(start=caches.start + count)
 
 
-def split(past: Past) -> Past:
-    """Caches over the mesh: batch and heads, and the sites of a frame as its tokens."""
+def sharded(past: LayerCaches) -> LayerCaches:
+    """Shards caches over the mesh by batch, heads and sites."""
 
     def one(cache, sites):
         names = (None, 'batch', None, sites, 'heads', None)
         return jax.tree.map(lambda leaf: constrain(leaf, *names), cache)
 
-    return Past(
+    return LayerCaches(
         one(past.video, 'rows'),
         one(past.mouse, 'rows'),
         one(past.keyboard, None),

@@ -1,4 +1,4 @@
-"""Sizes of the Wan DiT, its released configs, and the shapes that it takes."""
+"""Sizes of the Wan DiT, its presets and `config.json`, and checks of its inputs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class Config:
       mlp: hidden width M.
       time_dim: width of the code of a noise level.
       image_dim: width Di of the image's features.
-      image_length: image tokens L that caches are made for; a call takes any number.
+      image_length: image tokens L of the caches; `__call__` takes any number.
       patch: side of a square patch.
       eps: epsilon of the norms of blocks, queries and keys.
-      local: latent frames that a block sees, its own included, and slots S of the caches; None =
-        all, for networks that do not stream.
-      sink: first latent frames of a stream that stay in sight, of these slots.
-      actions: keyboard and mouse, or None.
-      dtype, remat, scan_unroll, exchange: how it runs, as in `cogvideox.Config`.
+      local: latent frames that a block sees, including its own; also the slots S of the caches.
+        None = all, for networks that do not stream.
+      sink: slots of these that keep the first latent frames of the stream.
+      actions: action modules, or None.
+      dtype, remat, scan_unroll, exchange: as in `cogvideox.Config`.
     """
 
     heads: int = 12
@@ -83,14 +83,14 @@ class Config:
         """Reads a released config.json.
 
         Raises:
-          ValueError: a key asks for maths that this network does not have.
+          ValueError: a key asks for an operation that this network does not have.
         """
         released = {
             key: value
             for key, value in released.items()
             if not key.startswith('_') and value is not None
         }
-        told = released.get('action_config') or {}
+        action_config = released.get('action_config') or {}
         known = ('patch_size', *FIELDS, 'action_config', *IGNORED)
         faults = config_faults(released, FIXED, known)
         known = (
@@ -101,7 +101,7 @@ class Config:
             'img_hidden_size',
             'rope_dim_list',
         )
-        faults += config_faults(told, FIXED_ACTIONS, known, 'action_config.')
+        faults += config_faults(action_config, FIXED_ACTIONS, known, 'action_config.')
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
         base = cls()
         width, heads = fields.pop('width', base.width), fields.get('heads', base.heads)
@@ -115,19 +115,23 @@ class Config:
         patch = list(released.get('patch_size', (1, base.patch, base.patch)))
         if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
             faults.append(f'patch_size = {patch} (expected [1, p, p])')
-        if told and told.get('img_hidden_size', width) != width:
+        if action_config and action_config.get('img_hidden_size', width) != width:
             faults.append(
-                f'action_config.img_hidden_size = {told["img_hidden_size"]} (expected '
+                f'action_config.img_hidden_size = {action_config["img_hidden_size"]} (expected '
                 f'dim = {width})'
             )
-        blocks = list(told.get('blocks', ()))
+        blocks = list(action_config.get('blocks', ()))
         if blocks != list(range(*(blocks[0], blocks[-1] + 1) if blocks else (0,))):
             faults.append(f'action_config.blocks = {blocks} (expected consecutive layers)')
         if faults:
             raise ValueError('transformer config: ' + '; '.join(faults))
         if blocks:
-            sizes = {ours: told[theirs] for theirs, ours in ACTIONS.items() if theirs in told}
-            if not told.get('enable_mouse', True):
+            sizes = {
+                ours: action_config[theirs]
+                for theirs, ours in ACTIONS.items()
+                if theirs in action_config
+            }
+            if not action_config.get('enable_mouse', True):
                 sizes |= {'mouse': None}
             if 'axes' in sizes:
                 sizes['axes'] = tuple(sizes['axes'])
@@ -150,8 +154,10 @@ class Config:
             del released[key]
         if self.actions:
             size = self.actions
-            told = FIXED_ACTIONS | {theirs: getattr(size, name) for theirs, name in ACTIONS.items()}
-            told |= {
+            action_config = FIXED_ACTIONS | {
+                theirs: getattr(size, name) for theirs, name in ACTIONS.items()
+            }
+            action_config |= {
                 'blocks': list(range(size.start, size.end)),
                 'enable_mouse': bool(size.mouse),
                 'img_hidden_size': self.width,
@@ -159,16 +165,16 @@ class Config:
                 'mouse_qk_dim_list': list(size.axes),
                 'patch_size': [1, self.patch, self.patch],
             }
-            for key in [key for key, usual in OUR_ACTIONS.items() if told[key] == usual]:
-                del told[key]
+            for key in [key for key, usual in OUR_ACTIONS.items() if action_config[key] == usual]:
+                del action_config[key]
             if not size.mouse:
-                del told['mouse_dim_in'], told['mouse_hidden_dim']
-            released['action_config'] = told
+                del action_config['mouse_dim_in'], action_config['mouse_hidden_dim']
+            released['action_config'] = action_config
         return released
 
 
-# Keys of the released config.json: our fields, those with one value that we implement, and those
-# without effect. `width` and `joined` are sums of ours.
+# Keys of config.json: those that set a field, those with one supported value, and those without
+# effect. `width` and `joined` are computed from fields.
 OURS = {'image_dim': ('image_dim', 1280), 'image_length': ('image_length', 257)}  # not released
 OUR_ACTIONS = {'gain': 1.0, 'modulate': False}
 FIELDS = {
@@ -226,7 +232,11 @@ PRESETS = {
 
 
 def check(cfg: Config, latents, level, cond, image, mouse, keyboard, window: bool = False):
-    """Raises ValueError where shapes do not fit the network; `image` None is not looked at."""
+    """Checks the shapes of a call, but not those of an `image` that is None.
+
+    Raises:
+      ValueError: a shape does not fit the network.
+    """
     batch, frames, height, width, channels = latents.shape
     if height % cfg.patch or width % cfg.patch or channels != cfg.channels:
         raise ValueError(
@@ -242,21 +252,21 @@ def check(cfg: Config, latents, level, cond, image, mouse, keyboard, window: boo
         raise ValueError(f'image: got {image.shape}, expected ({batch}, L, {cfg.image_dim})')
     size = cfg.actions
     widths = {'mouse': size and size.mouse, 'keyboard': size and size.keyboard}
-    for name, given in (('mouse', mouse), ('keyboard', keyboard)):
-        if (given is None) != (widths[name] is None):
+    for name, actions in (('mouse', mouse), ('keyboard', keyboard)):
+        if (actions is None) != (widths[name] is None):
             raise ValueError(
-                f'{name}: got {None if given is None else given.shape}, but the '
-                f'network has {"no" if given is not None else "its"} {name}'
+                f'{name}: got {None if actions is None else actions.shape}, but the '
+                f'network has {"no" if actions is not None else "its"} {name}'
             )
-        if given is None:
+        if actions is None:
             continue
         steps = size.steps(frames) if window else size.ratio * (frames - 1) + 1
         if (
-            given.shape[0] != batch
-            or given.shape[2:] != (widths[name],)
-            or (given.shape[1] != steps)
+            actions.shape[0] != batch
+            or actions.shape[2:] != (widths[name],)
+            or (actions.shape[1] != steps)
         ):
             raise ValueError(
-                f'{name}: got {given.shape}, expected ({batch}, {steps}, '
+                f'{name}: got {actions.shape}, expected ({batch}, {steps}, '
                 f'{widths[name]}) for {frames} latent frames'
             )

@@ -1,6 +1,7 @@
-"""Rows of weight tables that the layers of a diffusers-type transformer share.
+"""Weight table rows of layers that several transformers share.
 
-`torch` and `path` are the names of a layer there and here; `layers` is the range of stacked ones.
+`torch` is the module name in the released state dict, `path` the path in the parameter tree and
+`layers` the range of stacked layers.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from matrix_jax.weights.conversion import Row
 
 
 def attention_rows(torch, path, layers):
-    """Attention with head norms behind a modulated norm."""
+    """A modulated norm and an attention with head norms."""
     rows = adaln_rows(f'{torch}.norm1', f'{path}/norm1', layers)
     for theirs, ours in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value')):
         rows += linear_rows(f'{torch}.attn1.{theirs}', f'{path}/attention/{ours}', 'd', 'k', layers)
@@ -27,7 +28,7 @@ def adaln_rows(torch, path, layers):
 
 
 def linear_rows(torch, path, inner, outer, layers=None):
-    """Kernel and bias of a linear layer from axis `inner` to `outer`."""
+    """Kernel and bias of a linear layer from axis letter `inner` to `outer`."""
     return [
         Row(f'{torch}.weight', f'{path}/kernel', f'{outer} {inner} -> {inner} {outer}', layers),
         Row(f'{torch}.bias', f'{path}/bias', f'{outer} -> {outer}', layers),
@@ -35,7 +36,7 @@ def linear_rows(torch, path, inner, outer, layers=None):
 
 
 def norm_rows(torch, path, letter, layers=None):
-    """Scale and bias of a norm over the axis `letter`."""
+    """Scale and bias of a norm over the axis letter `letter`."""
     return [
         Row(f'{torch}.weight', f'{path}/scale', f'{letter} -> {letter}', layers),
         Row(f'{torch}.bias', f'{path}/bias', f'{letter} -> {letter}', layers),

@@ -1,10 +1,10 @@
-"""CLIP text tower (arXiv 2103.00020), for control prompts.
+"""CLIP text encoder (arXiv 2103.00020), for control prompts.
 
     x <- x + attention(norm(x))     causal
     x <- x + mlp(norm(x))           quick gelu: x * sigmoid(1.702 x)
     features = projection @ norm(x)[end of text]
 
-Released: openai/clip-vit-large-patch14, of which only the text half is read.
+Released weights: the text encoder of openai/clip-vit-large-patch14.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.weights.conversion import Drop, Row, check_sizes
 
-LEGACY_EOS = 2  # what old config files say; the end of text then is the largest id of a prompt
+LEGACY_EOS = 2  # in old config files; the end of text is then the largest id of a prompt
 MASKED = -1e30
 
 ACTIVATIONS = {
@@ -33,10 +33,10 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the tower; D = dim, K = heads, M = mlp_dim, A = projection.
+    """Sizes of the encoder; D = dim, K = heads, M = mlp_dim, A = projection.
 
-    `eos` is the id of the end of text; `dtype` the type of the multiplies and of the residual
-    stream, as a numpy name.
+    `eos` is the id of the end of text, `dtype` the numpy name of the type of matrix products and of
+    the residual stream.
     """
 
     vocab: int = 49408
@@ -63,7 +63,7 @@ class Config:
 
     @classmethod
     def from_released(cls, released: Mapping) -> Config:
-        """Reads config.json of a text tower, or of a whole CLIP (its `text_config`).
+        """Reads config.json of a text encoder, or the `text_config` of a whole CLIP.
 
         Raises:
           ValueError: a size is missing or a value is not supported.
@@ -78,7 +78,7 @@ class Config:
         return cls(**{name: text[key] for name, key in _NAMES.items() if key in text})
 
     def to_released(self) -> dict:
-        """What config.json says of this tower."""
+        """The config.json of this encoder."""
         return {
             '_class_name': 'CLIPTextModelWithProjection',
             'architectures': ['CLIPTextModelWithProjection'],
@@ -122,10 +122,10 @@ class TextTower(nn.Module):
         if length > cfg.positions:
             raise ValueError(f'clip: got {length} tokens, expected at most {cfg.positions}')
         tokens = self.param('token_embedding', nn.initializers.normal(0.02), (cfg.vocab, cfg.dim))
-        places = self.param(
+        positions = self.param(
             'position_embedding', nn.initializers.normal(0.01), (cfg.positions, cfg.dim)
         )
-        x = (jnp.take(tokens, ids, axis=0) + places[:length]).astype(cfg.dtype)
+        x = (jnp.take(tokens, ids, axis=0) + positions[:length]).astype(cfg.dtype)
         causal = jnp.where(jnp.tril(jnp.ones((length, length), bool)), 0.0, MASKED)[None, None]
         layers = nn.scan(
             Layer,
@@ -167,7 +167,7 @@ class Layer(nn.Module):
 
 
 def init(cfg: Config, key) -> dict:
-    """Fresh float32 parameters."""
+    """Initial float32 parameters."""
     return TextTower(cfg).init(key, jnp.zeros((1, 1), jnp.int32))['params']
 
 
@@ -177,7 +177,7 @@ def shapes(cfg: Config) -> dict:
 
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:
-    """Torch names of `CLIPTextModelWithProjection`; the image half of a whole CLIP is dropped."""
+    """Weight table of `CLIPTextModelWithProjection`, or of a whole CLIP without its image half."""
 
     def both(torch, ours, layout):
         layers = (0, cfg.layers) if '{i}' in torch else None
@@ -203,7 +203,7 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
         *both('final_layer_norm', 'final_norm', 'd -> d'),
         Row('text_projection.weight', 'projection/kernel', 'a d -> d a'),
         Drop('text_model.embeddings.position_ids', why='a buffer: 0, 1, 2, ...'),
-        Drop('vision_model.*', why='the image tower; control prompts are text'),
-        Drop('visual_projection.*', why='the image tower; control prompts are text'),
+        Drop('vision_model.*', why='the image encoder is not used'),
+        Drop('visual_projection.*', why='the image encoder is not used'),
         Drop('logit_scale', why='only the contrastive loss uses it'),
     )

@@ -1,11 +1,11 @@
-"""CLIP image tower (arXiv 2103.00020), for the picture that a stream starts from.
+"""CLIP image encoder (arXiv 2103.00020), for the start image of a stream.
 
     x = norm([class, patches] + positions)
     x <- x + attention(norm(x))
     x <- x + mlp(norm(x))           gelu
 
-Released: open-clip-xlm-roberta-large-vit-huge-14, of which the image half is read. What is used are
-the tokens before the last layer.
+The features are the tokens before the last layer. Released weights: the image encoder of
+open-clip-xlm-roberta-large-vit-huge-14.
 """
 
 from __future__ import annotations
@@ -23,27 +23,26 @@ from matrix_jax.nn import initializers
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
-from matrix_jax.weights import conversion
 from matrix_jax.weights.conversion import Drop, Row, check_sizes
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-SHARPNESS = -0.75  # the cubic coefficient of PyTorch's resize
+CUBIC = -0.75  # coefficient a of PyTorch's bicubic resize
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of the tower; D = dim, K = heads.
+    """Sizes of the encoder; D = dim, K = heads.
 
     Attributes:
-      image: height and width of the picture that it sees.
-      patch: height and width of a token.
+      image: height and width of an input image.
+      patch: height and width of a patch.
       dim: width of a token.
-      heads: of each layer.
-      layers: as released; the last one is not used.
-      mlp_ratio: width of the feed-forward, in widths of a token.
-      eps: of the norms.
-      dtype: type of the multiplies and of the residual stream, as a numpy name.
+      heads: attention heads.
+      layers: layers of the released network; the last one is not used.
+      mlp_ratio: width of the feed-forward as a multiple of `dim`.
+      eps: epsilon of the norms.
+      dtype: numpy name of the type of matrix products and of the residual stream.
     """
 
     image: int = 224
@@ -70,7 +69,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a picture: the class and the patches."""
+        """Tokens of an image: the class token and the patches."""
         return 1 + (self.image // self.patch) ** 2
 
     @classmethod
@@ -91,14 +90,14 @@ class Config:
         return cls(**{name: released[key] for key, name in _NAMES.items()})
 
     def to_released(self) -> dict:
-        """The `config.json` of this tower; the published file of weights comes without one."""
+        """The `config.json` of this encoder (the published weights have none)."""
         return {
             '_class_name': 'VisionTransformer',
             **{key: getattr(self, name) for key, name in _NAMES.items()},
         }
 
 
-# Arguments of the published network; the last is the width of a projection that is not used.
+# Arguments of the published network; `out_dim` is the width of a projection that is not used.
 _NAMES = {
     'image_size': 'image',
     'patch_size': 'patch',
@@ -113,7 +112,7 @@ PRESETS = {'vit_h_14': Config(), 'tiny': Config(image=28, dim=16, heads=2, layer
 
 
 def pixels(cfg: Config, images):
-    """Pictures [B H W 3] in [-1, 1], of any shape -> what the tower sees [B image image 3]."""
+    """Preprocesses images [B H W 3] in [-1, 1] of any size -> [B image image 3]."""
     height, width = images.shape[1:3]
     x = images.astype(jnp.float32)
     x = jnp.einsum('ih,bhwc->biwc', cubic(height, cfg.image), x)
@@ -122,17 +121,16 @@ def pixels(cfg: Config, images):
 
 
 def cubic(size: int, target: int) -> np.ndarray:
-    """Bicubic interpolation of `size` numbers at `target` places, as a matrix [target, size].
+    """Matrix [target size] of bicubic interpolation of `size` values at `target` positions.
 
-    PARITY: without a low-pass, so that a shrunk picture skips pixels; numbers beyond the border are
-    those of the border.
+    PARITY: without a low-pass filter, so shrinking skips pixels. The border value is repeated.
     """
-    # Places in float32, as the reference has them: of large pictures that shows.
-    places = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * np.float32(size / target)
-    places = places - np.float32(0.5)
-    whole = np.floor(places)
-    part = (places - whole).astype(np.float64)
-    a, matrix = SHARPNESS, np.zeros((target, size))
+    # PARITY: positions in float32, which matters for large images.
+    positions = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * np.float32(size / target)
+    positions = positions - np.float32(0.5)
+    whole = np.floor(positions)
+    part = (positions - whole).astype(np.float64)
+    a, matrix = CUBIC, np.zeros((target, size))
     for tap in range(-1, 3):
         far = np.abs(part - tap)
         near = ((a + 2) * far - (a + 3)) * far**2 + 1
@@ -143,7 +141,7 @@ def cubic(size: int, target: int) -> np.ndarray:
 
 
 class ImageTower(nn.Module):
-    """Pictures [B image image 3] of `pixels` -> tokens [B 1+patches D] before the last layer."""
+    """Images [B image image 3] of `pixels` -> tokens [B 1+patches D] before the last layer."""
 
     cfg: Config
 
@@ -158,9 +156,9 @@ class ImageTower(nn.Module):
         x = Linear(cfg.dim, use_bias=False, dtype=cfg.dtype, name='patch')(patches)
         normal = nn.initializers.normal(0.02)
         first = self.param('class_embedding', normal, (cfg.dim,)).astype(cfg.dtype)
-        places = self.param('position_embedding', normal, (cfg.tokens, cfg.dim))
+        positions = self.param('position_embedding', normal, (cfg.tokens, cfg.dim))
         first = jnp.broadcast_to(first, (x.shape[0], 1, cfg.dim))
-        x = jnp.concatenate([first, x], axis=1) + places.astype(cfg.dtype)
+        x = jnp.concatenate([first, x], axis=1) + positions.astype(cfg.dtype)
         x = LayerNorm(cfg.eps, name='norm_in')(x).astype(cfg.dtype)
         layers = nn.scan(
             Layer, variable_axes={'params': 0}, split_rngs={'params': True}, length=cfg.layers - 1
@@ -189,7 +187,7 @@ class Layer(nn.Module):
 
 
 def encode(cfg: Config, params, images):
-    """Pictures [B H W 3] in [-1, 1], of any shape -> tokens [B 1+patches D]."""
+    """Images [B H W 3] in [-1, 1] of any size -> tokens [B 1+patches D]."""
     return ImageTower(cfg).apply({'params': params}, pixels(cfg, images))
 
 
@@ -197,13 +195,8 @@ INIT_RULES = (('*_embedding', initializers.normal(0.02)),)
 
 
 def init(cfg: Config, seed: int) -> dict:
-    """Fresh float32 numpy parameters."""
-    return conversion.unflatten(
-        {
-            path: initializers.draw(INIT_RULES, path, leaf.shape, (seed,))
-            for path, leaf in conversion.flatten(shapes(cfg)).items()
-        }
-    )
+    """Initial float32 numpy parameters."""
+    return initializers.draw_tree(INIT_RULES, shapes(cfg), seed)
 
 
 def shapes(cfg: Config) -> dict:
@@ -213,7 +206,7 @@ def shapes(cfg: Config) -> dict:
 
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:
-    """Names of the published `.pth`; its text half, last layer and projection are dropped."""
+    """Weight table of the published `.pth`, without text encoder, last layer and projection."""
 
     def rows(torch, ours, axes):
         layers = (0, cfg.layers - 1) if '{i}' in torch else None
@@ -241,9 +234,9 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
         *rows(f'{layer}norm2', 'layers/norm2', 'd'),
         *rows(f'{layer}mlp.0', 'layers/fc1', 'm d -> d m'),
         *rows(f'{layer}mlp.2', 'layers/fc2', 'd m -> m d'),
-        Drop(f'visual.transformer.{cfg.layers - 1}.*', why='the tokens before it are used'),
-        Drop('visual.post_norm.*', why='comes behind the last layer'),
+        Drop(f'visual.transformer.{cfg.layers - 1}.*', why='the last layer is not used'),
+        Drop('visual.post_norm.*', why='follows the last layer'),
         Drop('visual.head', why='the projection of the class token, not used'),
-        Drop('textual.*', why='the text tower; nothing is asked in words'),
+        Drop('textual.*', why='the text encoder is not used'),
         Drop('log_scale', why='only the contrastive loss uses it'),
     )

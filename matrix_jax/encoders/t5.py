@@ -3,8 +3,8 @@
     x <- x + o(softmax(q k' + bias) v)          q, k, v, o of rms(x), logits not scaled
     x <- x + wo(gelu(wi_0 rms(x)) * wi_1 rms(x))
 
-The bias is one learned number per head and per bucket of (key position - query position); the
-table belongs to the first layer and serves all of them. Released: google/t5-v1_1-xxl.
+The bias is learned per head and per bucket of (key position - query position), and shared by all
+layers. Released weights: google/t5-v1_1-xxl.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from matrix_jax.weights.conversion import Drop, Row, check_sizes
 class Config:
     """Sizes of the encoder; D = dim, K = heads, E = head_dim, M = mlp_dim.
 
-    `dtype` is the type of the multiplies and of the residual stream, as a numpy name.
+    `dtype` is the numpy name of the type of matrix products and of the residual stream.
     """
 
     vocab: int = 32128
@@ -56,7 +56,7 @@ class Config:
         for key, wanted in _FIXED.items():
             if released.get(key, wanted) != wanted:
                 raise ValueError(f't5 config.json: {key} is {released[key]!r}, expected {wanted!r}')
-        if 'feed_forward_proj' not in released:  # the format's own default is plain relu
+        if 'feed_forward_proj' not in released:  # the default of the format is relu
             raise ValueError(
                 f"t5 config.json: no 'feed_forward_proj', expected {_FIXED['feed_forward_proj']!r}"
             )
@@ -66,7 +66,7 @@ class Config:
         return cls(**{name: released[key] for name, key in _NAMES.items() if key in released})
 
     def to_released(self) -> dict:
-        """What `text_encoder/config.json` says of this encoder."""
+        """The `text_encoder/config.json` of this encoder."""
         sizes = {key: getattr(self, name) for name, key in _NAMES.items()}
         return {
             '_class_name': 'T5EncoderModel',
@@ -96,7 +96,7 @@ _FIXED = {'feed_forward_proj': 'gated-gelu', 'dense_act_fn': 'gelu_new', 'is_gat
 
 PRESETS = {
     'v1_1_xxl': Config(),
-    # 259 ids: the bytes of UTF-8 after pad, end and unknown (`tokenizers.write_byte_tokenizer`).
+    # 259 ids: pad, end and unknown, then the bytes of UTF-8 (`tokenizers.write_byte_tokenizer`).
     'carracing': Config(vocab=259, dim=64, layers=2, heads=4, head_dim=16, mlp_dim=128),
     'tiny': Config(
         vocab=259, dim=16, layers=2, heads=2, head_dim=8, mlp_dim=32, buckets=8, max_distance=16
@@ -111,7 +111,7 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
-        # PARITY: The Matrix passes no attention mask, so padding is attended to like text.
+        # PARITY: The Matrix has no attention mask, so tokens attend to padding as to text.
         cfg, length = self.cfg, ids.shape[1]
         ids = token_layout.pad(ids, 1)
         table = self.param('embedding', nn.initializers.normal(1.0), (cfg.vocab, cfg.dim))
@@ -133,7 +133,7 @@ class T5Encoder(nn.Module):
 
 
 class Layer(nn.Module):
-    """Self-attention, then the gated feed-forward; tokens from `length` on are padding."""
+    """Self-attention, then the gated feed-forward; tokens from `length` on are mesh padding."""
 
     cfg: Config
     length: int
@@ -167,26 +167,26 @@ def rms_norm(cfg: Config, name: str) -> nn.Module:
 
 
 def relative_buckets(length: int, cfg: Config) -> np.ndarray:
-    """Bucket of every (query, key) pair, int [L L].
+    """Bucket of each (query, key) pair, int [L L].
 
-    Half of the buckets are for keys on the right; of each half, the first half counts single
-    positions and the rest widens logarithmically up to `max_distance`.
+    Half of the buckets are for keys behind the query. In each half, the first buckets are single
+    distances and the others grow logarithmically up to `max_distance`.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     half = cfg.buckets // 2
     exact = half // 2
     distance = np.abs(offset)
     ratio = np.log(np.maximum(distance, 1) / exact) / np.log(cfg.max_distance / exact)
-    # The nudge keeps whole results of the logarithm whole: floor must not see 1.9999999.
+    # The small term keeps floor from rounding 1.9999999 down.
     wide = exact + np.floor(ratio * (half - exact) + 1e-6).astype(np.int32)
     near = np.where(distance < exact, distance, np.minimum(wide, half - 1))
     return np.where(offset > 0, half, 0) + near
 
 
 def init(cfg: Config, key) -> dict:
-    """Fresh float32 parameters."""
+    """Initial float32 parameters."""
     params = T5Encoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))['params']
-    # Logits are not scaled by 1/sqrt(E); the queries start smaller instead.
+    # Logits are not scaled by 1/sqrt(E), so queries start smaller.
     params['layers']['q']['kernel'] *= cfg.head_dim**-0.5
     return params
 
@@ -197,7 +197,7 @@ def shapes(cfg: Config) -> dict:
 
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:
-    """Torch names of `T5EncoderModel`."""
+    """Weight table: `T5EncoderModel` <-> parameter tree."""
     layer = 'encoder.block.{i}.layer.'
     stack = (0, cfg.layers)
 
@@ -222,6 +222,6 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
         *rows('1.DenseReluDense', ('wo',), 'd m -> m d'),
         Row(f'{layer}1.layer_norm.weight', 'layers/norm_mlp/scale', 'd -> d', layers=stack),
         Row('encoder.final_layer_norm.weight', 'final_norm/scale', 'd -> d'),
-        Drop('decoder.*', why='the decoder of an encoder-decoder checkpoint; only text is encoded'),
-        Drop('lm_head.weight', why='the output layer of that decoder'),
+        Drop('decoder.*', why='the decoder is not used'),
+        Drop('lm_head.weight', why='the output layer of the decoder'),
     )

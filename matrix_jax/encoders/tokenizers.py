@@ -1,6 +1,6 @@
-"""Tokenizers: read from a released folder, or written as bytes for the bundled worlds.
+"""Tokenizers: those of released folders, and byte tokenizers for the bundled worlds.
 
-transformers is imported on use only (it takes seconds), and never reaches for the network.
+transformers is imported when first used, because that takes seconds, and never uses the network.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ CLASSES = {
     'CLIPTokenizer': 'CLIPTokenizer',
     'CLIPTokenizerFast': 'CLIPTokenizer',
 }
-# A folder is complete with any one of these sets.
+# A folder needs one of these sets of files.
 FILES = {
     'T5Tokenizer': (('tokenizer.json',), ('spiece.model',)),
     'ByT5Tokenizer': ((),),
@@ -30,11 +30,11 @@ START, END = '<|startoftext|>', '<|endoftext|>'
 
 
 def load(folder: str | Path):
-    """The tokenizer that `folder/tokenizer_config.json` names.
+    """Loads the tokenizer of a folder with a `tokenizer_config.json`.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
-      ValueError: the config is not readable, or names a class that no text encoder here uses.
+      ValueError: a file is not readable, or the tokenizer class is not supported.
     """
     folder = Path(folder)
     config = folder / 'tokenizer_config.json'
@@ -55,13 +55,13 @@ def load(folder: str | Path):
     cls = getattr(_transformers(), CLASSES[name])
     try:
         return cls.from_pretrained(str(folder), local_files_only=True)
-    except Exception as error:  # whatever the parsers of three formats raise on a damaged file
+    except Exception as error:  # the parsers of three formats raise various errors
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f'tokenizer: {folder} could not be read as {name}: {first}') from error
 
 
 def byte_pair():
-    """The text and the control tokenizer of the bundled worlds, in memory: bytes only."""
+    """(text tokenizer, control tokenizer) of the bundled worlds, without files."""
     with tempfile.TemporaryDirectory() as folder:
         text, control = Path(folder, 'text'), Path(folder, 'control')
         write_byte_tokenizer(text)
@@ -72,9 +72,16 @@ def byte_pair():
 def encode(
     tokenizer, prompts: Sequence[str], length: int | None
 ) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Prompts -> ids [B L] int32 and, for each prompt, the text that did not fit ('' = all fits).
+    """Encodes prompts.
 
-    L is `length`, padded or cut with the end-of-text token kept; None pads to the longest prompt.
+    Args:
+      tokenizer: the tokenizer.
+      prompts: B prompts.
+      length: tokens L; shorter prompts are padded, longer ones cut before the end-of-text token.
+        None pads to the longest prompt.
+
+    Returns:
+      ids int32 [B L], and the text of each prompt that was cut off.
     """
 
     def ids(**options):
@@ -83,7 +90,7 @@ def encode(
     if length is None:
         return np.asarray(ids(padding='longest'), np.int32), ('',) * len(prompts)
     kept = ids(padding='max_length', truncation=True, max_length=length)
-    # The last id of every prompt is its end of text, which stays.
+    # The last id of a prompt is its end of text, which is kept.
     cut = tuple(
         tokenizer.decode(whole[length - 1 : -1]) if len(whole) > length else '' for whole in ids()
     )
@@ -91,7 +98,7 @@ def encode(
 
 
 def write_byte_tokenizer(folder: str | Path, length: int = 226) -> int:
-    """Writes a ByT5 tokenizer, which has no vocabulary file. Returns its number of ids: 259."""
+    """Writes a ByT5 tokenizer, which has no vocabulary file; returns its number of ids, 259."""
     special = {'pad_token': '<pad>', 'eos_token': '</s>', 'unk_token': '<unk>'}
     _write(
         folder,
@@ -107,10 +114,9 @@ def write_byte_tokenizer(folder: str | Path, length: int = 226) -> int:
 
 
 def write_clip_byte_tokenizer(folder: str | Path, length: int = 77) -> int:
-    """Writes a CLIP tokenizer that splits words into bytes (no merges). Returns its
-    number of ids: 514.
+    """Writes a CLIP tokenizer of bytes, without merges; returns its number of ids, 514.
 
-    The end of text has the largest id, as the pooling of the tower wants.
+    The end of text has the largest id, which the pooling of the encoder needs.
     """
     letters = _byte_letters()
     words = [*letters, *(letter + '</w>' for letter in letters), START, END]
@@ -138,14 +144,14 @@ def _write(folder: str | Path, **files) -> None:
 
 
 def _byte_letters() -> list[str]:
-    """The printable letter that byte-level vocabularies write for each of the 256 bytes."""
+    """The printable letters of byte-level vocabularies, for each of the 256 bytes."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return [chr(byte) for byte in printable] + [chr(256 + i) for i in range(len(hidden))]
 
 
 def _transformers():
-    """transformers, imported without its advice to install torch, which tokenizers do not need."""
+    """Imports transformers without its warning that torch is missing."""
     name = 'TRANSFORMERS_NO_ADVISORY_WARNINGS'
     before = os.environ.get(name)
     os.environ[name] = '1'

@@ -1,4 +1,4 @@
-"""Attention: one function for every backend, and the multi-head layer around it."""
+"""Attention for all backends and meshes, and the multi-head layer."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.parallel import sharding
 
-LOGITS = 2**28  # logits of one block of queries, where a device has to hold them
+LOGITS = 2**28  # most logits that a device computes at a time
 QUERIES = ('batch', 'tokens', 'heads', None)
 
 
 def attention(q, k, v, bias=None, scale=None):
     """softmax(scale * q k^T + bias) v, with a float32 softmax.
 
-    A mesh splits batch, heads and queries; each device then sees all keys.
+    A mesh splits batch, heads and queries; each device has all keys.
 
     Args:
       q: [B N K E].
@@ -46,13 +46,14 @@ def attention(q, k, v, bias=None, scale=None):
 
 
 def self_attention(q, k, v, bias=None, scale=None, real=None, exchange='auto'):
-    """`attention` of tokens to each other, where a mesh splits the keys as it does the queries.
+    """`attention` among tokens, where a mesh splits keys and queries alike.
 
-    Tokens that do not split evenly stay whole; who pads them says which are `real`.
+    Tokens that do not divide evenly are not split; callers pad them and name the `real` ones.
 
     Args:
       q, k, v, bias, scale: as for `attention`.
-      real: places of the keys that are no padding, int [R]; None = all. No query sees others.
+      real: positions int [R] of the keys that are no padding, the only ones that queries see;
+        None = all.
       exchange: see `route`.
     """
     scale, parts = _scale(scale, q), sharding.num_shards('tokens')
@@ -60,7 +61,7 @@ def self_attention(q, k, v, bias=None, scale=None, real=None, exchange='auto'):
         k, v, bias = _keep(k, v, bias, real)
         return attention(q, k, v, bias, scale)
     if route(q.shape[2], parts, exchange, sharding.num_shards('heads')) == 'heads':
-        # Heads that tensor does not divide are whole on each of its devices.
+        # Heads that `tensor` does not divide are replicated over its devices.
         split = 'shared heads' if q.shape[2] % sharding.num_shards('heads') == 0 else 'tokens'
         function, biases = _by_heads, ('batch', split, None, None)
     else:
@@ -69,20 +70,20 @@ def self_attention(q, k, v, bias=None, scale=None, real=None, exchange='auto'):
 
 
 def route(heads: int, parts: int, exchange: str = 'auto', tensor: int = 1) -> str:
-    """What devices exchange so that their tokens see each other: 'heads' or 'keys'.
+    """How devices that share the tokens attend to all of them: 'heads' or 'keys'.
 
-    With 'heads' a device trades its tokens of all heads for all tokens of its heads: two
-    all-to-alls. With 'keys' it gathers the keys and values of all: one all-gather, of parts / 2
-    times as many bytes.
+    With 'heads', two all-to-alls exchange a device's tokens of all heads for all tokens of its
+    heads (as in DeepSpeed-Ulysses, arXiv 2309.14509). With 'keys', one all-gather collects all keys
+    and values, which are parts / 2 times as many bytes.
 
     Args:
-      heads: of the layer.
+      heads: heads K of the layer.
       parts: devices that share the tokens.
-      exchange: 'heads', 'keys', or 'auto': heads where they divide.
-      tensor: devices that share the heads already.
+      exchange: 'heads', 'keys', or 'auto' (heads where they divide).
+      tensor: devices that already share the heads.
 
     Raises:
-      ValueError: the heads do not divide, or there is no such exchange.
+      ValueError: the heads do not divide, or the exchange is unknown.
     """
     if exchange not in ('auto', 'heads', 'keys'):
         raise ValueError(f"exchange: got {exchange!r}, expected 'auto', 'heads' or 'keys'")
@@ -100,14 +101,14 @@ def _scale(scale, q):
 
 
 def _spread(function, names, biases, q, k, v, bias):
-    """`function` on every device; `biases` names the axes of a whole bias."""
-    given = (q, k, v) if bias is None else (q, k, v, jnp.asarray(bias))
-    names = (*names, biases[len(biases) - given[-1].ndim :])[: len(given)]
-    return sharding.per_device(function, names, 0)(*given)
+    """Runs `function` on each device; `biases` are the axis names of a full bias."""
+    inputs = (q, k, v) if bias is None else (q, k, v, jnp.asarray(bias))
+    names = (*names, biases[len(biases) - inputs[-1].ndim :])[: len(inputs)]
+    return sharding.per_device(function, names, 0)(*inputs)
 
 
 def _keep(k, v, bias, real):
-    """Keys, values and bias of the real keys."""
+    """Selects the real keys, values and columns of the bias."""
     if real is None:
         return k, v, bias
     if bias is not None and bias.shape[-1] > 1:
@@ -135,7 +136,7 @@ def _local(q, k, v, bias=None, *, scale):
 
 
 def _plain(q, k, v, scale):
-    """Attention without a bias on one device, by the kernel that it has."""
+    """Attention without a bias on one device, by its fastest kernel."""
     fused = (
         q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
@@ -149,7 +150,7 @@ def _plain(q, k, v, scale):
     if size >= tokens:
         return _dense(q, k, v, None, scale)
     q = jnp.pad(q, ((0, 0), (0, -tokens % size), (0, 0), (0, 0)))
-    # Neither pass holds the logits of more than one block.
+    # Neither the forward nor the backward pass keeps the logits of more than one block.
     one = jax.checkpoint(lambda block: _dense(block, k, v, None, scale), prevent_cse=False)
     y = jax.lax.map(one, rearrange(q, 'b (c n) k e -> c b n k e', n=size))
     return rearrange(y, 'c b n k e -> b (c n) k e')[:, :tokens]
@@ -160,7 +161,7 @@ def _dense(q, k, v, bias, scale):
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(logits, axis=-1)
-    # With the heads in front of both factors: else the compiler turns the weights, and not v.
+    # Heads in front of both factors: otherwise the compiler transposes the larger weights, not v.
     y = jnp.einsum('bkns,bkse->bkne', weights.astype(v.dtype), rearrange(v, 'b s k e -> b k s e'))
     return rearrange(y, 'b k n e -> b n k e')
 
@@ -171,8 +172,8 @@ class MultiHead(nn.Module):
     Attributes:
       heads: number of heads K; the width of the inputs is K*E.
       eps: epsilon of the two head norms.
-      dtype: type of the multiplies.
-      exchange: how tokens that a mesh splits see each other (`route`).
+      dtype: type of the products.
+      exchange: how tokens that a mesh splits attend to each other (`route`).
     """
 
     heads: int
@@ -182,13 +183,13 @@ class MultiHead(nn.Module):
 
     @nn.compact
     def __call__(self, x, context=None, bias=None, real=None):
-        """Tokens look at a context, or at each other.
+        """Cross-attention to a context, or self-attention.
 
         Args:
           x: [B N D].
-          context: [B S D], the same on all devices; None = x.
+          context: [B S D], replicated over the devices; None = x.
           bias: [B K N S] or None.
-          real: places of the tokens of x that are no padding, if x is the context; None = all.
+          real: positions of the tokens of x that are no padding, for self-attention; None = all.
 
         Returns:
           [B N D].

@@ -82,7 +82,9 @@ class Upsample2d(nn.Module):
         """[B T H W in] -> [B T 2H 2W out]."""
         kernel = self.param('kernel', fan_in, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
-        return upsample_conv2d(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        return upsample_conv2d(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(
+            self.dtype
+        )
 
 
 def conv3d(x, kernel):

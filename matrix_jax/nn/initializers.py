@@ -1,8 +1,7 @@
-"""Fresh parameters by numpy: one draw per leaf and layer, nothing compiled.
+"""Initial parameters drawn by numpy, leaf by leaf.
 
-Initialising a network through the compiler costs minutes for what is some drawing of numbers; and a
-network that does not fit the memory can be drawn leaf by leaf. A leaf follows from the seed and its
-path alone, whatever is drawn before it.
+A compiled initialisation of a large network takes minutes and needs memory for all of it. Here a
+leaf depends on the seed and its path only, so leaves can be drawn one at a time, in any order.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import zlib
 from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from matrix_jax.weights import conversion
 
 InitRule = Callable[[np.random.Generator, tuple[int, ...]], np.ndarray]
 InitRules = Sequence[tuple[str, InitRule]]
@@ -29,19 +30,19 @@ def ones(random, shape):
 
 
 def normal(std: float) -> InitRule:
-    """Normal numbers around zero."""
+    """Normal numbers with mean 0."""
     return lambda random, shape: random.standard_normal(shape, np.float32) * np.float32(std)
 
 
 def uniform(scale: float = 1.0) -> InitRule:
-    """Uniform numbers of variance scale / fan-in, where a kernel's last axis is its output."""
+    """Uniform numbers of variance scale / fan-in; the last axis of a kernel is its output."""
     return lambda random, shape: _uniform(
         random, shape, math.sqrt(3 * scale / math.prod(shape[:-1]))
     )
 
 
 def xavier(scale: float = 1.0) -> InitRule:
-    """Uniform numbers of variance scale / (mean of fan-in and fan-out)."""
+    """Uniform numbers of variance scale / mean(fan-in, fan-out)."""
     return lambda random, shape: _uniform(random, shape, math.sqrt(6 * scale / sum(shape[-2:])))
 
 
@@ -56,14 +57,14 @@ DEFAULTS: InitRules = (('*bias', zeros), ('*scale', ones), ('*kernel', kernel))
 def draw(
     rules: InitRules, path: str, shape: Sequence[int], seed: Sequence[int], layer: int | None = None
 ):
-    """One leaf, float32, or one layer of a stacked one.
+    """Draws one leaf, or one layer of a stacked leaf, in float32.
 
     Args:
       rules: (pattern of paths, rule); the first that fits counts, `DEFAULTS` come last.
       path: '/'-joined path of the leaf.
-      shape: of the leaf, or of one layer of it.
-      seed: numbers that seed the whole tree.
-      layer: place in the stack.
+      shape: shape of the leaf, or of one layer of it.
+      seed: seed of the whole tree.
+      layer: index of the layer.
 
     Raises:
       ValueError: no rule fits the path.
@@ -72,7 +73,15 @@ def draw(
         if fnmatch.fnmatchcase(path, pattern):
             name = path if layer is None else f'{path}/{layer}'
             return rule(np.random.default_rng([*seed, zlib.crc32(name.encode())]), tuple(shape))
-    raise ValueError(f'{path}: no rule says how it starts')
+    raise ValueError(f'{path}: no rule for its initial values')
+
+
+def draw_tree(rules: InitRules, shapes, seed: int) -> dict:
+    """Draws all leaves of a tree of ShapeDtypeStructs, as numpy float32 arrays."""
+    flat = conversion.flatten(shapes)
+    return conversion.unflatten(
+        {path: draw(rules, path, leaf.shape, (seed,)) for path, leaf in flat.items()}
+    )
 
 
 def _uniform(random, shape, limit):

@@ -1,11 +1,11 @@
-"""Which frames look at which: blocks of one call, or a ring of cached frames.
+"""Which frames attend to which: blocks within one call, or a ring of cached frames.
 
-A cache has S slots, one per frame, and its size never changes. Frame f goes to slot f while there
-are slots; then it takes the place of the oldest frame that is no sink. So the frames of one block
-go to the same slots however often the block is computed, and nothing ever moves.
+A cache has S slots, one per frame, and a constant size. Frame f goes to slot f while slots are
+free, then it replaces the oldest frame that is not a sink. So a block has the same slots each time
+it is computed, and no frame is moved.
 
-Keys are kept unrotated and turned by their place relative to the window, whose last frame is always
-at S - 1. Attention depends on relative places alone, so that a stream has no last position.
+Keys are cached without rotation and rotated by their position relative to the window, whose last
+frame always is at S - 1. RoPE depends on relative positions only, so a stream has no last position.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from matrix_jax.nn.attention import attention, self_attention
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of S frames of N sites, [... B S N K E]; layers may be stacked in front."""
+    """Keys and values of S frames of N sites, [... B S N K E]; leading axes may stack layers."""
 
     k: Any
     v: Any
 
     def put(self, new: KVCache, slots) -> KVCache:
-        """With frames [... B T N K E] in their slots [T]."""
+        """The cache with frames [... B T N K E] written to the slots [T]."""
         return jax.tree.map(
             lambda old, now: old.at[..., slots, :, :, :].set(now.astype(old.dtype)), self, new
         )
@@ -39,13 +39,13 @@ class KVCache:
 
 @struct.dataclass
 class Blocks:
-    """All frames are in the call; those of a block see it whole, and what came before.
+    """Block-causal attention within one call: a frame sees its own block and earlier ones.
 
     Attributes:
       frames: latent frames T.
       block: frames of a block.
-      local: how far back a block sees, counted from its end; None = to the first frame.
-      sites: of a frame, without the padding of a mesh; None = all.
+      local: frames that a block sees, counted from its end; None = all up to there.
+      sites: tokens of a frame, without the padding for a mesh; None = all.
       exchange: what devices that share the sites exchange (`nn.attention.route`).
     """
 
@@ -75,23 +75,23 @@ class Blocks:
             for end in ends
         ]
 
-    def places(self):
+    def positions(self):
         """Positions of queries [T] and keys [T]."""
         return (np.arange(self.frames),) * 2
 
     def visible(self) -> np.ndarray:
-        """bool [T T]: does a frame see another?"""
+        """Mask bool [T T]: whether a frame (row) sees another."""
         seen = np.zeros((self.frames, self.frames), bool)
         for first, start, end in self.spans():
             seen[start:end, first:end] = True
         return seen
 
-    def recall(self, past, new: KVCache) -> KVCache:
-        """Keys and values that the queries look at: those of the call."""
+    def keys_and_values(self, past, new: KVCache) -> KVCache:
+        """Keys and values for the queries: those of the call."""
         return new
 
     def attend(self, q, k, v):
-        """[B T N K E] and keys [B T N K E] -> [B T N K E], over all sites."""
+        """Attention over all sites: queries, keys and values [B T N K E] -> [B T N K E]."""
         see = partial(attend_each_other, sites=self.sites, exchange=self.exchange)
         return jnp.concatenate(
             [
@@ -104,13 +104,13 @@ class Blocks:
 
 @struct.dataclass
 class Ring:
-    """A block of T frames looks at itself and at what S slots hold.
+    """Attention of a block of T frames to itself and to cached frames in S slots.
 
     Attributes:
       start: first frame of the block, int32 [].
       frames: latent frames T of the block.
       size: slots S.
-      sink: first frames of the stream, which are never replaced.
+      sink: number of first frames of the stream that are never replaced.
       sites, exchange: as for `Blocks`.
     """
 
@@ -130,51 +130,54 @@ class Ring:
 
     @property
     def end(self):
-        """The frame after the block."""
+        """Number of the frame after the block."""
         return self.start + self.frames
 
     @property
     def slots(self):
-        """int32 [T]: where the frames of the block go."""
+        """Slots of the frames of the block, int32 [T]."""
         frames = self.start + jnp.arange(self.frames)
         again = self.sink + (frames - self.sink) % (self.size - self.sink)
         return jnp.where(frames < self.size, frames, again)
 
-    def held(self):
-        """int32 [S]: the frame in each slot; what an empty slot says is not to be used."""
+    def slot_frames(self):
+        """Frame number in each slot, int32 [S]; not valid for slots that are not `visible`."""
         slots, last = jnp.arange(self.size), self.end - 1
         newest = last - (last - slots) % (self.size - self.sink)
         return jnp.where(slots < self.sink, slots, newest)
 
-    def places(self):
+    def positions(self):
         """Positions of queries [T] and keys [S], relative to the window."""
-        return (np.arange(self.size - self.frames, self.size), self.held() - (self.end - self.size))
+        return (
+            np.arange(self.size - self.frames, self.size),
+            self.slot_frames() - (self.end - self.size),
+        )
 
     def visible(self):
-        """bool [1 S]: which slots are filled."""
+        """Mask bool [1 S] of the filled slots."""
         return (jnp.arange(self.size) < self.end)[None]
 
-    def recall(self, past: KVCache, new: KVCache) -> KVCache:
-        """Keys and values that the queries look at: all slots, the block's frames in theirs."""
+    def keys_and_values(self, past: KVCache, new: KVCache) -> KVCache:
+        """Keys and values for the queries: the cache with the frames of the block."""
         return past.put(new, self.slots)
 
     def attend(self, q, k, v):
-        """[B T N K E] and keys [B S N K E] -> [B T N K E], over all sites."""
+        """Attention over all sites: queries [B T N K E], keys [B S N K E] -> [B T N K E]."""
         see = partial(attend_each_other, sites=self.sites, exchange=self.exchange)
 
-        def filling(q, k, v):
+        def see_filled(q, k, v):
             return see(q, k, v, self.visible())
 
-        # A stream spends its life with full caches, and there no bias bars the fast kernels.
-        return jax.lax.cond(self.end >= self.size, see, filling, q, k, v)
+        # A full cache needs no bias, so the faster kernels can be used.
+        return jax.lax.cond(self.end >= self.size, see, see_filled, q, k, v)
 
 
 def attend_per_site(q, k, v, visible):
-    """Each site looks at its own frames alone: they are few, and sites stay on their devices.
+    """Attention of each site to its own frames only; moves no data between devices.
 
     Args:
       q: [B T N K E].
-      k: [B S N K E], or [B S 1 K E] that all sites share.
+      k: [B S N K E], or [B S 1 K E] shared by all sites.
       v: like k.
       visible: bool, broadcastable to [T S].
 
@@ -191,21 +194,24 @@ def attend_per_site(q, k, v, visible):
 
 
 def attend_all(q, k, v):
-    """Queries [B T N K E] see all keys [B 1 L K E], which every device has whole."""
+    """Attention of queries [B T N K E] to keys and values [B 1 L K E] that are on all devices."""
     sites = q.shape[2]
-    # Sites come first, so that the queries split over devices as sites do.
+    # Sites first, so that the queries are split over the devices like the sites.
     q = rearrange(q, 'b t n k e -> b (n t) k e')
     y = attention(q, *(rearrange(x, 'b s l k e -> b (s l) k e') for x in (k, v)))
     return rearrange(y, 'b (n t) k e -> b t n k e', n=sites)
 
 
 def attend_each_other(q, k, v, visible=None, sites=None, exchange='auto'):
-    """Queries [B T N K E] see all keys [B S N K E], or those of the slots [1 S] that are visible.
-
-    Devices hold the keys of their sites, as of queries.
+    """Attention of queries [B T N K E] to keys and values [B S N K E], over all sites.
 
     Args:
+      q, k, v: split over the devices by sites.
+      visible: mask bool [1 S] of the slots; None = all.
       sites, exchange: as for `Blocks`.
+
+    Returns:
+      [B T N K E].
     """
     frames, sites, bias = k.shape[1], sites or k.shape[2], None
     if visible is not None:

@@ -1,8 +1,8 @@
-"""Linear: the only kernel multiply of the networks, in floating point or in 8-bit integers.
+"""The linear layer of all networks, in floating point or 8-bit integers.
 
-Int8 is a kind of kernel, not a kind of layer: `quantize` replaces kernels of a parameter tree, and
-the same network then multiplies in integers. One scale per output channel, found once from the
-weights; one scale per token, found in every call. This is the rule of Matrix-Game 3.
+`Int8` is a type of kernel: `quantize` replaces kernels of a parameter tree, and the same network
+then multiplies in integers. Weights have one scale per output channel, activations one scale per
+token, computed in each call, as in Matrix-Game 3.0.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MAX = 127
 
 @struct.dataclass
 class Int8:
-    """A kernel in 8 bits, `values * scale`.
+    """An 8-bit kernel, equal to `values * scale`.
 
     Attributes:
-      values: int8 [... in out]. First, as flax compares the first leaf with the layer's shape.
+      values: int8 [... in out]; the first field, because flax checks the shape of the first leaf.
       scale: float32 [... out].
     """
 
@@ -34,20 +34,20 @@ class Int8:
     scale: jax.Array
 
     def kernel(self):
-        """What it stands for, float32 [... in out]."""
+        """The kernel in float32 [... in out]."""
         return self.values * self.scale[..., None, :]
 
 
 class Linear(nn.Module):
     """y = x @ kernel + bias, on the last axis.
 
-    Parameters are created in float32 and may be loaded in any float type: they are cast at use. A
-    kernel may also be `Int8`.
+    Parameters are created in float32, may be loaded in any float type and are cast when used. The
+    kernel may be an `Int8`.
 
     Attributes:
       features: output width.
       use_bias: whether a bias is added.
-      dtype: type of the multiply and of the output.
+      dtype: type of the product and of the output.
     """
 
     features: int
@@ -74,14 +74,17 @@ class Linear(nn.Module):
 
 
 def quantize(params: Mapping, layers: Sequence[str]) -> dict:
-    """Parameters with the kernels of some layers in 8 bits.
+    """Converts the kernels of some layers to 8 bits.
 
     Args:
-      params: tree of a network; its other leaves stay as they are.
-      layers: patterns of the paths of layers, such as '*/attention/*'.
+      params: parameter tree of a network.
+      layers: patterns of layer paths, such as '*/attention/*'.
+
+    Returns:
+      The tree with `Int8` kernels in these layers.
 
     Raises:
-      ValueError: a pattern fits no layer.
+      ValueError: a pattern matches no layer.
     """
     flat = conversion.flatten(params)
     for pattern in layers:
@@ -96,7 +99,7 @@ def quantize(params: Mapping, layers: Sequence[str]) -> dict:
 
 
 def to_int8(kernel) -> Int8:
-    """A kernel [... in out] in 8 bits: the largest weight of an output channel becomes 127."""
+    """Converts a kernel [... in out]; the largest weight of each output channel becomes 127."""
     kernel = jnp.asarray(kernel, jnp.float32)
     scale = jnp.maximum(jnp.abs(kernel).max(axis=-2) / MAX, 1e-12)
     values = jnp.clip(jnp.round(kernel / scale[..., None, :]), -MAX - 1, MAX)
@@ -107,13 +110,13 @@ def rows_to_int8(x):
     """Activations [... in] -> (int8 [... in], float32 scale of each token [... 1])."""
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis=-1, keepdims=True)
-    factor = MAX / jnp.where(largest > 0, largest, MAX)  # a token of zeros stays one
-    # PARITY: towards zero, not to the nearest.
+    factor = MAX / jnp.where(largest > 0, largest, MAX)  # avoids 0 / 0 for a token of zeros
+    # PARITY: rounds towards zero, not to the nearest.
     return jnp.trunc(x * factor).astype(jnp.int8), 1 / factor
 
 
 def multiply(x, kernel: Int8):
-    """Activations [... in] times a kernel -> float32 [... out]; sums of products are int32."""
+    """Activations [... in] times a kernel -> float32 [... out]; products are summed in int32."""
     values, scale = rows_to_int8(x)
     contract = (((values.ndim - 1,), (0,)), ((), ()))
     sums = jax.lax.dot_general(values, kernel.values, contract, preferred_element_type=jnp.int32)

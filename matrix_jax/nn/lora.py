@@ -1,14 +1,14 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): a tree of their own that is merged into the weights.
+"""Low-rank adapters (LoRA, arXiv 2106.09685), merged into the weights before use.
 
-    W' = W + alpha / r * B A          A [r in], B [out r], in torch's order
+    W' = W + alpha / r * B A          A [r in], B [out r]; equation 3 of the paper
 
-An adapter mirrors the tree of the network that it adapts, with three leaves beside each kernel that
-it changes: `a` [in r], `b` [r out] and `alpha`, stacked over layers as the kernel is. The network
-never sees it: it runs, trains and exports on `merge(params, adapter)`.
+An adapter is a parameter tree with three leaves for each adapted kernel: `a` [in r], `b` [r out]
+and `alpha`, stacked over layers like the kernel. Networks run, train and export with
+`merge(params, adapter)`.
 
-Files have peft's names as diffusers writes them, `pytorch_lora_weights.safetensors`:
-`transformer.transformer_blocks.0.attn1.to_q.lora_A.weight` and so on, found through the network's
-own weight table.
+Files are those of diffusers, `pytorch_lora_weights.safetensors`, with peft's names such as
+`transformer.transformer_blocks.0.attn1.to_q.lora_A.weight`. The weight table of the network maps
+the names to kernels.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from matrix_jax.nn import initializers
 from matrix_jax.weights import conversion, diffusers_layout
 
 FILE = 'pytorch_lora_weights.safetensors'
-PEFT = ('adapter_model.safetensors', 'adapter_config.json')  # of a folder that peft writes
-METADATA = 'lora_adapter_metadata'  # diffusers: the settings as JSON in the file's header
+PEFT = ('adapter_model.safetensors', 'adapter_config.json')  # files of a folder of peft
+METADATA = 'lora_adapter_metadata'  # header key of diffusers: the settings as JSON
 PREFIXES = ('base_model.model.', 'diffusion_model.')
-# The published targets: attention of the blocks of the base model, not of the control blocks.
+# Targets as published: attention of the transformer blocks, not of the control blocks.
 TARGETS = tuple(
     f'transformer_blocks.*.attn1.{name}' for name in ('to_q', 'to_k', 'to_v', 'to_out.0')
 )
@@ -42,7 +42,7 @@ KEY = re.compile(r'(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.\w+)?\.weight|(?P<
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """A linear layer by its torch name: the leaf of ours that holds it, and where in its stack."""
+    """A linear layer: the path of its parameters, its table row and its index in the stack."""
 
     path: str
     row: conversion.Row
@@ -50,7 +50,7 @@ class Module:
 
 
 def modules(table: conversion.Table) -> dict[str, Module]:
-    """Torch module name -> place, of every layer of a weight table that can be adapted."""
+    """Torch module name -> `Module` of all layers of a weight table that can be adapted."""
     found = {}
     for row in table:
         linear = isinstance(row, conversion.Row) and re.fullmatch(
@@ -72,14 +72,14 @@ def init(
     seed: int,
     targets: Sequence[str] = TARGETS,
 ) -> dict:
-    """A fresh adapter, float32 numpy: `a` random as in peft, `b` zero, so that it changes nothing.
+    """Initial adapter, float32 numpy: `a` random as in peft, `b` zero, so it changes nothing.
 
     Args:
       table: weight table of the network.
       shapes: its parameter tree, of arrays or ShapeDtypeStructs.
-      rank: r.
-      alpha: the update is scaled by alpha / r.
-      seed: one seed is one adapter.
+      rank: rank r.
+      alpha: numerator of the scale alpha / r.
+      seed: seed of the random numbers.
       targets: patterns of torch module names.
 
     Raises:
@@ -94,9 +94,9 @@ def init(
             raise ValueError(
                 f'rank: got {rank}, expected at most {min(inner, outer)}, the width of {name}'
             )
-        law = initializers.uniform(1 / 3)
+        rule = initializers.uniform(1 / 3)
         draws = [
-            initializers.draw((('*', law),), f'{module.path}/a', (inner, rank), (seed,), index)
+            initializers.draw((('*', rule),), f'{module.path}/a', (inner, rank), (seed,), index)
             for index in range(math.prod(stack))
         ]
         leaves[module.path] = {
@@ -110,7 +110,7 @@ def init(
 
 
 def merge(params: Mapping, adapter: Mapping, scale: float = 1.0) -> dict:
-    """Parameters with scale * alpha / r * B A added to each adapted kernel, in float32 at least."""
+    """Adds scale * alpha / r * B A to each adapted kernel, in at least float32."""
     flat = conversion.flatten(params)
     for path, parts in _leaves(adapter).items():
         factor = jnp.asarray(scale * parts['alpha'] / parts['a'].shape[-1])[..., None, None]
@@ -120,7 +120,7 @@ def merge(params: Mapping, adapter: Mapping, scale: float = 1.0) -> dict:
 
 
 def axes(kernels: Mapping) -> dict:
-    """Axis letters of an adapter of every kernel in a tree of letters (`conversion.axes`)."""
+    """Axis letters of an adapter of all kernels, from those of the network (`conversion.axes`)."""
     found = {}
     for path, letters in conversion.flatten(kernels).items():
         if path.endswith('/kernel'):
@@ -151,17 +151,17 @@ def read(
     shapes: Mapping,
     component: str = 'transformer',
 ) -> dict:
-    """An adapter from a file of diffusers or peft, or from the folder of one; numpy.
+    """Reads an adapter from a file of diffusers or peft, or from its folder, as numpy arrays.
 
-    Layers of a stack that the file leaves out are zero. Ranks may differ from layer to layer.
-    The scale is that of an `.alpha` tensor, of the settings in the file's header (diffusers) or
-    beside it (peft), and 1 without any, as diffusers has it.
+    Layers that are not in the file get zeros; ranks may differ between layers. Alpha comes from an
+    `.alpha` tensor, the settings in the file's header (diffusers) or the settings file (peft);
+    without any the scale is 1, as in diffusers.
 
     Args:
       path: file or folder.
       table: weight table of the network.
       shapes: its parameter tree, of arrays or ShapeDtypeStructs.
-      component: which network of a pipeline, as the names of the file begin.
+      component: network of a pipeline, the prefix of the names in the file.
 
     Raises:
       CheckpointError: no such file, or not a whole safetensors file.
@@ -182,8 +182,16 @@ def write(
     table: conversion.Table,
     component: str = 'transformer',
 ) -> Path:
-    """Writes an adapter as diffusers does, with its settings in the header; the file appears at
-    once. Layers that `read` found no tensors for are left out."""
+    """Writes an adapter in the format of diffusers, with its settings in the header.
+
+    Layers with alpha 0 are left out. The file is written completely and then renamed.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: every alpha is zero.
+    """
     from safetensors.numpy import save_file
 
     tensors, ranks, alphas = {}, {}, {}
@@ -224,13 +232,13 @@ def write(
 
 
 def _pattern(values: Mapping[str, float]):
-    """The commonest of the values by module, and those that differ from it, as peft has them."""
+    """(most common value, {pattern: value} of the modules that differ), as in peft's settings."""
     common = max(values.values(), key=list(values.values()).count)
     return common, {f'^{name}': value for name, value in values.items() if value != common}
 
 
 def _file(path: Path) -> Path:
-    """The file of an adapter that is given as a file or a folder."""
+    """The adapter file of a path, which may be its folder."""
     if not path.is_dir():
         return path
     found = [path / name for name in (FILE, PEFT[0]) if (path / name).is_file()]
@@ -240,11 +248,11 @@ def _file(path: Path) -> Path:
 
 
 def _settings(path: Path, metadata: Mapping[str, str], component: str) -> dict:
-    """The settings that come with a file, by peft's names; empty if there are none."""
+    """Settings of a file, with peft's names; empty if there are none."""
     try:
         if METADATA in metadata:
-            told = json.loads(metadata[METADATA])  # of a pipeline, or of one network
-            found = {key.removeprefix(f'{component}.'): value for key, value in told.items()}
+            stored = json.loads(metadata[METADATA])  # of a pipeline or of one network
+            found = {key.removeprefix(f'{component}.'): value for key, value in stored.items()}
         elif path.name == PEFT[0] and path.with_name(PEFT[1]).is_file():
             found = json.loads(path.with_name(PEFT[1]).read_text(encoding='utf-8'))
         else:
@@ -325,7 +333,7 @@ def _to_jax(tensors, settings, table, flat, component) -> dict:
 
 
 def _stacked(layers: Mapping[int, tuple], shape: Sequence[int]) -> dict:
-    """Leaves of a stack; smaller ranks are filled up with zeros, and so is alpha in proportion."""
+    """Leaves of a stack; smaller ranks are padded with zeros, and alpha is scaled to match."""
     *stack, inner, outer = shape
     rank = max(a.shape[1] for a, _, _ in layers.values())
     made = {

@@ -1,4 +1,4 @@
-"""Norms and their modulation by the noise level, in float32 throughout."""
+"""Adaptive layer norms (AdaLN) and the embedding of noise levels, in float32."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def modulate(x, shift, scale):
 
 
 class TimeEmbedding(nn.Module):
-    """Noise level -> embedding: two linear layers on the code of the level.
+    """Embedding of noise levels: two linear layers on their sinusoidal code.
 
     Attributes:
       code_width: width of the sinusoidal code.
       features: width P of the embedding.
-      guidance: width A of a guidance code that is projected and added, or None.
-      dtype: type that the code is rounded to, and of the multiplies.
+      guidance: width of a guidance code that is projected and added to the code, or None.
+      dtype: type of the code and of the products.
     """
 
     code_width: int
@@ -53,10 +53,10 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(self, level, guidance=None):
-        """Levels [B T], guidance codes [B T A] or None -> [B T P] float32."""
+        """Levels [B T], guidance codes [B T width] or None -> [B T P] float32."""
         code = timestep_code(level, self.code_width).astype(self.dtype)
         if self.guidance is not None:
-            if guidance is None:  # the layer stays, so that its weights load; it adds zero
+            if guidance is None:  # keeps the parameters of the layer; adds zero
                 guidance = jnp.zeros((1, 1, self.guidance))
             code = code + Linear(
                 self.code_width, use_bias=False, dtype=self.dtype, name='guidance'
@@ -66,7 +66,7 @@ class TimeEmbedding(nn.Module):
 
 
 class PairedAdaLN(nn.Module):
-    """One LayerNorm for video and side tokens, each with its own shift, scale and gate.
+    """Expert AdaLN: one LayerNorm, with own shift, scale and gate for video and side tokens.
 
     Attributes:
       eps: epsilon of the norm.
@@ -76,12 +76,12 @@ class PairedAdaLN(nn.Module):
 
     @nn.compact
     def __call__(self, video, side, time):
-        """Normalised tokens and the gates of their residuals.
+        """Normalises and modulates both kinds of tokens.
 
         Args:
           video: [B T N/T D].
           side: text or control tokens [B L D].
-          time: embedded level of each frame [B T P]; T = 1 is one level for all frames.
+          time: embedded levels [B T P]; T = 1 for one level for all frames.
 
         Returns:
           video [B T N/T D], side [B L D], gate [B T 1 D], side gate [B 1 D]; all float32.
@@ -89,7 +89,7 @@ class PairedAdaLN(nn.Module):
         width = video.shape[-1]
         parts = Linear(6 * width, name='linear')(jax.nn.silu(time))
         shift, scale, gate = rearrange(parts[..., : 3 * width], 'b t (c d) -> c b t 1 d', c=3)
-        # PARITY: tokens without a frame follow the last frame, which is the noisiest one.
+        # PARITY: tokens without a frame take the level of the last frame, the noisiest one.
         side_shift, side_scale, side_gate = rearrange(
             parts[:, -1, 3 * width :], 'b (c d) -> c b 1 d', c=3
         )

@@ -1,7 +1,9 @@
-"""Sin-cos codes and rotations from explicit positions.
+"""Sinusoidal codes and rotary embeddings (RoPE, arXiv 2104.09864) of explicit positions.
 
-Tables over a grid are numpy, made at trace time in float64; codes of traced values are float32, and
-rotations of traced positions are exact to float32 for any int32 position.
+RoPE rotates the pair p of a head by the angle position * theta_p, theta_p = period^(-p/P)
+(equations 14 and 15). Tables of constant positions are numpy, computed at trace time in float64.
+Codes of traced values are float32, and rotations of traced positions are exact to float32 for any
+int32 position.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ PERIOD = 10000.0
 
 
 def sincos(positions, width: int) -> np.ndarray:
-    """Positions [N] -> codes [N width]: all sines, then all cosines, in float64."""
+    """Positions [N] -> codes [N width], float64: all sines, then all cosines."""
     frequencies = PERIOD ** (-np.arange(width // 2, dtype=np.float64) / (width / 2))
     angles = np.asarray(positions, np.float64)[:, None] * frequencies
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
@@ -25,10 +27,10 @@ def sincos(positions, width: int) -> np.ndarray:
 def sincos_3d(frames, rows, columns, width: int) -> np.ndarray:
     """Codes of a grid: positions [T], [H], [W] -> [T H*W width], float64.
 
-    A quarter of the width is for the frame, then three eighths each for column and row.
+    The first quarter of the width codes the frame, then three eighths each the column and the row.
 
     Raises:
-      ValueError: the width does not split into these even parts.
+      ValueError: the width is no multiple of 16.
     """
     if width % 16:
         raise ValueError(
@@ -45,7 +47,7 @@ def sincos_3d(frames, rows, columns, width: int) -> np.ndarray:
 
 
 def scaled_positions(count: int, scale: float) -> np.ndarray:
-    """0 .. count-1 divided by an interpolation scale, in float32 as the released tables are."""
+    """0 .. count-1 divided by an interpolation scale, in float32 like the released tables."""
     return np.arange(count, dtype=np.float32) / np.float32(scale)
 
 
@@ -70,16 +72,16 @@ def guidance_code(scale, width: int):
     return jnp.pad(code, [(0, 0)] * (code.ndim - 1) + [(0, width % 2)])
 
 
-def rates(pairs: int, period: float = PERIOD) -> np.ndarray:
-    """Angles per position [P] of P rotated pairs, float64."""
+def frequencies(pairs: int, period: float = PERIOD) -> np.ndarray:
+    """Angles theta_p per position of P pairs, float64 [P]."""
     return period ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
-def turns(positions, speeds: np.ndarray):
+def rotations(positions, speeds: np.ndarray):
     """Cosines and sines [N P] float32 of integer positions [N] times angles per position [P].
 
-    Angles of traced positions add up from tables of their digits, so that none is ever large: a
-    product in float32 would lose the phase after some thousands of positions.
+    For traced positions, the rotations of their base-256 digits are composed. The float32 product
+    of a large position and an angle would lose the phase after some thousands of positions.
     """
     if isinstance(positions, np.ndarray):
         angles = positions[:, None] * speeds
@@ -94,10 +96,13 @@ def turns(positions, speeds: np.ndarray):
     return cos, sin * jnp.sign(positions)[..., None]
 
 
-def turns_3d(frames, rows: int, columns: int, width: int):
-    """Cosines and sines [T H*W width/2] of a grid: a third of the pairs each for row and column.
+def rotations_3d(frames, rows: int, columns: int, width: int):
+    """Cosines and sines [T H*W width/2] of a grid; a third of the pairs each for row and column.
 
-    Frames [T] are integer positions; rows and columns count from 0.
+    Args:
+      frames: integer positions [T].
+      rows, columns: sizes of the grid, positions from 0.
+      width: head width E.
     """
     third = width // 6
     grid = (len(frames), rows, columns)
@@ -108,7 +113,7 @@ def turns_3d(frames, rows: int, columns: int, width: int):
         strict=True,
     )
     axes = [
-        [rearrange(part, layout) for part in turns(positions, rates(pairs))]
+        [rearrange(part, layout) for part in rotations(positions, frequencies(pairs))]
         for positions, pairs, layout in parts
     ]
     return tuple(
@@ -120,9 +125,9 @@ def turns_3d(frames, rows: int, columns: int, width: int):
     )
 
 
-def rotate(x, turn):
-    """Heads [... K E] with neighbours of the first 2P elements turned by (cos, sin) [... P]."""
-    cos, sin = (part[..., None, :] for part in turn)
+def rotate(x, rotation):
+    """Rotates neighbouring pairs of the first 2P elements of heads [... K E] by [... P]."""
+    cos, sin = (part[..., None, :] for part in rotation)
     size = 2 * cos.shape[-1]
     a, b = rearrange(x[..., :size].astype(jnp.float32), '... (p c) -> c ... p', c=2)
     turned = rearrange([a * cos - b * sin, b * cos + a * sin], 'c ... p -> ... (p c)')
@@ -130,14 +135,14 @@ def rotate(x, turn):
 
 
 def level_code(level, width: int):
-    """Noise levels [...] (0 .. 1000, any fraction) -> [... width] float32, cosines first.
+    """Noise levels [...] (0 .. 1000, also fractions) -> [... width] float32, cosines first.
 
-    What `timestep_code` gives in float64: whole levels by table, fractions are small.
+    `timestep_code` with the accuracy of float64: whole levels come from tables.
     """
-    speeds = rates(width // 2)
+    speeds = frequencies(width // 2)
     level = jnp.asarray(level, jnp.float32)
     whole = jnp.floor(level)
-    cos, sin = turns(whole.astype(jnp.int32), speeds)
+    cos, sin = rotations(whole.astype(jnp.int32), speeds)
     rest = (level - whole)[..., None] * speeds.astype(np.float32)
     return jnp.concatenate(
         [cos * jnp.cos(rest) - sin * jnp.sin(rest), sin * jnp.cos(rest) + cos * jnp.sin(rest)],
@@ -146,5 +151,5 @@ def level_code(level, width: int):
 
 
 def _exp(exponents):
-    """exp of float32 to the last bit; numpy's own is a few bits off, and angles magnify them."""
+    """Exactly rounded exp of float32; numpy's is a few bits off, which the angles magnify."""
     return np.exp(exponents.astype(np.float64)).astype(np.float32)

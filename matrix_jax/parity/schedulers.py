@@ -59,12 +59,12 @@ class SolverReplay:
         levels = self.inputs[f'lcm_{steps}_{original}_{phases}_t']
         x, v, noise = (self.video(name)[:1] for name in ('x', 'model_output', 'noise'))
         plan = solvers.lcm(self.cfg, levels[None], self.lcm_table(steps, original), int(phases))
-        row = solvers.Plan(*(column[0] for column in plan))
+        row = solvers.SolverTable(*(column[0] for column in plan))
         if what == 'denoised':
             skip, out = (
                 self.lcm_coefficient(steps, original, phases, name) for name in ('cskip', 'cout')
             )
-            row = row._replace(keep=np.float32(skip), clean=np.float32(out), fresh=0 * row.fresh)
+            row = row._replace(keep=np.float32(skip), clean=np.float32(out), noise=0 * row.noise)
         return to_btchw(solvers.step(row, solvers.init(x), x, v, noise)[1])
 
     def noised(self, family, what):

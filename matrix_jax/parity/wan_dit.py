@@ -11,7 +11,7 @@ from einops import rearrange
 
 from matrix_jax.dit import wan, wan_actions
 from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring
-from matrix_jax.nn.rope import rates, rotate, turns, turns_3d
+from matrix_jax.nn.rope import frequencies, rotate, rotations, rotations_3d
 from matrix_jax.parity.record import Record, fast_jit, from_bcthw, to_bcthw
 from matrix_jax.weights import conversion
 
@@ -176,7 +176,7 @@ def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: i
     past = jax.tree.map(lambda leaf: leaf[layer - start], caches.runs[name])
     ring, action_ring = (Ring(caches.start, count, cfg.local, sink) for sink in (cfg.sink, 0))
     kept, frames = _in_order(ring, past.video)
-    k = rotate(kept.k, turns_3d(frames, *grid, cfg.head_dim))
+    k = rotate(kept.k, rotations_3d(frames, *grid, cfg.head_dim))
     made = {'cache_k': k, 'cache_v': kept.v}
     made = {
         kind: rearrange(_padded(leaf, cfg.local), 'b s n k e -> b (s n) k e')
@@ -195,8 +195,8 @@ def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: i
 def _action_cache(cfg: wan_actions.ActionConfig, ring: Ring, cache: KVCache) -> dict:
     """Keys and values of an action cache in the layout of the reference, [B*N S K E]."""
     kept, frames = _in_order(ring, cache)
-    turn = turns(frames, rates(cfg.axes[0] // 2, cfg.period))
-    k = rotate(kept.k, tuple(part[:, None] for part in turn))
+    rotation = rotations(frames, frequencies(cfg.axes[0] // 2, cfg.period))
+    k = rotate(kept.k, tuple(part[:, None] for part in rotation))
     return {
         name: rearrange(_padded(leaf, ring.size), 'b s n k e -> (b n) s k e')
         for name, leaf in (('k', k), ('v', kept.v))
@@ -205,7 +205,7 @@ def _action_cache(cfg: wan_actions.ActionConfig, ring: Ring, cache: KVCache) -> 
 
 def _in_order(ring: Ring, cache: KVCache):
     """(filled slots, their frame numbers), oldest frame first."""
-    frames = np.asarray(ring.held())[: int(ring.end)]
+    frames = np.asarray(ring.slot_frames())[: int(ring.end)]
     order = np.argsort(frames)
     return jax.tree.map(lambda leaf: np.asarray(leaf)[:, order], cache), frames[order]
 

@@ -1,8 +1,8 @@
-"""Video autoencoders. One module for each kind, all with the same functions."""
+"""Video autoencoders: one module per kind, with the same functions."""
 
 from matrix_jax.vae import cogvideox, wan
 
 
 def network(cfg):
-    """The module whose `Config` this is."""
+    """The module of a config."""
     return {cogvideox.Config: cogvideox, wan.Config: wan}[type(cfg)]

@@ -1,4 +1,4 @@
-"""Long clips in chunks of a few frames, so that neither memory nor compile time grows with them."""
+"""Long clips in chunks of frames, with constant memory and compile time."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-UNROLLED = 4  # chunks of a clip that are not worth a loop
+UNROLLED = 4  # most chunks that are unrolled
 
 
 def check_latents(latents, channels: int) -> None:
-    """ValueError if what is to be decoded is not [B T h w C] of that many channels, T > 0."""
+    """Checks latents for decoding.
+
+    Raises:
+      ValueError: they are not [B T h w channels] with T > 0.
+    """
     if latents.ndim != 5 or latents.shape[-1] != channels or not latents.shape[1]:
         raise ValueError(
             f'vae.decode: got latents {latents.shape}, expected [B T h w {channels}] with T > 0'
@@ -18,10 +22,19 @@ def check_latents(latents, channels: int) -> None:
 
 
 def chunked(run, cache, x, size: int):
-    """Feeds x [B F ...] through `run(cache, chunk) -> (cache, y)`: remainder first, then by `size`.
+    """Runs x [B F ...] in chunks of `size` frames, the first of which also has the remainder.
 
-    The chunks behind the first are one scan, so that a long clip compiles like a short one; a few
-    are unrolled, because XLA's CPU convolutions are many times slower inside a loop.
+    The chunks after the first are one scan. A few chunks are unrolled, because the convolutions of
+    XLA are many times slower inside a loop on the CPU.
+
+    Args:
+      run: `run(cache, chunk) -> (cache, y)`.
+      cache: cache for the first chunk.
+      x: [B F H W C].
+      size: frames of a chunk.
+
+    Returns:
+      (cache, y [B F' H' W' C']).
     """
     count = max(x.shape[1] // size, 1)
     first = x.shape[1] - size * (count - 1)

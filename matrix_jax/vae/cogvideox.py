@@ -261,12 +261,7 @@ INIT_RULES = (
 
 def init(cfg: Config, seed: int) -> dict:
     """Initial float32 numpy parameters {'encoder', 'decoder'}."""
-    return conversion.unflatten(
-        {
-            path: initializers.draw(INIT_RULES, path, leaf.shape, (seed,))
-            for path, leaf in conversion.flatten(shapes(cfg)).items()
-        }
-    )
+    return initializers.draw_tree(INIT_RULES, shapes(cfg), seed)
 
 
 def shapes(cfg: Config) -> dict:

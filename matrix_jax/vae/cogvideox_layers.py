@@ -1,12 +1,10 @@
-"""Networks of the CogVideoX autoencoder: one chunk of a clip, with the frames before it as a cache.
+"""Networks of the CogVideoX autoencoder, which code one chunk of a clip and carry a cache.
 
-`cfg` is `matrix_jax.vae.cogvideox.Config`. A cache has the two last inputs of every convolution, in
-the tree of the modules; it is None at the start of a clip.
+The cache has the tree structure of the modules, with the last two inputs of each convolution. It is
+None at the start of a clip.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -15,13 +13,14 @@ from jax import lax
 
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
 from matrix_jax.parallel import spatial
+from matrix_jax.vae.cogvideox_config import Config
 from matrix_jax.weights.conversion import Row
 
 
 class Encoder(nn.Module):
     """One chunk of frames -> moments of its latent frames."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, x, cache=None):
@@ -45,7 +44,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """One chunk of latent frames -> its frames."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, z, cache=None):
@@ -60,7 +59,7 @@ class Decoder(nn.Module):
                 x, z, old.get(name)
             )
             if level < len(widths) - 1:
-                # The convolution is per frame, so doubling time behind it gives the same for less.
+                # The convolution is per frame, so doubling time after it is equal and cheaper.
                 x = Upsample2d(width, dtype=cfg.dtype, name=f'upsample_{level}')(x)
                 x = double_time(cfg, x) if cfg.halves_time(level) else x
         x = nn.silu(SpatialNorm(cfg, name='norm_out')(x, z))
@@ -72,7 +71,7 @@ class Decoder(nn.Module):
 class Level(nn.Module):
     """Residual blocks of one frame size."""
 
-    cfg: Any
+    cfg: Config
     features: int
     layers: int
 
@@ -89,9 +88,9 @@ class Level(nn.Module):
 
 
 class Resnet(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))); the norms look at the latents if there are any."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with spatial norms in the decoder."""
 
-    cfg: Any
+    cfg: Config
     features: int
 
     @nn.compact
@@ -114,7 +113,7 @@ class Resnet(nn.Module):
 class GroupNorm(nn.Module):
     """Group norm over time, height and width of the chunk; statistics in float32."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, x):
@@ -125,7 +124,7 @@ class GroupNorm(nn.Module):
         wide = x.astype(jnp.float32)
 
         def group_mean(y):
-            # Whole rows first, groups after: the reduction keeps the channels of a row together.
+            # Means of channels first, then of groups, so the reduction runs along rows.
             means = rearrange(spatial.local_mean(y), 'b (g c) -> b g c', g=self.cfg.norm_groups)
             means = repeat(means.mean(2), 'b g -> b (g c)', c=means.shape[2])
             return rearrange(means, 'b c -> b 1 1 1 c')
@@ -137,20 +136,20 @@ class GroupNorm(nn.Module):
 
 
 class SpatialNorm(nn.Module):
-    """Group norm with a scale and a shift that are read off the latents."""
+    """Group norm with a scale and a shift computed from the latents."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, x, z):
         """[B T H W D], latents [B t h w C] -> [B T H W D]."""
-        # A 1x1x1 convolution commutes with nearest neighbours: it runs on the small frames.
+        # A 1x1x1 convolution commutes with nearest neighbours, so it runs on the small frames.
         y, _ = conv(self.cfg, x.shape[-1], 'conv_y', kernel=(1, 1, 1))(z)
         b, _ = conv(self.cfg, x.shape[-1], 'conv_b', kernel=(1, 1, 1))(z)
         return GroupNorm(self.cfg, name='norm')(x) * nearest(y, x.shape) + nearest(b, x.shape)
 
 
-def conv(cfg: Any, features: int, name: str, **fields) -> CausalConv3d:
+def conv(cfg: Config, features: int, name: str, **fields) -> CausalConv3d:
     """A causal convolution of this network, 3x3x3 by default."""
     return CausalConv3d(features, dtype=cfg.dtype, name=name, **fields)
 
@@ -158,36 +157,36 @@ def conv(cfg: Any, features: int, name: str, **fields) -> CausalConv3d:
 def nearest(z, shape):
     """Nearest neighbours: z [B t h w C] at the time, height and width of `shape` [B T H W D].
 
-    T, H, W are multiples of t, h, w; an odd T > 1 is one frame for the first of z, and the rest.
+    T, H, W are multiples of t, h, w; for odd T > 1 the first frame of z gives one frame.
     """
     if shape[1] % 2 and shape[1] > 1:
         rest = (shape[0], shape[1] - 1, *shape[2:])
         return jnp.concatenate(
             [nearest(z[:, :1], (shape[0], 1, *shape[2:])), nearest(z[:, 1:], rest)], axis=1
         )
-    for axis in (1, 2, 3):  # one by one: the gradient of a joint repetition is half as fast
+    for axis in (1, 2, 3):  # one by one: the gradient of a joint repetition takes twice the time
         z = jnp.repeat(z, shape[axis] // z.shape[axis], axis=axis)
     return z
 
 
 def halve_time(x):
-    """Averages pairs of frames [B T ...]; the first frame of an odd number stays alone."""
+    """Averages pairs of frames [B T ...]; the first of an odd number is kept."""
     odd = x.shape[1] % 2
     pairs = x[:, odd:]
     return jnp.concatenate([x[:, :odd], (pairs[:, ::2] + pairs[:, 1::2]) / 2], axis=1)
 
 
-def double_time(cfg: Any, x):
-    """Repeats frames [B T ...]; the first frame of an odd number stays alone."""
-    # PARITY: one latent frame is an image to stages 1 and 2, four frames to stages 3 and 4.
+def double_time(cfg: Config, x):
+    """Repeats frames [B T ...]; the first of an odd number is kept."""
+    # PARITY: a single latent frame is one frame in stages 1 and 2, four in stages 3 and 4.
     if x.shape[1] == 1:
         return x if cfg.single_latent_frames == 1 else jnp.repeat(x, 2, axis=1)
     odd = x.shape[1] % 2
     return jnp.concatenate([x[:, :odd], jnp.repeat(x[:, odd:], 2, axis=1)], axis=1)
 
 
-def weights(cfg: Any) -> tuple[Row, ...]:
-    """Torch names of `AutoencoderKLCogVideoX`."""
+def weights(cfg: Config) -> tuple[Row, ...]:
+    """Weight table: `AutoencoderKLCogVideoX` <-> parameter tree."""
 
     def conv_rows(torch, path, kernel='o i t h w -> t h w i o'):
         return [
@@ -209,15 +208,15 @@ def weights(cfg: Any) -> tuple[Row, ...]:
         ]
 
     def level_rows(torch, path, layers, changes):
-        spatial = []
+        rows = []
         for layer in range(layers):
             ours, theirs = f'{path}/resnet_{layer}', f'{torch}.resnets.{layer}'
             for part in '12':
-                spatial += norm_rows(f'{theirs}.norm{part}', f'{ours}/norm{part}')
-                spatial += conv_rows(f'{theirs}.conv{part}.conv', f'{ours}/conv{part}')
+                rows += norm_rows(f'{theirs}.norm{part}', f'{ours}/norm{part}')
+                rows += conv_rows(f'{theirs}.conv{part}.conv', f'{ours}/conv{part}')
             if changes and not layer:
-                spatial += conv_rows(f'{theirs}.conv_shortcut', f'{ours}/shortcut')
-        return spatial
+                rows += conv_rows(f'{theirs}.conv_shortcut', f'{ours}/shortcut')
+        return rows
 
     made, widths = [], cfg.block_out_channels
     for net, block, sampler, levels, layers in (

@@ -1,7 +1,7 @@
-"""What tells a video model its first frame: the picture, latents of it and a mask.
+"""Image condition of a video model: the latents of the first frame, and a mask.
 
-picture -> pixels            cropped to the shape of the video, resized, in [-1, 1]
-pixels -> mask + latents     of a clip that shows the picture once and is grey ever after
+image -> pixels              cropped to the aspect ratio of the video, resized, in [-1, 1]
+pixels -> mask + latents     of a clip of the image and grey frames
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from matrix_jax.vae import wan
 
 
 def fit(picture, height: int, width: int) -> np.ndarray:
-    """A picture uint8 [H W 3] -> uint8 [height width 3]: its middle, bilinear.
+    """Crops the middle of an image uint8 [H W 3] and resizes it: uint8 [height width 3].
 
     Raises:
-      ValueError: it is no picture, or has no pixels.
+      ValueError: not an image, or without pixels.
     """
     from PIL import Image
 
@@ -29,9 +29,9 @@ def fit(picture, height: int, width: int) -> np.ndarray:
 
 
 def crop(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Top, left, bottom, right of the middle of a picture that has the shape height : width.
+    """(top, left, bottom, right) of the middle part with the aspect ratio height : width.
 
-    PARITY: the borders are rounded one by one, halves to even.
+    PARITY: the borders are rounded separately, halves to even.
     """
     tall, wide = rows, columns
     if rows / columns > height / width:
@@ -44,21 +44,24 @@ def crop(rows: int, columns: int, height: int, width: int) -> tuple[int, int, in
 
 
 def pixels(picture):
-    """uint8 [... 3] -> float32 in [-1, 1], as the networks take it."""
+    """uint8 [... 3] -> float32 in [-1, 1]."""
     return (jnp.asarray(picture, jnp.float32) / 255 - 0.5) / 0.5
 
 
 def condition(cfg: wan.Config, params, image, frames: int):
-    """What goes next to the noise of a clip: [B T h w 4+C], a mask and scaled latents.
+    """Condition channels of a clip: a mask and the scaled latents of the image and grey frames.
 
-    The latents are those of the image and a grey clip behind it. They are all alike once the
-    network has forgotten the image, so a long clip costs no more than a short one.
+    Beyond the receptive field of the image all latent frames are equal, so only the first ones are
+    encoded.
 
     Args:
-      cfg: the autoencoder.
-      params: its weights.
+      cfg: config of the autoencoder.
+      params: its parameters.
       image: [B H W 3] in [-1, 1].
       frames: latent frames T.
+
+    Returns:
+      [B T h w 4+C].
     """
     time, coded = cfg.temporal_compression, min(frames, cfg.settled + 1)
     clip = jnp.pad(image[:, None], ((0, 0), (0, (coded - 1) * time), (0, 0), (0, 0), (0, 0)))

@@ -1,4 +1,4 @@
-"""Large frames in overlapping tiles whose seams are blended, and long clips in windows."""
+"""Large frames in overlapping, blended tiles, and long clips in overlapping windows."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Tiles:
-    """Tile sizes, and the share of a tile that overlaps its neighbour.
+    """Sizes and overlap of tiles.
 
     Attributes:
       sample: height, width of a tile in pixels.
       latent: height, width of a tile in latent pixels.
-      overlap: share of the height, of the width.
+      overlap: overlap of neighbours, as a share of the height and of the width.
     """
 
     sample: tuple[int, int]
@@ -23,29 +23,27 @@ class Tiles:
 
     @classmethod
     def of(cls, cfg) -> Tiles:
-        """Half of the native frame of an autoencoder config, as the reference has it."""
+        """Tiles of half the native frame of an autoencoder, as in the reference."""
         sample = (cfg.sample_height // 2, cfg.sample_width // 2)
         return cls(sample, tuple(size // cfg.spatial_compression for size in sample))
 
 
 def covers(tile, x) -> bool:
-    """Whether one tile (height, width) holds the frames x [B T H W C]."""
+    """Whether frames x [B T H W C] fit in one tile (height, width)."""
     return x.shape[2] <= tile[0] and x.shape[3] <= tile[1]
 
 
 def tiled(run, x, source, target, overlap):
-    """Maps x [B T H W C] tile by tile through `run`, [B T h w C] -> [B T' h' w' C'], and blends.
-
-    Every tile is an own call of `run`, over the full time.
+    """Runs x [B T H W C] tile by tile, each over the full time, and blends the outputs.
 
     Args:
-      run: function of one tile; tiles at the right and bottom are smaller.
+      run: [B T h w C] -> [B T' h' w' C']; tiles at the right and bottom are smaller.
       x: input frames.
       source: height, width of an input tile.
       target: height, width of the output of a full tile.
-      overlap: share of the height, of the width that neighbours have in common.
+      overlap: overlap of neighbours, as a share of the height and of the width.
     """
-    # Rounded down as the reference does it: sizes and strides must come out the same.
+    # Rounded down as in the reference, for equal sizes and strides.
     strides = [int(size * (1 - share)) for size, share in zip(source, overlap, strict=True)]
     blends = [int(size * share) for size, share in zip(target, overlap, strict=True)]
     limits = [size - blend for size, blend in zip(target, blends, strict=True)]
@@ -54,7 +52,7 @@ def tiled(run, x, source, target, overlap):
         row = []
         for index, left in enumerate(range(0, x.shape[3], strides[1])):
             tile = run(x[:, :, top : top + source[0], left : left + source[1]])
-            # PARITY: the neighbours are blended themselves already, corners hence more than once.
+            # PARITY: neighbours are already blended, so corners are blended more than once.
             if above is not None:
                 tile = blend(above[index], tile, blends[0], axis=2)
             if row:
@@ -66,7 +64,7 @@ def tiled(run, x, source, target, overlap):
 
 
 def blend(before, after, extent: int, axis: int):
-    """`after`, its first `extent` rows (axis 2) or columns (3) faded in from `before`."""
+    """`after`, with its first `extent` rows (axis 2) or columns (3) faded in from `before`."""
     extent = min(before.shape[axis], after.shape[axis], extent)
     if not extent:
         return after
@@ -77,10 +75,9 @@ def blend(before, after, extent: int, axis: int):
 
 
 def windowed(run, latents, window: int, overlap: int, drop: int):
-    """Decodes a long video in windows [B T h w C] that share `overlap` latent frames.
+    """Runs latents [B T h w C] in windows that share `overlap` latent frames.
 
-    Each window is an own call of `run`; the first `drop` frames of all but the first are left out,
-    as the window before has made them.
+    The first `drop` frames of all windows but the first are dropped.
     """
     total, start, parts = latents.shape[1], 0, []
     while start + window <= total:

@@ -29,7 +29,6 @@ from matrix_jax.vae.wan_config import PRESETS as PRESETS
 from matrix_jax.vae.wan_config import Config as Config
 from matrix_jax.vae.wan_layers import Decoder, Encoder
 from matrix_jax.vae.wan_layers import weights as weights
-from matrix_jax.weights import conversion
 
 
 def encode(cfg: Config, params, frames):
@@ -181,12 +180,7 @@ INIT_RULES = ()  # the defaults of `nn.initializers`
 
 def init(cfg: Config, seed: int) -> dict:
     """Initial float32 numpy parameters {'encoder', 'decoder'}."""
-    return conversion.unflatten(
-        {
-            path: initializers.draw(INIT_RULES, path, leaf.shape, (seed,))
-            for path, leaf in conversion.flatten(shapes(cfg)).items()
-        }
-    )
+    return initializers.draw_tree(INIT_RULES, shapes(cfg), seed)
 
 
 def shapes(cfg: Config) -> dict:

@@ -1,8 +1,8 @@
-"""Networks of the Wan autoencoders: a chunk of a clip, with what came before it as a cache.
+"""Networks of the Wan autoencoders, which code one chunk of a clip and carry a cache.
 
-`cfg` is `matrix_jax.vae.wan.Config`. A cache has, in the tree of the modules, the last inputs of
-every layer that looks back; it is None for the first frame, which is a chunk of its own. No layer
-sees more than the frames that it convolves, so the other chunks may have any length.
+The cache has the tree structure of the modules, with the last inputs of each layer that reads past
+frames. It is None for the first frame, which is a chunk of its own; later chunks may have any
+length.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ from matrix_jax.nn.attention import attention
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
 from matrix_jax.nn.linear import Linear
 from matrix_jax.parallel import spatial
+from matrix_jax.vae.wan_config import Config
 from matrix_jax.weights.conversion import Row
 
 
 class Encoder(nn.Module):
     """A chunk of frames -> moments of its latent frames."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, x, cache=None):
-        """The first frame [B 1 H W in], or [B 4T H W in] behind it -> cache, [B T h w 2C]."""
+        """The first frame [B 1 H W in] or later ones [B 4T H W in] -> (cache, [B T h w 2C])."""
         cfg, old, new = self.cfg, cache or {}, {}
         x, new['conv_in'] = conv(cfg, cfg.encoder_widths[0], 'conv_in')(x, old.get('conv_in'))
         for level in range(cfg.levels):
@@ -43,12 +44,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """A chunk of latent frames -> its frames."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, z, cache=None):
-        """The first latent frame [B 1 h w C] -> cache, [B 1 H W out]; [B T h w C] behind it ->
-        cache, [B 4T H W out]."""
+        """Decodes the first latent frame, or later ones.
+
+        [B 1 h w C] -> (cache, [B 1 H W out]), or [B T h w C] -> (cache, [B 4T H W out]).
+        """
         cfg, old, new = self.cfg, cache or {}, {}
         x = Linear(cfg.latent_channels, dtype=cfg.dtype, name='latents')(z)
         x, new['conv_in'] = conv(cfg, cfg.decoder_widths[0], 'conv_in')(x, old.get('conv_in'))
@@ -63,9 +66,9 @@ class Decoder(nn.Module):
 
 
 class Down(nn.Module):
-    """One frame size of the encoder; all but the last end in halves."""
+    """One frame size of the encoder; all but the last halve the frame."""
 
-    cfg: Any
+    cfg: Config
     level: int
 
     @nn.compact
@@ -86,9 +89,9 @@ class Down(nn.Module):
 
 
 class Up(nn.Module):
-    """One frame size of the decoder; all but the last end in doubles."""
+    """One frame size of the decoder; all but the last double the frame."""
 
-    cfg: Any
+    cfg: Config
     level: int
 
     @nn.compact
@@ -107,7 +110,7 @@ class Up(nn.Module):
             )
         width = x.shape[-1] if cfg.residual else x.shape[-1] // 2
         x = Upsample2d(width, dtype=cfg.dtype, name='resample')(x)
-        if cfg.residual:  # the copies that the first frame has too many are the first ones
+        if cfg.residual:  # the first frame has no first copies
             x = x + unfolded(entry, width, time, 2)[:, -x.shape[1] :]
         return x, new
 
@@ -115,7 +118,7 @@ class Up(nn.Module):
 class Middle(nn.Module):
     """Residual block, attention, residual block at the smallest frame size."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, x, cache=None):
@@ -130,7 +133,7 @@ class Middle(nn.Module):
 class Resnet(nn.Module):
     """shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))."""
 
-    cfg: Any
+    cfg: Config
     features: int
 
     @nn.compact
@@ -151,7 +154,7 @@ class Resnet(nn.Module):
 class Attention(nn.Module):
     """x + attention(norm(x)) within each frame, one head."""
 
-    cfg: Any
+    cfg: Config
 
     @nn.compact
     def __call__(self, x):
@@ -184,14 +187,17 @@ class RMSNorm(nn.Module):
 
 
 class HalveTime(nn.Module):
-    """Two frames to one, by a convolution over time; the first frame of a clip stays alone."""
+    """Halves time by a convolution of stride 2; passes the first frame of a clip through."""
 
     dtype: Any
 
     @nn.compact
     def __call__(self, x, past=None):
-        """[B 2T H W C] and the frame before [B 1 H W C], or [B 1 H W C] and None -> [B T H W C],
-        the frame before the next."""
+        """Frames [B 2T H W C] and the one before them [B 1 H W C], or the first frame and None.
+
+        Returns:
+          [B T H W C] and the last frame [B 1 H W C].
+        """
         width = x.shape[-1]
         run = taps(self, width, width, self.dtype)
         y = x if past is None else run(jnp.concatenate([past, x], axis=1), 2)
@@ -199,22 +205,25 @@ class HalveTime(nn.Module):
 
 
 class DoubleTime(nn.Module):
-    """One frame to two, by a convolution over time; the first frame of a clip stays alone."""
+    """Doubles time by a convolution; the first frame of a clip remains one frame."""
 
     sees_first: bool
     dtype: Any
 
     @nn.compact
     def __call__(self, x, past=None):
-        """[B T H W C] and the two frames before [B 2 H W C] -> [B 2T H W C], the two before the
-        next. Without a past T is 1, and stays it."""
+        """Frames [B T H W C] and the two before them [B 2 H W C], or the first frame and None.
+
+        Returns:
+          [B 2T H W C] ([B 1 H W C] for the first frame) and the last two frames.
+        """
         width = x.shape[-1]
         run = taps(self, width, 2 * width, self.dtype)
         start = past is None
         if start:
             past = jnp.zeros((x.shape[0], 2, *x.shape[2:]), x.dtype)
         if start and not self.sees_first:
-            # PARITY: the frames behind the first see zeros in its place.
+            # PARITY: later frames see zeros in place of the first frame.
             return x, past
         x = jnp.concatenate([past, x], axis=1)
         y = rearrange(run(x, 1), 'b t h w (p c) -> b (t p) h w c', p=2)
@@ -222,21 +231,23 @@ class DoubleTime(nn.Module):
 
 
 def folded(x, features: int, time: int, space: int):
-    """Means of values that are next to each other: [B T H W C] -> [B T/time H/space W/space
-    features], where one frame alone counts as the second of two."""
+    """Averages neighbours and channels: [B T H W C] -> [B T/time H/space W/space features].
+
+    A single frame counts as the second of two.
+    """
     x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
     x = rearrange(x, 'b (t u) (h p) (w q) c -> b t h w (c u p q)', u=time, p=space, q=space)
     return reduce(x, 'b t h w (o g) -> b t h w o', 'mean', o=features)
 
 
 def unfolded(x, features: int, time: int, space: int):
-    """Copies of values next to each other: [B T H W C] -> [B T*time H*space W*space features]."""
+    """Repeats values to neighbours: [B T H W C] -> [B T*time H*space W*space features]."""
     x = jnp.repeat(x, features * time * space**2 // x.shape[-1], axis=-1)
     return rearrange(x, 'b t h w (o u p q) -> b (t u) (h p) (w q) o', u=time, p=space, q=space)
 
 
 def taps(layer, width: int, features: int, dtype):
-    """The parameters of a layer's convolution over three frames, and what it does with them."""
+    """A convolution over three frames with parameters of `layer`: `(x, stride) -> y`."""
     kernel = layer.param('kernel', fan_in, (3, width, features)).astype(dtype)
     bias = layer.param('bias', nn.initializers.zeros_init(), (features,)).astype(dtype)
 
@@ -249,20 +260,20 @@ def taps(layer, width: int, features: int, dtype):
     return run
 
 
-def conv(cfg: Any, features: int, name: str):
+def conv(cfg: Config, features: int, name: str):
     """A 3x3x3 causal convolution of this network: `(x, context or None) -> (y, context)`."""
     layer = CausalConv3d(features, dtype=cfg.dtype, name=name)
 
     def run(x, context):
-        if context is None:  # zeros are before the first frame
+        if context is None:  # zeros before the first frame
             context = jnp.zeros((x.shape[0], 2, *x.shape[2:]), cfg.dtype)
         return layer(x, context)
 
     return run
 
 
-def weights(cfg: Any) -> tuple[Row, ...]:
-    """Names of the published `.pth` of either version."""
+def weights(cfg: Config) -> tuple[Row, ...]:
+    """Weight table: published `.pth` of either version <-> parameter tree."""
 
     def both(torch, path, kernel):
         return [

@@ -12,7 +12,7 @@ def run(plan, x, x0, noise):
     """The solver on a network that always knows x0."""
     history = solvers.init(x)
     for index in range(len(plan.keep)):
-        row = solvers.Plan(*(column[index] for column in plan))
+        row = solvers.SolverTable(*(column[index] for column in plan))
         signal, sigma = row.signal[..., None, None, None], row.sigma[..., None, None, None]
         v = (signal * x - x0) / sigma
         history, x = solvers.step(row, history, x, v, noise)
@@ -38,7 +38,7 @@ def test_one_update_keeps_the_statistics_of_its_level(level):
     for plan in (ddim, dpm):
         signal = plan.keep * np.sqrt(here) + plan.clean
         np.testing.assert_allclose(signal, np.sqrt(there), atol=1e-6)
-        spread = plan.keep**2 * (1 - here) + plan.fresh**2
+        spread = plan.keep**2 * (1 - here) + plan.noise**2
         np.testing.assert_allclose(spread, 1 - there, atol=1e-6)
 
 
@@ -57,7 +57,7 @@ def test_consistency_jumps_add_noise_only_inside_a_phase():
     levels = schedules.lcm_timesteps(8, 40)
     rows = schedules.grouped(levels, 4, 1)[:, 1:]
     plan = solvers.lcm(CFG, rows, levels, 4)
-    assert np.all(plan.fresh[0] > 0) and np.all(plan.fresh[1] == 0)
+    assert np.all(plan.noise[0] > 0) and np.all(plan.noise[1] == 0)
 
 
 @pytest.mark.parametrize('steps, original, phases', [(4, 50, 4), (8, 50, 4), (4, 40, 8)])

@@ -23,7 +23,11 @@ def test_winograd_equals_the_sum_of_three_taps(m, frames):
 
 def test_the_tile_with_the_fewest_products_is_chosen():
     assert [conv_cpu.best_tile(frames) for frames in (1, 2, 3, 4, 8, 9)] == [1, 2, 4, 4, 4, 4]
-    assert conv_cpu.products(8, 4) == 12 and conv_cpu.products(8, 2) == 16 and conv_cpu.products(8, 1) == 24
+    assert (
+        conv_cpu.products(8, 4) == 12
+        and conv_cpu.products(8, 2) == 16
+        and conv_cpu.products(8, 1) == 24
+    )
 
 
 @pytest.mark.parametrize('frames', [2, 3, 4, 9])
@@ -52,7 +56,9 @@ def test_other_convolutions_do_not_use_winograd(x, taps, monkeypatch):
     assert conv3d.conv3d(x, kernel).shape == (1, x.shape[1] - taps + 1, 3, 3, 2)
 
 
-@pytest.mark.parametrize('function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.upsample_conv2d, (3, 3))])
+@pytest.mark.parametrize(
+    'function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.upsample_conv2d, (3, 3))]
+)
 def test_an_accelerator_runs_one_plain_convolution_of_the_same_result(function, taps, monkeypatch):
     x, kernel = normal(1, 6, 5, 6, WIDE), normal(*taps, WIDE, 4, seed=1)
     want = function(x, kernel)

@@ -42,11 +42,11 @@ def test_a_ring_holds_what_the_rolling_cache_holds(size, sink, count):
         assert rolling.write(frames) == want  # a second call on the same block
         ring = Ring(jnp.int32(frames[0]), count, size, sink)
         new = frames.reshape(1, count, 1, 1, 1)
-        cache = ring.recall(cache, KVCache(new, -new))
+        cache = ring.keys_and_values(cache, KVCache(new, -new))
         filled = np.asarray(ring.visible())[0]
         assert sorted(cache.k.ravel()[filled].tolist()) == want
         assert filled.sum() == len(want) and np.all(np.diff(filled.astype(int)) <= 0)
-        np.testing.assert_array_equal(ring.held()[filled], cache.k.ravel()[filled])
+        np.testing.assert_array_equal(ring.slot_frames()[filled], cache.k.ravel()[filled])
         np.testing.assert_array_equal(
             cache.k[0, :, 0, 0, 0][filled], -cache.v[0, :, 0, 0, 0][filled]
         )
@@ -56,8 +56,8 @@ def test_a_ring_holds_what_the_rolling_cache_holds(size, sink, count):
 @pytest.mark.parametrize('size, sink, count', SIZES[1:4])
 def test_places_are_relative_and_small(start, size, sink, count):
     ring = Ring(jnp.int32(start), count, size, sink)
-    queries, keys = (np.asarray(places, np.int64) for places in ring.places())
-    held, filled = np.asarray(ring.held(), np.int64), np.asarray(ring.visible())[0]
+    queries, keys = (np.asarray(places, np.int64) for places in ring.positions())
+    held, filled = np.asarray(ring.slot_frames(), np.int64), np.asarray(ring.visible())[0]
     own = start + np.arange(count)
     np.testing.assert_array_equal(
         (queries[:, None] - keys)[:, filled], (own[:, None] - held)[:, filled]
@@ -75,7 +75,7 @@ def test_empty_slots_are_not_seen():
         known = np.asarray(ring.visible())[0][:, None, None, None]
         made = []
         for filling in (past, jnp.where(known, past, 1e3 * rest)):
-            held = ring.recall(KVCache(filling, filling), KVCache(new, new))
+            held = ring.keys_and_values(KVCache(filling, filling), KVCache(new, new))
             made.append(ring.attend(q, held.k, held.v))
         np.testing.assert_array_equal(*made)
         seen = held.k[:, : start + 2].reshape(1, -1, 2, 4)
@@ -85,14 +85,14 @@ def test_empty_slots_are_not_seen():
 
 @pytest.mark.parametrize('frames, block, local', [(6, 3, None), (9, 3, 4)])
 def test_blocks_see_themselves_and_a_window_before_their_end(frames, block, local):
-    sight = Blocks(frames, block, local)
+    pattern = Blocks(frames, block, local)
     query, key = np.mgrid[:frames, :frames]
     end = (query // block + 1) * block
-    np.testing.assert_array_equal(sight.visible(), (key < end) & (key >= end - (local or frames)))
+    np.testing.assert_array_equal(pattern.visible(), (key < end) & (key >= end - (local or frames)))
     q, k, v = np.random.default_rng(1).normal(size=(3, 1, frames, 2, 1, 4)).astype('f4')
-    bias = np.where(np.kron(sight.visible(), np.ones((2, 2))), 0, -np.inf)
+    bias = np.where(np.kron(pattern.visible(), np.ones((2, 2))), 0, -np.inf)
     want = attention(*(x.reshape(1, -1, 1, 4) for x in (q, k, v)), bias)
-    np.testing.assert_allclose(sight.attend(q, k, v), want.reshape(q.shape), atol=1e-6)
+    np.testing.assert_allclose(pattern.attend(q, k, v), want.reshape(q.shape), atol=1e-6)
 
 
 def test_a_site_sees_itself_alone():
@@ -131,7 +131,7 @@ def test_gradients_pass_through_a_ring():
     empty = jnp.concatenate([past, past], axis=1)
 
     def loss(new):
-        held = ring.recall(KVCache(empty, empty), KVCache(new, new))
+        held = ring.keys_and_values(KVCache(empty, empty), KVCache(new, new))
         return jnp.sum(ring.attend(q, held.k, held.v) ** 2)
 
     grads = jax.grad(loss)(new)

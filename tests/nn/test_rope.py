@@ -68,8 +68,8 @@ def test_refuses_a_width_that_does_not_split():
 
 @pytest.mark.parametrize('position', [0, 5, 255, 256, 1023, 100_000, 2**31 - 1, -99_990])
 def test_rotations_of_traced_positions_are_exact(position):
-    speeds = rope.rates(22)
-    got = rope.turns(jnp.array([position], jnp.int32), speeds)
+    speeds = rope.frequencies(22)
+    got = rope.rotations(jnp.array([position], jnp.int32), speeds)
     # Python's integers keep the phase of any position.
     angles = [
         float(fractions.Fraction(speed) * position % fractions.Fraction(2 * math.pi))
@@ -83,8 +83,8 @@ def test_rotated_products_depend_on_relative_positions_alone():
     q, k = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype('f4')
 
     def products(start):
-        turn = rope.turns(jnp.arange(3) + start, rope.rates(3))
-        return np.einsum('nke,mke->knm', rope.rotate(q, turn), rope.rotate(k, turn))
+        rotation = rope.rotations(jnp.arange(3) + start, rope.frequencies(3))
+        return np.einsum('nke,mke->knm', rope.rotate(q, rotation), rope.rotate(k, rotation))
 
     near = products(0)
     np.testing.assert_allclose(products(100_000), near, atol=5e-6)
@@ -93,8 +93,8 @@ def test_rotated_products_depend_on_relative_positions_alone():
 
 def test_neighbours_turn_and_the_rest_stays():
     x = np.random.default_rng(1).normal(size=(4, 2, 10)).astype('f4')
-    turn = rope.turns(np.arange(4), rope.rates(3, 256.0))
-    y = np.asarray(rope.rotate(x, turn))
+    rotation = rope.rotations(np.arange(4), rope.frequencies(3, 256.0))
+    y = np.asarray(rope.rotate(x, rotation))
     np.testing.assert_array_equal(y[..., 6:], x[..., 6:])
     angles = np.arange(4)[:, None] * 256.0 ** (-np.arange(3) / 3)
     want = (x[..., 0:6:2] + 1j * x[..., 1:6:2]) * np.exp(1j * angles)[:, None]
@@ -102,20 +102,24 @@ def test_neighbours_turn_and_the_rest_stays():
 
 
 def test_a_grid_gives_a_third_of_the_pairs_each_to_row_and_column():
-    cos, sin = rope.turns_3d(np.array([3, 7]), 2, 5, 128)
+    cos, sin = rope.rotations_3d(np.array([3, 7]), 2, 5, 128)
     assert cos.shape == sin.shape == (2, 10, 64)
     angles = np.concatenate(
-        [np.full(22, 7.0) * rope.rates(22), 1.0 * rope.rates(21), 4.0 * rope.rates(21)]
+        [
+            np.full(22, 7.0) * rope.frequencies(22),
+            1.0 * rope.frequencies(21),
+            4.0 * rope.frequencies(21),
+        ]
     )
     np.testing.assert_allclose(cos[1, 9], np.cos(angles), atol=1e-6)
     np.testing.assert_allclose(sin[1, 9], np.sin(angles), atol=1e-6)
-    traced = rope.turns_3d(jnp.array([3, 7]), 2, 5, 128)
+    traced = rope.rotations_3d(jnp.array([3, 7]), 2, 5, 128)
     np.testing.assert_allclose(traced, (cos, sin), atol=1e-6)
 
 
 def test_level_code_is_that_of_float64():
     level = np.array([0, 0.5, 625, 908.8427734375, 1000], np.float32)
-    angles = level.astype(np.float64)[:, None] * rope.rates(128)
+    angles = level.astype(np.float64)[:, None] * rope.frequencies(128)
     np.testing.assert_allclose(
         rope.level_code(level, 256), np.concatenate([np.cos(angles), np.sin(angles)], -1), atol=5e-7
     )
