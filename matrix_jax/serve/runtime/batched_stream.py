@@ -90,9 +90,7 @@ class BatchedStream:
                 world.stream(self.control_binding), world.vocabulary.encode(idle)[None]
             )
         else:
-            stages = world.stages(self.control_binding)
-            self._stream = stages['stream']
-            self._pipeline = self._make_pipeline(stages, (params, decoder_params))
+            self._pipeline = self._make_pipeline((params, decoder_params))
             self.steps_ahead = 1
 
     def compile(self) -> BatchedStream:
@@ -135,9 +133,14 @@ class BatchedStream:
             ids = jax.ShapeDtypeStruct((1, world.cfg.dit.text_length), jnp.int32)
             self._embed = _compile(world.embed_ids, self.params, ids)
             text = sharding.output_shapes(self._embed)
-            changed = slots[0] if self._pipeline else slots
+            with_prompt = world.latents(self.control_binding).with_prompt
+
+            def set_prompt(carries, index, text):
+                return _write(carries, index, with_prompt(_read(carries, index), text))
+
+            carries = slots[0]
             self._set_prompt = _compile(
-                self._with_prompt, changed, index, text, donate=0, out_like=changed
+                set_prompt, carries, index, text, donate=0, out_like=carries
             )
         self._slots = _zeros(slots)
         return self
@@ -186,9 +189,9 @@ class BatchedStream:
 
         return run
 
-    def _make_pipeline(self, stages, params) -> Pipeline:
+    def _make_pipeline(self, params) -> Pipeline:
         """The slots with the network on one mesh and the decoder on another."""
-        cfg = self.world.cfg
+        stages, cfg = self.world.stages(self.control_binding), self.world.cfg
         scale = cfg.vae.spatial_compression
         latent_shape = (
             self.controls_per_step,
@@ -214,9 +217,6 @@ class BatchedStream:
             stages['decoder_seed'],
             params,
         )
-
-    def _with_prompt(self, slots, index, text):
-        return _write(slots, index, self._stream.with_prompt(_read(slots, index), text))
 
     # --- one player's stream, from any thread --------------------------------------------------
 
@@ -277,12 +277,8 @@ class BatchedStream:
 
     def set_prompt(self, index: int, text):
         """Changes the prompt of a slot from its next step on; `text` is from `embed_prompt`."""
-        index = np.int32(index)
-        if self._pipeline:
-            carry, cache = self._slots
-            self._slots = self._set_prompt(carry, index, text), cache
-        else:
-            self._slots = self._set_prompt(self._slots, index, text)
+        carries, caches = self._slots
+        self._slots = self._set_prompt(carries, np.int32(index), text), caches
 
     def fingerprint(self) -> str:
         """Hash of the world's config and of a sample of every weight; a saved world must match."""
