@@ -1,4 +1,4 @@
-"""Make a video; without arguments, 8 seconds of the bundled world under random keys.
+"""Make a video; without arguments, 8 seconds of the bundled world, driven by its own frames.
 
 matrix-jax generate --control "D,D,DL,DL,DR" --pad hold --seed 3 --out drive.mp4
 matrix-jax generate doom --actions "W*24,W+right*48" --pad hold
@@ -22,8 +22,9 @@ def main(argv: Sequence[str]) -> None:
         '--control',
         '--actions',
         metavar='CONTROLS',
-        help='The Matrix: one symbol per quarter second, D B N, each alone or with L or R. '
-        'Matrix-Game: actions such as W*24,W+right*12, JSON, a file of either, or benchmark',
+        help='driver (sees only frames; the default where it can drive), random, or controls. The '
+        'Matrix: one symbol per quarter second, D B N, each alone or with L or R. Matrix-Game: '
+        'actions such as W*24,W+right*12, JSON, a file of either, or benchmark',
     )
     add(
         '--control-seed',

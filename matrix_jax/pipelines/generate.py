@@ -17,6 +17,7 @@ from matrix_jax import recipes, video
 from matrix_jax.config import UsageError, check_writable
 from matrix_jax.data import start_clips
 from matrix_jax.parallel import compilation, sharding
+from matrix_jax.pipelines import driven
 from matrix_jax.pipelines.stream_runner import StreamRunner
 from matrix_jax.weights import diffusers_layout
 
@@ -47,13 +48,17 @@ def plan(world, length: int | None, control: str | None, control_seed: int, pad:
       world: a `World`.
       length: seconds, at least 1. None = as long as the controls, the last one repeated to the end
         of its step; without controls or with `pad`, 8 seconds, or the longest clip if shorter.
-      control: controls as text of the world's vocabulary; None = random controls.
+      control: controls as text of the world's vocabulary; None = random controls; 'driver' = as
+        many idle controls, which the driver replaces (`pipelines.driven`).
       control_seed: seed of random controls.
       pad: how to continue controls that are too few: None (an error), 'random' or 'hold'.
 
     Raises:
       UsageError, ControlError: the length or the controls cannot be used.
     """
+    if control == driven.NAME:
+        controls, _ = plan(world, length, None, control_seed, None)
+        return [world.vocabulary.idle] * len(controls), []
     count = None
     if length is None and control is not None and pad is None:
         count = world.vocabulary.count(control)
@@ -141,7 +146,7 @@ def generate(
       world, params: from `worlds.open_run`.
       folder: weights folder, for its start clips.
       prompt: text; the default prompt of the world by default.
-      control, length, control_seed, pad: see `plan`.
+      control, length, control_seed, pad: see `plan`; None = random controls.
       seed: seed of all noise; one seed always gives the same video.
       image, video_path: file to start from; a start clip that fits the prompt by default.
       say: called with lines of progress.
@@ -169,14 +174,27 @@ def generate(
     if world.cfg.clip:
         return whole_clip(world, params, prompt, frames, controls, notes, seed)
     known, steps = world.split_controls(controls)
-    runner = StreamRunner(world, params, control_binding='late')
+    driver = control == driven.NAME
+    if driver:
+        known = ['D'] * world.cfg.stream.known_controls
+    runner = StreamRunner(world, params, control_binding='early' if driver else 'late')
     began = time.perf_counter()
     carry, cut = runner.start(prompt, frames, known, seed)
     carry, first = runner.compile(carry, steps)
     seconds = time.perf_counter() - began
     clip = GeneratedVideo(controls, notes + cut_note(world, cut), compile_seconds=seconds)
+    if driver:
+        return timed(driven.drive(runner, carry, frames, known, clip.controls), clip), clip
     steps = steps if first is None else steps[1:]
     return stream_frames(runner, carry, steps, clip, first), clip
+
+
+def timed(steps: Iterator[np.ndarray], clip: GeneratedVideo) -> Iterator[np.ndarray]:
+    """Yields frames uint8 [H W 3] of steps [F H W 3] one by one; `clip` receives `run_seconds`."""
+    began = time.perf_counter()
+    for frames in steps:
+        clip.run_seconds = time.perf_counter() - began
+        yield from frames
 
 
 def whole_clip(world, params, prompt: str, start, controls: list[str], notes: list[str], seed: int):
@@ -278,14 +296,17 @@ def to_file(run, args):
         frames, clip = replayed(run, args)
         world = worlds.build(run.world)
     else:
-        plan(worlds.build(run.world), args.length, args.control, args.control_seed, args.pad)
+        control = driven.choose_control(
+            worlds.build(run.world), 'random' if args.pad and not args.control else args.control
+        )
+        plan(worlds.build(run.world), args.length, control, args.control_seed, args.pad)
         world, params = worlds.open_run(run, split_decoder=run.world.clip is None)
         frames, clip = generate(
             world,
             params,
             diffusers_layout.resolve(run.weights),
             prompt=args.prompt,
-            control=args.control,
+            control=control,
             length=args.length,
             seed=args.seed,
             control_seed=args.control_seed,
@@ -299,9 +320,10 @@ def to_file(run, args):
     vocabulary = world.vocabulary
     per = vocabulary.frames_per_control
     # The first latent frame of a whole clip is a single frame.
-    keys = [vocabulary.overlay(control) for control in clip.controls for _ in range(per)]
-    keys = keys[per - 1 :] if world.cfg.clip else keys
-    total, keys = len(keys), None if args.no_overlay else keys
-    with tqdm(frames, total=total, unit='frame', dynamic_ncols=True) as bar:
+    shown = range(per - 1 if world.cfg.clip else 0, per * len(clip.controls))
+    # The driver writes a control just before its frames, so overlays are made on the way.
+    overlays = (vocabulary.overlay(clip.controls[index // per]) for index in shown)
+    with tqdm(frames, total=len(shown), unit='frame', dynamic_ncols=True) as bar:
+        keys = None if args.no_overlay else overlays
         count = video.write_video(path, bar, world.cfg.fps, keys)
     return path, clip, count
