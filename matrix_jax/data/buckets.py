@@ -1,4 +1,4 @@
-"""Batches of several clip lengths: each batch has one, and the lengths take turns at random."""
+"""Batches of several clip lengths: each batch has one length, chosen at random."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import numpy as np
 
 
 class Buckets:
-    """Endless batches of several loaders; `state()` and `restore(state)` as theirs.
+    """Endless batches from several loaders, with `state()` and `restore(state)` as theirs.
 
     Args:
-      loaders: one for each length, of the same data and the same batch size.
-      seed: order of the turns; every length has as many in the long run.
+      loaders: one per length, of the same data and batch size; all are equally likely.
+      seed: seed of the choice.
     """
 
     def __init__(self, loaders: Sequence, seed: int):
@@ -21,7 +21,7 @@ class Buckets:
         self.names = loaders[0].names
 
     def share(self, index: int, count: int):
-        """From the first batch on, reads part `index` of `count` equal parts of each batch."""
+        """See `ResumableBatches.share`."""
         for loader in self.loaders:
             loader.share(index, count)
 
@@ -29,13 +29,13 @@ class Buckets:
         return self
 
     def __next__(self):
-        # All processes draw the same length.
+        # The same choice in all processes.
         turn = np.random.default_rng([self.seed, self.drawn]).integers(len(self.loaders))
         self.drawn += 1
         return next(self.loaders[turn])
 
     def state(self) -> bytes:
-        """The place in the data, as JSON bytes."""
+        """Position in the data, as JSON."""
         return json.dumps(
             {
                 'drawn': self.drawn,
@@ -45,10 +45,10 @@ class Buckets:
         ).encode()
 
     def restore(self, state: bytes):
-        """Goes on where `state` was taken.
+        """Continues at a saved position.
 
         Raises:
-          ValueError: the state is of other data or other lengths.
+          ValueError: the state belongs to other data or other lengths.
         """
         saved = json.loads(state)
         count, seed = len(saved.get('buckets', [0])), saved.get('seed')

@@ -1,14 +1,13 @@
-"""CarRacing-v3 as a recorder: nine keys in, 16 frames a second out, and a driver who presses them.
+"""Recordings of CarRacing-v3: nine keys in, 16 frames per second out, and a driver.
 
-The game is gymnasium's; its physics run at 50 steps a second, 25 steps for 8 kept frames. Only
-kept frames are drawn, by the game's own geometry and zoom (after its zoom-in), without the status
-bar, skid marks and score, at [64 96 3]. One key is held for the four frames of a latent frame, a
-quarter of a second.
+The game is gymnasium's. Its physics run at 50 steps per second, 25 steps for 8 frames. Only kept
+frames are drawn, with the game's geometry and final zoom, without status bar, skid marks and score,
+at [64 96 3]. One key is held for the four frames of a latent frame, a quarter of a second.
 
-The nine keys are the vocabulary of The Matrix. CarRacing has no reverse gear: here `B` is the
-brake. `N` lets the engine drag the car slowly to a stop. Gas and steering are those of a keyboard
-game: a top speed, and a steering angle that falls with speed, so that a held key turns at a steady
-rate and does not spin the car.
+The nine keys are the vocabulary of The Matrix. CarRacing has no reverse gear: `B` brakes. `N` lets
+the engine drag the car slowly to a stop. Gas and steering are those of a keyboard game, with a top
+speed and a steering angle that falls with speed, so that a held key turns at a steady rate and does
+not spin the car.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from matrix_jax.data.records import CONTROLS, FRAMES_PER_LATENT, Clip, wrap
 HEIGHT, WIDTH, FPS = 64, 96, 16
 NEEDS = ('gymnasium', 'Box2D', 'pygame')
 ABOUT = {}
-TOP_SPEED = 32.0  # units/s; the road is 13 units wide and the picture shows 62 x 41 units
-TURN_RATE = 1.6  # rad/s of a held steering key, once the car rolls
+TOP_SPEED = 32.0  # units/s; the road is 13 units wide, the picture shows 62 x 41 units
+TURN_RATE = 1.6  # rad/s of a held steering key in motion
 PHYSICS_RATE = 50
 GAS, ENGINE_DRAG, BRAKE = 0.3, 0.012, 0.06
 WHEELBASE, STEER_LIMIT = 3.24, 0.4
-SUPERSAMPLE = 4  # drawn this much larger, then averaged: the antialiasing
-CAR_ROW = 0.8  # where the car is, as a share of the picture's height
+SUPERSAMPLE = 4  # frames are drawn larger by this factor and averaged
+CAR_ROW = 0.8  # row of the car as a share of the height
 LOST_DISTANCE, LOST_SECONDS = 25.0, 3.0
 LEAVE_STRAIGHT, LEAVE_TURNING = (
     10.0,
@@ -118,7 +117,7 @@ class CarRacingGame:
         grid = [(x, y) for x in range(-20, 20, 2) for y in range(-20, 20, 2)]
         self.patches = size * (np.array(grid)[:, None] + corners)
         self.env = car_racing.CarRacing()
-        # The environment draws every physics step; we draw kept frames only.
+        # The environment would draw every physics step.
         self.env._render = lambda mode: None
         self.surface = pygame.Surface((WIDTH * SUPERSAMPLE, HEIGHT * SUPERSAMPLE))
 
@@ -126,12 +125,12 @@ class CarRacingGame:
         self.env.close()
 
     def reset(self, seed: int, theme: str, start: float = 0.0, backwards: bool = False):
-        """A new track from `seed`; the car stands at `start`, a share of the lap."""
+        """Starts a new track; the car stands at `start`, a share of the lap."""
         env = self.env
         self.colors = THEMES[theme]
         env.road_color = np.array(self.colors.road, dtype=float)
         env.reset(seed=seed)
-        # The contact listener repaints visited tiles in place; the copy does not remember the car.
+        # Copied, as the game repaints visited tiles in place.
         self.roads = np.array([polygon for polygon, _ in env.road_poly])
         self.road_colors = [tuple(int(c) for c in color) for _, color in env.road_poly]
         track = np.array([(x, y, heading) for _, heading, x, y in env.track])
@@ -164,7 +163,7 @@ class CarRacingGame:
         return np.array([steer, gas, {'D': 0.0, 'N': ENGINE_DRAG, 'B': BRAKE}[symbol[0]]])
 
     def telemetry(self) -> tuple[float, ...]:
-        """The truth about the car, in the order of `records.TELEMETRY`."""
+        """Telemetry of the car, in the order of `records.TELEMETRY`."""
         car = self.env.car
         wheels = sum(bool(wheel.tiles) for wheel in car.wheels) / len(car.wheels)
         x, y = car.hull.position
@@ -178,7 +177,7 @@ class CarRacingGame:
         )
 
     def frame(self) -> np.ndarray:
-        """Draws the game now -> [H W 3] uint8."""
+        """Current picture uint8 [H W 3]."""
         colors, draw = self.colors, self.pygame.draw.polygon
         self.surface.fill(colors.ground)
         for points in self._visible(self.patches)[0]:
@@ -213,11 +212,11 @@ class CarRacingGame:
 
 
 class Driver:
-    """Presses one key per latent frame: follows the track half of the time, otherwise plays about.
+    """Chooses one key per latent frame, with the track in view; half of the time it experiments.
 
-    Follow: the best plan of the next three keys for a kinematic car, speed by the curves ahead.
-    Perturb: a random key for 0.5-2.5 s, then back to the road. Hold: one key for 2-6 s, or brake
-    to a stop and start again.
+    Follow: the best plan of the next three keys for a kinematic car, with the speed set by the
+    curves ahead. Perturb: a random key for 0.5 to 2.5 s, then back to the road. Hold: one key for
+    2 to 6 s, or a brake to a stop and a new start.
     """
 
     ODD_KEYS = dict(zip(CONTROLS, (0.06, 0.08, 0.08, 0.1, 0.18, 0.18, 0.08, 0.12, 0.12)))
@@ -231,7 +230,7 @@ class Driver:
         self._follow_for(2.0, 5.0)
 
     def key(self, follow: bool = False) -> str:
-        """The key for the next latent frame; `follow` keeps to the road whatever the plan."""
+        """Key for the next latent frame; with `follow`, the car always keeps to the road."""
         if follow or (self.left > 0 and not self.script):
             self.left -= not follow
             return self._follow()
@@ -240,7 +239,7 @@ class Driver:
             self._follow_for(3.0, 8.0)
         symbol = self.script.pop()
         if self.distance() > (LEAVE_TURNING if len(symbol) > 1 else LEAVE_STRAIGHT):
-            self.script = []  # a player turns back before the road is out of sight
+            self.script = []  # turn back before the road is out of sight
         self.pedal, self.steer = symbol[0], symbol.endswith('L') - symbol.endswith('R')
         return symbol
 
@@ -283,7 +282,7 @@ class Driver:
         return self.pedal + {1: 'L', 0: '', -1: 'R'}[self.steer]
 
     def _plan(self, x, y, heading, speed):
-        """The first steer of the best of 27 plans of three key holds."""
+        """First steering of the best of 27 plans of three key holds."""
         track, hold = self.game.track, FRAMES_PER_LATENT / FPS
         speed = max(speed, 6.0)
         rate = min(TURN_RATE, speed * STEER_LIMIT / WHEELBASE)
@@ -307,7 +306,7 @@ class Driver:
         return int(self.PLANS[int(np.argmin(cost)), 0])
 
     def distance(self) -> float:
-        """From the car to the centreline; past LOST_DISTANCE the road is out of the picture."""
+        """Distance of the car from the centreline; past LOST_DISTANCE the road is out of view."""
         x, y = self.game.telemetry()[3:5]
         return float(np.hypot(self.game.track[:, 0] - x, self.game.track[:, 1] - y).min())
 
@@ -315,8 +314,9 @@ class Driver:
 def record(
     game: CarRacingGame, seed: int, theme: str, frames: int, rng: np.random.Generator
 ) -> Clip:
-    """One episode of up to `frames` = 1 + 4k frames on the track `seed`; it ends early when the car
-    gets lost.
+    """Records an episode of up to `frames` = 1 + 4k frames on the track `seed`.
+
+    It ends early if the car gets lost.
     """
     game.reset(seed, theme, start=rng.random(), backwards=bool(rng.random() < 0.5))
     driver = Driver(game, rng)

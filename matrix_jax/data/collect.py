@@ -1,5 +1,6 @@
-"""The recording of a data set: a plan of shards from the settings alone, and its resumable
-execution. `claim` and `pooled` serve `footage` as well.
+"""Recording of a data set from a game, in resumable shards that depend only on the settings.
+
+`claim` and `pooled` also serve `ingest`.
 """
 
 from __future__ import annotations
@@ -8,18 +9,42 @@ import json
 import math
 import multiprocessing
 import signal
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
 from matrix_jax.data import carracing, doom
-from matrix_jax.data.records import SUFFIX, Shard, write_shard
+from matrix_jax.data.records import SUFFIX, Clip, Shard, write_shard
 
-# A game is a module with FPS, HEIGHT, WIDTH, THEMES, NEEDS (modules to install), ABOUT (what else
-# its manifest says), `new_game()` with `close`, and `record(game, seed, theme, frames, rng) -> Clip`.
-# Odd seeds are held out: no track or map is in both splits.
-GAMES = {'CarRacing-v3': carracing, 'vizdoom': doom}
+
+class GameModule(Protocol):
+    """A module that records clips of a game.
+
+    Attributes:
+      FPS, HEIGHT, WIDTH: rate and size of the frames.
+      THEMES: names of the themes, with their settings.
+      NEEDS: modules that must be installed.
+      ABOUT: further entries of the manifest.
+      new_game: returns a game with `close()`.
+    """
+
+    FPS: int
+    HEIGHT: int
+    WIDTH: int
+    THEMES: Mapping[str, Any]
+    NEEDS: tuple[str, ...]
+    ABOUT: dict
+    new_game: Callable[[], Any]
+
+    def record(self, game, seed: int, theme: str, frames: int, rng) -> Clip:
+        """Records an episode of up to `frames` = 1 + 4k frames; odd seeds are held out."""
+        ...
+
+
+GAMES: dict[str, GameModule] = {'CarRacing-v3': carracing, 'vizdoom': doom}
 
 EPISODE_FRAMES = 257  # 16 s
 SHORTEST_FRAMES = 65
@@ -29,6 +54,8 @@ MANIFEST = 'manifest.json'
 
 @dataclass(frozen=True)
 class RecordingPlan:
+    """Settings of a recording; the same settings always give the same shards."""
+
     env: str
     hours: float
     themes: tuple[str, ...]
@@ -39,7 +66,7 @@ class RecordingPlan:
     fps: int
 
     def shards(self) -> list[tuple[str, int, int]]:
-        """(split, number, least frames) of every shard; both splits grow together."""
+        """(split, number, least frames) of every shard; both splits grow evenly."""
         total = math.ceil(self.hours * 3600 * self.fps)
         held = math.ceil(total * self.held_out)
         sizes = {}
@@ -52,7 +79,11 @@ class RecordingPlan:
 
 
 def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> RecordingPlan:
-    """Checks the settings and says what is to be recorded; raises ValueError naming the setting."""
+    """Checks the settings of a recording.
+
+    Raises:
+      ValueError: a setting is invalid; the message names it.
+    """
     if not 0 < hours <= 10_000:
         raise ValueError(f'--hours: got {hours:g}, expected more than 0, at most 10000')
     if not 0 <= held_out < 1:
@@ -74,7 +105,7 @@ def plan(env: str, hours: float, themes: str, seed: int, held_out: float) -> Rec
 
 
 def run(settings: RecordingPlan, out: Path, workers: int) -> int:
-    """Records what is not there yet, with a progress bar -> frames in the folder."""
+    """Records the missing shards, with a progress bar -> number of frames in the folder."""
     check_workers(workers)
     claim(settings, out, GAMES[settings.env].ABOUT)
     from tqdm import tqdm
@@ -96,27 +127,27 @@ def run(settings: RecordingPlan, out: Path, workers: int) -> int:
 
 
 def check_workers(workers: int):
-    """Raises ValueError unless it is a number of processes."""
+    """Raises ValueError unless `workers` is a sensible number of processes."""
     if not 1 <= workers <= 256:
         raise ValueError(f'--workers: got {workers}, expected 1 .. 256')
 
 
 def count_frames(path: Path) -> int:
-    """Frames in one shard."""
+    """Number of frames in one shard."""
     shard = Shard(path)
     return sum(len(shard[i].frames) for i in range(len(shard)))
 
 
 def claim(settings, out: Path, more=()):
-    """Writes the manifest of a new folder, or checks that the folder's is ours.
+    """Writes the manifest of a new folder, or checks that of an existing one.
 
     Args:
-      settings: a dataclass, all of whose fields must agree.
+      settings: dataclass whose fields must all agree.
       out: the folder.
-      more: dict of what must agree besides.
+      more: further entries that must agree.
 
     Raises:
-      ValueError: the folder holds other data; the settings that differ are named.
+      ValueError: the folder holds other data; the message names the settings that differ.
     """
     path, ours = out / MANIFEST, json.loads(json.dumps({**asdict(settings), **dict(more)}))
     if path.exists():
@@ -141,19 +172,19 @@ def claim(settings, out: Path, more=()):
 
 
 def pooled(work, todo, workers):
-    """Yields `work(job)` of all jobs, as they come from that many processes."""
+    """Yields `work(job)` of all jobs from `workers` processes, in order of completion."""
     if workers == 1 or len(todo) < 2:
         yield from map(work, todo)
         return
     count = min(workers, len(todo))
-    # Ctrl-C stops the parent, which ends the workers; unfinished shards have no final name.
+    # Ctrl-C stops the parent, which ends the workers; unfinished shards keep a temporary name.
     quiet = (signal.SIGINT, signal.SIG_IGN)
     with multiprocessing.get_context('spawn').Pool(count, signal.signal, quiet) as pool:
         yield from pool.imap_unordered(work, todo)
 
 
 def _shard(job) -> int:
-    """Records one shard; its content follows from the settings, split and number alone."""
+    """Records one shard; its content depends only on the settings, split and number."""
     settings, split, number, least, path = job
     held = split == 'heldout'
     rng = np.random.default_rng([settings.seed, held, number])

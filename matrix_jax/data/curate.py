@@ -1,13 +1,12 @@
-"""Pseudo-actions for footage of which only the camera's path is known: poses -> keys and mouse.
+"""Pseudo-actions for footage with known camera poses: poses -> keys and mouse.
 
-Inverse dynamics of a walker: the mouse is how far the view turned; keys push, and what was pushed
-follows from how the camera moved over the ground. Velocity that a game keeps without a key (`drag`)
-is taken off first, in the world's frame: who walks on while turning slides sideways, and presses
-no key for that. Heights play no part at all. A stair, a climb, a lift or a fall moves the camera up
-or down and presses nothing, and who walks up a path presses W whichever way the camera tilts.
+Inverse dynamics of a walker: the mouse is the turn of the view, and keys follow from the movement
+of the camera over the ground. The velocity that a game keeps without a key (`drag`) is subtracted
+first in world coordinates, as a walker who turns slides sideways without pressing a key. Height is
+ignored: stairs, lifts and falls press nothing, and the tilt of the camera does not matter.
 
-Two things no path tells: keys held against a wall, and keys let go in the air, where nothing slows
-the camera down.
+Poses cannot reveal keys held against a wall, or keys released in the air, where nothing slows the
+camera.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from matrix_jax.data.records import KEYS, MOUSE_RATE, POSE, Clip, RecordError, w
 
 X, Y, YAW, PITCH = (POSE.index(name) for name in ('x', 'y', 'yaw', 'pitch'))
 DIAGONAL = np.sin(np.pi / 8)  # eight directions of 45 degrees each
-WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1)])  # forward and left, of W S A D
-FITS = 0.35  # share of pushes that a walker has to explain; noise does 0.27, a game 0.5 to 0.9
-MOST = 1.9  # pushes of one key; two keys at right angles make 1.4
+WAYS = np.array([(1, 0), (-1, 0), (0, 1), (0, -1)])  # (forward, left) of W S A D
+FITS = 0.35  # share of pushes that a walker must explain; noise reaches 0.27, games 0.5 to 0.9
+MOST = 1.9  # largest push in units of one key; two perpendicular keys make 1.4
 
 
 @dataclass(frozen=True)
@@ -31,12 +30,11 @@ class Walker:
     """How keys move the camera.
 
     Attributes:
-      speed: units a second of a key that is held for long.
-      drag: share of the velocity that is left after a frame without keys; 0 for a camera that stops
-        at once.
-      least: share of the push of a key that counts as pressed.
-      still: mouse below which the view did not turn.
-      smooth: frames, odd, of which the majority says whether a key is pressed.
+      speed: final speed under a held key, in units per second.
+      drag: share of the velocity that remains after a frame without keys; 0 = stops at once.
+      least: share of a key's push that counts as pressed.
+      still: mouse movement below which the view did not turn.
+      smooth: odd number of frames whose majority decides whether a key is pressed.
     """
 
     speed: float
@@ -60,7 +58,7 @@ class Walker:
 
 
 def label(clip: Clip, walker: Walker | None) -> Clip:
-    """A clip with poses, with keys and mouse that fit them; without a walker the mouse alone.
+    """The clip with keys and mouse that fit its poses; without a walker, the mouse alone.
 
     Raises:
       RecordError: the clip has no poses.
@@ -77,27 +75,27 @@ def label(clip: Clip, walker: Walker | None) -> Clip:
 
 
 def mouse(poses, fps: float, still: float = 0.004) -> np.ndarray:
-    """Poses [F 6] -> float32 [F 2], pitch (up) and yaw (right); frame 0 as frame 1."""
+    """Mouse float32 [F 2], pitch (up) and yaw (right), of poses [F 6]; frame 0 copies frame 1."""
     turned = wrap(np.diff(np.asarray(poses, np.float64)[:, [PITCH, YAW]], axis=0)) * [1, -1]
     found = turned * fps / np.radians(MOUSE_RATE)
     return _from_second(np.where(np.abs(found) < still, 0, found)).astype(np.float32)
 
 
 def keyboard(poses, fps: float, walker: Walker) -> np.ndarray:
-    """Poses [F 6] -> int8 [F 4], W S A D pressed; frame 0 as frame 1."""
+    """Keys W S A D int8 [F 4] of poses [F 6]; frame 0 copies frame 1."""
     push = pushes(poses, fps, walker)
     size = np.hypot(*push.T)
     ways = push / np.maximum(size, 1e-9)[:, None] @ WAYS.T > DIAGONAL
     found = ways & (size > walker.least)[:, None]
-    # No two keys push as hard as a wall that is run into; whoever does, goes on pressing.
+    # A push above MOST is a collision; the keys before it are assumed to be still held.
     known = np.maximum.accumulate(np.where(size < MOST, np.arange(len(size)), 0))
     return _from_second(_majority(found[known], walker.smooth)).astype(np.int8)
 
 
 def pushes(poses, fps: float, walker: Walker) -> np.ndarray:
-    """Poses [F 6] -> float [F-1 2], forward and left, in units of what one key pushes.
+    """Pushes forward and left float [F-1 2] of poses [F 6], in units of one key.
 
-    How fast the camera was before the first frame is unknown: frame 1 has the push of frame 2.
+    The velocity before the first frame is unknown, so frame 1 copies frame 2.
     """
     over = ground(poses) * fps / walker.speed
     before = np.concatenate([over[:1], over[:-1]])
@@ -106,26 +104,33 @@ def pushes(poses, fps: float, walker: Walker) -> np.ndarray:
 
 
 def ground(poses) -> np.ndarray:
-    """Poses [F 6] -> float [F-1 2]: the way over the ground from frame to frame, x and y."""
+    """Movement over the ground from frame to frame, x and y float [F-1 2], of poses [F 6]."""
     return np.diff(np.asarray(poses, np.float64)[:, [X, Y]], axis=0)
 
 
 def headings(poses) -> np.ndarray:
-    """Poses [F 6] -> yaws [F-1] under which each frame was reached."""
+    """Yaws [F-1] of the frames of poses [F 6] after the first."""
     return np.asarray(poses, np.float64)[1:, YAW]
 
 
 def turned(ways, yaw) -> np.ndarray:
-    """Ways [N 2] over the ground -> forward and left of who looks along `yaw` [N]."""
+    """Movements [N 2] over the ground as forward and left of a camera with `yaw` [N]."""
     x, y = ways.T
     return np.stack([x * np.cos(yaw) + y * np.sin(yaw), y * np.cos(yaw) - x * np.sin(yaw)], -1)
 
 
 def calibrate(clips: Iterable[Clip], **fields) -> Walker:
-    """The walker of a game, from clips whose keys are known; `fields` are its other attributes.
+    """Walker of a game, fitted to clips with known keys.
 
-    Fits v' = drag v + push to frames of held keys. What walls do to some of them is left out by
-    fitting again to those that the fit explains best.
+    Fits v' = drag v + push to frames with held keys, repeatedly leaving out frames with large
+    errors, which walls cause.
+
+    Args:
+      clips: clips with keys and poses.
+      fields: other attributes of the walker.
+
+    Raises:
+      ValueError: too few frames with held keys.
     """
     rows, wanted = [], []
     for clip in clips:
@@ -148,11 +153,13 @@ def calibrate(clips: Iterable[Clip], **fields) -> Walker:
 
 
 def estimate(paths: Iterable[np.ndarray], fps: float, **fields) -> Walker | None:
-    """The walker of footage without any label: the speed and drag for which most pushes are those
-    of one key or of two. None where no walker fits, as when nobody walks.
+    """Walker of unlabelled footage: speed and drag for which most pushes are of one or two keys.
+
+    None if no walker fits, as when nobody walks.
 
     Args:
       paths: poses [F 6] of each clip.
+      fps: frames per second.
       fields: other attributes of the walker.
     """
     ways = [ground(path) * fps for path in paths]
@@ -176,17 +183,17 @@ def estimate(paths: Iterable[np.ndarray], fps: float, **fields) -> Walker | None
 
 
 def blocked(poses, fps: float, keys, walker: Walker) -> np.ndarray:
-    """bool [F]: the keys [F 4] do not explain how the camera moved: something is in the way."""
+    """Frames [F] whose movement the keys [F 4] do not explain: something blocks the way."""
     missing = pushes(poses, fps, walker) - np.asarray(keys)[1:] @ WAYS
     return _from_second(np.hypot(*missing.T) > 0.5)
 
 
 def agreement(found, truth, where=None) -> dict[str, dict[str, float]]:
-    """How well pressed keys [F 4] were found: accuracy, recall and precision of each, and the share
-    of frames in which all are right.
+    """Accuracy, recall and precision of each key [F 4], and the share of frames with all correct.
 
     Args:
-      where: bool [F], the frames to judge; all if None.
+      found, truth: keys [F 4].
+      where: frames to judge, bool [F]; None = all.
     """
     chosen = np.ones(len(truth), bool) if where is None else where
     found, truth = np.asarray(found)[chosen] > 0, np.asarray(truth)[chosen] > 0
@@ -205,9 +212,11 @@ def cameras(matrices, up=(0.0, -1.0, 0.0)) -> np.ndarray:
     """Camera-to-world matrices [F 4 4] -> poses float32 [F 6].
 
     Args:
-      matrices: as structure from motion gives them: the camera looks along its z, x is to its
-        right and y down.
-      up: direction in the world; without knowledge, that of the first camera is a guess.
+      matrices: in the convention of structure from motion: z ahead, x right, y down.
+      up: up direction of the world; the default assumes a level first camera.
+
+    Raises:
+      ValueError: another shape, or a first camera that looks straight up or down.
     """
     matrices = np.asarray(matrices, np.float64)
     if matrices.ndim != 3 or matrices.shape[1:] != (4, 4):
@@ -228,14 +237,14 @@ def cameras(matrices, up=(0.0, -1.0, 0.0)) -> np.ndarray:
 
 
 def _from_second(values):
-    """[F-1 ...] of frames 1 .. F-1 -> [F ...], frame 0 as frame 1."""
+    """Prepends a copy of the first value: [F-1 ...] of frames 1 .. F-1 -> [F ...]."""
     if not len(values):
         raise ValueError('poses: got 1 frame, expected 2 or more')
     return np.concatenate([values[:1], values])
 
 
 def _majority(flags, width: int) -> np.ndarray:
-    """bool [N K] -> what most of `width` frames around say."""
+    """Majority of flags bool [N K] over `width` neighbouring frames."""
     half = width // 2
     padded = np.pad(flags, ((half, half), (0, 0)), 'edge')
     around = np.lib.stride_tricks.sliding_window_view(padded, width, axis=0)

@@ -1,9 +1,8 @@
-"""Who presses the keys of a first-person recording: walks where there is room, tries everything.
+"""Agent of first-person recordings: walks where there is room and tries all actions.
 
-One choice of keys (W S A D) and mouse (pitch, yaw) per latent frame, a quarter of a second. The
-explorer has an intent for some of them at a time: walk, a combination of keys and turn, stand, or
-look up or down. It drops the intent when it gets stuck or sees a wall ahead, and turns to where
-there is room, as players do.
+It chooses keys (W S A D) and mouse (pitch, yaw) once per latent frame, a quarter of a second. It
+follows an intent for several of them: walk, combine keys and a turn, stand, turn, or look up or
+down. If it gets stuck or sees a wall ahead, it drops the intent and turns to where there is room.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ import numpy as np
 
 from matrix_jax.data.records import FRAMES_PER_LATENT, MOUSE_RATE
 
-TURN = 0.1  # the mouse of a held turning key, in the published vocabulary
-TURNS = (0.03, 0.2)  # other speeds of the mouse
-HOLD = FRAMES_PER_LATENT / 16  # seconds of a choice
-TURN_RADIANS = np.radians(MOUSE_RATE) * HOLD  # that a mouse of 1 turns meanwhile
+TURN = 0.1  # mouse of a held turning key in the published vocabulary
+TURNS = (0.03, 0.2)  # range of other mouse speeds
+HOLD = FRAMES_PER_LATENT / 16  # seconds per choice
+TURN_RADIANS = np.radians(MOUSE_RATE) * HOLD  # turn of a mouse of 1 in that time
 NEAR, FAR = 72.0, 300.0  # map units ahead: a wall to stop at, room to walk into
-STUCK = 14.0  # map units in a latent frame, where a held key makes 60
+STUCK = 14.0  # map units per latent frame; a held key makes 60
 PITCH_LIMIT = np.radians(18)
-# Forward and back, left and right, turn: how often each combination is held.
+# Probabilities of keys (forward and back, left and right) and intents.
 FORWARD = {'W': 0.54, 'S': 0.16, '': 0.3}
 SIDE = {'': 0.36, 'A': 0.32, 'D': 0.32}
 AWAY = {'': 0.36, 'S': 0.18, 'A': 0.15, 'D': 0.15, 'SA': 0.08, 'SD': 0.08}
@@ -29,21 +28,24 @@ INTENTS = {'walk': 0.28, 'combine': 0.46, 'stand': 0.08, 'turn': 0.02, 'look': 0
 
 
 class Sight(NamedTuple):
-    """Map units to the nearest wall [N] in directions [N], radians from ahead, left positive."""
+    """Distances to the nearest wall.
+
+    Attributes:
+      ahead: map units [N].
+      bearing: directions [N] in radians from straight ahead, left positive.
+    """
 
     ahead: np.ndarray
     bearing: np.ndarray
 
     @property
     def front(self) -> float:
-        """Room for the walker's shoulders."""
+        """Free distance straight ahead, over the width of the walker."""
         return float(self.ahead[np.abs(self.bearing) < 0.15].min())
 
 
 class Explorer:
-    """`choose(sight)` gives keys and mouse of the next latent frame, `moved(poses)` tells what came
-    of it.
-    """
+    """Chooses the actions of a recording: call `choose(sight)`, play them, then `moved(poses)`."""
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
@@ -52,7 +54,7 @@ class Explorer:
         self.last, self.pitch, self.stuck, self.held = None, 0.0, False, 0
 
     def start(self):
-        """Chooses what is held before the first frame."""
+        """Chooses the actions held before the first frame."""
         self.intent, self.left = str(self.rng.choice(['walk', 'stand'], p=[0.75, 0.25])), 4
         self.keys = 'W' if self.intent == 'walk' else ''
 
@@ -71,7 +73,7 @@ class Explorer:
         if self.intent == 'walk':
             self.mouse = 0.0, self._steer(sight)
         if self.intent != 'look':
-            # Back to the horizon, at the pace of a key.
+            # Turn back to the horizon at the speed of a key.
             back = -self.pitch / TURN_RADIANS
             self.mouse = (
                 float(np.clip(back, -TURN, TURN)) if abs(back) > 0.004 else 0.0,
@@ -82,19 +84,19 @@ class Explorer:
         return self.pressed()
 
     def moved(self, poses):
-        """Poses [4 6] of the latent frame."""
+        """Observes the poses [4 6] of the latent frame that was played."""
         same, self.pitch = self.keys == self.held, float(poses[-1, 4])
         self.held = self.keys
         if self.last is not None and self.keys:
             way = float(np.hypot(*(poses[-1, :2] - self.last[:2])))
-            # From a standstill and at a turn-round the first latent frame is slow.
+            # The first latent frame after a change of keys is slow.
             self.stuck = same and way < STUCK
         else:
             self.stuck = False
         self.last = poses[-1]
 
     def pressed(self):
-        """What is held now, as `choose` gives it."""
+        """The current actions, in the format of `choose`."""
         return (
             np.array([key in self.keys for key in 'WSAD'], np.int8),
             np.array(self.mouse, np.float32),
@@ -138,7 +140,7 @@ class Explorer:
             self.left = self._blocks(0.5, 1.5)
 
     def _free(self, sight: Sight):
-        """Away from a wall: turns to the open side, at times with a step back or aside."""
+        """Turns away from a wall to the open side, sometimes with a step back or aside."""
         self.intent, self.left, self.turned = 'free', self._blocks(0.75, 2.5), 0
         open_left = sight.ahead[sight.bearing > 0].mean()
         open_right = sight.ahead[sight.bearing < 0].mean()
@@ -151,7 +153,7 @@ class Explorer:
         self.mouse = 0.0, side * max(self._speed(), 0.06)
 
     def _steer(self, sight: Sight) -> float:
-        """The yaw that turns to the most room; straight on while there is enough of it."""
+        """Mouse yaw towards the most room; 0 while there is enough room ahead."""
         room = np.convolve(sight.ahead, np.ones(5) / 5, 'same') - 60 * np.abs(sight.bearing)
         if sight.front > FAR and self.rng.random() < 0.9:
             return 0.0

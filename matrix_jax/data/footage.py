@@ -1,12 +1,12 @@
-"""Videos that nobody labelled: cut into shots, brought to one size and rate, poor clips left out.
+"""Clips from unlabelled videos: split into shots, resized and resampled, without poor clips.
 
-A video is read twice. The first reading keeps a small picture of every frame (`look`); from these
-follow the shots (`shots`) and what is wrong with a clip (`fault`). The second reading keeps the
-frames of the good clips. The same file gives the same clips.
+A video is read twice. The first pass keeps a thumbnail of every frame (`thumbnails`), from which
+shots (`shots`) and the quality of clips (`fault`) follow. The second pass keeps the frames of good
+clips. The same file always gives the same clips.
 
-Two neighbouring frames differ by the mean absolute difference of their small pictures, 0 to 1. A
-cut is a difference of at least `CUT` that is also `CUT_RATIO` times the median of the eight around
-it: fast motion is large many frames in a row, a cut once. Slow dissolves are not found.
+The difference of two frames is the mean absolute difference of their thumbnails, 0 to 1. A cut is a
+difference of at least `CUT` that is also `CUT_RATIO` times the median of the eight around it: fast
+motion gives many large differences in a row, a cut only one. Slow dissolves are not found.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from matrix_jax.data import records
 from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
-LOOK = (16, 24)  # rows and columns of the small pictures
+THUMBNAIL = (16, 24)  # rows and columns
 CUT, CUT_RATIO, CUT_AROUND = 0.06, 2.5, 4
-DARK = 0.06  # mean brightness
-FLAT = 0.03  # deviation of brightness within a frame: fog, a wall, an empty card
-STATIC = 0.002  # mean difference of neighbours: a still picture, a menu, a paused player
-LONGEST = 257  # frames of a clip: 16 s, like an episode of the game
+DARK = 0.06  # mean brightness below which a clip is dropped
+FLAT = 0.03  # deviation of brightness within a frame: fog, a wall, a title card
+STATIC = 0.002  # mean difference of frames: a still picture, a menu, a paused player
+LONGEST = 257  # frames of the longest clip: 16 s, like an episode of the game
 
 
 @dataclass(frozen=True)
 class FootageReader:
-    """Settings of clips without labels.
+    """Reads clips without labels.
 
     Attributes:
-      height, width, fps: of the clips.
-      shortest: least frames of a clip.
+      height, width, fps: size and rate of the clips.
+      shortest: frames of the shortest clip.
       held_out: share of the videos in heldout-* shards.
     """
 
@@ -56,15 +56,19 @@ class FootageReader:
     def clips(
         self, root: Path, source: VideoSource, report: IngestReport
     ) -> Iterator[records.Clip]:
-        """The good clips of one video in order; `report` counts the others."""
+        """Yields the good clips of one video in order; `report` counts the dropped ones.
+
+        Raises:
+          VideoError: the video is damaged or too slow.
+        """
         path = root / source.path
         rate = video.frame_rate(path)
-        if rate < self.fps / 2:  # every frame would stand still for two
+        if rate < self.fps / 2:  # every frame would be shown twice
             raise video.VideoError(
                 f'{path}: got {rate:g} frames per second, expected at least {self.fps / 2:g}'
             )
         video.check_whole(path)
-        small = look(path, self.fps, self.height / self.width)
+        small = thumbnails(path, self.fps, self.height / self.width)
         report.seconds += len(small) / self.fps
         frames = enumerate(video.read_frames(path, self.fps))
         for start, end in pieces(shots(small)):
@@ -82,10 +86,14 @@ class FootageReader:
 
 
 def find(root: Path, caption: str = '') -> list[VideoSource]:
-    """All videos below a folder, by name; a .txt file of the same name holds the caption.
+    """All videos below a folder, sorted by name.
+
+    Args:
+      root: the folder.
+      caption: caption of videos without a .txt file of the same name.
 
     Raises:
-      IngestError: no folder, no video, or a caption that is not text.
+      IngestError: there is no folder or no video, or a caption is not text.
     """
     if not root.is_dir():
         raise IngestError(f'--videos {root}: no such folder')
@@ -105,8 +113,8 @@ def find(root: Path, caption: str = '') -> list[VideoSource]:
     return sources
 
 
-def look(path: Path, fps: float, aspect: float) -> np.ndarray:
-    """uint8 [F 16 24 3]: what the centre crop of height / width = `aspect` shows, made small."""
+def thumbnails(path: Path, fps: float, aspect: float) -> np.ndarray:
+    """Thumbnails uint8 [F 16 24 3] of the centre crop with height / width = `aspect`."""
     from PIL import Image
 
     small = []
@@ -120,13 +128,13 @@ def look(path: Path, fps: float, aspect: float) -> np.ndarray:
             (height + rows) / 2,
         )
         small.append(
-            np.asarray(Image.fromarray(frame).resize(LOOK[::-1], Image.Resampling.BOX, box))
+            np.asarray(Image.fromarray(frame).resize(THUMBNAIL[::-1], Image.Resampling.BOX, box))
         )
     return np.stack(small)
 
 
 def differences(small: np.ndarray) -> np.ndarray:
-    """Differences [F-1] of neighbouring small pictures [F h w 3], 0 to 1."""
+    """Differences [F-1] of neighbouring thumbnails [F h w 3], 0 to 1."""
     return (
         np.array(
             [np.abs(after.astype(np.int16) - before).mean() for before, after in pairwise(small)]
@@ -136,7 +144,7 @@ def differences(small: np.ndarray) -> np.ndarray:
 
 
 def shots(small: np.ndarray) -> list[tuple[int, int]]:
-    """(first, end) of the shots in small pictures [F h w 3]."""
+    """(first, end) of the shots in thumbnails [F h w 3]."""
     change = differences(small)
     cuts = []
     for index in np.flatnonzero(change >= CUT):
@@ -149,7 +157,7 @@ def shots(small: np.ndarray) -> list[tuple[int, int]]:
 
 
 def pieces(spans) -> Iterator[tuple[int, int]]:
-    """Spans cut to at most LONGEST frames, and to 1 + 4k."""
+    """Splits spans into spans of at most LONGEST frames and of 1 + 4k frames."""
     for start, end in spans:
         for first in range(start, end, LONGEST):
             last = min(first + LONGEST, end)
@@ -157,7 +165,7 @@ def pieces(spans) -> Iterator[tuple[int, int]]:
 
 
 def fault(small: np.ndarray) -> str:
-    """What is wrong with a clip of small pictures [F h w 3]: dark, flat, static or ''."""
+    """What is wrong with a clip of thumbnails [F h w 3]: 'dark', 'flat', 'static' or ''."""
     light = small.mean(axis=-1) / 255
     if light.mean() < DARK:
         return 'dark'

@@ -1,9 +1,9 @@
-"""The published index of training clips, read as it is.
+"""Clips from the published index format of The Matrix.
 
-`{"list": [{"path", "caption", "control_signal_seq", "valid_frame_idx"}, ...]}`: paths start at the
-data root; the signal holds one symbol per frame of the file, with commas; the clip begins at frame
-`valid_frame_idx`. The last two may be missing, as in the index of the first stage: then the clip
-has no label, and begins at 0 (reference section 6).
+`{"list": [{"path", "caption", "control_signal_seq", "valid_frame_idx"}, ...]}`: paths are relative
+to the data root; the signal has one symbol per frame of the file, separated by commas; the clip
+begins at frame `valid_frame_idx`. The last two may be missing, as in the index of the first stage;
+the clip then has no label and begins at 0.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check
 
 @dataclass(frozen=True)
 class IndexReader:
-    """Settings of clips that an index lists.
+    """Reads the clips that an index lists.
 
     Attributes:
-      height, width, fps: of the clips.
-      frames: F of every clip; the published stages read 17 to 65.
+      height, width, fps: size and rate of the clips.
+      frames: frames F of every clip; the published stages read 17 to 65.
       held_out: share of the videos in heldout-* shards.
     """
 
@@ -46,7 +46,11 @@ class IndexReader:
     def clips(
         self, root: Path, source: VideoSource, report: IngestReport
     ) -> Iterator[records.Clip]:
-        """The one clip of an entry."""
+        """Yields the clip of an entry.
+
+        Raises:
+          VideoError: the video is damaged.
+        """
         path = root / source.path
         rate = video.frame_rate(path)
         video.check_whole(path)
@@ -66,17 +70,17 @@ class IndexReader:
 
 
 def sample(length: int, rate: float, frames: int, start: int, fps: float = 16) -> np.ndarray:
-    """Indices [F] of the frames that the published loader takes of a video.
+    """Indices [F] of the frames that the published loader takes from a video.
 
     Args:
       length: frames of the video.
-      rate: its frames per second.
-      frames: F.
-      start: where to begin; earlier, if the clip would overrun the end.
-      fps: of the clip.
+      rate: frames per second of the video.
+      frames: frames F of the clip.
+      start: first frame; moved forward if the clip would run past the end.
+      fps: frames per second of the clip.
     """
     step = rate / fps
-    if (frames - 1) * step >= length:  # too short at this rate: spread over what there is
+    if (frames - 1) * step >= length:  # too short at this rate: spread evenly over the video
         return np.round(np.linspace(0, length - 1, frames)).astype(int)
     last = int(np.floor(length - (frames - 1) * step)) - 1
     start = max(0, min(start, last))
@@ -85,14 +89,14 @@ def sample(length: int, rate: float, frames: int, start: int, fps: float = 16) -
 
 
 def label(signal: Sequence[str], chosen: np.ndarray, length: int) -> np.ndarray:
-    """int8 [F] controls: each latent frame has the symbol of its last sampled frame.
+    """Controls int8 [F]: each latent frame has the symbol of its last sampled frame.
 
     Args:
-      signal: a symbol per frame of the video; its last one goes on.
+      signal: one symbol per frame of the video; the last one continues.
       chosen: indices [F] of the sampled frames.
       length: frames of the video.
     """
-    if length < len(chosen):  # PARITY: a video with too few frames drives straight on
+    if length < len(chosen):  # PARITY: a video with too few frames is labelled 'D' throughout
         return np.full(len(chosen), driving.SYMBOLS.index('D'), np.int8)
     every = records.FRAMES_PER_LATENT
     held = driving.encode([signal[min(index, len(signal) - 1)] for index in chosen[::every]])
@@ -100,10 +104,10 @@ def label(signal: Sequence[str], chosen: np.ndarray, length: int) -> np.ndarray:
 
 
 def read(path: Path) -> list[VideoSource]:
-    """The entries of an index file.
+    """Entries of an index file.
 
     Raises:
-      IngestError: not an index; every malformed entry is named.
+      IngestError: the file is not an index; the message names every malformed entry.
     """
     try:
         listed = json.loads(path.read_text(encoding='utf-8'))
@@ -139,7 +143,7 @@ def _symbols(signal: str) -> list[str]:
 
 
 def _faults(entry) -> Iterator[str]:
-    """What is wrong with an entry: key, what came, what was wanted."""
+    """Yields the faults of an entry: the key, its value and what was expected."""
     if not isinstance(entry, dict):
         yield f'got {_shown(entry)}, expected an object with path and caption'
         return

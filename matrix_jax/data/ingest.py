@@ -1,9 +1,8 @@
-"""Files to records: groups of videos become shards, each with a report of what was kept and why
-the rest was not.
+"""Videos to records: groups of videos become shards, each with a report of kept and dropped clips.
 
-What becomes of a video is the business of the settings (`footage.FootageReader`, `index.IndexReader`). The plan
-follows from the settings and the list of videos alone; a group that has its report is not read
-again, and a folder made from other videos or settings is refused.
+A reader (`footage.FootageReader`, `index.IndexReader`) turns a video into clips. The shards depend
+only on the reader and the list of videos. A group with a report is not read again, and a folder
+made from other videos or settings is refused.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ class IngestError(UsageError):
 
 @dataclass(frozen=True)
 class VideoSource:
-    """A video, and where known what happens in it.
+    """A video and what is known about it.
 
     Attributes:
-      path: of the video, below the root.
-      caption: what is seen.
-      signal: one control symbol per frame of the file, or none.
-      start: frame of the file at which to begin.
+      path: path of the video, relative to the root.
+      caption: caption, may be empty.
+      signal: one control symbol per frame of the file; empty if unknown.
+      start: first frame of the clip.
     """
 
     path: str
@@ -49,14 +48,14 @@ class VideoSource:
 
 @dataclass
 class IngestReport:
-    """What became of some videos.
+    """Counts of videos read and clips kept.
 
     Attributes:
-      files: how many were asked for.
-      seconds: of video that was read.
-      clips, frames: what was kept.
-      dropped: clips left out, by reason.
-      skipped: why, of each file that could not be read.
+      files: number of files.
+      seconds: seconds of video that were read.
+      clips, frames: clips and frames that were kept.
+      dropped: reason -> number of clips dropped.
+      skipped: path -> why the file could not be read.
     """
 
     files: int = 0
@@ -73,7 +72,7 @@ class IngestReport:
         self.skipped.update(other.skipped)
 
     def text(self, fps: int) -> str:
-        """Every skipped file, the counts by reason, and what was kept."""
+        """Lines of skipped files, counts by reason, and what was kept."""
         dropped = ', '.join(f'{why} {count}' for why, count in sorted(self.dropped.items()))
         return '\n'.join(
             [
@@ -88,7 +87,7 @@ class IngestReport:
 
 
 def check(settings):
-    """Raises IngestError unless the fields that all kinds of settings share make sense."""
+    """Raises IngestError unless the fields that all readers share are valid."""
     for name in ('height', 'width', 'fps'):
         if getattr(settings, name) < 1:
             raise IngestError(f'{name}: got {getattr(settings, name)}, expected at least 1')
@@ -99,17 +98,18 @@ def check(settings):
 def run(
     settings, root: Path, sources: Sequence[VideoSource], out: Path, workers: int = 1
 ) -> IngestReport:
-    """Makes the shards that are not there yet -> what is in the folder in all.
+    """Makes the missing shards of a folder and returns the report of all shards.
 
     Args:
-      settings: a frozen dataclass with `held_out` and `clips(root, source, report)`.
-      root: folder that the paths of `sources` start from.
-      sources: what to read.
+      settings: a reader, such as `footage.FootageReader`.
+      root: folder that the paths of `sources` are relative to.
+      sources: the videos.
       out: folder of the shards.
-      workers: processes; they change the time alone.
+      workers: number of processes; it does not change the result.
 
     Raises:
-      ValueError: the folder holds other data, or no clip was kept: then nothing is.
+      ValueError: the folder holds other data.
+      IngestError: no clip was kept; nothing is left behind.
     """
     from tqdm import tqdm
 
@@ -139,7 +139,7 @@ def run(
 
 
 def clip(frames: Sequence[np.ndarray], settings, source: VideoSource, **known) -> records.Clip:
-    """A clip of a video; `known` are its controls and telemetry."""
+    """Clip of a video; `known` are its controls and telemetry."""
     return records.Clip(
         np.stack(frames),
         caption=source.caption,
@@ -151,7 +151,7 @@ def clip(frames: Sequence[np.ndarray], settings, source: VideoSource, **known) -
 
 
 def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[VideoSource]]]:
-    """(split, number, sources) of every shard. A video is in one split, whoever its neighbours."""
+    """Yields (split, number, sources) of every shard; the split of a video follows its path."""
     paths = sorted({source.path for source in sources}, key=lambda path: (_number(path), path))
     held = set(paths[: round(held_out * len(paths))])
     for split in ('train', 'heldout'):
@@ -168,7 +168,7 @@ def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[VideoSour
 
 
 def _shard(job) -> IngestReport:
-    """Writes one shard and then its report, which says that the shard is complete."""
+    """Writes one shard and then its report, which marks the shard as complete."""
     settings, root, group, path = job
     report = IngestReport(files=len(group))
 
@@ -184,7 +184,7 @@ def _shard(job) -> IngestReport:
 
     found = clips()
     first = next(found, None)
-    if first is not None:  # a shard without clips counts as damaged
+    if first is not None:  # a shard without clips would count as damaged
         records.write_shard(path, itertools.chain([first], found))
     part = _report_path(path).with_suffix('.part')
     part.write_text(json.dumps(vars(report), indent=1, sort_keys=True) + '\n')
@@ -197,7 +197,11 @@ def _report_path(shard: Path) -> Path:
 
 
 def _read_report(shard: Path) -> IngestReport:
-    """The report of a finished shard; the shard is opened, so that a damaged one is named."""
+    """Report of a finished shard.
+
+    Raises:
+      IngestError: the report or the shard is damaged.
+    """
     path = _report_path(shard)
     try:
         report = IngestReport(**json.loads(path.read_text()))

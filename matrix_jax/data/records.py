@@ -1,14 +1,14 @@
-"""What a clip is, and how clips lie on disk: ArrayRecord shards of safetensors bytes.
+"""Clips and their files: ArrayRecord shards of safetensors bytes.
 
 A clip is an episode of F = 1 + 4k frames with one control per frame. Frame 0 belongs to latent
-frame 0, frames 4j+1 .. 4j+4 to latent frame j+1, and one control is held while those four frames
-are made; the control of frame 0 is the one held before it. So `controls[::4]` is one control per
-latent frame, and any crop that starts at a multiple of four is again a clip. A clip without label
-holds `NULL` throughout.
+frame 0 and frames 4j+1 .. 4j+4 to latent frame j+1. One control is held while those four frames are
+made; that of frame 0 was held before it. So `controls[::4]` is one control per latent frame, and
+any crop that starts at a multiple of four is again a clip. A clip without a label holds `NULL`
+throughout.
 
-A first-person clip has keys, mouse and pose of every frame besides, those that were held while the
-frame was made; what is not known of a clip is UNPRESSED or NaN throughout, and takes no room on
-disk. Records of version 1 know none of the three.
+A first-person clip also has the keys, mouse and pose of every frame, held while the frame was made.
+Unknown values are UNPRESSED or NaN throughout and are not stored. Records of version 1 have none of
+the three.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from matrix_jax.controls.driving import FRAMES_PER_CONTROL as FRAMES_PER_LATENT
 from matrix_jax.controls.driving import NULL
 from matrix_jax.controls.driving import SYMBOLS as CONTROLS
 
-# The control seen in a mirror: left and right change places.
+# Control -> mirrored control: left and right are swapped.
 MIRRORED = tuple(CONTROLS.index(c.translate(str.maketrans('LR', 'RL'))) for c in CONTROLS)
 TELEMETRY = ('on_road', 'yaw_rate', 'speed', 'x', 'y', 'heading')
 KEYS = ('W', 'S', 'A', 'D')
-UNPRESSED = -1  # in `keyboard`: nobody knows
-# The camera in units of its game: z up, yaw in radians to the left of +x, pitch upwards.
+UNPRESSED = -1  # unknown, in `keyboard`
+# Camera in units of its game: z up, yaw in radians to the left of +x, pitch upwards.
 POSE = ('x', 'y', 'z', 'yaw', 'pitch', 'roll')
-# Degrees a second that a mouse component of 1 turns the view; a turning key is 0.1. As published
-# for Matrix-Game 3: 15 degrees in a frame of a fortieth of a second.
+# Degrees per second that a mouse component of 1 turns the view; a turning key is 0.1. Matrix-Game 3
+# publishes 15 degrees per frame at 40 fps.
 MOUSE_RATE = 600.0
-VERSION = 2  # of records with one of `ACTIONS`; without, they are of version 1
+VERSION = 2  # version of records with `ACTIONS`; others are of version 1
 ACTIONS = ('keyboard', 'mouse', 'pose')
 SUFFIX = '.array_record'
 ENDS = 2**18  # bytes at each end of a shard that its digest covers
@@ -47,11 +47,17 @@ class RecordError(ValueError):
 
 @dataclass(frozen=True)
 class Clip:
+    """A recorded clip; see the module.
+
+    Raises:
+      RecordError: a field has another shape, type or value.
+    """
+
     frames: np.ndarray  # uint8 [F H W 3]
     controls: np.ndarray  # int8 [F], index into CONTROLS, or NULL throughout
     caption: str
     theme: str
-    seed: int  # of the track: no track is in both splits
+    seed: int  # seed of the track; no track is in both splits
     fps: int
     # float32 [F 6]: TELEMETRY, on_road = share of wheels, left is positive; NaN where unknown
     telemetry: np.ndarray
@@ -96,16 +102,16 @@ class Clip:
 
     @property
     def labelled(self) -> bool:
-        """Whether the controls are known."""
+        """Whether the clip has known controls."""
         return self.controls[0] != NULL
 
     def knows(self, name: str) -> bool:
-        """Whether one of ACTIONS is known."""
+        """Whether `name`, one of ACTIONS, is known."""
         return not _missing(getattr(self, name)).any()
 
 
 def unknown(frames: int) -> dict[str, np.ndarray]:
-    """What describes a clip of which only the picture is known."""
+    """Controls, telemetry and actions of a clip of which only the frames are known."""
     return {
         'controls': np.full(frames, NULL, np.int8),
         'telemetry': np.full((frames, len(TELEMETRY)), np.nan, np.float32),
@@ -120,12 +126,12 @@ def _missing(value) -> np.ndarray:
 
 
 def wrap(angle):
-    """Radians into [-pi, pi)."""
+    """Wraps radians into [-pi, pi)."""
     return (angle + np.pi) % (2 * np.pi) - np.pi
 
 
 def pack(clip: Clip) -> bytes:
-    """A clip as safetensors bytes; the shard compresses them."""
+    """Clip -> safetensors bytes; the shard compresses them."""
     from safetensors.numpy import save
 
     tensors = {
@@ -143,7 +149,15 @@ def pack(clip: Clip) -> bytes:
 
 
 def unpack(data: bytes, where: str = 'record') -> Clip:
-    """The inverse of `pack`; `where` is named in errors."""
+    """Inverse of `pack`.
+
+    Args:
+      data: safetensors bytes.
+      where: origin of the data, for errors.
+
+    Raises:
+      RecordError: the data is not a clip.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load
 
@@ -165,7 +179,7 @@ def unpack(data: bytes, where: str = 'record') -> Clip:
 
 
 def write_shard(path: Path, clips) -> int:
-    """Writes clips to one shard, all or nothing -> their number."""
+    """Writes clips to one shard, atomically -> number of clips."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     path = Path(path)
@@ -181,7 +195,11 @@ def write_shard(path: Path, clips) -> int:
 
 
 class Shard:
-    """Random access to the clips of one shard: `len(shard)`, `shard[i]`."""
+    """Random access to the clips of one shard: `len(shard)`, `shard[i]`.
+
+    Raises:
+      RecordError: the file is missing or damaged.
+    """
 
     def __init__(self, path: Path):
         from array_record.python.array_record_module import ArrayRecordReader
@@ -189,7 +207,7 @@ class Shard:
         self.path = Path(path)
         if not self.path.is_file():
             raise RecordError(f'{path}: no such file')
-        # A file without its end opens all the same, empty and not ok.
+        # A truncated file opens without an error, empty and not ok.
         self.reader = ArrayRecordReader(str(path), 'readahead_buffer_size:0')
         self.count = self.reader.num_records() if self.reader.ok() else 0
         if not self.count:
@@ -199,7 +217,7 @@ class Shard:
         return self.count
 
     def digest(self) -> str:
-        """Names the content by its size and both ends, without reading all of it."""
+        """Digest of the size and both ends of the file, without reading all of it."""
         size = self.path.stat().st_size
         with self.path.open('rb') as file:
             first = file.read(ENDS)
@@ -216,21 +234,25 @@ class Shard:
 
 
 def folders(data) -> list[str]:
-    """The folders that `data` means: a path, several with commas between, or a list of paths.
+    """Folders in `data`: a path, several separated by commas, or a list of paths.
 
     Raises:
-      RecordError: there is none.
+      RecordError: there is no folder.
     """
     if isinstance(data, (str, Path)):
         data = [one.strip() for one in str(data).split(',')]
     found = [str(one) for one in data if one]
     if not found:
-        raise RecordError(f'data: got {data!r}, expected folders, with commas between')
+        raise RecordError(f'data: got {data!r}, expected folders separated by commas')
     return found
 
 
 def shards(folder: Path, split: str) -> tuple[Path, ...]:
-    """The finished shards of a split ('train' or 'heldout') in order."""
+    """Finished shards of a split ('train' or 'heldout') in order.
+
+    Raises:
+      RecordError: there is none.
+    """
     found = tuple(sorted(Path(folder).glob(f'{split}-*{SUFFIX}')))
     if not found:
         raise RecordError(

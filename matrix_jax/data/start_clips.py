@@ -1,6 +1,6 @@
-"""Start clips that a world brings along: a few held-out seconds per theme, as lossless strips.
+"""Start clips of a weights folder: a few held-out frames per theme.
 
-`starts/starts.json` lists them; each is a PNG in which the frames stand one below the other.
+`starts/starts.json` lists them; each clip is a PNG with its frames stacked vertically.
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from matrix_jax.weights import diffusers_layout
 
 
 def write(data: str, folder: str, frames: int = 29, picture: bool = False):
-    """Picks one clip per theme from the held-out tracks of `data` and writes them to `folder`.
+    """Picks one clip per theme and writes it to `folder`.
 
-    Of each theme it takes the cut in which the car stays on the road, at speed, and turns least, so
-    that every drive can start from it; of walks the one that gets farthest ahead, as its way is
-    free. A walk may also start in a place that its world was trained in: THEME is such a picture,
-    and THEME-unseen that of a held-out one.
+    For drives, the best crop of the held-out tracks: the car is on the road, at speed, and turns
+    least. For walks, the crop that gets farthest ahead. With `picture`, walks may also start where
+    the world was trained: THEME is such a picture, THEME-unseen one of a held-out place.
 
     Args:
       data: folder of recorded clips.
       folder: weights folder; gets `starts/`.
-      frames: F = 1 + 4k.
-      picture: whether the first frame of the cut is enough.
+      frames: frames F = 1 + 4k of a clip.
+      picture: whether to keep only the first frame of each.
     """
     best, captions = {}, {}
     for split in ('heldout', 'train'):
@@ -61,16 +60,16 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
 
 
 def choose(folder: str, prompt: str, height: int, width: int) -> np.ndarray | None:
-    """The start clip whose captions share most words with `prompt`: uint8 [F H W 3], or None.
+    """Start clip uint8 [F H W 3] whose captions match a prompt best; None if there are no clips.
 
-    Words that only one theme uses decide; a tie goes to the first in the list.
+    Words that fewer themes use count more; the first theme wins a tie.
     """
     theme = match(folder, prompt)
     return None if theme is None else read(folder, theme, height, width)
 
 
 def match(folder: str, prompt: str) -> str | None:
-    """The theme of `choose`."""
+    """Theme of the clip that `choose` returns."""
     starts = listing(folder)
     said = _words(prompt)
     uses = {word: sum(word in start['words'] for start in starts.values()) for word in said}
@@ -82,7 +81,7 @@ def match(folder: str, prompt: str) -> str | None:
 
 
 def listing(folder: str) -> dict[str, dict]:
-    """Theme -> {'file': its picture's name, 'theme', 'caption', 'words'} of a weights folder."""
+    """Theme -> {'file': name of its PNG, 'theme', 'caption', 'words'} of a weights folder."""
     file = Path(folder) / 'starts' / 'starts.json'
     if not file.is_file():
         return {}
@@ -90,7 +89,7 @@ def listing(folder: str) -> dict[str, dict]:
 
 
 def read(folder: str, theme: str, height: int, width: int) -> np.ndarray:
-    """The start clip of a theme of `listing`: uint8 [F H W 3]."""
+    """Start clip uint8 [F H W 3] of a theme in `listing`."""
     file = Path(folder) / 'starts' / listing(folder)[theme]['file']
     return video.read_image(file).reshape(-1, height, width, 3)
 

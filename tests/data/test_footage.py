@@ -61,7 +61,7 @@ def made(folder, tmp_path_factory):
 
 def small(*parts):
     frames = np.concatenate(parts)
-    return video.resize(frames, *footage.LOOK)
+    return video.resize(frames, *footage.THUMBNAIL)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_look_shows_what_the_clip_will_show(tmp_path):
     frames = scene(1, 2, height=64, width=64)
     frames[:, :8] = frames[:, -8:] = 0  # cropped away
     write(tmp_path / 'a.mp4', frames)
-    shown = footage.look(tmp_path / 'a.mp4', 16, 32 / 48)
+    shown = footage.thumbnails(tmp_path / 'a.mp4', 16, 32 / 48)
     fitted = video.fit(video.read_video(tmp_path / 'a.mp4'), 32, 48)
     assert shown.shape == (2, 16, 24, 3) and shown[:, (0, -1)].min() > 20
     boxes = fitted.reshape(2, 16, 2, 24, 2, 3).mean((2, 4))
