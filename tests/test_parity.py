@@ -1,4 +1,4 @@
-"""Every recording replays within its tolerance, and what does not hold is named."""
+"""All recordings replay within their tolerances, and failures are named."""
 
 import importlib.util
 import json
@@ -41,12 +41,12 @@ def changed(path, folder, change, metadata=None):
 
 
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
-def test_recording_holds(path, capsys):
+def test_recording_is_within_tolerance(path, capsys):
     code = tool(path)
     assert code == 0, capsys.readouterr().out
 
 
-def test_every_replay_is_recorded():
+def test_every_replay_has_a_recording():
     records = map(parity.read, FILES)
     run = {parity.REPLAYS[record.system, record.kind] for record in records}
     assert run == set(parity.REPLAYS.values())
@@ -85,7 +85,7 @@ def test_one_flipped_weight_is_named(tmp_path, capsys):
         (lambda t: t.update({'outputs/text_features': np.full((3, 10), np.nan, 'f4')}), 'FAILED'),
     ],
 )
-def test_faults_of_content_fail(tmp_path, capsys, change, message):
+def test_wrong_contents_fail(tmp_path, capsys, change, message):
     assert tool(changed(SMALL, tmp_path, change)) == 1
     assert message in capsys.readouterr().out
 
@@ -106,7 +106,7 @@ def bad_files(folder):
         ('system', {}, {'system': 'doom'}, 'cannot replay doom/clip_text, expected one of'),
         ('config', {}, {'config': '{}'}, "config: no 'cfg'"),
         ('json', {}, {'config': '{'}, 'metadata is not readable'),
-        ('lent', {}, {'weights': 'lost.safetensors'}, 'lost.safetensors: not a file'),
+        ('shared', {}, {'weights': 'lost.safetensors'}, 'lost.safetensors: not a file'),
         ('shape', {}, {'config': '[1]'}, 'metadata is not readable'),
         ('input', {'inputs/input_ids': None}, {}, "inputs: no 'input_ids'"),
         ('stray', {'extra': np.zeros(1)}, {}, "tensor 'extra'"),
@@ -121,14 +121,14 @@ def bad_files(folder):
         yield changed(SMALL, folder / name, edit, metadata), message
 
 
-def test_bad_files_are_one_line_each(tmp_path, capsys):
+def test_unreadable_files_give_one_line_each(tmp_path, capsys):
     for path, message in bad_files(tmp_path):
         assert tool(path) == 2
         err = capsys.readouterr().err
         assert message in err and len(err.splitlines()) == 1, err
 
 
-def test_a_bad_file_does_not_hide_the_others(tmp_path, capsys):
+def test_other_files_run_after_an_unreadable_one(tmp_path, capsys):
     assert tool(tmp_path / 'none.safetensors', GOLDENS / 'g_control_signals.json') == 2
     assert 'streaming_signal' in capsys.readouterr().out
 

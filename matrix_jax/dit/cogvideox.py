@@ -28,7 +28,7 @@ from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, visibility
 from matrix_jax.dit.cogvideox_config import PRESETS, Config, ControlConfig, check
 from matrix_jax.dit.segments import scan_layers
 from matrix_jax.dit.weight_rows import adaln_rows, attention_rows, linear_rows, norm_rows
-from matrix_jax.nn import token_layout
+from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
@@ -38,13 +38,13 @@ from matrix_jax.weights.conversion import Row
 
 __all__ = [
     'PRESETS',
+    'ZERO_INIT',
     'Block',
     'CogVideoXTransformer',
     'Config',
     'ControlConfig',
     'ControlledBlock',
     'count',
-    'init',
     'positions',
     'shapes',
     'weights',
@@ -183,47 +183,29 @@ def positions(cfg: Config, frames: int, rows: int, columns: int) -> np.ndarray:
 # --- parameters ------------------------------------------------------------------------------
 
 
-def init(cfg: Config, key, zero_init: bool = False) -> dict:
-    """Initial float32 parameters. Control blocks start as the identity: their modulation is zero.
-
-    Args:
-      cfg: sizes.
-      key: PRNG key.
-      zero_init: also zero every modulation and the output layer, for training from scratch.
-    """
-    params = jax.jit(CogVideoXTransformer(cfg).init)(key, *_example_inputs(cfg))['params']
-
-    def start(path, leaf):
-        names = [entry.key for entry in path]
-        modulation = names[-2] == 'linear' and names[-3].startswith('norm')
-        control = modulation and 'control' in names
-        zero = zero_init and (modulation or names[0] in ('modulation_out', 'out'))
-        return jnp.zeros_like(leaf) if control or zero else leaf
-
-    return jax.tree_util.tree_map_with_path(start, params)
+# Modulations and output that start at zero, for training from scratch: blocks are the identity.
+ZERO_INIT = (
+    ('*norm?/linear/*', initializers.zeros),
+    ('modulation_out/*', initializers.zeros),
+    ('out/*', initializers.zeros),
+)
 
 
 def shapes(cfg: Config) -> dict:
     """Parameter tree of ShapeDtypeStructs; nothing is computed."""
-    net = CogVideoXTransformer(cfg)
-    return jax.eval_shape(
-        lambda key: net.init(key, *_example_inputs(cfg))['params'], jax.random.key(0)
-    )
-
-
-def count(cfg: Config) -> int:
-    """Number of parameters."""
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(cfg)))
-
-
-def _example_inputs(cfg: Config):
     control = jnp.zeros((1, 1, cfg.control.dim)) if cfg.control else None
-    return (
+    inputs = (
         jnp.zeros((1, 1, cfg.patch, cfg.patch, cfg.channels)),
         jnp.zeros((1, cfg.text_length, cfg.text_dim)),
         jnp.zeros((1, 1)),
         control,
     )
+    return jax.eval_shape(CogVideoXTransformer(cfg).init, jax.random.key(0), *inputs)['params']
+
+
+def count(cfg: Config) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(cfg)))
 
 
 def weights(cfg: Config) -> tuple[Row, ...]:

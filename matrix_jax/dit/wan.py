@@ -364,20 +364,18 @@ def standardize(x, eps):
 def shapes(cfg: Config) -> dict:
     """Parameter tree of ShapeDtypeStructs; nothing is computed."""
     size, frame = cfg.actions, (1, 1, cfg.patch, cfg.patch)
-    given = [
+    inputs = [
         jnp.zeros((*frame, cfg.channels)),
         jnp.zeros((1, 1)),
         jnp.zeros((*frame, cfg.cond_channels)),
         jnp.zeros((1, 1, cfg.image_dim)),
     ]
     if size:
-        given += [
+        inputs += [
             jnp.zeros((1, 1, size.mouse)) if size.mouse else None,
             jnp.zeros((1, 1, size.keyboard)),
         ]
-    return jax.eval_shape(
-        lambda key: WanTransformer(cfg).init(key, *given)['params'], jax.random.key(0)
-    )
+    return jax.eval_shape(WanTransformer(cfg).init, jax.random.key(0), *inputs)['params']
 
 
 def count(cfg: Config) -> int:

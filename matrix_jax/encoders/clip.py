@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from matrix_jax.nn import initializers
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
@@ -166,14 +167,16 @@ class Layer(nn.Module):
         return x + linear(cfg.dim, 'fc2')(h), None
 
 
-def init(cfg: Config, key) -> dict:
-    """Initial float32 parameters."""
-    return TextTower(cfg).init(key, jnp.zeros((1, 1), jnp.int32))['params']
+INIT_RULES = (
+    ('token_embedding', initializers.normal(0.02)),
+    ('position_embedding', initializers.normal(0.01)),
+)
 
 
 def shapes(cfg: Config) -> dict:
     """Parameter tree of ShapeDtypeStructs; nothing is computed."""
-    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(TextTower(cfg).init, jax.random.key(0), ids)['params']
 
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-from matrix_jax.nn import token_layout
+from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.attention import self_attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.parallel.sharding import constrain
@@ -183,17 +183,19 @@ def relative_buckets(length: int, cfg: Config) -> np.ndarray:
     return np.where(offset > 0, half, 0) + near
 
 
-def init(cfg: Config, key) -> dict:
-    """Initial float32 parameters."""
-    params = T5Encoder(cfg).init(key, jnp.zeros((1, 1), jnp.int32))['params']
-    # Logits are not scaled by 1/sqrt(E), so queries start smaller.
-    params['layers']['q']['kernel'] *= cfg.head_dim**-0.5
-    return params
+def init_rules(cfg: Config) -> initializers.InitRules:
+    """Rules for initial parameters; queries start small, as logits are not scaled."""
+    return (
+        ('embedding', initializers.normal(1.0)),
+        ('relative_bias', initializers.normal(cfg.dim**-0.5)),
+        ('layers/q/kernel', initializers.xavier(1 / cfg.head_dim)),
+    )
 
 
 def shapes(cfg: Config) -> dict:
     """Parameter tree of ShapeDtypeStructs; nothing is computed."""
-    return jax.eval_shape(lambda key: init(cfg, key), jax.random.key(0))
+    ids = jnp.zeros((1, 1), jnp.int32)
+    return jax.eval_shape(T5Encoder(cfg).init, jax.random.key(0), ids)['params']
 
 
 def weights(cfg: Config) -> tuple[Row | Drop, ...]:

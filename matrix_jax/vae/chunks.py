@@ -21,6 +21,17 @@ def check_latents(latents, channels: int) -> None:
         )
 
 
+def in_chunks(net, size: int):
+    """The function (params, cache, x [B F H W C]) -> (cache, y) that runs a network in chunks."""
+
+    def run(params, cache, x):
+        return chunked(
+            lambda cache, chunk: net.apply({'params': params}, chunk, cache), cache, x, size
+        )
+
+    return run
+
+
 def chunked(run, cache, x, size: int):
     """Runs x [B F ...] in chunks of `size` frames, the first of which also has the remainder.
 

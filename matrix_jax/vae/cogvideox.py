@@ -25,7 +25,7 @@ from einops import rearrange
 
 from matrix_jax.nn import initializers
 from matrix_jax.parallel import spatial
-from matrix_jax.vae.chunks import check_latents, chunked
+from matrix_jax.vae.chunks import check_latents, in_chunks
 from matrix_jax.vae.cogvideox_config import PRESETS as PRESETS
 from matrix_jax.vae.cogvideox_config import Config as Config
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
@@ -59,11 +59,6 @@ def encode(cfg: Config, params, frames):
             f'vae.encode: got frames {frames.shape}, expected [B F H W '
             f'{cfg.in_channels}] with F > 0 and H, W multiples of {scale}'
         )
-    return encode_chunks(cfg, params, frames)
-
-
-def encode_chunks(cfg: Config, params, frames):
-    """`encode` of any frame size, for tiles: odd rows and columns are dropped."""
     return encode_step(cfg, params, None, frames)[1:]
 
 
@@ -74,19 +69,11 @@ def encode_step(cfg: Config, params, cache, frames):
 
     Args:
       cache: cache of the previous call; None starts a clip.
-      frames: [B F H W in]; after the first call F is a multiple of 4.
+      frames: [B F H W in], not checked; after the first call F is a multiple of 4. Odd rows and
+        columns (of tiles) are dropped.
     """
-    net, p = Encoder(cfg), cfg.patch_size
+    p, run = cfg.patch_size, in_chunks(Encoder(cfg), ENCODE_CHUNK)
     frames = rearrange(frames, 'b f (h p) (w q) c -> b f h w (p q c)', p=p, q=p)
-
-    def run(params, cache, frames):
-        return chunked(
-            lambda cache, chunk: net.apply({'params': params}, chunk, cache),
-            cache,
-            frames,
-            ENCODE_CHUNK,
-        )
-
     cache, moments = spatial.split_rows(
         run, params['encoder'], cache, frames.astype(cfg.dtype), unit=cfg.spatial_compression // p
     )
@@ -146,18 +133,8 @@ def step(cfg: Config, params, cache, latents):
       ValueError: the latents do not fit the network.
     """
     check_latents(latents, cfg.latent_channels)
-    net = Decoder(cfg)
-
-    def run(params, cache, latents):
-        return chunked(
-            lambda cache, chunk: net.apply({'params': params}, chunk, cache),
-            cache,
-            latents,
-            DECODE_CHUNK,
-        )
-
+    p, run = cfg.patch_size, in_chunks(Decoder(cfg), DECODE_CHUNK)
     cache, frames = spatial.split_rows(run, params['decoder'], cache, latents.astype(cfg.dtype))
-    p = cfg.patch_size
     frames = rearrange(frames, 'b f h w (p q c) -> b f (h p) (w q) c', p=p, q=p)
     return cache, frames.astype(jnp.float32)
 
@@ -186,7 +163,7 @@ def encode_tiled(cfg: Config, params, frames, tiles: Tiles | None = None):
         return encode(cfg, params, frames)
 
     def run(tile):
-        return jnp.concatenate(encode_chunks(cfg, params, tile), axis=-1)
+        return jnp.concatenate(encode_step(cfg, params, None, tile)[1:], axis=-1)
 
     moments = tiled(run, frames, tiles.sample, tiles.latent, tiles.overlap)
     want = tuple(size // cfg.spatial_compression for size in frames.shape[2:4])

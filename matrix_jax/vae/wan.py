@@ -24,7 +24,7 @@ from einops import rearrange
 
 from matrix_jax.nn import initializers
 from matrix_jax.parallel import spatial
-from matrix_jax.vae.chunks import check_latents, chunked
+from matrix_jax.vae.chunks import check_latents, in_chunks
 from matrix_jax.vae.wan_config import PRESETS as PRESETS
 from matrix_jax.vae.wan_config import Config as Config
 from matrix_jax.vae.wan_layers import Decoder, Encoder
@@ -70,7 +70,7 @@ def encode_step(cfg: Config, params, cache, frames):
         )
     frames = patched(frames, cfg.patch_size).astype(cfg.dtype)
     cache, moments = spatial.split_rows(
-        _in_chunks(Encoder(cfg), cfg.chunk * time),
+        _first_and_chunks(Encoder(cfg), cfg.chunk * time),
         params['encoder'],
         cache,
         frames,
@@ -128,7 +128,10 @@ def step(cfg: Config, params, cache, latents):
     """
     check_latents(latents, cfg.latent_channels)
     cache, frames = spatial.split_rows(
-        _in_chunks(Decoder(cfg), cfg.chunk), params['decoder'], cache, latents.astype(cfg.dtype)
+        _first_and_chunks(Decoder(cfg), cfg.chunk),
+        params['decoder'],
+        cache,
+        latents.astype(cfg.dtype),
     )
     return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
 
@@ -143,22 +146,20 @@ def unpatched(frames, p: int):
     return rearrange(frames, 'b f h w (c r q) -> b f (h q) (w r) c', q=p, r=p)
 
 
-def _in_chunks(net, size: int):
-    """(params, cache, x [B F ...]) -> (cache, y): the first frame alone, then `size` at a time."""
+def _first_and_chunks(net, size: int):
+    """The function (params, cache, x [B F ...]) -> (cache, y): the first frame, then chunks."""
+    run_chunks = in_chunks(net, size)
 
-    def code(params, cache, x):
-        def run(cache, chunk):
-            return net.apply({'params': params}, chunk, cache)
-
+    def run(params, cache, x):
         if cache is not None:
-            return chunked(run, cache, x, size)
-        cache, head = run(None, x[:, :1])
+            return run_chunks(params, cache, x)
+        cache, first = net.apply({'params': params}, x[:, :1], None)
         if x.shape[1] == 1:
-            return cache, head
-        cache, tail = chunked(run, cache, x[:, 1:], size)
-        return cache, jnp.concatenate([head, tail], axis=1)
+            return cache, first
+        cache, rest = run_chunks(params, cache, x[:, 1:])
+        return cache, jnp.concatenate([first, rest], axis=1)
 
-    return code
+    return run
 
 
 def standardised(cfg: Config, params, means, stds):

@@ -1,4 +1,4 @@
-"""The straight path from clean to noise; tests/test_parity.py holds its tables to the reference."""
+"""Flow matching; tests/test_parity.py compares its tables with the reference."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from matrix_jax.diffusion import flow
 TABLE = flow.table(flow.Config())
 
 
-def test_a_table_falls_from_pure_noise():
+def test_the_table_descends_from_pure_noise():
     assert TABLE.sigmas[0] == 1 and np.all(np.diff(TABLE.sigmas) < 0) and TABLE.sigmas[-1] > 0
     np.testing.assert_allclose(TABLE.weights.mean(), 1, rtol=1e-6)
     assert TABLE.weights.argmax() == np.abs(TABLE.levels - 500).argmin()
@@ -16,7 +16,7 @@ def test_a_table_falls_from_pure_noise():
     np.testing.assert_allclose(even.levels, np.arange(1000, 0, -1), rtol=1e-6)
 
 
-def test_steps_move_towards_noise():
+def test_the_shift_moves_steps_towards_noise():
     warped = flow.warp(flow.Config(), (1000, 750, 500, 250))
     np.testing.assert_allclose(warped, [1000, 937.5, 833.3333, 625], rtol=1e-6)
     for steps in ((), (1001,), (-1,)):
@@ -24,7 +24,7 @@ def test_steps_move_towards_noise():
             flow.warp(flow.Config(), steps)
 
 
-def test_a_level_takes_the_nearest_entry():
+def test_a_level_has_the_sigma_of_the_nearest_entry():
     levels = np.array([[1000.0, 0.0, 700.0]])
     np.testing.assert_allclose(flow.sigma_at(TABLE, levels), levels / 1000, atol=6e-3)
     assert flow.sigma_at(TABLE, levels)[0, 1] == TABLE.sigmas[-1]
@@ -33,7 +33,7 @@ def test_a_level_takes_the_nearest_entry():
     assert flow.next_sigma(TABLE, np.array([900.0, 0.0])).tolist() == [0, 0]
 
 
-def test_the_path_can_be_walked_both_ways():
+def test_conversions_between_v_and_x0_are_inverse():
     x0, noise = np.random.default_rng(0).normal(size=(2, 2, 3, 4, 4, 5)).astype(np.float32)
     sigmas = np.array([[1.0, 0.5, 0.1], [0.9, 0.3, 0.02]], np.float32)
     x, v = flow.add_noise(sigmas, x0, noise), flow.velocity(x0, noise)
@@ -68,7 +68,7 @@ def test_bad_configs_are_refused(fields):
         flow.Config(**fields)
 
 
-def test_even_weights_count_pure_noise_too():
+def test_even_weights_include_pure_noise():
     bell, even = (flow.table(flow.Config(weighting=kind)) for kind in ('bell', 'even'))
     assert bell.weights[0] == 0 and np.all(even.weights == 1)
     np.testing.assert_array_equal(even.sigmas, bell.sigmas)

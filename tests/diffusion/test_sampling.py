@@ -35,7 +35,7 @@ def test_guidance_towards_the_same_text_changes_nothing():
     assert np.abs(sample(sampling.Config(steps=4, guidance=6.0), null=-1.0) - guided).max() > 0.1
 
 
-def test_the_solver_defaults_to_the_scheduler_s():
+def test_the_default_solver_is_that_of_the_scheduler():
     ddim = sample(sampling.Config(steps=4, solver='ddim'))
     assert np.array_equal(sample(sampling.Config(steps=4)), ddim)
     assert np.abs(sample(sampling.Config(steps=4, solver='dpm')) - ddim).max() > 1e-3
@@ -60,8 +60,8 @@ def test_guidance_needs_a_negative_text():
         sampling.sample(sampling.Config(), SchedulerConfig(), denoise, 1.0, None, None, None)
 
 
-def test_guides_go_from_condition_to_condition():
-    """Against the formula, one call per condition."""
+def test_guidance_equals_its_formula():
+    """Compared with one call per condition."""
     draws = np.random.default_rng(0)
     x, level = draws.normal(size=(2, 3, 2, 2, 4)), np.full([2, 3], 500)
     text, null_text = draws.normal(size=(2, 2, 5, 6))

@@ -56,7 +56,7 @@ def test_velocity_and_clean_estimate_are_inverse():
     assert schedule.alphas_cumprod[999] == 0
 
 
-def test_grouped_levels_leave_room_for_the_condition():
+def test_grouped_levels_have_condition_frames_in_front():
     rows = schedules.grouped(np.array([999, 749, 499, 249]), 2, 1, context=3, context_level=7)
     assert rows.tolist() == [[7, 7, 7, 499, 999], [7, 7, 7, 249, 749]]
     with pytest.raises(ValueError, match='got 5, expected a multiple of the 2 noise groups'):
@@ -70,11 +70,11 @@ def test_grouped_levels_leave_room_for_the_condition():
         SchedulerConfig(snr_shift=1.0, spacing='linspace', solver='dpm', zero_terminal_snr=False),
     ],
 )
-def test_released_config_goes_round(cfg):
+def test_released_configs_round_trip(cfg):
     assert SchedulerConfig.from_released(cfg.to_released()) == cfg
 
 
-def test_released_config_of_other_maths_is_refused_in_one_go():
+def test_unsupported_released_configs_are_refused_with_all_faults():
     with pytest.raises(ValueError) as error:
         SchedulerConfig.from_released(
             {

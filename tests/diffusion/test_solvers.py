@@ -9,7 +9,7 @@ ABAR = schedules.alphas_cumprod(CFG)
 
 
 def run(plan, x, x0, noise):
-    """The solver on a network that always knows x0."""
+    """Runs a solver on a network that predicts the true x0."""
     history = solvers.init(x)
     for index in range(len(plan.keep)):
         row = solvers.SolverTable(*(column[index] for column in plan))
@@ -31,7 +31,7 @@ def test_a_perfect_network_is_solved_exactly(solver, steps):
 
 @pytest.mark.parametrize('level', [25, 499, 999])
 def test_one_update_keeps_the_statistics_of_its_level(level):
-    """With the true x0, DDIM moves along the noise and DPM redraws it: both land at level t'."""
+    """With the true x0, DDIM keeps the noise and DPM redraws it; both reach level t'."""
     ddim = solvers.ddim(ABAR, [level], [level - 25])
     dpm = solvers.dpm(ABAR, [level], [level - 25])
     here, there = ABAR[level], ABAR[level - 25]

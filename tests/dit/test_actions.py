@@ -54,7 +54,7 @@ def block(batch=2):
     return jax.jit(net.apply), params, video, control, time
 
 
-def test_a_frame_obeys_its_own_and_earlier_controls():
+def test_a_frame_sees_its_own_and_earlier_controls():
     apply, params, video, control, time = block()
     counts = log_counts(12, 3)
     base = apply(params, video, control, time, counts)
@@ -64,7 +64,7 @@ def test_a_frame_obeys_its_own_and_earlier_controls():
         assert moved == [t >= frame for t in range(3)]
 
 
-def test_one_control_serves_the_whole_batch():
+def test_control_of_batch_one_is_broadcast():
     apply, params, video, control, time = block(batch=1)
     counts = log_counts(12, 3)
     one = apply(params, video, control, time, counts)
@@ -72,7 +72,7 @@ def test_one_control_serves_the_whole_batch():
     np.testing.assert_allclose(one, every, atol=1e-6)
 
 
-def test_embedding_keeps_frames_apart():
+def test_frames_are_embedded_separately():
     control = jax.random.normal(jax.random.key(0), (2, 3, 10))
     net = ControlEmbedding(16)
     params = jax.jit(net.init)(jax.random.key(1), control)

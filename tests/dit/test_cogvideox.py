@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from matrix_jax.dit import cogvideox
 from matrix_jax.dit.actions import ControlEmbedding, log_counts
+from matrix_jax.nn import initializers
 from matrix_jax.nn.linear import Linear, quantize
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
 from matrix_jax.weights.conversion import ConversionError, to_jax, to_torch
@@ -33,7 +34,7 @@ def golden(case):
 
 
 def noisy(cfg):
-    """Random parameters without zeros, so that every one of them matters."""
+    """Random parameters without zeros, so that all of them matter."""
     draw = np.random.default_rng(0).normal
 
     def leaf(path, shape):
@@ -74,7 +75,7 @@ def test_weights_and_config_survive_the_round_trip(case):
     ) - set(written) <= {'temporal_compression_ratio'}
 
 
-def test_a_checkpoint_of_another_stage_is_refused():
+def test_weights_of_another_stage_are_refused():
     released, kinds, _ = golden('a_stage2_transformer')
     cfg = dataclasses.replace(cogvideox.Config.from_released(released), control=None)
     with pytest.raises(ConversionError, match='control_blocks'):
@@ -143,7 +144,7 @@ def test_one_level_per_sample_is_that_level_for_every_frame():
     assert not np.allclose(one, forward(TINY, params, latents, text, level, control), atol=1e-3)
 
 
-def test_level_and_control_of_batch_one_serve_the_batch():
+def test_level_and_control_of_batch_one_are_broadcast():
     params = noisy(TINY)
     latents, text, level, control = inputs(TINY)
     one = forward(TINY, params, latents, text, level[:1], control[:1])
@@ -193,13 +194,17 @@ def test_half_precision_stays_near_float32():
     assert float(jnp.abs(got - want).mean()) < 0.05 * float(jnp.abs(want).mean())
 
 
-def test_control_blocks_start_as_the_identity():
-    params = cogvideox.init(TINY, jax.random.key(0))
+def initial(cfg, *rules):
+    return initializers.draw_tree(rules, cogvideox.shapes(cfg), 0)
+
+
+def test_blocks_with_zero_modulation_are_the_identity():
+    params = initial(TINY, ('*control/norm?/linear/*', initializers.zeros))
     latents, text, level, control = inputs(TINY)
     base = forward(TINY, params, latents, text, level, control)
     np.testing.assert_array_equal(base, forward(TINY, params, latents, text, level, control + 1))
     assert np.any(base)
-    zeros = cogvideox.init(TINY, jax.random.key(0), zero_init=True)
+    zeros = initial(TINY, *cogvideox.ZERO_INIT)
     assert not np.any(forward(TINY, zeros, latents, text, level, control))
     assert not np.any(zeros['before']['norm2']['linear']['kernel'])
 
@@ -219,13 +224,13 @@ def test_released_sizes():
         ({'out_channels': 32}, 'out_channels = 32'),
     ],
 )
-def test_config_refuses_other_maths(changes, message):
+def test_config_refuses_unsupported_operations(changes, message):
     released = TINY.to_released() | changes
     with pytest.raises(ValueError, match=message):
         cogvideox.Config.from_released(released)
 
 
-def test_only_networks_of_ours_have_our_keys():
+def test_keys_of_ours_are_written_only_when_they_are_used():
     ours = dataclasses.replace(
         TINY, control=dataclasses.replace(TINY.control, recency=2.0, modulate=True)
     )
@@ -233,10 +238,10 @@ def test_only_networks_of_ours_have_our_keys():
     assert not {'control_recency', 'control_modulate'} & set(TINY.to_released())
 
 
-def test_a_control_that_modulates_is_seen_before_the_control_blocks_are():
+def test_a_modulating_control_acts_without_control_blocks():
     cfg = dataclasses.replace(TINY, control=dataclasses.replace(TINY.control, modulate=True))
     latents, text, level, control = inputs(cfg)
-    params = cogvideox.init(cfg, jax.random.key(0))  # control blocks start as the identity
+    params = initial(cfg, ('*control/norm?/linear/*', initializers.zeros))
     made = [
         cogvideox.CogVideoXTransformer(cfg).apply(
             {'params': params}, latents, text, level, factor * control
@@ -249,7 +254,7 @@ def test_a_control_that_modulates_is_seen_before_the_control_blocks_are():
     assert jax.tree.structure(again) == jax.tree.structure(params)
 
 
-def test_config_reads_what_a_stage_one_release_leaves_out():
+def test_config_has_defaults_for_missing_keys():
     released = {
         '_class_name': 'x',
         '_diffusers_version': '0.31',

@@ -1,6 +1,6 @@
-"""The CogVideoX DiT with its tokens split over devices is that of one device.
+"""The CogVideoX DiT gives the same result with its tokens split over devices.
 
-Held to 2e-6 of the largest value: the order of some sums differs, and nothing else.
+Equal to 2e-6 of the largest value, as only the order of some sums differs.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from matrix_jax.dit import cogvideox
 from matrix_jax.parallel import sharding
 
 BATCH, FRAMES, ROWS, COLUMNS, PLACES = 2, 3, 6, 10, 15
-# Six heads are traded by 2, 3 and 6 devices; 5 and 8 gather keys, as 8 do for 30 heads. Seven
-# tokens of text divide by no mesh, the 15 of a frame by 3 and 5.
+# Six heads divide by 2, 3 and 6 devices; 5 and 8 devices gather keys, as 8 do for 30 heads. Seven
+# text tokens divide by no mesh, the 15 of a frame by 3 and 5.
 CFG = cogvideox.Config(
     heads=6,
     head_dim=8,
@@ -80,12 +80,10 @@ def alone(given):
 
 
 def expected(exchange):
-    """What goes over the mesh.
+    """Expected collectives: kind -> count.
 
-    Tokens have to meet in the self-attention of a layer, and nowhere else: norms, gates, MLP and
-    control attention work on single tokens. To trade heads is two exchanges, one of queries, keys
-    and values together and one of the results, to gather keys and values together is one. The
-    last all-gather is of the prediction, once in a call.
+    Only self-attention exchanges tokens: by two all-to-alls (queries, keys and values, then
+    results) or one all-gather of keys and values. One more all-gather is of the prediction.
     """
     if exchange == 'heads':
         return {'all-to-all': 2 * CFG.layers, 'all-gather': 1}
@@ -97,11 +95,11 @@ def close(made, wanted):
 
 
 @pytest.mark.parametrize('mesh', MESHES, ids=str)
-def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alone):
+def test_split_tokens_equal_one_device_and_are_exchanged_only_in_attention(mesh, given, alone):
     with jax.set_mesh(sharding.make_mesh(mesh)):
         v, found, moved = forward(CFG, given)
     close(v, alone)
-    if mesh.tensor > 1:  # which has exchanges of its own
+    if mesh.tensor > 1:  # tensor parallelism has its own collectives
         return
     if mesh.devices == 1:
         assert not found
@@ -114,7 +112,7 @@ def test_split_tokens_are_the_whole_and_meet_in_attention_alone(mesh, given, alo
     assert moved == pytest.approx(BATCH // mesh.data * (attention + prediction))
 
 
-def test_a_recipe_chooses_what_is_exchanged(given, alone):
+def test_the_config_chooses_the_exchange(given, alone):
     with jax.set_mesh(sharding.make_mesh(Mesh(seq=3))):
         v, found, _ = forward(dataclasses.replace(CFG, exchange='keys'), given)
     close(v, alone)

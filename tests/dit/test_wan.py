@@ -1,4 +1,4 @@
-"""The Wan DiT: blocks on caches are the training form, whatever the place in the stream."""
+"""The Wan DiT: blocks on caches equal the whole-clip call, anywhere in a stream."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ FRAMES = BLOCK * BLOCKS
 
 
 def noisy(cfg):
-    """Random parameters without zeros, so that every one of them matters."""
+    """Random parameters without zeros, so that all of them matter."""
     draw = np.random.default_rng(0).normal
 
     def leaf(path, shape):
@@ -68,7 +68,7 @@ def empty(cfg, params, image):
 
 
 def of_block(given, block, rows=slice(None)):
-    """What `cached` takes of the inputs of a clip."""
+    """The inputs of `cached` for a block of a clip."""
     latents, level, cond, _, mouse, keyboard = given
     span = slice(block * BLOCK, (block + 1) * BLOCK)
     return (
@@ -80,7 +80,7 @@ def of_block(given, block, rows=slice(None)):
 
 
 def stream(cfg, params, given, rows=slice(None)):
-    """(v of all blocks, caches before the first, after each)."""
+    """(v of all blocks, caches before the first block and after each)."""
     caches, made = [empty(cfg, params, given[3][rows])], []
     for block in range(BLOCKS):
         v, new = cached(cfg, params, caches[-1], *of_block(given, block, rows))
@@ -96,7 +96,7 @@ def streamed():
 
 @functools.cache
 def trained():
-    """(v of the training form, gradients of the sum of its squares), blocks made again."""
+    """(v of the whole-clip call, gradients of the sum of its squares), with rematerialisation."""
     cfg = dataclasses.replace(TINY, remat='block')
 
     def loss(params):
@@ -107,7 +107,7 @@ def trained():
     return v, grads
 
 
-def test_blocks_on_caches_equal_the_training_form_and_compile_once():
+def test_blocks_on_caches_equal_the_whole_clip_and_compile_once():
     want = trained()[0]
     got, caches = streamed()
     np.testing.assert_allclose(got, want, atol=3e-5)
@@ -117,7 +117,7 @@ def test_blocks_on_caches_equal_the_training_form_and_compile_once():
     assert all(one == shapes[0] for one in shapes)
 
 
-def test_the_last_call_on_a_block_is_remembered():
+def test_the_last_call_of_a_block_stays_in_the_cache():
     given, (want, caches) = inputs(), streamed()
     other = (given[0] + 1, given[1] + 500, *given[2:])
     v, touched = cached(TINY, params(), caches[2], *of_block(other, 2))
@@ -131,14 +131,14 @@ def test_the_last_call_on_a_block_is_remembered():
 
 
 @pytest.mark.parametrize('later', [99_996, 1_200_000_000])
-def test_a_stream_is_the_same_after_any_time(later):
+def test_a_stream_does_not_depend_on_its_start_frame(later):
     want, caches = streamed()  # full caches; `later` is a multiple of their slots
     moved = caches[2].replace(start=caches[2].start + later)
     v, _ = cached(TINY, params(), moved, *of_block(inputs(), 2))
     np.testing.assert_array_equal(v, want[:, -BLOCK:])
 
 
-def test_a_sink_stays_in_sight_at_its_true_distance():
+def test_a_sink_stays_visible_at_its_true_distance():
     cfg = dataclasses.replace(TINY, local=5, sink=1)
     caches = stream(cfg, params(), inputs())[1]
     first = caches[1].runs['acting'].video.k[:, :, 0]
@@ -178,7 +178,7 @@ def test_half_precision_stays_near_float32():
 
 
 @pytest.mark.parametrize('start', [0, 1, 5])
-def test_windows_hold_what_the_frames_of_a_block_may_see(start):
+def test_windows_hold_the_actions_of_a_block(start):
     actions = np.arange(4 * 7 + 1, dtype=np.float32)[None, :, None]
     window = wan.windows(actions, start, 3)
     assert window.shape == (1, 24, 1) and window[0, -1, 0] == 4 * (start + 2)
@@ -208,7 +208,7 @@ def test_released_sizes():
         assert 'image_dim' not in released
 
 
-def test_the_published_config_is_ours():
+def test_the_published_configs_are_presets():
     published = {
         '_class_name': 'CausalWanModel',
         '_diffusers_version': '0.35.0.dev0',
@@ -276,14 +276,14 @@ def test_weights_survive_the_round_trip():
     assert all(np.array_equal(back[name], tensors[name]) for name in back)
 
 
-def test_actions_may_start_behind_other_layers():
+def test_actions_may_start_after_other_layers():
     cfg = dataclasses.replace(TINY, layers=3, actions=dataclasses.replace(TINY.actions, start=1))
     assert set(cfg.segments) == {'before', 'acting', 'after'} <= set(wan.shapes(cfg))
     assert wan.Config.from_released(cfg.to_released()) == cfg
 
 
-def test_actions_may_modulate_as_levels_do():
-    """In blocks on caches as in training; each frame by its own window, louder by the gain."""
+def test_actions_may_modulate_like_levels():
+    """The same on caches and on whole clips; each frame by its own window, scaled by the gain."""
     small = dataclasses.replace(TINY, layers=1, actions=dataclasses.replace(TINY.actions, end=1))
     cfg = dataclasses.replace(
         small, actions=dataclasses.replace(small.actions, gain=3.0, modulate=True)
@@ -351,7 +351,7 @@ def test_actions_may_modulate_as_levels_do():
         ({'sink_size': 4}, 'sink: got 4 latent frames, expected fewer than the 4'),
     ],
 )
-def test_config_refuses_other_maths(changes, message):
+def test_config_refuses_unsupported_operations(changes, message):
     with pytest.raises(ValueError, match=message):
         wan.Config.from_released(TINY.to_released() | changes)
 

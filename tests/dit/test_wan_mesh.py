@@ -1,4 +1,4 @@
-"""The Wan DiT and its caches on a mesh are those of one device."""
+"""The Wan DiT and its caches on a mesh equal those of one device."""
 
 import dataclasses
 import functools
@@ -43,13 +43,13 @@ def given():
 
 
 def place(params, mesh):
-    """Parameters as a world lays them out."""
+    """Parameters, sharded as in a world."""
     axes = conversion.axes(wan.weights(CFG))
     return jax.device_put(params, sharding.param_shardings(axes, params, mesh))
 
 
 def stream(params, given):
-    """(v of all blocks, the last caches, collectives of a block), one program per kind of call."""
+    """(v of all blocks, the last caches, collectives of a block)."""
     latents, level, cond, image, mouse, keyboard = given
     caches = jax.jit(
         lambda params, image: wan.WanTransformer(CFG).apply(
@@ -103,8 +103,8 @@ def test_caches_split_over_all_axes_of_a_mesh(params, given, alone):
     [Mesh(seq=2), Mesh(seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8), Mesh(data=2, seq=4)],
     ids=str,
 )
-def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given, alone):
-    """Six sites; where they do not divide, devices remember some of padding as well."""
+def test_any_number_of_devices_shares_sites_and_caches(mesh, params, given, alone):
+    """Six sites; if they do not divide, the caches have padding."""
     with jax.set_mesh(sharding.make_mesh(mesh)):
         v, caches, found = stream(params, given)
     assert np.abs(v - alone[0]).max() <= 2e-6 * np.abs(alone[0]).max()
@@ -123,7 +123,7 @@ def test_any_devices_share_the_sites_and_what_is_remembered(mesh, params, given,
     assert sent(found) == pytest.approx(BATCH // mesh.data * (attention + prediction))
 
 
-def test_a_whole_clip_of_sites_that_do_not_divide(params, given):
+def test_a_whole_clip_whose_sites_do_not_divide(params, given):
     """Six sites on four devices, and parameters split over two."""
     whole = jax.jit(functools.partial(wan.WanTransformer(CFG).apply, block=BLOCK))
     want = whole({'params': params}, *given)

@@ -1,4 +1,4 @@
-"""CLIP text tower: pooling, causality, config and table (values: tests/test_parity.py)."""
+"""CLIP text encoder: pooling, causality, config and table (values: tests/test_parity.py)."""
 
 import dataclasses
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from matrix_jax.encoders import clip
+from matrix_jax.nn import initializers
 from matrix_jax.weights import conversion
 
 TINY = clip.PRESETS['tiny']
@@ -16,12 +17,12 @@ END = TINY.eos
 
 @pytest.fixture(scope='module')
 def params():
-    # A fresh tower barely tells ids apart; larger weights do.
+    # With initial weights ids hardly matter; with larger ones they do.
     return jax.tree.map(lambda leaf: 3 * leaf, init(TINY))
 
 
 def init(cfg):
-    return jax.jit(clip.init, static_argnums=0)(cfg, jax.random.key(0))
+    return initializers.draw_tree(clip.INIT_RULES, clip.shapes(cfg), 0)
 
 
 def features(params, ids, cfg=TINY):
@@ -29,7 +30,7 @@ def features(params, ids, cfg=TINY):
     return np.asarray(apply({'params': params}, jnp.asarray(ids)))
 
 
-def test_padding_behind_the_end_of_text_has_no_effect(params):
+def test_padding_after_the_end_of_text_has_no_effect(params):
     short = features(params, [[512, 5, 9, END]])
     np.testing.assert_allclose(features(params, [[512, 5, 9, END, END, END]]), short, atol=1e-5)
     np.testing.assert_allclose(features(params, [[512, 5, 9, END, 7, 7]]), short, atol=1e-5)
@@ -66,6 +67,6 @@ def test_config_round_trip_and_faults():
         clip.Config.from_released({'vocab_size': 4})
 
 
-def test_too_long_a_prompt_is_refused(params):
+def test_prompts_that_are_too_long_are_refused(params):
     with pytest.raises(ValueError, match='got 78 tokens, expected at most 77'):
         features(params, np.zeros((1, 78), np.int32))

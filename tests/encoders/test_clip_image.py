@@ -1,4 +1,4 @@
-"""CLIP image tower: resize, config and table (values: tests/test_parity.py)."""
+"""CLIP image encoder: resize, config and table (values: tests/test_parity.py)."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ def params():
     return clip.init(TINY, 0)
 
 
-def test_resize_has_the_weights_of_the_definition():
+def test_resize_equals_the_definition():
     np.testing.assert_array_equal(clip.cubic(5, 5), np.eye(5))
     twice = clip.cubic(8, 16)
     np.testing.assert_allclose(twice.sum(1), 1, atol=1e-6)
@@ -33,14 +33,14 @@ def test_resize_has_the_weights_of_the_definition():
     assert (clip.cubic(100, 10) != 0).sum(1).max() <= 4
 
 
-def test_pictures_of_any_shape_are_seen_squeezed():
+def test_images_of_any_size_are_resized():
     images = np.ones((2, 9, 5, 3), np.float32)
     seen = np.asarray(clip.pixels(TINY, images))
     assert seen.shape == (2, 28, 28, 3)
     np.testing.assert_allclose(seen[0, 3, 4], (1 - np.array(clip.MEAN)) / clip.STD, rtol=1e-4)
 
 
-def test_tokens_tell_pictures_and_places_apart():
+def test_tokens_depend_on_image_and_position():
     draws = np.random.default_rng(0)
     images = draws.normal(size=(2, 9, 12, 3)).astype(np.float32)
     tokens = np.asarray(jax.jit(functools.partial(clip.encode, TINY))(params(), images))
@@ -51,7 +51,7 @@ def test_tokens_tell_pictures_and_places_apart():
         clip.ImageTower(TINY).apply({'params': params()}, np.zeros((1, 14, 28, 3)))
 
 
-def test_weights_round_trip_without_what_is_not_used():
+def test_used_weights_round_trip():
     table = clip.weights(TINY)
     tensors = conversion.to_torch(table, params())
     assert tensors['visual.transformer.1.attn.to_qkv.weight'].shape == (48, 16)

@@ -9,6 +9,7 @@ import pytest
 from matrix_jax.benchmark.compiled import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.encoders import t5
+from matrix_jax.nn import initializers
 from matrix_jax.parallel import sharding
 from matrix_jax.weights import conversion
 
@@ -53,7 +54,7 @@ def test_config_faults(change, message):
 
 @pytest.fixture(scope='module')
 def params():
-    return jax.jit(t5.init, static_argnums=0)(TINY, jax.random.key(0))
+    return initializers.draw_tree(t5.init_rules(TINY), t5.shapes(TINY), 0)
 
 
 def test_table_covers_the_tree_and_the_tied_copy_is_dropped(params):
@@ -87,8 +88,8 @@ def test_half_precision_stays_close(params):
     ],
     ids=str,
 )
-def test_split_tokens_are_the_whole(mesh, exchange, split):
-    """Eleven tokens split evenly over no mesh; what differs is the order of sums."""
+def test_split_tokens_equal_one_device(mesh, exchange, split):
+    """Eleven tokens divide by no mesh; only the order of sums differs."""
     cfg, params, ids, wanted = split
     with sharding.use_mesh(sharding.make_mesh(mesh)):
         encode = jax.jit(t5.T5Encoder(cfg).apply).lower({'params': params}, ids).compile()
@@ -107,8 +108,8 @@ def test_split_tokens_are_the_whole(mesh, exchange, split):
 
 @pytest.fixture(scope='module')
 def split():
-    """(config, parameters, ids, what one device makes of them)."""
+    """(config, parameters, ids, features of one device)."""
     cfg = dataclasses.replace(TINY, heads=6)
-    params = jax.jit(t5.init, static_argnums=0)(cfg, jax.random.key(1))
+    params = initializers.draw_tree(t5.init_rules(cfg), t5.shapes(cfg), 1)
     ids = np.random.default_rng(0).integers(3, cfg.vocab, (2, 11), np.int32)
     return cfg, params, ids, np.asarray(jax.jit(t5.T5Encoder(cfg).apply)({'params': params}, ids))

@@ -9,7 +9,7 @@ from matrix_jax.parallel.mesh import Mesh
 
 
 def literal(q, k, v, bias, scale):
-    """Attention of one head and one query at a time, in float64."""
+    """Reference: one head and one query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     y = np.zeros(q.shape[:3] + v.shape[-1:])
     for b, n, head in np.ndindex(q.shape[:3]):
@@ -25,7 +25,7 @@ def tokens(key, length):
 
 @pytest.mark.parametrize('biased', [False, True])
 @pytest.mark.parametrize('scale', [None, 0.7])
-def test_equals_the_literal_form(biased, scale):
+def test_attention_equals_the_definition(biased, scale):
     q, k, v = tokens(0, 5), tokens(1, 7), tokens(2, 7)
     bias = np.zeros((2, 3, 5, 7))
     if biased:
@@ -64,7 +64,7 @@ def test_softmax_is_float32_in_half_precision():
         (136, 'bfloat16', False),
     ],
 )
-def test_a_gpu_takes_the_kernel_of_cudnn_where_it_fits(width, dtype, fused, monkeypatch):
+def test_a_gpu_uses_the_cudnn_kernel_where_it_can(width, dtype, fused, monkeypatch):
     q, k, v = (jax.random.normal(jax.random.key(key), (1, 5, 2, width), dtype) for key in range(3))
     want, taken = attention(q, k, v), []
     plain = jax.nn.dot_product_attention
@@ -112,8 +112,8 @@ def test_multi_head_normalises_queries_and_keys_per_head():
         (2, 2, 3, 'heads'),
     ],
 )
-def test_heads_are_traded_where_they_divide(heads, parts, tensor, exchange):
-    """What tensor has split already, or cannot split, is what has to divide."""
+def test_heads_are_exchanged_where_they_divide(heads, parts, tensor, exchange):
+    """Counts the heads that remain on a device after the split by tensor."""
     assert route(heads, parts, 'auto', tensor) == exchange
     assert route(heads, parts, 'keys', tensor) == 'keys'
 
@@ -125,16 +125,15 @@ def test_heads_are_traded_where_they_divide(heads, parts, tensor, exchange):
         ('ring', "exchange: got 'ring', expected 'auto', 'heads' or 'keys'"),
     ],
 )
-def test_an_exchange_that_cannot_be_had_is_refused(exchange, message):
+def test_impossible_exchanges_are_refused(exchange, message):
     with pytest.raises(ValueError, match=message):
         route(30, 8, exchange)
 
 
 @pytest.mark.parametrize('mesh', [Mesh(data=2, tensor=2, seq=2), Mesh(seq=4)], ids=str)
 @pytest.mark.parametrize('queries', [8, 4])
-def test_values_and_gradients_of_split_tokens_are_those_of_the_whole(mesh, queries):
-    """Four heads: two devices of seq trade them, beside two of tensor; four trade all of them.
-    Two of the eight keys are padding, and a bias says how far the others are seen."""
+def test_values_and_gradients_of_split_tokens_equal_one_device(mesh, queries):
+    """Four heads, split by seq and tensor; two of eight keys are padding; with a bias."""
     draw = np.random.default_rng(0).normal
     q, k, v = (jnp.float32(draw(size=(2, tokens, 4, 8))) for tokens in (queries, 8, 8))
     bias, real = draw(size=(4, queries, 8)).astype(np.float32), np.array([0, 1, 2, 4, 5, 6])

@@ -20,7 +20,7 @@ def spatial_pad(x, before, after):
 
 
 @pytest.mark.parametrize('kernel', [(3, 3, 3), (1, 1, 1), (1, 3, 3), (3, 1, 1)])
-def test_conv3d_is_the_definition(kernel):
+def test_conv3d_equals_the_definition(kernel):
     x, weight = normal(2, 4 + kernel[0] - 1, 5, 6, 3), normal(*kernel, 3, 4, seed=1)
     rows, columns = kernel[1] // 2, kernel[2] // 2
     padded = np.pad(x, ((0, 0), (0, 0), (rows, rows), (columns, columns), (0, 0)))
@@ -29,7 +29,7 @@ def test_conv3d_is_the_definition(kernel):
     np.testing.assert_allclose(got, direct(padded, weight), atol=1e-5)
 
 
-def test_the_first_frame_stands_for_the_past():
+def test_the_first_frame_is_repeated_before_the_start():
     x = normal(1, 3, 4, 4, 2)
     params = {'kernel': normal(3, 3, 3, 2, 5, seed=1), 'bias': normal(5, seed=2)}
     y, context = CausalConv3d(5).apply({'params': params}, x)
@@ -69,7 +69,7 @@ def test_upsampling_repeats_pixels_then_convolves():
     np.testing.assert_allclose(y, want, atol=1e-5)
 
 
-def test_half_precision_is_the_type_of_output_and_context():
+def test_half_precision_outputs_and_contexts():
     layer, x = CausalConv3d(4, dtype='bfloat16'), normal(1, 3, 4, 4, 2)
     params = {'params': {'kernel': normal(3, 3, 3, 2, 4, seed=1), 'bias': normal(4, seed=2)}}
     y, context = layer.apply(params, x)

@@ -1,4 +1,4 @@
-"""A ring of cached frames is the rolling cache of the reference; who sees whom."""
+"""The ring of cached frames equals the rolling cache of the reference; attention patterns."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ SIZES = [(6, 0, 3), (4, 0, 3), (7, 1, 3), (5, 2, 3), (3, 0, 3), (6, 0, 1)]
 
 
 class Rolling:
-    """The cache of the reference: entries move down as new ones come in."""
+    """The cache of the reference, which moves its entries when new ones arrive."""
 
     def __init__(self, size, sink):
         self.entries, self.sink = [None] * size, sink
@@ -54,7 +54,7 @@ def test_a_ring_holds_what_the_rolling_cache_holds(size, sink, count):
 
 @pytest.mark.parametrize('start', [0, 3, 99_999, 2_000_000_001])
 @pytest.mark.parametrize('size, sink, count', SIZES[1:4])
-def test_places_are_relative_and_small(start, size, sink, count):
+def test_positions_are_relative_and_small(start, size, sink, count):
     ring = Ring(jnp.int32(start), count, size, sink)
     queries, keys = (np.asarray(places, np.int64) for places in ring.positions())
     held, filled = np.asarray(ring.slot_frames(), np.int64), np.asarray(ring.visible())[0]
@@ -95,7 +95,7 @@ def test_blocks_see_themselves_and_a_window_before_their_end(frames, block, loca
     np.testing.assert_allclose(pattern.attend(q, k, v), want.reshape(q.shape), atol=1e-6)
 
 
-def test_a_site_sees_itself_alone():
+def test_a_site_attends_to_itself_only():
     q, k, v = np.random.default_rng(2).normal(size=(3, 2, 4, 3, 2, 8)).astype('f4')
     visible = Blocks(4, 2, 2).visible()
     bias = np.where(visible, 0, -np.inf)

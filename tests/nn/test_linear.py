@@ -9,7 +9,7 @@ from matrix_jax.nn.linear import Int8, Linear
 
 @pytest.mark.parametrize('stored', ['float32', 'bfloat16'])
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_computes_in_its_dtype_whatever_the_weights_are_stored_in(stored, dtype):
+def test_products_have_the_dtype_of_the_layer(stored, dtype):
     x = jax.random.normal(jax.random.key(0), (2, 5, 8))
     net = Linear(4, dtype=jnp.dtype(dtype))
     params = jax.jit(net.init)(jax.random.key(1), x)
@@ -38,7 +38,7 @@ def kernel_of(*shape):
     return (draw.normal(size=shape) * 10.0 ** draw.integers(-3, 3, shape[-1])).astype('float32')
 
 
-def test_a_kernel_survives_8_bits_up_to_half_a_step():
+def test_8_bit_kernels_are_exact_to_half_a_step():
     kernel = kernel_of(2, 64, 6)
     kernel[..., 2] = 0
     made = linear.to_int8(kernel)
@@ -68,13 +68,13 @@ def test_the_error_of_a_layer_stays_within_its_bound():
     assert error.max() > 0 and (y[0, 0] == params['bias']).all()
 
 
-def test_activations_are_cut_towards_zero_by_the_scale_of_their_token():
+def test_activations_are_rounded_towards_zero_with_a_scale_per_token():
     values, scale = linear.rows_to_int8(jnp.array([[127.0, 1.99, -1.99], [0.5, 0.25, -0.5]]))
     np.testing.assert_array_equal(values, [[127, 1, -1], [127, 63, -127]])
     np.testing.assert_allclose(scale, [[1], [0.5 / 127]], rtol=1e-6)
 
 
-def test_quantize_changes_the_layers_that_it_is_told():
+def test_quantize_changes_the_named_layers_only():
     params = {
         'a': {
             'attention': {'query': {'kernel': kernel_of(2, 4, 3), 'bias': np.ones(3)}},

@@ -1,4 +1,4 @@
-"""Adapters: merged exactly, written and read bit for bit, and files of others."""
+"""Adapters: merging, files of ours bit for bit, and files of diffusers and peft."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ Q = 'transformer_blocks.2.attn1.to_q'
 
 
 def whole(seed):
-    """A tree of small whole numbers, whose sums and products are exact."""
+    """Parameters of small integers, whose sums and products are exact."""
     random = np.random.default_rng(seed)
     return lambda shape: random.integers(-3, 4, shape).astype(np.float32)
 
@@ -43,7 +43,7 @@ def torch_weights(tree):
     return conversion.to_torch(TABLE, jax.tree.map(np.asarray, tree))
 
 
-def test_a_fresh_adapter_changes_nothing_and_spares_the_control_blocks():
+def test_an_initial_adapter_changes_nothing_and_has_no_control_blocks():
     fresh = lora.init(TABLE, SHAPES, 4, 4.0, seed=0)
     jax.tree.map(np.testing.assert_array_equal, lora.merge(params(), fresh), params())
     flat = conversion.flatten(fresh)
@@ -61,7 +61,7 @@ def test_a_fresh_adapter_changes_nothing_and_spares_the_control_blocks():
         lora.init(TABLE, SHAPES, 4, 1.0, seed=0, targets=('blocks.*',))
 
 
-def test_merging_is_the_update_of_the_paper(tmp_path):
+def test_merge_adds_the_update_of_the_paper(tmp_path):
     tensors = load_file(lora.write(tmp_path / lora.FILE, adapter(), TABLE))
     before, after = torch_weights(params()), torch_weights(lora.merge(params(), adapter(), 3.0))
     for name, weight in before.items():
@@ -73,7 +73,7 @@ def test_merging_is_the_update_of_the_paper(tmp_path):
 
 
 @pytest.mark.parametrize('alpha', [4.0, 1.7])
-def test_a_file_gives_back_what_was_written(tmp_path, alpha):
+def test_files_round_trip(tmp_path, alpha):
     made = lora.init(TABLE, SHAPES, 4, alpha, seed=1)
     made['after']['attention']['query']['b'] += np.pi
     path = lora.write(tmp_path / 'more' / lora.FILE, made, TABLE)
@@ -90,8 +90,8 @@ def test_a_file_gives_back_what_was_written(tmp_path, alpha):
 
 
 @pytest.mark.parametrize('writer', ['peft', 'diffusers'])
-def test_files_of_peft_and_diffusers_merge_as_there(writer):
-    """The adapted weights were zero when `goldens/lora/record.py` merged the adapter into them."""
+def test_files_of_peft_and_diffusers_merge_as_in_peft_and_diffusers(writer):
+    """`goldens/lora/record.py` merged the adapter into zero weights."""
     want = load_file(GOLDENS / writer / 'merged.safetensors')
     empty = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), SHAPES)
     got = torch_weights(lora.merge(empty, lora.read(GOLDENS / writer, TABLE, SHAPES)))
@@ -126,7 +126,7 @@ def peft(folder, tensors, settings=None, name='adapter_model.safetensors'):
         ({'lora_alpha': 4, 'use_rslora': True}, (4 / 2**0.5, 4 / 3**0.5)),
     ],
 )
-def test_a_file_of_peft_may_have_part_of_the_layers_and_several_ranks(tmp_path, settings, scales):
+def test_peft_files_may_have_some_layers_and_several_ranks(tmp_path, settings, scales):
     draw = whole(2)
     other = 'transformer_blocks.1.attn1.to_out.0'
     pairs = {
@@ -192,14 +192,14 @@ PAIR = (np.ones((2, 32), np.float32), np.ones((32, 2), np.float32))
     ],
     ids=range(11),
 )
-def test_a_file_that_does_not_fit_is_named(tmp_path, tensors, settings, said):
+def test_faults_of_a_file_are_named(tmp_path, tensors, settings, said):
     folder = peft(tmp_path, tensors, settings)
     with pytest.raises(conversion.ConversionError) as error:
         lora.read(folder, TABLE, SHAPES)
     assert said in str(error.value) and str(error.value).startswith(f'{folder}/adapter_model')
 
 
-def test_a_file_that_is_none_is_named(tmp_path):
+def test_files_without_an_adapter_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match='nowhere: no such file'):
         lora.read(tmp_path / 'nowhere', TABLE, SHAPES)
     with pytest.raises(CheckpointError, match='expected pytorch_lora_weights.safetensors or'):
@@ -210,7 +210,7 @@ def test_a_file_that_is_none_is_named(tmp_path):
         lora.read(path, TABLE, SHAPES)
 
 
-def test_letters_of_an_adapter_are_those_of_its_kernels():
+def test_adapters_have_the_axis_letters_of_their_kernels():
     found = conversion.flatten(lora.axes(conversion.axes(TABLE)))
     flat = conversion.flatten(adapter())
     assert {path: len(found[path]) for path in flat} == {p: leaf.ndim for p, leaf in flat.items()}

@@ -6,7 +6,7 @@ from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding
 
 
 def noisy(params, key=7):
-    """Parameters without zeros and ones, so that every one of them matters."""
+    """Parameters without zeros and ones, so that all of them matter."""
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(key), len(leaves))
     return jax.tree.unflatten(
@@ -38,7 +38,7 @@ def setup():
     return net, noisy(jax.jit(net.init)(jax.random.key(3), video, side, time)), video, side, time
 
 
-def test_each_frame_follows_its_own_level_and_the_side_the_last():
+def test_frames_have_their_own_levels_and_side_tokens_the_last():
     net, params, video, side, time = setup()
     base = net.apply(params, video, side, time)
     for frame in range(3):
@@ -50,7 +50,7 @@ def test_each_frame_follows_its_own_level_and_the_side_the_last():
             assert np.allclose(base[part], changed[part]) == (frame != 2)
 
 
-def test_one_level_is_all_levels():
+def test_one_level_is_broadcast_to_all_frames():
     net, params, video, side, time = setup()
     one = net.apply(params, video, side, time[:, :1])
     every = net.apply(params, video, side, jnp.repeat(time[:, :1], 3, axis=1))

@@ -79,7 +79,7 @@ def test_rotations_of_traced_positions_are_exact(position):
         np.testing.assert_allclose(part[0], want, atol=2e-6 if abs(position) > 2**24 else 6e-7)
 
 
-def test_rotated_products_depend_on_relative_positions_alone():
+def test_rotated_products_depend_on_relative_positions_only():
     q, k = np.random.default_rng(0).normal(size=(2, 3, 2, 8)).astype('f4')
 
     def products(start):
@@ -91,7 +91,7 @@ def test_rotated_products_depend_on_relative_positions_alone():
     assert not np.allclose(near, np.einsum('nke,mke->knm', q, k), atol=0.1)
 
 
-def test_neighbours_turn_and_the_rest_stays():
+def test_pairs_are_rotated_and_the_rest_is_kept():
     x = np.random.default_rng(1).normal(size=(4, 2, 10)).astype('f4')
     rotation = rope.rotations(np.arange(4), rope.frequencies(3, 256.0))
     y = np.asarray(rope.rotate(x, rotation))
@@ -117,7 +117,7 @@ def test_a_grid_gives_a_third_of_the_pairs_each_to_row_and_column():
     np.testing.assert_allclose(traced, (cos, sin), atol=1e-6)
 
 
-def test_level_code_is_that_of_float64():
+def test_level_code_equals_float64():
     level = np.array([0, 0.5, 625, 908.8427734375, 1000], np.float32)
     angles = level.astype(np.float64)[:, None] * rope.frequencies(128)
     np.testing.assert_allclose(

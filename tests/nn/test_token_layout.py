@@ -1,4 +1,4 @@
-"""Tokens that devices share: joining and splitting undo each other, padding is left out."""
+"""Layout of tokens on a mesh: inverse functions, and positions of padding."""
 
 import numpy as np
 import pytest
@@ -10,7 +10,7 @@ FRAMES, PLACES, LENGTH = 2, 5, 7
 
 @pytest.fixture(params=[1, 3, 5])
 def parts(request, monkeypatch):
-    """As on a mesh of so many devices, of which none is needed."""
+    """Pretends to be on a mesh of that many devices."""
     monkeypatch.setattr(token_layout, 'ways', lambda name: request.param)
     return request.param
 
@@ -19,7 +19,7 @@ def numbered(*shape, first=1):
     return np.arange(first, first + np.prod(shape), dtype=np.float32).reshape(shape)
 
 
-def test_what_is_joined_splits_again_and_padding_is_not_real(parts):
+def test_split_inverts_join_and_padding_is_not_real(parts):
     video, text = numbered(1, FRAMES, PLACES, 1), numbered(1, LENGTH, 1, first=100)
     padded, padded_text = token_layout.pad(video, 2), token_layout.pad(text, 1)
     assert padded.shape[2] % parts == padded_text.shape[1] % parts == 0
@@ -33,7 +33,7 @@ def test_what_is_joined_splits_again_and_padding_is_not_real(parts):
     assert (real is None) == (parts == 1)
 
 
-def test_each_device_has_its_places_of_every_frame(parts):
+def test_each_device_has_the_same_sites_of_every_frame(parts):
     video = token_layout.pad(numbered(1, FRAMES, PLACES, 1), 2)
     flat = token_layout.flatten_frames(video)
     np.testing.assert_array_equal(token_layout.unflatten_frames(flat, FRAMES), video)

@@ -1,4 +1,4 @@
-"""Random frames and parameters, and programs that compile once in a file of tests."""
+"""Random frames and parameters, and functions that compile once per test module."""
 
 import functools
 
@@ -12,7 +12,7 @@ def normal(*shape, seed=0, scale=1.0):
 
 @functools.cache
 def params_of(vae, cfg):
-    """Parameters of an autoencoder, none of them zero."""
+    """Random parameters of an autoencoder without zeros."""
     draws = np.random.default_rng(7)
     return jax.tree.map(
         lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.3, vae.shapes(cfg)

@@ -35,7 +35,7 @@ TINY = vae.PRESETS['tiny']
 
 
 def golden(case):
-    """The released config and weights of a recording; the outputs are held by test_parity."""
+    """Released config and weights of a recording (test_parity compares its outputs)."""
     with safe_open(GOLDENS / f'{case}.safetensors', 'np') as file:
         weights = {
             key.removeprefix('weights/'): file.get_tensor(key)
@@ -65,7 +65,7 @@ def test_prefill_and_scanned_steps_equal_the_whole_clip():
     assert np.std(whole) > 0.05
 
 
-def test_step_compiles_once_and_never_looks_ahead():
+def test_step_compiles_once_and_is_causal():
     count = []
 
     @jax.jit
@@ -135,7 +135,7 @@ def test_patched_frames_are_stacked_pixels():
     assert vae.Config.from_released(patched.to_released()) == patched
 
 
-def test_scaled_latents_have_the_means_taken_off():
+def test_scaled_subtracts_the_means():
     cfg = dataclasses.replace(SMALL, latent_means=(1, 2, 3, 4), scaling_factor=0.5)
     latents = normal(1, 2, 2, 2, 4)
     np.testing.assert_allclose(vae.scaled(cfg, latents), (latents - [1, 2, 3, 4]) / 2, rtol=1e-5)
@@ -146,7 +146,7 @@ def test_scaled_latents_have_the_means_taken_off():
         dataclasses.replace(SMALL, latent_means=(1.0,))
 
 
-def test_standardised_latents_make_the_same_frames():
+def test_standardised_latents_decode_to_the_same_frames():
     params, frames, std = params_of(SMALL), normal(1, 4, 4, 6, 3), np.array([0.5, 1, 2, 8], 'f4')
     cfg, made = vae.standardised(SMALL, params, 2 * std, std)
     assert (cfg.scaling_factor, cfg.latent_means) == (1, (2, 2, 2, 2))
@@ -157,7 +157,7 @@ def test_standardised_latents_make_the_same_frames():
     np.testing.assert_allclose(decode(made, small), decode(params, mean), atol=1e-4)
 
 
-def test_clips_of_a_batch_do_not_meet():
+def test_clips_of_a_batch_are_independent():
     params = params_of(SMALL)
     for function, clips in (
         (vae.encode, normal(2, 5, 4, 4, 3)),
@@ -172,7 +172,7 @@ def test_clips_of_a_batch_do_not_meet():
 
 
 @pytest.mark.parametrize('tiles', [None, Tiles((8, 12), (4, 6))])
-def test_a_tile_that_covers_all_is_the_plain_autoencoder(tiles):
+def test_one_tile_equals_the_plain_autoencoder(tiles):
     def program(function, *args):
         return str(jax.make_jaxpr(functools.partial(function, SMALL))(vae.shapes(SMALL), *args))
 
@@ -204,7 +204,7 @@ def test_tiles_fade_into_each_other():
     np.testing.assert_allclose(got[0, 0, 0, :, 0], [0, 0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1.5])
 
 
-def test_tiles_that_cut_latent_pixels_are_refused():
+def test_tiles_with_parts_of_latent_pixels_are_refused():
     tiles = Tiles((4, 4), (2, 2), (0.25, 0.25))  # a stride of 3 pixels is 1.5 latent pixels
     with pytest.raises(ValueError, match='strides of whole latent pixels'):
         jax.eval_shape(
@@ -230,7 +230,7 @@ def test_windows_of_a_long_video(total, sizes):
     np.testing.assert_array_equal(got.ravel(), np.repeat(latents, 4))
 
 
-def test_fresh_weights_train_everywhere():
+def test_all_initial_weights_get_gradients():
     params = vae.init(SMALL, 0)
     frames = np.tanh(normal(1, 3, 4, 4, 3))
 
@@ -291,12 +291,12 @@ def test_missing_and_unknown_weights_are_named():
         ({'single_latent_frames': 4}, 'expected 1 or temporal_compression = 2'),
     ],
 )
-def test_configs_with_other_maths_are_refused(change, message):
+def test_unsupported_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         vae.Config.from_released(SMALL.to_released() | change)
 
 
-def test_inputs_are_checked_at_the_door():
+def test_bad_inputs_are_refused():
     with pytest.raises(ValueError, match=r'frames \(1, 5, 6, 8, 3\), expected .* multiples of 8'):
         vae.encode(TINY, None, np.zeros((1, 5, 6, 8, 3)))
     with pytest.raises(ValueError, match=r'latents \(1, 2, 2, 8\), expected \[B T h w 4\]'):

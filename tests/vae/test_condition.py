@@ -25,7 +25,7 @@ def test_the_middle_is_cropped(rows, columns, want):
     assert condition.crop(rows, columns, 352, 640) == want
 
 
-def test_a_picture_is_cropped_and_resized_as_by_hand():
+def test_images_are_cropped_and_resized():
     picture = np.random.default_rng(0).integers(0, 255, (40, 20, 3), np.uint8)
     want = Image.fromarray(picture).crop((0, 12, 20, 28)).resize((10, 8), Image.BILINEAR)
     np.testing.assert_array_equal(condition.fit(picture, 8, 10), want)
@@ -46,12 +46,12 @@ def test_a_picture_is_cropped_and_resized_as_by_hand():
     ],
     ids=['empty', 'rgba', 'grey', 'float', 'text'],
 )
-def test_what_is_no_picture_is_refused(picture):
+def test_arrays_that_are_no_images_are_refused(picture):
     with pytest.raises(ValueError, match=r'picture: got .*, expected uint8 \[H W 3\]'):
         condition.fit(picture, 8, 8)
 
 
-def test_long_clips_repeat_the_latents_of_grey():
+def test_long_clips_repeat_the_latents_of_grey_frames():
     draws, image, frames = np.random.default_rng(7), normal(2, 4, 4, 3), TINY.settled + 4
     params = jax.tree.map(
         lambda leaf: draws.normal(size=leaf.shape).astype(np.float32) * 0.5, wan.shapes(TINY)

@@ -46,7 +46,7 @@ def on(mesh, function, *given):
 
 
 def same(made, wanted):
-    """Whether trees are equal, but for rows below the picture that caches keep."""
+    """Whether trees are equal, except for padding rows in caches."""
     for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         one, other = np.asarray(one)[:, :, : other.shape[2]], np.asarray(other)
         assert one.shape == other.shape
@@ -65,7 +65,7 @@ def following(params):
 
 
 def filled_up(cache, ways):
-    """A cache of whole pictures as `ways` devices keep it."""
+    """A cache of whole frames, padded as `ways` devices have it."""
     below = -ROWS % ways
     return jax.tree.map(
         lambda leaf: np.pad(
@@ -80,7 +80,7 @@ def filled_up(cache, ways):
     [Mesh(), Mesh(seq=2), Mesh(data=2, seq=3), Mesh(seq=5), Mesh(seq=6), Mesh(seq=8)],
     ids=str,
 )
-def test_a_split_decoder_is_the_whole_one(mesh, params, following):
+def test_a_split_decoder_equals_one_device(mesh, params, following):
     (cache, latents), wanted = following
     made, text = on(mesh, vae.step, params, filled_up(cache, mesh.seq), latents)
     same(made, wanted)
@@ -101,15 +101,15 @@ def test_a_split_decoder_is_the_whole_one(mesh, params, following):
         assert sum(found.values()) - norms in range(4)
 
 
-def test_a_split_encoder_is_the_whole_one(params):
+def test_a_split_encoder_equals_one_device(params):
     frames = normal(2, 5, 2 * ROWS, 4, 3)
     wanted, _ = on(None, vae.encode_step, params, None, frames)
     for mesh in (Mesh(data=2, seq=2), Mesh(seq=5)):
         same(on(mesh, vae.encode_step, params, None, frames)[0], wanted)
 
 
-def test_a_clip_starts_split_and_what_is_carried_stays_split(params, following):
-    """Each device keeps the rows of the past that it made."""
+def test_caches_stay_split_over_the_devices(params, following):
+    """Each device has the rows that it computed."""
     latents = following[0][1]
     wanted, _ = on(None, vae.prefill, params, latents)
     (cache, frames), _ = on(Mesh(seq=4), vae.prefill, params, latents)

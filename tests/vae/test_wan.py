@@ -22,7 +22,7 @@ params_of = functools.partial(drawn.params_of, vae)
 
 @functools.cache
 def whole():
-    """Six latent frames and what they decode to in one go."""
+    """Six latent frames, and their frames decoded at once."""
     latents = normal(1, 6, 2, 3, 4)
     frames = np.asarray(compiled(vae.decode, TINY)(params_of(TINY), latents))
     assert frames.shape == (1, 1 + 2 * 5, 4, 6, 3) and np.std(frames) > 0.05
@@ -63,14 +63,14 @@ def test_step_compiles_once_and_the_cache_matters():
 
 
 @pytest.mark.parametrize('chunk', [1, 2])
-def test_chunks_are_a_matter_of_memory_alone(chunk):
+def test_the_chunk_length_does_not_change_the_result(chunk):
     latents, want = whole()
     cfg = dataclasses.replace(TINY, chunk=chunk)
     got = jax.jit(functools.partial(vae.decode, cfg))(params_of(TINY), latents)
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_decoder_never_looks_ahead():
+def test_the_decoder_is_causal():
     latents, want = whole()
     changed = latents.copy()
     changed[:, 3] += 1
@@ -200,7 +200,7 @@ def test_released_sizes_of_2_2(preset, encoder, decoder):
     assert paths == set(conversion.flatten(shapes))
 
 
-def test_a_game_fits_its_megabytes():
+def test_the_bundled_autoencoder_is_small():
     cfg = vae.PRESETS['doom']
     assert 2 * sum(leaf.size for leaf in jax.tree.leaves(vae.shapes(cfg))) < 4e6
     assert (cfg.spatial_compression, cfg.temporal_compression, cfg.settled) == (8, 4, 20)
@@ -226,7 +226,7 @@ def test_configs_that_do_not_fit_are_refused(change, message):
         vae.Config.from_released(TINY.to_released() | change)
 
 
-def test_inputs_are_checked_at_the_door():
+def test_bad_inputs_are_refused():
     for frames in ((1, 4, 4, 4, 3), (1, 5, 6, 5, 3), (1, 0, 4, 4, 3), (1, 5, 4, 4, 1)):
         with pytest.raises(ValueError, match=r'expected \[B F H W 3\] with F = 1 \+ 2k and H, W'):
             vae.encode(TINY, None, np.zeros(frames))

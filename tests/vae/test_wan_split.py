@@ -1,4 +1,4 @@
-"""The Wan autoencoder with its rows split over devices is that of one device."""
+"""The Wan autoencoder gives the same result with its rows split over devices."""
 
 import functools
 
@@ -34,14 +34,14 @@ def on(mesh, function, *given):
 
 
 def same(made, wanted):
-    """Whether trees are equal, but for rows below the picture that caches keep."""
+    """Whether trees are equal, except for padding rows in caches."""
     for one, other in zip(jax.tree.leaves(made), jax.tree.leaves(wanted), strict=True):
         one, other = np.asarray(one)[:, :, : other.shape[2]], np.asarray(other)
         assert one.shape == other.shape
         assert np.abs(one - other).max() <= 2e-6 * max(np.abs(other).max(), 1)
 
 
-def test_a_split_decoder_is_the_whole_one(params):
+def test_a_split_decoder_equals_one_device(params):
     latents = normal(2, 3, ROWS, 2, 4)
     wanted = on(None, vae.prefill, params, latents)
     assert np.std(wanted[1]) > 0.1
@@ -51,7 +51,7 @@ def test_a_split_decoder_is_the_whole_one(params):
         same((more, np.concatenate([frames, tail], axis=1)), wanted)
 
 
-def test_a_split_encoder_is_the_whole_one(params):
+def test_a_split_encoder_equals_one_device(params):
     frames = normal(1, 3, 2 * ROWS, 4, 3)
     same(
         on(Mesh(seq=3), vae.encode_step, params, None, frames),
