@@ -7,39 +7,22 @@ and measures them one after the other.
     matrix-jax train ablations:G8 --out runs/g8 --weights runs/base/weights
 """
 
-import dataclasses
-
-from matrix_jax.recipes import load
+from matrix_jax.recipes import change, load
 
 DEFAULT = 'SWIN'
-
-
-def _changed(recipe, stream=None, steps=300, **stage):
-    run = load(recipe)
-    world = dataclasses.replace(
-        run.world, stream=dataclasses.replace(run.world.stream, **stream or {})
-    )
-    train = dataclasses.replace(run.train, steps=steps)
-    return dataclasses.replace(
-        run, world=world, stage=dataclasses.replace(run.stage, **stage), train=train
-    )
-
-
-def _swin(stream=None, **stage):
-    # Error recycling would double the cost of a step.
-    return _changed('carracing:SWIN', stream, recycle=0.0, **stage)
-
-
-SWIN = _swin()  # the baseline
+# The baseline, shorter than the trained world. Error recycling would double the cost of a step.
+SWIN = change(load('carracing:SWIN'), {'train.steps': 300, 'stage.recycle': 0.0})
 # Number of noise groups: one latent frame each, 20 (or 24) solver steps from noise to image.
-G2 = _swin({'groups': 2, 'head_group': 1})
-G8 = _swin({'groups': 8, 'steps': 24, 'head_group': 4})
+G2 = change(SWIN, {'world.stream.groups': 2, 'world.stream.head_group': 1})
+G8 = change(
+    SWIN, {'world.stream.groups': 8, 'world.stream.head_group': 4, 'world.stream.steps': 24}
+)
 # Labels: half or a tenth of the recordings keep their controls; the others count as unlabelled.
-LABELS_50 = _swin(label_share=0.5)
-LABELS_10 = _swin(label_share=0.1)
+LABELS_50 = change(SWIN, {'stage.label_share': 0.5})
+LABELS_10 = change(SWIN, {'stage.label_share': 0.1})
 # The same tenth, without unlabelled footage.
-LABELS_10_ALONE = _swin(label_share=0.1, labelled=1.0)
-STREAM = _changed('carracing:STREAM')
+LABELS_10_ALONE = change(LABELS_10, {'stage.labelled': 1.0})
+STREAM = change(load('carracing:STREAM'), {'train.steps': 300})
 # Recorded windows only, without rollouts; then with the other objective.
-STREAM_NO_ROLLOUT = _changed('carracing:STREAM', rollout=0)
-STREAM_WINDOW = _changed('carracing:STREAM', rollout=0, objective='window')
+STREAM_NO_ROLLOUT = change(STREAM, {'stage.rollout': 0})
+STREAM_WINDOW = change(STREAM_NO_ROLLOUT, {'stage.objective': 'window'})

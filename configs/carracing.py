@@ -18,6 +18,7 @@ from matrix_jax.config import Run, Train
 from matrix_jax.diffusion.sampling import Config as ClipConfig
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
+from matrix_jax.recipes import change
 from matrix_jax.stream.swin import Config as Swin
 from matrix_jax.train.consistency import StreamConsistency
 from matrix_jax.train.optim import Optimizer
@@ -102,9 +103,7 @@ SWIN = Run(
 )
 # One network call per shift, distilled from the stream of SWIN with guidance by the keys.
 STREAM = Run(
-    world=dataclasses.replace(
-        WORLD, stream=dataclasses.replace(WORLD.stream, steps=4, solver='lcm')
-    ),
+    world=change(WORLD, {'stream.steps': 4, 'stream.solver': 'lcm'}),
     data='data/carracing',
     stage=StreamConsistency(
         ema=0.99,
@@ -117,10 +116,5 @@ STREAM = Run(
 
 PLAY = Run(world=STREAM.world, weights='carracing')
 # Twenty steps from noise to image; guidance calls the network twice per step.
-TEACHER = Run(
-    world=dataclasses.replace(
-        WORLD, stream=dataclasses.replace(WORLD.stream, control_guidance=3.0)
-    ),
-    weights='carracing_swin',
-)
+TEACHER = Run(world=change(WORLD, {'stream.control_guidance': 3.0}), weights='carracing_swin')
 CLIPS = Run(world=BASE.world, weights='carracing_base')

@@ -23,6 +23,7 @@ from matrix_jax.diffusion import flow
 from matrix_jax.dit.wan_actions import ActionConfig
 from matrix_jax.dit.wan_config import Config as Dit
 from matrix_jax.encoders.clip_image import Config as Image
+from matrix_jax.recipes import change
 from matrix_jax.stream.causal import Config as Causal
 from matrix_jax.train.dmd import SelfForcing
 from matrix_jax.train.flow_matching import CausalFlow, Foundation
@@ -89,9 +90,7 @@ VAE_LONG = Run(
     train=Train(steps=600, batch=1, save_every=100),
 )
 FOUNDATION = Run(
-    world=dataclasses.replace(
-        WORLD, clip=ClipConfig(steps=20, longest=12), dit=dataclasses.replace(DIT, local=None)
-    ),
+    world=change(WORLD, {'clip': ClipConfig(steps=20, longest=12), 'dit.local': None}),
     data='data/doom',
     stage=Foundation(
         ema=0.995, train_encoders=True, optimizer=dataclasses.replace(MUON, warmup=100)
@@ -100,9 +99,7 @@ FOUNDATION = Run(
 )
 # Directly from recordings, with eight steps per block.
 CAUSAL = Run(
-    world=dataclasses.replace(
-        WORLD, stream=dataclasses.replace(WORLD.stream, steps=tuple(range(1000, 0, -125)))
-    ),
+    world=change(WORLD, {'stream.steps': tuple(range(1000, 0, -125))}),
     data='data/doom',
     stage=CausalFlow(
         ema=0.995,

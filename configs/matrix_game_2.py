@@ -24,6 +24,7 @@ import dataclasses
 from matrix_jax.config import Run, Train
 from matrix_jax.dit import wan as dit
 from matrix_jax.encoders import clip_image
+from matrix_jax.recipes import change
 from matrix_jax.stream.causal import Config as Causal
 from matrix_jax.train.dmd import SelfForcing
 from matrix_jax.train.flow_matching import CausalFlow, Foundation
@@ -83,12 +84,14 @@ _TINY_VAE = vae.Config(
     latent_means=(),
     latent_stds=(),
 )
-_TINY_DIT = dataclasses.replace(
+_TINY_DIT = change(
     dit.PRESETS['tiny'],
-    layers=1,
-    image_dim=_TINY_IMAGE.dim,
-    image_length=_TINY_IMAGE.tokens,
-    actions=dataclasses.replace(dit.PRESETS['tiny'].actions, end=1),
+    {
+        'layers': 1,
+        'image_dim': _TINY_IMAGE.dim,
+        'image_length': _TINY_IMAGE.tokens,
+        'actions.end': 1,
+    },
 )
 TINY = Run(
     world=Config(
@@ -100,22 +103,11 @@ TINY = Run(
         stream=Causal(steps=(1000, 500)),
     )
 )
-TINY_RUN = dataclasses.replace(
+TINY_RUN = change(
     TINY,
-    world=dataclasses.replace(
-        TINY.world,
-        mode='templerun',
-        dit=dataclasses.replace(
-            _TINY_DIT, actions=dataclasses.replace(_TINY_DIT.actions, keyboard=7, mouse=None)
-        ),
-    ),
+    {'world.mode': 'templerun', 'world.dit.actions.keyboard': 7, 'world.dit.actions.mouse': None},
 )
-TINY_CLIP = dataclasses.replace(
-    TINY,
-    world=dataclasses.replace(
-        TINY.world, clip=ClipConfig(steps=2), dit=dataclasses.replace(_TINY_DIT, local=None)
-    ),
-)
+TINY_CLIP = change(TINY, {'world.clip': ClipConfig(steps=2), 'world.dit.local': None})
 _ONE = Train(steps=2, batch=2, log_every=1)
 _TINY_FEW = dict(clip_frames=21)  # two blocks
 TINY_FOUNDATION = dataclasses.replace(

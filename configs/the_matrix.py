@@ -14,6 +14,7 @@ from matrix_jax.config import Mesh, Run, Train
 from matrix_jax.diffusion.sampling import Config as ClipConfig
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5
+from matrix_jax.recipes import change
 from matrix_jax.stream.swin import Config as Swin
 from matrix_jax.train.consistency import StreamConsistency
 from matrix_jax.train.swin_dpm import SwinDPM
@@ -36,9 +37,7 @@ STAGE2 = Run(
     stage=ControlSFT(),
     train=PUBLISHED,
 )
-STAGE1 = dataclasses.replace(
-    STAGE2, world=dataclasses.replace(STAGE2.world, dit=dit.PRESETS['2b']), stage=LoRA()
-)
+STAGE1 = change(STAGE2, {'world.dit': dit.PRESETS['2b'], 'stage': LoRA()})
 STAGE3 = Run(
     world=Config(
         vae=VAE, stream=Swin(groups=4, group_frames=4, steps=20, solver='dpm', guidance=6.0)
@@ -114,30 +113,26 @@ TINY = Run(
         stream=Swin(groups=4, group_frames=2, steps=4, solver='ddim'),
     )
 )
-TINY_CLIP = dataclasses.replace(
-    TINY, world=dataclasses.replace(TINY.world, clip=ClipConfig(steps=2))
-)
-TINY_VAE = dataclasses.replace(TINY, stage=Autoencode(), train=Train(steps=2, batch=1, log_every=1))
-TINY_LORA = dataclasses.replace(
+_FEW = Train(steps=2, batch=2, log_every=1)
+TINY_CLIP = change(TINY, {'world.clip': ClipConfig(steps=2)})
+TINY_VAE = change(TINY, {'stage': Autoencode(), 'train': Train(steps=2, batch=1, log_every=1)})
+TINY_LORA = change(
     TINY,
-    stage=LoRA(clip_frames=(9,), rank=4, alpha=4.0),
-    train=Train(steps=2, batch=2, log_every=1),
-    world=dataclasses.replace(TINY.world, dit=dataclasses.replace(TINY.world.dit, control=None)),
+    {'stage': LoRA(clip_frames=(9,), rank=4, alpha=4.0), 'train': _FEW, 'world.dit.control': None},
 )
-TINY_CONTROL = dataclasses.replace(TINY, stage=ControlSFT(clip_frames=(9,)), train=TINY_LORA.train)
-TINY_WHOLE = dataclasses.replace(TINY, stage=WholeClip(clip_frames=(9,)), train=TINY_LORA.train)
-TINY_SWIN = dataclasses.replace(
+TINY_CONTROL = change(TINY, {'stage': ControlSFT(clip_frames=(9,)), 'train': _FEW})
+TINY_WHOLE = change(TINY, {'stage': WholeClip(clip_frames=(9,)), 'train': _FEW})
+TINY_SWIN = change(
     TINY,
-    stage=SwinDPM(),
-    train=Train(steps=2, batch=2, log_every=1),
-    world=dataclasses.replace(
-        TINY.world, decode_chunk=1, stream=Swin(groups=2, group_frames=1, steps=4, solver='ddim')
-    ),
+    {
+        'stage': SwinDPM(),
+        'train': _FEW,
+        'world.decode_chunk': 1,
+        'world.stream.groups': 2,
+        'world.stream.group_frames': 1,
+    },
 )
-TINY_CONSISTENCY = dataclasses.replace(
+TINY_CONSISTENCY = change(
     TINY_SWIN,
-    stage=StreamConsistency(points=2),
-    world=dataclasses.replace(
-        TINY.world, decode_chunk=1, stream=Swin(groups=2, group_frames=1, steps=2, solver='lcm')
-    ),
+    {'stage': StreamConsistency(points=2), 'world.stream.steps': 2, 'world.stream.solver': 'lcm'},
 )

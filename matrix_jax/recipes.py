@@ -15,7 +15,7 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,23 @@ def load_several(names: Sequence[str], overrides: Sequence[str] = ()) -> list[Ru
             )
         runs[run.name] = run
     return list(runs.values())
+
+
+def change(config: Any, fields: Mapping[str, Any]) -> Any:
+    """Returns a config dataclass with fields replaced, such as {'stream.steps': 4}.
+
+    Fields of one group change together, so only the result has to be valid.
+    """
+    values: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
+    for path, value in fields.items():
+        name, _, rest = path.partition('.')
+        if rest:
+            groups.setdefault(name, {})[rest] = value
+        else:
+            values[name] = value
+    values |= {name: change(getattr(config, name), group) for name, group in groups.items()}
+    return dataclasses.replace(config, **values)
 
 
 def list_recipes(world: str | None = None) -> list[str]:
