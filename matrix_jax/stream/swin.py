@@ -89,7 +89,7 @@ class ShiftTable:
     """
 
     levels: np.ndarray[Any, Any]
-    plan: solvers.Plan
+    plan: solvers.SolverTable
 
 
 def shift_table(cfg: Config, scheduler: schedules.SchedulerConfig) -> ShiftTable:

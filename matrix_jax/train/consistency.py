@@ -43,7 +43,7 @@ class ShiftTables(NamedTuple):
     levels: np.ndarray
     skip: np.ndarray
     out: np.ndarray
-    plan: solvers.Plan
+    plan: solvers.SolverTable
     weights: np.ndarray
 
 

@@ -27,7 +27,6 @@ from matrix_jax.controls import driving
 from matrix_jax.diffusion import sampling, schedules
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.encoders import clip, t5, tokenizers
-from matrix_jax.nn import initializers
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import Stream
 from matrix_jax.vae import cogvideox as vae
@@ -94,11 +93,7 @@ class World(BaseWorld):
             'transformer',
             dit.weights,
             dit.shapes,
-            zero_init=(
-                ('*norm?/linear/*', initializers.zeros),
-                ('modulation_out/*', initializers.zeros),
-                ('out/*', initializers.zeros),
-            ),
+            zero_init=dit.ZERO_INIT,
             run_fields=('dtype', 'remat', 'scan_unroll', 'int8', 'exchange'),
         ),
         Component(
@@ -109,27 +104,19 @@ class World(BaseWorld):
             lambda cfg: vae.INIT_RULES,
             run_fields=('dtype', 'single_latent_frames'),
         ),
-        # T5 does not scale its logits by 1/sqrt(E); its queries start smaller instead.
         Component(
             'text',
             'text_encoder',
             t5.weights,
             t5.shapes,
-            lambda cfg: (
-                ('embedding', initializers.normal(1.0)),
-                ('relative_bias', initializers.normal(cfg.dim**-0.5)),
-                ('layers/q/kernel', initializers.xavier(1 / cfg.head_dim)),
-            ),
+            t5.init_rules,
         ),
         Component(
             'control',
             'control_encoder',
             clip.weights,
             clip.shapes,
-            lambda cfg: (
-                ('token_embedding', initializers.normal(0.02)),
-                ('position_embedding', initializers.normal(0.01)),
-            ),
+            lambda cfg: clip.INIT_RULES,
         ),
     )
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')

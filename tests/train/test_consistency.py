@@ -36,7 +36,7 @@ def test_a_perfect_network_jumps_where_many_small_steps_go():
     schedule = schedules.make(SCHEDULER)
     x = start = schedules.add_noise(schedule, clean, noise, jnp.asarray(table.levels[:1, 3:]))
     for i in range(5):
-        row = solvers.Plan(*(column[i] for column in table.plan))
+        row = solvers.SolverTable(*(column[i] for column in table.plan))
         v = schedules.velocity(schedule, clean, noise, jnp.asarray(table.levels[i : i + 1, 3:]))
         x = solvers.step(row, solvers.init(x), x, v)[1]
     jump = table.skip[0][:, None, None, None] * start + table.out[0][:, None, None, None] * clean
