@@ -1,9 +1,9 @@
-"""Convolutions on the CPU: taps stacked on channels, and the ways that `nn/conv3d.py` takes.
+"""Times convolutions on the CPU: taps stacked on channels, and the forms that `nn/conv_cpu` uses.
 
     taskset -c 0 python -m matrix_jax.benchmark.scripts.convolutions
 
-Milliseconds, the best of seven, forwards and with the gradients of inputs and weights, and the
-largest error over the largest value, against float64.
+Prints milliseconds (best of seven) of the forward pass and of the gradients of inputs and weights,
+and the largest error relative to the largest value, against float64.
 """
 
 import time
@@ -27,13 +27,13 @@ SIZES = (
 
 
 def plain3d(x, kernel):
-    """The taps stacked on the channels."""
+    """Convolution with the taps stacked on the channels."""
     with mock.patch.object(conv_cpu, 'best_tile', lambda frames: 1):
         return conv3d.conv3d(x, kernel)
 
 
 def plain2d(x, kernel):
-    """Pixels repeated, then convolved."""
+    """Convolution of repeated pixels."""
     x = repeat(x, 'b t h w c -> b t (h p) (w q) c', p=2, q=2)
     return conv3d.conv2d(x, kernel, ((1, 1), (1, 1)))
 
@@ -50,12 +50,12 @@ def milliseconds(function, *given):
 
 
 def both(function):
-    """Gradients of inputs and weights."""
+    """Gradients with respect to inputs and weights."""
     return jax.grad(lambda x, kernel: jnp.square(function(x, kernel)).sum(), (0, 1))
 
 
 def exact(x, kernel):
-    """The first eight rows of a 3x3x3 convolution in float64."""
+    """First eight rows of a 3x3x3 convolution in float64."""
     rows, (frames, columns) = min(8, x.shape[2]), (x.shape[1] - 2, x.shape[3])
     x = np.pad(x.astype(np.float64), ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
     return sum(
@@ -86,7 +86,8 @@ def main():
         ]
         errors = [error(jax.jit(way)(x, kernel), wanted) for way in ways]
         print(
-            f'| {frames} x {height}x{width}, {inputs} to {outputs}, m = {conv_cpu.best_tile(frames)} '
+            f'| {frames} x {height}x{width}, {inputs} to {outputs}, '
+            f'm = {conv_cpu.best_tile(frames)} '
             f'| {" | ".join(f"{one:.1f}" for one in times)} '
             f'| {" | ".join(f"{one:.0e}" for one in errors)} |',
             flush=True,

@@ -1,11 +1,10 @@
-"""Which encoder the live player's frames go through: what each costs, on frames of the world.
+"""Compares image and video encoders for the live player on frames of the bundled world.
 
     python -m matrix_jax.benchmark.scripts.encoders
 
-Prints tables: milliseconds of CPU per frame, bytes per frame, PSNR of what comes out. Frames are
-the start clips of the bundled world, five scenes of 29 frames, at their own size and enlarged.
-H.264 is one process for all of a stream (one thread, no frames held back), whose start is taken
-off.
+Prints CPU milliseconds per frame, bytes per frame and PSNR. Frames are the start clips of the
+bundled world, five scenes of 29 frames, at their own size and enlarged. H.264 runs in one process
+per stream (one thread, no delay); its start-up time is subtracted.
 """
 
 import io
@@ -35,7 +34,7 @@ H264 = (('H.264 23, ultrafast', 'ultrafast', 23), ('H.264 16, veryfast', 'veryfa
 
 
 def pillow(frames: np.ndarray, options: dict):
-    """(CPU seconds per frame, bytes per frame, what comes out) of single pictures."""
+    """Encodes single pictures -> (CPU seconds per frame, bytes per frame, decoded frames)."""
     from PIL import Image
 
     files, began = [io.BytesIO() for _ in frames], time.process_time()
@@ -47,7 +46,7 @@ def pillow(frames: np.ndarray, options: dict):
 
 
 def h264(frames: np.ndarray, preset: str, crf: int):
-    """As `pillow`, of one stream."""
+    """Encodes a video stream; returns what `pillow` does."""
     import imageio_ffmpeg
 
     program, (_, height, width, _) = imageio_ffmpeg.get_ffmpeg_exe(), frames.shape
@@ -94,7 +93,7 @@ def h264(frames: np.ndarray, preset: str, crf: int):
 
 
 def psnr(frames: np.ndarray, shown: np.ndarray) -> float:
-    """Decibels; infinite for the same."""
+    """Peak signal-to-noise ratio in dB; infinite for equal frames."""
     error = np.mean((frames.astype(np.float32) - shown) ** 2, dtype=np.float64)
     return 10 * np.log10(255**2 / error) if error else np.inf
 
@@ -109,7 +108,7 @@ def main():
             *((name, pillow, options) for name, options in PILLOW),
             *((name, h264, *more) for name, *more in H264),
         ):
-            encode(shown[:2], *given)  # loads what it needs
+            encode(shown[:2], *given)  # warm-up
             took, size, after = encode(shown, *given)
             print(
                 f'| {name} | {1e3 * took:.2f} | {size:,.0f} | {psnr(shown, after):.1f} |',

@@ -1,25 +1,23 @@
-"""The live player under load, faults and time: measured figures, one line each.
+"""Tests the live player under load, with faulty clients and over time; prints one line per figure.
 
     python -m matrix_jax.benchmark.scripts.live load --players 8 --seconds 30
     python -m matrix_jax.benchmark.scripts.live load --players 1 --entry tail
     python -m matrix_jax.benchmark.scripts.live faults --seconds 90
     python -m matrix_jax.benchmark.scripts.live soak --shifts 20000
 
-Exits with 1 where a bound does not hold; its line begins with BROKEN. Clients are processes of
-their own on this machine (`live_clients.py`), so that they do not share the server's interpreter.
+Exits with 1 if a bound is broken; its line begins with BROKEN. Clients run in their own processes
+(`live_clients`), so they do not share the server's interpreter.
 
-`load` also plays every player's log again, alone on the same program, and compares each frame that
-the player saw, byte by byte (of the JPEG). `faults` has two good players beside a slow reader, a
-client that is killed again and again, one who comes and goes, one who talks nonsense, and HTTP
-that makes no sense; before that, as many good players as these, for comparison. `soak` has one
-player on a socket, and a world that does not keep pace.
+`load` also replays every player's log alone on the same program and compares each frame that the
+player saw, byte by byte (of the JPEG). `faults` runs two good players beside a slow reader, a
+client that is killed repeatedly, one that connects and drops, one that sends invalid messages, and
+invalid HTTP; it compares them with the same players beside good ones. `soak` runs one player on a
+socket with an engine that never waits.
 """
 
 import argparse
 import asyncio
-import collections
 import contextlib
-import io
 import json
 import logging
 import os
@@ -33,6 +31,14 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import recipes
+from matrix_jax.benchmark.scripts.live_checks import (
+    Bounds,
+    Counted,
+    decode,
+    memory,
+    spelt,
+    statistics,
+)
 from matrix_jax.serve.runtime import batched_stream, replay, session_log, start_frames
 from matrix_jax.serve.runtime import engine as engines
 from matrix_jax.serve.web import server as run
@@ -40,70 +46,17 @@ from matrix_jax.serve.web.app import WorldApp
 from matrix_jax.serve.web.hosted_world import HostedWorld
 
 CLIENTS = Path(__file__).with_name('live_clients.py')
-STORM, COUNTED = b'storm', '/counted'  # as the clients have it
-FAST = 1e-3  # seconds of a shift, for an engine that shall not keep pace
-FAULTY = 4  # worlds in use by the faults: slow, killed, come and gone, nonsense
+FAST = 1e-3  # seconds per shift of an engine that never waits
+FAULTY = 4  # players that the faulty clients occupy: slow, killed, dropping, invalid
 REFUSED_SECONDS = 0.1
-SLOWER = 0.10  # by which others may be slower in the storm, at the 95th percentile
-GROWTH = 128 * 2**20  # bytes that a storm may leave behind, in caches and in the allocator
-SLOPE = 1e6  # bytes in 1,000 shifts
-
-
-class Bounds:
-    """Figures, and which of them are not as they must be."""
-
-    def __init__(self):
-        self.broken = 0
-
-    def hold(self, fine: bool, name: str, figures: str):
-        """Prints one line."""
-        self.broken += not fine
-        print(f'{"ok" if fine else "BROKEN":7}{name}: {figures}', flush=True)
-
-
-class Counted(logging.Handler):
-    """ASGI around the server: counts what the storm's sockets say and are told, what HTTP is
-    answered, and, as a handler of logs, errors; it tells them at COUNTED."""
-
-    def __init__(self, served):
-        super().__init__(logging.ERROR)
-        self.served, self.found, self.errors = served, collections.Counter(), []
-
-    def emit(self, record):
-        self.errors.append(record.getMessage())
-
-    async def __call__(self, scope, receive, send):
-        if scope['type'] == 'http' and scope['path'] == COUNTED:
-            from starlette.responses import JSONResponse
-
-            return await JSONResponse({'taken': self.found['taken']})(scope, receive, send)
-        storm = scope['type'] == 'websocket' and scope['query_string'] == STORM
-
-        async def heard():
-            message = await receive()
-            if storm and message['type'] == 'websocket.receive':
-                self.found['taken'] += 1
-            return message
-
-        async def told(message):
-            if storm and message['type'] == 'websocket.close':
-                self.found[f'closed with {message.get("code")}'] += 1
-            elif storm and message.get('text', '').startswith('{"type": "error"'):
-                self.found['answered as wrong'] += 1
-            elif message['type'] == 'http.response.start':
-                self.found[f'HTTP {message["status"]}'] += 1
-            await send(message)
-
-        try:
-            await self.served(scope, heard, told)
-        except Exception as error:
-            self.errors.append(repr(error))
-            raise
+SLOWER = 0.10  # allowed relative increase of the 95th percentile beside faults
+GROWTH = 128 * 2**20  # bytes that faults may leave in caches and in the allocator
+SLOPE = 1e6  # bytes per 1,000 shifts
 
 
 @contextlib.contextmanager
 def server(recipe, **fields):
-    """(port, HostedWorld, Counted) of a running server."""
+    """Context of a running server: (port, HostedWorld, Counted)."""
     cfg = run.Config(port=0, **fields)
     stream, folder = batched_stream.open_stream(
         recipe, cfg.players, cfg.control_binding, cfg.together
@@ -124,9 +77,9 @@ def server(recipe, **fields):
             thread.join()
 
 
-def start(what: str, port: int, options, **more) -> subprocess.Popen:
-    """Clients in a process of their own."""
-    given = {'port': port, 'seconds': options.seconds, **more}
+def start(what: str, port: int, args, **more) -> subprocess.Popen:
+    """Starts clients in a new process."""
+    given = {'port': port, 'seconds': args.seconds, **more}
     return subprocess.Popen(
         [
             sys.executable,
@@ -140,7 +93,7 @@ def start(what: str, port: int, options, **more) -> subprocess.Popen:
 
 
 def end(clients: subprocess.Popen) -> list[dict]:
-    """What they saw."""
+    """Waits for clients and returns their results."""
     said, _ = clients.communicate()
     if clients.returncode:
         raise SystemExit(f'clients ended with {clients.returncode}')
@@ -148,7 +101,7 @@ def end(clients: subprocess.Popen) -> list[dict]:
 
 
 def show(found: list[dict], name: str) -> float:
-    """Prints one line -> p95 of the latencies."""
+    """Prints the rates and latencies of players -> 95th percentile of the latencies in ms."""
     playing = [one for one in found if 'fps' in one]
     late = np.sort(np.concatenate([one['latencies'] for one in playing]))
     half, most = 1e3 * np.quantile(late, (0.5, 0.95))
@@ -162,7 +115,7 @@ def show(found: list[dict], name: str) -> float:
 
 
 def compare(one: HostedWorld, found: list[dict], bounds: Bounds):
-    """Plays each log again, alone, on the same program; all frames that were seen must be equal."""
+    """Replays each log alone on the same program; every frame that a player saw must be equal."""
     stream, equal, other = one.engine.stream.empty_copy(), 0, 0
     for player in found:
         if 'log' not in player:
@@ -180,7 +133,7 @@ def compare(one: HostedWorld, found: list[dict], bounds: Bounds):
 
 
 def still(one: HostedWorld, counted: Counted, bounds: Bounds):
-    """What holds at the end of everything."""
+    """Bounds that hold after every test: no crash, no recompilation."""
     compiled = one.metrics.compiled._value.get()
     bounds.hold(
         one.engine.alive and not counted.errors,
@@ -193,15 +146,15 @@ def still(one: HostedWorld, counted: Counted, bounds: Bounds):
 # --- what is run -------------------------------------------------------------------------------
 
 
-def load(recipe, options, bounds: Bounds):
-    """A full house, and one player too many."""
+def load(recipe, args, bounds: Bounds):
+    """As many players as there is room for, and one too many."""
     with server(
-        recipe, players=options.players, control_binding=options.entry, together=options.together
+        recipe, players=args.players, control_binding=args.entry, together=args.together
     ) as (port, one, counted):
-        show(end(start('play', port, options)), 'one player')
-        if options.players > 1:
-            found = end(start('play', port, options, players=options.players + 1))
-            show(found, f'{options.players} players')
+        show(end(start('play', port, args)), 'one player')
+        if args.players > 1:
+            found = end(start('play', port, args, players=args.players + 1))
+            show(found, f'{args.players} players')
             refused = [player['refused'] for player in found if 'refused' in player]
             bounds.hold(
                 len(refused) == 1 and refused[0] < REFUSED_SECONDS,
@@ -213,62 +166,62 @@ def load(recipe, options, bounds: Bounds):
         still(one, counted, bounds)
 
 
-def good(port: int, options) -> list[dict]:
-    """What two good players saw."""
-    return end(start('play', port, options, players=2))
+def good(port: int, args) -> list[dict]:
+    """Results of two good players."""
+    return end(start('play', port, args, players=2))
 
 
-def kill(port: int, options, over: threading.Event) -> int:
-    """Clients that are killed, one after the other -> how many."""
+def kill(port: int, args, over: threading.Event) -> int:
+    """Starts and kills clients one after the other -> number of clients killed."""
     count = 0
     while not over.is_set():
-        victim = start('play', port, options, seed=50)
-        over.wait(options.seconds / 4)
-        count += victim.poll() is None  # a full house may have sent it away
+        victim = start('play', port, args, seed=50)
+        over.wait(args.seconds / 4)
+        count += victim.poll() is None  # it may have been refused
         victim.kill()
         victim.communicate()
     return count
 
 
-def faults(recipe, options, bounds: Bounds):
-    """Two good players, first beside other good ones, then beside faults."""
+def faults(recipe, args, bounds: Bounds):
+    """Two good players, first beside other good ones, then beside faulty clients."""
     from concurrent.futures import ThreadPoolExecutor
 
     with server(
-        recipe, players=options.players, control_binding=options.entry, together=options.together
+        recipe, players=args.players, control_binding=args.entry, together=args.together
     ) as (port, one, counted):
-        others = start('play', port, options, players=FAULTY, seed=20)
-        calm = show(good(port, options), f'two players, {FAULTY} good ones beside them')
+        others = start('play', port, args, players=FAULTY, seed=20)
+        calm = show(good(port, args), f'two players, {FAULTY} good ones beside them')
         end(others)
         rests(one)
         counted.found.clear()
         before, tasks, files = memory(), count_tasks(one), open_files()
         over = threading.Event()
-        slow = start('slow', port, options, seed=40)
+        slow = start('slow', port, args, seed=40)
         bad = start(
             'storm',
             port,
-            options,
-            connects=options.connects,
-            messages=options.messages,
-            requests=options.requests,
+            args,
+            connects=args.connects,
+            messages=args.messages,
+            requests=args.requests,
         )
         with ThreadPoolExecutor(1) as pool:
-            killed = pool.submit(kill, port, options, over)
-            found = good(port, options)
+            killed = pool.submit(kill, port, args, over)
+            found = good(port, args)
             over.set()
         wild = show(found, f'two players, {FAULTY} faults beside them')
         [said], [slow] = end(bad), end(slow)
         rests(one)
         taken = counted.found.pop('taken')
         bounds.hold(
-            said['connects'] == options.connects,
+            said['connects'] == args.connects,
             'connects and drops',
             f'{said["connects"]} in {said["connects_took"]:.0f} s, {said["seated"]} of '
             f'them seated; clients killed: {killed.result()}',
         )
         bounds.hold(
-            taken >= options.messages,
+            taken >= args.messages,
             'nonsense',
             f'{taken} messages taken by the server '
             f'in {said["took"]:.0f} s; {dict(sorted(counted.found.items()))}',
@@ -296,7 +249,7 @@ def faults(recipe, options, bounds: Bounds):
 
 
 def rests(one: HostedWorld):
-    """Waits until the last player's place is given up."""
+    """Waits until no session is left."""
     end = time.monotonic() + 20
     while one.manager.sessions and time.monotonic() < end:
         time.sleep(0.1)
@@ -304,7 +257,7 @@ def rests(one: HostedWorld):
 
 
 def count_tasks(one: HostedWorld) -> int:
-    """Tasks in the event loop of the server."""
+    """Number of tasks in the event loop of the server."""
     return len(asyncio.all_tasks(one.manager.loop))
 
 
@@ -312,10 +265,9 @@ def open_files() -> int:
     return len(os.listdir('/proc/self/fd'))
 
 
-def soak(recipe, options, bounds: Bounds):
-    """Many shifts, unpaced, of one player on a socket: memory, compilations, whether pictures stay
-    pictures."""
-    with server(recipe, players=1, control_binding=options.entry) as (port, one, counted):
+def soak(recipe, args, bounds: Bounds):
+    """Many shifts of one player without pacing: memory, compilations, contrast of the frames."""
+    with server(recipe, players=1, control_binding=args.entry) as (port, one, counted):
         engine, points = one.engine, []
         prompt, begun = start_frames.choose(engine.stream.world, one.manager.folder, None, None)
         clip = start_frames.load(engine.stream, one.manager.folder, begun, None)
@@ -323,10 +275,10 @@ def soak(recipe, options, bounds: Bounds):
         print(f'{"":7}start clip: {spelt(first)}', flush=True)
         engines.HISTORY_SECONDS *= FAST / engine.period  # as many moments as at its own pace
         engine.period = FAST
-        every, began = max(1, options.shifts // 20), time.monotonic()
-        # A few more than are looked at: the player is still there at the last look.
-        frames = (options.shifts + every) * engine.stream.frames_per_step
-        player = start('last', port, options, frames=frames)
+        every, began = max(1, args.shifts // 20), time.monotonic()
+        # A few shifts more, so that the player is still there at the last measurement.
+        frames = (args.shifts + every) * engine.stream.frames_per_step
+        player = start('last', port, args, frames=frames)
         while engine.alive and player.poll() is None:
             sessions = list(one.manager.sessions.values())
             if engine.steps >= every * (len(points) + 1) and sessions and sessions[0].last:
@@ -343,7 +295,7 @@ def soak(recipe, options, bounds: Bounds):
             time.sleep(0.02)
         saw, took = end(player)[0], time.monotonic() - began
         bounds.hold(
-            engine.steps >= options.shifts,
+            engine.steps >= args.shifts,
             'shifts',
             f'{engine.steps}, {1e3 * took / engine.steps:.1f} ms each',
         )
@@ -358,7 +310,7 @@ def soak(recipe, options, bounds: Bounds):
             'pictures',
             f'{spelt(newest)} at the end, {spelt(first)} at the start',
         )
-        late = np.array(points[len(points) // 2 :], float)  # the past fills up before that
+        late = np.array(points[len(points) // 2 :], float)  # the rewind memory fills up before that
         slope = np.polyfit(late[:, 0], late[:, 1], 1)[0] * 1000
         bounds.hold(
             slope < SLOPE,
@@ -366,30 +318,6 @@ def soak(recipe, options, bounds: Bounds):
             f'{slope / 1e6:+.3f} MB in 1,000 shifts, from shift {late[0, 0]:.0f} on',
         )
         still(one, counted, bounds)
-
-
-def decode(data: bytes) -> np.ndarray:
-    """JPEG -> uint8 [H W 3]."""
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(data)))
-
-
-def statistics(frame: np.ndarray) -> tuple[float, float, float]:
-    """Whether a picture is one: mean, deviation, edges; mush has neither of the last two."""
-    frame = frame.astype(float)
-    return frame.mean(), frame.std(), np.abs(np.diff(frame, axis=1)).mean()
-
-
-def spelt(found: tuple) -> str:
-    return 'mean {:.0f}, deviation {:.0f}, edges {:.1f}'.format(*found)
-
-
-def memory() -> int:
-    """Bytes of this process that are no file: RssAnon + VmSwap."""
-    with open(f'/proc/{os.getpid()}/status', encoding='utf-8') as file:
-        lines = dict(line.split(':', 1) for line in file)
-    return sum(int(lines[name].split()[0]) for name in ('RssAnon', 'VmSwap')) * 1024
 
 
 def main():
@@ -410,16 +338,16 @@ def main():
         ('requests', 1000),
     ):
         parser.add_argument(f'--{name}', type=int, default=usual)
-    options = parser.parse_args()
-    if options.what == 'faults' and options.players < FAULTY + 4:
+    args = parser.parse_args()
+    if args.what == 'faults' and args.players < FAULTY + 4:
         parser.error(
-            f'--players: got {options.players}, expected at least {FAULTY + 4}: two good '
+            f'--players: got {args.players}, expected at least {FAULTY + 4}: two good '
             f'players, {FAULTY} faults, and places that lost players still hold'
         )
-    given = [f'--weights={options.weights}'] if options.weights else []
+    given = [f'--weights={args.weights}'] if args.weights else []
     bounds = Bounds()
-    {'load': load, 'faults': faults, 'soak': soak}[options.what](
-        recipes.load(options.recipe, given), options, bounds
+    {'load': load, 'faults': faults, 'soak': soak}[args.what](
+        recipes.load(args.recipe, given), args, bounds
     )
     sys.exit(bounds.broken > 0)
 

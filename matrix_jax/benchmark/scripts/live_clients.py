@@ -1,4 +1,4 @@
-"""Clients of the live player, good and bad, for `live.py`: what they saw, as JSON.
+"""Good and faulty clients of the live player, for `live`; prints their results as JSON.
 
     python -m matrix_jax.benchmark.scripts.live_clients play --port 8000 --players 2 --seconds 30
 
@@ -33,17 +33,17 @@ def address(port: int, query: str = '') -> str:
 
 
 def asked(port: int, path: str) -> dict:
-    """JSON that the server gives."""
+    """JSON at a path of the server."""
     with urllib.request.urlopen(f'http://127.0.0.1:{port}{path}') as answer:
         return json.loads(answer.read())
 
 
-# --- those who play ----------------------------------------------------------------------------
+# --- players -----------------------------------------------------------------------------------
 
 
 async def play(port: int, seconds: float, seed: int, slow: bool = False) -> dict:
-    """One player: frames per second, seconds from a key to the first frame that is its own, a sum
-    of each frame, and the log."""
+    """Plays and returns frames per second, seconds from each key to its first frame, a checksum of
+    each frame, and the log."""
     chance, pressed, latencies, seen, key = random.Random(seed), {}, [], {}, 0
     came = time.monotonic()
     async with websockets.connect(address(port), max_size=2**24) as socket:
@@ -76,7 +76,7 @@ async def play(port: int, seconds: float, seed: int, slow: bool = False) -> dict
 
 
 async def last(port: int, frames: int) -> dict:
-    """One player who stays for so many frames, however fast they come."""
+    """Plays until frame number `frames`, however fast they come."""
     chance, key, told, got, newest = random.Random(0), 0, 0.0, 0, -1
     async with websockets.connect(address(port), max_size=2**24) as socket:
         await socket.send(json.dumps(JOIN | {'seed': 0}))
@@ -97,11 +97,11 @@ async def last(port: int, frames: int) -> dict:
         return {'got': got, 'newest': newest}
 
 
-# --- those who do not --------------------------------------------------------------------------
+# --- faulty clients ----------------------------------------------------------------------------
 
 
 def garbage(chance: random.Random) -> bytes | str:
-    """No message of ours."""
+    """Random malformed message."""
     return chance.choice(
         (
             chance.randbytes(chance.randrange(200)),
@@ -121,7 +121,7 @@ def garbage(chance: random.Random) -> bytes | str:
 
 
 def nonsense(chance: random.Random) -> str:
-    """Every field as it should be, of values that mean nothing."""
+    """Random well-formed message with meaningless values."""
     text = ''.join(chance.choices(SIGHS, k=chance.randrange(60)))
     return json.dumps(
         chance.choice(
@@ -147,7 +147,7 @@ def nonsense(chance: random.Random) -> str:
 
 
 async def babble(port: int, seconds: float, count: int, sessions: list):
-    """Both, until the server's side has taken so many, spread over the time."""
+    """Sends malformed and meaningless messages until the server has received `count`, evenly in time."""
     chance, began = random.Random(1), time.monotonic()
     while (taken := (await asyncio.to_thread(asked, port, COUNTED))['taken']) < count:
         ahead = taken / count * seconds - (time.monotonic() - began)
@@ -173,14 +173,14 @@ async def babble(port: int, seconds: float, count: int, sessions: list):
 
 
 async def drain(socket):
-    """Reads to the end."""
+    """Reads a socket until it closes."""
     with contextlib.suppress(websockets.ConnectionClosed):
         while True:
             await socket.recv()
 
 
 async def come_and_go(port: int, seconds: float, count: int) -> dict:
-    """Joins and hangs up, leaves, or breaks off, before or after the welcome."""
+    """Joins and then leaves, closes or aborts, before or after the welcome."""
     chance, seated, began = random.Random(2), 0, time.monotonic()
     for index in range(count):
         async with websockets.connect(address(port)) as socket:
@@ -199,7 +199,7 @@ async def come_and_go(port: int, seconds: float, count: int) -> dict:
 
 
 def request(chance: random.Random, port: int, session: str) -> bytes:
-    """HTTP of odd methods, paths, headers and bodies; some of it is for a session that lives."""
+    """Random HTTP request with odd method, path, headers and body; some address a live session."""
     path = chance.choice(
         (
             '/',
@@ -258,7 +258,7 @@ def request(chance: random.Random, port: int, session: str) -> bytes:
 
 
 async def knock(port: int, seconds: float, count: int, sessions: list) -> dict:
-    """So many requests -> how many got which status; 0 for those that were only closed."""
+    """Sends requests -> number of each status; 0 = closed without an answer."""
     chance, found, began = random.Random(3), {}, time.monotonic()
     for index in range(count):
         reader, writer = await asyncio.open_connection('127.0.0.1', port)
@@ -273,14 +273,14 @@ async def knock(port: int, seconds: float, count: int, sessions: list) -> dict:
     return {'http': dict(sorted(found.items()))}
 
 
-async def storm(port: int, options) -> dict:
-    """All of it at once, spread over the time."""
+async def storm(port: int, args) -> dict:
+    """All faulty traffic at once, evenly in time."""
     await asyncio.sleep(1)  # the good ones come first
-    seconds, began, sessions = options.seconds - 3, time.monotonic(), []
+    seconds, began, sessions = args.seconds - 3, time.monotonic(), []
     going, _, knocked = await asyncio.gather(
-        come_and_go(port, min(60, seconds), options.connects),
-        babble(port, seconds, options.messages, sessions),
-        knock(port, seconds, options.requests, sessions),
+        come_and_go(port, min(60, seconds), args.connects),
+        babble(port, seconds, args.messages, sessions),
+        knock(port, seconds, args.requests, sessions),
     )
     async with websockets.connect(address(port), max_size=None) as socket:
         with contextlib.suppress(websockets.ConnectionClosed):
@@ -290,16 +290,16 @@ async def storm(port: int, options) -> dict:
     return {**going, **knocked, 'took': time.monotonic() - began, 'big': socket.close_code}
 
 
-async def run(options) -> list[dict]:
-    port = options.port
-    if options.what == 'storm':
-        return [await storm(port, options)]
-    if options.what == 'last':
-        return [await last(port, options.frames)]
+async def run(args) -> list[dict]:
+    port = args.port
+    if args.what == 'storm':
+        return [await storm(port, args)]
+    if args.what == 'last':
+        return [await last(port, args.frames)]
     return await asyncio.gather(
         *(
-            play(port, options.seconds, options.seed + at, options.what == 'slow')
-            for at in range(options.players)
+            play(port, args.seconds, args.seed + at, args.what == 'slow')
+            for at in range(args.players)
         )
     )
 

@@ -1,9 +1,9 @@
-"""Players on several worlds of one Ray cluster: waiting, a killed world, and the end.
+"""Tests players on several worlds of one Ray cluster: waiting, a killed world, and the shutdown.
 
     python -m matrix_jax.benchmark.scripts.many_worlds --worlds 1-3 --players 2 --seconds 10
 
-Prints what players waited for a place, how much of its drive one loses when the process of its
-world is killed, and what is left when all has stopped. Needs `pip install -e '.[ray]'`.
+Prints how long players wait for a slot, how much of a drive is lost when the process of its world is
+killed, and which processes remain after the shutdown. Needs `pip install -e '.[ray]'`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ JOIN = {'type': 'join', 'session': None, 'start': None, 'prompt': None}
 
 
 class Player(threading.Thread):
-    """Drives, and writes down what it saw when."""
+    """A client that drives and records what it receives and when."""
 
     def __init__(self, port: int, seed: int):
         super().__init__(daemon=True)
@@ -56,7 +56,7 @@ class Player(threading.Thread):
 
 
 def shifts(data: bytes) -> int:
-    """Shifts that were played when a `.world` file was made."""
+    """Number of shifts in a `.world` file."""
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], 'little')])
     symbols = json.loads(header['__metadata__']['log'])['symbols']
     return sum(int(part.split('*')[1]) for part in symbols.split(',') if part)
@@ -74,7 +74,7 @@ def worlds() -> list[str]:
 
 
 def processes() -> set[str]:
-    """Processes of Ray."""
+    """Ids of Ray's processes."""
     found = set()
     for path in Path('/proc').glob('[0-9]*/cmdline'):
         with contextlib.suppress(OSError):
@@ -84,7 +84,7 @@ def processes() -> set[str]:
 
 
 def until(condition, seconds: float, what: str):
-    """Seconds until something becomes true."""
+    """Waits for a condition and returns the seconds it took; exits if that is too long."""
     began = time.monotonic()
     while not condition():
         if time.monotonic() > began + seconds:
@@ -94,7 +94,7 @@ def until(condition, seconds: float, what: str):
 
 
 def fps(players, seconds: float) -> list[float]:
-    """Frames a second of each player, in the last seconds."""
+    """Frames per second of each player over the last `seconds`."""
     now = time.monotonic()
     return [
         round(sum(when > now - seconds for when, _ in one.frames) / seconds, 1) for one in players
@@ -111,14 +111,14 @@ def main():
     parser.add_argument('--players', type=int, default=2, help='places in one world')
     parser.add_argument('--seconds', type=float, default=10)
     parser.add_argument('--cpus', type=float, default=0.5, help="of one world, in Ray's count")
-    options = parser.parse_args()
-    given = [f'--weights={options.weights}'] if options.weights else []
-    recipe = recipes.load(options.recipe, given)
+    args = parser.parse_args()
+    given = [f'--weights={args.weights}'] if args.weights else []
+    recipe = recipes.load(args.recipe, given)
     with socket.create_server(('127.0.0.1', 0)) as free:
         port = free.getsockname()[1]
-    cfg = server.Config(players=options.players, port=port, grace=5.0)
-    fewest, most = ray_serve.parse_worlds(options.worlds)
-    many = ray_serve.Config(fewest, most, cpus=options.cpus, drain=10.0, idle=5.0)
+    cfg = server.Config(players=args.players, port=port, grace=5.0)
+    fewest, most = ray_serve.parse_worlds(args.worlds)
+    many = ray_serve.Config(fewest, most, cpus=args.cpus, drain=10.0, idle=5.0)
     began, before = time.monotonic(), processes()
     with ray_serve.running(recipe, cfg, many) as registry:
         import ray
@@ -128,7 +128,7 @@ def main():
             flush=True,
         )
         players = []
-        for seed in range(most * options.players):
+        for seed in range(most * args.players):
             players.append(Player(port, seed))
             players[-1].start()
             until(lambda: players[-1].welcomes, 300, 'a place for a player')
@@ -145,8 +145,8 @@ def main():
             f'one too many: {late.notes[0][1]["message"]!r} after '
             f'{1e3 * (late.notes[0][0] - late.asked):.0f} ms'
         )
-        time.sleep(options.seconds)
-        print('frames a second of each', fps(players, options.seconds), flush=True)
+        time.sleep(args.seconds)
+        print('frames a second of each', fps(players, args.seconds), flush=True)
 
         ray.kill(ray.get_actor(worlds()[0], 'serve'))  # at once, without a word
         dead = time.monotonic()
@@ -188,8 +188,8 @@ def main():
         )
         took = until(lambda: len(worlds()) >= most, 300, 'another world in its place')
         print(f'replaced: {len(worlds())} worlds again, {took:.0f} s later', flush=True)
-        time.sleep(options.seconds)
-        print('frames a second of each', fps(players, options.seconds), flush=True)
+        time.sleep(args.seconds)
+        print('frames a second of each', fps(players, args.seconds), flush=True)
         for one in players[1:]:
             one.stopping = True
         if most > fewest:

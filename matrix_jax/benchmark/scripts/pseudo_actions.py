@@ -1,9 +1,9 @@
-"""Keys and mouse of held-out recordings, guessed from camera poses alone, against the pressed ones.
+"""Compares keys and mouse estimated from camera poses with the recorded ones, on held-out clips.
 
     python -m matrix_jax.benchmark.scripts.pseudo_actions data/doom
 
-The walker is found twice: in training recordings whose keys are known (`curate.calibrate`), and in
-the same recordings without any label (`curate.estimate`).
+The walker is fitted twice: to training recordings with known keys (`curate.calibrate`), and to the
+same recordings without labels (`curate.estimate`).
 """
 
 import argparse
@@ -14,8 +14,8 @@ import numpy as np
 from matrix_jax.config import UsageError, main_guard
 from matrix_jax.data import curate, records
 
-LEARN = 60  # clips that the walker is found in
-RISE = 2.0  # units per frame: the camera is on a stair or a lift, or falls
+LEARN = 60  # clips that the walker is fitted to
+RISE = 2.0  # units per frame above which the camera is on stairs or a lift, or falls
 
 
 def clips(data, split):

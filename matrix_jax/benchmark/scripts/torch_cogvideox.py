@@ -24,7 +24,7 @@ PAIRS = 'one-by-one decoding of latent frames: it decodes two of them every seco
 
 
 def network(folder, dtype, device):
-    """The transformer, its weights read strictly."""
+    """Transformer with strictly loaded weights."""
     config = json.loads((folder / 'config.json').read_text())
     net = diffusers.CogVideoXTransformer3DModel.from_config(config)
     net.load_state_dict(tensors(folder))
@@ -32,7 +32,7 @@ def network(folder, dtype, device):
 
 
 def decoder(folder, patch, dtype, device):
-    """The decoder of the autoencoder alone, for pixels of `patch` x `patch`."""
+    """Decoder of the autoencoder, for `patch` x `patch` pixels per output."""
     config = json.loads((folder / 'config.json').read_text())
     config = {
         name: value
@@ -66,8 +66,8 @@ def pixels(frames, patch):
     )
 
 
-class Peer:
-    """The stream's schedule of calls on the peer's networks; the arithmetic between is as cheap."""
+class Networks:
+    """The networks, called on the schedule of our stream with equally cheap arithmetic between."""
 
     def __init__(self, folder, spec):
         self.spec, self.device = spec, torch.device(spec['device'])
@@ -77,16 +77,16 @@ class Peer:
         self.kinds = kinds
 
     def tensor(self, array, kind):
-        """Ours [... C] -> theirs, on the device."""
+        """Array -> tensor on the device."""
         return torch.from_numpy(array).to(self.device, kind)
 
     def denoise(self, x, text, level):
-        """Latents [B T C H W] -> the network's output."""
+        """Prediction for latents [B T C H W]."""
         levels = torch.full([len(x)], level, device=self.device)
         return self.net(x, text, levels, return_dict=False)[0]
 
     def shift(self, x, text):
-        """One shift of the window -> (window, popped latents)."""
+        """Makes one shift of the window -> (window, popped latents)."""
         context, size, level = (self.spec[n] for n in ('context', 'group_frames', 'level'))
         windows = self.spec['windows']  # of each call, those of the guidance included
         for _ in range(self.spec['calls']):
@@ -102,23 +102,23 @@ class Peer:
         return torch.cat([condition, rest, torch.randn_like(popped)], dim=1), popped
 
     def decode(self, latents, cache):
-        """Latents [B T C H W] -> (uint8 frames on the host, cache)."""
+        """Decodes latents [B T C H W] -> (uint8 frames on the host, cache)."""
         made, cache = self.decoder(latents.transpose(1, 2).to(self.kinds[1]), conv_cache=cache)
         frames = pixels(made.float(), self.spec['patch'])
         return ((frames / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8), cache
 
 
-def stream(peer, x, text, decode=True, denoise=True):
-    """Seconds from one shift to the next [steps]; the decoder waits for an even number of latents."""
-    spec, stamps, pending, cache, waiting = peer.spec, [], [], None, None
+def stream(nets, x, text, decode=True, denoise=True):
+    """Seconds between shifts [steps]; the decoder waits for an even number of latents."""
+    spec, stamps, pending, cache, waiting = nets.spec, [], [], None, None
     popped = x[:, : spec['group_frames']]
     for _ in range(spec['warmup'] + spec['steps'] + 1):
         if denoise:
-            x, popped = peer.shift(x, text)
+            x, popped = nets.shift(x, text)
         if decode:
             pending.append(popped)
             if sum(part.shape[1] for part in pending) % 2 == 0:
-                waiting, cache = peer.decode(torch.cat(pending, dim=1), cache)
+                waiting, cache = nets.decode(torch.cat(pending, dim=1), cache)
                 pending = []
                 waiting = waiting.cpu().numpy()
         elif spec['device'] == 'cuda':
@@ -133,26 +133,26 @@ def main(folder):
         spec['steps'] += spec['steps'] % 2  # whole pairs
     torch.set_num_threads(spec['threads'])
     torch.manual_seed(0)
-    peer, given = Peer(folder, spec), np.load(folder / 'given.npz')
+    nets, given = Networks(folder, spec), np.load(folder / 'given.npz')
     with torch.inference_mode():
-        x = peer.tensor(given['latents'], peer.kinds[0]).permute(0, 1, 4, 2, 3).contiguous()
-        text = peer.tensor(given['text'], peer.kinds[0])
-        clip = peer.tensor(given['clip'], peer.kinds[1]).permute(0, 4, 1, 2, 3)
+        x = nets.tensor(given['latents'], nets.kinds[0]).permute(0, 1, 4, 2, 3).contiguous()
+        text = nets.tensor(given['text'], nets.kinds[0])
+        clip = nets.tensor(given['clip'], nets.kinds[1]).permute(0, 4, 1, 2, 3)
         made = {
-            'dit': peer.denoise(x, text, spec['level']).permute(0, 1, 3, 4, 2),
-            'vae': pixels(peer.decoder(clip)[0].float(), spec['patch']),
+            'dit': nets.denoise(x, text, spec['level']).permute(0, 1, 3, 4, 2),
+            'vae': pixels(nets.decoder(clip)[0].float(), spec['patch']),
         }
         np.savez(folder / 'made.npz', **{n: one.float().cpu().numpy() for n, one in made.items()})
         calls = []
         for _ in range(spec['warmup'] + spec['steps']):
             began = time.perf_counter()
-            peer.denoise(x, text, spec['level']).cpu()
+            nets.denoise(x, text, spec['level']).cpu()
             calls.append(time.perf_counter() - began)
         calls = np.asarray(calls[spec['warmup'] :])
         found = {
-            'end_to_end': stream(peer, x, text),
-            'dit': stream(peer, x, text, decode=False),
-            'vae': stream(peer, x, text, denoise=False),
+            'end_to_end': stream(nets, x, text),
+            'dit': stream(nets, x, text, decode=False),
+            'vae': stream(nets, x, text, denoise=False),
         }
     frames = spec['group_frames'] * spec['frames_per_latent']
     results = {
