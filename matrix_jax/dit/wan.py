@@ -163,7 +163,9 @@ class WanTransformer(nn.Module):
             )
             for sink in (cfg.sink, 0)
         )
-        v, made = self._run(latents, level, cond, mouse, keyboard, ring, action_ring, caches=caches)
+        v, new_caches = self._run(
+            latents, level, cond, mouse, keyboard, ring, action_ring, caches=caches
+        )
 
         def write(past, new):
             return sharded(
@@ -175,7 +177,7 @@ class WanTransformer(nn.Module):
             )
 
         return v, caches.replace(
-            runs={name: write(past, made[name]) for name, past in caches.runs.items()}
+            runs={name: write(past, new_caches[name]) for name, past in caches.runs.items()}
         )
 
     def read_image(self, image, caches):
@@ -229,15 +231,15 @@ class WanTransformer(nn.Module):
         )
 
         x = jnp.concatenate([latents, cond], axis=-1)
-        x, made = self.patch(token_layout.to_tokens(x, cfg.patch)), {}
+        x, new_caches = self.patch(token_layout.to_tokens(x, cfg.patch)), {}
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
-            x, made[name] = getattr(self, name)(x, caches and caches.runs[name], inputs)
+            x, new_caches[name] = getattr(self, name)(x, caches and caches.runs[name], inputs)
 
         shift, scale = rearrange(self.modulation_out + time[:, :, None], 'b t c d -> c b t 1 d')
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
         v = token_layout.from_tokens(x, cfg.patch, rows, columns)
-        return v.astype(jnp.float32), made
+        return v.astype(jnp.float32), new_caches
 
 
 class Block(nn.Module):

@@ -106,8 +106,8 @@ def grouped(cfg: ActionConfig, window):
     frames = window.shape[1] // cfg.ratio - cfg.span
     # PARITY: the last pixel frame of a latent frame is missing from its window.
     first = cfg.ratio - 1 + cfg.ratio * np.arange(frames)
-    seen = window[:, first[:, None] + np.arange(cfg.ratio * cfg.span)]
-    return rearrange(seen, 'b t f a -> b t (f a)')
+    windows = window[:, first[:, None] + np.arange(cfg.ratio * cfg.span)]
+    return rearrange(windows, 'b t f a -> b t (f a)')
 
 
 class ActionEmbedding(nn.Module):

@@ -35,24 +35,26 @@ class RowSharding:
       axis: mesh axis.
       count: devices.
       total: rows of the image at its lowest resolution.
-      held: rows per device at that resolution. The last devices may hold padding rows below the
-        image, which are never used.
+      local_rows: rows per device at that resolution. The last devices may have padding rows below
+        the image, which are never used.
     """
 
     axis: str
     count: int
     total: int
-    held: int
+    local_rows: int
 
     @property
     def even(self) -> bool:
         """Whether no device holds padding rows."""
-        return self.count * self.held == self.total
+        return self.count * self.local_rows == self.total
 
     @property
-    def parts(self) -> np.ndarray:
-        """Image rows on each device as a fraction of `held`, float32 [count]."""
-        return np.clip(self.total / self.held - np.arange(self.count), 0, 1).astype(np.float32)
+    def row_fractions(self) -> np.ndarray:
+        """Image rows on each device as a fraction of `local_rows`, float32 [count]."""
+        return np.clip(self.total / self.local_rows - np.arange(self.count), 0, 1).astype(
+            np.float32
+        )
 
     def masked(self, x: jax.Array) -> jax.Array:
         """Sets padding rows to zero: [B T H W C] -> [B T H W C]."""
@@ -60,7 +62,7 @@ class RowSharding:
             return x
         rows = x.shape[2]
         row = lax.axis_index(self.axis) * rows + jnp.arange(rows)
-        return jnp.where((row < self.total * rows // self.held)[:, None, None], x, 0)
+        return jnp.where((row < self.total * rows // self.local_rows)[:, None, None], x, 0)
 
 
 # Set while `split_rows` traces its function, so that layers need not pass it on.
@@ -90,8 +92,8 @@ def split_rows(
     if count == 1 or x.shape[2] % unit:
         return function(params, cache, x)
     total = x.shape[2] // unit
-    rows = RowSharding(axis, count, total, held=-(-total // count))
-    padding = rows.held * count - total
+    rows = RowSharding(axis, count, total, local_rows=-(-total // count))
+    padding = rows.local_rows * count - total
     x = jnp.pad(x, ((0, 0), (0, 0), (0, padding * unit), (0, 0), (0, 0)))
 
     def on_device(params: Any, cache: Any, x: jax.Array) -> tuple[Any, jax.Array]:
@@ -106,7 +108,7 @@ def split_rows(
         on_device, in_specs=(jax.P(), spec, spec), out_specs=spec, check_vma=False
     )(params, cache, x)
     if not rows.even:
-        y = y[:, :, : y.shape[2] * total // (count * rows.held)]
+        y = y[:, :, : y.shape[2] * total // (count * rows.local_rows)]
     return cache, y
 
 
@@ -143,7 +145,7 @@ def all_rows(x: jax.Array) -> jax.Array:
     rows = _rows.get()
     if rows is None:
         return x
-    total = x.shape[2] * rows.total // rows.held
+    total = x.shape[2] * rows.total // rows.local_rows
     return lax.all_gather(x, rows.axis, axis=2, tiled=True)[:, :, :total]
 
 
@@ -152,7 +154,9 @@ def local_mean(x: jax.Array) -> jax.Array:
     rows = _rows.get()
     if rows is None or rows.even:
         return x.mean((1, 2, 3))
-    part = jnp.asarray(np.where(rows.parts, rows.parts, 1))[lax.axis_index(rows.axis)]
+    part = jnp.asarray(np.where(rows.row_fractions, rows.row_fractions, 1))[
+        lax.axis_index(rows.axis)
+    ]
     return rows.masked(x).mean((1, 2, 3)) / part
 
 
@@ -163,6 +167,6 @@ def pooled_statistics(mean: jax.Array, variance: jax.Array) -> tuple[jax.Array, 
         return mean, variance
     # One exchange for both, as exact as two passes over the whole image.
     means, variances = lax.all_gather(jnp.stack([mean, variance]), rows.axis, axis=1)
-    weights = (rows.parts / rows.parts.sum()).reshape(-1, *[1] * mean.ndim)
+    weights = (rows.row_fractions / rows.row_fractions.sum()).reshape(-1, *[1] * mean.ndim)
     mean = (weights * means).sum(0)
     return mean, (weights * (variances + jnp.square(means - mean))).sum(0)

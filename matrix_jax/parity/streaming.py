@@ -114,7 +114,7 @@ def sampler(record: Record) -> dict:
                 )
             else:
                 start = (block - initial_blocks) * size
-                carry, made = causal.make_block(
+                carry, block_latents = causal.make_block(
                     stream,
                     table,
                     recording,
@@ -124,7 +124,7 @@ def sampler(record: Record) -> dict:
                     noise[:, start : start + size],
                     renoise[block - initial_blocks],
                 )
-                latents.append(made)
+                latents.append(block_latents)
         return jnp.concatenate(latents, axis=1), carry.caches
 
     latents, (caches, (x0, called), _) = run_blocks(params)

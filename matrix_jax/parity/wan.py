@@ -32,8 +32,8 @@ def autoencoder(record: Record) -> dict:
     step = fast_jit(functools.partial(wan.step, cfg))
     for index, start in enumerate(range(0, latents.shape[1], chunk)):
         part = latents[:, start : start + chunk]
-        cache, made = step(params, cache, part) if index else prefill(params, part)
-        outputs[f'stream_pixels_chunk{index}'] = to_btchw(jnp.clip(made, -1, 1))
+        cache, frames = step(params, cache, part) if index else prefill(params, part)
+        outputs[f'stream_pixels_chunk{index}'] = to_btchw(jnp.clip(frames, -1, 1))
     leaves = conversion.flatten(cache)
     outputs['n_cache_used'] = len(leaves)
     for slot, path in enumerate(decoder_cache_paths(cfg)):
@@ -62,15 +62,15 @@ def cond_concat(record: Record) -> dict:
     size = config['height'], config['width']
     top, left, bottom, right = condition.crop(*photo.shape[:2], *size)
     image = condition.pixels(condition.fit(photo, *size))[None]
-    made = fast_jit(
+    channels = fast_jit(
         lambda params, image: condition.condition(cfg, params, image, config['num_output_frames'])
     )(params, image)
-    made = to_bcthw(made)
+    channels = to_bcthw(channels)
     return {
         'cropped_hw': np.array([bottom - top, right - left]),
         'image_normalized': to_bcthw(image[:, None]),
-        'cond_concat': made,
-        'img_cond': made[:, cfg.temporal_compression :],
+        'cond_concat': channels,
+        'img_cond': channels[:, cfg.temporal_compression :],
     }
 
 
@@ -79,9 +79,9 @@ def clip_visual(record: Record) -> dict:
     cfg = clip_image.Config.from_released(record.config['vision'])
     params = conversion.to_jax(clip_image.weights(cfg), record.weights, clip_image.shapes(cfg))
     image = from_bcthw(record.inputs['video'])[:, 0]
-    seen = fast_jit(functools.partial(clip_image.pixels, cfg))(image)
+    pixels = fast_jit(functools.partial(clip_image.pixels, cfg))(image)
     return {
-        'clip_pixels': rearrange(np.asarray(seen), 'b h w c -> b c h w'),
+        'clip_pixels': rearrange(np.asarray(pixels), 'b h w c -> b c h w'),
         'visual_context': fast_jit(functools.partial(clip_image.encode, cfg))(params, image),
     }
 

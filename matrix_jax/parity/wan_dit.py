@@ -98,7 +98,7 @@ def dit_whole(record: Record) -> dict:
         )
 
     latents = from_bcthw(inputs['x'])
-    v, made = call(
+    v, variables = call(
         params,
         latents,
         inputs['t'],
@@ -107,8 +107,8 @@ def dit_whole(record: Record) -> dict:
         inputs.get('mouse_cond'),
         inputs['keyboard_cond'],
     )
-    made = made['intermediates']
-    patches, modulation, image = (made[part]['__call__'][0] for part in parts)
+    intermediates = variables['intermediates']
+    patches, modulation, image = (intermediates[part]['__call__'][0] for part in parts)
     rows, frames = latents.shape[2] // cfg.patch, latents.shape[1]
     outputs = {
         'flow': to_bcthw(v),
@@ -117,12 +117,12 @@ def dit_whole(record: Record) -> dict:
         'time_projection': rearrange(modulation, 'b t d -> (b t) d'),
     }
     for name, (start, _) in cfg.segments.items():
-        for layer, tokens in enumerate(made[name]['__call__'][0][0], start):
+        for layer, tokens in enumerate(intermediates[name]['__call__'][0][0], start):
             outputs[f'after_block{layer}'] = _flat(tokens)
     if block:
-        seen = Blocks(frames, block, cfg.local).visible()
-        outputs['action_mask'] = seen
-        outputs['self_attn_mask'] = np.kron(seen, np.ones([patches.shape[2]] * 2))
+        mask = Blocks(frames, block, cfg.local).visible()
+        outputs['action_mask'] = mask
+        outputs['self_attn_mask'] = np.kron(mask, np.ones([patches.shape[2]] * 2))
     return outputs
 
 
@@ -145,14 +145,14 @@ def dit_cached(record: Record) -> dict:
     outputs = {}
     for block in range(frames // count):
         span = slice(block * count, (block + 1) * count)
-        seen = [
+        actions = [
             part if part is None else wan.windows(part, span.start, count)
             for part in (inputs.get('mouse_cond'), inputs['keyboard_cond'])
         ]
         for index, (latents, level) in enumerate(calls):
             levels = np.full((batch, count), level, np.float32)
             v, caches = call(
-                {'params': params}, caches, latents[:, span], levels, cond[:, span], *seen
+                {'params': params}, caches, latents[:, span], levels, cond[:, span], *actions
             )
             outputs[f'flow_block{block}_call{index}'] = to_bcthw(v)
         ends = np.array([span.stop, min(span.stop, cfg.local)])
@@ -175,31 +175,31 @@ def layer_caches(cfg: wan.Config, caches: wan.Caches, count: int, grid, layer: i
     )
     past = jax.tree.map(lambda leaf: leaf[layer - start], caches.runs[name])
     ring, action_ring = (Ring(caches.start, count, cfg.local, sink) for sink in (cfg.sink, 0))
-    kept, frames = _in_order(ring, past.video)
-    k = rotate(kept.k, rotations_3d(frames, *grid, cfg.head_dim))
-    made = {'cache_k': k, 'cache_v': kept.v}
-    made = {
+    cached, frames = _in_order(ring, past.video)
+    k = rotate(cached.k, rotations_3d(frames, *grid, cfg.head_dim))
+    outputs = {'cache_k': k, 'cache_v': cached.v}
+    outputs = {
         kind: rearrange(_padded(leaf, cfg.local), 'b s n k e -> b (s n) k e')
-        for kind, leaf in made.items()
+        for kind, leaf in outputs.items()
     }
-    made |= {'cross_k': past.image.k[:, 0], 'cross_v': past.image.v[:, 0]}
+    outputs |= {'cross_k': past.image.k[:, 0], 'cross_v': past.image.v[:, 0]}
     for kind, cache in (('mouse', past.mouse), ('keyboard', past.keyboard)):
         if cache:
-            made |= {
+            outputs |= {
                 f'{kind}_cache_{part}': leaf
                 for part, leaf in _action_cache(cfg.actions, action_ring, cache).items()
             }
-    return made
+    return outputs
 
 
 def _action_cache(cfg: wan_actions.ActionConfig, ring: Ring, cache: KVCache) -> dict:
     """Keys and values of an action cache in the layout of the reference, [B*N S K E]."""
-    kept, frames = _in_order(ring, cache)
+    cached, frames = _in_order(ring, cache)
     rotation = rotations(frames, frequencies(cfg.axes[0] // 2, cfg.period))
-    k = rotate(kept.k, tuple(part[:, None] for part in rotation))
+    k = rotate(cached.k, tuple(part[:, None] for part in rotation))
     return {
         name: rearrange(_padded(leaf, ring.size), 'b s n k e -> (b n) s k e')
-        for name, leaf in (('k', k), ('v', kept.v))
+        for name, leaf in (('k', k), ('v', cached.v))
     }
 
 
