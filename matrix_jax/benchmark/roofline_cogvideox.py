@@ -19,7 +19,7 @@ def dit(cfg, frames: int, height: int, width: int, literal: bool = False) -> flo
     products = 4 * tokens * d * d + 8 * tokens * d * d + 2 * tokens * tokens * d
     total = cfg.layers * products + 2 * video * cfg.patch**2 * cfg.channels * d
     if cfg.control:
-        # Queries and outputs; keys and values, one per control, are precomputed.
+        # Queries and outputs; keys and values, one per latent frame, are too few to count.
         keys = video if literal else frames
         block = 2 * video * d * d + 2 * video * keys * d + 2 * video * d * d * literal
         total += (cfg.control.end - cfg.control.start) * block

@@ -195,11 +195,11 @@ def write(
     from safetensors.numpy import save_file
 
     tensors, ranks, alphas = {}, {}, {}
-    places = {(module.path, module.index): name for name, module in modules(table).items()}
-    for place, parts in _leaves(adapter).items():
+    names = {(module.path, module.index): name for name, module in modules(table).items()}
+    for layer, parts in _leaves(adapter).items():
         a, b, alpha = (np.asarray(parts[name]) for name in ('a', 'b', 'alpha'))
         for index in range(len(a) if a.ndim == 3 else 1):
-            name, at = places[place, index], index if a.ndim == 3 else ()
+            name, at = names[layer, index], index if a.ndim == 3 else ()
             if alpha[at]:
                 alphas[name], ranks[name] = float(alpha[at]), a.shape[-1]
                 key = f'{component}.{name}.lora_'
