@@ -240,8 +240,7 @@ class Networks:
     def fingerprint_text(self) -> str:
         """Returns a text of the config for fingerprints of saved sessions.
 
-        Fields and classes have the names under which the first sessions were saved, so that a
-        later renaming does not make saved sessions useless.
+        It uses the names of the first saved sessions, so that these stay readable.
         """
         text = repr(self.cfg)
         for name, first_name in FIRST_NAMES.items():
@@ -352,11 +351,8 @@ FIRST_NAMES = {
 def fewer_layers(cfg: Any, layers: int, span_field: str) -> Any:
     """Returns a transformer's config with fewer layers.
 
-    Args:
-      cfg: the config.
-      layers: new number of layers.
-      span_field: field that says which layers (`start` to `end`) have additional blocks, or None;
-        these keep their share of the layers.
+    The field `span_field` says which layers (`start` to `end`) have additional blocks, if any do;
+    they keep their share of the layers.
     """
     span, whole = getattr(cfg, span_field), cfg.layers
     if span:
