@@ -189,8 +189,8 @@ def count(name: str, cfg, tflops: float) -> str:
             'tflops': tflops,
             'link': LINK,
             'bounds': {
-                mesh: roofline.bounds(cfg, sizes, tflops * pages.TERA, LINK)
-                for mesh, sizes in meshes(cfg).items()
+                label: roofline.bounds(cfg, mesh, tflops * pages.TERA, LINK)
+                for label, mesh in meshes(cfg).items()
             },
         },
     )

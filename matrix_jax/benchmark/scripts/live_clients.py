@@ -147,7 +147,7 @@ def nonsense(chance: random.Random) -> str:
 
 
 async def babble(port: int, seconds: float, count: int, sessions: list):
-    """Sends malformed and meaningless messages until the server has received `count`, evenly in time."""
+    """Sends malformed and meaningless messages until the server has received `count`."""
     chance, began = random.Random(1), time.monotonic()
     while (taken := (await asyncio.to_thread(asked, port, COUNTED))['taken']) < count:
         ahead = taken / count * seconds - (time.monotonic() - began)

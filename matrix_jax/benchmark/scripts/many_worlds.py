@@ -2,8 +2,8 @@
 
     python -m matrix_jax.benchmark.scripts.many_worlds --worlds 1-3 --players 2 --seconds 10
 
-Prints how long players wait for a slot, how much of a drive is lost when the process of its world is
-killed, and which processes remain after the shutdown. Needs `pip install -e '.[ray]'`.
+Prints how long players wait for a slot, how much of a drive is lost when the process of its world
+is killed, and which processes remain after the shutdown. Needs `pip install -e '.[ray]'`.
 """
 
 import argparse
