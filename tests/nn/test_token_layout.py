@@ -11,7 +11,7 @@ FRAMES, PLACES, LENGTH = 2, 5, 7
 @pytest.fixture(params=[1, 3, 5])
 def parts(request, monkeypatch):
     """Pretends to be on a mesh of that many devices."""
-    monkeypatch.setattr(token_layout, 'ways', lambda name: request.param)
+    monkeypatch.setattr(token_layout, 'num_shards', lambda name: request.param)
     return request.param
 
 
