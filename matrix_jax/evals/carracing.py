@@ -19,49 +19,24 @@ from matrix_jax.evals import closed_loop, control, driver
 from matrix_jax.evals import drift as drifts
 from matrix_jax.evals import scripted as scripts
 from matrix_jax.evals.scripted import ScriptedDrives
+from matrix_jax.evals.settings import EvaluationSettings
 from matrix_jax.evals.video import Streams, bar, indices, sheet, spread
 
 NAME = 'driving'
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of the evaluation.
+class Config(EvaluationSettings):
+    """Settings of the evaluation; every other stream is mirrored, and themes take turns.
 
     Attributes:
-      seconds: length of streams under scripted keys.
-      drive_seconds: length of driven streams.
-      long_seconds: length of one long driven stream; 0 = none.
-      streams: streams per script, and driven ones; themes in turn, every other one mirrored.
-      clips, clip_frames: number of held-out clips for the reconstruction, and frames F = 1 + 8k of
-        each.
-      windows: largest number of windows of real clips that the probe is tested on.
       settle: latent frames at the start that are not judged, as the start clip shows them.
-      times: seconds shown on contact sheets.
       cruise: speed of the driver in units/s.
-      seed: seed of starts, scripts and noise.
-      probe: the inverse-dynamics probe.
     """
 
-    seconds: int = 30
-    drive_seconds: int = 60
-    long_seconds: int = 0
-    streams: int = 6
-    clips: int = 15
-    clip_frames: int = 97
-    windows: int = 3000
-    settle: int = 4
-    times: tuple[float, ...] = (1.0, 4.0, 15.0, 30.0)
-    cruise: float = 18.0
-    seed: int = 0
     probe: control.Config = control.Config()
-
-
-def quick(cfg: Config) -> Config:
-    """Settings of a rough evaluation in a few minutes."""
-    return dataclasses.replace(
-        cfg, seconds=8, drive_seconds=15, streams=2, clips=3, times=(1.0, 4.0, 8.0)
-    )
+    settle: int = 4
+    cruise: float = 18.0
 
 
 def recorded(world, data: str, cfg: Config) -> Clips:
@@ -113,18 +88,16 @@ def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, ou
 
 def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: Path):
     """((params, threshold), scores on real frames); reads or writes the probe in `out`."""
-    path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
-    if found is None:
+
+    def train():
         recorded = Clips(data, 'train', themes=THEMES, cache=False)
-        train = control.examples(cfg.probe, map(_example, _each(recorded)))
-        params = control.train(cfg.probe, train, bar('probe'))
-        some = control.sample(train, cfg.windows)
-        limit = control.threshold(
-            control.read(cfg.probe, params, some)[:, 0], control.STEER[some.controls]
-        )
-        control.save(path, cfg.probe, params, limit)
-        found = params, limit
-    params, limit = found
+        examples = control.examples(cfg.probe, map(_example, _each(recorded)))
+        params = control.train(cfg.probe, examples, bar('probe'))
+        some = control.sample(examples, cfg.windows)
+        turn = control.read(cfg.probe, params, some)[:, 0]
+        return params, control.threshold(turn, control.STEER[some.controls])
+
+    found = params, limit = control.trained(out / 'probe.msgpack', cfg.probe, train)
     clips = list(_each(held_out))
     scores = {}
     for name, given in (

@@ -301,3 +301,12 @@ def load(path, cfg: Config):
     if state['config'] != repr(cfg):
         return None
     return state['params'], state['threshold']
+
+
+def trained(path, cfg: Config, train: Callable):
+    """(params, threshold) of the probe saved at `path`; `train()` makes them if there is none."""
+    found = load(path, cfg)
+    if found is None:
+        found = train()
+        save(path, cfg, *found)
+    return found

@@ -20,6 +20,7 @@ from matrix_jax.data.loader import Clips
 from matrix_jax.data.records import FRAMES_PER_LATENT, KEYS, Clip
 from matrix_jax.evals import action_probe, control
 from matrix_jax.evals import drift as drifts
+from matrix_jax.evals.settings import EvaluationSettings
 from matrix_jax.evals.video import Streams, bar, sheet, spread
 
 NAME = 'walking'
@@ -39,39 +40,12 @@ MEASURES = {'change': drifts.change}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Settings of the evaluation.
+class Config(EvaluationSettings):
+    """Settings of the evaluation; `clip_frames` is 1 + 24k."""
 
-    Attributes:
-      seconds: length of scripted streams.
-      drive_seconds: length of the streams under `mixed`.
-      long_seconds: length of one long stream under `mixed`; 0 = none.
-      streams: streams per script.
-      clips, clip_frames: number of held-out clips for the reconstruction, and frames F = 1 + 24k of
-        each.
-      windows: largest number of windows of real clips that the probe is tested on.
-      times: seconds shown on contact sheets.
-      seed: seed of scripts and noise.
-      probe: the inverse-dynamics probe.
-    """
-
-    seconds: int = 30
-    drive_seconds: int = 60
-    long_seconds: int = 0
     streams: int = 4
-    clips: int = 15
-    clip_frames: int = 97
-    windows: int = 3000
     times: tuple[float, ...] = (0.5, 4.0, 15.0, 30.0)
-    seed: int = 0
     probe: action_probe.Config = action_probe.Config()
-
-
-def quick(cfg: Config) -> Config:
-    """Settings of a rough evaluation in a few minutes."""
-    return dataclasses.replace(
-        cfg, seconds=8, drive_seconds=15, streams=2, clips=3, times=(0.5, 4.0, 8.0)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,13 +153,13 @@ def sections(world, params, data: str, held_out: LabelledClips, rebuilt, cfg: Co
 
 def probes(cfg: Config, data: str, held_out: LabelledClips, rebuilt, out: Path):
     """((params, limits), scores on real frames); reads or writes the probe in `out`."""
-    path, found = out / 'probe.msgpack', control.load(out / 'probe.msgpack', cfg.probe)
-    if found is None:
-        train = action_probe.examples(
-            cfg.probe, action_probe.recorded(LabelledClips(Clips(data, cache=False)))
-        )
-        found = action_probe.train(cfg.probe, train, cfg.windows, bar('probe'))
-        control.save(path, cfg.probe, *found)
+
+    def train():
+        clips = action_probe.recorded(LabelledClips(Clips(data, cache=False)))
+        examples = action_probe.examples(cfg.probe, clips)
+        return action_probe.train(cfg.probe, examples, cfg.windows, bar('probe'))
+
+    found = control.trained(out / 'probe.msgpack', cfg.probe, train)
     behind = zip((held_out[index] for index in spread(held_out, cfg.clips)), rebuilt, strict=True)
     given = {
         'real': action_probe.recorded(held_out),

@@ -3,7 +3,7 @@
 Every figure stands beside a ceiling (the real game or its recordings) and, where there is one, a
 floor. Writes `results.json` after each section and `report.md` at the end.
 
-An evaluator is a module with `NAME`, `Config`, `quick(Config)` and
+An evaluator is a module with `NAME`, `Config` (a `settings.EvaluationSettings`) and
 
     recorded(world, data, cfg)      sequence of held-out clips; raises if the world cannot be judged
     shape(world)                    latent frames of a stream's start, and of each of its steps
@@ -37,7 +37,7 @@ def settings(world, quick: bool = False, **given):
       given: fields of the `Config` to override.
     """
     cfg = evaluator(world).Config()
-    return dataclasses.replace(evaluator(world).quick(cfg) if quick else cfg, **given)
+    return dataclasses.replace(cfg.quick() if quick else cfg, **given)
 
 
 def evaluate(world, params, data: str, out, cfg, log=print) -> dict:

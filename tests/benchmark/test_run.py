@@ -11,7 +11,7 @@ import pytest
 
 from matrix_jax import config, recipes
 from matrix_jax.benchmark import measure, pages, report, target, torch_baseline
-from matrix_jax.benchmark import run as calls
+from matrix_jax.benchmark import run as modes
 from matrix_jax.cli.parser import main_guard
 from matrix_jax.dit import cogvideox as dit
 from matrix_jax.weights import conversion, diffusers_layout
@@ -124,7 +124,7 @@ def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
 
 
 def test_a_count_of_keyboard_and_mouse(capsys, monkeypatch):
-    monkeypatch.setattr(calls, 'apart', lambda function, *given: function(*given))
+    monkeypatch.setattr(modes, 'apart', lambda function, *given: function(*given))
     assert run('matrix_game_2:TINY', '--random', '--count') == 0
     printed = capsys.readouterr().out
     assert '| both |' in printed and '| seq=8 |' in printed and '12 frames per step' in printed
@@ -132,7 +132,7 @@ def test_a_count_of_keyboard_and_mouse(capsys, monkeypatch):
 
 
 def test_a_count_prints_the_floor(capsys, monkeypatch):
-    monkeypatch.setattr(calls, 'apart', lambda function, *given: function(*given))
+    monkeypatch.setattr(modes, 'apart', lambda function, *given: function(*given))
     assert run('the_matrix:TINY_SWIN', *SMALL, '--random', '--count') == 0
     printed = capsys.readouterr().out
     assert '| 5dit_3vae | ' in printed and 'At 791.2 TFLOP/s' in printed
@@ -253,7 +253,7 @@ def test_the_tool_refuses(argv, said, tmp_path, monkeypatch, capsys):
 
 
 def test_a_process_of_its_own_sees_the_devices_it_is_given():
-    assert calls.apart(jax.device_count, devices=3) == 3
+    assert modes.apart(jax.device_count, devices=3) == 3
 
 
 def results(devices, fps):
@@ -270,7 +270,7 @@ def results(devices, fps):
 
 def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
     def apart(function, *arguments, devices=1, emulate=True):
-        if function is not calls.one:
+        if function is not modes.one:
             return 'gpu'
         parts = arguments[0].mesh.parts
         if devices == 8 and not parts:
@@ -280,9 +280,9 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
         assert arguments[0].mesh.devices == devices and not arguments[1].entries
         return results(devices, 10 * devices**0.5)
 
-    monkeypatch.setattr(calls, 'apart', apart)
+    monkeypatch.setattr(modes, 'apart', apart)
     given, made = recipes.load('the_matrix:TINY'), []
-    found, page = calls.sweep(
+    found, page = modes.sweep(
         given, measure.Settings(), True, None, lambda found, page: made.append(page)
     )
     rows = [
@@ -302,24 +302,24 @@ def test_a_sweep_prints_scaling_and_what_did_not_run(monkeypatch):
 
 
 def test_a_sweep_leaves_out_what_a_world_cannot_do():
-    assert list(calls.meshes(recipes.load('matrix_game_2:TINY').world)) == [
+    assert list(modes.meshes(recipes.load('matrix_game_2:TINY').world)) == [
         'seq=1',
         'seq=2',
         'seq=4',
         'seq=8',
     ]
-    assert calls.meshes(recipes.load('the_matrix:TINY').world) == calls.SWEEP
+    assert modes.meshes(recipes.load('the_matrix:TINY').world) == modes.SWEEP
 
 
 def test_a_sweep_in_which_nothing_runs_says_why(monkeypatch):
     def apart(function, *arguments, **fields):
-        if function is calls.one:
+        if function is modes.one:
             raise MemoryError
         return 'cpu'
 
-    monkeypatch.setattr(calls, 'apart', apart)
+    monkeypatch.setattr(modes, 'apart', apart)
     with pytest.raises(config.UsageError, match='seq=1: MemoryError; seq=2: MemoryError'):
-        calls.sweep(recipes.load('the_matrix:TINY'), measure.Settings(), True, None)
+        modes.sweep(recipes.load('the_matrix:TINY'), measure.Settings(), True, None)
 
 
 def test_pytorch_gets_our_weights_without_control(tmp_path):
