@@ -104,19 +104,9 @@ class World(BaseWorld):
             lambda cfg: vae.INIT_RULES,
             run_fields=('dtype', 'single_latent_frames'),
         ),
+        Component('text', 'text_encoder', t5.weights, t5.shapes, t5.init_rules),
         Component(
-            'text',
-            'text_encoder',
-            t5.weights,
-            t5.shapes,
-            t5.init_rules,
-        ),
-        Component(
-            'control',
-            'control_encoder',
-            clip.weights,
-            clip.shapes,
-            lambda cfg: clip.INIT_RULES,
+            'control', 'control_encoder', clip.weights, clip.shapes, lambda cfg: clip.INIT_RULES
         ),
     )
     extras = ('tokenizer', 'control_tokenizer', 'scheduler')
