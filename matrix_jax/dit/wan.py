@@ -33,12 +33,13 @@ from matrix_jax.dit.segments import scan_layers
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sharded, sites
 from matrix_jax.dit.wan_config import PRESETS, Config, check
+from matrix_jax.dit.wan_layers import ImageEmbedding, LevelEmbedding, Projections, standardize
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
-from matrix_jax.nn.kv_cache import Blocks, KVCache, Ring, attend_all
+from matrix_jax.nn.kv_cache import Blocks, Ring, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
-from matrix_jax.nn.rope import level_code, rotate, rotations_3d
+from matrix_jax.nn.rope import rotate, rotations_3d
 from matrix_jax.parallel.sharding import constrain
 from matrix_jax.weights.conversion import Prefix, Row
 
@@ -132,17 +133,9 @@ class WanTransformer(nn.Module):
                 actions if actions is None else windows(actions, 0, frames, size.ratio, size.span)
                 for actions in (mouse, keyboard)
             )
-        v, _ = self._run(
-            latents,
-            level,
-            cond,
-            mouse,
-            keyboard,
-            pattern,
-            pattern,
-            image=self.image_embedding(image),
-        )
-        return v
+        actions, patterns = (mouse, keyboard), (pattern, pattern)
+        image = self.image_embedding(image)
+        return self._run(latents, level, cond, actions, patterns, image=image)[0]
 
     def cached(self, caches, latents, level, cond, mouse=None, keyboard=None):
         """Predicts the velocity of the block at `caches.start`.
@@ -157,15 +150,12 @@ class WanTransformer(nn.Module):
         """
         cfg, frames = self.cfg, latents.shape[1]
         check(cfg, latents, level, cond, None, mouse, keyboard, window=True)
-        ring, action_ring = (
-            Ring(
-                caches.start, frames, cfg.local, sink, sites(cfg, *latents.shape[2:4]), cfg.exchange
-            )
+        size = sites(cfg, *latents.shape[2:4])
+        ring, action_ring = rings = [
+            Ring(caches.start, frames, cfg.local, sink, size, cfg.exchange)
             for sink in (cfg.sink, 0)
-        )
-        v, new_caches = self._run(
-            latents, level, cond, mouse, keyboard, ring, action_ring, caches=caches
-        )
+        ]
+        v, new = self._run(latents, level, cond, (mouse, keyboard), rings, caches=caches)
 
         def write(past, new):
             return sharded(
@@ -177,7 +167,7 @@ class WanTransformer(nn.Module):
             )
 
         return v, caches.replace(
-            runs={name: write(past, new_caches[name]) for name, past in caches.runs.items()}
+            runs={name: write(past, new[name]) for name, past in caches.runs.items()}
         )
 
     def read_image(self, image, caches):
@@ -190,20 +180,9 @@ class WanTransformer(nn.Module):
             }
         )
 
-    def _run(
-        self,
-        latents,
-        level,
-        cond,
-        mouse,
-        keyboard,
-        pattern,
-        action_pattern,
-        image=None,
-        caches=None,
-    ):
+    def _run(self, latents, level, cond, actions, patterns, image=None, caches=None):
         """Returns (v, {run of layers: its new keys and values})."""
-        cfg = self.cfg
+        cfg, (mouse, keyboard), (pattern, action_pattern) = self.cfg, actions, patterns
 
         def split_sites(table):  # each device computes all of it and keeps its part
             table = token_layout.pad(constrain(table, None, None, None), 1)
@@ -295,69 +274,6 @@ class Block(nn.Module):
     def read_image(self, carry, image):
         """Keys and values of image tokens [B L D], as the output of a scan."""
         return carry, self.image_attention.keys(image[:, None])
-
-
-class Projections(nn.Module):
-    """Projections of an attention; RMS norms of queries and keys span all heads."""
-
-    cfg: Config
-
-    def setup(self):
-        width, eps, dtype = self.cfg.width, self.cfg.eps, jnp.dtype(self.cfg.dtype)
-        self.query, self.key, self.value, self.out = (Linear(width, dtype=dtype) for _ in range(4))
-        self.query_norm = nn.RMSNorm(eps, dtype=jnp.float32)
-        self.key_norm = nn.RMSNorm(eps, dtype=jnp.float32)
-
-    def queries(self, x):
-        """[B T n D] -> [B T n K E]."""
-        return self._heads(self.query_norm(self.query(x)))
-
-    def keys(self, x):
-        """[B T n D] -> `KVCache` [B T n K E]."""
-        return KVCache(self._heads(self.key_norm(self.key(x))), self._heads(self.value(x)))
-
-    def output(self, y):
-        """[B T n K E] -> [B T n D]."""
-        return self.out(rearrange(y, 'b t n k e -> b t n (k e)'))
-
-    def _heads(self, x):
-        return rearrange(x.astype(self.cfg.dtype), 'b t n (k e) -> b t n k e', k=self.cfg.heads)
-
-
-class LevelEmbedding(nn.Module):
-    """Noise levels [B T] -> embeddings [B T D] float32."""
-
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, level):
-        width, dtype = self.cfg.width, jnp.dtype(self.cfg.dtype)
-        code = level_code(level, self.cfg.time_dim)
-        hidden = jax.nn.silu(Linear(width, dtype=dtype, name='linear_1')(code))
-        return Linear(width, dtype=dtype, name='linear_2')(hidden).astype(jnp.float32)
-
-
-class ImageEmbedding(nn.Module):
-    """Image features [B L Di] -> context [B L D]."""
-
-    cfg: Config
-
-    @nn.compact
-    def __call__(self, image):
-        dtype = jnp.dtype(self.cfg.dtype)
-        x = LayerNorm(1e-5, name='norm_in')(image)
-        x = jax.nn.gelu(Linear(x.shape[-1], dtype=dtype, name='linear_1')(x), approximate=False)
-        x = LayerNorm(1e-5, name='norm_out')(
-            Linear(self.cfg.width, dtype=dtype, name='linear_2')(x)
-        )
-        return x.astype(dtype)
-
-
-def standardize(x, eps):
-    """LayerNorm without parameters, float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
 
 
 # --- parameters ------------------------------------------------------------------------------

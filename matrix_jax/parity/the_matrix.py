@@ -311,21 +311,13 @@ def clip_text(record: Record) -> dict:
     return {'text_features': features}
 
 
+SIGNAL_ARGUMENTS = ('length', 'seed', 'repeat_lens', 'signal_choices', 'change_prob_increment')
+
+
 def control_signals(record: Record) -> dict:
     """Random control strings, and the padding of the published call."""
     random = [
-        driving.generate_random_control_signal(
-            *(
-                case[name]
-                for name in (
-                    'length',
-                    'seed',
-                    'repeat_lens',
-                    'signal_choices',
-                    'change_prob_increment',
-                )
-            )
-        )
+        driving.generate_random_control_signal(*(case[name] for name in SIGNAL_ARGUMENTS))
         for case in record.config['generate_random_control_signal']
     ]
     frames, base, streaming = [], [], []

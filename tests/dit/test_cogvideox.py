@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import json
 import operator
 import pathlib
 
@@ -9,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from einops import rearrange
-from safetensors import safe_open
 
 from matrix_jax.dit import cogvideox
 from matrix_jax.dit.actions import ControlEmbedding, log_counts
 from matrix_jax.nn import initializers
 from matrix_jax.nn.linear import Linear, quantize
 from matrix_jax.nn.modulation import LayerNorm, TimeEmbedding, modulate
+from matrix_jax.parity.record import read
 from matrix_jax.weights.conversion import ConversionError, to_jax, to_torch
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'the_matrix'
@@ -23,14 +22,9 @@ TINY = cogvideox.PRESETS['tiny']
 
 
 def golden(case):
-    """(released config, tensors by kind, tolerance) of a recorded case."""
-    kinds = {'weights': {}, 'inputs': {}, 'outputs': {}}
-    with safe_open(GOLDENS / f'{case}.safetensors', 'numpy') as file:
-        for name in file.keys():
-            kind, key = name.split('/', 1)
-            kinds[kind][key] = file.get_tensor(name)
-        metadata = file.metadata()
-    return json.loads(metadata['config'])['cfg'], kinds, float(metadata['atol'])
+    """(released config, weights) of a recording."""
+    record = read(GOLDENS / f'{case}.safetensors')
+    return record.config['cfg'], record.weights
 
 
 def noisy(cfg):
@@ -62,12 +56,12 @@ def forward(cfg, params, *args):
 
 @pytest.mark.parametrize('case', ['a_stage1_transformer', 'b_stage4_transformer'])
 def test_weights_and_config_survive_the_round_trip(case):
-    released, kinds, _ = golden(case)
+    released, weights = golden(case)
     cfg = cogvideox.Config.from_released(released)
     table = cogvideox.weights(cfg)
-    back = to_torch(table, to_jax(table, kinds['weights'], cogvideox.shapes(cfg)))
-    assert back.keys() == kinds['weights'].keys()
-    assert all(np.array_equal(back[key], kinds['weights'][key]) for key in back)
+    back = to_torch(table, to_jax(table, weights, cogvideox.shapes(cfg)))
+    assert back.keys() == weights.keys()
+    assert all(np.array_equal(back[key], weights[key]) for key in back)
     assert cogvideox.Config.from_released(cfg.to_released()) == cfg
     written = cfg.to_released()
     assert all(written[key] == value for key, value in released.items() if key in written) and set(
@@ -76,10 +70,10 @@ def test_weights_and_config_survive_the_round_trip(case):
 
 
 def test_weights_of_another_stage_are_refused():
-    released, kinds, _ = golden('a_stage2_transformer')
+    released, weights = golden('a_stage2_transformer')
     cfg = dataclasses.replace(cogvideox.Config.from_released(released), control=None)
     with pytest.raises(ConversionError, match='control_blocks'):
-        to_jax(cogvideox.weights(cfg), kinds['weights'], cogvideox.shapes(cfg))
+        to_jax(cogvideox.weights(cfg), weights, cogvideox.shapes(cfg))
 
 
 @pytest.mark.parametrize(('span', 'unroll'), [((0, 4), 3), ((1, 3), 1), ((2, 4), 1), (None, 1)])

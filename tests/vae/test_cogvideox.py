@@ -1,14 +1,13 @@
 import dataclasses
 import functools
-import json
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 
+from matrix_jax.parity.record import read
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.vae.tiling import Tiles, tiled, windowed
 from matrix_jax.weights import conversion
@@ -36,13 +35,8 @@ TINY = vae.PRESETS['tiny']
 
 def golden(case):
     """Released config and weights of a recording (test_parity compares its outputs)."""
-    with safe_open(GOLDENS / f'{case}.safetensors', 'np') as file:
-        weights = {
-            key.removeprefix('weights/'): file.get_tensor(key)
-            for key in file.keys()
-            if key.startswith('weights/')
-        }
-        return json.loads(file.metadata()['config'])['cfg'], weights
+    record = read(GOLDENS / f'{case}.safetensors')
+    return record.config['cfg'], record.weights
 
 
 def test_prefill_and_scanned_steps_equal_the_whole_clip():
