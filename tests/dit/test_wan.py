@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 
 from matrix_jax.dit import wan
 from matrix_jax.dit.wan_actions import ActionConfig, grouped
+from matrix_jax.parity.record import read
 from matrix_jax.weights.conversion import flatten, to_jax, to_torch
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'matrix_game_2'
@@ -253,25 +253,18 @@ def test_the_published_configs_are_presets():
         for key, value in written.items()
         if key != 'action_config'
     )
-    told = written['action_config']
-    assert all(
-        told[key] == published['action_config'].get(key, value) for key, value in told.items()
-    )
+    actions = written['action_config']
+    assert all(actions[key] == published['action_config'].get(key, actions[key]) for key in actions)
 
 
 def test_weights_survive_the_round_trip():
-    with safe_open(GOLDENS / 'b_dit_train_gta_drive.safetensors', 'numpy') as file:
-        tensors = {
-            name.removeprefix('weights/'): file.get_tensor(name)
-            for name in file.keys()
-            if name.startswith('weights/')
-        }
-        told = json.loads(file.metadata()['config'])
-    cfg = wan.Config.from_released(told['model'] | {'image_dim': told['clip_dim']})
+    record = read(GOLDENS / 'b_dit_train_gta_drive.safetensors')
+    tensors, config = record.weights, record.config
+    cfg = wan.Config.from_released(config['model'] | {'image_dim': config['clip_dim']})
     assert wan.Config.from_released(cfg.to_released()) == cfg
     table = wan.weights(cfg)
-    worn = {f'model.{name}': tensor for name, tensor in tensors.items()}  # as distilled files
-    back = to_torch(table, to_jax(table, worn, wan.shapes(cfg)))
+    prefixed = {f'model.{name}': tensor for name, tensor in tensors.items()}  # distilled files
+    back = to_torch(table, to_jax(table, prefixed, wan.shapes(cfg)))
     assert back.keys() == tensors.keys()
     assert all(np.array_equal(back[name], tensors[name]) for name in back)
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors import safe_open
 
+from matrix_jax.parity.record import read
 from matrix_jax.vae import wan as vae
 from matrix_jax.weights import conversion
 from tests.vae import drawn
@@ -146,14 +146,8 @@ def test_half_precision_stays_close():
 
 
 def test_weights_and_config_survive_the_round_trip():
-    with safe_open(GOLDEN, 'np') as file:
-        weights = {
-            key.removeprefix('weights/'): file.get_tensor(key)
-            for key in file.keys()
-            if key.startswith('weights/')
-        }
-        told = json.loads(file.metadata()['config'])
-    cfg = vae.Config(dim=told['dim'])
+    record = read(GOLDEN)
+    weights, cfg = record.weights, vae.Config(dim=record.config['dim'])
     table, shapes = vae.weights(cfg), vae.shapes(cfg)
     back = conversion.to_torch(table, conversion.to_jax(table, weights, shapes))
     assert back.keys() == weights.keys()
