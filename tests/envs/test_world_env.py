@@ -112,7 +112,7 @@ def test_players_side_by_side_are_each_as_alone(opened_stream):
     assert not many.step(actions[0])[2].any()
     with pytest.raises(UsageError, match='seed: got 2, expected 3'):
         many.reset(seed=[1, 2])
-    with pytest.raises(UsageError, match='got 3 stream, expected at least 4'):
+    with pytest.raises(UsageError, match='got 3 slots, expected at least 4'):
         envs.WorldVectorEnv(4, opened=opened_stream)
 
 

@@ -83,7 +83,7 @@ def test_a_drive_longer_than_a_file_goes_on_but_is_not_written(log, monkeypatch)
     with pytest.raises(ReplayError, match='more than 3 changes of keys'):
         log.dumps()
     del log.controls[5:]
-    assert list(session_log.loads(log.dumps()).symbols) == ['D', 'D', 'DL', 'B', 'B']
+    assert list(session_log.loads(log.dumps()).controls) == ['D', 'D', 'DL', 'B', 'B']
     monkeypatch.setattr(session_log, 'LOG_BYTES', 200)
     for long in (log.dumps, lambda: session_log.loads(' ' * 201)):
         with pytest.raises(ReplayError, match='replay: got a log of .* bytes, expected at most'):
