@@ -93,7 +93,10 @@ def read(path: str | Path) -> Record:
     for name in EXPECTED:
         if config.get(name) is not None:
             parts[2][name] = np.asarray(config[name])
-    return Record(path, metadata['system'], metadata['kind'], config, *parts, atol, rtol)
+    weights, inputs, outputs = parts
+    return Record(
+        path, metadata['system'], metadata['kind'], config, weights, inputs, outputs, atol, rtol
+    )
 
 
 def _read_tensors(path: Path) -> tuple[Fields, dict]:
