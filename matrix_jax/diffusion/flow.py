@@ -82,7 +82,7 @@ def warp(cfg: Config, steps) -> np.ndarray:
     steps = np.asarray(steps)
     if steps.size == 0 or steps.min() < 0 or steps.max() > cfg.train_steps:
         raise ValueError(f'steps: got {steps.tolist()}, expected 0 to {cfg.train_steps}')
-    return np.float32(1000 * sigma(cfg, steps / cfg.train_steps))
+    return np.asarray(1000 * sigma(cfg, steps / cfg.train_steps), np.float32)
 
 
 def nearest(table: Table, levels):

@@ -69,7 +69,7 @@ def read(path: str | Path) -> Record:
     if 'weights' in metadata:
         shared = _read_tensors(path.parent / metadata['weights'])[1]
         tensors |= {name: shared[name] for name in shared if name.startswith('weights/')}
-    parts = [
+    weights, inputs, outputs = (
         Fields(
             f'{path}: {prefix[:-1]}',
             {
@@ -79,7 +79,7 @@ def read(path: str | Path) -> Record:
             },
         )
         for prefix in PREFIXES
-    ]
+    )
     unexpected = [name for name in tensors if not name.startswith(PREFIXES)]
     if unexpected:
         raise BadInput(f'{path}: tensor {unexpected[0]!r}, expected names in {", ".join(PREFIXES)}')
@@ -92,7 +92,7 @@ def read(path: str | Path) -> Record:
         raise BadInput(f'{path}: metadata is not readable ({error})') from None
     for name in EXPECTED:
         if config.get(name) is not None:
-            parts[2][name] = np.asarray(config[name])
+            outputs[name] = np.asarray(config[name])
     weights, inputs, outputs = parts
     return Record(
         path, metadata['system'], metadata['kind'], config, weights, inputs, outputs, atol, rtol
