@@ -93,7 +93,6 @@ def read(path: str | Path) -> Record:
     for name in EXPECTED:
         if config.get(name) is not None:
             outputs[name] = np.asarray(config[name])
-    weights, inputs, outputs = parts
     return Record(
         path, metadata['system'], metadata['kind'], config, weights, inputs, outputs, atol, rtol
     )
