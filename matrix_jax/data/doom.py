@@ -36,6 +36,11 @@ DEPTH = 7.2  # map units per step of the depth buffer
 JUMP = 48.0  # map units per frame above which the walker was teleported
 ROOM = 96.0  # free map units ahead at the start of an episode
 STILL = [0] * 6
+MOVES = ('MOVE_FORWARD', 'MOVE_BACKWARD', 'MOVE_LEFT', 'MOVE_RIGHT')
+BUTTONS = (*MOVES, 'LOOK_UP_DOWN_DELTA', 'TURN_LEFT_RIGHT_DELTA')
+VARIABLES = ('POSITION_X', 'POSITION_Y', 'CAMERA_POSITION_Z', 'ANGLE', 'PITCH')
+LAYERS = ('hud', 'weapon', 'crosshair', 'messages')  # drawn over the picture
+LAYERS += ('decals', 'particles', 'effects_sprites', 'corpses', 'screen_flashes')
 ABOUT = {'tics': TICS, 'mouse_rate': MOUSE_RATE, 'gamma': GAMMA}
 
 
@@ -95,39 +100,13 @@ class VizDoomGame:
         game.set_mode(vizdoom.Mode.PLAYER)
         game.set_window_visible(False)
         game.set_sound_enabled(False)
-        for layer in (
-            'hud',
-            'weapon',
-            'crosshair',
-            'decals',
-            'particles',
-            'effects_sprites',
-            'messages',
-            'corpses',
-            'screen_flashes',
-        ):
+        for layer in LAYERS:
             getattr(game, f'set_render_{layer}')(False)
         game.set_depth_buffer_enabled(True)
         game.set_sectors_info_enabled(True)
-        button, variable = vizdoom.Button, vizdoom.GameVariable
-        game.set_available_buttons(
-            [
-                button.MOVE_FORWARD,
-                button.MOVE_BACKWARD,
-                button.MOVE_LEFT,
-                button.MOVE_RIGHT,
-                button.LOOK_UP_DOWN_DELTA,
-                button.TURN_LEFT_RIGHT_DELTA,
-            ]
-        )
+        game.set_available_buttons([getattr(vizdoom.Button, name) for name in BUTTONS])
         game.set_available_game_variables(
-            [
-                variable.POSITION_X,
-                variable.POSITION_Y,
-                variable.CAMERA_POSITION_Z,
-                variable.ANGLE,
-                variable.PITCH,
-            ]
+            [getattr(vizdoom.GameVariable, name) for name in VARIABLES]
         )
         game.set_doom_skill(1)
         game.set_episode_timeout(0)

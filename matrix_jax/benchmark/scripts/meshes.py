@@ -22,7 +22,7 @@ MESHES = ('data=8', 'fsdp=8', 'data=2,fsdp=2,seq=2', 'fsdp=2,tensor=2,seq=2')
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('meshes', nargs='*', default=MESHES, metavar='AXIS=SIZE,...')
-    good = []
+    meshes, good = parser.parse_args().meshes, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_clips(folder / 'data')
@@ -31,7 +31,7 @@ def main():
             f'{"last loss; greatest difference":32}{"one":>12}{"mesh":>12}{"losses":>12}'
             f'{"weights":>12}'
         )
-        for mesh in parser.parse_args().meshes:
+        for mesh in meshes:
             sizes = {
                 axis: int(size) for axis, size in (part.split('=') for part in mesh.split(','))
             }

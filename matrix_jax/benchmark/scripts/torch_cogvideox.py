@@ -66,7 +66,7 @@ def pixels(frames, patch):
     )
 
 
-class Networks:
+class TorchNetworks:
     """The networks, called on the schedule of our stream with equally cheap arithmetic between."""
 
     def __init__(self, folder, spec):
@@ -133,7 +133,7 @@ def main(folder):
         spec['steps'] += spec['steps'] % 2  # whole pairs
     torch.set_num_threads(spec['threads'])
     torch.manual_seed(0)
-    nets, given = Networks(folder, spec), np.load(folder / 'given.npz')
+    nets, given = TorchNetworks(folder, spec), np.load(folder / 'given.npz')
     with torch.inference_mode():
         x = nets.tensor(given['latents'], nets.kinds[0]).permute(0, 1, 4, 2, 3).contiguous()
         text = nets.tensor(given['text'], nets.kinds[0])
