@@ -92,7 +92,9 @@ class CompiledProgram:
                 # The carry must keep its sharding from step to step.
                 self._start = step(self.params, self.start(), *given)[0]
                 step = compilation.jit(
-                    function, donate_argnums=1, out_shardings=(sharding.tree_shardings(self._start), None)
+                    function,
+                    donate_argnums=1,
+                    out_shardings=(sharding.tree_shardings(self._start), None),
                 )
             began = time.perf_counter()
             self._step = step.lower(self.params, self._start, *given).compile()

@@ -1,8 +1,7 @@
 """Roofline of a step: the least that any program must compute and send.
 
 Counts matrix products and convolutions, two FLOPs per multiply-add, and leaves out norms, softmax
-and activations. Counts all that the networks define; what a stream computes once, in `init`, does not
-count.
+and activations. What a stream computes once, in `init`, does not count.
 
 Each kind of network has a module of functions, named in `NETWORKS`:
 

@@ -233,7 +233,10 @@ def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
     letters['vae'] = {'decoder': letters['vae']['decoder']}
     meshes = {'transformer': mesh, 'vae': decoder or mesh}
     places = conversion.flatten(
-        {name: sharding.param_shardings(letters[name], shapes[name], meshes[name]) for name in shapes}
+        {
+            name: sharding.param_shardings(letters[name], shapes[name], meshes[name])
+            for name in shapes
+        }
     )
     stacked = conversion.flatten(letters)
     key, drawn = jax.random.key(seed, impl='rbg'), {}

@@ -44,7 +44,8 @@ def check(name: str, cfg):
         )
     if cfg.dit.int8 != 'none':
         raise UsageError(
-            f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as PyTorch has no 8-bit layers here'
+            f'--vs torch: got int8 {cfg.dit.int8!r}, expected none, as PyTorch runs without '
+            '8-bit layers'
         )
     lacking = [name for name in ('torch', 'diffusers') if importlib.util.find_spec(name) is None]
     if lacking:
@@ -109,7 +110,9 @@ def reference(target, cfg, plain, settings: measure.Settings):
     shape = target.cond.latents.shape
     latents = chance.standard_normal((1, world.cfg.stream.frames, *shape[2:]), np.float32)
     text = chance.standard_normal((1, cfg.text_length, cfg.text_dim), np.float32)
-    net = compilation.jit(lambda params, *given: dit.CogVideoXTransformer(cfg).apply({'params': params}, *given))
+    net = compilation.jit(
+        lambda params, *given: dit.CogVideoXTransformer(cfg).apply({'params': params}, *given)
+    )
     given = (jax.device_put(plain), latents, text, jnp.full([1], LEVEL))
     net = net.lower(*given).compile()
     seconds = []

@@ -66,7 +66,8 @@ def report(run) -> str:
     return '\n'.join(
         [
             f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, '
-            f'{made.examples} examples per update, {_count(state.student):,} of {_count(params):,} parameters train',
+            f'{made.examples} examples per update, {_count(state.student):,} of '
+            f'{_count(params):,} parameters train',
             'per device:',
             *(f'  {name:40}{size / MIB:>12,.1f} MiB' for name, size in rows),
             f'FLOPs per update: {work / GIGA:,.1f} G in all, '

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import types
 from functools import partial
 
@@ -19,7 +18,7 @@ from matrix_jax.nn import conv3d, conv_cpu
 from matrix_jax.parallel import sharding
 from matrix_jax.train import dry_run
 from matrix_jax.vae import cogvideox, wan
-from matrix_jax.weights import conversion, converter
+from matrix_jax.weights import converter
 
 WIDE = 24  # channels, enough for the detours of the CPU
 

@@ -25,7 +25,7 @@ ONE = Mesh()
 
 
 class Kernels(SwinDPM):
-    """Fewer leaves to update compile in half the time; benchmark/scripts/meshes.py trains all of them."""
+    """Trains few leaves, which compiles faster; `benchmark.scripts.meshes` trains all of them."""
 
     def trainable(self, path):
         return super().trainable(path) and path.endswith('kernel')
