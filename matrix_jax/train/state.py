@@ -7,6 +7,7 @@ cost neither gradients nor optimizer memory.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -128,7 +129,8 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
             (student, ema, opt),
             (state.student, state.ema, state.opt),
         )
-        state = state.replace(
+        state = dataclasses.replace(
+            state,
             step=state.step + 1,
             skipped=jnp.where(finite, 0, state.skipped + 1),
             student=student,
