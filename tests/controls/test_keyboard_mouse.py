@@ -122,7 +122,8 @@ def test_web_page_and_overlay_show_every_key(vocabulary):
         for word in axis['keys'].values():
             action = vocabulary.canonical(word)
             assert vocabulary.encode([action]).any()
-            held = vocabulary.overlay(action)
-            assert held.lit & {name for name, *_ in held.pad} or held.stick != (0, 0)
+            overlay = vocabulary.overlay(action)
+            names_on_screen = {name for name, *_ in overlay.layout}
+            assert overlay.pressed & names_on_screen or overlay.mouse != (0, 0)
     assert vocabulary.canonical(page['idle']) == vocabulary.idle
-    assert (page['mouse'] is None) == (vocabulary.overlay('idle').stick is None)
+    assert (page['mouse'] is None) == (vocabulary.overlay('idle').mouse is None)
