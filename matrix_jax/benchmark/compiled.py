@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 import tempfile
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,7 +202,7 @@ def _group(line: str, devices: int) -> int:
 # --- compiling -------------------------------------------------------------------------------
 
 
-def compile_seconds(build) -> tuple[dict[str, float], object]:
+def compile_seconds(build) -> tuple[dict[str, float], Any]:
     """Measures compilation with an empty and with a filled cache on disk.
 
     Args:

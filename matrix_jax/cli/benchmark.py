@@ -14,6 +14,7 @@ Writes benchmark.json and benchmark.md to --out. Timings need an idle machine.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matrix_jax import config
 from matrix_jax.cli.parser import Parser
@@ -51,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
         from matrix_jax.benchmark.measure import Settings
         from matrix_jax.benchmark.run import benchmark
 
-        entries = None if args.entries is None else tuple(args.entries.split(','))
+        entries: Any = None if args.entries is None else tuple(args.entries.split(','))
         entries = () if entries == ('none',) else entries
         settings = Settings(args.steps, args.warmup, entries, args.seed, args.peak_tflops)
         text = benchmark(run, settings, args.random, args.layers, modes[0] if modes else '')

@@ -5,6 +5,7 @@ All arrays keep their shapes, so a stream compiles once (`nn.kv_cache`).
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -93,7 +94,7 @@ def sites(cfg: Config, height: int, width: int) -> int:
 
 def advance(caches: Caches, count: int) -> Caches:
     """Moves on to the block after the current one of `count` latent frames."""
-    return caches.replace(start=caches.start + count)
+    return dataclasses.replace(caches, start=caches.start + count)
 
 
 def sharded(past: LayerCaches) -> LayerCaches:

@@ -93,7 +93,7 @@ class FlowMatching(Stage):
     def block_condition(self, world, cond: Cond, clean) -> Cond:
         """Condition of a network that makes blocks of a clip with latents `clean` [B T H W C]."""
         latents = causal.condition_blocks(world.cfg.stream, cond.latents, clean)
-        return cond.replace(latents=latents)
+        return dataclasses.replace(cond, latents=latents)
 
 
 @dataclasses.dataclass(frozen=True)

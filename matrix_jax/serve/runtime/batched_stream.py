@@ -24,7 +24,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.base import Decoder, Stream, prefilled
 from matrix_jax.stream.pipeline import Pipeline
-from matrix_jax.worlds.protocols import World
+from matrix_jax.worlds.protocols import TextWorld, World
 
 
 class BatchedStream:
@@ -52,7 +52,7 @@ class BatchedStream:
 
     def __init__(
         self,
-        world: World,
+        world: World | TextWorld,
         params,
         num_slots: int,
         control_binding: str | None = None,
