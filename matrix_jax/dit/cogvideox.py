@@ -134,8 +134,7 @@ class Block(nn.Module):
             *normed, gate, text_gate = PairedAdaLN(cfg.eps, name=norm)(video, text, time)
             y = branch(token_layout.join_text(*(x.astype(dtype) for x in normed)))
             video_y, text_y = token_layout.split_text(y, video.shape)
-            video, text = video + gate * video_y, text + text_gate * text_y
-            return video.astype(dtype), text.astype(dtype)
+            return (video + gate * video_y).astype(dtype), (text + text_gate * text_y).astype(dtype)
 
         tokens = add(tokens, 'norm1', lambda x: attention(x, real=real))
         tokens = add(tokens, 'norm2', mlp)

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from jax import lax
 
 from matrix_jax.nn.conv2d import conv2d
 
@@ -97,11 +98,17 @@ def upsample_conv2d(x, kernel, pad):
         )
 
     quarters = [
-        conv2d(x[:, :, p : p + rows, q : q + columns], part.swapaxes(0, 1), ((0, 0), (0, 0)))
+        lax.conv_general_dilated(
+            rearrange(x[:, :, p : p + rows, q : q + columns], 'b t h w c -> (b t) h w c'),
+            part.swapaxes(0, 1),
+            (1, 1),
+            'VALID',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
         for p, half in enumerate(even_odd(kernel))
         for q, part in enumerate(even_odd(half.swapaxes(0, 1)))
     ]
-    return rearrange(quarters, '(p q) b t h w c -> b t (h p) (w q) c', p=2)
+    return rearrange(quarters, '(p q) (b t) h w c -> b t (h p) (w q) c', p=2, b=x.shape[0])
 
 
 # --- Winograd convolution along time ----------------------------------------------------------

@@ -124,7 +124,8 @@ def denoise_loss(schedule, denoise, latents, noise, levels, counted, inputs=None
         which the target does not have.
 
     Returns:
-      (loss [], dict with v, target (v of the clean latents) and x0, each [B T H W C]).
+      (loss [], dict with noisy, v, target (v of the clean latents) and x0, each [B T H W C], weights
+      [B T] and per_sample [B]).
     """
     noisy = schedules.add_noise(schedule, latents if inputs is None else inputs, noise, levels)
     v = denoise(noisy, levels).astype(jnp.float32)
@@ -134,4 +135,5 @@ def denoise_loss(schedule, denoise, latents, noise, levels, counted, inputs=None
     error = weights * counted * jnp.square(x0 - latents).mean(axis=(2, 3, 4))
     per_sample = error.sum(axis=1) / counted.sum(axis=1)
     target = schedules.velocity(schedule, latents, noise, levels)
-    return per_sample.mean(), {'v': v, 'target': target, 'x0': x0}
+    aux = {'noisy': noisy, 'v': v, 'target': target, 'x0': x0}
+    return per_sample.mean(), aux | {'weights': weights, 'per_sample': per_sample}
