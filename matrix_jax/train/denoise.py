@@ -124,8 +124,8 @@ def denoise_loss(schedule, denoise, latents, noise, levels, counted, inputs=None
         which the target does not have.
 
     Returns:
-      (loss [], dict with noisy, v, target (v of the clean latents) and x0, each [B T H W C], weights
-      [B T] and per_sample [B]).
+      (loss [], dict with noisy, v, target (v of the clean latents) and x0, each [B T H W C],
+      weights [B T] and per_sample [B]).
     """
     noisy = schedules.add_noise(schedule, latents if inputs is None else inputs, noise, levels)
     v = denoise(noisy, levels).astype(jnp.float32)
