@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Callable
@@ -28,8 +29,16 @@ def params_digest(params) -> str:
 def build(folder: Path, marker: str, fill: Callable[[Path], None]) -> Path:
     """Makes a folder with `fill(new folder)` unless it holds the file `marker`.
 
-    The folder is filled under another name and renamed, so an interrupted run leaves nothing.
+    The folder is filled under another name and renamed, so an interrupted run leaves nothing. A
+    failed one also removes the parent folders that it created.
     """
     if not (folder / marker).exists():
-        diffusers_layout.replace_folder(folder, fill)
+        created = [parent for parent in folder.parents if not parent.exists()]
+        try:
+            diffusers_layout.replace_folder(folder, fill)
+        except BaseException:
+            for parent in created:
+                with contextlib.suppress(OSError):  # another process may use it by now
+                    parent.rmdir()
+            raise
     return folder

@@ -131,7 +131,7 @@ def test_windows_resume_exactly_and_refuse_other_data(recorded, tmp_path):
     got = next(again)
     for name in wanted:
         np.testing.assert_array_equal(got[name], wanted[name])
-    with pytest.raises(ValueError, match='has seed 7, here it is 8'):
+    with pytest.raises(ValueError, match='has seed 7, expected 8'):
         latents.LatentWindows(store, 4, 2, 8, ids).restore(state)
     with pytest.raises(records.RecordError, match='no episode has 12'):
         latents.LatentWindows(store, 12, 2, 7, ids)
