@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ class BatchedStream:
         ]
         if world.reads_text:
             ids = jax.ShapeDtypeStruct((1, world.cfg.dit.text_length), jnp.int32)
-            self._embed = _compile(world.embed_ids, self.params, ids)
+            self._embed = _compile(cast(TextWorld, world).embed_ids, self.params, ids)
             text = sharding.output_shapes(self._embed)
             with_prompt = world.latents(self.control_binding).with_prompt
 
