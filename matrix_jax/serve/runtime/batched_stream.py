@@ -72,7 +72,8 @@ class BatchedStream:
         self.control_binding = control_binding or 'early'
         self._weights = params
         params, decoder_params = world.split_decoder(params)
-        self.world, self.params = world, params
+        self.world: World | TextWorld = world
+        self.params = params
         self.mesh = ' | '.join(map(sharding.device_names, filter(None, (params, decoder_params))))
         self.num_slots, self.together = num_slots, together
         try:
