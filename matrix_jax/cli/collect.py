@@ -55,7 +55,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     game = parser.add_argument_group('of a game').add_argument
     game('--hours', type=float, help='hours of play at 16 frames/s, both splits (default 1)')
-    game('--themes', help="'all', or names with commas: meadow,snow,... or maze,...")
+    game('--themes', help="'all', or names with commas: meadow,snow,... or maze,gallery,...")
     game('--seed', type=whole(0, 2**32 - 1), help='seed of tracks and keys (default 0)')
     files = parser.add_argument_group('of videos and indexes').add_argument
     files('--world', metavar='RECIPE', help='clips get its size and rate (default carracing)')

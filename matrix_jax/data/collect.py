@@ -47,6 +47,8 @@ class GameModule(Protocol):
 GAMES: dict[str, GameModule] = {'CarRacing-v3': carracing, 'vizdoom': doom}
 
 EPISODE_FRAMES = 257  # 16 s
+# Gallery episodes are longer, so that the walker returns to what it has seen.
+LONG_FRAMES = {doom.GALLERY: 961}  # by theme; 60 s
 SHORTEST_FRAMES = 65
 SHARD_FRAMES = 16 * EPISODE_FRAMES
 MANIFEST = 'manifest.json'
@@ -197,8 +199,9 @@ def _shard(job) -> int:
         index = int(rng.integers(len(settings.themes)))
         while frames < least:
             track = int(rng.integers(2**30)) * 2 + held
-            wanted = max(SHORTEST_FRAMES, min(EPISODE_FRAMES, least - frames + 3 & ~3 | 1))
             theme = settings.themes[index % len(settings.themes)]
+            longest = LONG_FRAMES.get(theme, EPISODE_FRAMES)
+            wanted = max(SHORTEST_FRAMES, min(longest, least - frames + 3 & ~3 | 1))
             clip = module.record(game, track, theme, wanted, rng)
             if len(clip.frames) >= SHORTEST_FRAMES:
                 index += 1

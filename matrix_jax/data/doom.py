@@ -1,8 +1,8 @@
 """Recordings of ViZDoom: W S A D and mouse in, 16 frames per second and exact poses out.
 
-The maps (`doom_maps`) come with the package. They are empty, nothing is drawn over the picture, and
-the walker cannot be hurt. Doors stay shut, as no key opens them. An episode starts at a random
-place and ends early after a teleporter.
+The maps (`doom_maps`) come with the package or are written by `gallery`. They are empty, nothing is
+drawn over the picture, and the walker cannot be hurt. Doors stay shut, as no key opens them;
+galleries have open doorways. An episode starts at a random place and ends early after a teleporter.
 
 A frame is always two tics, so at 16 fps the game runs at 32 tics per second, 9 % slower than its
 own 35. With 35 tics, every fifth or sixth frame would last half as long again, and steps under a
@@ -17,13 +17,16 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from pathlib import Path
 
 import numpy as np
 
+from matrix_jax.data import gallery
+from matrix_jax.data.doom_maps import GALLERY, DoomMap, place
 from matrix_jax.data.doom_maps import THEMES as THEMES
-from matrix_jax.data.doom_maps import DoomMap, place
 from matrix_jax.data.explorer import Explorer, Sight
 from matrix_jax.data.records import FRAMES_PER_LATENT, MOUSE_RATE, Clip, unknown, wrap
+from matrix_jax.data.visitor import Visitor
 
 HEIGHT, WIDTH, FPS = 96, 160, 16
 NEEDS = ('vizdoom',)
@@ -92,7 +95,11 @@ class VizDoomGame:
         game = self.game = vizdoom.DoomGame()
         freedoom = level.wad.startswith('freedoom')
         game.set_doom_game_path(f'{root}/{level.wad if freedoom else "freedoom2"}.wad')
-        if not freedoom:
+        if level.wad == GALLERY:
+            path = Path(self.folder.name) / 'gallery.wad'
+            path.write_bytes(gallery.wad(level.seed, GAMMA))
+            game.set_doom_scenario_path(str(path))
+        elif not freedoom:
             game.set_doom_scenario_path(f'{root}/scenarios/{level.wad}.wad')
         game.set_doom_map(level.name)
         game.set_screen_resolution(vizdoom.ScreenResolution.RES_640X480)
@@ -215,9 +222,9 @@ def record(game: VizDoomGame, seed: int, theme: str, frames: int, rng: np.random
     It ends early if something other than keys moves the walker.
     """
     level = place(theme, seed)
-    explorer = Explorer(rng)
+    explorer = _explorer(level, rng)
     while not (game.reset(level, seed, rng) and _warmed(game, explorer, rng)):
-        explorer = Explorer(rng)
+        explorer = _explorer(level, rng)
     pictures, poses = [game.frame()[None]], [game.pose()[None]]
     actions = [explorer.pressed()]
     for _ in range((frames - 1) // FRAMES_PER_LATENT):
@@ -244,6 +251,11 @@ def record(game: VizDoomGame, seed: int, theme: str, frames: int, rng: np.random
         seed=seed,
         fps=FPS,
     )
+
+
+def _explorer(level: DoomMap, rng) -> Explorer:
+    """Agent that records a map."""
+    return Visitor(rng, gallery.layout(level.seed)) if level.wad == GALLERY else Explorer(rng)
 
 
 def _warmed(game: VizDoomGame, explorer: Explorer, rng) -> bool:

@@ -1,22 +1,28 @@
-"""Maps of ViZDoom by theme, from its own scenarios and from Freedoom."""
+"""Maps of ViZDoom by theme: from its own scenarios, from Freedoom, and galleries."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from matrix_jax.data import gallery
+
+GALLERY = 'gallery'
 
 
 class DoomMap(NamedTuple):
     """A map and its captions.
 
     Attributes:
-      wad: a scenario of ViZDoom, freedoom1 or freedoom2.
+      wad: a scenario of ViZDoom, freedoom1, freedoom2 or GALLERY.
       name: name of the map in it.
       captions: texts of which a recording gets one.
+      seed: seed of the layout of a gallery.
     """
 
     wad: str
     name: str
     captions: tuple[str, ...]
+    seed: int = 0
 
 
 class MapTheme(NamedTuple):
@@ -139,10 +145,13 @@ THEMES = {
     'base': MapTheme(
         (FREEDOOM2_MAP01, FREEDOOM2_MAP04, FREEDOOM2_MAP07, FREEDOOM1_E1M2), (FREEDOOM1_E1M5,)
     ),
+    GALLERY: MapTheme((), ()),  # `place` makes a map for each seed
 }
 
 
 def place(theme: str, seed: int) -> DoomMap:
     """The map of an episode; odd seeds are held out, and no map is in both splits."""
+    if theme == GALLERY:
+        return DoomMap(GALLERY, gallery.MAP, gallery.layout(seed).captions, seed)
     maps = THEMES[theme].held_out if seed % 2 else THEMES[theme].maps
     return maps[seed // 2 % len(maps)]

@@ -73,12 +73,7 @@ class Explorer:
         if self.intent == 'walk':
             self.mouse = 0.0, self._steer(sight)
         if self.intent != 'look':
-            # Turn back to the horizon at the speed of a key.
-            back = -self.pitch / TURN_RADIANS
-            self.mouse = (
-                float(np.clip(back, -TURN, TURN)) if abs(back) > 0.004 else 0.0,
-                self.mouse[1],
-            )
+            self.mouse = self.level(), self.mouse[1]
         elif abs(self.pitch + self.mouse[0] * TURN_RADIANS) > PITCH_LIMIT:
             self.mouse = 0.0, self.mouse[1]
         return self.pressed()
@@ -94,6 +89,11 @@ class Explorer:
         else:
             self.stuck = False
         self.last = poses[-1]
+
+    def level(self) -> float:
+        """Mouse pitch that turns the view back to the horizon, at most the speed of a key."""
+        back = -self.pitch / TURN_RADIANS
+        return float(np.clip(back, -TURN, TURN)) if abs(back) > 0.004 else 0.0
 
     def pressed(self):
         """The current actions, in the format of `choose`."""
