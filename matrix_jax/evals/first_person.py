@@ -2,8 +2,9 @@
 
 Streams begin with the first pictures of held-out clips. The script `mixed` repeats the actions of
 those clips and of the next ones, so the recordings show what the real game makes of them; `mouse`
-turns and tilts by random amounts; each other script holds one action. The ceiling of obedience is
-the score of the probe on held-out clips, walls included; the floor is that under shuffled actions.
+turns and tilts by random amounts; `route` walks, turns, walks and turns back; `idle` holds nothing;
+each other script holds one action. The ceiling of obedience is the score of the probe on held-out
+clips, walls included; the floor is that under shuffled actions.
 """
 
 from __future__ import annotations
@@ -30,8 +31,11 @@ HELD = {
     'turn right': 'right',
     'strafe left': 'A',
     'strafe right': 'D',
+    'idle': 'idle',
 }
-SCRIPTS = (*HELD, 'mouse', 'mixed')
+# Turns right, then further left, so that what was ahead comes into view again.
+ROUTE = 'W*24,right*24,W*48,left*36,W*36'
+SCRIPTS = (*HELD, 'route', 'mouse', 'mixed')
 SPANS = (4, 15, 30)  # seconds at which a stream is split to score its obedience
 LONG_SPANS = (15, 30)  # the same for the RFD, which needs many windows
 SHORTEST = 4  # seconds of the shortest part
@@ -134,7 +138,7 @@ def sections(world, params, data: str, held_out: LabelledClips, rebuilt, cfg: Co
             held_out,
             starts,
             name,
-            cfg.seconds if name in HELD or name == 'mouse' else cfg.drive_seconds,
+            cfg.drive_seconds if name == 'mixed' else cfg.seconds,
             cfg.seed,
         )
         for name in SCRIPTS
@@ -207,6 +211,9 @@ def script(
         return [vocabulary.canonical(HELD[name])] * count
     if name == 'mixed':
         return recorded_actions(vocabulary, clips, start, count)
+    if name == 'route':
+        route = vocabulary.parse(ROUTE)
+        return ['idle', *route * -(-count // len(route))][:count]
     rng, texts = np.random.default_rng(seed), ['idle']
     while len(texts) < count:
         # Turns both ways equally long, so that the view returns.

@@ -177,6 +177,12 @@ def test_scripts_change_where_latent_frames_do(recorded, world):
         assert len(texts) == 117
         changes = [at for at in range(1, 117) if texts[at] != texts[at - 1]]
         assert all(at % 4 == 1 for at in changes), name
+    idle, route = (
+        first_person.script(world.vocabulary, clips, 1, name, 337, 0) for name in ('idle', 'route')
+    )
+    assert set(idle) == {'idle'} and len(first_person.SCRIPTS) == 9
+    assert route[1:25] == ['W'] * 24 and route[25:49] == ['right'] * 24
+    assert route[1:169] == route[169:337]  # the route repeats
     mixed = world.vocabulary.encode(first_person.recorded_actions(world.vocabulary, clips, 2, 81))
     np.testing.assert_allclose(mixed[:49, 4:], clips[2].mouse, atol=1e-6)
     np.testing.assert_array_equal(mixed[49:, :4], clips[0].keyboard[1:])
