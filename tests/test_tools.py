@@ -387,10 +387,7 @@ def test_convert_reads_pickles_of_tensors_alone(tiny, tmp_path):
         (['--ray', '--worlds', ''], "--worlds: got ''"),
         (['carracing', 'carracing:PLAY'], 'RECIPE: got carracing:PLAY twice'),
         (['carracing', 'carracing:CLIPS', '--ray'], '--ray: got 2 recipes, expected one with it'),
-        (
-            ['carracing', 'the_matrix:TINY'],
-            'the_matrix:TINY: has no weights, expected the_matrix',
-        ),
+        (['carracing', 'the_matrix:TINY'], 'the_matrix:TINY: has no weights, expected the_matrix'),
         (
             ['carracing', 'the_matrix:TINY', '--weights', 'some'],
             '--weights: got 2 recipes, expected',
