@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Generator, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -62,7 +63,8 @@ class Visitor(Explorer):
     def __init__(self, rng: np.random.Generator, gallery: GalleryLayout):
         super().__init__(rng)
         self.gallery, self.visits = gallery, Counter()
-        self.sight, self.choices, self.pitches = None, self._choices(), self._pitches()
+        self.sight: Sight  # set by `choose`, before any plan reads it
+        self.choices, self.pitches = self._choices(), self._pitches()
 
     def choose(self, sight: Sight):
         """(int8 [4] W S A D, float32 [2] pitch and yaw) of the next latent frame."""
@@ -289,7 +291,8 @@ class Visitor(Explorer):
 
     def _route(self, start: int, goal: int) -> list[np.ndarray]:
         """Points before and behind each doorway on the shortest route between two rooms."""
-        before, queue = {start: None}, deque([start])
+        before: dict[int, Any] = {start: None}  # room -> (room, side, passage) that leads to it
+        queue = deque([start])
         while queue:
             number = queue.popleft()
             for side, index in self.gallery.doors(number).items():
@@ -299,8 +302,8 @@ class Visitor(Explorer):
                     before[other] = number, side, passage
                     queue.append(other)
         points = []
-        while before[goal] is not None:
-            goal, side, passage = before[goal]
+        while (step := before[goal]) is not None:
+            goal, side, passage = step
             direction, box = np.array(DIRECTIONS[side], float), passage.box
             half = abs(np.array([box.x1 - box.x0, box.y1 - box.y0]) @ direction) / 2 + DOOR_DISTANCE
             points += [box.center + direction * half, box.center - direction * half]
