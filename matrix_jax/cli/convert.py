@@ -21,7 +21,8 @@ UNPICKLE = """
 import sys, torch
 from safetensors.torch import save_file
 state = torch.load(sys.argv[1], map_location='cpu', weights_only=True)
-state = state.get('state_dict', state)
+for name in ('state_dict', 'gen_model', 'generator'):
+    state = state.get(name, state)
 save_file({name: value.contiguous().clone() for name, value in state.items()}, sys.argv[2])
 """
 

@@ -1,10 +1,11 @@
-"""T5 v1.1 text encoder (arXiv 1910.10683, gated feed-forward of arXiv 2002.05202).
+"""T5 v1.1 and UMT5 text encoders (arXiv 1910.10683, gated feed-forward of arXiv 2002.05202).
 
     x <- x + o(softmax(q k' + bias) v)          q, k, v, o of rms(x), logits not scaled
     x <- x + wo(gelu(wi_0 rms(x)) * wi_1 rms(x))
 
-The bias is learned per head and per bucket of (key position - query position), and shared by all
-layers. Released weights: google/t5-v1_1-xxl.
+The bias is learned per head and per bucket of (key position - query position). In T5 all layers
+share it, in UMT5 (arXiv 2304.09151) each layer has its own. Released weights: google/t5-v1_1-xxl,
+google/umt5-xxl.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.attention import self_attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.parallel.sharding import constrain
-from matrix_jax.weights.conversion import Drop, Row, check_sizes
+from matrix_jax.weights.conversion import Drop, Rename, Row, check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes of the encoder; D = dim, K = heads, E = head_dim, M = mlp_dim.
 
+    `layer_bias` says whether each layer has its own position bias, as in UMT5.
     `dtype` is the numpy name of the type of matrix products and of the residual stream.
     """
 
@@ -41,6 +43,7 @@ class Config:
     buckets: int = 32
     max_distance: int = 128
     eps: float = 1e-6
+    layer_bias: bool = False
     dtype: str = 'float32'
 
     def __post_init__(self):
@@ -63,15 +66,20 @@ class Config:
         missing = [key for name, key in _NAMES.items() if name in _SIZES and key not in released]
         if missing:
             raise ValueError(f't5 config.json: missing {", ".join(missing)}')
-        return cls(**{name: released[key] for name, key in _NAMES.items() if key in released})
+        kind = released.get('model_type', KINDS[False])
+        if kind not in KINDS.values():
+            raise ValueError(f"t5 config.json: model_type is {kind!r}, expected 't5' or 'umt5'")
+        sizes = {name: released[key] for name, key in _NAMES.items() if key in released}
+        return cls(layer_bias=kind == KINDS[True], **sizes)
 
     def to_released(self) -> dict:
         """The `text_encoder/config.json` of this encoder."""
         sizes = {key: getattr(self, name) for name, key in _NAMES.items()}
+        name = 'UMT5EncoderModel' if self.layer_bias else 'T5EncoderModel'
         return {
-            '_class_name': 'T5EncoderModel',
-            'architectures': ['T5EncoderModel'],
-            'model_type': 't5',
+            '_class_name': name,
+            'architectures': [name],
+            'model_type': KINDS[self.layer_bias],
             'is_encoder_decoder': False,
             'pad_token_id': 0,
             'eos_token_id': 1,
@@ -91,11 +99,13 @@ _NAMES = {
     'max_distance': 'relative_attention_max_distance',
     'eps': 'layer_norm_epsilon',
 }
+KINDS = {False: 't5', True: 'umt5'}  # `layer_bias` -> `model_type`
 _SIZES = ('vocab', 'dim', 'layers', 'heads', 'head_dim', 'mlp_dim')
 _FIXED = {'feed_forward_proj': 'gated-gelu', 'dense_act_fn': 'gelu_new', 'is_gated_act': True}
 
 PRESETS = {
     'v1_1_xxl': Config(),
+    'umt5_xxl': Config(vocab=256384, layer_bias=True),
     # 259 ids: pad, end and unknown, then the bytes of UTF-8 (`tokenizers.write_byte_tokenizer`).
     'carracing': Config(vocab=259, dim=64, layers=2, heads=4, head_dim=16, mlp_dim=128),
     'tiny': Config(
@@ -110,17 +120,24 @@ class T5Encoder(nn.Module):
     cfg: Config
 
     @nn.compact
-    def __call__(self, ids: jax.Array) -> jax.Array:
+    def __call__(self, ids: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """Encodes token ids.
+
+        Args:
+          ids: [B L].
+          mask: bool [B L], tokens that are attended to; None = all. Features of the other tokens
+            have no meaning.
+        """
         # PARITY: The Matrix has no attention mask, so tokens attend to padding as to text.
         cfg, length = self.cfg, ids.shape[1]
         ids = token_layout.pad(ids, 1)
         table = self.param('embedding', nn.initializers.normal(1.0), (cfg.vocab, cfg.dim))
         x = jnp.take(table, ids, axis=0).astype(cfg.dtype)
         x = constrain(x, 'batch', 'tokens', None)
-        bias = self.param(
-            'relative_bias', nn.initializers.normal(cfg.dim**-0.5), (cfg.buckets, cfg.heads)
-        )
-        bias = rearrange(bias[relative_buckets(ids.shape[1], cfg)], 'n s k -> 1 k n s')
+        bias = None if cfg.layer_bias else relative_bias(self, cfg, ids.shape[1])
+        if mask is not None:
+            hidden = jnp.where(token_layout.pad(jnp.asarray(mask, bool), 1), 0.0, -jnp.inf)
+            mask = rearrange(hidden, 'b s -> b 1 1 s')
         layers = nn.scan(
             Layer,
             variable_axes={'params': 0},
@@ -128,7 +145,7 @@ class T5Encoder(nn.Module):
             in_axes=nn.broadcast,
             length=cfg.layers,
         )
-        x, _ = layers(cfg, length, name='layers')(x, bias)
+        x, _ = layers(cfg, length, name='layers')(x, bias, mask)
         return constrain(rms_norm(cfg, 'final_norm')(x), 'batch', None, None)[:, :length]
 
 
@@ -139,8 +156,12 @@ class Layer(nn.Module):
     length: int
 
     @nn.compact
-    def __call__(self, x: jax.Array, bias: jax.Array):
+    def __call__(self, x: jax.Array, bias: jax.Array | None, mask: jax.Array | None):
         cfg = self.cfg
+        if cfg.layer_bias:
+            bias = relative_bias(self, cfg, x.shape[1])
+        if mask is not None:
+            bias = bias + mask
 
         def linear(features, name):
             return Linear(features, use_bias=False, dtype=cfg.dtype, name=name)
@@ -166,6 +187,14 @@ def rms_norm(cfg: Config, name: str) -> nn.Module:
     return nn.RMSNorm(epsilon=cfg.eps, dtype=cfg.dtype, name=name)
 
 
+def relative_bias(module: nn.Module, cfg: Config, length: int):
+    """Position bias [1 K L L] from the table of a module."""
+    table = module.param(
+        'relative_bias', nn.initializers.normal(cfg.dim**-0.5), (cfg.buckets, cfg.heads)
+    )
+    return rearrange(table[relative_buckets(length, cfg)], 'n s k -> 1 k n s')
+
+
 def relative_buckets(length: int, cfg: Config) -> np.ndarray:
     """Bucket of each (query, key) pair, int [L L].
 
@@ -187,7 +216,7 @@ def init_rules(cfg: Config) -> initializers.InitRules:
     """Rules for initial parameters; queries start small, as logits are not scaled."""
     return (
         ('embedding', initializers.normal(1.0)),
-        ('relative_bias', initializers.normal(cfg.dim**-0.5)),
+        ('*relative_bias', initializers.normal(cfg.dim**-0.5)),
         ('layers/q/kernel', initializers.xavier(1 / cfg.head_dim)),
     )
 
@@ -198,8 +227,11 @@ def shapes(cfg: Config) -> dict:
     return jax.eval_shape(T5Encoder(cfg).init, jax.random.key(0), ids)['params']
 
 
-def weights(cfg: Config) -> tuple[Row | Drop, ...]:
-    """Weight table: `T5EncoderModel` <-> parameter tree."""
+def weights(cfg: Config) -> tuple[Row | Drop | Rename, ...]:
+    """Weight table: `T5EncoderModel` or `UMT5EncoderModel` <-> parameter tree.
+
+    Also reads the names of UMT5 in the files of Wan.
+    """
     layer = 'encoder.block.{i}.layer.'
     stack = (0, cfg.layers)
 
@@ -209,14 +241,17 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
             for name in names
         ]
 
+    bias = 'layer.0.SelfAttention.relative_attention_bias.weight'
+    if cfg.layer_bias:
+        bias_row = Row(
+            f'encoder.block.{{i}}.{bias}', 'layers/relative_bias', 'r k -> r k', layers=stack
+        )
+    else:
+        bias_row = Row(f'encoder.block.0.{bias}', 'relative_bias', 'r k -> r k')
     return (
         Row('shared.weight', 'embedding', 'v d -> v d'),
         Drop('encoder.embed_tokens.weight', why='tied: the same tensor as shared.weight'),
-        Row(
-            'encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight',
-            'relative_bias',
-            'r k -> r k',
-        ),
+        bias_row,
         *rows('0.SelfAttention', 'qkv', 'k d -> d k'),
         *rows('0.SelfAttention', 'o', 'd k -> k d'),
         Row(f'{layer}0.layer_norm.weight', 'layers/norm_attention/scale', 'd -> d', layers=stack),
@@ -226,4 +261,23 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
         Row('encoder.final_layer_norm.weight', 'final_norm/scale', 'd -> d'),
         Drop('decoder.*', why='the decoder is not used'),
         Drop('lm_head.weight', why='the output layer of the decoder'),
+        *(WAN_NAMES if cfg.layer_bias else ()),
     )
+
+
+# Names of `models_t5_umt5-xxl-enc-bf16.pth`.
+_ATTENTION, _MLP = 'encoder.block.{i}.layer.0', 'encoder.block.{i}.layer.1'
+WAN_NAMES = (
+    Rename('token_embedding.weight', 'shared.weight'),
+    Rename('blocks.{i}.norm1.weight', f'{_ATTENTION}.layer_norm.weight'),
+    Rename('blocks.{i}.norm2.weight', f'{_MLP}.layer_norm.weight'),
+    Rename(
+        'blocks.{i}.pos_embedding.embedding.weight',
+        f'{_ATTENTION}.SelfAttention.relative_attention_bias.weight',
+    ),
+    Rename('blocks.{i}.attn.{name}.weight', _ATTENTION + '.SelfAttention.{name}.weight'),
+    Rename('blocks.{i}.ffn.gate.0.weight', f'{_MLP}.DenseReluDense.wi_0.weight'),
+    Rename('blocks.{i}.ffn.fc1.weight', f'{_MLP}.DenseReluDense.wi_1.weight'),
+    Rename('blocks.{i}.ffn.fc2.weight', f'{_MLP}.DenseReluDense.wo.weight'),
+    Rename('norm.weight', 'encoder.final_layer_norm.weight'),
+)

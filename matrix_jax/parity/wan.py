@@ -101,7 +101,11 @@ def read_params(cfg: wan.Config, record: Record) -> dict:
         for part, shapes in wan.shapes(cfg).items()
         if any(name.startswith(part) for name in record.weights)
     }
-    table = [row for row in wan.weights(cfg) if row.path.split('/')[0] in found]
+    table = [
+        row
+        for row in wan.weights(cfg)
+        if not isinstance(row, conversion.Row) or row.path.split('/')[0] in found
+    ]
     return conversion.to_jax(table, record.weights, found)
 
 

@@ -1,8 +1,8 @@
 """PyTorch tensors <-> our parameter trees, by a conversion table.
 
-A table is a tuple of `Row`, `Drop` and `Prefix` at the end of the file that defines the network.
-Each torch key matches exactly one row, each of our leaves is written exactly once, and one error
-reports all faults, with the nearest names. Everything is numpy and stays on the host.
+A table is a tuple of `Row`, `Drop`, `Prefix` and `Rename` at the end of the file that defines the
+network. Each torch key matches exactly one row, each of our leaves is written exactly once, and one
+error reports all faults, with the nearest names. Everything is numpy and stays on the host.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import functools
 import math
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
@@ -95,7 +96,40 @@ class Prefix:
         return {key.removeprefix(self.text) if present else key: key for key in keys}
 
 
-Table = Sequence[Row | Drop | Prefix]
+@dataclasses.dataclass(frozen=True)
+class Rename:
+    """Another name of torch tensors, used by other files of the same network.
+
+    Names are translated when tensors are read; files are written with the names of the table.
+
+    Attributes:
+      torch: name in those files; '{name}' matches any text without a dot, and at the end any text.
+      known: name in the table, with the same parts in braces.
+    """
+
+    torch: str
+    known: str
+
+    @functools.cached_property
+    def pattern(self) -> re.Pattern[str]:
+        """Regular expression of the torch name."""
+        parts = re.split(r'\{(\w+)\}', self.torch)  # texts and names in turn
+        texts = []
+        for index, part in enumerate(parts):
+            if index % 2 == 0:
+                texts.append(re.escape(part))
+            else:
+                ends_here = index == len(parts) - 2 and not parts[-1]
+                texts.append(f'(?P<{part}>{".+" if ends_here else "[^.]+"})')
+        return re.compile(''.join(texts))
+
+    def name(self, key: str) -> str | None:
+        """Returns the name of a key in the table; None if this entry does not match the key."""
+        match = self.pattern.fullmatch(key)
+        return match and self.known.format(**match.groupdict())
+
+
+Table = Sequence[Row | Drop | Prefix | Rename]
 
 
 def to_jax(
@@ -115,6 +149,7 @@ def to_jax(
     drops = [entry for entry in table if isinstance(entry, Drop)]
     for prefix in (entry for entry in table if isinstance(entry, Prefix)):
         tensors = _Renamed(tensors, prefix.names(list(tensors)))
+    tensors = _renamed(table, tensors)
     wanted = {key for row in rows for key in row.keys()}
     faults = []
     for key in tensors:
@@ -160,6 +195,22 @@ def to_jax(
         more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
         raise ConversionError(f'{len(faults)} weight fault(s): ' + '; '.join(faults[:SHOWN]) + more)
     return unflatten(leaves)
+
+
+def _renamed(table: Table, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Tensors under the names of the table, where a `Rename` matches."""
+    renames = [entry for entry in table if isinstance(entry, Rename)]
+    if not renames:
+        return tensors
+    names: dict[str, str] = {}
+    for key in tensors:
+        known = next(filter(None, (rename.name(key) for rename in renames)), key)
+        if known in names:
+            raise ConversionError(
+                f'1 weight fault(s): {key} and {names[known]} are the same tensor {known}'
+            )
+        names[known] = key
+    return _Renamed(tensors, names)
 
 
 class _Renamed(Mapping[str, np.ndarray]):

@@ -74,6 +74,52 @@ def test_half_precision_stays_close(params):
     np.testing.assert_allclose(np.asarray(half, np.float32), full, atol=0.1)
 
 
+UMT5 = dataclasses.replace(TINY, layer_bias=True)
+
+
+def test_umt5_has_a_bias_per_layer_and_two_namings():
+    flat = conversion.flatten(t5.shapes(UMT5))
+    assert flat['layers/relative_bias'].shape == (2, 8, 2) and 'relative_bias' not in flat
+    draw = np.random.default_rng(0).normal
+    params = conversion.unflatten(
+        {path: draw(size=leaf.shape).astype('float32') for path, leaf in flat.items()}
+    )
+    table = t5.weights(UMT5)
+    torch = conversion.to_torch(table, params)
+    assert 'encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight' in torch
+    wan = {}
+    for key, part in torch.items():
+        for rename in t5.WAN_NAMES:  # the other way round
+            back = conversion.Rename(rename.known, rename.torch).name(key)
+            if back and rename.name(back) == key:
+                wan[back] = part
+                break
+    assert {
+        'token_embedding.weight',
+        'blocks.1.pos_embedding.embedding.weight',
+        'blocks.0.attn.q.weight',
+        'blocks.0.ffn.gate.0.weight',
+        'norm.weight',
+    } <= set(wan)
+    assert len(wan) == len(torch)
+    for named in (torch, wan):
+        jax.tree.map(
+            np.testing.assert_array_equal, params, conversion.to_jax(table, named, t5.shapes(UMT5))
+        )
+    assert t5.Config.from_released(UMT5.to_released()) == UMT5
+    with pytest.raises(ValueError, match="model_type is 'mt5', expected 't5' or 'umt5'"):
+        t5.Config.from_released(UMT5.to_released() | {'model_type': 'mt5'})
+
+
+def test_masked_tokens_are_not_seen(params):
+    ids = np.arange(3, 15, dtype=np.int32)[None]
+    mask = np.arange(12)[None] < 7
+    encode = jax.jit(t5.T5Encoder(TINY).apply)
+    alone = encode({'params': params}, ids[:, :7])
+    np.testing.assert_allclose(encode({'params': params}, ids, mask)[:, :7], alone, atol=1e-5)
+    assert np.abs(encode({'params': params}, ids)[:, :7] - alone).max() > 1e-3
+
+
 @pytest.mark.parametrize(
     'mesh, exchange',
     [

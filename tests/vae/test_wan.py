@@ -190,7 +190,7 @@ def test_released_sizes_of_2_2(preset, encoder, decoder):
     assert counts == [encoder, decoder]
     assert (cfg.spatial_compression, cfg.temporal_compression) == (16, 4)
     assert vae.Config.from_released(json.loads(json.dumps(cfg.to_released()))) == cfg
-    paths = {row.path for row in vae.weights(cfg)}
+    paths = {row.path for row in vae.weights(cfg) if isinstance(row, conversion.Row)}
     assert paths == set(conversion.flatten(shapes))
 
 
@@ -229,3 +229,45 @@ def test_bad_inputs_are_refused():
     for latents in ((1, 2, 2, 8), (1, 2, 2, 2, 3), (1, 0, 2, 2, 4)):
         with pytest.raises(ValueError, match=r'expected \[B T h w 4\] with T > 0'):
             vae.decode(TINY, None, np.zeros(latents))
+
+
+def test_files_of_light_decoders_have_other_names():
+    """As published: diffusers-like names, and heads that only training used."""
+    cfg = dataclasses.replace(
+        vae.PRESETS['light_v2'],
+        dim=4,
+        decoder_dim=2,
+        latent_channels=4,
+        latent_means=(),
+        latent_stds=(),
+    )
+    table, params = vae.weights(cfg), vae.init(cfg, 0)
+    known = conversion.to_torch(table, params)
+    assert known['decoder.upsamples.3.upsamples.0.shortcut.weight'].shape == (2, 4, 1, 1, 1)
+    renames = [entry for entry in table if isinstance(entry, conversion.Rename)]
+    back = [conversion.Rename(entry.known, entry.torch) for entry in renames]
+    light = {}
+    for key, part in known.items():
+        found = {rename.name(key) for rename in back} - {None}
+        # Names such as 'conv1' stand in the file for another tensor than in the table.
+        theirs = [
+            name
+            for name in found
+            if next(filter(None, (entry.name(name) for entry in renames))) == key
+        ]
+        assert len(theirs) == 1, (key, found)
+        light[theirs[0]] = part
+    assert {
+        'quant_conv.weight',
+        'post_quant_conv.bias',
+        'decoder.conv_in.weight',
+        'decoder.norm_out.gamma',
+        'decoder.mid_block.attentions.0.to_qkv.weight',
+        'decoder.up_blocks.0.upsampler.time_conv.weight',
+        'encoder.conv_out.bias',
+        'encoder.down_blocks.1.downsampler.resample.1.weight',
+        'encoder.down_blocks.1.resnets.0.conv_shortcut.weight',
+    } <= set(light)
+    light['dynamic_feature_projection_heads.0.weight'] = np.zeros(3, np.float32)
+    got = conversion.to_jax(table, light, vae.shapes(cfg))
+    jax.tree.map(np.testing.assert_array_equal, got, params)

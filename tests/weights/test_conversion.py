@@ -7,6 +7,7 @@ from matrix_jax.weights.conversion import (
     ConversionError,
     Drop,
     Prefix,
+    Rename,
     Row,
     axes,
     flatten,
@@ -91,3 +92,26 @@ def test_a_prefix_of_all_keys_is_removed():
     }
     with pytest.raises(ConversionError, match='unknown key model.patch.bias'):
         to_jax(table, mixed)
+
+
+def test_other_names_of_a_tensor_are_translated_in_reading():
+    table = (
+        *TABLE,
+        Rename('layers.{n}.query.weight', 'blocks.{n}.q.weight'),
+        Rename('stem.{leaf}', 'patch.{leaf}'),
+    )
+    source = tensors()
+    others = {
+        key.replace('blocks', 'layers').replace('.q.', '.query.').replace('patch', 'stem'): part
+        for key, part in source.items()
+    }
+    params = to_jax(table, others)
+    assert all(np.array_equal(to_torch(table, params)[key], source[key]) for key in source)
+    mixed = to_jax(table, source | {'rope.freqs_cos': np.zeros(3)})
+    assert np.array_equal(mixed['patch']['bias'], params['patch']['bias'])
+    with pytest.raises(ConversionError, match='stem.bias and patch.bias are the same tensor'):
+        to_jax(table, source | {'stem.bias': source['patch.bias']})
+    with pytest.raises(ConversionError, match='unknown key layers.0.deep.query.weight'):
+        to_jax(table, source | {'layers.0.deep.query.weight': source['patch.bias']})
+    assert Rename('a.{rest}', 'b.{rest}').name('a.b.c') == 'b.b.c'
+    assert Rename('a.{i}.c', 'b.{i}.d').name('a.1.2.c') is None
