@@ -26,7 +26,7 @@ def dit(cfg, frames: int, height: int, width: int) -> float:
     total += frames * (cfg.time_dim + 7 * d) * d  # time embedding and modulation
     if cfg.actions:
         size = cfg.actions
-        total += (size.end - size.start) * action_block(cfg, frames, queries)
+        total += len(size.layers) * action_block(cfg, frames, queries)
         if size.modulate:
             inputs = size.ratio * size.span * (size.keyboard + (size.mouse or 0))
             total += frames * (inputs + d) * d

@@ -107,7 +107,8 @@ class Config:
     @property
     def segments(self) -> dict[str, tuple[int, int]]:
         """Name -> (start, stop) of each run of equal layers; empty runs are absent."""
-        return segments(self.layers, self.control, 'steered')
+        steered = range(self.control.start, self.control.end) if self.control else ()
+        return segments(self.layers, steered, 'steered')
 
     @classmethod
     def from_released(cls, released: dict) -> Config:

@@ -2,21 +2,38 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection
+
 import flax.linen as nn
 import jax
 
 
-def segments(layers: int, span, name: str) -> dict[str, tuple[int, int]]:
-    """Name -> (start, stop) of each run of equal layers; empty runs are left out.
+def segments(layers: int, chosen: Collection[int], name: str) -> dict[str, tuple[int, int]]:
+    """Name -> (start, stop) of each run of equal layers, in order.
+
+    Runs of the chosen layers are called `name`, `name_2` and so on; the others are called 'before',
+    'after', and 'between', 'between_2' and so on.
 
     Args:
       layers: number of layers of the network.
-      span: object with the `start` and `end` of the layers that differ, or None.
-      name: name of the run of those layers.
+      chosen: numbers of the layers that differ.
+      name: name of the runs of those layers.
     """
-    start, end = (span.start, span.end) if span else (layers, layers)
-    runs = {'before': (0, start), name: (start, end), 'after': (end, layers)}
-    return {name: run for name, run in runs.items() if run[0] < run[1]}
+    runs, counts = {}, {name: 0, 'between': 0}
+    for differs, run in itertools.groupby(range(layers), key=lambda layer: layer in chosen):
+        start, *rest = run
+        stop = start + 1 + len(rest)
+        key = name if differs else 'between'
+        if not differs and start == 0:
+            key = 'before'
+        elif not differs and stop == layers:
+            key = 'after'
+        if key in counts:
+            counts[key] += 1
+            key = key if counts[key] == 1 else f'{key}_{counts[key]}'
+        runs[key] = (start, stop)
+    return runs
 
 
 def check_span(field: str, span, layers: int) -> None:

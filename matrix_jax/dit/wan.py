@@ -32,7 +32,7 @@ from flax import struct
 from matrix_jax.dit.segments import scan_layers
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sharded, sites
-from matrix_jax.dit.wan_config import PRESETS, Config, check
+from matrix_jax.dit.wan_config import ACTING, PRESETS, Config, check
 from matrix_jax.dit.wan_layers import ImageEmbedding, LevelEmbedding, Projections, standardize
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
@@ -97,7 +97,7 @@ class WanTransformer(nn.Module):
             layers = scan_layers(
                 Block, cfg, stop - start, __call__=(0, nn.broadcast), read_image=nn.broadcast
             )
-            setattr(self, name, layers(cfg, name == 'acting'))
+            setattr(self, name, layers(cfg, name.startswith(ACTING)))
         normal = nn.initializers.normal(cfg.width**-0.5)
         self.modulation_out = self.param('modulation_out', normal, (2, cfg.width))
         self.out = Linear(cfg.patch**2 * cfg.channels, dtype=dtype)
@@ -340,17 +340,17 @@ def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
     for path, layers in cfg.segments.items():
         torch = 'blocks.{i}'
         rows += [Row(f'{torch}.modulation', f'{path}/modulation', '1 c d -> c d', layers)]
-        rows += _attention_rows(f'{torch}.self_attn', f'{path}/attention', layers)
+        rows += projection_rows(f'{torch}.self_attn', f'{path}/attention', layers)
         rows += norm_rows(f'{torch}.norm3', f'{path}/image_norm', 'd', layers)
-        rows += _attention_rows(f'{torch}.cross_attn', f'{path}/image_attention', layers)
+        rows += projection_rows(f'{torch}.cross_attn', f'{path}/image_attention', layers)
         rows += linear_rows(f'{torch}.ffn.0', f'{path}/up', 'd', 'm', layers)
         rows += linear_rows(f'{torch}.ffn.2', f'{path}/down', 'm', 'd', layers)
-        if path == 'acting':
+        if path.startswith(ACTING):
             rows += action_rows(cfg.actions, f'{torch}.action_model', f'{path}/actions', layers)
     return tuple(rows)
 
 
-def _attention_rows(torch, path, layers):
+def projection_rows(torch, path, layers):
     """Rows of `Projections`."""
     rows = []
     for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):

@@ -1,4 +1,4 @@
-"""Action modules of Matrix-Game 2.0 (arXiv 2508.13009): mouse and keyboard.
+"""Action modules of Matrix-Game 2.0 (arXiv 2508.13009) and 3.0: mouse and keyboard.
 
     y = mlp([x, mouse window]);  x <- x + out(attend(q(y), k(y), v(y)))
     y = embed(keyboard window);  x <- x + out(attend(q(x), k(y), v(y)))
@@ -10,6 +10,7 @@ over latent frames, separately for each site of a frame.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +33,7 @@ class ActionConfig:
 
     Attributes:
       start, end: layers [start, end) with action modules.
-      keyboard: keys, the width A of a keyboard vector.
+      keyboard: keys, the width A of a keyboard vector, or None without a keyboard.
       mouse: width of a mouse vector, or None without a mouse.
       embed: width of an embedded keyboard vector.
       keyboard_width, mouse_width: widths of the two attentions.
@@ -45,11 +46,17 @@ class ActionConfig:
         1 in published networks.
       modulate: whether the actions of a latent frame are also added to its level embedding, which
         all layers read. Published networks have no such weights.
+      blocks: numbers of the layers with action modules, if these are not all of [start, end).
+      norm_scale: whether norms of queries and keys multiply by their weights. Networks of
+        Matrix-Game 2.0 have these weights, but its reference does not use them.
+
+    Raises:
+      ValueError: a size is out of range, or the sizes do not fit each other.
     """
 
     start: int = 0
     end: int = 15
-    keyboard: int = 4
+    keyboard: int | None = 4
     mouse: int | None = 2
     embed: int = 128
     keyboard_width: int = 1024
@@ -61,18 +68,41 @@ class ActionConfig:
     period: float = 256.0
     gain: float = 1.0
     modulate: bool = False
+    blocks: tuple[int, ...] | None = None
+    norm_scale: bool = False
 
     def __post_init__(self):
-        check_sizes(self, 'actions.', zero=('start', 'axes'))
+        check_sizes(self, 'actions.', zero=('start', 'axes', 'blocks'))
+        wanted = self.blocks and tuple(sorted(set(self.blocks)))
+        if self.blocks is not None and (
+            self.blocks != wanted or (wanted[0], wanted[-1] + 1) != (self.start, self.end)
+        ):
+            raise ValueError(
+                f'actions.blocks: got {self.blocks}, expected ascending layers from '
+                f'{self.start} to {self.end - 1}'
+            )
         if self.gain <= 0:
             raise ValueError(f'actions.gain: got {self.gain:g}, expected more than 0')
         for name in ('keyboard_width', 'mouse_width'):
-            width = getattr(self, name)
-            if (name != 'mouse_width' or self.mouse) and width != self.heads * sum(self.axes):
+            width, present = getattr(self, name), getattr(self, name.removesuffix('_width'))
+            if present and width != self.heads * sum(self.axes):
                 raise ValueError(
                     f'actions.{name}: got {width}, expected {self.heads} heads of '
                     f'{" + ".join(map(str, self.axes))} elements'
                 )
+
+    @classmethod
+    def of_layers(cls, layers: Sequence[int], **fields) -> ActionConfig:
+        """Action modules on any layers, in any order."""
+        layers = tuple(sorted(set(layers)))
+        start, end = layers[0], layers[-1] + 1
+        blocks = None if layers == tuple(range(start, end)) else layers
+        return cls(start, end, blocks=blocks, **fields)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Numbers of the layers with action modules."""
+        return tuple(range(self.start, self.end)) if self.blocks is None else self.blocks
 
     def steps(self, frames: int) -> int:
         """Action frames R(W+T) in the window of T latent frames."""
@@ -101,8 +131,46 @@ def windows(actions, start, count: int, ratio: int = 4, span: int = 3):
     return jnp.take(actions, jnp.maximum(last - steps + 1 + jnp.arange(steps), 0), axis=1)
 
 
+def frame_windows(cfg: ActionConfig, actions, frames: int, memory=None):
+    """Actions that each latent frame reads: [B M+T R*W A], oldest first.
+
+    A clip of 1 + R(T-1) actions starts with a single pixel frame, and a latent frame reads the
+    actions before its last pixel frame. A clip of R*T actions continues another one, and a latent
+    frame reads the actions up to its last pixel frame. The first action is repeated before the
+    start.
+
+    Args:
+      cfg: sizes R and W.
+      actions: [B 1+R(T-1) A] or [B R*T A].
+      frames: latent frames T.
+      memory: action of each memory frame [B M A], repeated to fill its window; or None.
+
+    Raises:
+      ValueError: another number of actions.
+    """
+    ratio, window = cfg.ratio, cfg.ratio * cfg.span
+    first = {1 + ratio * (frames - 1): -window, ratio * frames: ratio - window}.get(
+        actions.shape[1]
+    )
+    if first is None:
+        raise ValueError(
+            f'actions: got {actions.shape[1]}, expected {1 + ratio * (frames - 1)} or '
+            f'{ratio * frames} for {frames} latent frames'
+        )
+    seen = first + ratio * np.arange(frames)[:, None] + np.arange(window)
+    seen = jnp.take(actions, np.maximum(seen, 0), axis=1)
+    if memory is None:
+        return seen
+    return jnp.concatenate([jnp.repeat(memory[:, :, None], window, axis=2), seen], axis=1)
+
+
 def grouped(cfg: ActionConfig, window):
-    """A window [B R(W+T) A] -> actions of each latent frame [B T R*W*A], oldest first."""
+    """A window [B R(W+T) A] -> actions of each latent frame [B T R*W*A], oldest first.
+
+    Windows of each latent frame [B T R*W A] are only flattened.
+    """
+    if window.ndim == 4:
+        return rearrange(window, 'b t f a -> b t (f a)')
     frames = window.shape[1] // cfg.ratio - cfg.span
     # PARITY: the last pixel frame of a latent frame is missing from its window.
     first = cfg.ratio - 1 + cfg.ratio * np.arange(frames)
@@ -143,22 +211,24 @@ class ActionBlock(nn.Module):
 
         Args:
           x: tokens [B T N/T D].
-          mouse: window of mouse actions [B R(W+T) 2], or None without a mouse.
-          keyboard: window of keyboard actions [B R(W+T) A].
+          mouse: window of mouse actions [B R(W+T) 2], or one of each latent frame [B T R*W 2]; None
+            without a mouse.
+          keyboard: the same for keyboard actions [... A].
           pattern: `Blocks` or `Ring` of T frames.
           past: caches of mouse and keyboard, if `pattern` is a `Ring`.
 
         Returns:
           (tokens [B T N/T D], (mouse, keyboard) `KVCache`s of T frames).
         """
-        moved = None
+        moved = pressed = None
         if self.cfg.mouse:
             x, moved = MouseAttention(self.cfg, self.dtype, name='mouse')(
                 x, mouse, pattern, past[0]
             )
-        x, pressed = KeyboardAttention(self.cfg, self.dtype, name='keyboard')(
-            x, keyboard, pattern, past[1]
-        )
+        if self.cfg.keyboard:
+            x, pressed = KeyboardAttention(self.cfg, self.dtype, name='keyboard')(
+                x, keyboard, pattern, past[1]
+            )
         return x, (moved, pressed)
 
 
@@ -182,7 +252,8 @@ class MouseAttention(nn.Module):
             c=3,
             k=cfg.heads,
         )
-        q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
+        q = HeadNorm(cfg.norm_scale, name='query_norm')(q)
+        k = HeadNorm(cfg.norm_scale, name='key_norm')(k)
         y, new = attend(cfg, q, KVCache(k.astype(dtype), v), pattern, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
 
@@ -207,21 +278,29 @@ class KeyboardAttention(nn.Module):
             c=2,
             k=cfg.heads,
         )
-        q, k = HeadNorm(name='query_norm')(q), HeadNorm(name='key_norm')(k)
+        q = HeadNorm(cfg.norm_scale, name='query_norm')(q)
+        k = HeadNorm(cfg.norm_scale, name='key_norm')(k)
         y, new = attend(cfg, q, KVCache(k.astype(dtype), v), pattern, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
 
 
 class HeadNorm(nn.Module):
-    """RMS norm over a head, without a weight."""
+    """RMS norm over a head.
+
+    Attributes:
+      use_scale: whether the norm multiplies by its weight (`ActionConfig.norm_scale`).
+    """
+
+    use_scale: bool = False
 
     @nn.compact
     def __call__(self, x):
         """[... E] -> [... E] float32."""
-        # PARITY: released networks have a scale that is not used; it is kept for export.
-        self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
+        # PARITY: Matrix-Game 2.0 has a scale that is not used; it is kept for export.
+        scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
         x = x.astype(jnp.float32)
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+        return x * scale.astype(jnp.float32) if self.use_scale else x
 
 
 def attend(cfg: ActionConfig, q, new: KVCache, pattern, past):
@@ -246,13 +325,13 @@ def action_rows(cfg: ActionConfig, torch, path, layers):
         rows += linear_rows(f'{torch}.mouse_mlp.2', f'{path}/mouse/linear_2', 'i', 'o', layers)
         rows += norm_rows(f'{torch}.mouse_mlp.3', f'{path}/mouse/norm', 'o', layers)
     named = [('mouse', {'t_qkv': 'qkv', 'proj_mouse': 'out'}, 'img_attn')] if cfg.mouse else []
-    named += [
-        (
-            'keyboard',
-            {'mouse_attn_q': 'query', 'keyboard_attn_kv': 'key_value', 'proj_keyboard': 'out'},
-            'key_attn',
-        )
-    ]
+    if cfg.keyboard:
+        for theirs, ours in (('0', 'linear_1'), ('2', 'linear_2')):
+            rows += linear_rows(
+                f'{torch}.keyboard_embed.{theirs}', f'{path}/keyboard/{ours}', 'i', 'o', layers
+            )
+        kernels = {'mouse_attn_q': 'query', 'keyboard_attn_kv': 'key_value', 'proj_keyboard': 'out'}
+        named.append(('keyboard', kernels, 'key_attn'))
     for branch, kernels, norms in named:
         rows += [
             Row(f'{torch}.{theirs}.weight', f'{path}/{branch}/{ours}/kernel', 'o i -> i o', layers)
@@ -267,6 +346,4 @@ def action_rows(cfg: ActionConfig, torch, path, layers):
             )
             for theirs, ours in (('q', 'query'), ('k', 'key'))
         ]
-    rows += linear_rows(f'{torch}.keyboard_embed.0', f'{path}/keyboard/linear_1', 'i', 'o', layers)
-    rows += linear_rows(f'{torch}.keyboard_embed.2', f'{path}/keyboard/linear_2', 'i', 'o', layers)
     return rows

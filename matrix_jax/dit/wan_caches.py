@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from matrix_jax.dit.wan_config import Config
+from matrix_jax.dit.wan_config import ACTING, Config
 from matrix_jax.nn.kv_cache import KVCache
 from matrix_jax.parallel.sharding import constrain, num_shards
 
@@ -67,7 +67,7 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
 
     def past(name, layers):
         heads, mouse, keyboard = (cfg.heads, cfg.head_dim), None, None
-        if name == 'acting':
+        if name.startswith(ACTING):
             size = cfg.actions
             action_heads = (size.heads, sum(size.axes))
             mouse = empty(layers, cfg.local, frame_sites, *action_heads) if size.mouse else None

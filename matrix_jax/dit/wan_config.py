@@ -9,6 +9,8 @@ from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import ActionConfig
 from matrix_jax.weights.conversion import check_sizes, config_faults
 
+ACTING = 'acting'  # runs of layers with action modules have names that start with this
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -76,7 +78,7 @@ class Config:
     @property
     def segments(self) -> dict[str, tuple[int, int]]:
         """Name -> (start, stop) of each run of equal layers; empty runs are absent."""
-        return segments(self.layers, self.actions, 'acting')
+        return segments(self.layers, self.actions.layers if self.actions else (), ACTING)
 
     @classmethod
     def from_released(cls, released: dict) -> Config:
@@ -93,15 +95,6 @@ class Config:
         action_config = released.get('action_config') or {}
         known = ('patch_size', *FIELDS, 'action_config', *IGNORED)
         faults = config_faults(released, FIXED, known)
-        known = (
-            'patch_size',
-            *ACTIONS,
-            'blocks',
-            'enable_mouse',
-            'img_hidden_size',
-            'rope_dim_list',
-        )
-        faults += config_faults(action_config, FIXED_ACTIONS, known, 'action_config.')
         fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
         base = cls()
         width, heads = fields.pop('width', base.width), fields.get('heads', base.heads)
@@ -115,27 +108,12 @@ class Config:
         patch = list(released.get('patch_size', (1, base.patch, base.patch)))
         if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
             faults.append(f'patch_size = {patch} (expected [1, p, p])')
-        if action_config and action_config.get('img_hidden_size', width) != width:
-            faults.append(
-                f'action_config.img_hidden_size = {action_config["img_hidden_size"]} (expected '
-                f'dim = {width})'
-            )
-        blocks = list(action_config.get('blocks', ()))
-        if blocks != list(range(*(blocks[0], blocks[-1] + 1) if blocks else (0,))):
-            faults.append(f'action_config.blocks = {blocks} (expected consecutive layers)')
+        faults += action_faults(action_config, width)
+        if not action_config.get('enable_keyboard', True):
+            faults.append('action_config.enable_keyboard = False (expected True)')
         if faults:
             raise ValueError('transformer config: ' + '; '.join(faults))
-        if blocks:
-            sizes = {
-                ours: action_config[theirs]
-                for theirs, ours in ACTIONS.items()
-                if theirs in action_config
-            }
-            if not action_config.get('enable_mouse', True):
-                sizes |= {'mouse': None}
-            if 'axes' in sizes:
-                sizes['axes'] = tuple(sizes['axes'])
-            fields['actions'] = ActionConfig(blocks[0], blocks[-1] + 1, **sizes)
+        fields['actions'] = read_actions(action_config)
         return cls(**fields | {'head_dim': width // heads, 'patch': patch[-1]})
 
     def to_released(self) -> dict:
@@ -153,30 +131,67 @@ class Config:
         for key in [key for key, (name, usual) in OURS.items() if ours[name] == usual]:
             del released[key]
         if self.actions:
-            size = self.actions
-            action_config = FIXED_ACTIONS | {
-                theirs: getattr(size, name) for theirs, name in ACTIONS.items()
-            }
-            action_config |= {
-                'blocks': list(range(size.start, size.end)),
-                'enable_mouse': bool(size.mouse),
-                'img_hidden_size': self.width,
-                'rope_dim_list': list(size.axes),
-                'mouse_qk_dim_list': list(size.axes),
-                'patch_size': [1, self.patch, self.patch],
-            }
-            for key in [key for key, usual in OUR_ACTIONS.items() if action_config[key] == usual]:
-                del action_config[key]
-            if not size.mouse:
-                del action_config['mouse_dim_in'], action_config['mouse_hidden_dim']
-            released['action_config'] = action_config
+            released['action_config'] = released_actions(self.actions, self.width, self.patch)
         return released
+
+
+def action_faults(released: dict, width: int) -> list[str]:
+    """One text per key of an `action_config` that a network of this width cannot follow."""
+    known = (
+        'patch_size',
+        *ACTIONS,
+        'blocks',
+        'enable_mouse',
+        'enable_keyboard',
+        'img_hidden_size',
+        'rope_dim_list',
+        'local_attn_size',
+    )
+    faults = config_faults(released, FIXED_ACTIONS, known, 'action_config.')
+    if released and released.get('img_hidden_size', width) != width:
+        faults.append(
+            f'action_config.img_hidden_size = {released["img_hidden_size"]} (expected '
+            f'dim = {width})'
+        )
+    return faults
+
+
+def read_actions(released: dict) -> ActionConfig | None:
+    """The action modules of an `action_config`; None if no layer has one."""
+    parts = [part for part in ('mouse', 'keyboard') if released.get(f'enable_{part}', True)]
+    if not released.get('blocks') or not parts:
+        return None
+    sizes = {ours: released[theirs] for theirs, ours in ACTIONS.items() if theirs in released}
+    sizes |= {part: None for part in ('mouse', 'keyboard') if part not in parts}
+    if 'axes' in sizes:
+        sizes['axes'] = tuple(sizes['axes'])
+    return ActionConfig.of_layers(released['blocks'], **sizes)
+
+
+def released_actions(size: ActionConfig, width: int, patch: int) -> dict:
+    """The `action_config` of action modules in a network of this width."""
+    released = FIXED_ACTIONS | {theirs: getattr(size, name) for theirs, name in ACTIONS.items()}
+    released |= {
+        'blocks': list(size.layers),
+        'enable_mouse': bool(size.mouse),
+        'enable_keyboard': bool(size.keyboard),
+        'img_hidden_size': width,
+        'rope_dim_list': list(size.axes),
+        'mouse_qk_dim_list': list(size.axes),
+        'patch_size': [1, patch, patch],
+    }
+    for key in [key for key, usual in OUR_ACTIONS.items() if released[key] == usual]:
+        del released[key]
+    for part in ('mouse', 'keyboard'):
+        if not getattr(size, part):
+            del released[f'{part}_dim_in'], released[f'{part}_hidden_dim']
+    return released
 
 
 # Keys of config.json: those that set a field, those with one supported value, and those without
 # effect. `width` and `joined` are computed from fields.
 OURS = {'image_dim': ('image_dim', 1280), 'image_length': ('image_length', 257)}  # not released
-OUR_ACTIONS = {'gain': 1.0, 'modulate': False}
+OUR_ACTIONS = {'gain': 1.0, 'modulate': False, 'norm_scale': False}
 FIELDS = {
     'dim': 'width',
     'num_heads': 'heads',
@@ -205,7 +220,7 @@ ACTIONS = {
     'rope_theta': 'period',
     **{key: key for key in OUR_ACTIONS},
 }
-FIXED_ACTIONS = {'enable_keyboard': True, 'qk_norm': True, 'qkv_bias': False}
+FIXED_ACTIONS = {'qk_norm': True, 'qkv_bias': False}
 
 _RELEASED = dict(dtype='bfloat16', remat='block')
 PRESETS = {

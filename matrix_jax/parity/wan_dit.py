@@ -225,7 +225,21 @@ def _flat(x):
 
 def _actions(record: Record):
     """(network, parameters, `(start, count)` -> windows of mouse and keyboard)."""
-    config = record.config['action_config']
+    inputs, net = record.inputs, action_module(record.config['action_config'])
+    cfg = net.cfg
+
+    def windows(start, count):
+        return [
+            part if part is None else wan.windows(part, start, count, cfg.ratio, cfg.span)
+            for part in (inputs.get('mouse_cond'), inputs['keyboard_cond'])
+        ]
+
+    x = _tokens(record, inputs['x'])[:, :1]
+    return net, action_params(net, record.weights, x, *windows(0, 1)), windows
+
+
+def action_module(config: dict) -> wan_actions.ActionBlock:
+    """The module of a recorded `action_config`."""
     cfg = wan.Config.from_released(
         {
             'dim': config['img_hidden_size'],
@@ -234,26 +248,25 @@ def _actions(record: Record):
             'action_config': config,
         }
     ).actions
-    name, net = 'blocks.{i}.action_model', wan_actions.ActionBlock(cfg)
-    tensors = {f'blocks.0.action_model.{key}': tensor for key, tensor in record.weights.items()}
-    inputs = record.inputs
+    return wan_actions.ActionBlock(cfg)
 
-    def windows(start, count):
-        return [
-            part if part is None else wan.windows(part, start, count, cfg.ratio, cfg.span)
-            for part in (inputs.get('mouse_cond'), inputs['keyboard_cond'])
-        ]
 
+def action_params(net: wan_actions.ActionBlock, weights, x, mouse, keyboard) -> dict:
+    """Parameters of an action module from recorded ones.
+
+    Args:
+      net: the module.
+      weights: recorded weights.
+      x, mouse, keyboard: tokens and windows of one latent frame, for their shapes.
+    """
+    tensors = {f'blocks.0.action_model.{key}': tensor for key, tensor in weights.items()}
     shapes = jax.eval_shape(
-        lambda key: net.init(
-            key, _tokens(record, inputs['x'])[:, :1], *windows(0, 1), Blocks(1, 1)
-        ),
-        jax.random.key(0),
+        lambda key: net.init(key, x, mouse, keyboard, Blocks(1, 1)), jax.random.key(0)
     )['params']
     stacked = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), shapes)
-    rows = wan_actions.action_rows(cfg, name, 'layers', (0, 1))
+    rows = wan_actions.action_rows(net.cfg, 'blocks.{i}.action_model', 'layers', (0, 1))
     params = conversion.to_jax(rows, tensors, {'layers': stacked})['layers']
-    return net, jax.tree.map(lambda leaf: leaf[0], params), windows
+    return jax.tree.map(lambda leaf: leaf[0], params)
 
 
 def _dit(record: Record):

@@ -275,6 +275,27 @@ def test_actions_may_start_after_other_layers():
     assert wan.Config.from_released(cfg.to_released()) == cfg
 
 
+def test_actions_may_be_on_any_set_of_layers():
+    """The layers between have none; caches and the weight table follow."""
+    names = ('embed', 'keyboard_width', 'mouse_width', 'heads', 'axes')
+    sizes = {name: getattr(TINY.actions, name) for name in names}
+    actions = ActionConfig.of_layers([3, 0, 2], **sizes)
+    cfg = dataclasses.replace(TINY, layers=4, actions=actions)
+    assert cfg.segments == {'acting': (0, 1), 'between': (1, 2), 'acting_2': (2, 4)}
+    assert cfg.to_released()['action_config']['blocks'] == [0, 2, 3]
+    assert wan.Config.from_released(cfg.to_released()) == cfg
+    assert ActionConfig.of_layers([1, 2]) == ActionConfig(1, 3)
+    keys = {key for row in wan.weights(cfg)[1:] for key in row.keys() if 'action_model' in key}
+    assert {key.split('.')[1] for key in keys} == {'0', '2', '3'}
+    weights, given = noisy(cfg), inputs()
+    back = to_jax(wan.weights(cfg), to_torch(wan.weights(cfg), weights['params']), wan.shapes(cfg))
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, weights['params']))
+    want = wan.WanTransformer(cfg).apply(weights, *given, block=BLOCK)
+    np.testing.assert_allclose(stream(cfg, weights, given)[0], want, atol=5e-5)
+    with pytest.raises(ValueError, match=r'actions.blocks: got \(0, 2\), expected ascending'):
+        ActionConfig(0, 4, blocks=(0, 2))
+
+
 def test_actions_may_modulate_like_levels():
     """The same on caches and on whole clips; each frame by its own window, scaled by the gain."""
     small = dataclasses.replace(TINY, layers=1, actions=dataclasses.replace(TINY.actions, end=1))
@@ -328,7 +349,7 @@ def test_actions_may_modulate_like_levels():
         ({'patch_size': [2, 2, 2]}, 'patch_size = .2, 2, 2.'),
         (
             {'action_config': TINY.to_released()['action_config'] | {'blocks': [0, 2]}},
-            'blocks = .0, 2. .expected consecutive',
+            r'actions: got layers .0, 3., expected a range within the 2 layers',
         ),
         (
             {'action_config': TINY.to_released()['action_config'] | {'qkv_bias': True}},
