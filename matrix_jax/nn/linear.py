@@ -2,7 +2,8 @@
 
 `Int8` is a type of kernel: `quantize` replaces kernels of a parameter tree, and the same network
 then multiplies in integers. Weights have one scale per output channel, activations one scale per
-token, computed in each call, as in Matrix-Game 3.0.
+token, computed in each call, as in Matrix-Game 3.0. Values are rounded to the nearest integer;
+Matrix-Game 3.0 rounds activations towards zero, which is an option.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ class Int8:
     Attributes:
       values: int8 [... in out]; the first field, because flax checks the shape of the first leaf.
       scale: float32 [... out].
+      truncate: whether activations are rounded towards zero.
     """
 
     values: jax.Array
     scale: jax.Array
+    truncate: bool = struct.field(pytree_node=False, default=False)
 
     def kernel(self):
         """The kernel in float32 [... in out]."""
@@ -73,12 +76,13 @@ class Linear(nn.Module):
 # --- 8 bits ----------------------------------------------------------------------------------
 
 
-def quantize(params: Mapping, layers: Sequence[str]) -> dict:
+def quantize(params: Mapping, layers: Sequence[str], truncate: bool = False) -> dict:
     """Converts the kernels of some layers to 8 bits.
 
     Args:
       params: parameter tree of a network.
       layers: patterns of layer paths, such as '*/attention/*'.
+      truncate: see `Int8`.
 
     Returns:
       The tree with `Int8` kernels in these layers.
@@ -92,32 +96,37 @@ def quantize(params: Mapping, layers: Sequence[str]) -> dict:
         if not chosen:
             raise ValueError(f'int8: got {pattern!r}, which fits no linear layer')
         flat |= {
-            path: flat[path] if isinstance(flat[path], Int8) else to_int8(flat[path])
+            path: flat[path] if isinstance(flat[path], Int8) else to_int8(flat[path], truncate)
             for path in chosen
         }
     return conversion.unflatten(flat)
 
 
-def to_int8(kernel) -> Int8:
-    """Converts a kernel [... in out]; the largest weight of each output channel becomes 127."""
+def to_int8(kernel, truncate: bool = False) -> Int8:
+    """Converts a kernel [... in out]; the largest weight of each output channel becomes 127.
+
+    Args:
+      kernel: floating point.
+      truncate: see `Int8`.
+    """
     kernel = jnp.asarray(kernel, jnp.float32)
     scale = jnp.maximum(jnp.abs(kernel).max(axis=-2) / MAX, 1e-12)
     values = jnp.clip(jnp.round(kernel / scale[..., None, :]), -MAX - 1, MAX)
-    return Int8(values.astype(jnp.int8), scale)
+    return Int8(values.astype(jnp.int8), scale, truncate)
 
 
-def rows_to_int8(x):
+def rows_to_int8(x, truncate: bool = False):
     """Activations [... in] -> (int8 [... in], float32 scale of each token [... 1])."""
     x = x.astype(jnp.float32)
     largest = jnp.abs(x).max(axis=-1, keepdims=True)
     factor = MAX / jnp.where(largest > 0, largest, MAX)  # avoids 0 / 0 for a token of zeros
-    # PARITY: rounds towards zero, not to the nearest.
-    return jnp.trunc(x * factor).astype(jnp.int8), 1 / factor
+    # PARITY: Matrix-Game 3.0 truncates, which makes activations too small on average.
+    return (jnp.trunc if truncate else jnp.round)(x * factor).astype(jnp.int8), 1 / factor
 
 
 def multiply(x, kernel: Int8):
     """Activations [... in] times a kernel -> float32 [... out]; products are summed in int32."""
-    values, scale = rows_to_int8(x)
+    values, scale = rows_to_int8(x, kernel.truncate)
     contract = (((values.ndim - 1,), (0,)), ((), ()))
     sums = jax.lax.dot_general(values, kernel.values, contract, preferred_element_type=jnp.int32)
     return sums.astype(jnp.float32) * scale * kernel.scale

@@ -16,8 +16,8 @@ def int8_linear(record: Record) -> dict[str, np.ndarray]:
     """
     x, bias = (jnp.asarray(part) for part in (record.inputs['x'], record.weights['bias']))
     weight = jnp.asarray(record.weights['weight'])
-    kernel = linear.to_int8(weight.T)
-    values, scale = linear.rows_to_int8(x)
+    kernel = linear.to_int8(weight.T, truncate=True)
+    values, scale = linear.rows_to_int8(x, truncate=True)
 
     def sums(values):
         return jnp.matmul(values, kernel.values, preferred_element_type=jnp.int32)
@@ -26,7 +26,8 @@ def int8_linear(record: Record) -> dict[str, np.ndarray]:
         net = linear.Linear(len(weight), use_bias, dtype)
         return net.apply({'params': params}, x).astype(jnp.float32)
 
-    bf16_scales = linear.Int8(kernel.values, kernel.scale.astype(jnp.bfloat16).astype(jnp.float32))
+    scale_bf16 = kernel.scale.astype(jnp.bfloat16).astype(jnp.float32)
+    bf16_scales = linear.Int8(kernel.values, scale_bf16, truncate=True)
     rounded = jnp.sign(x) * jnp.floor(jnp.abs(x) / scale + 0.5)
     outputs = {
         'weight_int8': kernel.values.T,

@@ -304,15 +304,19 @@ class Networks:
         return params | {'vae': rest}, {'vae': {'decoder': vae['decoder']}}
 
     def quantize(self, params: Params) -> Params:
-        """Returns parameters with the layers in 8 bits that the configs name (`int8_layers`)."""
-        chosen = {
-            one.folder: getattr(getattr(self.cfg, one.field), 'int8_layers', ())
-            for one in self.components
-        }
-        return {
-            name: linear.quantize(tree, chosen[name]) if chosen.get(name) else tree
-            for name, tree in params.items()
-        }
+        """Returns parameters with the layers in 8 bits that the configs name (`int8_layers`).
+
+        Activations are rounded to the nearest integer, or towards zero if a config says so
+        (`int8_truncate`).
+        """
+        quantized = dict(params)
+        for one in self.components:
+            cfg = getattr(self.cfg, one.field)
+            layers = getattr(cfg, 'int8_layers', ())
+            if layers and one.folder in params:
+                truncate = getattr(cfg, 'int8_truncate', False)
+                quantized[one.folder] = linear.quantize(params[one.folder], layers, truncate)
+        return quantized
 
     def summary(self, mesh: Any) -> str:
         """Returns a line per component: parameters, and memory per device at bfloat16.
@@ -337,7 +341,7 @@ class Networks:
         return '\n'.join([*lines, line('total', total, total_local)])
 
 
-# Parts of a config's repr -> the same when sessions were first saved.
+# Parts of a config's repr -> the same when sessions were first saved; empty for newer fields.
 FIRST_NAMES = {
     "control_binding='late'": "entry='tail'",
     "control_binding='early'": "entry='head'",
@@ -345,17 +349,22 @@ FIRST_NAMES = {
     'ClipConfig(': 'Clip(',
     'ActionConfig(': 'Actions(',
     'ControlConfig(': 'Control(',
+    ', blocks=None, norm_scale=False': '',
+    'layer_bias=False, ': '',
 }
 
 
 def fewer_layers(cfg: Any, layers: int, span_field: str) -> Any:
     """Returns a transformer's config with fewer layers.
 
-    The field `span_field` says which layers (`start` to `end`) have additional blocks, if any do;
-    they keep their share of the layers.
+    The field `span_field` says which layers (`start` to `end`, or the numbers in `blocks`) have
+    additional blocks, if any do; they keep their share of the layers.
     """
     span, whole = getattr(cfg, span_field), cfg.layers
-    if span:
+    if blocks := getattr(span, 'blocks', None):
+        kept = tuple(sorted({block * layers // whole for block in blocks}))
+        span = dataclasses.replace(span, start=kept[0], end=kept[-1] + 1, blocks=kept)
+    elif span:
         start, end = span.start * layers // whole, math.ceil(span.end * layers / whole)
         span = dataclasses.replace(span, start=start, end=end)
     return dataclasses.replace(cfg, layers=layers, **{span_field: span})
