@@ -127,7 +127,12 @@ def rotations_3d(frames, rows: int, columns: int, width: int):
 
 def rotate(x, rotation):
     """Rotates neighbouring pairs of the first 2P elements of heads [... K E] by [... P]."""
-    cos, sin = (part[..., None, :] for part in rotation)
+    return rotate_heads(x, tuple(part[..., None, :] for part in rotation))
+
+
+def rotate_heads(x, rotation):
+    """`rotate` with cosines and sines of each head [... K P]."""
+    cos, sin = rotation
     size = 2 * cos.shape[-1]
     a, b = rearrange(x[..., :size].astype(jnp.float32), '... (p c) -> c ... p', c=2)
     turned = rearrange([a * cos - b * sin, b * cos + a * sin], 'c ... p -> ... (p c)')

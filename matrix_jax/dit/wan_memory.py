@@ -1,0 +1,382 @@
+"""Wan 2.2 DiT with memory frames, camera and actions (Matrix-Game 3.0), or plain.
+
+Wan 2.2 (arXiv 2503.20314) with one expert reads latents, noise levels and text. Matrix-Game 3.0
+puts M memory frames in front, each with its own time in the video. A block computes
+
+    x <- x + m2 * attend(norm(x) * (1 + m1) + m0)      m = layer's own + embedded level of the token
+    c = P + mlp(P);  x <- (1 + scale(c)) * x + shift(c)     P: tokens of the camera rays
+    x <- norm3(x);  x <- x + attend_text(x)
+    x <- x + mouse(x);  x <- x + keyboard(x)           layers with actions
+    x <- x + m5 * mlp(norm(x) * (1 + m4) + m3)
+
+Without memory and actions, the third line is x <- x + attend_text(norm3(x)). Each head has its own
+period of RoPE (`sigma_theta`), so no distance in time looks the same to all heads.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import struct
+
+from matrix_jax.dit.segments import scan_layers
+from matrix_jax.dit.wan import projection_rows
+from matrix_jax.dit.wan_actions import ActionBlock, action_rows, frame_windows
+from matrix_jax.dit.wan_config import ACTING
+from matrix_jax.dit.wan_layers import LevelEmbedding, Projections, standardize
+from matrix_jax.dit.wan_memory_config import PRESETS, Config, check
+from matrix_jax.dit.weight_rows import linear_rows, norm_rows
+from matrix_jax.nn import initializers, token_layout
+from matrix_jax.nn.kv_cache import Blocks, attend_all
+from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.modulation import LayerNorm, modulate
+from matrix_jax.nn.rope import PERIOD, frequencies, rotate_heads, rotations
+from matrix_jax.parallel.sharding import constrain
+from matrix_jax.weights.conversion import Prefix, Row
+
+__all__ = [
+    'PRESETS',
+    'ZERO_INIT',
+    'ActionFrames',
+    'Config',
+    'WanMemoryTransformer',
+    'count',
+    'frame_windows',
+    'init_rules',
+    'shapes',
+    'weights',
+]
+
+
+@struct.dataclass
+class ActionFrames(Blocks):
+    """Attention of action modules: memory frames are numbered from 0, and so are the others.
+
+    Attributes:
+      memory: memory frames in front.
+    """
+
+    memory: int = struct.field(pytree_node=False, default=0)
+
+    def positions(self):
+        """Positions of queries and keys, both [M+T]."""
+        # PARITY: only the main attention is given the times of memory frames.
+        positions = np.append(np.arange(self.memory), np.arange(self.frames - self.memory))
+        return positions, positions
+
+
+@struct.dataclass
+class LayerInputs:
+    """Inputs that all layers share.
+
+    Attributes:
+      time: modulation [B T n 6 D], n = 1 or the tokens of a frame.
+      text: tokens [B L D].
+      camera: tokens of ray maps [B T n D], or None.
+      mouse, keyboard: windows of actions [B T R*W A], or None.
+      pattern, action_pattern: which frames attend to which.
+      rotations: RoPE of queries and keys, (cos, sin) [B T n K P].
+      norm_text: whether text attention is added to the normalised tokens.
+    """
+
+    time: Any
+    text: Any
+    camera: Any
+    mouse: Any
+    keyboard: Any
+    pattern: Blocks
+    action_pattern: ActionFrames
+    rotations: Any
+    norm_text: bool = struct.field(pytree_node=False)
+
+
+class WanMemoryTransformer(nn.Module):
+    """The whole network: latents, levels, text, camera and actions -> velocity."""
+
+    cfg: Config
+
+    def setup(self):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+
+        def linear(features=cfg.width):
+            return Linear(features, dtype=dtype)
+
+        self.patch, self.time_embedding = linear(), LevelEmbedding(cfg)
+        self.time_projection = linear(6 * cfg.width)
+        self.text_1, self.text_2 = linear(), linear()
+        if cfg.memory:
+            self.camera_patch, self.camera_1, self.camera_2 = linear(), linear(), linear()
+        for name, (start, stop) in cfg.segments.items():
+            layers = scan_layers(Block, cfg, stop - start, __call__=nn.broadcast)
+            setattr(self, name, layers(cfg, name.startswith(ACTING)))
+        normal = nn.initializers.normal(cfg.width**-0.5)
+        self.modulation_out = self.param('modulation_out', normal, (2, cfg.width))
+        self.out = linear(cfg.patch**2 * cfg.channels)
+
+    def __call__(
+        self,
+        latents,
+        level,
+        text,
+        positions,
+        camera=None,
+        mouse=None,
+        keyboard=None,
+        memory: int = 0,
+    ):
+        """Predicts the velocity of a clip.
+
+        Args:
+          latents: noisy latents behind M memory frames [B M+T H W C].
+          level: noise levels 0 .. 1000: [B], [B M+T], or of each token [B M+T n].
+          text: encoded text [B L Dt], zeros after the prompt.
+          positions: number of each frame in the video, in latent frames, int [M+T] or [B M+T].
+          camera: ray maps [B M+T H W Cc] (`nn.camera.plucker`); None = no camera terms.
+          mouse, keyboard: windows of actions [B M+T R*W A] (`frame_windows`), or None.
+          memory: memory frames M.
+
+        Returns:
+          v [B T H W C], float32.
+
+        Raises:
+          ValueError: a shape does not fit the network.
+        """
+        cfg, frames = self.cfg, latents.shape[1]
+        level, positions = jnp.asarray(level), _to_int32(positions)
+        check(cfg, latents, level, text, positions, camera, mouse, keyboard, memory)
+        rows, columns = (size // cfg.patch for size in latents.shape[2:4])
+        level = level.reshape(level.shape + (1,) * (3 - level.ndim))
+        time = self.time_embedding(level if level.shape[2] == 1 else token_layout.pad(level, 2))
+        modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
+        missing = cfg.text_length - text.shape[1]
+        text = jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
+        inputs = LayerInputs(
+            time=rearrange(modulation, 'b t n (c d) -> b t n c d', c=6),
+            text=jnp.broadcast_to(
+                self.text_2(jax.nn.gelu(self.text_1(text), approximate=True)),
+                (len(latents), cfg.text_length, cfg.width),
+            ),
+            camera=None if camera is None else self._camera(camera),
+            mouse=mouse if mouse is None or cfg.actions.gain == 1 else mouse * cfg.actions.gain,
+            keyboard=keyboard,
+            pattern=Blocks(frames, frames, None, rows * columns, cfg.exchange),
+            action_pattern=ActionFrames(frames, frames, memory=memory),
+            rotations=tuple(
+                _split_sites(part) for part in head_rotations(cfg, positions, rows, columns)
+            ),
+            norm_text=cfg.memory or mouse is not None,
+        )
+
+        x = self.patch(token_layout.to_tokens(latents, cfg.patch))
+        for name in cfg.segments:
+            x = constrain(x, 'batch', None, 'tokens', None)
+            x, _ = getattr(self, name)(x, inputs)
+
+        shift, scale = rearrange(self.modulation_out + time[..., None, :], 'b t n c d -> c b t n d')
+        x = self.out(modulate(standardize(x, cfg.eps), shift, scale)[:, memory:])
+        v = token_layout.from_tokens(x, cfg.patch, rows, columns)
+        return v.astype(jnp.float32)
+
+    def _camera(self, camera):
+        """Ray maps [B T H W Cc] -> tokens [B T n D]."""
+        cfg = self.cfg
+        x = rearrange(camera, 'b t (h p) (w q) c -> b t (h w) (c p q)', p=cfg.patch, q=cfg.patch)
+        x = token_layout.pad(constrain(x, 'batch', None, None, None), 2)
+        x = self.camera_patch(constrain(x, 'batch', None, 'tokens', None))
+        return x + self.camera_2(jax.nn.silu(self.camera_1(x)))
+
+
+class Block(nn.Module):
+    """Self-attention and MLP, modulated by the noise level, with camera, text and actions between.
+
+    Attributes:
+      cfg: sizes.
+      has_actions: whether the layer has an action module.
+    """
+
+    cfg: Config
+    has_actions: bool
+
+    @nn.compact
+    def __call__(self, x, inputs: LayerInputs):
+        """Tokens [B T n D] -> (tokens, None)."""
+        cfg, dtype, eps = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.eps
+        modulation = self.param(
+            'modulation', nn.initializers.normal(cfg.width**-0.5), (6, cfg.width)
+        )
+        m = rearrange(modulation + inputs.time, 'b t n c d -> c b t n d')
+
+        attention = Projections(cfg, name='attention')
+        y = modulate(standardize(x, eps), m[0], m[1]).astype(dtype)
+        new = attention.keys(y)
+        q, k = (rotate_heads(heads, inputs.rotations) for heads in (attention.queries(y), new.k))
+        x = (x + m[2] * attention.output(inputs.pattern.attend(q, k, new.v))).astype(dtype)
+
+        if inputs.camera is not None:
+            scale, shift = self._camera(inputs.camera)
+            x = (1 + scale) * x + shift
+
+        attention = Projections(cfg, name='text_attention')
+        y = LayerNorm(eps, name='text_norm')(x).astype(dtype)
+        text = attention.keys(inputs.text[:, None])
+        attended = attention.output(attend_all(attention.queries(y), text.k, text.v))
+        # PARITY: with memory or a mouse, the residual stream is the normalised one.
+        x = (y if inputs.norm_text else x) + attended
+
+        if self.has_actions and not (inputs.mouse is None and inputs.keyboard is None):
+            x, _ = ActionBlock(cfg.actions, dtype, name='actions')(
+                x, inputs.mouse, inputs.keyboard, inputs.action_pattern
+            )
+
+        y = Linear(cfg.mlp, dtype=dtype, name='up')(
+            modulate(standardize(x, eps), m[3], m[4]).astype(dtype)
+        )
+        y = Linear(cfg.width, dtype=dtype, name='down')(jax.nn.gelu(y, approximate=True))
+        return (x + m[5] * y).astype(dtype), None
+
+    def _camera(self, camera):
+        """Tokens of ray maps [B T n D] -> (scale, shift) of the same shape."""
+
+        def linear(name, x):
+            return Linear(self.cfg.width, dtype=jnp.dtype(self.cfg.dtype), name=name)(x)
+
+        c = linear('camera_2', jax.nn.silu(linear('camera_1', camera))) + camera
+        return linear('camera_scale', c), linear('camera_shift', c)
+
+
+def head_rotations(cfg: Config, positions, rows: int, columns: int):
+    """Cosines and sines [1|B T H*W K P] of a grid, for each head; K is 1 if all heads are alike.
+
+    Args:
+      cfg: sizes.
+      positions: of the frames, [T] or [B T].
+      rows, columns: sizes of the grid, positions from 0.
+    """
+    spread = np.linspace(-1, 1, cfg.heads) if cfg.sigma_theta else np.zeros(1)
+    periods = PERIOD * (1 + cfg.sigma_theta * spread)
+    pairs, third = cfg.head_dim // 2, cfg.head_dim // 6
+    positions = positions[None] if positions.ndim == 1 else positions
+    count = positions.size
+
+    def axis(positions, pairs, layout):
+        speeds = np.concatenate([frequencies(pairs, period) for period in periods])
+        return [rearrange(part, layout, k=len(periods)) for part in rotations(positions, speeds)]
+
+    def join(parts):
+        parts = [jnp.broadcast_to(part, (count, rows, columns, *part.shape[3:])) for part in parts]
+        return rearrange(
+            jnp.concatenate(parts, axis=-1), '(b t) h w k p -> b t (h w) k p', b=len(positions)
+        )
+
+    axes = (
+        axis(positions.ravel(), pairs - 2 * third, 't (k p) -> t 1 1 k p'),
+        axis(np.arange(rows), third, 'h (k p) -> 1 h 1 k p'),
+        axis(np.arange(columns), third, 'w (k p) -> 1 1 w k p'),
+    )
+    return tuple(join(parts) for parts in zip(*axes, strict=True))
+
+
+def _split_sites(table):
+    """Splits rotations [B T n K P] over the devices like the tokens."""
+    table = token_layout.pad(constrain(table, None, None, None, None, None), 2)
+    return constrain(table, None, None, 'tokens', None, None)
+
+
+def _to_int32(positions):
+    """Positions as int32; constant ones [T] stay on the host."""
+    if isinstance(positions, np.ndarray) and positions.ndim == 1:
+        return positions
+    return jnp.asarray(positions, jnp.int32)
+
+
+# --- parameters ------------------------------------------------------------------------------
+
+
+def shapes(cfg: Config) -> dict:
+    """Parameter tree of ShapeDtypeStructs; nothing is computed."""
+    size, frame = cfg.actions, (1, 1, cfg.patch, cfg.patch)
+    inputs = [
+        jnp.zeros((*frame, cfg.in_channels)),
+        jnp.zeros([1]),
+        jnp.zeros((1, 1, cfg.text_dim)),
+        np.arange(1),
+        jnp.zeros((*frame, cfg.camera_channels)) if cfg.memory else None,
+    ]
+    if size:
+        window = size.ratio * size.span
+        inputs += [
+            jnp.zeros((1, 1, window, size.mouse)) if size.mouse else None,
+            jnp.zeros((1, 1, window, size.keyboard)) if size.keyboard else None,
+        ]
+    return jax.eval_shape(WanMemoryTransformer(cfg).init, jax.random.key(0), *inputs)['params']
+
+
+def count(cfg: Config) -> int:
+    """Number of parameters."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(cfg)))
+
+
+def init_rules(cfg: Config) -> initializers.InitRules:
+    """Rules for initial parameters, before the defaults."""
+    return (
+        ('*modulation*', initializers.normal(cfg.width**-0.5)),
+        ('time_embedding/*/kernel', initializers.normal(0.02)),
+        ('text_?/kernel', initializers.normal(0.02)),
+    )
+
+
+# Output layers that start at zero, for training from scratch.
+ZERO_INIT = (
+    ('out/kernel', initializers.zeros),
+    ('*/actions/*/out/kernel', initializers.zeros),
+    ('*/camera_scale/kernel', initializers.zeros),
+    ('*/camera_shift/kernel', initializers.zeros),
+)
+
+
+def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
+    """Weight table: released state dict <-> parameter tree."""
+    patch = dict(t=1, p=cfg.patch, q=cfg.patch)
+    rows = [
+        Prefix('model.'),
+        Row('patch_embedding.weight', 'patch/kernel', 'd c t p q -> (t p q c) d', sizes=patch),
+        Row('patch_embedding.bias', 'patch/bias', 'd -> d'),
+        *linear_rows('text_embedding.0', 'text_1', 'i', 'o'),
+        *linear_rows('text_embedding.2', 'text_2', 'd', 'o'),
+        *linear_rows('time_embedding.0', 'time_embedding/linear_1', 'i', 'o'),
+        *linear_rows('time_embedding.2', 'time_embedding/linear_2', 'd', 'o'),
+        *linear_rows('time_projection.1', 'time_projection', 'd', 'o'),
+        Row('head.modulation', 'modulation_out', '1 c d -> c d'),
+        *linear_rows('head.head', 'out', 'd', 'o'),
+    ]
+    if cfg.memory:
+        rows += linear_rows('patch_embedding_wancamctrl', 'camera_patch', 'i', 'd')
+        for part in (1, 2):
+            rows += linear_rows(f'c2ws_hidden_states_layer{part}', f'camera_{part}', 'd', 'o')
+    for path, layers in cfg.segments.items():
+        torch = 'blocks.{i}'
+        rows += [Row(f'{torch}.modulation', f'{path}/modulation', '1 c d -> c d', layers)]
+        rows += projection_rows(f'{torch}.self_attn', f'{path}/attention', layers)
+        rows += norm_rows(f'{torch}.norm3', f'{path}/text_norm', 'd', layers)
+        rows += projection_rows(f'{torch}.cross_attn', f'{path}/text_attention', layers)
+        rows += linear_rows(f'{torch}.ffn.0', f'{path}/up', 'd', 'm', layers)
+        rows += linear_rows(f'{torch}.ffn.2', f'{path}/down', 'm', 'd', layers)
+        if cfg.memory:
+            for theirs, ours in (
+                ('injector_layer1', '1'),
+                ('injector_layer2', '2'),
+                ('scale_layer', 'scale'),
+                ('shift_layer', 'shift'),
+            ):
+                rows += linear_rows(
+                    f'{torch}.cam_{theirs}', f'{path}/camera_{ours}', 'd', 'o', layers
+                )
+        if path.startswith(ACTING):
+            rows += action_rows(cfg.actions, f'{torch}.action_model', f'{path}/actions', layers)
+    return tuple(rows)
