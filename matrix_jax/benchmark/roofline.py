@@ -20,9 +20,9 @@ from __future__ import annotations
 import math
 
 from matrix_jax import worlds
-from matrix_jax.benchmark import roofline_cogvideox, roofline_wan
+from matrix_jax.benchmark import roofline_cogvideox, roofline_wan, roofline_wan_memory
 
-NETWORKS = {'cogvideox': roofline_cogvideox, 'wan': roofline_wan}
+NETWORKS = {'cogvideox': roofline_cogvideox, 'wan': roofline_wan, 'wan_memory': roofline_wan_memory}
 
 
 def of(cfg):
@@ -36,6 +36,11 @@ def size(cfg) -> tuple[int, int]:
     return cfg.height // scale, cfg.width // scale
 
 
+def decoder(cfg):
+    """Config of the autoencoder that decodes the stream (`BaseWorld.decoder_vae`)."""
+    return worlds.build(cfg).decoder_vae
+
+
 def frames(cfg) -> int:
     """Pixel frames that one step of a world's config makes."""
     return cfg.stream.step_frames * cfg.vae.temporal_compression
@@ -46,7 +51,7 @@ def flops(cfg) -> dict[str, float]:
     stream, net = cfg.stream, of(cfg)
     return {
         'dit': stream.passes * net.dit(cfg.dit, stream.frames, *size(cfg)),
-        'vae': stream.step_frames * net.vae(cfg.vae, *size(cfg)),
+        'vae': stream.step_frames * net.vae(decoder(cfg), *size(cfg)),
     }
 
 
@@ -73,7 +78,7 @@ def bounds(cfg, mesh, rate: float, link: float) -> dict[str, dict[str, float]]:
     chunk = worlds.build(cfg).decode_chunk or stream.step_frames
     sent = {
         'dit': stream.passes * net.exchanged(cfg.dit, stream.frames, *whole, network)[1],
-        'vae': stream.step_frames // chunk * net.bordered(cfg.vae, chunk, *whole, pictures),
+        'vae': stream.step_frames // chunk * net.bordered(decoder(cfg), chunk, *whole, pictures),
     }
     found = {
         part: {

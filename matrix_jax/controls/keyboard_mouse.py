@@ -1,4 +1,4 @@
-"""Keyboard and mouse of Matrix-Game 2.0 (arXiv 2508.13009): words, sequences, benchmark sequences.
+"""Keyboard and mouse of Matrix-Game 2.0 (arXiv 2508.13009) and 3.0: words, sequences, benchmarks.
 
 An action is a text of words joined by '+' ('W', 'W+right', 'idle'), one per pixel frame. A sequence
 is a text such as 'W*12,W+right*24,idle*12', a JSON list, or the name of a file with either. The

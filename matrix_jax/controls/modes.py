@@ -1,4 +1,4 @@
-"""The modes of Matrix-Game 2.0 (arXiv 2508.13009): which keys a game has, and whether a mouse."""
+"""The modes of Matrix-Game 2.0 (arXiv 2508.13009) and 3.0: keys of a game, and whether a mouse."""
 
 from __future__ import annotations
 
@@ -46,6 +46,7 @@ MODES = {
     mode.name: mode
     for mode in (
         Mode('universal', ('W', 'S', 'A', 'D')),
+        Mode('matrix_game_3', ('W', 'S', 'A', 'D', 'space', 'attack')),
         Mode('gta_drive', ('W', 'S'), letters=(('A', 'left'), ('D', 'right'))),
         Mode(
             'templerun',

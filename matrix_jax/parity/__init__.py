@@ -15,7 +15,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax.parity import layers, streaming, the_matrix, wan, wan22, wan_dit
+from matrix_jax.parity import (
+    camera,
+    layers,
+    segments,
+    streaming,
+    the_matrix,
+    umt5,
+    wan,
+    wan22,
+    wan_dit,
+    wan_memory,
+)
 from matrix_jax.parity.record import BadInput, Record, read
 
 SYSTEMS = (
@@ -25,6 +36,10 @@ SYSTEMS = (
     ('matrix_game_2', streaming),
     ('matrix_game_3', layers),
     ('matrix_game_3', wan22),
+    ('matrix_game_3', camera),
+    ('matrix_game_3', wan_memory),
+    ('matrix_game_3', umt5),
+    ('matrix_game_3', segments),
 )
 REPLAYS = {
     (system, kind): function

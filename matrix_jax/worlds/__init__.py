@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from matrix_jax.worlds import matrix_game_2, the_matrix
+from matrix_jax.worlds import matrix_game_2, matrix_game_3, the_matrix
 from matrix_jax.worlds.networks import Params
 from matrix_jax.worlds.protocols import World
 
@@ -15,6 +15,7 @@ from matrix_jax.worlds.protocols import World
 REGISTRY: dict[type, Callable[[Any], World]] = {
     the_matrix.Config: the_matrix.World,
     matrix_game_2.Config: matrix_game_2.World,
+    matrix_game_3.Config: matrix_game_3.World,
 }
 
 

@@ -152,6 +152,11 @@ class BaseWorld(Networks):
 
     # --- pixels and latents ----------------------------------------------------------------------
 
+    @property
+    def decoder_vae(self) -> Any:
+        """Config of the autoencoder whose decoder streams."""
+        return self.cfg.vae
+
     @staticmethod
     def pixels(frames: Any) -> jax.Array:
         """Frames uint8 -> float32 in [-1, 1]."""

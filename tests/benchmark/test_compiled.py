@@ -153,6 +153,19 @@ def test_the_floor_of_keyboard_and_mouse():
     assert roofline.bounds(run.world, run.mesh, 791.2e12, 450e9)['fps'] == pytest.approx(150, abs=1)
 
 
+def test_the_roofline_of_segments_with_memory():
+    """The published size, as derived by hand: 14 frames of 22 x 40 sites behind 5 of memory."""
+    cfg = recipes.load('matrix_game_3:DISTILLED').world
+    q, d, m, text = 19 * 880, 3072, 1024, 512
+    layer = 10 * q * d**2 + 2 * q * q * d + 2 * text * d**2 + 2 * q * text * d + 2 * q * d * 14336
+    action = q * m * (4 * d + 4 * m + 4 * 19)
+    found = roofline.flops(cfg)
+    assert found['dit'] == pytest.approx(3 * 2 * (30 * layer + 15 * action), rel=0.02)
+    assert roofline.frames(cfg) == 40 and cfg.stream.frames == 19
+    base = recipes.load('matrix_game_3:BASE').world
+    assert roofline.flops(base)['dit'] == pytest.approx(100 / 3 * found['dit'])
+
+
 @pytest.mark.parametrize('recipe', ['matrix_game_2:UNIVERSAL', 'matrix_game_2:TEMPLERUN'])
 def test_a_count_of_keyboard_and_mouse_is_near_the_floor(recipe):
     """At the published widths, in two layers, of small frames."""

@@ -1,0 +1,88 @@
+"""Matrix-Game 3.0 as released: 704x1280, Wan 2.2 of 5B. Weights come with --weights.
+
+    matrix-jax generate matrix_game_3:DISTILLED --weights DIR --image a.png --prompt "A castle" \\
+        --actions "W*60,right*77"
+    matrix-jax play matrix_game_3:DISTILLED --weights DIR
+
+DIR is the published folder. Convert its pickles once:
+
+    matrix-jax convert DIR/models_t5_umt5-xxl-enc-bf16.pth DIR/text_encoder \\
+        --recipe matrix_game_3:DISTILLED
+    matrix-jax convert DIR/Wan2.2_VAE.pth DIR/vae --recipe matrix_game_3:DISTILLED
+    matrix-jax convert DIR/MG-LightVAE_v2.pth DIR/vae_decoder --recipe matrix_game_3:DISTILLED
+
+The first segment of a stream has 57 frames and every other one 40, so a video has 57 + 40k frames.
+DISTILLED uses the light decoder with a quarter of the channels, LIGHT the one with half of them,
+FULL the full one. BASE is the network before distillation, with guidance.
+"""
+
+import dataclasses
+
+from matrix_jax.config import Run
+from matrix_jax.diffusion import unipc
+from matrix_jax.dit import wan_memory as dit
+from matrix_jax.encoders import t5
+from matrix_jax.stream.memory import Config as Memory
+from matrix_jax.vae import wan as vae
+from matrix_jax.worlds.matrix_game_3 import Config
+
+DEFAULT = 'DISTILLED'
+
+
+def _half(config):
+    return dataclasses.replace(config, dtype='bfloat16')
+
+
+_WORLD = Config(
+    vae=_half(vae.PRESETS['wan_2_2']),
+    light=_half(vae.PRESETS['light_v2']),
+    text=_half(t5.PRESETS['umt5_xxl']),
+)
+DISTILLED = Run(world=_WORLD)
+LIGHT = Run(world=dataclasses.replace(_WORLD, light=_half(vae.PRESETS['light'])))
+FULL = Run(world=dataclasses.replace(_WORLD, light=None))
+BASE = Run(
+    world=dataclasses.replace(
+        _WORLD, light=None, stream=Memory(solver=unipc.Config(steps=50), guidance=5.0)
+    )
+)
+
+# All networks at test size, for random weights.
+_TINY_VAE = vae.Config(
+    latent_channels=4,
+    dim=4,
+    multiples=(1, 2, 2),
+    layers=1,
+    halves_time=(True, True),
+    residual=True,
+    time_sees_first=True,
+    norm_eps=1e-6,
+    latent_means=(),
+    latent_stds=(),
+)
+_TINY_TEXT = dataclasses.replace(t5.PRESETS['tiny'], layer_bias=True)
+_TINY_DIT = dataclasses.replace(
+    dit.PRESETS['tiny'],
+    text_dim=_TINY_TEXT.dim,
+    text_length=24,
+    camera_channels=6 * _TINY_VAE.spatial_compression**2,
+)
+TINY = Run(
+    world=Config(
+        dit=_TINY_DIT,
+        vae=_TINY_VAE,
+        light=dataclasses.replace(_TINY_VAE, dim=2),
+        text=_TINY_TEXT,
+        height=16,
+        width=24,
+        stream=Memory(
+            first=4, overlap=2, new=2, capacity=16, reference_offsets=(0, 8), solver=unipc.Config(2)
+        ),
+    )
+)
+TINY_BASE = dataclasses.replace(
+    TINY,
+    world=dataclasses.replace(
+        TINY.world, light=None, stream=dataclasses.replace(TINY.world.stream, guidance=5.0)
+    ),
+)

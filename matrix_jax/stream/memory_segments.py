@@ -1,0 +1,136 @@
+"""Geometry of segments with memory, and their solver.
+
+Matrix-Game 3.0; `stream/memory.py` has the stream itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, ClassVar
+
+import numpy as np
+
+from matrix_jax.diffusion import unipc
+from matrix_jax.stream.memory_bank import KEPT
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Geometry and memory; the defaults are Matrix-Game 3.0.
+
+    Attributes:
+      first: latent frames of segment 0, the start picture included.
+      overlap: latent frames of the segment before that a segment starts with.
+      new: latent frames that a later segment adds.
+      ratio: pixel frames R of a latent frame.
+      capacity: latent frames S that the bank holds.
+      reference_offsets: reference cameras, as pixel frames before the last one of a segment; a
+        memory frame is retrieved for each.
+      fixed_memory: pixel frame that the last memory frame always shows; None = a retrieved one.
+      solver: denoising steps of a segment.
+      guidance: scale of classifier-free guidance; 1 switches it off.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    first: int = 15
+    overlap: int = 4
+    new: int = 10
+    ratio: int = 4
+    capacity: int = 1024
+    reference_offsets: tuple[int, ...] = (0, 8, 16, 24, 32)
+    fixed_memory: int | None = 4
+    solver: unipc.Config = unipc.Config()
+    guidance: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'reference_offsets', tuple(self.reference_offsets))
+        for name in ('overlap', 'new', 'ratio'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'stream.{name}: got {getattr(self, name)}, expected at least 1')
+        if self.first <= self.overlap:
+            raise ValueError(
+                f'stream.first: got {self.first} latent frames, expected more than '
+                f'the {self.overlap} of stream.overlap'
+            )
+        if self.capacity < self.first + KEPT or self.new > self.capacity - KEPT:
+            raise ValueError(
+                f'stream.capacity: got {self.capacity} latent frames, expected at '
+                f'least {max(self.first, self.new) + KEPT}'
+            )
+        longest = self.ratio * (self.overlap + self.new)
+        if not self.reference_offsets or not all(
+            0 <= offset < longest for offset in self.reference_offsets
+        ):
+            raise ValueError(
+                f'stream.reference_offsets: got {self.reference_offsets}, expected '
+                f'pixel frames from 0 to {longest - 1}'
+            )
+        if self.fixed_memory is not None and not 1 <= self.fixed_memory <= self.ratio * (KEPT - 1):
+            raise ValueError(
+                f'stream.fixed_memory: got {self.fixed_memory}, expected 1 to '
+                f'{self.ratio * (KEPT - 1)}, a frame that is never replaced'
+            )
+        if not self.guidance >= 1:
+            raise ValueError(f'stream.guidance: got {self.guidance:g}, expected at least 1')
+
+    context: ClassVar[int] = 1  # the start picture
+    lag: ClassVar[int] = 0  # a step shows the actions that it takes
+    control_binding: ClassVar[str] = 'segment'  # the segment that takes the actions
+
+    def with_control_binding(self, control_binding: str) -> Config:
+        """Returns the same config: actions always bind to the segment that takes them."""
+        return self
+
+    @property
+    def passes(self) -> int:
+        """Segments that go through the network in a step, guidance included."""
+        return self.solver.steps * (1 + (self.guidance > 1))
+
+    @property
+    def compiled_passes(self) -> int:
+        """The same: the program of a step has no conditional pass."""
+        return self.passes
+
+    @property
+    def controls_per_step(self) -> int:
+        """Actions that a step takes."""
+        return self.segment_actions
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a network call, memory frames included."""
+        return len(self.reference_offsets) + self.overlap + self.new
+
+    @property
+    def step_frames(self) -> int:
+        """Latent frames that a step makes."""
+        return self.new
+
+    @property
+    def first_actions(self) -> int:
+        """Pixel frames of segment 0."""
+        return 1 + self.ratio * (self.first - 1)
+
+    @property
+    def segment_actions(self) -> int:
+        """Pixel frames that any other segment adds."""
+        return self.ratio * self.new
+
+    @property
+    def overlap_actions(self) -> int:
+        """Pixel frames that a segment shares with the one before it."""
+        return self.ratio * self.overlap
+
+
+def first_latent(cfg: Config, segment: Any) -> Any:
+    """Number of the first latent frame of a segment, overlap included."""
+    return (segment > 0) * (cfg.first + cfg.new * (segment - 1) - cfg.overlap)
+
+
+def latent_times(cfg: Config, segment: int) -> np.ndarray[Any, Any]:
+    """Pixel frames whose cameras are those of the latent frames of a segment, int [T]."""
+    count = cfg.first if segment == 0 else cfg.overlap + cfg.new
+    frames: np.ndarray[Any, Any] = first_latent(cfg, segment) + np.arange(count)
+    return cfg.ratio * frames
