@@ -1,13 +1,13 @@
-"""Cameras of Matrix-Game 3.0: actions -> poses -> rays, and how much two cameras see of the same.
+"""Cameras of Matrix-Game 3.0: actions -> poses -> rays, and the overlap of views.
 
 A pose is (x, y, z, pitch, yaw), angles in degrees. A camera is a matrix [4 4] from camera to world
-coordinates, which looks along its third axis; its field of view is 90 degrees in both directions.
+coordinates. It looks along its third axis; its field of view is 90 degrees in both directions.
 
     poses        actions -> poses
     extrinsics   poses -> cameras
     plucker      cameras -> ray origin and direction of every pixel, stacked per latent pixel
-    view_overlap share of what one camera sees that another one sees as well
-    best_views   the candidates with the largest overlap
+    view_overlap share of the view of one camera that another camera sees
+    best_views   candidates with the largest overlap
 
 All functions are pure and in float32; leading axes are batches.
 """
@@ -21,13 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-STEP, DIAGONAL = 12.35, 8.73  # movement per frame along one axis, and along each of two
+STEP, DIAGONAL = 12.35, 8.73  # movement per frame along one axis, and along each axis of a diagonal
 DEGREES = 15.0  # of rotation per unit of the mouse
 DEAD_ZONE = np.float32(0.02)  # smaller mouse movements do not rotate
 SCALE = 0.01  # world units per unit of a pose
 AXES = np.float32([[0, 0, 1], [1, 0, 0], [0, -1, 0]])  # camera axes in the frame of a pose
 POINTS, NEAR, FAR = 10, 0.1, 30.0  # grid of a view frustum: points per axis, depths
-VIEW = (720, 1280)  # pixels of the view that overlaps are measured in
+VIEW = (720, 1280)  # pixels of a view when overlaps are measured
 
 _einsum = functools.partial(jnp.einsum, precision='highest')
 
@@ -36,7 +36,7 @@ _einsum = functools.partial(jnp.einsum, precision='highest')
 
 
 def next_pose(pose, keyboard, mouse):
-    """The pose after one frame.
+    """Returns the pose after one frame.
 
     Args:
       pose: [... 5].
@@ -69,7 +69,7 @@ def next_pose(pose, keyboard, mouse):
 
 
 def poses(start, keyboard, mouse):
-    """Poses of the frames of a trajectory.
+    """Returns the poses of the frames of a trajectory.
 
     Args:
       start: pose of the first frame [... 5].

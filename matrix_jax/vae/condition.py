@@ -12,8 +12,13 @@ import numpy as np
 from matrix_jax.vae import wan
 
 
-def fit(picture, height: int, width: int) -> np.ndarray:
+def fit(picture, height: int, width: int, resample: str = 'bilinear') -> np.ndarray:
     """Crops the middle of an image uint8 [H W 3] and resizes it: uint8 [height width 3].
+
+    Args:
+      picture: the image.
+      height, width: pixels of the result.
+      resample: filter of Pillow, such as 'bilinear' or 'bicubic'.
 
     Raises:
       ValueError: not an image, or without pixels.
@@ -25,7 +30,7 @@ def fit(picture, height: int, width: int) -> np.ndarray:
         raise ValueError(f'picture: got {picture.dtype} {picture.shape}, expected uint8 [H W 3]')
     top, left, bottom, right = crop(*picture.shape[:2], height, width)
     image = Image.fromarray(picture).crop((left, top, right, bottom))
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    return np.asarray(image.resize((width, height), Image.Resampling[resample.upper()]))
 
 
 def crop(rows: int, columns: int, height: int, width: int) -> tuple[int, int, int, int]:

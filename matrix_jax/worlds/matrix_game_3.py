@@ -188,16 +188,8 @@ class World(BaseWorld):
     def fit(self, frames: Array) -> Array:
         """Returns uint8 frames [F H W 3] of any size in the size of the world, cropped in the
         middle and resized bicubically as in the reference."""
-        from PIL import Image
-
-        cfg = self.cfg
-
-        def one(frame: Array) -> Array:
-            top, left, bottom, right = start.crop(*frame.shape[:2], cfg.height, cfg.width)
-            image = Image.fromarray(frame).crop((left, top, right, bottom))
-            return np.asarray(image.resize((cfg.width, cfg.height), Image.Resampling.BICUBIC))
-
-        return np.stack([one(np.asarray(frame)) for frame in frames])
+        size = self.cfg.height, self.cfg.width
+        return np.stack([start.fit(frame, *size, resample='bicubic') for frame in frames])
 
     def inputs(
         self, prompt: str, frames: Any, controls: list[str] | None = None

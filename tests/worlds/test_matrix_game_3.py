@@ -1,4 +1,4 @@
-"""Matrix-Game 3.0 as a world; its networks and its sampler are held to the reference elsewhere."""
+"""Matrix-Game 3.0 as a world; its networks and its sampler are compared with the reference elsewhere."""
 
 import contextlib
 import dataclasses
@@ -145,8 +145,8 @@ def test_a_folder_as_published_is_read(world, folder, tmp_path, caplog):
         (tmp_path / name).symlink_to(folder / name)
     (tmp_path / 'google').mkdir()
     (tmp_path / 'google' / 'umt5-xxl').symlink_to(folder / 'tokenizer')
-    told, tensors = diffusers_layout.read_component(folder, 'transformer')
-    del told['action_config']['norm_scale']
+    net_config, tensors = diffusers_layout.read_component(folder, 'transformer')
+    del net_config['action_config']['norm_scale']
     tensors = {f'model.{name}': tensors[name] for name in tensors}
     norms = [
         name
@@ -154,8 +154,10 @@ def test_a_folder_as_published_is_read(world, folder, tmp_path, caplog):
         if name.endswith(('attn_q_norm.weight', 'attn_k_norm.weight')) and 'action_model' in name
     ]
     tensors |= {name: np.ones_like(tensors[name]) for name in norms}
-    diffusers_layout.write_component(tmp_path, 'base_distilled_model', told, tensors, dtype=None)
-    light_told, light = diffusers_layout.read_component(folder, 'vae_decoder')
+    diffusers_layout.write_component(
+        tmp_path, 'base_distilled_model', net_config, tensors, dtype=None
+    )
+    light_config, light = diffusers_layout.read_component(folder, 'vae_decoder')
     renames = [
         entry for entry in vae.weights(world.cfg.light) if isinstance(entry, conversion.Rename)
     ]
@@ -171,7 +173,7 @@ def test_a_folder_as_published_is_read(world, folder, tmp_path, caplog):
                 if next(filter(None, (entry.name(other) for entry in renames))) == name
             )
         ] = light[name]
-    diffusers_layout.write_component(tmp_path, 'vae_decoder', light_told, others, dtype=None)
+    diffusers_layout.write_component(tmp_path, 'vae_decoder', light_config, others, dtype=None)
     with caplog.at_level(logging.WARNING):
         found = worlds.describe(build().cfg, tmp_path, whole=True)
     assert found.cfg == world.cfg and not caplog.messages
@@ -186,7 +188,9 @@ def test_a_folder_as_published_is_read(world, folder, tmp_path, caplog):
     assert found.with_tokenizers(tmp_path).tokenize_and_cut(['a'])[0].shape == (1, 24)
 
     tensors |= {name: 2 * np.ones_like(tensors[name]) for name in norms}
-    diffusers_layout.write_component(tmp_path, 'base_distilled_model', told, tensors, dtype=None)
+    diffusers_layout.write_component(
+        tmp_path, 'base_distilled_model', net_config, tensors, dtype=None
+    )
     with caplog.at_level(logging.WARNING):
         found = worlds.describe(build().cfg, tmp_path, whole=True)
     assert found.cfg.dit.actions.norm_scale
@@ -258,7 +262,7 @@ def test_bad_configs_are_refused(fields, words):
         (['--actions', 'hop*29'], "unknown action 'hop' of matrix_game_3; expected W, S, A, D"),
         (['--actions', 'W*30', '--length', '2'], 'got 30 frames, expected 37; positions 31 to 37'),
         (['--image', 'none.png'], 'none.png: no such file'),
-        ([], 'this world brings no start clip: give --video or --image'),
+        ([], 'this world has no start clip: give --video or --image'),
     ],
 )
 def test_bad_input_is_one_line(folder, tmp_path, options, words):
