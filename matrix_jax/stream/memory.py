@@ -319,7 +319,8 @@ def _denoise(
 def without_conditions(net: MemoryNetwork, carry: Carry, segment: Segment) -> Segment:
     """Returns the null condition of guidance: the negative prompt, no actions, no memory."""
     count = segment.memory.shape[1]
-    unknown = np.repeat(np.float32([NO_KEY, NO_MOUSE]), [net.keyboard, net.mouse])
+    values = np.array([NO_KEY, NO_MOUSE], np.float32)
+    unknown = np.repeat(values, [net.keyboard, net.mouse])
     return dataclasses.replace(
         segment,
         text=carry.null_text,

@@ -41,6 +41,7 @@ LOG = logging.getLogger(__name__)
 # Folders of the published weights; ours are called 'transformer' and 'tokenizer'.
 PUBLISHED = {'base': 'base_model', 'distilled': 'base_distilled_model'}
 TOKENIZER = 'google/umt5-xxl'
+VaeConfig = vae.Config
 LIGHT = vae.PRESETS['light_v2']
 NEGATIVE = (
     'Vibrant colors, overexposure, static, blurred details, subtitles, style, artwork, painting, '
@@ -72,7 +73,7 @@ class Config:
 
     dit: dit.Config = dit.PRESETS['5b']
     vae: vae.Config = vae.PRESETS['wan_2_2']
-    light: vae.Config | None = LIGHT
+    light: VaeConfig | None = LIGHT
     text: t5.Config = t5.PRESETS['umt5_xxl']
     stream: memory.Config = memory.Config()
     height: int = 704
@@ -175,7 +176,8 @@ class World(BaseWorld):
     def embed_ids(self, params: Params, ids: Any) -> jax.Array:
         """Ids [B L] -> text features [B L D], zeros after the end of each prompt."""
         ids = jnp.asarray(ids)
-        text = t5.T5Encoder(self.cfg.text).apply({'params': params['text_encoder']}, ids, ids != 0)
+        encoder = t5.T5Encoder(self.cfg.text)
+        text: Any = encoder.apply({'params': params['text_encoder']}, ids, ids != 0)
         return jnp.where((ids != 0)[..., None], text, 0)
 
     # --- what a video needs ----------------------------------------------------------------------
@@ -347,7 +349,7 @@ def network(cfg: dit.Config, pixels: int) -> memory.MemoryNetwork:
 
         keyboard = windows(segment.actions[..., :keys], memory.NO_KEY) if keys else None
         mouse = windows(segment.actions[..., keys:], memory.NO_MOUSE) if mouse_width else None
-        v: jax.Array = net.apply(
+        v: Any = net.apply(
             {'params': params['transformer']},
             jnp.concatenate([segment.memory, x], axis=1),
             jnp.pad(level, ((0, 0), (count, 0))),

@@ -1,4 +1,4 @@
-"""Matrix-Game 3.0 as a world; its networks and its sampler are compared with the reference elsewhere."""
+"""Matrix-Game 3.0 as a world; the parity tests compare its networks with the reference."""
 
 import contextlib
 import dataclasses
