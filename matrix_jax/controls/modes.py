@@ -46,7 +46,6 @@ MODES = {
     mode.name: mode
     for mode in (
         Mode('universal', ('W', 'S', 'A', 'D')),
-        Mode('matrix_game_3', ('W', 'S', 'A', 'D', 'space', 'attack')),
         Mode('gta_drive', ('W', 'S'), letters=(('A', 'left'), ('D', 'right'))),
         Mode(
             'templerun',
@@ -64,5 +63,6 @@ MODES = {
             ),
             pad=(('Z', 0, 0), ('W', 0, 1), ('C', 0, 2), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2)),
         ),
+        Mode('matrix_game_3', ('W', 'S', 'A', 'D', 'space', 'attack')),
     )
 }

@@ -154,7 +154,7 @@ def test_the_floor_of_keyboard_and_mouse():
 
 
 def test_the_roofline_of_segments_with_memory():
-    """The published size, as derived by hand: 14 frames of 22 x 40 sites behind 5 of memory."""
+    """The published size, as derived by hand: 14 frames of 22 x 40 sites after 5 memory frames."""
     cfg = recipes.load('matrix_game_3:DISTILLED').world
     q, d, m, text = 19 * 880, 3072, 1024, 512
     layer = 10 * q * d**2 + 2 * q * q * d + 2 * text * d**2 + 2 * q * text * d + 2 * q * d * 14336
