@@ -2,7 +2,8 @@
 
 Each convolution reads the present and two past frames, so a clip is coded in chunks, with those
 frames as a cache. The norms read one chunk only, so the result depends on the length of the chunks:
-8 frames or 2 latent frames, with the remainder in the first chunk.
+8 frames or 2 latent frames, with the remainder in the first chunk. The option `norm_frames = 'one'`
+removes this dependence.
 
     encode    frames -> mean, logvar             chunks of 8 frames
     decode    latents -> frames                  chunks of 2 latent frames
@@ -26,6 +27,7 @@ from einops import rearrange
 from matrix_jax.nn import initializers
 from matrix_jax.parallel import spatial
 from matrix_jax.vae.chunks import check_latents, in_chunks
+from matrix_jax.vae.cogvideox_config import OPTIONS as OPTIONS
 from matrix_jax.vae.cogvideox_config import PRESETS as PRESETS
 from matrix_jax.vae.cogvideox_config import Config as Config
 from matrix_jax.vae.cogvideox_layers import Decoder, Encoder
@@ -72,7 +74,7 @@ def encode_step(cfg: Config, params, cache, frames):
       frames: [B F H W in], not checked; after the first call F is a multiple of 4. Odd rows and
         columns (of tiles) are dropped.
     """
-    p, run = cfg.patch_size, in_chunks(Encoder(cfg), ENCODE_CHUNK)
+    p, run = cfg.patch_size, in_chunks(Encoder(cfg), ENCODE_CHUNK * cfg.chunk_factor)
     frames = rearrange(frames, 'b f (h p) (w q) c -> b f h w (p q c)', p=p, q=p)
     cache, moments = spatial.split_rows(
         run, params['encoder'], cache, frames.astype(cfg.dtype), unit=cfg.spatial_compression // p
@@ -133,7 +135,7 @@ def step(cfg: Config, params, cache, latents):
       ValueError: the latents do not fit the network.
     """
     check_latents(latents, cfg.latent_channels)
-    p, run = cfg.patch_size, in_chunks(Decoder(cfg), DECODE_CHUNK)
+    p, run = cfg.patch_size, in_chunks(Decoder(cfg), DECODE_CHUNK * cfg.chunk_factor)
     cache, frames = spatial.split_rows(run, params['decoder'], cache, latents.astype(cfg.dtype))
     frames = rearrange(frames, 'b f h w (p q c) -> b f (h p) (w q) c', p=p, q=p)
     return cache, frames.astype(jnp.float32)
@@ -144,6 +146,11 @@ def decode_streamed(cfg: Config, params, latents):
 
     Each latent frame but the first is one chunk, and the first of these starts the cache.
     """
+    if cfg.norm_frames == 'one':  # the length of the chunks makes no difference
+        # Decodes an even number, because the first of an odd number gives a single frame.
+        count = latents.shape[1] - 1
+        even = jnp.concatenate([latents[:, 1:], latents[:, -1:]], axis=1)[:, : count + count % 2]
+        return decode(cfg, params, even)[:, : count * cfg.temporal_compression]
     cache, frames = prefill(cfg, params, latents[:, 1:2])
     parts = [frames]
     for index in range(2, latents.shape[1]):  # no scan: convolutions in a loop are slow on the CPU

@@ -1,10 +1,16 @@
-"""Sizes of the CogVideoX autoencoder, its presets and `config.json`."""
+"""Sizes and options of the CogVideoX autoencoder, its presets and `config.json`."""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal, get_args
 
 from matrix_jax.weights import conversion
+
+Resampling = Literal['average', 'shortcut', 'fold']
+NormFrames = Literal['chunk', 'one']
+# If the norms read one frame, longer chunks give the same result in fewer calls.
+LONG_CHUNKS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +35,21 @@ class Config:
         stacked as channels (as in Wan 2.2); 1 in the released network.
       single_latent_frames: frames that a chunk of one latent frame decodes to: 1 (stages 1 and 2)
         or `temporal_compression` (stages 3 and 4, which stream single latent frames).
+      spatial_levels: number of levels, from the first, that halve height and width; None = all but
+        the last. The levels after them can still halve time.
+      time_taps: frames that the convolutions of each level read, 1 or 3; empty = 3 in all levels.
+      resampling: how a level changes the frame size. 'average' (released): a convolution in space,
+        means of two frames in time; the decoder repeats frames. 'shortcut': in addition, a path
+        without parameters around the level (as in Wan 2.2). 'fold': one matrix for all channels of
+        neighbouring pixels and frames.
+      norm_frames: what the norms average over: a 'chunk' (released), or 'one' frame, so that the
+        result does not depend on the length of the chunks.
+      modulated: whether the norms of the decoder have a scale and a shift computed from the
+        latents.
       dtype: type of the convolutions and of the cache, as a numpy name.
+
+    Raises:
+      ValueError: sizes or options that do not fit together.
     """
 
     in_channels: int = 3
@@ -46,12 +66,18 @@ class Config:
     patch_size: int = 1
     latent_means: tuple[float, ...] = ()
     single_latent_frames: int = 4
+    spatial_levels: int | None = None
+    time_taps: tuple[int, ...] = ()
+    resampling: Resampling = 'average'
+    norm_frames: NormFrames = 'chunk'
+    modulated: bool = True
     dtype: str = 'float32'
 
     def __post_init__(self):
         object.__setattr__(self, 'block_out_channels', tuple(self.block_out_channels))
         object.__setattr__(self, 'latent_means', tuple(self.latent_means))
-        conversion.check_sizes(self, 'vae.', zero=('layers_per_block',))
+        object.__setattr__(self, 'time_taps', tuple(self.time_taps))
+        conversion.check_sizes(self, 'vae.', zero=('layers_per_block', 'spatial_levels'))
         if len(self.latent_means) not in (0, self.latent_channels):
             raise ValueError(
                 f'vae.latent_means: got {len(self.latent_means)} numbers, expected '
@@ -73,11 +99,53 @@ class Config:
                 f'vae.single_latent_frames: got {self.single_latent_frames}, expected '
                 f'1 or temporal_compression = {self.temporal_compression}'
             )
+        self._check_options()
+
+    def _check_options(self):
+        levels = len(self.block_out_channels)
+        if self.spatial_levels is not None and self.spatial_levels >= levels:
+            raise ValueError(
+                f'vae.spatial_levels: got {self.spatial_levels}, expected at most '
+                f'{levels - 1}, because the last level is not resampled'
+            )
+        if self.time_taps and (len(self.time_taps) != levels or set(self.time_taps) - {1, 3}):
+            raise ValueError(
+                f'vae.time_taps: got {self.time_taps}, expected none, or 1 or 3 for '
+                f'each of the {levels} levels'
+            )
+        for name, known in (
+            ('resampling', get_args(Resampling)),
+            ('norm_frames', get_args(NormFrames)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f'vae.{name}: got {getattr(self, name)!r}, expected one of {", ".join(known)}'
+                )
+        if self.resampling == 'shortcut':
+            self._check_shortcuts()
+
+    def _check_shortcuts(self):
+        """Whether the channels around each level are whole multiples of each other."""
+        widths = self.block_out_channels
+        for level in range(len(widths) - 1):
+            before = max(level - 1, 0)
+            time = 1 + self.halves_time(level)
+            down = time * (1 + self.halves_space(level)) ** 2
+            up = time * (1 + self.doubles_space(level)) ** 2
+            if (
+                widths[before] * down % widths[level]
+                or widths[-1 - level] * up % widths[-1 - before]
+            ):
+                raise ValueError(
+                    f'vae.block_out_channels: got {widths}, expected widths whose '
+                    'shortcuts divide (resampling shortcut)'
+                )
 
     @property
     def spatial_compression(self) -> int:
         """Pixels per latent pixel, in height and width."""
-        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+        levels = range(len(self.block_out_channels) - 1)
+        return self.patch_size * 2 ** sum(map(self.halves_space, levels))
 
     @property
     def normalisation(self) -> dict:
@@ -87,6 +155,26 @@ class Config:
     def halves_time(self, level: int) -> bool:
         """Whether the resampling after a level also halves (or doubles) time."""
         return 2 ** (level + 1) <= self.temporal_compression
+
+    def halves_space(self, level: int) -> bool:
+        """Whether the resampling after an encoder level halves height and width."""
+        return self.spatial_levels is None or level < self.spatial_levels
+
+    def doubles_space(self, level: int) -> bool:
+        """Whether the resampling after a decoder level doubles height and width.
+
+        Decoder levels count from the smallest frames.
+        """
+        return self.halves_space(len(self.block_out_channels) - 2 - level)
+
+    def taps(self, level: int) -> int:
+        """Frames that the convolutions of an encoder level read."""
+        return self.time_taps[level] if self.time_taps else 3
+
+    @property
+    def chunk_factor(self) -> int:
+        """Length of the chunks of a clip, in multiples of the released length."""
+        return 1 if self.norm_frames == 'chunk' else LONG_CHUNKS
 
     @classmethod
     def from_released(cls, released: dict) -> Config:
@@ -108,9 +196,13 @@ class Config:
 
     def to_released(self) -> dict:
         """The `vae/config.json` of this network."""
-        levels = len(self.block_out_channels)
+        levels, default = len(self.block_out_channels), type(self)()
         released = {'_class_name': 'AutoencoderKLCogVideoX'} | FIXED
-        released |= {theirs: _plain(getattr(self, ours)) for theirs, ours in FIELDS.items()}
+        released |= {
+            theirs: _plain(getattr(self, ours))
+            for theirs, ours in FIELDS.items()
+            if ours not in OPTIONS or getattr(self, ours) != getattr(default, ours)
+        }
         return released | {
             'down_block_types': ['CogVideoXDownBlock3D'] * levels,
             'up_block_types': ['CogVideoXUpBlock3D'] * levels,
@@ -122,7 +214,7 @@ def _plain(value):
 
 
 # Keys of config.json: those that set a field, those with one supported value, and those without
-# effect. Released files have no patch_size, latent_means and single_latent_frames.
+# effect. Released files have no patch_size, latent_means, single_latent_frames and OPTIONS.
 FIELDS = {
     'in_channels': 'in_channels',
     'out_channels': 'out_channels',
@@ -138,7 +230,14 @@ FIELDS = {
     'sample_height': 'sample_height',
     'sample_width': 'sample_width',
     'single_latent_frames': 'single_latent_frames',
+    'spatial_levels': 'spatial_levels',
+    'time_taps': 'time_taps',
+    'resampling': 'resampling',
+    'norm_frames': 'norm_frames',
+    'modulated': 'modulated',
 }
+# Fields that are written only if they differ from the default.
+OPTIONS = ('spatial_levels', 'time_taps', 'resampling', 'norm_frames', 'modulated')
 FIXED = {'act_fn': 'silu', 'use_quant_conv': False, 'use_post_quant_conv': False}
 IGNORED = ('force_upcast', 'shift_factor', 'latents_mean', 'latents_std', 'invert_scale_latents')
 

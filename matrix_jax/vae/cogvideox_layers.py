@@ -14,6 +14,7 @@ from jax import lax
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d
 from matrix_jax.parallel import spatial
 from matrix_jax.vae.cogvideox_config import Config
+from matrix_jax.vae.resampling import fold, fold_mean, unfold, unfold_repeat
 from matrix_jax.weights.conversion import Row
 
 
@@ -26,15 +27,16 @@ class Encoder(nn.Module):
     def __call__(self, x, cache=None):
         """[B F H W in], cache or None -> cache, [B T h w 2C]."""
         cfg, old, new = self.cfg, cache or {}, {}
-        x, new['conv_in'] = conv(cfg, cfg.block_out_channels[0], 'conv_in')(x, old.get('conv_in'))
+        x, new['conv_in'] = conv(cfg, cfg.block_out_channels[0], 'conv_in', cfg.taps(0))(
+            x, old.get('conv_in')
+        )
         for level, width in enumerate(cfg.block_out_channels):
-            name = f'down_{level}'
-            x, new[name] = Level(cfg, width, cfg.layers_per_block, name=name)(
+            name, level_input = f'down_{level}', x
+            x, new[name] = Level(cfg, width, cfg.layers_per_block, cfg.taps(level), name=name)(
                 x, None, old.get(name)
             )
             if level < len(cfg.block_out_channels) - 1:
-                x = halve_time(x) if cfg.halves_time(level) else x
-                x = Downsample2d(width, dtype=cfg.dtype, name=f'downsample_{level}')(x)
+                x = downsample(cfg, level, x, level_input)
         x, new['mid'] = Level(cfg, x.shape[-1], 2, name='mid')(x, None, old.get('mid'))
         x = nn.silu(GroupNorm(cfg, name='norm_out')(x))
         x, new['conv_out'] = conv(cfg, 2 * cfg.latent_channels, 'conv_out')(x, old.get('conv_out'))
@@ -54,17 +56,15 @@ class Decoder(nn.Module):
         x, new['conv_in'] = conv(cfg, widths[0], 'conv_in')(z, old.get('conv_in'))
         x, new['mid'] = Level(cfg, widths[0], 2, name='mid')(x, z, old.get('mid'))
         for level, width in enumerate(widths):
-            name = f'up_{level}'
-            x, new[name] = Level(cfg, width, cfg.layers_per_block + 1, name=name)(
+            name, level_input, taps = f'up_{level}', x, cfg.taps(len(widths) - 1 - level)
+            x, new[name] = Level(cfg, width, cfg.layers_per_block + 1, taps, name=name)(
                 x, z, old.get(name)
             )
             if level < len(widths) - 1:
-                # The convolution is per frame, so doubling time after it is equal and cheaper.
-                x = Upsample2d(width, dtype=cfg.dtype, name=f'upsample_{level}')(x)
-                x = double_time(cfg, x) if cfg.halves_time(level) else x
-        x = nn.silu(SpatialNorm(cfg, name='norm_out')(x, z))
+                x = upsample(cfg, level, x, level_input)
+        x = nn.silu(norm(cfg, 'norm_out', x, z))
         width = cfg.out_channels * cfg.patch_size**2
-        x, new['conv_out'] = conv(cfg, width, 'conv_out')(x, old.get('conv_out'))
+        x, new['conv_out'] = conv(cfg, width, 'conv_out', cfg.taps(0))(x, old.get('conv_out'))
         return new, x
 
 
@@ -74,6 +74,7 @@ class Level(nn.Module):
     cfg: Config
     features: int
     layers: int
+    taps: int = 3
 
     @nn.compact
     def __call__(self, x, z=None, cache=None):
@@ -81,7 +82,7 @@ class Level(nn.Module):
         new = {}
         for layer in range(self.layers):
             name = f'resnet_{layer}'
-            x, new[name] = Resnet(self.cfg, self.features, name=name)(
+            x, new[name] = Resnet(self.cfg, self.features, self.taps, name=name)(
                 x, z, None if cache is None else cache[name]
             )
         return x, new
@@ -92,26 +93,75 @@ class Resnet(nn.Module):
 
     cfg: Config
     features: int
+    taps: int = 3
 
     @nn.compact
     def __call__(self, x, z=None, cache=None):
         """[B T H W in], latents [B T h w C] or None, cache -> [B T H W out], cache."""
         cfg, old, new = self.cfg, cache or {}, {}
-
-        def norm(h, name):
-            return GroupNorm(cfg, name=name)(h) if z is None else SpatialNorm(cfg, name=name)(h, z)
-
-        h = nn.silu(norm(x, 'norm1'))
-        h, new['conv1'] = conv(cfg, self.features, 'conv1')(h, old.get('conv1'))
-        h = nn.silu(norm(h, 'norm2'))
-        h, new['conv2'] = conv(cfg, self.features, 'conv2')(h, old.get('conv2'))
+        h = nn.silu(norm(cfg, 'norm1', x, z))
+        h, new['conv1'] = conv(cfg, self.features, 'conv1', self.taps)(h, old.get('conv1'))
+        h = nn.silu(norm(cfg, 'norm2', h, z))
+        h, new['conv2'] = conv(cfg, self.features, 'conv2', self.taps)(h, old.get('conv2'))
         if x.shape[-1] != self.features:
-            x, _ = conv(cfg, self.features, 'shortcut', kernel=(1, 1, 1))(x)
+            x, _ = pointwise(cfg, self.features, 'shortcut')(x)
         return x + h, new
 
 
+def downsample(cfg: Config, level: int, x, level_input):
+    """The resampling after an encoder level.
+
+    Args:
+      cfg: sizes and options.
+      level: number of the level, from full frames.
+      x: output of the level [B T H W C].
+      level_input: its input [B T H W in], for the shortcut.
+
+    Returns:
+      [B T' H' W' C].
+    """
+    name, width = f'downsample_{level}', x.shape[-1]
+    time, space = 1 + cfg.halves_time(level), 1 + cfg.halves_space(level)
+    if cfg.resampling == 'fold':
+        return pointwise(cfg, width, name)(fold(even_frames(x, time), time, space))[0]
+    x = halve_time(x) if time == 2 else x
+    x = Downsample2d(width, dtype=cfg.dtype, name=name)(x) if space == 2 else x
+    if cfg.resampling == 'shortcut':
+        x = x + fold_mean(even_frames(level_input, time), width, time, space)
+    return x
+
+
+def upsample(cfg: Config, level: int, x, level_input):
+    """The resampling after a decoder level.
+
+    Args:
+      cfg: sizes and options.
+      level: number of the level, from the smallest frames.
+      x: output of the level [B T H W C].
+      level_input: its input [B T H W in], for the shortcut.
+
+    Returns:
+      [B T' H' W' C].
+    """
+    name, width = f'upsample_{level}', x.shape[-1]
+    time, space = 1 + cfg.halves_time(level), 1 + cfg.doubles_space(level)
+    frames = doubled_frames(cfg, x.shape[1]) if time == 2 else x.shape[1]
+    if cfg.resampling == 'fold':
+        x, _ = pointwise(cfg, width * time * space**2, name)(x)
+        return unfold(x, time, space)[:, -frames:]
+    # The convolution is per frame, so doubling time after it is equal and cheaper.
+    x = Upsample2d(width, dtype=cfg.dtype, name=name)(x) if space == 2 else x
+    x = double_time(cfg, x) if time == 2 else x
+    if cfg.resampling == 'shortcut':
+        x = x + unfold_repeat(level_input, width, time, space)[:, -frames:]
+    return x
+
+
 class GroupNorm(nn.Module):
-    """Group norm over time, height and width of the chunk; statistics in float32."""
+    """Group norm over time, height and width; statistics in float32.
+
+    They cover the chunk, or each frame if `norm_frames = 'one'`.
+    """
 
     cfg: Config
 
@@ -122,6 +172,8 @@ class GroupNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones_init(), (width,))
         bias = self.param('bias', nn.initializers.zeros_init(), (width,))
         wide = x.astype(jnp.float32)
+        if self.cfg.norm_frames == 'one':
+            wide = rearrange(wide, 'b t h w c -> (b t) 1 h w c')
 
         def group_mean(y):
             # Means of channels first, then of groups, so the reduction runs along rows.
@@ -132,7 +184,7 @@ class GroupNorm(nn.Module):
         mean = group_mean(wide)
         mean, variance = spatial.pooled_statistics(mean, group_mean(jnp.square(wide - mean)))
         wide = (wide - mean) * (lax.rsqrt(variance + self.cfg.norm_eps) * scale) + bias
-        return wide.astype(x.dtype)
+        return wide.reshape(x.shape).astype(x.dtype)
 
 
 class SpatialNorm(nn.Module):
@@ -144,14 +196,26 @@ class SpatialNorm(nn.Module):
     def __call__(self, x, z):
         """[B T H W D], latents [B t h w C] -> [B T H W D]."""
         # A 1x1x1 convolution commutes with nearest neighbours, so it runs on the small frames.
-        y, _ = conv(self.cfg, x.shape[-1], 'conv_y', kernel=(1, 1, 1))(z)
-        b, _ = conv(self.cfg, x.shape[-1], 'conv_b', kernel=(1, 1, 1))(z)
+        y, _ = pointwise(self.cfg, x.shape[-1], 'conv_y')(z)
+        b, _ = pointwise(self.cfg, x.shape[-1], 'conv_b')(z)
         return GroupNorm(self.cfg, name='norm')(x) * nearest(y, x.shape) + nearest(b, x.shape)
 
 
-def conv(cfg: Config, features: int, name: str, **fields) -> CausalConv3d:
-    """A causal convolution of this network, 3x3x3 by default."""
-    return CausalConv3d(features, dtype=cfg.dtype, name=name, **fields)
+def norm(cfg: Config, name: str, x, z):
+    """Normalises x [B T H W C], with latents z [B t h w C] if the norm reads them, else None."""
+    if z is None or not cfg.modulated:
+        return GroupNorm(cfg, name=name)(x)
+    return SpatialNorm(cfg, name=name)(x, z)
+
+
+def conv(cfg: Config, features: int, name: str, taps: int = 3) -> CausalConv3d:
+    """A causal convolution of this network, 3x3 in space and over `taps` frames."""
+    return CausalConv3d(features, (taps, 3, 3), dtype=cfg.dtype, name=name)
+
+
+def pointwise(cfg: Config, features: int, name: str) -> CausalConv3d:
+    """A 1x1x1 convolution of this network."""
+    return CausalConv3d(features, (1, 1, 1), dtype=cfg.dtype, name=name)
 
 
 def nearest(z, shape):
@@ -167,6 +231,11 @@ def nearest(z, shape):
     for axis in (1, 2, 3):  # one by one: the gradient of a joint repetition takes twice the time
         z = jnp.repeat(z, shape[axis] // z.shape[axis], axis=axis)
     return z
+
+
+def even_frames(x, time: int):
+    """Repeats the first of an odd number of frames [B T ...], if time is halved (`time` = 2)."""
+    return jnp.concatenate([x[:, :1], x], axis=1) if x.shape[1] % time else x
 
 
 def halve_time(x):
@@ -185,6 +254,13 @@ def double_time(cfg: Config, x):
     return jnp.concatenate([x[:, :odd], jnp.repeat(x[:, odd:], 2, axis=1)], axis=1)
 
 
+def doubled_frames(cfg: Config, frames: int) -> int:
+    """Number of frames that `double_time` returns for `frames`."""
+    if frames == 1:
+        return 1 if cfg.single_latent_frames == 1 else 2
+    return 2 * frames - frames % 2
+
+
 def weights(cfg: Config) -> tuple[Row, ...]:
     """Weight table: `AutoencoderKLCogVideoX` <-> parameter tree."""
 
@@ -195,7 +271,7 @@ def weights(cfg: Config) -> tuple[Row, ...]:
         ]
 
     def norm_rows(torch, path):
-        if torch.startswith('encoder'):
+        if torch.startswith('encoder') or not cfg.modulated:
             return [
                 Row(f'{torch}.weight', f'{path}/scale', 'o -> o'),
                 Row(f'{torch}.bias', f'{path}/bias', 'o -> o'),
@@ -230,10 +306,13 @@ def weights(cfg: Config) -> tuple[Row, ...]:
             made += level_rows(
                 torch, f'{net}/{block}_{level}', layers, width != levels[max(level - 1, 0)]
             )
-            if level < len(levels) - 1:
-                made += conv_rows(
-                    f'{torch}.{sampler}rs.0.conv', f'{net}/{sampler}_{level}', 'o i h w -> h w i o'
-                )
+            names = f'{torch}.{sampler}rs.0.conv', f'{net}/{sampler}_{level}'
+            if level == len(levels) - 1:
+                continue
+            if cfg.resampling == 'fold':
+                made += conv_rows(*names)
+            elif (cfg.halves_space if net == 'encoder' else cfg.doubles_space)(level):
+                made += conv_rows(*names, 'o i h w -> h w i o')
         made += norm_rows(f'{net}.norm_out', f'{net}/norm_out')
         made += conv_rows(f'{net}.conv_out.conv', f'{net}/conv_out')
     return tuple(made)

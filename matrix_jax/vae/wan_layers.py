@@ -11,13 +11,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import rearrange, reduce
+from einops import rearrange
 from jax import lax
 
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
 from matrix_jax.nn.linear import Linear
 from matrix_jax.parallel import spatial
+from matrix_jax.vae.resampling import fold_mean, unfold_repeat
 from matrix_jax.vae.wan_config import Config
 from matrix_jax.weights.conversion import Drop, Rename, Row
 
@@ -85,7 +86,11 @@ class Down(nn.Module):
             if cfg.halves_time[self.level]:
                 x, new['time'] = HalveTime(dtype=cfg.dtype, name='time')(x, old.get('time'))
                 time = 2
-        return x + folded(entry, x.shape[-1], time, space) if cfg.residual else x, new
+        if cfg.residual:  # a single frame counts as the second of two
+            pad = (-entry.shape[1] % time, 0)
+            entry = jnp.pad(entry, ((0, 0), pad, (0, 0), (0, 0), (0, 0)))
+            x = x + fold_mean(entry, x.shape[-1], time, space)
+        return x, new
 
 
 class Up(nn.Module):
@@ -111,7 +116,7 @@ class Up(nn.Module):
         width = x.shape[-1] if cfg.residual else x.shape[-1] // 2
         x = Upsample2d(width, dtype=cfg.dtype, name='resample')(x)
         if cfg.residual:  # the first frame has no first copies
-            x = x + unfolded(entry, width, time, 2)[:, -x.shape[1] :]
+            x = x + unfold_repeat(entry, width, time, 2)[:, -x.shape[1] :]
         return x, new
 
 
@@ -228,22 +233,6 @@ class DoubleTime(nn.Module):
         x = jnp.concatenate([past, x], axis=1)
         y = rearrange(run(x, 1), 'b t h w (p c) -> b (t p) h w c', p=2)
         return y[:, 1:] if start else y, x[:, -2:]
-
-
-def folded(x, features: int, time: int, space: int):
-    """Averages neighbours and channels: [B T H W C] -> [B T/time H/space W/space features].
-
-    A single frame counts as the second of two.
-    """
-    x = jnp.pad(x, ((0, 0), (-x.shape[1] % time, 0), (0, 0), (0, 0), (0, 0)))
-    x = rearrange(x, 'b (t u) (h p) (w q) c -> b t h w (c u p q)', u=time, p=space, q=space)
-    return reduce(x, 'b t h w (o g) -> b t h w o', 'mean', o=features)
-
-
-def unfolded(x, features: int, time: int, space: int):
-    """Repeats values to neighbours: [B T H W C] -> [B T*time H*space W*space features]."""
-    x = jnp.repeat(x, features * time * space**2 // x.shape[-1], axis=-1)
-    return rearrange(x, 'b t h w (o u p q) -> b (t u) (h p) (w q) o', u=time, p=space, q=space)
 
 
 def taps(layer, width: int, features: int, dtype):

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import json
 from pathlib import Path
 
 import jax
@@ -9,6 +10,8 @@ import pytest
 
 from matrix_jax.parity.record import read
 from matrix_jax.vae import cogvideox as vae
+from matrix_jax.vae import cogvideox_layers as layers
+from matrix_jax.vae import resampling
 from matrix_jax.vae.tiling import Tiles, tiled, windowed
 from matrix_jax.weights import conversion
 from tests.vae import drawn
@@ -288,6 +291,110 @@ def test_missing_and_unknown_weights_are_named():
 def test_unsupported_configs_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         vae.Config.from_released(SMALL.to_released() | change)
+
+
+# Three levels, of which the second resamples time only, cover every branch of the options.
+OPTIONS = {
+    'shortcut': vae.Config(
+        latent_channels=4,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        norm_groups=2,
+        spatial_levels=1,
+        resampling='shortcut',
+        sample_height=16,
+        sample_width=24,
+    ),
+    'fold': vae.Config(
+        latent_channels=4,
+        block_out_channels=(4, 8, 8),
+        layers_per_block=1,
+        norm_groups=2,
+        patch_size=2,
+        spatial_levels=1,
+        time_taps=(1, 3, 3),
+        resampling='fold',
+        norm_frames='one',
+        modulated=False,
+        sample_height=16,
+        sample_width=24,
+    ),
+}
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_options_survive_the_round_trip(name):
+    cfg = OPTIONS[name]
+    written = json.loads(json.dumps(cfg.to_released()))
+    assert vae.Config.from_released(written) == cfg
+    assert not set(vae.OPTIONS) & set(vae.PRESETS['released'].to_released())
+    params, table = params_of(cfg), vae.weights(cfg)
+    back = conversion.flatten(
+        conversion.to_jax(table, conversion.to_torch(table, params), vae.shapes(cfg))
+    )
+    given = conversion.flatten(params)
+    assert back.keys() == given.keys()
+    assert all(np.array_equal(back[path], given[path]) for path in back)
+
+
+@pytest.mark.parametrize('name', OPTIONS)
+def test_options_keep_lengths_and_causality(name):
+    cfg = OPTIONS[name]
+    size = 2 * cfg.spatial_compression
+    frames = normal(1, 9, size, size, 3)
+    params, encode = params_of(cfg), compiled(vae.encode, cfg)
+    mean, logvar = encode(params, frames)
+    assert mean.shape == logvar.shape == (1, 3, 2, 2, 4)
+    if cfg.norm_frames == 'one':  # norms of a chunk read later frames of it
+        changed, _ = encode(params, np.concatenate([frames[:, :5], frames[:, 5:] + 1], axis=1))
+        np.testing.assert_allclose(changed[:, :2], mean[:, :2], atol=1e-5)
+        assert np.abs(changed[:, 2] - mean[:, 2]).max() > 1e-3
+    assert compiled(vae.decode, cfg)(params, mean).shape == (1, 9, size, size, 3)
+    assert compiled(vae.decode_streamed, cfg)(params, mean).shape == (1, 8, size, size, 3)
+
+
+def test_norms_of_one_frame_are_independent_of_chunks():
+    cfg = OPTIONS['fold']
+    params, latents = params_of(cfg), normal(1, 4, 2, 2, 4)
+    step = compiled(vae.step, cfg)
+    cache, parts = None, []
+    for index in range(1, 4):  # as a stream does it
+        cache, made = step(params, cache, latents[:, index : index + 1])
+        parts.append(made)
+    np.testing.assert_allclose(
+        compiled(vae.decode_streamed, cfg)(params, latents),
+        np.concatenate(parts, axis=1),
+        atol=2e-5,
+    )
+
+
+def test_unfold_inverts_fold():
+    x = normal(1, 4, 4, 6, 3)
+    folded = resampling.fold(x, 2, 2)
+    assert folded.shape == (1, 2, 2, 3, 24)
+    assert np.array_equal(resampling.unfold(folded, 2, 2), x)
+
+
+def test_the_first_of_an_odd_number_of_frames_counts_twice():
+    x = normal(1, 3, 4, 6, 3)
+    np.testing.assert_array_equal(layers.even_frames(x, 2)[:, :2], np.repeat(x[:, :1], 2, axis=1))
+    np.testing.assert_array_equal(layers.even_frames(x, 1), x)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'time_taps': (3, 3)}, 'expected none, or 1 or 3 for each of the 3 levels'),
+        ({'time_taps': (2, 3, 3)}, 'expected none, or 1 or 3'),
+        ({'spatial_levels': 3}, 'expected at most 2'),
+        ({'resampling': 'other'}, 'expected one of average, shortcut, fold'),
+        ({'norm_frames': 'two'}, 'expected one of chunk, one'),
+        ({'block_out_channels': (4, 8, 14)}, 'whose shortcuts divide'),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(OPTIONS['shortcut'], **change)
 
 
 def test_bad_inputs_are_refused():
