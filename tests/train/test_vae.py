@@ -2,8 +2,9 @@ import types
 
 import jax
 import numpy as np
+import pytest
 
-from matrix_jax.train.vae import Autoencode
+from matrix_jax.train.vae import MAX_WEIGHT, Autoencode, color_weights, random_crops
 from matrix_jax.vae import wan
 from matrix_jax.weights import conversion
 
@@ -49,3 +50,60 @@ def test_latents_are_standard_in_the_end():
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.3)
     same, kept = Autoencode(train_encoder=False).finish(world, params, None)
     assert same is world and kept is params
+
+
+def test_pixels_of_rare_colours_weigh_more():
+    frames = np.full((1, 1, 10, 10, 3), -0.9, np.float32)
+    frames[0, 0, 0, :2] = 0.9, -0.9, -0.9
+    weights = np.asarray(color_weights(frames, 0.5))
+    assert weights.shape == (1, 1, 10, 10, 1)
+    np.testing.assert_allclose(weights.mean(), 1, rtol=1e-5)
+    np.testing.assert_allclose(
+        weights[0, 0, 0, 0] / weights[0, 0, 5, 5], (98 / 2) ** 0.5, rtol=1e-5
+    )
+    np.testing.assert_allclose(color_weights(frames, 0.0), 1, rtol=1e-5)
+    assert color_weights(frames, 1.0).max() == MAX_WEIGHT
+
+
+def test_rare_colours_change_the_loss():
+    params = {'vae': wan.init(TINY, 0)}
+    losses = [
+        Autoencode(rare=rare).loss(World(), params, next(clips()), jax.random.key(0))[0]
+        for rare in (0.0, 0.5)
+    ]
+    assert np.isfinite(losses).all() and losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'absolute': -1.0}, 'stage.absolute: got -1.0'),
+        ({'kl': float('nan')}, 'stage.kl: got nan'),
+        ({'absolute': 0.0, 'square': 0.0}, 'expected one of them above 0'),
+        ({'rare': 1.5}, 'stage.rare: got 1.5'),
+        ({'crop': (8,)}, 'expected none, or a height and a width'),
+    ],
+)
+def test_invalid_loss_fields_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Autoencode(**fields)
+
+
+def test_random_crops_begin_at_whole_latent_pixels():
+    frames = np.arange(2 * 3 * 6 * 9, dtype=np.uint16).reshape(2, 3, 6, 9, 1)
+    corners = set()
+    for seed in range(60):
+        parts = np.asarray(random_crops(frames, (4, 4), 2, jax.random.key(seed)))
+        assert parts.shape == (2, 3, 4, 4, 1)
+        for clip, part in zip(frames, parts):
+            found = [
+                (y, x)
+                for y in range(3)
+                for x in range(6)
+                if np.array_equal(clip[:, y : y + 4, x : x + 4], part)
+            ]
+            assert len(found) == 1
+            corners.update(found)
+    assert corners == {(y, x) for y in (0, 2) for x in (0, 2, 4)}
+    with pytest.raises(ValueError, match=r'expected at most the frames \(6, 9\)'):
+        random_crops(frames, (7, 5), 2, jax.random.key(0))
