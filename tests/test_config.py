@@ -64,6 +64,7 @@ def test_names_of_recipes():
 def test_recipes_are_read_from_a_folder(configs, tmp_path):
     configs.undo()
     configs.setattr(recipes, '_folder', lambda: tmp_path)
+    configs.delitem(sys.modules, 'matrix_jax_recipes.toy', raising=False)
     (tmp_path / 'toy.py').write_text(
         'from matrix_jax.config import Run\nDEFAULT = "SMALL"\nSMALL = Run(world=None)\n'
     )

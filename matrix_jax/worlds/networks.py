@@ -351,6 +351,8 @@ FIRST_NAMES = {
     'ControlConfig(': 'Control(',
     ', blocks=None, norm_scale=False': '',
     'layer_bias=False, ': '',
+    "spatial_levels=None, time_taps=(), resampling='average', ": '',
+    "norm_frames='chunk', modulated=True, ": '',
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import ClassVar
 
 import flax.linen as nn
@@ -151,6 +152,8 @@ def registered(monkeypatch, tmp_path):
     folder.mkdir()
     (folder / 'toy.py').write_text(RECIPES)
     monkeypatch.setattr(recipes, '_folder', lambda: folder)
+    # Another test has recipes of this name; loaded ones are kept.
+    monkeypatch.delitem(sys.modules, 'matrix_jax_recipes.toy', raising=False)
 
 
 @pytest.fixture
