@@ -43,7 +43,7 @@ class Config:
             raise ValueError(f'solver.shift: got {self.shift}, expected more than 0')
 
 
-class StepTable(NamedTuple):
+class UniPCTable(NamedTuple):
     """Coefficients of a run, one row per step, float32 [steps], on the host.
 
     Attributes:
@@ -90,7 +90,7 @@ def timesteps(cfg: Config) -> np.ndarray:
     return np.trunc(1000 * sigmas(cfg)[:-1]).astype(np.int64)
 
 
-def step_table(cfg: Config) -> StepTable:
+def step_table(cfg: Config) -> UniPCTable:
     """Returns the coefficients of a run."""
     levels, count = sigmas(cfg), cfg.steps
     sigma = np.float64(np.float32(levels))
@@ -105,7 +105,7 @@ def step_table(cfg: Config) -> StepTable:
         order = min(2, count - i, i + 1)
         predict[i] = _prediction(sigma, alpha, log_snr, i, order)
     keep = np.arange(count) == 0
-    return StepTable(
+    return UniPCTable(
         *(np.float32(column) for column in (timesteps(cfg), sigma[:-1], keep, correct, predict))
     )
 
@@ -142,7 +142,7 @@ def init(x) -> History:
     return History(*[jnp.zeros_like(x)] * 3)
 
 
-def step(row: StepTable, history: History, x, v):
+def step(row: UniPCTable, history: History, x, v):
     """One update.
 
     Args:
@@ -162,7 +162,7 @@ def step(row: StepTable, history: History, x, v):
     return History(corrected, clean, history.clean), following
 
 
-def sample(table: StepTable, denoise, x, hold=lambda x: x):
+def sample(table: UniPCTable, denoise, x, hold=lambda x: x):
     """Runs all steps.
 
     Args:

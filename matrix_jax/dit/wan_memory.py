@@ -72,7 +72,7 @@ class ActionFrames(Blocks):
 
 
 @struct.dataclass
-class LayerInputs:
+class MemoryLayerInputs:
     """Inputs that all layers share.
 
     Attributes:
@@ -156,7 +156,7 @@ class WanMemoryTransformer(nn.Module):
         modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
         missing = cfg.text_length - text.shape[1]
         text = jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
-        inputs = LayerInputs(
+        inputs = MemoryLayerInputs(
             time=rearrange(modulation, 'b t n (c d) -> b t n c d', c=6),
             text=jnp.broadcast_to(
                 self.text_2(jax.nn.gelu(self.text_1(text), approximate=True)),
@@ -204,7 +204,7 @@ class Block(nn.Module):
     has_actions: bool
 
     @nn.compact
-    def __call__(self, x, inputs: LayerInputs):
+    def __call__(self, x, inputs: MemoryLayerInputs):
         """Tokens [B T n D] -> (tokens, None)."""
         cfg, dtype, eps = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.eps
         modulation = self.param(

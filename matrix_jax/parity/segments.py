@@ -33,7 +33,7 @@ def solver_steps(record: Record) -> dict:
     x, outputs = jnp.asarray(inputs['sample0']), {}
     history, step = unipc.init(x), fast_jit(unipc.step)
     for i in range(config['num_inference_steps']):
-        row = unipc.StepTable(*(column[i] for column in table))
+        row = unipc.UniPCTable(*(column[i] for column in table))
         history, x = step(row, history, x, inputs[f'v{i}'])
         outputs |= {f'corrected{i}': history.latents, f'x0_{i}': history.clean, f'sample{i + 1}': x}
     return outputs

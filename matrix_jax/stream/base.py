@@ -76,7 +76,7 @@ class Stream(NamedTuple):
     with_prompt: Callable[[PyTree, jax.Array], PyTree] | None = None
 
 
-class Decoder(NamedTuple):
+class StreamDecoder(NamedTuple):
     """Streaming decoder from latents to frames.
 
     Attributes:
@@ -101,7 +101,9 @@ def join(outputs: jax.Array) -> jax.Array:
 
 
 def chain(
-    stream: Stream, decoder: Decoder, decoder_seed: Callable[[PyTree], jax.Array] | None = None
+    stream: Stream,
+    decoder: StreamDecoder,
+    decoder_seed: Callable[[PyTree], jax.Array] | None = None,
 ) -> Stream:
     """Returns a stream of frames: each `step` makes latents and decodes them in one program.
 

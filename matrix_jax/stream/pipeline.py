@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from matrix_jax.parallel import compilation, sharding
-from matrix_jax.stream.base import Decoder, PyTree, Stream
+from matrix_jax.stream.base import PyTree, Stream, StreamDecoder
 
 AHEAD = 2  # one step in each half
 
@@ -38,7 +38,7 @@ class Pipeline:
     def __init__(
         self,
         stream: Stream,
-        decoder: Decoder,
+        decoder: StreamDecoder,
         decoder_seed: Callable[[PyTree], jax.Array],
         params: tuple[PyTree, PyTree],
         ahead: int = AHEAD,

@@ -24,7 +24,7 @@ import numpy as np
 
 from matrix_jax.config import UsageError
 from matrix_jax.controls.vocabulary import Vocabulary
-from matrix_jax.stream.base import Decoder, PyTree, Stream, chain
+from matrix_jax.stream.base import PyTree, Stream, StreamDecoder, chain
 from matrix_jax.worlds.networks import Component, Networks, Params
 
 __all__ = ['BaseWorld', 'Component', 'check_frames']
@@ -181,7 +181,7 @@ class BaseWorld(Networks):
         )
         return cache, self.autoencoder.scaled(cfg, mean)
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> StreamDecoder:
         """Returns the streaming decoder: latents of a step -> uint8 frames."""
         vae, cfg = self.autoencoder, self.cfg.vae
 
@@ -197,7 +197,7 @@ class BaseWorld(Networks):
                 frames.append(made)
             return cache, self.to_uint8(jnp.concatenate(frames, axis=1))
 
-        return Decoder(prefill, step)
+        return StreamDecoder(prefill, step)
 
     # --- the stream ------------------------------------------------------------------------------
 

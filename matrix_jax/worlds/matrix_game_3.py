@@ -28,7 +28,7 @@ from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.dit import wan_memory as dit
 from matrix_jax.encoders import t5, tokenizers
 from matrix_jax.stream import memory
-from matrix_jax.stream.base import Decoder, PyTree, Stream
+from matrix_jax.stream.base import PyTree, Stream, StreamDecoder
 from matrix_jax.vae import condition as start
 from matrix_jax.vae import wan as vae
 from matrix_jax.weights import conversion, diffusers_layout
@@ -213,7 +213,7 @@ class World(BaseWorld):
         """Config of the autoencoder whose decoder streams: the light one, if there is one."""
         return self.cfg.light or self.cfg.vae
 
-    def decoder(self) -> Decoder:
+    def decoder(self) -> StreamDecoder:
         """Returns the streaming decoder: latents of a step -> uint8 frames."""
         cfg = self.decoder_vae
         name = 'vae_decoder' if self.cfg.light else 'vae'
@@ -222,7 +222,7 @@ class World(BaseWorld):
             cache, frames = vae.step(cfg, params[name], cache, vae.unscaled(cfg, latents))
             return cache, self.to_uint8(frames)
 
-        return Decoder(lambda params, latents: step(params, None, latents), step)
+        return StreamDecoder(lambda params, latents: step(params, None, latents), step)
 
     def condition(self, params: Params, ids: Any, frames: Any) -> memory.Cond:
         """Returns what a stream starts from.

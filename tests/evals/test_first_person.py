@@ -15,7 +15,7 @@ from matrix_jax import config, recipes, worlds
 from matrix_jax.cli.parser import main_guard
 from matrix_jax.data.records import SUFFIX, Clip, unknown, write_shard
 from matrix_jax.evals import action_probe, first_person, report, tables
-from matrix_jax.stream.base import Decoder, Stream
+from matrix_jax.stream.base import Stream, StreamDecoder
 from matrix_jax.worlds import matrix_game_2
 
 TOOL = Path(__file__).parents[2] / 'tools' / 'evaluate.py'
@@ -51,7 +51,7 @@ class Round(matrix_game_2.World):
             frames = jnp.repeat(latents.astype(jnp.uint8), 4, axis=1)
             return jnp.zeros(()), frames[:, 3:] if first else frames
 
-        return Decoder(lambda params, latents: show(params, None, latents, True), show)
+        return StreamDecoder(lambda params, latents: show(params, None, latents, True), show)
 
     def stream(self, control_binding=None):
         def step(params, carry, control):

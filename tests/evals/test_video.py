@@ -10,7 +10,7 @@ import pytest
 from matrix_jax.controls import driving
 from matrix_jax.evals import video
 from matrix_jax.stream import swin
-from matrix_jax.stream.base import Decoder, Stream
+from matrix_jax.stream.base import Stream, StreamDecoder
 
 
 class World:
@@ -35,7 +35,7 @@ class World:
         def show(params, cache, latents):
             return cache, jnp.repeat(latents.astype(jnp.uint8), 4, axis=1)
 
-        return Decoder(lambda params, latents: show(params, jnp.zeros(()), latents), show)
+        return StreamDecoder(lambda params, latents: show(params, jnp.zeros(()), latents), show)
 
     def stream(self, control_binding):
         cfg = dataclasses.replace(self.cfg.stream, control_binding=control_binding)

@@ -25,7 +25,7 @@ def decoder():
     def decode(last, latents):
         return latents[:, -1:], jnp.repeat(latents, 2, axis=1) + last
 
-    return base.Decoder(
+    return base.StreamDecoder(
         lambda params, latents: decode(0.0, latents),
         lambda params, cache, latents: decode(cache, latents),
     )

@@ -30,7 +30,9 @@ def parts():
     def decode(params, past, latents):
         return past + latents, (past * params['scale'] + latents).astype(jnp.uint8)
 
-    decoder = base.Decoder(lambda params, latents: decode(params, 0 * latents, latents), decode)
+    decoder = base.StreamDecoder(
+        lambda params, latents: decode(params, 0 * latents, latents), decode
+    )
     return {
         'stream': base.Stream(init, step, step),
         'decoder': decoder,

@@ -16,7 +16,7 @@ from einops import rearrange
 from matrix_jax import config, recipes, video, worlds
 from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.serve.runtime.batched_stream import BatchedStream
-from matrix_jax.stream.base import Decoder, Stream, rollout
+from matrix_jax.stream.base import Stream, StreamDecoder, rollout
 from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import CheckpointError
 from matrix_jax.worlds.base import BaseWorld
@@ -128,7 +128,7 @@ class World(BaseWorld):
             layout = 'b t h w (p q c) -> b t (h p) (w q) c'
             return self.to_uint8(rearrange(latents, layout, p=PATCH, q=PATCH))
 
-        return Decoder(
+        return StreamDecoder(
             lambda params, latents: (latents, show(latents)),
             lambda params, last, latents: (latents, show((last + latents) / 2)),
         )

@@ -23,7 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from matrix_jax.config import UsageError
 from matrix_jax.parallel import compilation, sharding
-from matrix_jax.stream.base import Decoder, Stream, prefilled
+from matrix_jax.stream.base import Stream, StreamDecoder, prefilled
 from matrix_jax.stream.pipeline import Pipeline
 from matrix_jax.worlds.protocols import TextWorld, World
 
@@ -215,7 +215,7 @@ class BatchedStream:
 
         return Pipeline(
             Stream(stages['stream'].init, step, step),
-            Decoder(stages['decoder'].prefill, decode),
+            StreamDecoder(stages['decoder'].prefill, decode),
             stages['decoder_seed'],
             params,
         )

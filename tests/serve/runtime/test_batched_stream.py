@@ -26,7 +26,7 @@ from matrix_jax.serve.runtime.engine import Engine, InFlightStep
 from matrix_jax.serve.runtime.slot_state import SlotState
 from matrix_jax.serve.web.hosted_world import HostedWorld
 from matrix_jax.serve.web.metrics import Metrics
-from matrix_jax.stream.base import Decoder
+from matrix_jax.stream.base import StreamDecoder
 from matrix_jax.worlds.the_matrix import World
 
 
@@ -59,7 +59,7 @@ class Cheap(World):
             )
             return cache, (jnp.clip(y, 0, 1) * 255).astype(jnp.uint8)
 
-        return Decoder(lambda params, latents: step(params, None, latents), step)
+        return StreamDecoder(lambda params, latents: step(params, None, latents), step)
 
 
 def opened(mesh):
