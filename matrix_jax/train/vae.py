@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import vae
+from matrix_jax.config import UsageError
 from matrix_jax.parallel import compilation
 from matrix_jax.train.stage import Stage, example_batch
 
@@ -72,6 +73,14 @@ class Autoencode(Stage):
             )
         if not 0 <= self.rare <= 1:
             raise ValueError(f'stage.rare: got {self.rare}, expected 0 <= rare <= 1')
+
+    def check_world(self, world):
+        super().check_world(world)
+        grid, size = world.cfg.vae.spatial_compression, (world.cfg.height, world.cfg.width)
+        if any(part % grid or part > whole for part, whole in zip(self.crop, size)):
+            raise UsageError(
+                f'stage.crop: got {self.crop}, expected multiples of {grid} within the frames {size}'
+            )
 
     def trainable(self, path):
         return self.train_encoder or path.startswith('vae/decoder/')

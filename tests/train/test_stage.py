@@ -39,3 +39,11 @@ def test_a_stage_refuses_other_worlds_and_writes_nothing(recipe, stage, predicti
 @pytest.mark.parametrize('recipe', ['matrix_game_2:TINY', 'the_matrix:TINY'])
 def test_an_autoencoder_trains_for_any_world(recipe):
     Autoencode().check_world(worlds.build(recipes.load(recipe).world))
+
+
+@pytest.mark.parametrize('crop', [(7, 8), (8, 12), (640, 96), (64, 104)])
+def test_parts_that_do_not_fit_the_world_are_refused(crop):
+    world = worlds.build(recipes.load('autoencoders:LEAN').world)
+    Autoencode(crop=(32, 48)).check_world(world)
+    with pytest.raises(UsageError, match='stage.crop: got .* multiples of 8 within the frames'):
+        Autoencode(crop=crop).check_world(world)
