@@ -79,7 +79,7 @@ class Autoencode(Stage):
         grid, size = world.cfg.vae.spatial_compression, (world.cfg.height, world.cfg.width)
         if any(part % grid or part > whole for part, whole in zip(self.crop, size)):
             raise UsageError(
-                f'stage.crop: got {self.crop}, expected multiples of {grid} within the frames {size}'
+                f'stage.crop: got {self.crop}, expected multiples of {grid} within {size}'
             )
 
     def trainable(self, path):

@@ -45,5 +45,5 @@ def test_an_autoencoder_trains_for_any_world(recipe):
 def test_parts_that_do_not_fit_the_world_are_refused(crop):
     world = worlds.build(recipes.load('autoencoders:LEAN').world)
     Autoencode(crop=(32, 48)).check_world(world)
-    with pytest.raises(UsageError, match='stage.crop: got .* multiples of 8 within the frames'):
+    with pytest.raises(UsageError, match='stage.crop: got .* multiples of 8 within'):
         Autoencode(crop=crop).check_world(world)
