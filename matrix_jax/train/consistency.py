@@ -27,6 +27,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.diffusion import sampling, schedules, solvers
 from matrix_jax.stream import swin
 from matrix_jax.train.denoise import Denoising
+from matrix_jax.train.swin_dpm import check_binding_groups, controls_in_play, draw_binding_group
 from matrix_jax.weights import conversion
 
 
@@ -88,6 +89,8 @@ class StreamConsistency(Denoising):
       rollout: 'shift' only: largest number of shifts that the student makes itself, under recorded
         controls, before the teacher makes the next one. 0 = recorded windows only.
       rollout_share: share of updates on such windows.
+      binding_groups: groups that new controls take effect at, each in as many samples as the
+        others. Empty = the group of the stream.
     """
 
     objective: Literal['shift', 'window'] = 'shift'
@@ -99,6 +102,7 @@ class StreamConsistency(Denoising):
     rollout: int = 0
     rollout_share: float = 0.5
     control_dropout: float = 0.0
+    binding_groups: tuple[int, ...] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -147,6 +151,7 @@ class StreamConsistency(Denoising):
                 f'stream: got solver {stream.solver!r} with {stream.steps} steps, '
                 f"expected 'lcm' with groups = {stream.groups} steps"
             )
+        check_binding_groups(self.binding_groups, stream)
 
     def loss(self, world, params, batch, key):
         stream, keys = world.cfg.stream, jax.random.split(key, 6)
@@ -240,16 +245,22 @@ class StreamConsistency(Denoising):
 
     def _rolled(self, world, params, batch, key, carry):
         """Lets the student make some shifts -> (carry, controls [B T] of the next one)."""
-        stream, keys = world.cfg.stream, jax.random.split(key, 3)
-        size, shape = stream.group_frames, carry.window.shape
+        keys, shape = jax.random.split(key, 4), carry.window.shape
+        stream = world.cfg.stream
+        size = stream.group_frames
+        group = draw_binding_group(stream, self.binding_groups, keys[3], shape[0])
 
-        def control(shift):
-            begin = stream.binding_slot + shift * size
-            return jax.lax.dynamic_slice_in_dim(batch['controls'], begin, size, axis=1)
+        def slots(shift):
+            window = jax.lax.dynamic_slice_in_dim(
+                batch['controls'], shift * size, stream.frames, axis=1
+            )
+            return controls_in_play(stream, window, group)
 
         if not self.rollout:
-            return carry, swin.bind(stream, carry.controls, control(0))
+            return carry, slots(0)
         plan = swin.shift_table(stream, world.cfg.scheduler)
+        # With late binding a shift takes the controls of all slots as they are.
+        late = stream.with_control_binding('late')
         # A loop of random length has no reverse derivative, and needs none.
         carry, params = jax.lax.stop_gradient((carry, params))
 
@@ -259,14 +270,15 @@ class StreamConsistency(Denoising):
                 (shape[0], size * (1 + stream.renoise_condition), *shape[2:]),
             )
             append, renoise = jnp.split(noise, [size], axis=1)
+            known, control = jnp.split(slots(shift), [late.known_controls], axis=1)
             return swin.shift(
-                stream,
+                late,
                 plan,
                 world.schedule,
                 world.denoise,
                 params,
-                carry,
-                control(shift),
+                dataclasses.replace(carry, controls=known),
+                control,
                 None,
                 append,
                 renoise,
@@ -275,7 +287,7 @@ class StreamConsistency(Denoising):
         count = jax.random.randint(keys[1], (), 1, self.rollout + 1)
         count = jnp.where(jax.random.uniform(keys[2]) < self.rollout_share, count, 0)
         carry = jax.lax.fori_loop(0, count, advance, carry)
-        return carry, swin.bind(stream, carry.controls, control(count))
+        return carry, slots(count)
 
 
 def _row(table: ShiftTables, point):
