@@ -2,6 +2,7 @@
 
 matrix-jax evaluate carracing:SWIN --weights runs/swin/weights --data data/carracing --out eval
 matrix-jax evaluate doom --weights runs/stream/weights --data data/doom --out eval
+matrix-jax evaluate carracing --data data/carracing --blind 20 --out eval
 matrix-jax evaluate --compare eval/teacher eval/student
 """
 
@@ -28,6 +29,12 @@ def main(argv: Sequence[str]) -> None:
     add('--streams', type=whole(1), help='streams per row of the tables (default 6, walking 4)')
     add('--eval-seed', type=whole(0, SEED), help='seed of starts, scripts and noise (default 0)')
     add('--quick', action='store_true', help='rough figures in a few minutes')
+    add(
+        '--blind',
+        type=whole(1, 100),
+        metavar='PAIRS',
+        help='only write a page that asks which of two clips is generated',
+    )
     add('--compare', nargs='+', metavar='DIR', help='print finished results side by side')
     args, run = parser.parse_run(argv, 'carracing:SWIN')
     if args.compare:
@@ -54,5 +61,8 @@ def main(argv: Sequence[str]) -> None:
         given = {name: value for name, value in given.items() if value is not None}
         cfg = report.settings(worlds.build(run.world), args.quick, **given)
         world, params = worlds.open_run(run)
+        if args.blind:
+            print(report.blind(world, params, run.data, out, cfg, args.blind))
+            return
         report.evaluate(world, params, run.data, out, cfg)
     print(Path(out, 'report.md').read_text(encoding='utf-8'))

@@ -12,7 +12,7 @@ import numpy as np
 
 from matrix_jax import video
 from matrix_jax.config import UsageError
-from matrix_jax.controls.driving import FRAMES_PER_CONTROL, SYMBOLS
+from matrix_jax.controls.driving import FRAMES_PER_CONTROL, SYMBOLS, decode
 from matrix_jax.data.carracing import THEMES
 from matrix_jax.data.loader import Clips
 from matrix_jax.evals import closed_loop, control, driver
@@ -57,6 +57,19 @@ def recorded(world, data: str, cfg: Config) -> Clips:
 def shape(world) -> tuple[int, int]:
     """(latent frames of the condition, latent frames of a step)."""
     return world.cfg.stream.context, world.cfg.stream.group_frames
+
+
+def recorded_controls(world, clip, count: int) -> list[str]:
+    """The first `count` symbols of a recorded clip after the context of a stream.
+
+    Raises:
+      UsageError: the clip has no symbols, or too few.
+    """
+    context = world.cfg.stream.context
+    found = decode(clip.controls[::FRAMES_PER_CONTROL])[context : context + count]
+    if len(found) < count or not clip.labelled:
+        raise UsageError(f'--data: got {len(found)} symbols in a clip, expected {count}')
+    return found
 
 
 def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, out: Path):

@@ -118,6 +118,18 @@ def shape(world) -> tuple[int, int]:
     return world.cfg.stream.context, world.cfg.stream.frames
 
 
+def recorded_controls(world, clip: Clip, count: int) -> list[str]:
+    """The first `count` recorded actions of a clip.
+
+    Raises:
+      UsageError: the clip has too few.
+    """
+    vectors = np.concatenate([clip.keyboard, clip.mouse], axis=1)[:count]
+    if len(vectors) < count:
+        raise UsageError(f'--data: got {len(vectors)} actions in a clip, expected {count}')
+    return world.vocabulary.decode(vectors)
+
+
 def sections(world, params, data: str, held_out: LabelledClips, rebuilt, cfg: Config, out: Path):
     """Yields (name, results) of each section of the report, and writes its pictures to `out`.
 

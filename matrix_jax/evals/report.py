@@ -7,6 +7,7 @@ An evaluator is a module with `NAME`, `Config` (a `settings.EvaluationSettings`)
 
     recorded(world, data, cfg)      sequence of held-out clips; raises if the world cannot be judged
     shape(world)                    latent frames of a stream's start, and of each of its steps
+    recorded_controls(world, clip, count)      controls of a recorded clip after that start
     sections(world, params, data, held_out, rebuilt, cfg, out)      yields (name, results)
 """
 
@@ -18,6 +19,7 @@ import time
 from pathlib import Path
 
 from matrix_jax.config import UsageError
+from matrix_jax.evals import blind as blind_test
 from matrix_jax.evals import carracing, first_person, tables
 from matrix_jax.evals.video import psnr, rebuild
 
@@ -38,6 +40,26 @@ def settings(world, quick: bool = False, **given):
     """
     cfg = evaluator(world).Config()
     return dataclasses.replace(cfg.quick() if quick else cfg, **given)
+
+
+def blind(world, params, data: str, out, cfg, count: int, seconds: float = 4) -> Path:
+    """Writes `blind.html` to `out`, on which a person looks for generated clips; see `evals.blind`.
+
+    Args:
+      world, params, data, out, cfg: as of `evaluate`.
+      count: number of pairs.
+      seconds: length of each clip.
+
+    Raises:
+      UsageError: the world or the data cannot be judged; nothing is written.
+    """
+    ours = evaluator(world)
+    held_out = ours.recorded(world, data, cfg)
+    shown = blind_test.pairs(world, params, ours, held_out, count, seconds, cfg.seed)
+    path = Path(out) / 'blind.html'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(blind_test.page(world.cfg.name, shown, world.cfg.fps), encoding='utf-8')
+    return path
 
 
 def evaluate(world, params, data: str, out, cfg, log=print) -> dict:

@@ -70,6 +70,7 @@ class Streams:
         texts: Sequence[Sequence[str]],
         seed: int,
         progress: Callable = lambda steps: steps,
+        prompts: Sequence[str] | None = None,
     ) -> np.ndarray:
         """Frames uint8 [B F H W 3] of whole videos under known controls of any vocabulary.
 
@@ -78,11 +79,13 @@ class Streams:
           texts: controls of each video, as many as the world needs for its length.
           seed: seed of all noise.
           progress: wraps the range of steps, such as `tqdm`.
+          prompts: prompt of each video; the world's by default.
         """
         known, steps = zip(*map(self.world.split_controls, texts), strict=True)
+        prompts = prompts or [self.world.cfg.prompt] * len(texts)
         given = [
-            self.world.inputs(self.world.cfg.prompt, clip, one)[0]
-            for clip, one in zip(frames, known, strict=True)
+            self.world.inputs(prompt, clip, one)[0]
+            for prompt, clip, one in zip(prompts, frames, known, strict=True)
         ]
         carry = self.enter(tuple(map(np.concatenate, zip(*given, strict=True))), seed)
         encode, shown = self.world.vocabulary.encode, []
