@@ -10,7 +10,9 @@ MEASURES = {
     'palette': 'palette',
     'sharpness': 'sharpness',
     'color': 'colour, Delta E',
+    'motion': 'ground motion, pixels per frame',
 }
+OFF_ROAD = 5  # seconds after which a car that is driven straight ahead has left the road
 HEAD = (
     'world',
     'steering seen',
@@ -36,7 +38,7 @@ def report(results: dict) -> str:
         lines += _obedience(results['played'], 'script, as played')
     lines += _drift(results)
     if 'long' in results:
-        lines += by_minute(results['long'], {'on_road': 'on the road', **MEASURES})
+        lines += by_minute(results['long'], {'on_road': 'on the road', **_measured(results)})
     cfg, speed = results['config'], results['speed']
     return '\n'.join(
         [
@@ -119,6 +121,7 @@ def _summary(results: dict) -> list[str]:
             *(f'{fidelity[name]:.2f}' for name in ('seams', 'seams_real')),
             '',
         ],
+        *_compared(results),
         ['VAE on held-out frames', f'{results["reconstruction"]["psnr"]:.1f} dB', '', ''],
     ]
     return table(['measure', 'generated', 'real game (ceiling)', 'floor'], rows)
@@ -138,21 +141,53 @@ def _obedience(obeyed: dict, heading: str = 'script') -> list[str]:
     return table([heading, *head, 'turn without a key, less the game, rad/s'], rows)
 
 
+def _measured(results: dict) -> dict[str, str]:
+    """Names of the measures that the results have; older ones lack the motion of the ground."""
+    found = results['drift']['straight']['generated']
+    return {name: heading for name, heading in MEASURES.items() if name in found}
+
+
+def _compared(results: dict) -> list[list[str]]:
+    """Rows of the summary that compare a measure with the game's under the same keys."""
+
+    def mean(script: str, kind: str, measure: str, first: int) -> float:
+        values = results['drift'][script][kind][measure][first:]
+        return sum(values) / max(len(values), 1)
+
+    driven = results['drive_drift']
+    last = [driven[kind]['sharpness'][-10:] for kind in ('world', 'game')]
+    made, real = (sum(values) / len(values) for values in last)
+    rows = [['sharpness of the last ten seconds, driven', f'{made:.2f}', f'{real:.2f}', '']]
+    if 'motion' in _measured(results) and results['config']['seconds'] > OFF_ROAD:
+        made, real = (mean('straight', kind, 'motion', OFF_ROAD) for kind in ('generated', 'real'))
+        rows.append(
+            [
+                f'motion of the ground from second {OFF_ROAD} on, straight ahead off the road, '
+                'pixels per frame',
+                f'{made:.2f}',
+                f'{real:.2f}',
+                '0 (a still picture)',
+            ]
+        )
+    return rows
+
+
 def _drift(results: dict) -> list[str]:
     cfg = results['config']
     seconds = sorted({min(int(at), cfg['seconds']) for at in cfg['times']})
+    measures = _measured(results)
     rows = [
         [
             name,
             second,
             *(
                 f'{one[kind][measure][second - 1]:.2f}'
-                for measure in MEASURES
+                for measure in measures
                 for kind in ('generated', 'real')
             ),
         ]
         for name, one in results['drift'].items()
         for second in seconds
     ]
-    columns = [heading for name in MEASURES.values() for heading in (name, 'game')]
+    columns = [heading for name in measures.values() for heading in (name, 'game')]
     return table(['script', 'second', *columns], rows)

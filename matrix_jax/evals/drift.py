@@ -52,6 +52,36 @@ def change(frames) -> np.ndarray:
     return np.array([0, *steps], np.float32)
 
 
+def ground_motion(frames, rows: int) -> np.ndarray:
+    """Motion of the upper `rows` downwards in pixels per frame [F]; first 0.
+
+    The peak of the phase correlation of neighbouring frames (Kuglin and Hines 1975), to a part of a
+    pixel. A picture that moves sideways or turns gives the vertical part only.
+
+    Args:
+      frames: uint8 [F H W 3].
+      rows: rows of the picture that are read.
+    """
+    luma = frames[:, :rows].astype(np.float32) @ LUMA
+    luma -= luma.mean(axis=(1, 2), keepdims=True)
+    height, width = luma.shape[1:]
+    window = np.outer(np.hanning(height + 2)[1:-1], np.hanning(width + 2)[1:-1])
+    spectra = np.fft.rfft2(luma * window)
+    found = np.zeros(len(frames))
+    for index, (before, after) in enumerate(zip(spectra, spectra[1:], strict=False), 1):
+        cross = before.conj() * after
+        size = np.abs(cross)
+        if not size.max():
+            continue  # blank pictures
+        peaks = np.fft.irfft2(cross / (size + 1e-3 * size.max()), s=(height, width))
+        row, column = np.unravel_index(peaks.argmax(), peaks.shape)
+        above, top, below = peaks[np.arange(row - 1, row + 2) % height, column]
+        bend = above - 2 * top + below
+        place = row + (0.5 * (above - below) / bend if bend else 0.0)
+        found[index] = place - height if place > height / 2 else place
+    return found
+
+
 def mean_color(frames) -> np.ndarray:
     """Mean colours [F 3] of frames uint8 [F H W 3]."""
     return frames.reshape(len(frames), -1, 3).mean(axis=1)

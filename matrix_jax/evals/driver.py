@@ -14,11 +14,13 @@ import numpy as np
 
 from matrix_jax.data import carracing
 from matrix_jax.data.carracing import FPS, FRAMES_PER_LATENT, HEIGHT, THEMES, TOP_SPEED, WIDTH
+from matrix_jax.evals import drift
 
 CAR = (51, 48)  # row and column of the car's centre
 SCALE = 1.556  # pixels per unit
 CAR_BOX = (slice(47, 56), slice(45, 52))
 RING = (slice(44, 59), slice(43, 54))  # around the car, which is cut out
+ABOVE_CAR = 44  # rows of the picture
 RED, BLACK, WHITE = (204, 0, 0), (0, 0, 0), (255, 255, 255)
 THEME_NAMES = tuple(THEMES)
 
@@ -72,9 +74,10 @@ def car_seen(frames, least: float = 5) -> np.ndarray:
 
 
 def measures(theme: str) -> dict:
-    """Measures for `drift.seconds`: road (share of the picture), car (share of frames that show it)
-    and palette (share of pixels near the theme's colours)."""
+    """Measures for `drift.seconds`: road (share of the picture), car (share of frames with it),
+    palette (share of pixels near the theme's colours) and motion (pixels per frame, downwards)."""
     return {
+        'motion': partial(drift.ground_motion, rows=ABOVE_CAR),
         'road': partial(road_area, theme=theme),
         'car': car_seen,
         'palette': partial(palette_match, theme=theme),

@@ -32,6 +32,23 @@ def test_seconds_see_when_the_colour_goes():
     assert found['car'] == [0, 0, 0, 0] and found['sharpness'] == [0, 0, 0, 0]
 
 
+def test_ground_motion_is_the_shift_downwards():
+    rng = np.random.default_rng(0)
+    # A texture of bandlimited noise, which can be moved by parts of a pixel.
+    spectrum = np.fft.rfft2(rng.normal(size=(64, 96)))
+    rows = np.fft.fftfreq(64)[:, None]
+    spectrum *= np.exp(-80 * (rows**2 + np.fft.rfftfreq(96)[None] ** 2))
+    frames = [
+        np.fft.irfft2(spectrum * np.exp(-2j * np.pi * rows * down), s=(64, 96))
+        for down in (0, 2.5, 5.0, 5.0, 4.0)
+    ]
+    frames = np.stack(frames)[..., None].repeat(3, axis=-1)
+    frames = (128 + 40 * frames / frames.std()).clip(0, 255).astype(np.uint8)
+    found = drift.ground_motion(frames, rows=44)
+    np.testing.assert_allclose(found, [0, 2.5, 2.5, 0, -1], atol=0.3)
+    assert drift.ground_motion(np.zeros((2, 8, 8, 3), np.uint8), rows=8).tolist() == [0, 0]
+
+
 def test_a_picture_that_stands_still_does_not_change():
     frames = np.zeros((5, 2, 2, 3), np.uint8)
     frames[3:] = 7
