@@ -64,18 +64,9 @@ class VizDoomGame:
 
     def reset(self, level: DoomMap, seed: int, rng: np.random.Generator) -> bool:
         """Puts the walker at a random place in `level`, facing free space -> whether it worked."""
-        if self.open != level:
-            self._start(level)
-        self.game.set_seed(seed % 2**31)
-        self.game.new_episode()
-        self.game.send_game_command('god')
+        self._new_episode(level, seed)
         for _ in range(40):
-            x, y = self._anywhere(rng)
-            # The engine ignores input in the first frames of an episode.
-            self._act(STILL, 4)
-            self.game.send_game_command(f'warp {x:.1f} {y:.1f}')
-            self._act(STILL, 2)
-            if self.over or np.hypot(*(self.pose()[:2] - (x, y))) > 1:
+            if not self._warp(*self._anywhere(rng)):
                 continue
             ahead = []
             for _ in range(8):
@@ -87,6 +78,41 @@ class VizDoomGame:
                 self._act([0, 0, 0, 0, 0, float(turn)], 1)
                 return not self.over
         return False
+
+    def begin_at(self, level: DoomMap, seed: int, pose) -> bool:
+        """Puts the walker at a recorded pose, at rest -> whether it stands there.
+
+        Args:
+          level: map of the recording.
+          seed: seed of the recording.
+          pose: as in `records.POSE`.
+        """
+        self._new_episode(level, seed)
+        if not self._warp(*map(float, pose[:2])):
+            return False
+        for _ in range(16):  # the first tics after a warp ignore the mouse
+            yaw, pitch = np.degrees(wrap(np.asarray(pose[3:5]) - self.pose()[3:5]))
+            if max(abs(yaw), abs(pitch)) < 0.1:
+                return True
+            self._act([0, 0, 0, 0, float(pitch), -float(yaw)], 1)
+            if self.over:
+                break
+        return False
+
+    def _new_episode(self, level: DoomMap, seed: int):
+        if self.open != level:
+            self._start(level)
+        self.game.set_seed(seed % 2**31)
+        self.game.new_episode()
+        self.game.send_game_command('god')
+
+    def _warp(self, x: float, y: float) -> bool:
+        """Moves the walker -> whether it is there."""
+        # The engine ignores input in the first frames of an episode.
+        self._act(STILL, 4)
+        self.game.send_game_command(f'warp {x:.1f} {y:.1f}')
+        self._act(STILL, 2)
+        return not self.over and np.hypot(*(self.pose()[:2] - (x, y))) <= 1
 
     def _start(self, level: DoomMap):
         vizdoom, root = self.vizdoom, os.path.dirname(self.vizdoom.__file__)

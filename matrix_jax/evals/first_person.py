@@ -19,7 +19,7 @@ from matrix_jax import video
 from matrix_jax.config import UsageError
 from matrix_jax.data.loader import Clips
 from matrix_jax.data.records import FRAMES_PER_LATENT, KEYS, Clip
-from matrix_jax.evals import action_probe, control
+from matrix_jax.evals import action_probe, control, walks_in_game
 from matrix_jax.evals import drift as drifts
 from matrix_jax.evals.settings import EvaluationSettings
 from matrix_jax.evals.video import Streams, bar, sheet, spread
@@ -158,6 +158,15 @@ def sections(world, params, data: str, held_out: LabelledClips, rebuilt, cfg: Co
     yield 'obedience', {name: obedience(cfg, probe, one, fps) for name, one in walks.items()}
     shown = [held_out[index].frames for index in starts]
     yield 'drift', drift(walks, shown, fps)
+    clips = [held_out[index] for index in starts]
+    if walks_in_game.can_play(clips):
+        yield (
+            'game',
+            {
+                name: drifts.seconds(played, shown, [MEASURES] * len(shown), fps)
+                for name, played in game_videos(world.vocabulary, clips, walks, out, cfg, fps)
+            },
+        )
     yield 'fidelity', fidelity(cfg, probe, walks['mixed'], held_out, shown, world.cfg.stream, fps)
     draw(world.vocabulary, walks, shown, cfg, fps, out)
     if cfg.long_seconds:
@@ -322,6 +331,22 @@ def drift(walks: dict[str, ScriptedWalks], shown, fps: int) -> dict:
         **{name: drifts.seconds(one.frames, shown, own, fps) for name, one in walks.items()},
         'real': drifts.seconds(shown, shown, own, fps),
     }
+
+
+def game_videos(vocabulary, clips, walks: dict[str, ScriptedWalks], out: Path, cfg: Config, fps):
+    """Yields (script, frames uint8 [B F H W 3]) of the real game under the same actions, and writes
+    `scripts-I-game.png` of each start, a row per script."""
+    rows = [[] for _ in clips]
+    for name, one in walks.items():
+        count = one.frames.shape[1]
+        vectors = np.stack([vocabulary.encode(texts)[:count] for texts in one.texts])
+        frames = walks_in_game.play(clips, vectors)
+        for row, played in zip(rows, frames, strict=True):
+            row.append(played[[min(round(at * fps), count - 1) for at in cfg.times]])
+        yield name, frames
+    for index, row in enumerate(rows):
+        shown = sheet(row, range(len(cfg.times)), 1)
+        video.write_image(out / f'scripts-{index}-game.png', shown)
 
 
 def fidelity(

@@ -32,6 +32,7 @@ def report(results: dict) -> str:
         *_scripts(results, parts),
         *_fidelity(results),
         *_seconds(results, parts),
+        *(_against_game(results) if 'game' in results else []),
     ]
     if 'long' in results:
         lines += by_minute(results['long'], MEASURES)
@@ -151,6 +152,32 @@ def _seconds(results: dict, parts: list[str]) -> list[str]:
         if second <= len(one['sharpness'])
     ]
     return table(['script', 'second', *MEASURES.values()], rows)
+
+
+def _against_game(results: dict) -> list[str]:
+    """Each script against the real game under the same actions, second by second."""
+    rows = []
+    for name, game in results['game'].items():
+        made = results['drift'][name]
+        ratio = np.divide(made['sharpness'], np.maximum(game['sharpness'], 1e-6))
+        rows.append(
+            [
+                name,
+                f'{ratio.min():.2f} (second {int(ratio.argmin()) + 1})',
+                f'{ratio.mean():.2f}',
+                *(f'{one[key][-1]:.2f}' for key in ('color', 'change') for one in (made, game)),
+            ]
+        )
+    head = (
+        'script',
+        'lowest sharpness / game',
+        'mean',
+        'colour at the end, Delta E',
+        'game',
+        'change per frame at the end',
+        'game',
+    )
+    return table(head, rows)
 
 
 def _asked(one: dict, part: str, axis: str) -> bool:
