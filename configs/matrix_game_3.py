@@ -13,7 +13,12 @@ DIR is the published folder. Convert its pickles once:
 
 The first segment of a stream has 57 frames and every other one 40, so a video has 57 + 40k frames.
 DISTILLED uses the light decoder with a quarter of the channels, LIGHT the one with half of them,
-FULL the full one. BASE is the network before distillation, with guidance.
+FULL the full one. BASE is the network before distillation, with guidance. MOE has two networks of
+14B, one for high noise levels and one for low ones; its sizes are those of the public code, and
+no weights are published. WAN is plain Wan 2.2 of 5B: whole clips from a prompt, with or without a
+picture.
+
+    matrix-jax generate matrix_game_3:WAN --weights DIR --prompt "A castle" --length 5
 """
 
 import dataclasses
@@ -22,9 +27,11 @@ from matrix_jax.config import Run
 from matrix_jax.diffusion import unipc
 from matrix_jax.dit import wan_memory as dit
 from matrix_jax.encoders import t5
+from matrix_jax.recipes import change
 from matrix_jax.stream.memory import Config as Memory
+from matrix_jax.stream.memory import Experts
 from matrix_jax.vae import wan as vae
-from matrix_jax.worlds.matrix_game_3 import Config
+from matrix_jax.worlds.matrix_game_3 import ClipConfig, Config
 
 DEFAULT = 'DISTILLED'
 
@@ -44,6 +51,30 @@ FULL = Run(world=dataclasses.replace(_WORLD, light=None))
 BASE = Run(
     world=dataclasses.replace(
         _WORLD, light=None, stream=Memory(solver=unipc.Config(steps=50), guidance=5.0)
+    )
+)
+# Steps, guidance and boundary are those of Wan 2.2 of 14B for a start picture.
+MOE = Run(
+    world=dataclasses.replace(
+        _WORLD,
+        dit=dit.PRESETS['14b'],
+        light=None,
+        stream=Memory(solver=unipc.Config(steps=40), guidance=3.5, experts=Experts()),
+    )
+)
+WAN = Run(
+    world=Config(
+        dit=dit.PRESETS['wan_2_2_5b'],
+        vae=_half(vae.PRESETS['wan_2_2_plain']),
+        light=None,
+        text=_half(t5.PRESETS['umt5_xxl']),
+        clip=ClipConfig(),
+        fps=24,
+        negative_prompt=(
+            '色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，'
+            '低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，'
+            '毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走'
+        ),
     )
 )
 
@@ -85,4 +116,16 @@ TINY_BASE = dataclasses.replace(
     world=dataclasses.replace(
         TINY.world, light=None, stream=dataclasses.replace(TINY.world.stream, guidance=5.0)
     ),
+)
+TINY_MOE = change(TINY, {'world.light': None, 'world.stream.experts': Experts()})
+TINY_WAN = change(
+    TINY,
+    {
+        'world.dit.memory': False,
+        'world.dit.sigma_theta': 0.0,
+        'world.dit.actions': None,
+        'world.vae.time_sees_first': False,
+        'world.light': None,
+        'world.clip': ClipConfig(solver=unipc.Config(2), longest=5),
+    },
 )

@@ -303,8 +303,8 @@ def count(name: str, found: dict) -> str:
         )
     lines = table(HEADERS['count'], rows)
     lines += [
-        f'- weights read: DiT {read["transformer"] / MIB:,.4g} MiB, VAE '
-        f'{read["vae"] / MIB:,.4g} MiB',
+        '- weights read: '
+        + ', '.join(f'{name} {size / MIB:,.4g} MiB' for name, size in read.items()),
         '',
         *table(
             HEADERS['exchange'],

@@ -22,8 +22,6 @@ from matrix_jax.pipelines import generate
 from matrix_jax.stream.base import Stream, prefilled
 from matrix_jax.weights import conversion, converter, diffusers_layout
 
-COMPONENTS = {'transformer': 'dit', 'vae': 'vae'}  # components of a step -> their config fields
-
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -205,10 +203,10 @@ def clip_noise(world, count: int, seed: int = 0):
 
 def step_params(world) -> dict:
     """ShapeDtypeStructs of the parameters that a step runs: the network and the decoder."""
-    shapes = world.shapes()
-    kept = {name: shapes[name] for name in COMPONENTS}
-    kept['vae'] = {'decoder': kept['vae']['decoder']}
-    kinds = {name: getattr(world.cfg, field).dtype for name, field in COMPONENTS.items()}
+    shapes, decoder = world.shapes(), world.decoder_folder
+    kept = {name: shapes[name] for name in world.network_folders}
+    kept[decoder] = {'decoder': shapes[decoder]['decoder']}
+    kinds = {one.folder: getattr(world.cfg, one.field).dtype for one in world.components}
     return {
         name: jax.tree.map(
             lambda leaf, kind=kinds[name]: jax.ShapeDtypeStruct(leaf.shape, kind), tree
@@ -230,8 +228,9 @@ def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
     """
     shapes = step_params(world)
     letters = {name: conversion.axes(world.tables[name]) for name in shapes}
-    letters['vae'] = {'decoder': letters['vae']['decoder']}
-    meshes = {'transformer': mesh, 'vae': decoder or mesh}
+    name = world.decoder_folder
+    letters[name] = {'decoder': letters[name]['decoder']}
+    meshes = dict.fromkeys(shapes, mesh) | {name: decoder or mesh}
     places = conversion.flatten(
         {
             name: sharding.param_shardings(letters[name], shapes[name], meshes[name])

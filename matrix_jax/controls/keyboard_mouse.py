@@ -334,6 +334,8 @@ def _vector(vocabulary: KeyboardMouseVocabulary, action: str) -> np.ndarray:
 def _choices(mode: Mode) -> list[str]:
     """Returns the actions that a benchmark sequence draws from, in the order of the reference."""
     camera = ['left', 'right']
+    if not mode.keys:
+        return [IDLE]
     if mode.alone:
         return ['jump', 'slide', 'leftside', 'rightside', 'turnleft', 'turnright', IDLE]
     if mode.letters:

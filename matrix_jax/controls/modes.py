@@ -64,5 +64,6 @@ MODES = {
             pad=(('Z', 0, 0), ('W', 0, 1), ('C', 0, 2), ('A', 1, 0), ('S', 1, 1), ('D', 1, 2)),
         ),
         Mode('matrix_game_3', ('W', 'S', 'A', 'D', 'space', 'attack')),
+        Mode('no_actions', (), mouse=False, pad=()),
     )
 }

@@ -110,6 +110,13 @@ def step_table(cfg: Config) -> UniPCTable:
     )
 
 
+def split(table: UniPCTable, boundary: float) -> tuple[UniPCTable, UniPCTable]:
+    """Splits a table into its steps with noise levels from `boundary` on, and those below it."""
+    above = table.level >= boundary
+    high, low = (UniPCTable(*(column[rows] for column in table)) for rows in (above, ~above))
+    return high, low
+
+
 def _correction(sigma, alpha, log_snr, i: int, order: int):
     """Coefficients of (latents, clean, older, new clean estimate)."""
     h = log_snr[i] - log_snr[i - 1]
@@ -162,17 +169,18 @@ def step(row: UniPCTable, history: History, x, v):
     return History(corrected, clean, history.clean), following
 
 
-def sample(table: UniPCTable, denoise, x, hold=lambda x: x):
-    """Runs all steps.
+def run(table: UniPCTable, denoise, history: History, x, hold=lambda x: x):
+    """Runs the steps of a table, or of a part of it.
 
     Args:
-      table: from `step_table`.
+      table: consecutive rows of a table.
       denoise: `(x, level []) -> v`.
-      x: noise.
-      hold: applied to the latents before the first step and after each step; keeps parts fixed.
+      history: from `init` or the steps before.
+      x: latents before the first of these steps.
+      hold: applied to the latents after each step; keeps parts fixed.
 
     Returns:
-      (clean latents, latents before each step [steps ...]).
+      (history, latents, latents before each step [steps ...]).
     """
 
     def advance(carry, row):
@@ -180,6 +188,35 @@ def sample(table: UniPCTable, denoise, x, hold=lambda x: x):
         history, following = step(row, history, x, denoise(x, row.level))
         return (history, hold(following)), x
 
-    x = hold(jnp.asarray(x, jnp.float32))
-    (_, x), given = jax.lax.scan(advance, (init(x), x), table)
-    return x, given
+    (history, x), given = jax.lax.scan(advance, (history, x), table)
+    return history, x, given
+
+
+def sample_after(clean, noise, runs):
+    """Samples a clip that begins with clean frames.
+
+    Args:
+      clean: latents of the first n frames [B n H W C], n >= 0; they stay as they are at level 0.
+      noise: [B T H W C]; its first n frames are not used.
+      runs: for each network in turn, (rows of a table, `begin`). `begin(x)` is called with the
+        latents before these steps and returns `denoise`: `(x, levels [B T]) -> v`.
+
+    Returns:
+      (latents [B T H W C], latents before each step [steps B T H W C]).
+    """
+    count, noisy = clean.shape[1], np.arange(noise.shape[1]) >= clean.shape[1]
+
+    def hold(x):
+        return jnp.concatenate([clean, x[:, count:]], axis=1)
+
+    x = hold(jnp.asarray(noise, jnp.float32))
+    history, given = init(x), []
+    for table, begin in runs:
+        predict = begin(x)
+
+        def denoise(x, level, predict=predict):
+            return predict(x, jnp.broadcast_to(jnp.where(noisy, level, 0.0), x.shape[:2]))
+
+        history, x, before = run(table, denoise, history, x, hold)
+        given.append(before)
+    return x, jnp.concatenate(given)

@@ -168,7 +168,7 @@ def generate(
     if not world.start_frames and (image or video_path):
         raise UsageError('--image, --video: this model makes clips from the prompt alone')
     frames = None
-    if world.start_frames:
+    if world.start_frames and (image or video_path or not world.start_is_optional):
         frames = start_clip(world, folder, prompt, image or video_path, bool(image))
     say(f'compiling {world.cfg.name}')
     if world.cfg.clip:

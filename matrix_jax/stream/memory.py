@@ -12,6 +12,7 @@ overlaps most with the camera there. The network sees the retrieved frames as me
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -25,9 +26,9 @@ from matrix_jax.nn import camera
 from matrix_jax.stream import memory_bank
 from matrix_jax.stream.base import PyTree, Stream, fold, normal, player_keys
 from matrix_jax.stream.memory_bank import Bank
-from matrix_jax.stream.memory_segments import Config, first_latent, latent_times
+from matrix_jax.stream.memory_segments import Config, Experts, first_latent, latent_times
 
-__all__ = ['Config', 'first_latent', 'latent_times']
+__all__ = ['Config', 'Experts', 'first_latent', 'latent_times']
 
 NO_MOUSE, NO_KEY = 1.0, -1.0  # PARITY: values of an unknown action
 
@@ -99,12 +100,15 @@ class MemoryNetwork(NamedTuple):
       denoise: `(params, x [B T H W C], level [B T], Segment) -> v [B T H W C]`.
       keyboard, mouse: widths of the two parts of an action, in this order.
       pixels: pixels of a latent pixel, in height and in width.
+      expert: `(params, index, x) -> params` that `denoise` takes in the run of network `index`;
+        x are the latents before its first step.
     """
 
     denoise: Callable[..., jax.Array]
     keyboard: int
     mouse: int
     pixels: int
+    expert: Callable[[PyTree, int, jax.Array], PyTree] = lambda params, index, x: params
 
 
 def make(cfg: Config, net: MemoryNetwork) -> Stream:
@@ -295,23 +299,27 @@ def _denoise(
     Returns:
       (latents [B T H W C], latents before each step [steps B T H W C]).
     """
-    count, frames = clean.shape[1], noise.shape[1]
-    noisy = np.arange(frames) >= count
     null_segment = without_conditions(net, carry, segment)
 
-    def denoise(x: jax.Array, level: jax.Array) -> jax.Array:
-        levels = jnp.broadcast_to(jnp.where(noisy, level, 0.0), x.shape[:2])
-        v = net.denoise(params, x, levels, segment).astype(jnp.float32)
-        if cfg.guidance == 1:
-            return v
-        null = net.denoise(params, x, levels, null_segment).astype(jnp.float32)
-        return null + cfg.guidance * (v - null)
+    def begin(index: int, scale: float, x: jax.Array) -> Callable[..., jax.Array]:
+        expert = net.expert(params, index, x)
 
-    def hold(x: jax.Array) -> jax.Array:
-        return jnp.concatenate([clean, x[:, count:]], axis=1)
+        def denoise(x: jax.Array, levels: jax.Array) -> jax.Array:
+            v = net.denoise(expert, x, levels, segment).astype(jnp.float32)
+            if scale == 1:
+                return v
+            null = net.denoise(expert, x, levels, null_segment).astype(jnp.float32)
+            return null + scale * (v - null)
 
-    made: tuple[jax.Array, jax.Array] = unipc.sample(
-        unipc.step_table(cfg.solver), denoise, noise, hold
+        return denoise
+
+    made: tuple[jax.Array, jax.Array] = unipc.sample_after(
+        clean,
+        noise,
+        [
+            (table, functools.partial(begin, index, scale))
+            for index, (table, scale) in enumerate(cfg.runs)
+        ],
     )
     return made
 

@@ -13,6 +13,38 @@ import numpy as np
 from matrix_jax.diffusion import unipc
 from matrix_jax.stream.memory_bank import KEPT
 
+LEVELS = 1000  # noise levels are 0 .. 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """Two networks of the same sizes, one for high and one for low noise levels (Wan 2.2).
+
+    Attributes:
+      boundary: levels from 1000 * boundary on go to the first network, all others to the second.
+        Wan 2.2 switches at 0.875 for text and at 0.9 for a start picture.
+      low_guidance: guidance scale of the second network; None = that of the first.
+      offload: whether the parameters of both networks stay in host memory. A network is copied to
+        the devices before its first step and freed after its last one.
+
+    Raises:
+      ValueError: a value is out of range.
+    """
+
+    boundary: float = 0.9
+    low_guidance: float | None = None
+    offload: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.boundary < 1:
+            raise ValueError(
+                f'stream.experts.boundary: got {self.boundary:g}, expected between 0 and 1'
+            )
+        if self.low_guidance is not None and not self.low_guidance >= 1:
+            raise ValueError(
+                f'stream.experts.low_guidance: got {self.low_guidance:g}, expected at least 1'
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -29,6 +61,7 @@ class Config:
       fixed_memory: pixel frame that the last memory frame always shows; None = a retrieved one.
       solver: denoising steps of a segment.
       guidance: scale of classifier-free guidance; 1 switches it off.
+      experts: two networks that share the steps; None = one network makes all of them.
 
     Raises:
       ValueError: a value is out of range.
@@ -43,6 +76,7 @@ class Config:
     fixed_memory: int | None = 4
     solver: unipc.Config = unipc.Config()
     guidance: float = 1.0
+    experts: Experts | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'reference_offsets', tuple(self.reference_offsets))
@@ -74,6 +108,12 @@ class Config:
             )
         if not self.guidance >= 1:
             raise ValueError(f'stream.guidance: got {self.guidance:g}, expected at least 1')
+        levels = unipc.timesteps(self.solver)
+        if self.experts and not levels[-1] < LEVELS * self.experts.boundary <= levels[0]:
+            raise ValueError(
+                f'stream.experts.boundary: got {self.experts.boundary:g}, expected a step of each '
+                f'network; the {self.solver.steps} steps have levels {levels[0]} to {levels[-1]}'
+            )
 
     context: ClassVar[int] = 1  # the start picture
     lag: ClassVar[int] = 0  # a step shows the actions that it takes
@@ -84,9 +124,24 @@ class Config:
         return self
 
     @property
+    def runs(self) -> tuple[tuple[unipc.UniPCTable, float], ...]:
+        """Steps and guidance scale of each network, in the order in which they run."""
+        table = unipc.step_table(self.solver)
+        if self.experts is None:
+            return ((table, self.guidance),)
+        high, low = unipc.split(table, LEVELS * self.experts.boundary)
+        low_guidance = self.experts.low_guidance
+        return (high, self.guidance), (low, low_guidance or self.guidance)
+
+    @property
+    def guided(self) -> bool:
+        """Whether any step is guided."""
+        return any(scale > 1 for _, scale in self.runs)
+
+    @property
     def passes(self) -> int:
         """Segments that go through the network in a step, guidance included."""
-        return self.solver.steps * (1 + (self.guidance > 1))
+        return sum(len(table.level) * (1 + (scale > 1)) for table, scale in self.runs)
 
     @property
     def compiled_passes(self) -> int:

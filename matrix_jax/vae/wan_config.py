@@ -208,6 +208,7 @@ WAN_2_2 = Config(
 )
 PRESETS = {
     'wan_2_1': Config(),
+    'wan_2_2_plain': dataclasses.replace(WAN_2_2, time_sees_first=False, norm_eps=1e-24),
     # 2.2 as in Matrix-Game 3.0, and its two decoders with fewer channels.
     'wan_2_2': WAN_2_2,
     'light': dataclasses.replace(WAN_2_2, decoder_dim=128),

@@ -134,8 +134,13 @@ def _with_adapter(run: Any, world: World, load: Callable[[], Params]) -> Params:
         return load()
     import jax
 
+    from matrix_jax import config
     from matrix_jax.nn import lora
 
+    if len(world.network_folders) > 1:
+        raise config.UsageError(
+            f'--lora: got {run.lora}, expected none: this world has two networks'
+        )
     name = 'transformer'
     adapter = lora.read(run.lora, world.tables[name], world.shapes()[name])
     params = load()

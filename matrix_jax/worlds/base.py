@@ -27,7 +27,7 @@ from matrix_jax.controls.vocabulary import Vocabulary
 from matrix_jax.stream.base import PyTree, Stream, StreamDecoder, chain
 from matrix_jax.worlds.networks import Component, Networks, Params
 
-__all__ = ['BaseWorld', 'Component', 'check_frames']
+__all__ = ['BaseWorld', 'Component', 'check_frames', 'round_up_clip']
 
 
 class BaseWorld(Networks):
@@ -35,6 +35,7 @@ class BaseWorld(Networks):
 
     Attributes:
       reads_text: whether the world reads a prompt.
+      start_is_optional: whether a video can start from the prompt alone as well.
       single_mesh: whether network and decoder must share their devices.
       autoencoder: module of the component 'vae'.
       decode_chunk: latent frames that are decoded at once; None = those of a step.
@@ -48,6 +49,7 @@ class BaseWorld(Networks):
     """
 
     reads_text = False
+    start_is_optional = False
     single_mesh = False
     autoencoder: Any = None
     decode_chunk: int | None = None
@@ -227,6 +229,25 @@ class BaseWorld(Networks):
             'decoder': self.decoder(),
             'decoder_seed': self.decoder_seed,
         }
+
+
+def round_up_clip(count: int, ratio: int, longest: int) -> int:
+    """Returns the frames 1 + ratio*k of the shortest whole clip with at least `count` frames.
+
+    Args:
+      count: wanted frames.
+      ratio: pixel frames of a latent frame.
+      longest: latent frames of the longest clip.
+
+    Raises:
+      UsageError: no clip is that long.
+    """
+    if count > 1 + ratio * (longest - 1):
+        raise UsageError(
+            f'actions: got {count} frames, expected at most {1 + ratio * (longest - 1)}: '
+            'this model makes whole clips and does not stream'
+        )
+    return 1 + ratio * math.ceil((count - 1) / ratio)
 
 
 def check_frames(cfg: Any) -> None:

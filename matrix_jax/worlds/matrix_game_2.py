@@ -31,7 +31,7 @@ from matrix_jax.stream import causal
 from matrix_jax.stream.base import PyTree, Stream
 from matrix_jax.vae import condition as start
 from matrix_jax.vae import wan as vae
-from matrix_jax.worlds.base import BaseWorld, check_frames
+from matrix_jax.worlds.base import BaseWorld, check_frames, round_up_clip
 from matrix_jax.worlds.networks import Component, Params, fewer_layers
 
 Array = np.ndarray[Any, Any]
@@ -194,12 +194,7 @@ class World(BaseWorld):
         cfg = self.cfg
         if not cfg.clip:
             return super().round_up_controls(count)
-        if count > self._max_clip_frames:
-            raise UsageError(
-                f'actions: got {count} frames, expected at most {self._max_clip_frames}: '
-                'this model makes whole clips and does not stream'
-            )
-        return 1 + cfg.stream.ratio * math.ceil((count - 1) / cfg.stream.ratio)
+        return round_up_clip(count, cfg.stream.ratio, cfg.clip.longest)
 
     def fit(self, frames: Array) -> Array:
         """Returns uint8 frames [F H W 3] of any size in the size of the world, cropped in the

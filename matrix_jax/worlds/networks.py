@@ -62,10 +62,14 @@ class Networks:
       cfg: the world's config.
       components: the networks.
       extras: folders without weights in the diffusers layout, such as tokenizers.
+      decoder_folder: folder of the component whose decoder streams.
+      network_folders: folders of the transformers; several have the same sizes.
     """
 
     components: tuple[Component, ...] = ()
     extras: tuple[str, ...] = ()
+    decoder_folder: str = 'vae'
+    network_folders: tuple[str, ...] = ('transformer',)
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -170,7 +174,12 @@ class Networks:
                 recipe = getattr(self.cfg, component.field)
                 read = read_config(type(recipe), *self.locate(folder, component.folder))
                 kept = {name: getattr(recipe, name) for name in component.run_fields}
-                found[component.field] = dataclasses.replace(read, **kept)
+                cfg = dataclasses.replace(read, **kept)
+                if found.setdefault(component.field, cfg) != cfg:
+                    raise diffusers_layout.CheckpointError(
+                        f'{folder}: {component.folder} has another config than the network '
+                        'before it, expected the same'
+                    )
         return found
 
     def load(self, folder: str | Path, only: tuple[str, ...] | None = None) -> Params:
@@ -283,25 +292,33 @@ class Networks:
           mesh: the mesh.
           decoder: mesh of the video decoder, if it has its own.
         """
+        return jax.device_put(params, self.param_places(params, mesh, decoder))
+
+    def param_places(
+        self, params: Params, mesh: jax.sharding.Mesh, decoder: jax.sharding.Mesh | None = None
+    ) -> PyTree:
+        """Returns the tree of shardings of `device_put`, which takes the same arguments."""
         axes = {name: conversion.axes(self.tables[name]) for name in params}
         places = sharding.param_shardings(axes, params, mesh)
         if decoder not in (None, mesh):
-            places['vae']['decoder'] = sharding.param_shardings(
-                axes['vae']['decoder'], params['vae']['decoder'], decoder
+            name = self.decoder_folder
+            places[name]['decoder'] = sharding.param_shardings(
+                axes[name]['decoder'], params[name]['decoder'], decoder
             )
-        return jax.device_put(params, places)
+        return places
 
     def split_decoder(self, params: Params) -> tuple[Params, Params | None]:
         """Returns (parameters of the network, parameters of the decoder).
 
         If both lie on the same devices, the first are all parameters and the second are None.
         """
-        vae = params.get('vae', {})
+        name = self.decoder_folder
+        vae = params.get(name, {})
         some = [*jax.tree.leaves(vae.get('decoder'))[:1], *jax.tree.leaves(params)[:1]]
         if len({frozenset(leaf.devices()) for leaf in some if isinstance(leaf, jax.Array)}) < 2:
             return params, None
-        rest = {name: tree for name, tree in vae.items() if name != 'decoder'}
-        return params | {'vae': rest}, {'vae': {'decoder': vae['decoder']}}
+        rest = {half: tree for half, tree in vae.items() if half != 'decoder'}
+        return params | {name: rest}, {name: {'decoder': vae['decoder']}}
 
     def quantize(self, params: Params) -> Params:
         """Returns parameters with the layers in 8 bits that the configs name (`int8_layers`).
@@ -325,20 +342,28 @@ class Networks:
           mesh: a mesh, or an abstract one (`sharding.abstract_mesh`); nothing is allocated.
         """
 
-        def line(name: str, count: int, local: int) -> str:
-            return f'{name:16}{count:>15,} parameters{local * 2 / 2**20:>11,.1f} MiB per device'
-
         lines, total, total_local = [], 0, 0
-        shapes = self.shapes()
+        for name, (count, local) in self.sizes(mesh).items():
+            lines.append(summary_line(name, count, local))
+            total, total_local = total + count, total_local + local
+        return '\n'.join([*lines, summary_line('total', total, total_local)])
+
+    def sizes(self, mesh: Any) -> dict[str, tuple[int, int]]:
+        """Returns (parameters, parameters per device) of each component by folder name."""
+        found, shapes = {}, self.shapes()
         axes = {name: conversion.axes(self.tables[name]) for name in shapes}
         places = sharding.param_shardings(axes, shapes, mesh)
         for name in shapes:
             leaves = list(zip(*map(jax.tree.leaves, (shapes[name], places[name])), strict=True))
             count = sum(int(np.prod(leaf.shape)) for leaf, _ in leaves)
             local = sum(int(np.prod(place.shard_shape(leaf.shape))) for leaf, place in leaves)
-            lines.append(line(name, count, local))
-            total, total_local = total + count, total_local + local
-        return '\n'.join([*lines, line('total', total, total_local)])
+            found[name] = count, local
+        return found
+
+
+def summary_line(name: str, count: int, local: int) -> str:
+    """Line of `Networks.summary`: parameters, and MiB per device at bfloat16."""
+    return f'{name:16}{count:>15,} parameters{local * 2 / 2**20:>11,.1f} MiB per device'
 
 
 # Parts of a config's repr -> the same when sessions were first saved; empty for newer fields.

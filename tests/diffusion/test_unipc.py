@@ -9,7 +9,9 @@ from matrix_jax.diffusion import unipc
 
 
 def run(cfg, denoise, x, hold=lambda x: x):
-    return jax.jit(lambda x: unipc.sample(unipc.step_table(cfg), denoise, x, hold))(x)
+    """(clean latents, latents before each step)."""
+    table, x = unipc.step_table(cfg), hold(jnp.asarray(x))
+    return jax.jit(lambda x: unipc.run(table, denoise, unipc.init(x), x, hold)[1:])(x)
 
 
 def test_levels_of_the_published_runs():
@@ -74,3 +76,36 @@ def test_what_is_held_stays():
 def test_bad_configs_are_refused(fields, words):
     with pytest.raises(ValueError, match=words):
         unipc.Config(**fields)
+
+
+@pytest.mark.parametrize('boundary, counts', [(900.0, (2, 2)), (833.0, (3, 1)), (0.0, (4, 0))])
+def test_the_steps_of_two_networks_are_those_of_one_table(boundary, counts):
+    table = unipc.step_table(unipc.Config(4))  # levels 999, 937, 833, 624
+    parts = unipc.split(table, boundary)
+    assert tuple(len(part.level) for part in parts) == counts
+    for column, *halves in zip(table, *parts, strict=True):
+        np.testing.assert_array_equal(column, np.concatenate(halves))
+
+
+def test_frames_after_clean_ones_continue_with_the_history_of_the_network_before():
+    """Two networks that share the steps; each sees the levels and latents that one would see."""
+    clean, noise = np.random.default_rng(0).normal(size=(2, 1, 3, 1, 1, 2)).astype(np.float32)
+    clean, seen = clean[:, :1], []
+
+    def begin(factor, x):
+        seen.append(x)
+        return lambda x, levels: factor * jnp.sin(x) + levels[..., None, None, None] / 1000
+
+    table = unipc.step_table(unipc.Config(4))
+    high, low = unipc.split(table, 900)
+    one, _ = unipc.sample_after(clean, noise, [(table, lambda x: begin(1.0, x))])
+    same, given = unipc.sample_after(
+        clean, noise, [(part, lambda x: begin(1.0, x)) for part in (high, low)]
+    )
+    np.testing.assert_allclose(one, same, atol=1e-6)
+    np.testing.assert_array_equal(given[:, :, :1], np.broadcast_to(clean, given[:, :, :1].shape))
+    np.testing.assert_array_equal(seen[-1], given[2])
+    other, _ = unipc.sample_after(
+        clean, noise, [(high, lambda x: begin(1.0, x)), (low, lambda x: begin(2.0, x))]
+    )
+    assert np.abs(other - same)[:, 1:].max() > 0.1

@@ -229,6 +229,34 @@ def test_the_null_condition_has_no_actions_no_memory_and_the_negative_prompt():
     assert (one.passes, guided.passes, CFG.passes) == (2, 4, 2)
 
 
+def test_two_networks_share_the_steps_each_with_its_own_guidance():
+    """Levels are 999 and 833, so each network makes one step."""
+    pair = {'high': PARAMS, 'low': {'mix': np.float32(-0.4), 'past': np.float32(0.1)}}
+    net = NET._replace(expert=lambda params, index, x: params[('high', 'low')[index]])
+    noise = np.random.default_rng(3).normal(size=(BATCH, 4, H, W, C)).astype(np.float32)
+    given = played()[0][2], controls(7)[1][2], noise
+
+    def before(net, params, guidance=1.0, experts=None):
+        """(new latents, latents before the second step)."""
+        cfg = dataclasses.replace(CFG, guidance=guidance, experts=experts)
+        made = jax.jit(functools.partial(memory.next_segment, cfg, net))(params, *given)
+        return made[1], made[2].latents[1]
+
+    experts = memory.Experts()
+    x, middle = before(net, pair, experts=experts)
+    np.testing.assert_allclose(middle, before(NET, PARAMS)[1], atol=1e-6)
+    assert np.abs(x - before(NET, PARAMS)[0]).max() > 1e-2
+    low = dataclasses.replace(experts, low_guidance=3.0)
+    guided, same = before(net, pair, experts=low)
+    np.testing.assert_allclose(same, middle, atol=1e-6)
+    assert np.abs(guided - x).max() > 1e-2
+    high = dataclasses.replace(experts, low_guidance=1.0)
+    _, guided = before(net, pair, 3.0, high)
+    np.testing.assert_allclose(guided, before(NET, PARAMS, 3.0)[1], atol=1e-6)
+    cfg = dataclasses.replace(CFG, guidance=3.0, experts=high)
+    assert (cfg.passes, cfg.guided, dataclasses.replace(CFG, experts=low).passes) == (3, True, 3)
+
+
 @pytest.mark.parametrize(
     'fields, words',
     [
