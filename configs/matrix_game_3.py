@@ -122,6 +122,7 @@ TINY_WAN = change(
     TINY,
     {
         'world.dit.memory': False,
+        'world.dit.camera_channels': dit.Config().camera_channels,
         'world.dit.sigma_theta': 0.0,
         'world.dit.actions': None,
         'world.vae.time_sees_first': False,

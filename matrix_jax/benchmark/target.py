@@ -227,23 +227,17 @@ def draw(world, mesh, seed: int = 0, decoder=None) -> dict:
       decoder: devices of the decoder; None = those of the network.
     """
     shapes = step_params(world)
+    places = conversion.flatten(world.param_places(shapes, mesh, decoder))
     letters = {name: conversion.axes(world.tables[name]) for name in shapes}
-    name = world.decoder_folder
-    letters[name] = {'decoder': letters[name]['decoder']}
-    meshes = dict.fromkeys(shapes, mesh) | {name: decoder or mesh}
-    places = conversion.flatten(
-        {
-            name: sharding.param_shardings(letters[name], shapes[name], meshes[name])
-            for name in shapes
-        }
-    )
     stacked = conversion.flatten(letters)
     key, drawn = jax.random.key(seed, impl='rbg'), {}
     for index, (path, leaf) in enumerate(conversion.flatten(shapes).items()):
         name = path.rsplit('/', 1)[-1]
         inputs = math.prod(leaf.shape[stacked[path][0] == 'layers' : -1])
         leaf_key = jax.random.fold_in(key, index)
-        drawn[path] = _draw(leaf_key, name, leaf.shape, leaf.dtype, inputs, places[path])
+        place = places[path].with_memory_kind('device')
+        made = _draw(leaf_key, name, leaf.shape, leaf.dtype, inputs, place)
+        drawn[path] = jax.device_put(made, places[path])  # a place may be in host memory
     return conversion.unflatten(drawn)
 
 

@@ -30,10 +30,11 @@ from einops import rearrange
 from flax import struct
 
 from matrix_jax.dit.segments import scan_layers
-from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, action_rows, windows
+from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sharded, sites
 from matrix_jax.dit.wan_config import ACTING, PRESETS, Config, check
 from matrix_jax.dit.wan_layers import ImageEmbedding, LevelEmbedding, Projections, standardize
+from matrix_jax.dit.wan_rows import trunk_rows
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, Ring, attend_all
@@ -319,44 +320,14 @@ ZERO_INIT = (
 
 def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
     """Weight table: released state dict <-> parameter tree."""
-    patch = dict(t=1, p=cfg.patch, q=cfg.patch)
     rows = [
-        Prefix('model.'),
-        Row('patch_embedding.weight', 'patch/kernel', 'd c t p q -> (t p q c) d', sizes=patch),
-        Row('patch_embedding.bias', 'patch/bias', 'd -> d'),
-        *linear_rows('time_embedding.0', 'time_embedding/linear_1', 'i', 'o'),
-        *linear_rows('time_embedding.2', 'time_embedding/linear_2', 'd', 'o'),
-        *linear_rows('time_projection.1', 'time_projection', 'd', 'o'),
+        *trunk_rows(cfg, 'image'),
         *norm_rows('img_emb.proj.0', 'image_embedding/norm_in', 'i'),
         *linear_rows('img_emb.proj.1', 'image_embedding/linear_1', 'i', 'o'),
         *linear_rows('img_emb.proj.3', 'image_embedding/linear_2', 'i', 'd'),
         *norm_rows('img_emb.proj.4', 'image_embedding/norm_out', 'd'),
-        Row('head.modulation', 'modulation_out', '1 c d -> c d'),
-        *linear_rows('head.head', 'out', 'd', 'o'),
     ]
     if cfg.actions and cfg.actions.modulate:  # not in released networks
         for name in ('linear_1', 'linear_2'):
             rows += linear_rows(f'action_embedding.{name}', f'action_embedding/{name}', 'i', 'o')
-    for path, layers in cfg.segments.items():
-        torch = 'blocks.{i}'
-        rows += [Row(f'{torch}.modulation', f'{path}/modulation', '1 c d -> c d', layers)]
-        rows += projection_rows(f'{torch}.self_attn', f'{path}/attention', layers)
-        rows += norm_rows(f'{torch}.norm3', f'{path}/image_norm', 'd', layers)
-        rows += projection_rows(f'{torch}.cross_attn', f'{path}/image_attention', layers)
-        rows += linear_rows(f'{torch}.ffn.0', f'{path}/up', 'd', 'm', layers)
-        rows += linear_rows(f'{torch}.ffn.2', f'{path}/down', 'm', 'd', layers)
-        if path.startswith(ACTING):
-            rows += action_rows(cfg.actions, f'{torch}.action_model', f'{path}/actions', layers)
     return tuple(rows)
-
-
-def projection_rows(torch, path, layers):
-    """Rows of `Projections`."""
-    rows = []
-    for theirs, ours in (('q', 'query'), ('k', 'key'), ('v', 'value')):
-        rows += linear_rows(f'{torch}.{theirs}', f'{path}/{ours}', 'd', 'k', layers)
-    rows += linear_rows(f'{torch}.o', f'{path}/out', 'k', 'd', layers)
-    return rows + [
-        Row(f'{torch}.norm_{theirs}.weight', f'{path}/{ours}_norm/scale', 'k -> k', layers)
-        for theirs, ours in (('q', 'query'), ('k', 'key'))
-    ]

@@ -87,34 +87,18 @@ class Config:
         Raises:
           ValueError: a key asks for an operation that this network does not have.
         """
-        released = {
-            key: value
-            for key, value in released.items()
-            if not key.startswith('_') and value is not None
-        }
-        action_config = released.get('action_config') or {}
-        known = ('patch_size', *FIELDS, 'action_config', *IGNORED)
-        faults = config_faults(released, FIXED, known)
-        fields = {ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released}
-        base = cls()
-        width, heads = fields.pop('width', base.width), fields.get('heads', base.heads)
-        out, joined = fields.get('channels', base.channels), fields.pop('joined', None)
-        if width % heads:
-            faults.append(f'dim = {width} (expected a multiple of num_heads = {heads})')
+        fields, faults = read_sizes(cls(), released, FIELDS, FIXED, IGNORED)
+        out, joined = fields.get('channels', cls.channels), fields.pop('joined', None)
         if joined is not None:
             fields['cond_channels'] = joined - out
         if fields.get('local') == -1:
             fields['local'] = None
-        patch = list(released.get('patch_size', (1, base.patch, base.patch)))
-        if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
-            faults.append(f'patch_size = {patch} (expected [1, p, p])')
-        faults += action_faults(action_config, width)
+        action_config = released.get('action_config') or {}
         if not action_config.get('enable_keyboard', True):
             faults.append('action_config.enable_keyboard = False (expected True)')
         if faults:
             raise ValueError('transformer config: ' + '; '.join(faults))
-        fields['actions'] = read_actions(action_config)
-        return cls(**fields | {'head_dim': width // heads, 'patch': patch[-1]})
+        return cls(**fields, actions=read_actions(action_config))
 
     def to_released(self) -> dict:
         """The config.json of this network."""
@@ -133,6 +117,38 @@ class Config:
         if self.actions:
             released['action_config'] = released_actions(self.actions, self.width, self.patch)
         return released
+
+
+def read_sizes(
+    base, released: dict, table: dict, fixed: dict, ignored: tuple[str, ...]
+) -> tuple[dict, list[str]]:
+    """Reads the sizes in the config.json of a Wan transformer.
+
+    Args:
+      base: config whose sizes hold where the file has none.
+      released: the content of the file.
+      table: keys that set a field -> the field; a 'width' becomes `head_dim`.
+      fixed: keys with one supported value.
+      ignored: keys without effect.
+
+    Returns:
+      (fields of the config without `actions`, one text per key that the network cannot follow).
+    """
+    released = {
+        key: value
+        for key, value in released.items()
+        if not key.startswith('_') and value is not None
+    }
+    faults = config_faults(released, fixed, ('patch_size', 'action_config', *table, *ignored))
+    fields = {ours: released[theirs] for theirs, ours in table.items() if theirs in released}
+    width, heads = fields.pop('width', base.width), fields.get('heads', base.heads)
+    if width % heads:
+        faults.append(f'dim = {width} (expected a multiple of num_heads = {heads})')
+    patch = list(released.get('patch_size', (1, base.patch, base.patch)))
+    if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
+        faults.append(f'patch_size = {patch} (expected [1, p, p])')
+    faults += action_faults(released.get('action_config') or {}, width)
+    return fields | {'head_dim': width // heads, 'patch': patch[-1]}, faults
 
 
 def action_faults(released: dict, width: int) -> list[str]:

@@ -26,19 +26,19 @@ from einops import rearrange
 from flax import struct
 
 from matrix_jax.dit.segments import scan_layers
-from matrix_jax.dit.wan import projection_rows
-from matrix_jax.dit.wan_actions import ActionBlock, action_rows, frame_windows
+from matrix_jax.dit.wan_actions import ActionBlock, frame_windows
 from matrix_jax.dit.wan_config import ACTING
 from matrix_jax.dit.wan_layers import LevelEmbedding, Projections, standardize
 from matrix_jax.dit.wan_memory_config import PRESETS, Config, check
-from matrix_jax.dit.weight_rows import linear_rows, norm_rows
+from matrix_jax.dit.wan_rows import diffusers_names, trunk_rows
+from matrix_jax.dit.weight_rows import linear_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
 from matrix_jax.nn.rope import PERIOD, frequencies, rotate_heads, rotations
 from matrix_jax.parallel.sharding import constrain
-from matrix_jax.weights.conversion import Prefix, Row
+from matrix_jax.weights.conversion import Prefix, Rename, Row
 
 __all__ = [
     'PRESETS',
@@ -340,34 +340,21 @@ ZERO_INIT = (
 )
 
 
-def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
-    """Weight table: released state dict <-> parameter tree."""
-    patch = dict(t=1, p=cfg.patch, q=cfg.patch)
+def weights(cfg: Config) -> tuple[Row | Prefix | Rename, ...]:
+    """Weight table: released state dict <-> parameter tree.
+
+    Also reads the names of diffusers.
+    """
     rows = [
-        Prefix('model.'),
-        Row('patch_embedding.weight', 'patch/kernel', 'd c t p q -> (t p q c) d', sizes=patch),
-        Row('patch_embedding.bias', 'patch/bias', 'd -> d'),
+        *trunk_rows(cfg, 'text'),
         *linear_rows('text_embedding.0', 'text_1', 'i', 'o'),
         *linear_rows('text_embedding.2', 'text_2', 'd', 'o'),
-        *linear_rows('time_embedding.0', 'time_embedding/linear_1', 'i', 'o'),
-        *linear_rows('time_embedding.2', 'time_embedding/linear_2', 'd', 'o'),
-        *linear_rows('time_projection.1', 'time_projection', 'd', 'o'),
-        Row('head.modulation', 'modulation_out', '1 c d -> c d'),
-        *linear_rows('head.head', 'out', 'd', 'o'),
     ]
     if cfg.memory:
         rows += linear_rows('patch_embedding_wancamctrl', 'camera_patch', 'i', 'd')
         for part in (1, 2):
             rows += linear_rows(f'c2ws_hidden_states_layer{part}', f'camera_{part}', 'd', 'o')
-    for path, layers in cfg.segments.items():
-        torch = 'blocks.{i}'
-        rows += [Row(f'{torch}.modulation', f'{path}/modulation', '1 c d -> c d', layers)]
-        rows += projection_rows(f'{torch}.self_attn', f'{path}/attention', layers)
-        rows += norm_rows(f'{torch}.norm3', f'{path}/text_norm', 'd', layers)
-        rows += projection_rows(f'{torch}.cross_attn', f'{path}/text_attention', layers)
-        rows += linear_rows(f'{torch}.ffn.0', f'{path}/up', 'd', 'm', layers)
-        rows += linear_rows(f'{torch}.ffn.2', f'{path}/down', 'm', 'd', layers)
-        if cfg.memory:
+        for path, layers in cfg.segments.items():
             for theirs, ours in (
                 ('injector_layer1', '1'),
                 ('injector_layer2', '2'),
@@ -375,8 +362,6 @@ def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
                 ('shift_layer', 'shift'),
             ):
                 rows += linear_rows(
-                    f'{torch}.cam_{theirs}', f'{path}/camera_{ours}', 'd', 'o', layers
+                    f'blocks.{{i}}.cam_{theirs}', f'{path}/camera_{ours}', 'd', 'o', layers
                 )
-        if path.startswith(ACTING):
-            rows += action_rows(cfg.actions, f'{torch}.action_model', f'{path}/actions', layers)
-    return tuple(rows)
+    return (*rows, *diffusers_names())

@@ -7,8 +7,8 @@ from typing import Literal
 
 from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import ActionConfig
-from matrix_jax.dit.wan_config import ACTING, action_faults, read_actions, released_actions
-from matrix_jax.weights.conversion import check_sizes, config_faults
+from matrix_jax.dit.wan_config import ACTING, read_actions, read_sizes, released_actions
+from matrix_jax.weights.conversion import check_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,42 +96,18 @@ class Config:
         Raises:
           ValueError: a key asks for an operation that this network does not have.
         """
-        released = {
-            key: value
-            for key, value in released.items()
-            if not key.startswith('_') and value is not None
-        }
-        action_config = released.get('action_config') or {}
-        faults = config_faults(
-            released, FIXED, ('model_type', 'patch_size', *FIELDS, 'action_config', *IGNORED)
-        )
+        released = of_diffusers(released)
+        fields, faults = read_sizes(cls(), released, FIELDS, FIXED, ('model_type', *IGNORED))
         if released.get('model_type', KINDS[0]) not in KINDS:
             faults.append(
                 f'model_type = {released["model_type"]!r} (expected '
                 f'{" or ".join(map(repr, KINDS))})'
             )
-        # The config of plain Wan 2.2 does not name these keys.
-        fields = {'memory': False, 'sigma_theta': 0.0} | {
-            ours: released[theirs] for theirs, ours in FIELDS.items() if theirs in released
-        }
-        base = cls()
-        width, heads = fields.pop('width', base.width), fields.get('heads', base.heads)
-        if width % heads:
-            faults.append(f'dim = {width} (expected a multiple of num_heads = {heads})')
-        patch = list(released.get('patch_size', (1, base.patch, base.patch)))
-        if len(patch) != 3 or patch[0] != 1 or patch[1] != patch[2]:
-            faults.append(f'patch_size = {patch} (expected [1, p, p])')
-        faults += action_faults(action_config, width)
         if faults:
             raise ValueError('transformer config: ' + '; '.join(faults))
-        return cls(
-            **fields
-            | {
-                'head_dim': width // heads,
-                'patch': patch[-1],
-                'actions': read_actions(action_config),
-            }
-        )
+        # The config of plain Wan 2.2 does not name these keys.
+        fields = {'memory': False, 'sigma_theta': 0.0} | fields
+        return cls(**fields, actions=read_actions(released.get('action_config') or {}))
 
     def to_released(self) -> dict:
         """The config.json of this network."""
@@ -154,6 +130,20 @@ class Config:
         return released
 
 
+def of_diffusers(released: dict) -> dict:
+    """Returns a config.json with the keys of the reference in place of those of diffusers."""
+    if 'num_attention_heads' not in released:
+        return released
+    renamed = {DIFFUSERS.get(key, key): value for key, value in released.items()}
+    if (head_dim := renamed.pop('attention_head_dim', None)) is not None:
+        renamed['dim'] = head_dim * renamed['num_heads']
+    if renamed.get('qk_norm') == 'rms_norm_across_heads':
+        renamed['qk_norm'] = True
+    if renamed.get('image_dim') == 0:  # no image features
+        del renamed['image_dim']
+    return renamed
+
+
 # Keys of config.json: those that set a field, model types of this network, keys with one supported
 # value, and those without effect. Released files have no `camera_channels`.
 FIELDS = {
@@ -173,7 +163,21 @@ FIELDS = {
 }
 KINDS = ('ti2v', 't2v', 'i2v')
 FIXED = {'qk_norm': True, 'cross_attn_norm': True, 'window_size': [-1, -1]}
-IGNORED = ('local_attn_size', 'sink_size', 'inject_sample_info')
+IGNORED = (
+    'local_attn_size',
+    'sink_size',
+    'inject_sample_info',
+    'is_action_model',
+    'rope_max_seq_len',
+)
+# Keys of diffusers for the same values.
+DIFFUSERS = {
+    'hidden_size': 'dim',
+    'num_attention_heads': 'num_heads',
+    'in_channels': 'in_dim',
+    'out_channels': 'out_dim',
+    'camera_embed_in_channels': 'camera_channels',
+}
 
 PRESETS = {
     '5b': Config(dtype='bfloat16', remat='block', actions=ActionConfig(keyboard=6)),

@@ -1,4 +1,4 @@
-"""Replays of the Wan 2.2 autoencoder with the settings of Matrix-Game 3.0."""
+"""Replays of the Wan 2.2 autoencoder: with the settings of Matrix-Game 3.0, and of diffusers."""
 
 from __future__ import annotations
 
@@ -64,6 +64,19 @@ def stream(record: Record) -> dict:
     return outputs
 
 
+def autoencoder_kl_wan(record: Record) -> dict:
+    """Encoding of a clip, and decoding of other latents, by the autoencoder of diffusers."""
+    cfg = wan.Config.from_released(record.config['model'])
+    params = read_params(cfg, record)
+    latents = fast_jit(lambda params, frames: wan.scaled(cfg, wan.encode(cfg, params, frames)[0]))(
+        params, from_bcthw(record.inputs['video'])
+    )
+    frames = fast_jit(lambda params, latents: wan.decode(cfg, params, wan.unscaled(cfg, latents)))(
+        params, from_bcthw(record.inputs['z'])
+    )
+    return {'latent': to_bcthw(latents), 'frames': to_bcthw(jnp.clip(frames, -1, 1))}
+
+
 def _vae(record: Record):
     config = record.config['vae']
     sizes = {name: config[name] for name in ARGUMENTS}
@@ -83,4 +96,9 @@ def _vae(record: Record):
     return cfg, read_params(cfg, record)
 
 
-REPLAYS = {'vae': autoencoder, 'vae_stream': stream, 'lightvae_stream': stream}
+REPLAYS = {
+    'vae': autoencoder,
+    'vae_stream': stream,
+    'lightvae_stream': stream,
+    'autoencoder_kl_wan': autoencoder_kl_wan,
+}

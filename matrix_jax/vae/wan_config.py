@@ -153,11 +153,12 @@ class Config:
 
     @classmethod
     def from_released(cls, released: dict) -> Config:
-        """Reads the `config.json` of a component folder.
+        """Reads the `config.json` of a component folder, ours or that of diffusers.
 
         Raises:
           ValueError: a key asks for an operation that this network does not have.
         """
+        released = of_diffusers(released)
         if faults := conversion.config_faults(released, FIXED, FIELDS):
             raise ValueError('vae config: ' + '; '.join(faults))
         return cls(
@@ -177,6 +178,25 @@ class Config:
         }
 
 
+def of_diffusers(released: dict) -> dict:
+    """Returns a config.json of `AutoencoderKLWan` with our keys; any other as it is."""
+    if 'base_dim' not in released:
+        return released
+    renamed = {
+        DIFFUSERS.get(key, key): value
+        for key, value in released.items()
+        if value is not None and key not in IGNORED
+    }
+    # Channels are counted after patches have become channels.
+    pixels = renamed.get('patch_size', 1) ** 2
+    for key in ('in_channels', 'out_channels'):
+        if key in renamed:
+            renamed[key] = renamed[key] // pixels
+    if renamed.pop('out_channels', None) not in (None, renamed.get('in_channels')):
+        raise ValueError('vae config: got other out_channels than in_channels, expected the same')
+    return renamed
+
+
 # Arguments of the published network, then keys of ours.
 FIELDS = {
     'dim': 'dim',
@@ -194,6 +214,9 @@ FIELDS = {
     'time_sees_first': 'time_sees_first',
 }
 FIXED = {'attn_scales': [], 'dropout': 0.0}
+# Keys of diffusers for the same values, and those that follow from others.
+DIFFUSERS = {'base_dim': 'dim', 'decoder_base_dim': 'dec_dim', 'is_residual': 'residual'}
+IGNORED = ('clip_output', 'scale_factor_spatial', 'scale_factor_temporal')
 
 WAN_2_2 = Config(
     latent_channels=48,

@@ -268,12 +268,18 @@ class World(BaseWorld):
     # --- weights folders -------------------------------------------------------------------------
 
     def described_by(self, folder: str | Path, whole: bool = False) -> World:
-        """Also finds out whether the norms of action modules use their weights.
+        """Also finds out what a config.json may leave open.
 
-        The config.json says it, or else the weights: the references differ, and only agree if all
-        of these weights are one.
+        Whether the norms of action modules use their weights follows from the weights: the
+        references differ, and only agree if all of these weights are one. How an autoencoder treats
+        the first frame follows from the recipe, as diffusers has no key for it.
         """
         fields = self._read_configs(folder, whole)
+        for name in ('vae', 'light'):
+            if found := fields.get(name):
+                place = self.locate(folder, self._folder_of(name))
+                released = diffusers_layout.read_config(*place)
+                fields[name] = networks.completed(found, getattr(self.cfg, name), released)
         net = fields.get('dit')
         if net is not None and net.actions is not None:
             places = [self.locate(folder, name) for name in self.network_folders]
@@ -290,6 +296,10 @@ class World(BaseWorld):
                 actions = dataclasses.replace(net.actions, norm_scale=True)
                 fields['dit'] = dataclasses.replace(net, actions=actions)
         return self.replace(**fields)
+
+    def _folder_of(self, field: str) -> str:
+        """Returns the folder of the component whose config is in this field."""
+        return next(one.folder for one in self.components if one.field == field)
 
     def locate(self, folder: str | Path, name: str) -> tuple[str, str]:
         """The published folder has the networks and the tokenizer under other names."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Mapping
@@ -150,6 +151,18 @@ def half_shapes(cfg: vae.Config, half: str | None) -> Params:
     """Returns parameter shapes of an autoencoder, or of its 'encoder' or 'decoder' alone."""
     shapes: Params = vae.shapes(cfg)
     return shapes if half is None else {half: shapes[half]}
+
+
+def completed(found: vae.Config, recipe: vae.Config, released: Mapping[str, Any]) -> vae.Config:
+    """Returns the config of an autoencoder with the recipe's values of keys that its file lacks.
+
+    Args:
+      found: config as read from the file.
+      recipe: config of the recipe.
+      released: content of the file.
+    """
+    missing = [name for name in ('time_sees_first', 'norm_eps') if name not in released]
+    return dataclasses.replace(found, **{name: getattr(recipe, name) for name in missing})
 
 
 def has_norm_scales(tensors: Mapping[str, Any]) -> bool:

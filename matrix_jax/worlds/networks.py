@@ -298,7 +298,9 @@ class Networks:
         self, params: Params, mesh: jax.sharding.Mesh, decoder: jax.sharding.Mesh | None = None
     ) -> PyTree:
         """Returns the tree of shardings of `device_put`, which takes the same arguments."""
-        axes = {name: conversion.axes(self.tables[name]) for name in params}
+        tables = {name: conversion.axes(self.tables[name]) for name in params}
+        # A component may be there without some of its parts, such as an encoder.
+        axes = {name: {part: tables[name][part] for part in params[name]} for name in params}
         places = sharding.param_shardings(axes, params, mesh)
         if decoder not in (None, mesh):
             name = self.decoder_folder
