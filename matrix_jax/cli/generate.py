@@ -39,6 +39,11 @@ def main(argv: Sequence[str]) -> None:
         help='seconds (default: as many as the controls last; without controls or with --pad 8, '
         'or the longest whole clip)',
     )
+    add(
+        '--iterations',
+        type=whole(1, 86400),
+        help='steps of a stream, instead of --length (Matrix-Game 3.0: segments)',
+    )
     add('--seed', type=whole(0, SEED), default=42, help='seed of all noise (default 42)')
     add('--image', help='image to start from')
     add('--video', help='clip to start from')

@@ -41,7 +41,14 @@ class GeneratedVideo:
     run_seconds: float = 0.0
 
 
-def plan(world, length: int | None, control: str | None, control_seed: int, pad: str | None):
+def plan(
+    world,
+    length: int | None,
+    control: str | None,
+    control_seed: int,
+    pad: str | None,
+    iterations: int | None = None,
+):
     """Returns the controls of a video, and notes for the user.
 
     Args:
@@ -52,13 +59,17 @@ def plan(world, length: int | None, control: str | None, control_seed: int, pad:
         many idle controls, which the driver replaces (`pipelines.driven`).
       control_seed: seed of random controls.
       pad: how to continue controls that are too few: None (an error), 'random' or 'hold'.
+      iterations: steps of a stream, instead of `length`.
 
     Raises:
       UsageError, ControlError: the length or the controls cannot be used.
     """
     if control == driven.NAME:
-        controls, _ = plan(world, length, None, control_seed, None)
+        controls, _ = plan(world, length, None, control_seed, None, iterations)
         return [world.vocabulary.idle] * len(controls), []
+    if iterations is not None:
+        needed = _controls_of_steps(world, length, iterations)
+        return world.vocabulary.read(control, needed, pad=pad, seed=control_seed)
     count = None
     if length is None and control is not None and pad is None:
         count = world.vocabulary.count(control)
@@ -75,6 +86,20 @@ def plan(world, length: int | None, control: str | None, control_seed: int, pad:
     return world.vocabulary.read(
         control, world.controls_for_seconds(length), pad=pad, seed=control_seed
     )
+
+
+def _controls_of_steps(world, length: int | None, iterations: int) -> int:
+    """Returns the controls of a video of this many steps."""
+    if length is not None:
+        raise UsageError('--iterations and --length: got both, expected one of them')
+    if world.cfg.clip:
+        raise UsageError('--iterations: this model makes whole clips; --length gives the seconds')
+    count = world.first_step_controls + (iterations - 1) * world.cfg.stream.controls_per_step
+    if count * world.vocabulary.frames_per_control > LONGEST * world.cfg.fps:
+        raise UsageError(
+            f'--iterations: got {iterations}, expected a video of at most {LONGEST} seconds'
+        )
+    return count
 
 
 def start_clip(world, folder: str, prompt: str, source: str | None, is_image: bool) -> np.ndarray:
@@ -133,6 +158,7 @@ def generate(
     prompt: str | None = None,
     control: str | None = None,
     length: int | None = None,
+    iterations: int | None = None,
     seed: int = 42,
     control_seed: int = 42,
     pad: str | None = None,
@@ -146,7 +172,7 @@ def generate(
       world, params: from `worlds.open_run`.
       folder: weights folder, for its start clips.
       prompt: text; the default prompt of the world by default.
-      control, length, control_seed, pad: see `plan`; None = random controls.
+      control, length, iterations, control_seed, pad: see `plan`; None = random controls.
       seed: seed of all noise; one seed always gives the same video.
       image, video_path: file to start from; a start clip that fits the prompt by default.
       say: called with lines of progress.
@@ -164,7 +190,7 @@ def generate(
     if prompt is not None and not world.reads_text and (image or video_path):
         raise UsageError('--prompt: this model reads no text, and --image or --video is its start')
     prompt = world.cfg.prompt if prompt is None else prompt
-    controls, notes = plan(world, length, control, control_seed, pad)
+    controls, notes = plan(world, length, control, control_seed, pad, iterations)
     if not world.start_frames and (image or video_path):
         raise UsageError('--image, --video: this model makes clips from the prompt alone')
     frames = None
@@ -299,7 +325,14 @@ def to_file(run, args):
         control = driven.choose_control(
             worlds.build(run.world), 'random' if args.pad and not args.control else args.control
         )
-        plan(worlds.build(run.world), args.length, control, args.control_seed, args.pad)
+        plan(
+            worlds.build(run.world),
+            args.length,
+            control,
+            args.control_seed,
+            args.pad,
+            args.iterations,
+        )
         world, params = worlds.open_run(run, split_decoder=run.world.clip is None)
         frames, clip = generate(
             world,
@@ -308,6 +341,7 @@ def to_file(run, args):
             prompt=args.prompt,
             control=control,
             length=args.length,
+            iterations=args.iterations,
             seed=args.seed,
             control_seed=args.control_seed,
             pad=args.pad,

@@ -64,6 +64,8 @@ def walk(folder, start_image, tmp_path_factory):
             out,
             '--actions',
             'W*12,W+right*17',
+            '--iterations',
+            '3',
             '--image',
             str(start_image),
             '--prompt',
@@ -110,6 +112,13 @@ def test_prompts_are_cleaned_and_end_in_zeros(world, walk):
     text = np.asarray(world.embed_ids(walk[-1].params, ids))
     assert text.shape == (2, 24, world.cfg.dit.text_dim)
     assert not text[0, 9:].any() and text[0, :9].any(axis=-1).all()
+
+
+def test_iterations_are_segments():
+    world = build('DISTILLED')
+    controls, notes = making.plan(world, None, None, 1, None, iterations=12)
+    assert len(controls) == 57 + 11 * 40 and not notes
+    assert len(making.plan(world, None, 'W', 1, 'hold', iterations=1)[0]) == 57
 
 
 @pytest.mark.parametrize('seconds, frames', [(1, 57), (3, 57), (4, 97), (60, 1057)])
@@ -261,6 +270,9 @@ def test_bad_configs_are_refused(fields, words):
     [
         (['--actions', 'hop*29'], "unknown action 'hop' of matrix_game_3; expected W, S, A, D"),
         (['--actions', 'W*30', '--length', '2'], 'got 30 frames, expected 37; positions 31 to 37'),
+        (['--iterations', '2', '--length', '2'], '--iterations and --length: got both'),
+        (['--iterations', '9', '--actions', 'W'], 'got 1 frames, expected 77'),
+        (['--iterations', '86400'], 'got 86400, expected a video of at most 86400 seconds'),
         (['--image', 'none.png'], 'none.png: no such file'),
         ([], 'this world has no start clip: give --video or --image'),
     ],

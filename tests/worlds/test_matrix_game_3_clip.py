@@ -177,6 +177,7 @@ def test_folders_of_wan_and_of_diffusers_are_read_strictly(folder, tmp_path):
     [
         (['--actions', 'W*5'], "unknown action 'W' of no_actions; expected idle"),
         (['--length', '2'], '--length: got 2, expected at most 1: this model makes whole clips'),
+        (['--iterations', '2'], '--iterations: this model makes whole clips'),
         (['--prompt', 'a', '--image', 'none.png'], 'none.png: no such file'),
     ],
 )

@@ -109,13 +109,14 @@ def heard(server, word):
     return message
 
 
-def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser):
+@pytest.mark.parametrize('mode', ['universal', 'matrix_game_3'])
+def test_the_mouse_looks_around_by_drag_finger_and_lock(opened, browser, mode):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.actions.action_builder import ActionBuilder
     from selenium.webdriver.common.actions.pointer_input import PointerInput
     from selenium.webdriver.common.by import By
 
-    server, picture = opened('universal')
+    server, picture = opened(mode)
 
     def locked():
         return browser.execute_script(
