@@ -4,6 +4,7 @@ bfloat16."""
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,11 @@ from matrix_jax import worlds
 from matrix_jax.benchmark import pages
 from matrix_jax.benchmark import target as targets
 from matrix_jax.config import UsageError
-from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.base import rollout
 from matrix_jax.weights import diffusers_layout
 
-SHIFTS = 8  # steps of the stream whose latents are compared
-HELD, OTHER = (SYMBOLS.index(symbol) for symbol in ('D', 'DL'))
+STEPS = 8  # of the stream whose latents are compared
 
 
 def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> tuple[dict, str]:
@@ -31,7 +30,8 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
     cfg = targets.shape(run, random, layers)
     check(run.name, cfg)
     compilation.enable_cache(run.keep_programs)
-    cfg = dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, int8='none'))
+    dit = dataclasses.replace(cfg.dit, int8='none')
+    cfg = dataclasses.replace(cfg, dit=dit)
     mesh = sharding.make_mesh(run.mesh)
     if random:
         world = targets.build(cfg)
@@ -40,14 +40,12 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
         world, params = worlds.open_run(dataclasses.replace(run, world=cfg))
         cond = targets.start(world, params, mesh, diffusers_layout.resolve(run.weights))
         cfg = world.cfg
-    kinds = [('float32', 'none'), ('bfloat16', 'none')]
-    kinds += [(cfg.dit.dtype, int8) for int8 in ('attention', 'blocks')]
     results, wanted = {}, {}
-    for dtype, int8 in kinds:
-        name = f'int8 ({int8}) and {dtype}' if int8 != 'none' else dtype
-        made, size = play(cfg, dtype, int8, params['transformer'], cond, seed)
-        if int8 == 'none':
-            wanted[dtype] = made
+    nets = {name: params[name] for name in world.network_folders}
+    for name, fields in arithmetics(cfg.dit).items():
+        made, size = play(cfg, fields, nets, cond, seed)
+        if fields['int8'] == 'none':
+            wanted[name] = made
         results[name] = {'bytes': size, **against(made, wanted['float32'])}
         if 'bfloat16' in wanted:
             results[name]['to_bfloat16'] = against(made, wanted['bfloat16'])
@@ -55,33 +53,51 @@ def run(run, random: bool = False, layers: int | None = None, seed: int = 0) -> 
     return results, pages.int8(run.name, random, results)
 
 
+def arithmetics(dit) -> dict[str, dict]:
+    """Name -> fields of a transformer's config, for every arithmetic that it knows."""
+    found = {dtype: {'dtype': dtype, 'int8': 'none'} for dtype in ('float32', 'bfloat16')}
+    rounding = {'': {}}
+    if hasattr(dit, 'int8_truncate'):
+        rounding = {', rounded': {'int8_truncate': False}, ', truncated': {'int8_truncate': True}}
+    for layers in typing.get_args(typing.get_type_hints(type(dit))['int8']):
+        for how, fields in rounding.items() if layers != 'none' else ():
+            name = f'int8 ({layers}{how}) and {dit.dtype}'
+            found[name] = {'dtype': dit.dtype, 'int8': layers, **fields}
+    return found
+
+
 def check(name: str, cfg):
     """Raises UsageError for a world whose transformer has no 8-bit layers."""
     if not worlds.build(cfg).has_int8_layers:
         raise UsageError(
-            f'--int8: got {name}, expected a world of The Matrix (the transformer of '
-            'this one has no 8-bit layers)'
+            f'--int8: got {name}, expected a world whose transformer has 8-bit layers, such as '
+            'the_matrix or matrix_game_3'
         )
 
 
-def play(cfg, dtype: str, int8: str, net, cond, seed: int):
-    """Runs a stream with this arithmetic -> ({'prediction', 'latents'}, bytes of its network)."""
-    world = worlds.build(
-        dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, dtype=dtype, int8=int8))
-    )
-    net = jax.tree.map(lambda leaf: leaf.astype(dtype), net)
-    params = world.quantize({'transformer': net})
-    stream, count = world.latents(), cfg.stream.group_frames
+def play(cfg, arithmetic: dict, nets: dict, cond, seed: int):
+    """Runs a stream -> ({'prediction', 'latents'}, bytes of its networks).
+
+    Args:
+      cfg: config of the world.
+      arithmetic: fields of its transformer, from `arithmetics`.
+      nets: parameters of the transformers.
+      cond: what the stream starts from.
+      seed: seed of its noise.
+    """
+    world = targets.build(dataclasses.replace(cfg, dit=dataclasses.replace(cfg.dit, **arithmetic)))
+    nets = jax.tree.map(lambda leaf: leaf.astype(arithmetic['dtype']), nets)
+    params = world.quantize(nets)
+    stream = targets.network_stream(world)
+    held, other = targets.two_controls(world)
 
     @jax.jit
     def make(params, cond):
         carry = stream.init(params, cond, jax.random.key(seed))
-        level = jnp.broadcast_to(world.levels[0], carry.window.shape[:2])
-        held = jnp.full([1, cfg.stream.frames], HELD)
-        v = world.denoise(params, carry.window, level, carry.text, carry.control_table[held])
-        keys = jnp.where(jnp.arange(SHIFTS) % 4 < 2, HELD, OTHER)
-        keys = jnp.broadcast_to(keys[:, None, None], (SHIFTS, 1, count))
-        return {'prediction': v, 'latents': rollout(stream, params, carry, keys)[1]}
+        v = world.first_prediction(params, carry, held)
+        turn = (jnp.arange(STEPS) % 4 < 2).reshape(-1, *[1] * held.ndim)
+        controls = jnp.where(turn, held, other)
+        return {'prediction': v, 'latents': rollout(stream, params, carry, controls)[1]}
 
     made = {name: np.asarray(value, np.float64) for name, value in make(params, cond).items()}
     return made, sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -70,11 +70,7 @@ class Target:
     @property
     def controls(self) -> tuple[np.ndarray, np.ndarray]:
         """Two encoded controls of one step, batch 1: the one held first and the one after it."""
-        words = self.world.vocabulary
-        held = [one for one in words.choices if one != words.idle][:2]
-        return tuple(
-            words.encode([one] * self.world.cfg.stream.controls_per_step)[None] for one in held
-        )
+        return two_controls(self.world)
 
     def run(self, function, *given):
         """Result of a function, replicated over the mesh."""
@@ -158,6 +154,13 @@ def start(world, params, mesh, folder):
 def build(cfg):
     """World of a config, for random weights."""
     return worlds.build(cfg).with_tokenizers(None)
+
+
+def two_controls(world) -> tuple[np.ndarray, np.ndarray]:
+    """Two different encoded controls of one step, batch 1, neither of them idle."""
+    words = world.vocabulary
+    held = [one for one in words.choices if one != words.idle][:2]
+    return tuple(words.encode([one] * world.cfg.stream.controls_per_step)[None] for one in held)
 
 
 def stream(world, control_binding: str | None = None) -> Stream:

@@ -216,6 +216,16 @@ class BaseWorld(Networks):
         """Returns the stream: controls in, frames uint8 [B F H W 3] out, one program per step."""
         return chain(self.latents(control_binding), self.decoder(), self.decoder_seed)
 
+    def first_prediction(self, params: Params, carry: PyTree, control: jax.Array) -> jax.Array:
+        """Returns the prediction of the network in the first call of the next step of a stream.
+
+        Args:
+          params: parameters.
+          carry: of `latents`, after its prefill.
+          control: encoded controls of the step.
+        """
+        raise NotImplementedError
+
     def stages(self, control_binding: str | None = None) -> dict[str, Any]:
         """Returns the parts of `stream` for `stream.pipeline.Pipeline`.
 

@@ -54,6 +54,7 @@ class World(BaseWorld):
     extras = ('tokenizer',)
     single_mesh = True  # the first segment is another program than the others
     roofline = 'wan_memory'
+    has_int8_layers = True
     tokenizer: Any = None
 
     @property
@@ -200,6 +201,24 @@ class World(BaseWorld):
         cfg = self.cfg
         net = network(cfg.dit, cfg.vae.spatial_compression, cfg.stream.experts)
         return memory.make(cfg.stream, net)
+
+    def first_prediction(
+        self, params: Params, carry: memory.Carry, control: jax.Array
+    ) -> jax.Array:
+        """Of the new frames of a segment, without guidance, by the first network."""
+        cfg = self.cfg
+        one = dataclasses.replace(
+            cfg.stream,
+            solver=dataclasses.replace(cfg.stream.solver, steps=1),
+            guidance=1.0,
+            experts=None,
+        )
+        shape = (len(carry.key), one.overlap + one.new, *carry.history.shape[2:])
+        noise = jax.random.normal(jax.random.key(0), shape)
+        net = network(cfg.dit, cfg.vae.spatial_compression)
+        _, x, trace = memory.next_segment(one, net, params, carry, control, noise)
+        # The only step ends at x0 = x - sigma v.
+        return (trace.latents[0][:, one.overlap :] - x) / np.float32(unipc.sigmas(one.solver)[0])
 
     # --- whole clips -----------------------------------------------------------------------------
 

@@ -248,6 +248,15 @@ class World(BaseWorld):
         """v-prediction [B T H W C] of noisy latents at levels [B T]."""
         return self.net.apply({'params': params['transformer']}, x, text, level, control)
 
+    def first_prediction(self, params: Params, carry: swin.Carry, control: jax.Array) -> jax.Array:
+        """Of the whole window, as if the first control of the step were held throughout."""
+        held = jnp.broadcast_to(control[:, :1], carry.window.shape[:2])
+        level = jnp.broadcast_to(self.levels[0], carry.window.shape[:2])
+        v: jax.Array = self.denoise(
+            params, carry.window, level, carry.text, carry.control_table[held]
+        )
+        return v
+
     @property
     def levels(self) -> Array:
         """Noise levels of the solver steps of a shift, int32 [inner T]."""

@@ -214,7 +214,10 @@ def test_a_pipeline_is_measured_whole_and_by_its_parts(monkeypatch):
         (['carracing', '--vs', 'jax'], "--vs: got 'jax', expected one of 'torch'"),
         (['doom:FOUNDATION', '--random'], 'doom:FOUNDATION: does not stream'),
         (['doom', '--vs', 'torch'], '--vs torch: got doom:PLAY, expected a world of The Matrix'),
-        (['doom', '--int8'], '--int8: got doom:PLAY, expected a world of The Matrix'),
+        (
+            ['doom', '--int8'],
+            '--int8: got doom:PLAY, expected a world whose transformer has 8-bit layers',
+        ),
         (['matrix_game_2:TINY', '--random', '--mesh.pipeline', '2dit_3vae'], 'streams on one mesh'),
         (
             [
