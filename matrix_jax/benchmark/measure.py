@@ -116,7 +116,11 @@ class PipelinedProgram(CompiledProgram):
     def __init__(self, target, control_binding: str | None, seed: int):
         self.params, decoder = target.world.split_decoder(target.params)
         self.given = target.controls[:1]
-        pipeline = Pipeline(**target.world.stages(control_binding), params=(self.params, decoder))
+        pipeline = Pipeline(
+            **target.world.stages(control_binding),
+            params=(self.params, decoder),
+            first_control=targets.first_control(target.world),
+        )
         self._start = pipeline.init(self.params, target.cond, player(seed))
         began = time.perf_counter()
         pipeline.compile(self.params, self._start, *self.given)

@@ -165,15 +165,16 @@ def two_controls(world) -> tuple[np.ndarray, np.ndarray]:
 
 def stream(world, control_binding: str | None = None) -> Stream:
     """Stream of a world whose steps are all alike: `init` makes the first output."""
-    return prefilled(world.stream(control_binding), _first(world))
+    return prefilled(world.stream(control_binding), first_control(world))
 
 
 def network_stream(world) -> Stream:
     """Like `stream` without the decoder; it returns latents."""
-    return prefilled(world.latents(), _first(world))
+    return prefilled(world.latents(), first_control(world))
 
 
-def _first(world):
+def first_control(world) -> np.ndarray:
+    """Encoded control of the first step, in which no key is pressed."""
     words = world.vocabulary
     return words.encode([words.idle] * world.first_step_controls)[None]
 

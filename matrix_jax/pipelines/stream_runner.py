@@ -38,6 +38,8 @@ class StreamRunner:
             stages = world.stages(control_binding)
             self._pipeline = Pipeline(**stages, params=(params, decoder_params))
             self._init, self._step = self._pipeline.init, self._pipeline.step
+            if stages['decoder_seed'] is None:
+                self._prefill = self._pipeline.prefill
 
     def start(
         self, prompt: str, frames: np.ndarray | None, known: list[str], seed: int

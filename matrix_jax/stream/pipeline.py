@@ -24,45 +24,75 @@ AHEAD = 2  # one step in each half
 class Pipeline:
     """The stream that `stream.base.chain` makes of the same parts, on two meshes.
 
-    `init` and `step` take and return what those of a stream do, but they are compiled programs:
-    nothing compiles after the first step.
+    `init`, `prefill` and `step` take and return what those of a stream do, but they are compiled
+    programs: nothing compiles after the first step.
 
     Args:
       stream: makes latents [B T H W C].
       decoder: turns them into frames.
-      decoder_seed: `cond -> latents` that the decoder is filled with at the start.
+      decoder_seed: `cond -> latents` that the decoder is filled with at the start; None = it
+        starts on the first latents made.
       params: parameters of the stream, and of the decoder on a mesh of their own.
       ahead: steps that may be in flight; a further step waits for the frames of the oldest one.
+      first_control: without a `decoder_seed`, control of a prefill in `init`, whose frames are
+        dropped; None = `prefill` follows `init`.
     """
 
     def __init__(
         self,
         stream: Stream,
         decoder: StreamDecoder,
-        decoder_seed: Callable[[PyTree], jax.Array],
+        decoder_seed: Callable[[PyTree], jax.Array] | None,
         params: tuple[PyTree, PyTree],
         ahead: int = AHEAD,
+        first_control: PyTree = None,
     ) -> None:
         self.stream, self.decoder, self.params, self.ahead = stream, decoder, params[1], ahead
         self._meshes = [jax.tree.leaves(part)[0].sharding.mesh for part in params]
         self._replicated = [sharding.replicated(mesh) for mesh in self._meshes]
-        self._start: Any = compilation.jit(
-            lambda params, cond, key: (stream.init(params, cond, key), decoder_seed(cond)),
-            out_shardings=self._replicated[0],
-        )
+        self._fills = decoder_seed is not None or first_control is not None
+
+        def start(params: PyTree, cond: PyTree, key: jax.Array) -> PyTree:
+            carry = stream.init(params, cond, key)
+            if decoder_seed:
+                return carry, decoder_seed(cond)
+            return stream.prefill(params, carry, first_control) if self._fills else carry
+
+        self._start: Any = compilation.jit(start, out_shardings=self._replicated[0])
         self._fill: Any = compilation.jit(
             lambda params, latents: decoder.prefill(params, latents)[0]
         )
+        self._make_first: Any = compilation.jit(
+            stream.prefill, donate_argnums=1, out_shardings=self._replicated[0]
+        )
+        self._decode_first: Any = compilation.jit(decoder.prefill)
         self._make: Any = None
         self._decode: Any = None
         self._in_flight: collections.deque[PyTree] = collections.deque()
 
     def init(self, params: PyTree, cond: PyTree, key: jax.Array) -> PyTree:
-        """Returns the carry of a new stream, (carry of the network, cache of the decoder)."""
+        """Returns the carry of a new stream, (carry of the network, cache of the decoder).
+
+        If `prefill` follows, it is the carry of the network alone.
+        """
         with sharding.use_mesh(self._meshes[0]):
-            carry, latents = self._start(params, cond, key)
+            made = self._start(params, cond, key)
+        if not self._fills:
+            return made
+        carry, latents = made
         with sharding.use_mesh(self._meshes[1]):
             return carry, self._fill(self.params, self._to_decoder(latents))
+
+    def prefill(self, params: PyTree, carry: PyTree, control: PyTree) -> tuple[PyTree, PyTree]:
+        """Makes the first output -> ((carry of the network, cache of the decoder), frames).
+
+        The carry given is donated and must not be used again.
+        """
+        with sharding.use_mesh(self._meshes[0]):
+            carry, latents = self._make_first(params, carry, control)
+        with sharding.use_mesh(self._meshes[1]):
+            cache, frames = self._decode_first(self.params, self._to_decoder(latents))
+        return (carry, cache), frames
 
     def compile_init(self, params: PyTree, cond: PyTree, key: jax.Array) -> PyTree:
         """Compiles `init` -> ShapeDtypeStructs of its carry."""

@@ -52,7 +52,6 @@ class World(BaseWorld):
     autoencoder = vae
     reads_text = True
     extras = ('tokenizer',)
-    single_mesh = True  # the first segment is another program than the others
     roofline = 'wan_memory'
     has_int8_layers = True
     tokenizer: Any = None

@@ -11,6 +11,7 @@ from matrix_jax import recipes, worlds
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import ControlConfig
 from matrix_jax.parallel import sharding
+from matrix_jax.pipelines.stream_runner import StreamRunner
 from matrix_jax.stream import base, pipeline, swin
 from matrix_jax.stream.pipeline import Pipeline
 
@@ -83,6 +84,39 @@ def test_only_latents_move_and_nothing_compiles_after_the_start(placed, monkeypa
         np.testing.assert_array_equal(one, other)
 
 
+def test_a_longer_first_step_fills_the_decoder(placed):
+    """The first output has another shape; `init` makes it if it is given its control."""
+    made = parts()
+
+    def prefill(params, carry, control):
+        return carry + params['speed'] * control.sum(), jnp.concatenate([carry, carry + 1])
+
+    decoder = made['decoder']._replace(
+        prefill=lambda params, latents: (latents[1:], (latents * params['scale']).astype(jnp.uint8))
+    )
+    given = {
+        'stream': made['stream']._replace(prefill=prefill),
+        'decoder': decoder,
+        'decoder_seed': None,
+    }
+    params, first = {'speed': 2.0, 'scale': 3.0}, np.int32([1, 1])
+    alone = base.chain(**given)
+    carry, want = jax.jit(alone.prefill)(params, alone.init(params, 5.0, None), first)
+    wanted = run(jax.jit(alone.step), params, carry)
+
+    two = Pipeline(**given, params=placed)
+    start = two.init(placed[0], 5.0, None)
+    assert start.shape == (1, 6)
+    carry, frames = two.prefill(placed[0], start, first)
+    np.testing.assert_array_equal(frames, want)
+    filled = Pipeline(**given, params=placed, first_control=first)
+    starts = ((two, carry), (filled, filled.init(placed[0], 5.0, None)))
+    for made, begun in starts:
+        for one, other in zip(run(made.step, placed[0], begun), wanted, strict=True):
+            assert one.sharding.device_set == set(jax.devices()[6:])
+            np.testing.assert_array_equal(one, other)
+
+
 def test_no_more_steps_are_in_flight_than_allowed(placed, monkeypatch):
     made, events = Pipeline(**parts(), params=placed, ahead=2), []
     wait = jax.block_until_ready
@@ -145,3 +179,29 @@ def test_frames_of_a_pipeline_equal_those_of_one_device():
     # Rounding to whole grey levels can amplify the last bit of a float.
     assert np.abs(frames[0] - frames[1]).max() <= 1
     assert (frames[0] != frames[1]).mean() < 0.01
+
+
+def test_segments_and_a_light_decoder_on_two_meshes():
+    """Matrix-Game 3.0 with an asynchronous decoder: only latents cross."""
+    cfg = recipes.load('matrix_game_3:TINY').world
+    world = worlds.build(cfg).shortened(1).with_tokenizers(None)
+    drawn = world.init(0, zero_init=False)
+    placed = world.device_put(drawn, *sharding.make_meshes(Mesh(pipeline='2dit_3vae')))
+    network, decoder = world.split_decoder(placed)
+    assert set(decoder) == {'vae_decoder'} and network['vae_decoder'] == {}
+    picture = np.random.default_rng(0).integers(0, 255, (1, 16, 24, 3), np.uint8)
+    made = []
+    for params in (placed, drawn):
+        runner = StreamRunner(world, params)
+        known, steps = world.split_controls(['W+right'] * 29)
+        carry, _ = runner.start('A castle', picture, known, seed=0)
+        carry, first = runner.compile(carry, steps)
+        shown = [first]
+        for step in steps[1:]:
+            carry, frames = runner.step(carry, step)
+            shown.append(frames)
+        made.append([np.asarray(frames)[0].astype(int) for frames in shown])
+    assert shown[0].shape == (1, 13, 16, 24, 3)
+    pipelined, alone = (np.concatenate(frames) for frames in made)
+    assert pipelined.shape == (29, 16, 24, 3) and alone.std() > 5
+    assert np.abs(pipelined - alone).max() <= 1 and (pipelined != alone).mean() < 0.01

@@ -86,11 +86,10 @@ class BatchedStream:
         self.idle = self.encode(world.vocabulary.idle)
         self._frame_shape = (self.frames_per_step, cfg.height, cfg.width, 3)
         self._pipeline, self.steps_ahead = None, 0
+        idle = [world.vocabulary.idle] * world.first_step_controls
+        self._first_control = world.vocabulary.encode(idle)[None]
         if decoder_params is None:
-            idle = [world.vocabulary.idle] * world.first_step_controls
-            self._stream = prefilled(
-                world.stream(self.control_binding), world.vocabulary.encode(idle)[None]
-            )
+            self._stream = prefilled(world.stream(self.control_binding), self._first_control)
         else:
             self._pipeline = self._make_pipeline((params, decoder_params))
             self.steps_ahead = 1
@@ -196,7 +195,7 @@ class BatchedStream:
         stages, cfg = self.world.stages(self.control_binding), self.world.cfg
         scale = cfg.vae.spatial_compression
         latent_shape = (
-            self.controls_per_step,
+            cfg.stream.step_frames,
             cfg.height // scale,
             cfg.width // scale,
             cfg.vae.latent_channels,
@@ -214,10 +213,11 @@ class BatchedStream:
             return slots, (frames, finite & finite_latents)
 
         return Pipeline(
-            Stream(stages['stream'].init, step, step),
+            Stream(stages['stream'].init, stages['stream'].prefill, step),
             StreamDecoder(stages['decoder'].prefill, decode),
             stages['decoder_seed'],
             params,
+            first_control=self._first_control,
         )
 
     # --- one player's stream, from any thread --------------------------------------------------
