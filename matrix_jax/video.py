@@ -1,8 +1,7 @@
-"""Reads and writes videos and images; frames are uint8 [F H W 3].
+"""Writes videos and images, and scales frames; frames are uint8 [F H W 3].
 
-Reading picks frames at 16 fps and resizes as the reference does. Writing gives H.264 or GIF; it
-enlarges small frames by a whole factor and can draw the pressed keys. A file appears when it is
-complete, or not at all.
+Writing gives H.264 or GIF; it enlarges small frames by a whole factor and can draw the pressed
+keys. A file appears when it is complete, or not at all. `video_reader` reads.
 """
 
 from __future__ import annotations
@@ -12,17 +11,50 @@ import functools
 import itertools
 import math
 import os
-import subprocess
 import warnings
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from matrix_jax.config import UsageError
+from matrix_jax.video_reader import (
+    FPS,
+    VideoError,
+    first_line,
+    frame_rate,
+    frame_times,
+    is_video,
+    read_frames,
+    read_image,
+    read_video,
+    shown_at,
+    to_rgb,
+)
 
-FPS = 16
+__all__ = [
+    'FPS',
+    'KeyOverlay',
+    'VideoError',
+    'arrows',
+    'check_path',
+    'contact_sheet',
+    'draw_keys',
+    'enlarge',
+    'fit',
+    'frame_rate',
+    'frame_times',
+    'is_video',
+    'read_frames',
+    'read_image',
+    'read_video',
+    'resize',
+    'shown_at',
+    'to_rgb',
+    'write_image',
+    'write_video',
+]
+EXTREME = 16  # ratio of the shapes of a frame and its target from which the ends are cut first
 MIN_WIDTH = 384  # narrower videos are enlarged, because 96x64 is tiny on a screen
 SUFFIXES = ('.mp4', '.gif')
 ARROWS = {  # letter of a driving control: name of its key, row, column
@@ -53,10 +85,6 @@ class KeyOverlay(NamedTuple):
     layout: tuple[tuple[str, int, int], ...]
     pressed: frozenset[str]
     mouse: tuple[float, float] | None = None
-
-
-class VideoError(UsageError):
-    """A video or image cannot be read or written."""
 
 
 # --- writing ---------------------------------------------------------------------------------
@@ -110,7 +138,7 @@ def write_video(
         count = write(part, itertools.chain([first], pictures), fps)
         part.replace(path)
     except OSError as error:  # the first line; imageio appends its whole command
-        raise VideoError(f'{path}: could not be written ({_first_line(error)})') from error
+        raise VideoError(f'{path}: could not be written ({first_line(error)})') from error
     finally:
         part.unlink(missing_ok=True)
     return count
@@ -249,113 +277,12 @@ def _drawn(overlay: KeyOverlay, cell: int) -> np.ndarray:
     return np.asarray(image.resize((columns * cell, 2 * cell), Image.Resampling.LANCZOS))
 
 
-# --- reading ---------------------------------------------------------------------------------
-
-
-def read_video(path: str | Path, fps: float = FPS, count: int | None = None) -> np.ndarray:
-    """Returns uint8 [F H W 3]: the frames nearest to `fps`, at most the first `count`.
-
-    Raises:
-      VideoError: the file cannot be read as a video, or has no frames.
-    """
-    with contextlib.closing(read_frames(path, fps)) as frames:
-        return np.stack(list(itertools.islice(frames, count)))
-
-
-def read_frames(path: str | Path, fps: float | None = FPS) -> Generator[np.ndarray]:
-    """Yields the frames nearest to `fps`, uint8 [H W 3] each; every frame if it is None.
-
-    Frame indices are round(arange(0, N, video fps / fps)), as in the reference, without those that
-    rounding pushes past the end.
-
-    Raises:
-      VideoError: the file cannot be read as a video, or has no frames.
-    """
-    found = 0
-    with _opened(path) as reader:
-        step = _rate(reader, path) / fps if fps else 1
-        for index, frame in enumerate(reader):
-            # PARITY: numpy rounds half to even, and so does Python.
-            while round(found * step) == index:
-                found += 1
-                yield frame
-    if not found:
-        raise VideoError(f'{path}: has no frames')
-
-
-def frame_rate(path: str | Path) -> float:
-    """Returns the frames per second that a video's header states."""
-    with _opened(path) as reader:
-        return _rate(reader, path)
-
-
-def check_whole(path: str | Path):
-    """Raises VideoError if a part of a video is damaged; reading would give broken frames."""
-    import imageio_ffmpeg
-
-    options = '-v error -nostdin -xerror -i'.split()
-    output = '-map 0:v:0 -f null -'.split()
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), *options, str(_readable(path)), *output]
-    with _starting_ffmpeg():
-        done = subprocess.run(command, capture_output=True)
-    if done.returncode:
-        raise VideoError(f'{path}: is damaged: ffmpeg cannot decode all of it')
-
-
-def _rate(reader, path) -> float:
-    rate = reader.get_meta_data()['fps']
-    if not 0 < rate < math.inf:
-        raise VideoError(f'{path}: got {rate} frames per second, expected a positive number')
-    return rate
-
-
-@contextlib.contextmanager
-def _opened(path: str | Path):
-    """An imageio reader whose errors become a VideoError that names the file."""
-    import imageio.v2 as imageio
-
-    path = _readable(path)
-    try:
-        with _starting_ffmpeg():
-            opened = imageio.get_reader(path, format='FFMPEG')
-        with contextlib.closing(opened) as reader:
-            yield reader
-    except VideoError:
-        raise
-    except (OSError, RuntimeError, ValueError, IndexError, KeyError) as error:
-        raise VideoError(f'{path}: not readable as a video ({_first_line(error)})') from error
-
-
-def read_image(path: str | Path) -> np.ndarray:
-    """Returns uint8 [H W 3] of any image that Pillow reads, rotated as its EXIF data say."""
-    from PIL import Image, ImageOps
-
-    path = _readable(path)
-    try:
-        with Image.open(path) as image:
-            return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise VideoError(f'{path}: not readable as an image ({_first_line(error)})') from error
-
-
 @contextlib.contextmanager
 def _starting_ffmpeg():
     """Silences JAX's warning about forks; this one only starts ffmpeg, which is safe."""
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
         yield
-
-
-def _readable(path: str | Path) -> Path:
-    path = Path(path).expanduser()
-    if not path.is_file():
-        what = 'is a folder' if path.is_dir() else 'no such file'
-        raise VideoError(f'{path}: {what}')
-    return path
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # --- sizes -----------------------------------------------------------------------------------
@@ -365,6 +292,7 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Scales to cover a size (bicubic) and crops the centre: [F H W 3] -> [F height width 3]."""
     from PIL import Image
 
+    frames = _middle(frames, height, width)
     scale = max(height / frames.shape[1], width / frames.shape[2])
     covered = resize(
         frames,
@@ -374,6 +302,16 @@ def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     )
     top, left = (covered.shape[1] - height) // 2, (covered.shape[2] - width) // 2
     return covered[:, top : top + height, left : left + width]
+
+
+def _middle(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The middle of frames that are much longer or wider than the target: scaled as a whole, a
+    line of 60,000 pixels would need gigabytes."""
+    rows, columns = frames.shape[1:3]
+    tall = min(rows, math.ceil(EXTREME * columns * height / width))
+    wide = min(columns, math.ceil(EXTREME * rows * width / height))
+    top, left = (rows - tall) // 2, (columns - wide) // 2
+    return frames[:, top : top + tall, left : left + wide]
 
 
 def resize(frames: np.ndarray, height: int, width: int, method: int | None = None) -> np.ndarray:

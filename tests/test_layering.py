@@ -25,7 +25,8 @@ ALLOWED = {
     'parallel.mesh': set(),
     'config': {'parallel.mesh'},
     'recipes': {'config'},
-    'video': {'config'},
+    'video_reader': {'config'},
+    'video': {'config', 'video_reader'},
     'controls': {'config', 'video'},
     'weights': {'config', 'parallel', 'parallel.mesh'},
     'nn': BASE,
@@ -50,6 +51,7 @@ ALLOWED = {
 }
 HEAVY = {
     'transformers',
+    'av',
     'imageio',
     'gymnasium',
     'vizdoom',

@@ -23,6 +23,9 @@ from matrix_jax.data import records
 from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
+# Files beside videos that are not opened to see whether they are videos as well.
+OTHERS = ('.bmp', '.csv', '.jpeg', '.jpg', '.json', '.jsonl', '.md', '.npz', '.parquet', '.png')
+OTHERS += ('.srt', '.tif', '.tiff', '.txt', '.vtt', '.webp', '.yaml', '.yml', '.zip')
 THUMBNAIL = (16, 24)  # rows and columns
 CUT, CUT_RATIO, CUT_AROUND = 0.06, 2.5, 4
 DARK = 0.06  # mean brightness below which a clip is dropped
@@ -67,7 +70,7 @@ class FootageReader:
             raise video.VideoError(
                 f'{path}: got {rate:g} frames per second, expected at least {self.fps / 2:g}'
             )
-        video.check_whole(path)
+        video.frame_times(path)  # raises if a part is damaged
         small = thumbnails(path, self.fps, self.height / self.width)
         report.seconds += len(small) / self.fps
         frames = enumerate(video.read_frames(path, self.fps))
@@ -86,7 +89,7 @@ class FootageReader:
 
 
 def find(root: Path, caption: str = '') -> list[VideoSource]:
-    """All videos below a folder, sorted by name.
+    """All videos below a folder, sorted by name; other endings are judged by the content.
 
     Args:
       root: the folder.
@@ -97,11 +100,9 @@ def find(root: Path, caption: str = '') -> list[VideoSource]:
     """
     if not root.is_dir():
         raise IngestError(f'--videos {root}: no such folder')
-    paths = sorted(
-        path for path in root.rglob('*') if path.suffix.lower() in SUFFIXES and not path.is_dir()
-    )
+    paths = sorted(path for path in root.rglob('*') if _is_video(path))
     if not paths:
-        raise IngestError(f'--videos {root}: no video in it ({" ".join(SUFFIXES)})')
+        raise IngestError(f'--videos {root}: no video in it')
     sources = []
     for path in paths:
         said = path.with_suffix('.txt')
@@ -111,6 +112,12 @@ def find(root: Path, caption: str = '') -> list[VideoSource]:
             raise IngestError(f'{said}: not UTF-8 text ({error})') from error
         sources.append(VideoSource(path.relative_to(root).as_posix(), ' '.join(text.split())))
     return sources
+
+
+def _is_video(path: Path) -> bool:
+    if path.is_dir() or path.suffix.lower() in OTHERS or path.name.startswith('.'):
+        return False
+    return path.suffix.lower() in SUFFIXES or (path.is_file() and video.is_video(path))
 
 
 def thumbnails(path: Path, fps: float, aspect: float) -> np.ndarray:

@@ -52,11 +52,10 @@ class IndexReader:
           VideoError: the video is damaged.
         """
         path = root / source.path
-        rate = video.frame_rate(path)
-        video.check_whole(path)
-        length = sum(1 for _ in video.read_frames(path, None))
+        times, rate = video.frame_times(path), video.frame_rate(path)
+        length = len(times)
         report.seconds += length / rate
-        chosen = sample(length, rate, self.frames, source.start, self.fps)
+        chosen = sample(times, rate, self.frames, source.start, self.fps)
         found = {}
         for index, frame in enumerate(video.read_frames(path, None)):
             if index in chosen:
@@ -69,19 +68,26 @@ class IndexReader:
         yield clip([found[index] for index in chosen], self, source, **known)
 
 
-def sample(length: int, rate: float, frames: int, start: int, fps: float = 16) -> np.ndarray:
+def sample(times: np.ndarray, rate: float, frames: int, start: int, fps: float = 16) -> np.ndarray:
     """Indices [F] of the frames that the published loader takes from a video.
 
+    At a variable frame rate, which that loader does not know, they are the frames shown at the
+    times of the clip.
+
     Args:
-      length: frames of the video.
-      rate: frames per second of the video.
+      times: time of each frame of the video, in seconds.
+      rate: mean frames per second of the video.
       frames: frames F of the clip.
       start: first frame; moved forward if the clip would run past the end.
       fps: frames per second of the clip.
     """
-    step = rate / fps
+    length, step = len(times), rate / fps
     if (frames - 1) * step >= length:  # too short at this rate: spread evenly over the video
         return np.round(np.linspace(0, length - 1, frames)).astype(int)
+    if np.abs(times * rate - np.arange(length)).max() >= 0.25:
+        last = times[-1] - (frames - 1) / fps
+        begin = max(0.0, min(times[min(start, length - 1)], last))
+        return video.shown_at(times, begin + np.arange(frames) / fps)
     last = int(np.floor(length - (frames - 1) * step)) - 1
     start = max(0, min(start, last))
     chosen = np.round(np.arange(start, length, step))[:frames].astype(int)

@@ -73,7 +73,7 @@ def decode_picture(data: bytes, world: World) -> np.ndarray:
     Raises:
       VideoError: the picture is not readable, or has too many pixels.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data), formats=('PNG', 'JPEG', 'WEBP')) as image:
@@ -83,7 +83,7 @@ def decode_picture(data: bytes, world: World) -> np.ndarray:
                     f'expected at most {MAX_PIXELS // 10**6} million'
                 )
             image.draft('RGB', (4 * world.cfg.width, 4 * world.cfg.height))
-            pixels = np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
+            pixels = video.to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         if isinstance(error, video.VideoError):
             raise
