@@ -109,6 +109,7 @@ class Run:
       lora_scale: factor of the adapter.
       data: folder of recorded clips, for training and evaluation; several separated by commas.
       out: file or folder to write; None means the default of the command.
+      allow_non_finite: whether weights may have values that are infinite or not a number.
       keep_programs: whether compiled programs are kept in the user's cache folder.
       name: 'world:RECIPE'; set by `recipes.load`.
     """
@@ -122,5 +123,6 @@ class Run:
     lora_scale: float = 1.0
     data: str | None = None
     out: str | None = None
+    allow_non_finite: bool = False
     keep_programs: bool = True
     name: str = ''

@@ -16,14 +16,24 @@ from pathlib import Path
 from matrix_jax import config, recipes
 from matrix_jax.cli.parser import SEED, Parser, whole
 
-# Loads tensors only, and in a process of its own, because a pickle can contain code.
+# Loads tensors only, and in a process of its own, because a pickle can contain code. Trainers nest
+# the weights (the average over training first) beside numbers such as a step, and wrap the names.
 UNPICKLE = """
 import sys, torch
 from safetensors.torch import save_file
 state = torch.load(sys.argv[1], map_location='cpu', weights_only=True)
-for name in ('state_dict', 'gen_model', 'generator'):
-    state = state.get(name, state)
-save_file({name: value.contiguous().clone() for name, value in state.items()}, sys.argv[2])
+names = ('generator_ema', 'ema', 'state_dict', 'model', 'gen_model', 'generator', 'module')
+while inner := next((state[name] for name in names if isinstance(state.get(name), dict)), None):
+    state = inner
+tensors = {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+others = [name for name, value in state.items() if isinstance(value, (dict, list))]
+if not tensors or others:
+    sys.exit('it holds ' + ', '.join(map(str, list(state)[:5])))
+for prefix in ('_orig_mod.', 'module.', '_fsdp_wrapped_module.') * 2:
+    if all(name.startswith(prefix) for name in tensors):
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+tensors = {name.replace('_fsdp_wrapped_module.', ''): one for name, one in tensors.items()}
+save_file({name: value.contiguous().clone() for name, value in tensors.items()}, sys.argv[2])
 """
 
 
@@ -49,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
     add('--random', metavar='RECIPE', help='write random weights to DST; no SRC')
     add('--layers', type=whole(1), help='layers of random weights, if fewer than the recipe')
     add('--text-layers', type=whole(1), help='layers of their text encoder (default: --layers)')
+    add('--allow-non-finite', action='store_true', help='take weights that are not finite')
     add('--seed', type=whole(0, SEED), default=0, help='seed of random weights (default 0)')
     args = parser.parse_args(argv)
     if bool(args.random) == bool(args.source):
@@ -62,5 +73,5 @@ def main(argv: Sequence[str]) -> None:
                 cfg, args.target, args.seed, args.layers, args.text_layers
             )
         else:
-            line = converter.convert(cfg, args.source, args.target, unpickle)
+            line = converter.convert(cfg, args.source, args.target, unpickle, args.allow_non_finite)
     print(line)

@@ -20,6 +20,13 @@ import numpy as np
 from einops import rearrange
 
 SHOWN = 12  # faults printed in full; the rest are counted
+ALLOWED_BY = ' (--allow-non-finite takes them)'
+# Type -> (unsigned integer of its size, bits of the exponent, which are all set if not finite).
+EXPONENTS: dict[str, tuple[Any, int]] = {
+    'float32': (np.uint32, 0x7F800000),
+    'float16': (np.uint16, 0x7C00),
+    'bfloat16': (np.uint16, 0x7F80),
+}
 
 
 class ConversionError(ValueError):
@@ -133,7 +140,10 @@ Table = Sequence[Row | Drop | Prefix | Rename]
 
 
 def to_jax(
-    table: Table, tensors: Mapping[str, np.ndarray], shapes: Mapping | None = None
+    table: Table,
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping | None = None,
+    allow_non_finite: bool = False,
 ) -> dict[str, Any]:
     """Returns our parameter tree, nested dicts of numpy arrays, made from torch tensors.
 
@@ -141,9 +151,11 @@ def to_jax(
       table: table of the network.
       tensors: torch name -> array; the dtype stays.
       shapes: tree of objects with `.shape` that the result must match, if given.
+      allow_non_finite: whether values may be infinite or not a number.
 
     Raises:
-      ConversionError: tensors are unknown, missing or of a wrong shape; one message names all.
+      ConversionError: tensors are unknown, missing, of a wrong shape or type, or not finite; one
+        message names all.
     """
     rows = [entry for entry in table if isinstance(entry, Row)]
     drops = [entry for entry in table if isinstance(entry, Drop)]
@@ -164,13 +176,17 @@ def to_jax(
             faults.append(f'missing key {key}{_nearest(key, set(tensors) - wanted)}')
         if missing or not keys:
             continue
+        arrays = [np.asarray(tensors[key]) for key in keys]
+        for key, array in zip(keys, arrays):
+            if not is_floating(array.dtype):
+                faults.append(f'{key}: got {array.dtype}, expected floating-point numbers')
+            elif not allow_non_finite and not is_finite(array):
+                faults.append(f'{key}: has values that are not finite{ALLOWED_BY}')
         try:
-            parts = [
-                rearrange(np.asarray(tensors[key]), row.layout, **dict(row.sizes)) for key in keys
-            ]
+            parts = [rearrange(array, row.layout, **dict(row.sizes)) for array in arrays]
             leaf = np.stack(parts) if row.layers is not None else parts[0]
         except Exception as error:  # einops and numpy name the shapes, not the key
-            got = ', '.join(sorted({str(tuple(tensors[key].shape)) for key in keys}))
+            got = ', '.join(sorted({str(array.shape) for array in arrays}))
             faults.append(
                 f'{row.torch}: shape {got} does not fit layout {row.layout!r} '
                 f'({str(error).strip().splitlines()[-1]})'
@@ -195,6 +211,22 @@ def to_jax(
         more = f'; and {len(faults) - SHOWN} more' if len(faults) > SHOWN else ''
         raise ConversionError(f'{len(faults)} weight fault(s): ' + '; '.join(faults[:SHOWN]) + more)
     return unflatten(leaves)
+
+
+def is_floating(dtype: Any) -> bool:
+    """Returns whether a type is floating-point, those of `ml_dtypes` included."""
+    return np.dtype(dtype).kind == 'f' or np.dtype(dtype).name.startswith(('bfloat', 'float'))
+
+
+def is_finite(array: np.ndarray, block: int = 2**24) -> bool:
+    """Returns whether no value is infinite or not a number."""
+    if array.dtype.name not in EXPONENTS:
+        return bool(np.isfinite(array.astype(np.float32)).all())
+    bits, mask = EXPONENTS[array.dtype.name]
+    flat = array.reshape(-1).view(bits)
+    return not any(
+        (flat[at : at + block] & mask == mask).any() for at in range(0, flat.size, block)
+    )
 
 
 def _renamed(table: Table, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:

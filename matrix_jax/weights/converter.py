@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,19 +22,23 @@ from einops import rearrange
 
 from matrix_jax import worlds
 from matrix_jax.config import UsageError, check_writable
-from matrix_jax.weights import conversion, diffusers_layout, training_state
+from matrix_jax.weights import conversion, diffusers_layout, tensor_files, training_state
 from matrix_jax.worlds.networks import Component
 
 PARAMS = 'params'
-PICKLES = ('.bin', '.pth', '.pt')
-WEIGHT_SUFFIXES = ('.safetensors', '.safetensors.index.json', *PICKLES)
+PICKLES = ('.bin', '.pth', '.pt', '.ckpt')
+WEIGHT_SUFFIXES = ('.safetensors', '.safetensors.index.json', '.bin.index.json', *PICKLES)
 RANDOM_SHARD = 10**9  # bytes of random weights in memory at a time
+
+SHARD = re.compile(r'(.+)-\d+-of-(\d+)')
 
 # Writes the tensors of a pickle as safetensors; (pickle, safetensors).
 Unpickle = Callable[[Path, Path], None]
 
 
-def convert(world_cfg: Any, source: str, target: str, unpickle: Unpickle) -> str:
+def convert(
+    world_cfg: Any, source: str, target: str, unpickle: Unpickle, allow_non_finite: bool = False
+) -> str:
     """Converts a folder to the other layout and returns a line about it; all of it or nothing.
 
     Args:
@@ -41,7 +46,8 @@ def convert(world_cfg: Any, source: str, target: str, unpickle: Unpickle) -> str
       source: folder in either layout, or one pickle of tensors.
       target: must not exist. For a single pickle it is a `.safetensors` file, or the folder of a
         component, such as 'DIR/vae', whose tensors are then checked.
-      unpickle: reads `.bin`, `.pth` and `.pt` files.
+      unpickle: reads pickles.
+      allow_non_finite: whether values may be infinite or not a number.
 
     Raises:
       CheckpointError, ConversionError: the source cannot be used.
@@ -49,7 +55,7 @@ def convert(world_cfg: Any, source: str, target: str, unpickle: Unpickle) -> str
     """
     _check_new(target)
     if Path(source).suffix in PICKLES and Path(source).is_file():
-        return _convert_pickle(world_cfg, Path(source), Path(target), unpickle)
+        return _convert_pickle(world_cfg, Path(source), Path(target), unpickle, allow_non_finite)
     folder = diffusers_layout.resolve(source)
     components = worlds.build(world_cfg).components
     orbax = [one for one in components if (folder / one.folder / PARAMS).is_dir()]
@@ -71,10 +77,16 @@ def convert(world_cfg: Any, source: str, target: str, unpickle: Unpickle) -> str
             table = one.weights(getattr(world.cfg, one.field))
             config = diffusers_layout.read_config(folder, one.folder)
             tensors = conversion.to_torch(table, _read_orbax(folder / one.folder))
+            wrong = [key for key, value in tensors.items() if not conversion.is_finite(value)]
+            if wrong and not allow_non_finite:
+                raise conversion.ConversionError(
+                    f'{folder / one.folder}: {wrong[0]} has values that are not finite'
+                    f'{conversion.ALLOWED_BY}'
+                )
             diffusers_layout.write_component(new, one.folder, config, tensors, dtype=None)
         for one in diffusers:
             with _without_pickle(folder, one.folder, unpickle) as plain:
-                params = world.load(plain, only=(one.folder,))[one.folder]
+                params = world.load(plain, (one.folder,), allow_non_finite)[one.folder]
                 _write_orbax(new / one.folder, params)
 
     diffusers_layout.replace_folder(Path(target), fill)
@@ -167,7 +179,9 @@ def _check_new(target: str) -> None:
     check_writable('DST', target)
 
 
-def _convert_pickle(world_cfg: Any, source: Path, target: Path, unpickle: Unpickle) -> str:
+def _convert_pickle(
+    world_cfg: Any, source: Path, target: Path, unpickle: Unpickle, allow_non_finite: bool
+) -> str:
     """Converts one pickle; see `convert`."""
     if target.suffix == '.safetensors':
         if not target.parent.is_dir():
@@ -187,13 +201,34 @@ def _convert_pickle(world_cfg: Any, source: Path, target: Path, unpickle: Unpick
         unpickle(source, Path(copy) / 'model.safetensors')
         tensors = diffusers_layout.Tensors(Path(copy))
         try:
-            checked = conversion.to_torch(table, conversion.to_jax(table, tensors, one.shapes(cfg)))
+            params = conversion.to_jax(table, tensors, one.shapes(cfg), allow_non_finite)
+            checked = conversion.to_torch(table, params)
         except conversion.ConversionError as error:
             raise conversion.ConversionError(f'{source}: {error}') from error
         diffusers_layout.write_component(
             target.parent, target.name, cfg.to_released(), checked, dtype=None
         )
     return f'{target}: {one.folder} of {source}'
+
+
+def _unpickle_shards(pickles: Sequence[Path], folder: Path, unpickle: Unpickle) -> None:
+    """Writes the shards of a component, NAME-00001-of-00002.bin, as safetensors with an index."""
+    if len(pickles) == 1:
+        unpickle(pickles[0], folder / 'model.safetensors')
+        return
+    counts = {(match := SHARD.fullmatch(path.stem)) and (match[1], match[2]) for path in pickles}
+    if None in counts or len(counts) > 1 or int(next(iter(counts))[1]) != len(pickles):
+        raise diffusers_layout.CheckpointError(
+            f'{pickles[0].parent}: got {diffusers_layout.some([one.name for one in pickles])}, '
+            'expected one pickle or all shards of one'
+        )
+    weight_map = {}
+    for path in pickles:
+        unpickle(path, folder / f'{path.stem}.safetensors')
+        file = tensor_files.TensorFile(folder / f'{path.stem}.safetensors')
+        weight_map |= dict.fromkeys(file, f'{path.stem}.safetensors')
+    index = 'model.safetensors.index.json'
+    diffusers_layout.write_json(folder, index, {'weight_map': weight_map})
 
 
 def _weight_files(folder: str, names: list[str]) -> list[str]:
@@ -227,13 +262,9 @@ def _without_pickle(source: Path, name: str, unpickle: Unpickle) -> Iterator[Pat
     if not pickles or any(path.suffix == '.safetensors' for path in files):
         yield source
         return
-    if len(pickles) > 1:
-        raise diffusers_layout.CheckpointError(
-            f'{component}: got {len(pickles)} pickles, expected one'
-        )
     with tempfile.TemporaryDirectory() as copy:
         folder = Path(copy) / name
         folder.mkdir()
         shutil.copy(component / 'config.json', folder)
-        unpickle(pickles[0], folder / 'model.safetensors')
+        _unpickle_shards(pickles, folder, unpickle)
         yield Path(copy)

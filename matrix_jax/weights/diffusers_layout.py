@@ -12,23 +12,42 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from matrix_jax.config import UsageError
+from matrix_jax.weights.tensor_files import (
+    CheckpointError,
+    ScaledTensors,
+    TensorFile,
+    check_file,
+    read_file,
+)
 
+__all__ = [
+    'ASSETS',
+    'CheckpointError',
+    'SaveError',
+    'Tensors',
+    'parse_json',
+    'read_component',
+    'read_config',
+    'read_file',
+    'read_json',
+    'replace_folder',
+    'resolve',
+    'some',
+    'write_component',
+    'write_json',
+]
 ASSETS = Path(__file__).parents[1] / 'assets'
 STEMS = ('diffusion_pytorch_model', 'model')  # file names of diffusers and transformers
 SHARD_SIZE = 5 * 10**9
+JSON_SIZE, JSON_DEPTH = 64 * 2**20, 20  # bytes of a config file, and levels within
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk or quota is full
 HUB_FILES = ('*.json', '*.safetensors', '*.model', '*.txt')
-
-
-class CheckpointError(UsageError):
-    """A folder of weights or of training state cannot be used."""
 
 
 class SaveError(CheckpointError):
@@ -119,14 +138,38 @@ def read_config(folder: str | Path, name: str) -> dict[str, Any]:
 def read_json(folder: str | Path, name: str, file: str) -> dict[str, Any]:
     """Returns the JSON object in `folder/name/file`."""
     path = _component(folder, name) / file
+    check_file(path)
     try:
-        found = json.loads(path.read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise CheckpointError(f'{path}: no such file') from None
+        if path.stat().st_size > JSON_SIZE:
+            raise ValueError(f'it has more than {JSON_SIZE >> 20} MiB')
+        found = parse_json(path.read_text(encoding='utf-8'))
     except (ValueError, OSError) as error:
         raise CheckpointError(f'{path}: not readable as JSON ({error})') from error
     if not isinstance(found, dict):
         raise CheckpointError(f'{path}: got a JSON {type(found).__name__}, expected an object')
+    return found
+
+
+def parse_json(text: str) -> Any:
+    """Returns the value of a JSON text.
+
+    Raises:
+      ValueError: it is no JSON, or nested more than a config ever is.
+    """
+    try:
+        found = json.loads(text)
+    except RecursionError:
+        raise ValueError('it is nested too deeply') from None
+    level = [found]
+    for _ in range(JSON_DEPTH):
+        level = [
+            value
+            for one in level
+            if isinstance(one, (dict, list))
+            for value in (one.values() if isinstance(one, dict) else one)
+        ]
+    if level:
+        raise ValueError(f'it is nested more than {JSON_DEPTH} times')
     return found
 
 
@@ -140,51 +183,56 @@ def _component(folder: str | Path, name: str) -> Path:
     return folder / name
 
 
-class Tensors(Mapping[str, np.ndarray]):
+class Tensors(ScaledTensors):
     """The tensors of one component folder by name, read from its safetensors on access."""
 
     def __init__(self, folder: Path):
-        self._files: dict[str, Any] = {}
+        files: dict[str, TensorFile] = {}
         shards, listed = _shards(folder)
         for shard in shards:
-            for name in (file := _open(shard)).keys():
-                if name in self._files:
+            for name in (file := TensorFile(shard)):
+                if name in files:
                     raise CheckpointError(f'{shard}: tensor {name} is in another shard as well')
-                self._files[name] = file
-        if listed is not None and listed != set(self._files):
-            lost, extra = sorted(listed - set(self._files)), sorted(set(self._files) - listed)
+                files[name] = file
+        if listed is not None and listed != set(files):
+            lost, extra = sorted(listed - set(files)), sorted(set(files) - listed)
             raise CheckpointError(
                 f'{folder}: shards and index differ: '
                 f'missing {some(lost)}; not in the index {some(extra)}'
             )
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
+        super().__init__(files)
 
 
 def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
     """The safetensors files of a component, and the tensor names that an index lists."""
     single = [folder / f'{stem}.safetensors' for stem in STEMS]
     indices = [folder / f'{stem}.safetensors.index.json' for stem in STEMS]
-    found = [path for path in single + indices if path.exists()]
+    found = [path for path in single + indices if path.exists() or path.is_symlink()]
+    if not found:  # files of one `variant` of diffusers, such as fp16
+        single = [path for stem in STEMS for path in sorted(folder.glob(f'{stem}.*.safetensors'))]
+        indices = [
+            path
+            for stem in STEMS
+            for path in sorted(folder.glob(f'{stem}.safetensors.index.*.json'))
+        ]
+        single = [path for path in single if '-of-' not in path.name]
+        found = single + indices
     if len(found) > 1:
         raise CheckpointError(
             f'{folder}: got {" and ".join(path.name for path in found)}, expected one of them'
         )
     if not found:
-        pickles = [path.name for path in folder.iterdir() if path.suffix in ('.bin', '.pth', '.pt')]
+        pickles = [
+            path.name
+            for path in folder.iterdir()
+            if path.suffix in ('.bin', '.pth', '.pt', '.ckpt')
+        ]
         raise CheckpointError(
             f'{folder}: {some(pickles)} is a pickle, which is refused; '
             'matrix-jax convert makes safetensors of it'
             if pickles
-            else f'{folder}: no weights; expected {single[0].name}, {single[1].name} or an '
-            'index.json'
+            else f'{folder}: no weights; expected {STEMS[0]}.safetensors, {STEMS[1]}.safetensors '
+            'or an index.json'
         )
     if found[0] in single:
         return found, None
@@ -198,54 +246,6 @@ def _shards(folder: Path) -> tuple[list[Path], set[str] | None]:
         if not (folder / name).is_file():
             raise CheckpointError(f'{found[0]}: names the shard {name}, which is missing')
     return [folder / name for name in names], set(weight_map)
-
-
-def read_file(path: str | Path) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """Returns (metadata, tensors) of one safetensors file."""
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'{path}: no such file')
-    file = _open(path)
-    return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, 'numpy')
-    except SafetensorError as error:
-        raise CheckpointError(f'{path}: {_diagnose(path) or error}') from error
-
-
-def _diagnose(path: Path) -> str | None:
-    """Why a file is not safetensors, judged by its content."""
-    size = path.stat().st_size
-    with path.open('rb') as file:
-        head = file.read(64)
-    if head[:2] == b'PK' or (
-        head[:1] == b'\x80' and head[1:2] in (b'\2', b'\3', b'\4', b'\5') and head[8:9] != b'{'
-    ):
-        return (
-            'a PyTorch pickle under a .safetensors name; it can run code, so it is refused '
-            '(matrix-jax convert makes safetensors of it)'
-        )
-    if head.startswith(b'version https://git-lfs'):
-        return 'a git-lfs pointer, not the file itself; git lfs pull fetches it'
-    header = int.from_bytes(head[:8], 'little')
-    if size < 8 or (head[8:9] == b'{' and size < 8 + header):
-        return f'truncated: {size} bytes end inside the header'
-    if head[8:9] != b'{':
-        return 'not a safetensors file'
-    with path.open('rb') as file:
-        file.seek(8)
-        try:
-            table = json.loads(file.read(header))
-            ends = [one['data_offsets'][1] for name, one in table.items() if name != '__metadata__']
-        except (ValueError, TypeError, KeyError, IndexError):
-            return 'corrupt: its header is not valid JSON of tensors'
-    wanted = 8 + header + max(ends, default=0)
-    return f'truncated: {size} bytes of {wanted}' if size < wanted else None
 
 
 def some(names: list[str], shown: int = 5) -> str:

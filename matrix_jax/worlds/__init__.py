@@ -84,7 +84,7 @@ def open_run(run: Any, split_decoder: bool = False) -> tuple[World, Params]:
     meshes = sharding.make_meshes(run.mesh) if split_decoder else (sharding.make_mesh(run.mesh),)
     folder = diffusers_layout.resolve(run.weights)
     world = describe(run.world, folder, whole=True).with_tokenizers(folder)
-    params = _with_adapter(run, world, lambda: world.load(folder))
+    params = _with_adapter(run, world, lambda: world.load(folder, None, run.allow_non_finite))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
     return world, world.quantize(world.device_put(params, *meshes))
@@ -120,7 +120,9 @@ def start(run: Any) -> tuple[World, Params]:
     present = tuple(name for name in names if world.can_load(folder, name))
     missing = tuple(name for name in names if name not in (*present, *external))
     params = _with_adapter(
-        run, found, lambda: found.init(seed, only=missing) | found.load(folder, only=present)
+        run,
+        found,
+        lambda: found.init(seed, only=missing) | found.load(folder, present, run.allow_non_finite),
     )
     return world, world.add_params(params, found, seed)
 

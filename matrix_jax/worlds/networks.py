@@ -182,12 +182,22 @@ class Networks:
                     )
         return found
 
-    def load(self, folder: str | Path, only: tuple[str, ...] | None = None) -> Params:
+    def load(
+        self,
+        folder: str | Path,
+        only: tuple[str, ...] | None = None,
+        allow_non_finite: bool = False,
+    ) -> Params:
         """Returns parameters of a folder that fits this world exactly; numpy, dtype as stored.
+
+        Args:
+          folder: weights folder in the diffusers layout.
+          only: folder names of the components to read; all by default.
+          allow_non_finite: whether values may be infinite or not a number.
 
         Raises:
           CheckpointError: a file is missing, damaged or not safetensors.
-          ConversionError: names or shapes do not fit; lists all faults.
+          ConversionError: names, shapes or values do not fit; lists all faults.
         """
         params = {}
         for component in self.components:
@@ -197,7 +207,7 @@ class Networks:
                 cfg = getattr(self.cfg, component.field)
                 try:
                     params[component.folder] = conversion.to_jax(
-                        component.weights(cfg), tensors, _shapes(component, cfg)
+                        component.weights(cfg), tensors, _shapes(component, cfg), allow_non_finite
                     )
                 except conversion.ConversionError as error:
                     raise conversion.ConversionError(f'{"/".join(place)}: {error}') from error

@@ -181,7 +181,7 @@ PAIR = (np.ones((2, 32), np.float32), np.ones((32, 2), np.float32))
             'unknown key base_model.model.transformer_b',
         ),
         ({'text_model.layers.0.q': PAIR}, None, '2 adapter fault(s): unknown key'),
-        ({'patch_embed.proj': PAIR}, None, 'unknown key base_model.model.patch_embed.proj'),
+        ({'patch_embed.proj': PAIR}, None, 'got A (2, 32) and B (32, 2), expected (r, c, p, q)'),
         ({Q: PAIR[:1]}, None, f'missing key {Q}.lora_B.weight'),
         ({Q: (PAIR[0][:, 1:], PAIR[1])}, None, 'got A (2, 31) and B (32, 2), expected (r, 32)'),
         ({Q: (PAIR[0], PAIR[1][:, 1:])}, None, 'got A (2, 32) and B (32, 1)'),
