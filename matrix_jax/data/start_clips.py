@@ -85,13 +85,35 @@ def listing(folder: str) -> dict[str, dict]:
     file = Path(folder) / 'starts' / 'starts.json'
     if not file.is_file():
         return {}
-    return {start['theme']: start for start in json.loads(file.read_text(encoding='utf-8'))}
+    try:
+        found = diffusers_layout.parse_json(file.read_text(encoding='utf-8'))
+        if not isinstance(found, list) or not all(map(_is_start, found)):
+            raise ValueError('expected a list of objects with file, theme, caption and words')
+    except ValueError as error:
+        raise diffusers_layout.CheckpointError(
+            f'{file}: no list of start clips ({error})'
+        ) from error
+    return {start['theme']: start for start in found}
+
+
+def _is_start(start) -> bool:
+    """Whether an entry of a listing has texts, and names a file beside it."""
+    if not isinstance(start, dict) or not isinstance(start.get('words'), list):
+        return False
+    texts = [start.get('file'), start.get('theme'), start.get('caption'), *start['words']]
+    return all(isinstance(text, str) for text in texts) and Path(texts[0]).name == texts[0]
 
 
 def read(folder: str, theme: str, height: int, width: int) -> np.ndarray:
     """Start clip uint8 [F H W 3] of a theme in `listing`."""
     file = Path(folder) / 'starts' / listing(folder)[theme]['file']
-    return video.read_image(file).reshape(-1, height, width, 3)
+    strip = video.read_image(file)
+    if strip.shape[1] != width or strip.shape[0] % height:
+        raise video.VideoError(
+            f'{file}: got {strip.shape[1]}x{strip.shape[0]} pixels, expected frames of '
+            f'{width}x{height} below each other'
+        )
+    return strip.reshape(-1, height, width, 3)
 
 
 def _words(text: str) -> set[str]:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from matrix_jax.weights import conversion
+from matrix_jax.weights import conversion, schema
 
 SPACINGS = ('trailing', 'leading', 'linspace')
 SOLVERS = {'ddim': 'CogVideoXDDIMScheduler', 'dpm': 'CogVideoXDPMScheduler'}
@@ -69,6 +69,7 @@ class SchedulerConfig:
     solver: str = 'ddim'
 
     def __post_init__(self):
+        schema.check_fields(self, 'scheduler.', zero=('steps_offset',))
         if self.spacing not in SPACINGS:
             raise ValueError(
                 f'spacing: got {self.spacing!r}, expected one of {", ".join(SPACINGS)}'
@@ -84,7 +85,7 @@ class SchedulerConfig:
           ValueError: the file asks for a schedule that is not supported.
         """
         # Variants of a class (Swin, LCM) have the same noise schedule.
-        name = released.get('_class_name', SOLVERS['ddim'])
+        name = str(released.get('_class_name', SOLVERS['ddim']))
         faults = (
             []
             if name.startswith('CogVideoX')

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Literal
 
 from matrix_jax.dit.segments import check_span, segments
-from matrix_jax.weights.conversion import check_sizes, config_faults
+from matrix_jax.weights.conversion import config_faults
+from matrix_jax.weights.schema import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class ControlConfig:
     modulate: bool = False
 
     def __post_init__(self):
-        check_sizes(self, 'control.', zero=('start',))
+        check_fields(self, 'control.', zero=('start',))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Config:
     exchange: Literal['auto', 'heads', 'keys'] = 'auto'
 
     def __post_init__(self):
-        check_sizes(self)
+        check_fields(self)
         if self.width % 16:
             raise ValueError(
                 f'heads * head_dim: got {self.heads} * {self.head_dim}, expected a '
@@ -184,6 +185,9 @@ FIXED = {
     'activation_fn': 'gelu-approximate',
     'timestep_activation_fn': 'silu',
     'norm_elementwise_affine': True,
+    'patch_bias': True,
+    'patch_size_t': None,
+    'ofs_embed_dim': None,
     'use_rotary_positional_embeddings': False,
     'use_learned_positional_embeddings': False,
 }

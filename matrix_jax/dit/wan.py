@@ -34,7 +34,7 @@ from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sharded, sites
 from matrix_jax.dit.wan_config import ACTING, PRESETS, Config, check
 from matrix_jax.dit.wan_layers import ImageEmbedding, LevelEmbedding, Projections, standardize
-from matrix_jax.dit.wan_rows import trunk_rows
+from matrix_jax.dit.wan_rows import diffusers_names, trunk_rows
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, Ring, attend_all
@@ -42,7 +42,7 @@ from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
 from matrix_jax.nn.rope import rotate, rotations_3d
 from matrix_jax.parallel.sharding import constrain
-from matrix_jax.weights.conversion import Prefix, Row
+from matrix_jax.weights.conversion import Prefix, Rename, Row
 
 __all__ = [
     'PRESETS',
@@ -318,7 +318,7 @@ ZERO_INIT = (
 )
 
 
-def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
+def weights(cfg: Config) -> tuple[Row | Prefix | Rename, ...]:
     """Weight table: released state dict <-> parameter tree."""
     rows = [
         *trunk_rows(cfg, 'image'),
@@ -330,4 +330,4 @@ def weights(cfg: Config) -> tuple[Row | Prefix, ...]:
     if cfg.actions and cfg.actions.modulate:  # not in released networks
         for name in ('linear_1', 'linear_2'):
             rows += linear_rows(f'action_embedding.{name}', f'action_embedding/{name}', 'i', 'o')
-    return tuple(rows)
+    return (*rows, *diffusers_names())

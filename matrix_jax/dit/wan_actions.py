@@ -24,7 +24,8 @@ from matrix_jax.nn.kv_cache import KVCache, attend_per_site
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.nn.rope import frequencies, rotate, rotations
-from matrix_jax.weights.conversion import Row, check_sizes
+from matrix_jax.weights.conversion import Row
+from matrix_jax.weights.schema import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ class ActionConfig:
     norm_scale: bool = False
 
     def __post_init__(self):
-        check_sizes(self, 'actions.', zero=('start', 'axes', 'blocks'))
+        check_fields(self, 'actions.', zero=('start', 'axes', 'blocks'))
         wanted = self.blocks and tuple(sorted(set(self.blocks)))
         if self.blocks is not None and (
             self.blocks != wanted or (wanted[0], wanted[-1] + 1) != (self.start, self.end)
@@ -96,7 +97,7 @@ class ActionConfig:
         """Action modules on any layers, in any order."""
         layers = tuple(sorted(set(layers)))
         start, end = layers[0], layers[-1] + 1
-        blocks = None if layers == tuple(range(start, end)) else layers
+        blocks = None if len(layers) == end - start else layers
         return cls(start, end, blocks=blocks, **fields)
 
     @property

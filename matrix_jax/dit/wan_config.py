@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from matrix_jax.dit import wan_diffusers
 from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import ActionConfig
-from matrix_jax.weights.conversion import check_sizes, config_faults
+from matrix_jax.weights.conversion import config_faults
+from matrix_jax.weights.schema import check_fields
 
 ACTING = 'acting'  # runs of layers with action modules have names that start with this
 
@@ -55,7 +57,7 @@ class Config:
     exchange: Literal['auto', 'heads', 'keys'] = 'auto'
 
     def __post_init__(self):
-        check_sizes(self, zero=('sink',))
+        check_fields(self, zero=('sink',))
         if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
                 f'head_dim: got {self.head_dim}, expected an even number from 6 on '
@@ -87,7 +89,9 @@ class Config:
         Raises:
           ValueError: a key asks for an operation that this network does not have.
         """
-        fields, faults = read_sizes(cls(), released, FIELDS, FIXED, IGNORED)
+        fields, faults = read_sizes(
+            cls(), wan_diffusers.published(released), FIELDS, FIXED, IGNORED
+        )
         out, joined = fields.get('channels', cls.channels), fields.pop('joined', None)
         if joined is not None:
             fields['cond_channels'] = joined - out

@@ -8,7 +8,7 @@ from typing import Literal
 from matrix_jax.dit.segments import check_span, segments
 from matrix_jax.dit.wan_actions import ActionConfig
 from matrix_jax.dit.wan_config import ACTING, read_actions, read_sizes, released_actions
-from matrix_jax.weights.conversion import check_sizes
+from matrix_jax.weights.schema import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Config:
     exchange: Literal['auto', 'heads', 'keys'] = 'auto'
 
     def __post_init__(self):
-        check_sizes(self)
+        check_fields(self)
         if self.head_dim % 2 or self.head_dim < 6:
             raise ValueError(
                 f'head_dim: got {self.head_dim}, expected an even number from 6 on '

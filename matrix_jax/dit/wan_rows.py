@@ -58,6 +58,11 @@ def diffusers_names() -> tuple[Rename, ...]:
         f'{embedders}.linear_1': '{part}_embedding.0',
         f'{embedders}.linear_2': '{part}_embedding.2',
         'condition_embedder.time_proj': 'time_projection.1',
+        'condition_embedder.image_embedder.norm1': 'img_emb.proj.0',
+        'condition_embedder.image_embedder.ff.net.0.proj': 'img_emb.proj.1',
+        'condition_embedder.image_embedder.ff.net.2': 'img_emb.proj.3',
+        'condition_embedder.image_embedder.norm2': 'img_emb.proj.4',
+        'patch_embedding.proj': 'patch_embedding',  # in folders of FastVideo
         'proj_out': 'head.head',
         f'{block}.norm2': f'{block}.norm3',
         f'{block}.ffn.net.0.proj': f'{block}.ffn.0',

@@ -17,12 +17,15 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from matrix_jax.encoders import transformers_keys
 from matrix_jax.nn import initializers
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
-from matrix_jax.weights.conversion import Drop, Row, check_sizes
+from matrix_jax.weights.conversion import Drop, Rename, Row
+from matrix_jax.weights.schema import check_fields
 
+PROJECTED, PLAIN = 'CLIPTextModelWithProjection', 'CLIPTextModel'
 LEGACY_EOS = 2  # in old config files; the end of text is then the largest id of a prompt
 MASKED = -1e30
 
@@ -36,6 +39,7 @@ ACTIVATIONS = {
 class Config:
     """Sizes of the encoder; D = dim, K = heads, M = mlp_dim, A = projection.
 
+    `projection` None means no projection, as in `CLIPTextModel`, and A = D.
     `eos` is the id of the end of text, `dtype` the numpy name of the type of matrix products and of
     the residual stream.
     """
@@ -46,14 +50,14 @@ class Config:
     heads: int = 12
     mlp_dim: int = 3072
     positions: int = 77
-    projection: int = 768
+    projection: int | None = 768
     activation: str = 'quick_gelu'
     eps: float = 1e-5
     eos: int = LEGACY_EOS
     dtype: str = 'float32'
 
     def __post_init__(self):
-        check_sizes(self, 'clip.', zero=('eos',))
+        check_fields(self, 'clip.', zero=('eos',))
         if self.activation not in ACTIVATIONS:
             raise ValueError(
                 f'clip.activation: got {self.activation!r}, '
@@ -73,6 +77,10 @@ class Config:
         text = dict(nested if nested is not None else released)
         if nested is not None and 'projection_dim' in released:
             text['projection_dim'] = released['projection_dim']
+        if unknown := transformers_keys.unknown(text, (*_NAMES.values(), *_OF_WHOLE)):
+            raise ValueError(f'clip config.json: unknown keys {", ".join(unknown)}')
+        if nested is None and released.get('architectures') == [PLAIN]:
+            text['projection_dim'] = None
         missing = [key for name, key in _NAMES.items() if name in _SIZES and key not in text]
         if missing:
             raise ValueError(f'clip config.json: missing {", ".join(missing)}')
@@ -81,8 +89,8 @@ class Config:
     def to_released(self) -> dict:
         """The config.json of this encoder."""
         return {
-            '_class_name': 'CLIPTextModelWithProjection',
-            'architectures': ['CLIPTextModelWithProjection'],
+            '_class_name': PROJECTED if self.projection else PLAIN,
+            'architectures': [PROJECTED if self.projection else PLAIN],
             'model_type': 'clip_text_model',
             **{key: getattr(self, name) for name, key in _NAMES.items()},
         }
@@ -100,6 +108,7 @@ _NAMES = {
     'eps': 'layer_norm_eps',
     'eos': 'eos_token_id',
 }
+_OF_WHOLE = ('text_config', 'vision_config', 'logit_scale_init_value')
 _SIZES = ('vocab', 'dim', 'layers', 'heads', 'mlp_dim', 'positions', 'projection')
 
 PRESETS = {
@@ -139,6 +148,8 @@ class TextTower(nn.Module):
         x = LayerNorm(cfg.eps, name='final_norm')(x)
         end = jnp.argmax(ids if cfg.eos == LEGACY_EOS else ids == cfg.eos, axis=1)
         pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        if cfg.projection is None:
+            return pooled
         return Linear(cfg.projection, use_bias=False, dtype=cfg.dtype, name='projection')(pooled)
 
 
@@ -179,7 +190,7 @@ def shapes(cfg: Config) -> dict:
     return jax.eval_shape(TextTower(cfg).init, jax.random.key(0), ids)['params']
 
 
-def weights(cfg: Config) -> tuple[Row | Drop, ...]:
+def weights(cfg: Config) -> tuple[Row | Drop | Rename, ...]:
     """Weight table of `CLIPTextModelWithProjection`, or of a whole CLIP without its image half."""
 
     def both(torch, ours, layout):
@@ -204,9 +215,17 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
         *both(f'{layer}mlp.fc1', 'layers/fc1', 'm d -> d m'),
         *both(f'{layer}mlp.fc2', 'layers/fc2', 'd m -> m d'),
         *both('final_layer_norm', 'final_norm', 'd -> d'),
-        Row('text_projection.weight', 'projection/kernel', 'a d -> d a'),
+        *(
+            [Row('text_projection.weight', 'projection/kernel', 'a d -> d a')]
+            * bool(cfg.projection)
+        ),
         Drop('text_model.embeddings.position_ids', why='a buffer: 0, 1, 2, ...'),
         Drop('vision_model.*', why='the image encoder is not used'),
         Drop('visual_projection.*', why='the image encoder is not used'),
         Drop('logit_scale', why='only the contrastive loss uses it'),
+        # A CLIPTextModel of transformers 5.
+        *(
+            Rename(f'{part}.{{name}}', f'text_model.{part}.{{name}}')
+            for part in ('embeddings', 'encoder', 'final_layer_norm')
+        ),
     )

@@ -11,7 +11,7 @@ open-clip-xlm-roberta-large-vit-huge-14.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import flax.linen as nn
 import jax
@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from matrix_jax.encoders import transformers_keys
 from matrix_jax.nn import initializers
 from matrix_jax.nn.attention import attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
-from matrix_jax.weights.conversion import Drop, Row, check_sizes
+from matrix_jax.weights.conversion import Drop, Join, Rename, Row
+from matrix_jax.weights.schema import check_fields
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -55,7 +57,7 @@ class Config:
     dtype: str = 'float32'
 
     def __post_init__(self):
-        check_sizes(self, 'clip.')
+        check_fields(self, 'clip.')
         if self.dim % self.heads:
             raise ValueError(f'clip.heads: {self.heads} does not divide width {self.dim}')
         if self.image % self.patch:
@@ -79,6 +81,8 @@ class Config:
         Raises:
           ValueError: a size is missing or a key is unknown.
         """
+        if 'hidden_size' in released or 'vision_config' in released:
+            return cls._from_transformers(released.get('vision_config') or released)
         faults = [f'missing {key}' for key in _NAMES if key not in released]
         faults += [
             f'unknown key {key}'
@@ -88,6 +92,25 @@ class Config:
         if faults:
             raise ValueError('image encoder config: ' + '; '.join(faults))
         return cls(**{name: released[key] for key, name in _NAMES.items()})
+
+    @classmethod
+    def _from_transformers(cls, released: Mapping) -> Config:
+        """Reads the config of a `CLIPVisionModel`, as in the diffusers layout of Wan."""
+        faults = [f'missing {key}' for key in _TRANSFORMERS if key not in released]
+        known = (*_TRANSFORMERS, *_FIXED, 'layer_norm_eps', 'projection_dim')
+        faults += [f'unknown key {key}' for key in transformers_keys.unknown(released, known)]
+        faults += [
+            f'{key} = {released[key]!r} (expected {want!r})'
+            for key, want in _FIXED.items()
+            if released.get(key, want) != want
+        ]
+        width, mlp = released.get('hidden_size'), released.get('intermediate_size')
+        if not faults and mlp % width:
+            faults.append(f'intermediate_size = {mlp} (expected a multiple of {width})')
+        if faults:
+            raise ValueError('image encoder config: ' + '; '.join(faults))
+        sizes = {name: released[key] for key, name in _TRANSFORMERS.items() if name != 'mlp_ratio'}
+        return cls(**sizes, mlp_ratio=mlp // width, eps=released.get('layer_norm_eps', cls.eps))
 
     def to_released(self) -> dict:
         """The `config.json` of this encoder (the published weights have none)."""
@@ -107,6 +130,16 @@ _NAMES = {
     'mlp_ratio': 'mlp_ratio',
 }
 _IGNORED = ('out_dim',)
+# Keys of a `CLIPVisionModel`; `intermediate_size` is mlp_ratio * dim.
+_TRANSFORMERS = {
+    'image_size': 'image',
+    'patch_size': 'patch',
+    'hidden_size': 'dim',
+    'num_attention_heads': 'heads',
+    'num_hidden_layers': 'layers',
+    'intermediate_size': 'mlp_ratio',
+}
+_FIXED = {'hidden_act': 'gelu', 'num_channels': 3}
 
 PRESETS = {'vit_h_14': Config(), 'tiny': Config(image=28, dim=16, heads=2, layers=3, mlp_ratio=2)}
 
@@ -205,7 +238,7 @@ def shapes(cfg: Config) -> dict:
     return jax.eval_shape(ImageTower(cfg).init, jax.random.key(0), images)['params']
 
 
-def weights(cfg: Config) -> tuple[Row | Drop, ...]:
+def weights(cfg: Config) -> tuple[Row | Drop | Rename | Join, ...]:
     """Weight table of the published `.pth`, without text encoder, last layer and projection."""
 
     def rows(torch, ours, axes):
@@ -239,4 +272,30 @@ def weights(cfg: Config) -> tuple[Row | Drop, ...]:
         Drop('visual.head', why='the projection of the class token, not used'),
         Drop('textual.*', why='the text encoder is not used'),
         Drop('log_scale', why='only the contrastive loss uses it'),
+        *_transformers_names(),
     )
+
+
+def _transformers_names() -> Iterator[Drop | Rename | Join]:
+    """Names of a `CLIPVisionModel`, with the prefix of transformers 4 and without it."""
+    ours, theirs = 'visual.transformer.{i}.', 'encoder.layers.{i}.'
+    for before in ('', 'vision_model.'):
+        start = f'{before}embeddings.'
+        yield Rename(f'{start}class_embedding', 'visual.cls_embedding', 'd -> 1 1 d')
+        yield Rename(f'{start}position_embedding.weight', 'visual.pos_embedding', 's d -> 1 s d')
+        yield Rename(f'{start}patch_embedding.weight', 'visual.patch_embedding.weight')
+        yield Drop(f'{start}position_ids', why='a buffer: 0, 1, 2, ...')
+        for name, known in (
+            ('pre_layrnorm.{p}', 'visual.pre_norm.{p}'),
+            ('post_layernorm.{p}', 'visual.post_norm.{p}'),
+            (f'{theirs}layer_norm1.{{p}}', f'{ours}norm1.{{p}}'),
+            (f'{theirs}layer_norm2.{{p}}', f'{ours}norm2.{{p}}'),
+            (f'{theirs}self_attn.out_proj.{{p}}', f'{ours}attn.proj.{{p}}'),
+            (f'{theirs}mlp.fc1.{{p}}', f'{ours}mlp.0.{{p}}'),
+            (f'{theirs}mlp.fc2.{{p}}', f'{ours}mlp.2.{{p}}'),
+        ):
+            yield Rename(before + name, known)
+        parts = tuple(f'{before}{theirs}self_attn.{name}_proj.{{p}}' for name in 'qkv')
+        yield Join(parts, f'{ours}attn.to_qkv.{{p}}')
+    for name in ('visual_projection.*', 'text_projection.*', 'text_model.*', 'logit_scale'):
+        yield Drop(name, why='not used')

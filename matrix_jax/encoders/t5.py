@@ -19,11 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from matrix_jax.encoders import transformers_keys
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.attention import self_attention
 from matrix_jax.nn.linear import Linear
 from matrix_jax.parallel.sharding import constrain
-from matrix_jax.weights.conversion import Drop, Rename, Row, check_sizes
+from matrix_jax.weights.conversion import Drop, Rename, Row
+from matrix_jax.weights.schema import check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Config:
     dtype: str = 'float32'
 
     def __post_init__(self):
-        check_sizes(self, 't5.')
+        check_fields(self, 't5.')
 
     @classmethod
     def from_released(cls, released: Mapping) -> Config:
@@ -56,9 +58,12 @@ class Config:
         Raises:
           ValueError: a size is missing, or the file asks for another kind of T5.
         """
-        for key, wanted in _FIXED.items():
+        for key, wanted in (_FIXED | _ENCODER).items():
             if released.get(key, wanted) != wanted:
                 raise ValueError(f't5 config.json: {key} is {released[key]!r}, expected {wanted!r}')
+        known = (*_NAMES.values(), *_FIXED, *_ENCODER, *_IGNORED)
+        if unknown := transformers_keys.unknown(released, known):
+            raise ValueError(f't5 config.json: unknown keys {", ".join(unknown)}')
         if 'feed_forward_proj' not in released:  # the default of the format is relu
             raise ValueError(
                 f"t5 config.json: no 'feed_forward_proj', expected {_FIXED['feed_forward_proj']!r}"
@@ -102,6 +107,12 @@ _NAMES = {
 KINDS = {False: 't5', True: 'umt5'}  # `layer_bias` -> `model_type`
 _SIZES = ('vocab', 'dim', 'layers', 'heads', 'head_dim', 'mlp_dim')
 _FIXED = {'feed_forward_proj': 'gated-gelu', 'dense_act_fn': 'gelu_new', 'is_gated_act': True}
+_ENCODER = {'is_decoder': False}
+# Keys of the decoder, of training and of former versions.
+_IGNORED = (
+    *('classifier_dropout', 'd_type', 'dropout_rate', 'initializer_factor', 'n_positions'),
+    *('num_decoder_layers', 'output_past', 'scale_decoder_outputs', 'feed_forward_proj'),
+)
 
 PRESETS = {
     'v1_1_xxl': Config(),
@@ -250,7 +261,7 @@ def weights(cfg: Config) -> tuple[Row | Drop | Rename, ...]:
         bias_row = Row(f'encoder.block.0.{bias}', 'relative_bias', 'r k -> r k')
     return (
         Row('shared.weight', 'embedding', 'v d -> v d'),
-        Drop('encoder.embed_tokens.weight', why='tied: the same tensor as shared.weight'),
+        Rename('encoder.embed_tokens.weight', 'shared.weight', tied=True),
         bias_row,
         *rows('0.SelfAttention', 'qkv', 'k d -> d k'),
         *rows('0.SelfAttention', 'o', 'd k -> k d'),

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from matrix_jax.weights import diffusers_layout
+
 CLASSES = {
     'T5Tokenizer': 'T5Tokenizer',
     'T5TokenizerFast': 'T5Tokenizer',
@@ -40,11 +42,15 @@ def load(folder: str | Path):
     config = folder / 'tokenizer_config.json'
     if not config.is_file():
         raise FileNotFoundError(f'tokenizer: no {config}')
+    for path in sorted(folder.iterdir()):
+        if not (path.is_file() or path.is_dir()):
+            raise ValueError(f'tokenizer: {path} is not a file, or a link to none')
     try:
-        name = json.loads(config.read_text(encoding='utf-8')).get('tokenizer_class')
+        found = diffusers_layout.parse_json(config.read_text(encoding='utf-8'))
+        name = found.get('tokenizer_class')
     except (ValueError, AttributeError) as error:
         raise ValueError(f'tokenizer: {config} is not a JSON object ({error})') from None
-    if name not in CLASSES:
+    if not isinstance(name, str) or name not in CLASSES:
         raise ValueError(
             f'tokenizer: {config} names class {name!r}, expected one of {", ".join(CLASSES)}'
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal, get_args
 
-from matrix_jax.weights import conversion
+from matrix_jax.weights import conversion, schema
 
 Resampling = Literal['average', 'shortcut', 'fold']
 NormFrames = Literal['chunk', 'one']
@@ -77,7 +77,7 @@ class Config:
         object.__setattr__(self, 'block_out_channels', tuple(self.block_out_channels))
         object.__setattr__(self, 'latent_means', tuple(self.latent_means))
         object.__setattr__(self, 'time_taps', tuple(self.time_taps))
-        conversion.check_sizes(self, 'vae.', zero=('layers_per_block', 'spatial_levels'))
+        schema.check_fields(self, 'vae.', zero=('layers_per_block', 'spatial_levels'))
         if len(self.latent_means) not in (0, self.latent_channels):
             raise ValueError(
                 f'vae.latent_means: got {len(self.latent_means)} numbers, expected '

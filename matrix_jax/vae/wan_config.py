@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from matrix_jax.weights import conversion
+from matrix_jax.weights import conversion, schema
 
 
 def _numbers(text: str) -> tuple[float, ...]:
@@ -80,7 +80,7 @@ class Config:
     def __post_init__(self):
         for name in ('multiples', 'halves_time', 'latent_means', 'latent_stds'):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        conversion.check_sizes(self, 'vae.')
+        schema.check_fields(self, 'vae.')
         if len(self.halves_time) != self.levels - 1:
             raise ValueError(
                 f'vae.halves_time: got {len(self.halves_time)} values, expected '

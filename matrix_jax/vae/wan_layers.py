@@ -18,6 +18,7 @@ from matrix_jax.nn.attention import attention
 from matrix_jax.nn.conv3d import CausalConv3d, Downsample2d, Upsample2d, fan_in
 from matrix_jax.nn.linear import Linear
 from matrix_jax.parallel import spatial
+from matrix_jax.vae import wan_names
 from matrix_jax.vae.resampling import fold_mean, unfold_repeat
 from matrix_jax.vae.wan_config import Config
 from matrix_jax.weights.conversion import Drop, Rename, Row
@@ -264,7 +265,7 @@ def conv(cfg: Config, features: int, name: str):
 def weights(cfg: Config) -> tuple[Row | Drop | Rename, ...]:
     """Weight table: published `.pth` of either version <-> parameter tree.
 
-    Also reads the names of the light decoders of 2.2.
+    Also reads the names of diffusers, which the light decoders of 2.2 have as well.
     """
 
     def both(torch, path, kernel):
@@ -334,47 +335,5 @@ def weights(cfg: Config) -> tuple[Row | Drop | Rename, ...]:
             cfg.doubles_time,
             (up[0], *(width if cfg.residual else width // 2 for width in up)),
         ),
-        *(_light_names(cfg.layers) if cfg.residual else ()),
-    )
-
-
-def _light_names(layers: int) -> tuple[Rename | Drop, ...]:
-    """Names in the files of pruned decoders (`MG-LightVAE.pth`)."""
-    down = f'encoder.downsamples.{{i}}.downsamples.{layers}'
-    up = f'decoder.upsamples.{{i}}.upsamples.{layers + 1}'
-    names = {
-        'quant_conv': 'conv1',
-        'post_quant_conv': 'conv2',
-        '{half}.conv_in': '{half}.conv1',
-        '{half}.norm_out': '{half}.head.0',
-        '{half}.conv_out': '{half}.head.2',
-        'encoder.down_blocks.{i}.downsampler.resample.1': f'{down}.resample.1',
-        'encoder.down_blocks.{i}.downsampler.time_conv': f'{down}.time_conv',
-        'decoder.up_blocks.{i}.upsampler.resample.1': f'{up}.resample.1',
-        'decoder.up_blocks.{i}.upsampler.time_conv': f'{up}.time_conv',
-        '{half}.mid_block.attentions.0.norm': '{half}.middle.1.norm',
-        '{half}.mid_block.attentions.0.to_qkv': '{half}.middle.1.to_qkv',
-        '{half}.mid_block.attentions.0.proj': '{half}.middle.1.proj',
-    }
-    resnets = {
-        '{half}.mid_block.resnets.0': '{half}.middle.0',
-        '{half}.mid_block.resnets.1': '{half}.middle.2',
-        'encoder.down_blocks.{i}.resnets.{j}': 'encoder.downsamples.{i}.downsamples.{j}',
-        'decoder.up_blocks.{i}.resnets.{j}': 'decoder.upsamples.{i}.upsamples.{j}',
-    }
-    parts = {
-        'norm1': 'residual.0',
-        'conv1': 'residual.2',
-        'norm2': 'residual.3',
-        'conv2': 'residual.6',
-        'conv_shortcut': 'shortcut',
-    }
-    names |= {
-        f'{theirs}.{part}': f'{ours}.{own}'
-        for theirs, ours in resnets.items()
-        for part, own in parts.items()
-    }
-    return (
-        *(Rename(theirs + '.{leaf}', ours + '.{leaf}') for theirs, ours in names.items()),
-        Drop('dynamic_feature_projection_heads.*', why='heads that only training used'),
+        *wan_names.names(cfg),
     )

@@ -1,8 +1,9 @@
 """PyTorch tensors <-> our parameter trees, by a conversion table.
 
-A table is a tuple of `Row`, `Drop`, `Prefix` and `Rename` at the end of the file that defines the
-network. Each torch key matches exactly one row, each of our leaves is written exactly once, and one
-error reports all faults, with the nearest names. Everything is numpy and stays on the host.
+A table is a tuple of `Row`, `Drop` and entries of `weights.names` at the end of the file that
+defines the network. Each torch key matches exactly one row, each of our leaves is written exactly
+once, and one error reports all faults, with the nearest names. Everything is numpy and stays on the
+host.
 """
 
 from __future__ import annotations
@@ -10,14 +11,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
-import functools
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from einops import rearrange
+
+from matrix_jax.weights.names import Join, Prefix, Rename, renamed
 
 SHOWN = 12  # faults printed in full; the rest are counted
 ALLOWED_BY = ' (--allow-non-finite takes them)'
@@ -88,55 +90,7 @@ class Drop:
         return fnmatch.fnmatchcase(key, self.torch.replace('{i}', '*'))
 
 
-@dataclasses.dataclass(frozen=True)
-class Prefix:
-    """A prefix that all torch keys of a file may have: the name of a wrapper around the network.
-
-    It is removed when tensors are read and not written.
-    """
-
-    text: str
-
-    def names(self, keys: Sequence[str]) -> dict[str, str]:
-        """Returns a dict from the key without the prefix to the key in the file."""
-        present = bool(keys) and all(key.startswith(self.text) for key in keys)
-        return {key.removeprefix(self.text) if present else key: key for key in keys}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rename:
-    """Another name of torch tensors, used by other files of the same network.
-
-    Names are translated when tensors are read; files are written with the names of the table.
-
-    Attributes:
-      torch: name in those files; '{name}' matches any text without a dot, and at the end any text.
-      known: name in the table, with the same parts in braces.
-    """
-
-    torch: str
-    known: str
-
-    @functools.cached_property
-    def pattern(self) -> re.Pattern[str]:
-        """Regular expression of the torch name."""
-        parts = re.split(r'\{(\w+)\}', self.torch)  # texts and names in turn
-        texts = []
-        for index, part in enumerate(parts):
-            if index % 2 == 0:
-                texts.append(re.escape(part))
-            else:
-                ends_here = index == len(parts) - 2 and not parts[-1]
-                texts.append(f'(?P<{part}>{".+" if ends_here else "[^.]+"})')
-        return re.compile(''.join(texts))
-
-    def name(self, key: str) -> str | None:
-        """Returns the name of a key in the table; None if this entry does not match the key."""
-        match = self.pattern.fullmatch(key)
-        return match and self.known.format(**match.groupdict())
-
-
-Table = Sequence[Row | Drop | Prefix | Rename]
+Table = Sequence[Row | Drop | Prefix | Rename | Join]
 
 
 def to_jax(
@@ -159,9 +113,10 @@ def to_jax(
     """
     rows = [entry for entry in table if isinstance(entry, Row)]
     drops = [entry for entry in table if isinstance(entry, Drop)]
-    for prefix in (entry for entry in table if isinstance(entry, Prefix)):
-        tensors = _Renamed(tensors, prefix.names(list(tensors)))
-    tensors = _renamed(table, tensors)
+    try:
+        tensors = renamed(table, tensors)
+    except ValueError as error:
+        raise ConversionError(f'1 weight fault(s): {error}') from error
     wanted = {key for row in rows for key in row.keys()}
     faults = []
     for key in tensors:
@@ -229,38 +184,6 @@ def is_finite(array: np.ndarray, block: int = 2**24) -> bool:
     )
 
 
-def _renamed(table: Table, tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Tensors under the names of the table, where a `Rename` matches."""
-    renames = [entry for entry in table if isinstance(entry, Rename)]
-    if not renames:
-        return tensors
-    names: dict[str, str] = {}
-    for key in tensors:
-        known = next(filter(None, (rename.name(key) for rename in renames)), key)
-        if known in names:
-            raise ConversionError(
-                f'1 weight fault(s): {key} and {names[known]} are the same tensor {known}'
-            )
-        names[known] = key
-    return _Renamed(tensors, names)
-
-
-class _Renamed(Mapping[str, np.ndarray]):
-    """A mapping under other names; values are read on access."""
-
-    def __init__(self, content: Mapping[str, np.ndarray], names: Mapping[str, str]):
-        self._content, self._names = content, names
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._content[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 def to_torch(table: Table, params: Mapping) -> dict[str, np.ndarray]:
     """The inverse of `to_jax`: returns torch name -> numpy array; the dtype stays.
 
@@ -317,24 +240,6 @@ def config_faults(
         for key, value in asked.items()
         if key not in fixed and key not in known
     ]
-
-
-def check_sizes(cfg: Any, where: str = '', zero: Sequence[str] = ()) -> None:
-    """Checks that every whole number in the config of a network is at least 1.
-
-    Args:
-      cfg: the config dataclass.
-      where: text before the field's name.
-      zero: fields that may be 0.
-
-    Raises:
-      ValueError: a number is too small.
-    """
-    for field in dataclasses.fields(cfg):
-        value, lowest = getattr(cfg, field.name), int(field.name not in zero)
-        sizes = value if isinstance(value, tuple) else (value,)
-        if 'int' in str(field.type) and any(type(size) is int and size < lowest for size in sizes):
-            raise ValueError(f'{where}{field.name}: got {value}, expected at least {lowest}')
 
 
 def flatten(tree: Mapping, prefix: str = '') -> dict[str, Any]:

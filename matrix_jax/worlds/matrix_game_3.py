@@ -302,7 +302,7 @@ class World(BaseWorld):
         if net is not None and net.actions is not None:
             places = [self.locate(folder, name) for name in self.network_folders]
             place = places[0]
-            action_config = diffusers_layout.read_config(*place)['action_config']
+            action_config = diffusers_layout.read_config(*place).get('action_config', {})
             unknown = 'norm_scale' not in action_config
             tensors = (diffusers_layout.Tensors(Path(*one)) for one in places)
             if unknown and any(map(networks.has_norm_scales, tensors)):

@@ -25,7 +25,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.nn import initializers, linear
 from matrix_jax.parallel import sharding
 from matrix_jax.stream.base import PyTree
-from matrix_jax.weights import conversion, diffusers_layout
+from matrix_jax.weights import conversion, diffusers_layout, schema
 
 Draw = Callable[[int | None], np.ndarray[Any, Any]]
 Params = dict[str, Any]
@@ -414,6 +414,10 @@ def _shapes(component: Component, cfg: Any) -> PyTree:
     return component.shapes(cfg)
 
 
+# What operations on values of wrong types and sizes raise.
+WRONG_VALUES = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError)
+
+
 def read_config(kind: Any, folder: str, name: str) -> Any:
     """Returns the config of a component, `kind.from_released` of its config.json.
 
@@ -422,22 +426,17 @@ def read_config(kind: Any, folder: str, name: str) -> Any:
     """
     released = diffusers_layout.read_config(folder, name)
     try:
+        schema.check_values(released)
         cfg = kind.from_released(released)
-        wrong = [
-            f'{field.name}: got {getattr(cfg, field.name)!r}, expected {wanted.__name__}'
-            for field in dataclasses.fields(cfg)
-            if (wanted := type(field.default)) in (int, str)
-            and type(getattr(cfg, field.name)) is not wanted
-        ]
-        if wrong:
-            raise ValueError('; '.join(wrong))
-    except (ValueError, TypeError) as error:
+    except WRONG_VALUES as error:
         found, expected = (one.get('_class_name') for one in (released, kind().to_released()))
         message = str(error)
         if found not in (None, expected):
             message = f'got a {found}, expected a {expected} by the recipe' + (
-                '' if isinstance(error, TypeError) else f': {message}'
+                f': {message}' if isinstance(error, ValueError) else ''
             )
+        elif not isinstance(error, ValueError):  # an operation on a value of another type
+            message = f'a value has another type than expected ({message})'
         raise diffusers_layout.CheckpointError(f'{folder}/{name}/config.json: {message}') from error
     return cfg
 

@@ -30,9 +30,9 @@ from matrix_jax.encoders import clip, t5, tokenizers
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import Stream
 from matrix_jax.vae import cogvideox as vae
-from matrix_jax.weights import conversion, diffusers_layout
+from matrix_jax.weights import conversion, diffusers_layout, schema
 from matrix_jax.worlds.base import BaseWorld, check_frames
-from matrix_jax.worlds.networks import Component, Params, fewer_layers
+from matrix_jax.worlds.networks import WRONG_VALUES, Component, Params, fewer_layers
 
 Array = np.ndarray[Any, Any]
 
@@ -315,7 +315,13 @@ class World(BaseWorld):
         fields = self._read_configs(folder, whole)
         if whole or (Path(folder) / 'scheduler').is_dir():
             released = diffusers_layout.read_json(folder, 'scheduler', 'scheduler_config.json')
-            fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
+            try:
+                schema.check_values(released)
+                fields['scheduler'] = schedules.SchedulerConfig.from_released(released)
+            except WRONG_VALUES as error:
+                raise diffusers_layout.CheckpointError(
+                    f'{folder}/scheduler/scheduler_config.json: {error}'
+                ) from error
         return self.replace(**fields)
 
     def locate(self, folder: str | Path, name: str) -> tuple[str, str]:
