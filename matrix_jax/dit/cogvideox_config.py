@@ -146,6 +146,8 @@ class Config:
         released |= dict(zip(SAMPLE, self.sample, strict=True))
         released['out_channels'] = self.channels
         if self.control:
+            # diffusers has no control blocks, so it must not take this for its own class.
+            released['_class_name'] = 'MatrixCogVideoXTransformer3DModel'
             released |= {theirs: getattr(self.control, ours) for theirs, ours in CONTROL.items()}
             released['control_zero_init'] = True
             if not self.control.modulate:  # a key of ours, absent from released files

@@ -148,6 +148,13 @@ class Config:
         return self.patch_size * 2 ** sum(map(self.halves_space, levels))
 
     @property
+    def in_diffusers(self) -> bool:
+        """Whether diffusers has this network."""
+        default = type(self)()
+        names = ('patch_size', 'latent_means', *OPTIONS)
+        return all(getattr(self, name) == getattr(default, name) for name in names)
+
+    @property
     def normalisation(self) -> dict:
         """The parameters of `scaled`."""
         return {'scale': self.scaling_factor, 'means': self.latent_means}
@@ -197,7 +204,8 @@ class Config:
     def to_released(self) -> dict:
         """The `vae/config.json` of this network."""
         levels, default = len(self.block_out_channels), type(self)()
-        released = {'_class_name': 'AutoencoderKLCogVideoX'} | FIXED
+        name = 'AutoencoderKLCogVideoX' if self.in_diffusers else 'MatrixAutoencoderKLCogVideoX'
+        released = {'_class_name': name} | FIXED
         released |= {
             theirs: _plain(getattr(self, ours))
             for theirs, ours in FIELDS.items()

@@ -25,7 +25,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.nn import initializers, linear
 from matrix_jax.parallel import sharding
 from matrix_jax.stream.base import PyTree
-from matrix_jax.weights import conversion, diffusers_layout, schema
+from matrix_jax.weights import conversion, diffusers_layout, model_card, schema
 
 Draw = Callable[[int | None], np.ndarray[Any, Any]]
 Params = dict[str, Any]
@@ -70,6 +70,7 @@ class Networks:
     extras: tuple[str, ...] = ()
     decoder_folder: str = 'vae'
     network_folders: tuple[str, ...] = ('transformer',)
+    reads_text = False
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -153,6 +154,10 @@ class Networks:
         """Returns whether training starts from a component in, or next to, a weights folder."""
         return self.has_part(folder, name)
 
+    def needs(self, name: str) -> bool:
+        """Returns whether the networks of this config use a component or an extra folder."""
+        return True
+
     def described_by(self, folder: str | Path, whole: bool = False) -> Self:
         """Returns this world with the sizes that a weights folder describes.
 
@@ -166,10 +171,14 @@ class Networks:
         """
         return self.replace(**self._read_configs(folder, whole))
 
-    def _read_configs(self, folder: str | Path, whole: bool) -> dict[str, Any]:
-        """Config of each component as a weights folder has it, by field."""
+    def _read_configs(
+        self, folder: str | Path, whole: bool, without: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Config of each component as a weights folder has it, by field, but those `without`."""
         found = {}
         for component in self.components:
+            if component.folder in without:
+                continue
             if whole or self.has_part(folder, component.folder):
                 recipe = getattr(self.cfg, component.field)
                 read = read_config(type(recipe), *self.locate(folder, component.folder))
@@ -201,7 +210,7 @@ class Networks:
         """
         params = {}
         for component in self.components:
-            if only is None or component.folder in only:
+            if self.needs(component.folder) if only is None else component.folder in only:
                 place = self.locate(folder, component.folder)
                 _, tensors = diffusers_layout.read_component(*place)
                 cfg = getattr(self.cfg, component.field)
@@ -240,17 +249,20 @@ class Networks:
                 )
             elif origin and (origin / name).is_dir():
                 _copy(origin / name, Path(folder) / name)
-        extras = [name for name in self.extras if name not in external]
+        extras = [name for name in self.extras if name not in external and self.needs(name)]
         for name in extras:
             if origin and (origin / name).is_dir():
                 _copy(origin / name, Path(folder) / name)
             else:
                 self.write_extra(name, os.path.join(folder, name))
         present = [one.folder for one in self.components if (Path(folder) / one.folder).is_dir()]
-        index = {name: ['matrix_jax', name] for name in (*present, *extras)}
-        diffusers_layout.write_json(
-            folder, 'model_index.json', {'_class_name': self.cfg.name, **index}
-        )
+        index = self.pipeline_index(Path(folder), (*present, *extras))
+        diffusers_layout.write_json(folder, 'model_index.json', index)
+        model_card.write(Path(folder), self.cfg.name, index, self.reads_text)
+
+    def pipeline_index(self, folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+        """Returns the model_index.json of a folder with some parts."""
+        return {'_class_name': self.cfg.name, **{name: ['matrix_jax', name] for name in parts}}
 
     def write_extra(self, name: str, folder: str) -> None:
         """Writes one of `extras` anew."""
@@ -430,6 +442,7 @@ def read_config(kind: Any, folder: str, name: str) -> Any:
         cfg = kind.from_released(released)
     except WRONG_VALUES as error:
         found, expected = (one.get('_class_name') for one in (released, kind().to_released()))
+        found = found.removeprefix('Matrix') if isinstance(found, str) else None
         message = str(error)
         if found not in (None, expected):
             message = f'got a {found}, expected a {expected} by the recipe' + (

@@ -32,7 +32,7 @@ from matrix_jax.stream.base import Stream
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.weights import conversion, diffusers_layout, schema
 from matrix_jax.worlds.base import BaseWorld, check_frames
-from matrix_jax.worlds.networks import WRONG_VALUES, Component, Params, fewer_layers
+from matrix_jax.worlds.networks import WRONG_VALUES, Component, Params, fewer_layers, read_config
 
 Array = np.ndarray[Any, Any]
 
@@ -309,6 +309,37 @@ class World(BaseWorld):
         return self.to_uint8(vae.decode(cfg.vae, params['vae'], vae.unscaled(cfg.vae, made)))
 
     # --- weights folders -------------------------------------------------------------------------
+
+    def needs(self, name: str) -> bool:
+        """A network without controls needs no encoder of control prompts."""
+        return self.cfg.dit.control is not None or not name.startswith('control_')
+
+    def _read_configs(
+        self, folder: str | Path, whole: bool, without: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        parts = ('transformer', 'control_encoder')
+        if whole and [self.has_part(folder, name) for name in parts] == [True, False]:
+            net = read_config(type(self.cfg.dit), *self.locate(folder, 'transformer'))
+            without = without if net.control else ('control_encoder',)
+        return super()._read_configs(folder, whole, without)
+
+    def pipeline_index(self, folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
+        """Names the classes of diffusers and transformers, if they have these networks."""
+        if self.cfg.dit.control or not self.cfg.vae.in_diffusers:
+            return super().pipeline_index(folder, parts)
+        config = diffusers_layout.read_json(folder, 'tokenizer', 'tokenizer_config.json')
+        classes = {
+            'transformer': ('diffusers', 'CogVideoXTransformer3DModel'),
+            'vae': ('diffusers', 'AutoencoderKLCogVideoX'),
+            'scheduler': ('diffusers', schedules.SOLVERS[self.cfg.scheduler.solver]),
+            'text_encoder': ('transformers', 'T5EncoderModel'),
+            'tokenizer': ('transformers', config['tokenizer_class']),
+        }
+        return {
+            '_class_name': 'CogVideoXPipeline',
+            '_diffusers_version': '0.32.0',
+            **{name: list(classes[name]) for name in parts if name in classes},
+        }
 
     def described_by(self, folder: str | Path, whole: bool = False) -> World:
         """Also reads the noise schedule from the folder."""

@@ -216,3 +216,99 @@ def test_adapters_have_the_axis_letters_of_their_kernels():
     assert {path: len(found[path]) for path in flat} == {p: leaf.ndim for p, leaf in flat.items()}
     assert found['after/attention/out/a'] == ('layers', 'k', '_')
     assert found['after/attention/out/b'] == ('layers', '_', 'd')
+
+
+@pytest.mark.parametrize(
+    'name',
+    [
+        'transformer.{}.lora_{}.weight',
+        'base_model.model.{}.lora_{}.weight',
+        'lora_unet_{flat}.lora_{down}.weight',
+        'lora_transformer_{flat}.lora_{down}.weight',
+        'diffusion_model.{}.lora_{down}.weight',
+        'model.diffusion_model.{}.lora_{}.weight',
+        'transformer.{}.lora.{down}.weight',
+        'transformer.transformer_blocks.2.attn1.processor.to_q_lora.{down}.weight',
+        '{}.lora_linear_layer.{down}.weight',
+    ],
+)
+def test_public_namings_are_the_same_adapter(tmp_path, name):
+    a, b = whole(3)((2, 2, 32))
+    sides = {'A': ('down', a), 'B': ('up', np.ascontiguousarray(b.T))}
+    tensors = {
+        name.format(Q, side, flat=Q.replace('.', '_'), down=down): tensor
+        for side, (down, tensor) in sides.items()
+    }
+    save_file(tensors, tmp_path / 'a.safetensors')
+    found = lora.read(tmp_path / 'a.safetensors', TABLE, SHAPES)
+    after = torch_weights(lora.merge(params(), found))[f'{Q}.weight']
+    np.testing.assert_array_equal(after, torch_weights(params())[f'{Q}.weight'] + b.T @ a)
+
+
+def test_layers_of_patches_are_adapted(tmp_path):
+    draw, c = whole(4), CFG.channels
+    a, b = draw((3, c, 2, 2)), draw((32, 3, 1, 1))
+    tensors = {'patch_embed.proj': (a, b), 'proj_out': (draw((3, 32)), draw((4 * c, 3)))}
+    found = lora.read(peft(tmp_path, tensors), TABLE, SHAPES)
+    before, after = torch_weights(params()), torch_weights(lora.merge(params(), found))
+    update = np.einsum('or,rcpq->ocpq', b[..., 0, 0], a)
+    name = 'patch_embed.proj.weight'
+    np.testing.assert_array_equal(after[name], before[name] + update)
+    out = tensors['proj_out'][1] @ tensors['proj_out'][0]
+    np.testing.assert_array_equal(after['proj_out.weight'], before['proj_out.weight'] + out)
+    again = lora.read(lora.write(tmp_path / 'again' / lora.FILE, found, TABLE), TABLE, SHAPES)
+    jax.tree.map(np.testing.assert_array_equal, again, found)
+
+
+@pytest.mark.parametrize(
+    'pattern, scale',
+    [
+        ({r'transformer_blocks\.[0-3]\.attn1\.to_q': 8}, 4),
+        ({r'.*blocks\.2\..*': 6}, 3),
+        ({'to_q': 10, Q: 4}, 5),  # the first that fits
+        ({'o_q': 10, 'blocks.2': 6}, 1),
+        ({f'^{Q}': 6}, 3),
+    ],
+    ids=range(5),
+)
+def test_patterns_of_alpha_are_regular_expressions(tmp_path, pattern, scale):
+    settings = {'lora_alpha': 2, 'alpha_pattern': pattern}
+    found = lora.read(peft(tmp_path, {Q: PAIR}, settings), TABLE, SHAPES)
+    update = torch_weights(lora.merge(params(), found))[f'{Q}.weight']
+    np.testing.assert_array_equal(update - torch_weights(params())[f'{Q}.weight'], 2 * scale)
+
+
+@pytest.mark.parametrize(
+    'settings, said',
+    [
+        ({'init_lora_weights': 'pissa'}, "init_lora_weights: got 'pissa', which changes the base"),
+        ({'init_lora_weights': 'pissa_niter_4'}, 'init_lora_weights'),
+        ({'init_lora_weights': 'olora'}, 'init_lora_weights'),
+        ({'init_lora_weights': ['a']}, 'init_lora_weights'),
+        ({'peft_type': 'LOHA'}, "peft_type: got 'LOHA', expected 'LORA'"),
+        ({'lora_bias': True}, 'the settings lora_bias'),
+        ({'fan_in_fan_out': True}, 'the settings fan_in_fan_out'),
+        ({'alpha_pattern': {'(': 2}}, 'settings of the adapter'),
+        ({'alpha_pattern': [1]}, 'settings of the adapter'),
+        ({'lora_alpha': float('nan')}, 'lora_alpha: got [nan]'),
+    ],
+    ids=range(10),
+)
+def test_settings_that_change_the_update_are_refused(tmp_path, settings, said):
+    with pytest.raises(conversion.ConversionError) as error:
+        lora.read(peft(tmp_path, {Q: PAIR}, settings), TABLE, SHAPES)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize('part', ['lora_magnitude_vector', 'hada_w1_a', 'lokr_w1', 'dora_scale'])
+def test_other_kinds_of_adapters_are_named(tmp_path, part):
+    save_file({f'transformer.{Q}.{part}': PAIR[0]}, tmp_path / 'a.safetensors')
+    with pytest.raises(conversion.ConversionError, match='this adapter is a (DoRA|LoHa|LoKr)'):
+        lora.read(tmp_path / 'a.safetensors', TABLE, SHAPES)
+
+
+def test_adapters_that_are_not_finite_are_refused(tmp_path):
+    broken = PAIR[0].copy()
+    broken[1, 3] = np.nan
+    with pytest.raises(conversion.ConversionError, match='A.weight: has values that are not fin'):
+        lora.read(peft(tmp_path, {Q: (broken, PAIR[1])}), TABLE, SHAPES)

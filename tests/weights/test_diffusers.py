@@ -3,6 +3,7 @@
 Tiny models are saved by these libraries, so a key or a name that a new release writes shows here.
 """
 
+import functools
 import json
 import os
 
@@ -10,6 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from matrix_jax.cli.convert import unpickle
+from matrix_jax.config import UsageError
 from matrix_jax.dit import cogvideox, wan_memory
 from matrix_jax.encoders import clip, clip_image, t5
 from matrix_jax.nn import lora
@@ -77,6 +80,10 @@ def exact():
         yield
 
 
+def jitted(function, cfg):
+    return jax.jit(functools.partial(function, cfg))
+
+
 def draw(*shape):
     return np.random.default_rng(len(shape)).normal(size=shape).astype(np.float32)
 
@@ -88,8 +95,8 @@ def cogvideox_model():
 
 def run_cogvideox(cfg, params):
     x, text = draw(1, 3, 4, 6, 4), draw(1, 7, 20)
-    net = cogvideox.CogVideoXTransformer(cfg)
-    return net.apply({'params': params}, x, text, np.full((1, 3), 300), None)
+    run = jax.jit(cogvideox.CogVideoXTransformer(cfg).apply, static_argnums=4)
+    return run({'params': params}, x, text, np.full((1, 3), 300), None)
 
 
 def test_cogvideox_transformer(tmp_path, cogvideox_model):
@@ -104,9 +111,9 @@ def test_cogvideox_autoencoder(tmp_path):
     cfg, params = opened(cogvideox_vae.Config, cogvideox_vae, made, tmp_path)
     video = np.clip(draw(1, 5, 16, 24, 3), -1, 1)
     latents = made.encode(channels_first(video)).latent_dist.mean
-    close(cogvideox_vae.encode(cfg, params, video)[0], channels_last(latents))
+    close(jitted(cogvideox_vae.encode, cfg)(params, video)[0], channels_last(latents))
     want = channels_last(made.decode(latents).sample)
-    close(cogvideox_vae.decode(cfg, params, channels_last(latents)), want)
+    close(jitted(cogvideox_vae.decode, cfg)(params, channels_last(latents)), want)
 
 
 @pytest.mark.parametrize('version', [WAN_VAE, WAN_2_2], ids=['2.1', '2.2'])
@@ -116,8 +123,8 @@ def test_wan_autoencoder(tmp_path, version):
     assert cfg.latent_stds == (1, 2, 1, 1)
     video = np.clip(draw(1, 5, 16, 16, 3), -1, 1)
     latents = made.encode(channels_first(video)).latent_dist.mean
-    close(wan_vae.encode(cfg, params, video)[0], channels_last(latents))
-    got = np.clip(wan_vae.decode(cfg, params, channels_last(latents)), -1, 1)
+    close(jitted(wan_vae.encode, cfg)(params, video)[0], channels_last(latents))
+    got = np.clip(jitted(wan_vae.decode, cfg)(params, channels_last(latents)), -1, 1)
     close(got, channels_last(made.decode(latents).sample))
 
 
@@ -126,13 +133,9 @@ def test_wan_transformer(tmp_path):
     cfg, params = opened(wan_memory.Config, wan_memory, made, tmp_path)
     x, text = draw(1, 3, 4, 6, 4), draw(1, 512, 20)
     want = made(channels_first(x), torch.tensor([300]), torch.tensor(text)).sample
-    got = run_wan(cfg, params, x, text)
+    run = jax.jit(wan_memory.WanMemoryTransformer(cfg).apply)
+    got = run({'params': params}, x, np.full((1, 3), 300.0), text, np.arange(3))
     close(got, channels_last(want))
-
-
-def run_wan(cfg, params, x, text):
-    net = wan_memory.WanMemoryTransformer(cfg)
-    return net.apply({'params': params}, x, np.full((1, 3), 300.0), text)
 
 
 @pytest.mark.parametrize('name', ['T5', 'UMT5'])
@@ -214,6 +217,33 @@ def test_8_bit_floats(tmp_path, cogvideox_model, scale):
     assert len(want) == 8
     for name, tensor in want.items():
         np.testing.assert_array_equal(np.asarray(found[name], np.float32), tensor.numpy())
+
+
+@pytest.mark.parametrize('ending', ['.pt', '.ckpt'])
+@pytest.mark.parametrize(
+    'nested',
+    [
+        lambda state: state,
+        lambda state: {'generator': {}, 'generator_ema': state, 'step': 1},
+        lambda state: {'module': state, 'global_step': 1},
+        lambda state: {**state, 'step': 1},
+        lambda state: {f'module.{name}': tensor for name, tensor in state.items()},
+        lambda state: {'model': {f'_orig_mod.{name}': one for name, one in state.items()}},
+    ],
+    ids=range(6),
+)
+def test_pickles_as_people_have_them(tmp_path, nested, ending):
+    state = {'a.weight': torch.ones(2, 3), 'b': torch.zeros(4)}
+    torch.save(nested(state), tmp_path / f'a{ending}')
+    unpickle(tmp_path / f'a{ending}', tmp_path / 'a.safetensors')
+    _, found = diffusers_layout.read_file(tmp_path / 'a.safetensors')
+    assert found.keys() == state.keys() and found['a.weight'].tolist() == [[1.0] * 3] * 2
+
+
+def test_pickles_without_weights_are_refused(tmp_path):
+    torch.save({'step': 1, 'list': [torch.ones(2)]}, tmp_path / 'a.pt')
+    with pytest.raises(UsageError, match='not a pickle of tensors alone .it holds step, list'):
+        unpickle(tmp_path / 'a.pt', tmp_path / 'a.safetensors')
 
 
 # --- adapters ------------------------------------------------------------------------------------

@@ -246,3 +246,56 @@ def test_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match='neither a local folder nor a hub') as error:
         diffusers_layout.resolve('MatrixTeam/NotThere')
     assert '\n' not in str(error.value)
+
+
+def test_variants_are_read_where_there_is_no_other_file(folder):
+    part = folder / 'transformer'
+    weights(folder).rename(part / 'diffusion_pytorch_model.fp16.safetensors')
+    assert set(diffusers_layout.read_component(folder, 'transformer')[1]) == set(TENSORS)
+    (part / 'model.bf16.safetensors').write_bytes(b'')
+    with pytest.raises(CheckpointError, match='got diffusion_pytorch_model.fp16.* expected one'):
+        diffusers_layout.read_component(folder, 'transformer')
+    (part / 'model.bf16.safetensors').unlink()
+    shard = 'diffusion_pytorch_model.fp16-00001-of-00001.safetensors'
+    (part / 'diffusion_pytorch_model.fp16.safetensors').rename(part / shard)
+    index = {'weight_map': dict.fromkeys(TENSORS, shard)}
+    diffusers_layout.write_json(part, 'diffusion_pytorch_model.safetensors.index.fp16.json', index)
+    assert set(diffusers_layout.read_component(folder, 'transformer')[1]) == set(TENSORS)
+
+
+def float8(path, tensors):
+    """Writes a safetensors file; numpy's writer has no 8-bit floats."""
+    kinds = {'float8_e4m3fn': 'F8_E4M3', 'float8_e5m2': 'F8_E5M2', 'float32': 'F32', 'int4': 'F4'}
+    header, data = {}, b''
+    for name, value in tensors.items():
+        end = len(data) + value.nbytes
+        kind = kinds[value.dtype.name]
+        header[name] = {'dtype': kind, 'shape': value.shape, 'data_offsets': [len(data), end]}
+        data += value.tobytes()
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + data)
+
+
+@pytest.mark.parametrize('kind', [ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2])
+@pytest.mark.parametrize('name', ['scale_weight', 'weight_scale', 'weight_scale_inv', None])
+def test_8_bit_floats_with_their_scales(folder, kind, name):
+    numbers = np.arange(12, dtype=np.float32).reshape(3, 4)
+    tensors = {'a.weight': numbers.astype(kind), 'b': np.ones(2, np.float32)}
+    if name:
+        scale = np.arange(1, 4, dtype=np.float32)[:, None] / 7
+        tensors |= {f'a.{name}': scale, 'a.input_scale': scale, 'scaled_fp8': numbers[:0]}
+        numbers = numbers.astype(kind).astype(np.float32) * scale
+    float8(weights(folder), tensors)
+    _, found = diffusers_layout.read_component(folder, 'transformer')
+    assert set(found) == {'a.weight', 'b'}
+    want = numbers if name else numbers.astype(kind).astype(np.float32)
+    np.testing.assert_array_equal(found['a.weight'].astype(np.float32), want)
+
+
+def test_scales_of_a_wrong_shape_are_refused(folder):
+    eight = np.ones((3, 4), ml_dtypes.float8_e4m3fn)
+    scale = np.ones((1, 1, 5), np.float32)
+    float8(weights(folder), {'a.weight': eight, 'a.weight_scale': scale})
+    _, found = diffusers_layout.read_component(folder, 'transformer')
+    with pytest.raises(CheckpointError, match='a.weight_scale: got shape .1, 1, 5., expected one'):
+        found['a.weight']

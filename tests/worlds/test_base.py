@@ -73,6 +73,7 @@ def test_a_folder_gives_back_what_was_written(world, tiny, tmp_path):
         'control_tokenizer',
         'scheduler',
         'model_index.json',
+        'README.md',
     }
     np.testing.assert_array_equal(
         world.load(tmp_path / 'more', only=('vae',))['vae']['decoder']['conv_in']['kernel'],
