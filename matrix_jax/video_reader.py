@@ -254,7 +254,8 @@ class _Converter:
     """Decoded frame -> uint8 [H W 3] as a player shows it; all frames in the size of the first."""
 
     def __init__(self, path: str | Path, stream: Any):
-        self.path, self.size = path, None
+        self.path = path
+        self.size: Any = None
         self.aspect = Fraction(stream.sample_aspect_ratio or 1)
         if not Fraction(1, 8) <= self.aspect <= 8:
             raise VideoError(f'{path}: got pixels {self.aspect} times as wide as high, expected 1')

@@ -216,13 +216,14 @@ def _unpickle_shards(pickles: Sequence[Path], folder: Path, unpickle: Unpickle) 
     if len(pickles) == 1:
         unpickle(pickles[0], folder / 'model.safetensors')
         return
-    counts = {(match := SHARD.fullmatch(path.stem)) and (match[1], match[2]) for path in pickles}
-    if None in counts or len(counts) > 1 or int(next(iter(counts))[1]) != len(pickles):
+    matches = [SHARD.fullmatch(path.stem) for path in pickles]
+    wholes = {match and (match[1], int(match[2])) for match in matches}
+    if len(wholes) > 1 or [whole and whole[1] for whole in wholes] != [len(pickles)]:
         raise diffusers_layout.CheckpointError(
             f'{pickles[0].parent}: got {diffusers_layout.some([one.name for one in pickles])}, '
             'expected one pickle or all shards of one'
         )
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for path in pickles:
         unpickle(path, folder / f'{path.stem}.safetensors')
         file = tensor_files.TensorFile(folder / f'{path.stem}.safetensors')

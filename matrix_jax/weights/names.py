@@ -116,7 +116,7 @@ def renamed(table: Sequence[Any], tensors: Mapping[str, np.ndarray]) -> Mapping[
             continue
         if known in found:
             raise ValueError(f'{key} and {found[known][0][0]} are the same tensor {known}')
-        found[known] = ((key, rename and rename.layout),)
+        found[known] = ((key, rename.layout if rename else None),)
     for known, keys in parts.items():
         whole = next(len(join.parts) for join in joins if _pattern(join.known).fullmatch(known))
         if len(keys) == whole and known not in found:

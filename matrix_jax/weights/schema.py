@@ -46,6 +46,7 @@ def check_fields(cfg: Any, where: str = '', zero: Sequence[str] = ()) -> None:
         if not _fits(value, kind):
             raise ValueError(f'{where}{name}: got {shown(value)}, expected {_described(kind)}')
         lowest = int(name not in zero)
+        one: Any
         highest = next((most for rule, most in LARGEST_OF if rule.fullmatch(name)), LARGEST)
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, (bool, str)) or not isinstance(one, numbers.Real):
@@ -93,7 +94,7 @@ def _oversized(value: Any, where: str) -> Iterator[str]:
 
 
 @functools.cache
-def _annotations(cls: type) -> dict[str, Any]:
+def _annotations(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
 
