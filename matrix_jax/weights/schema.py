@@ -41,26 +41,26 @@ def check_fields(cfg: Any, where: str = '', zero: Sequence[str] = ()) -> None:
     Raises:
       ValueError: a value has another type, or is out of range.
     """
-    for name, kind in _annotations(type(cfg)).items():
+    cls: Any = type(cfg)
+    for name, kind in _annotations(cls).items():
         value = getattr(cfg, name)
         if not _fits(value, kind):
             raise ValueError(f'{where}{name}: got {shown(value)}, expected {_described(kind)}')
         lowest = int(name not in zero)
-        one: Any
         highest = next((most for rule, most in LARGEST_OF if rule.fullmatch(name)), LARGEST)
         for one in value if isinstance(value, tuple) else (value,):
             if isinstance(one, (bool, str)) or not isinstance(one, numbers.Real):
                 continue
             if isinstance(one, numbers.Integral) and 'int' in str(kind):
-                if one < lowest:
+                if int(one) < lowest:
                     raise ValueError(f'{where}{name}: got {value}, expected at least {lowest}')
-                if one > highest:
+                if int(one) > highest:
                     raise ValueError(f'{where}{name}: got {value}, expected at most {highest}')
-            elif not math.isfinite(one):
+            elif not math.isfinite(float(one)):
                 raise ValueError(f'{where}{name}: got {value}, expected finite numbers')
-            elif POSITIVE.fullmatch(name) and one <= 0:
+            elif POSITIVE.fullmatch(name) and float(one) <= 0:
                 raise ValueError(f'{where}{name}: got {value}, expected more than 0')
-            elif name.endswith('eps') and one > 1:
+            elif name.endswith('eps') and float(one) > 1:
                 raise ValueError(f'{where}{name}: got {value}, expected at most 1')
 
 
