@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import fcntl
 import os
 import tempfile
 from collections.abc import Iterator
@@ -65,6 +66,47 @@ def check_writable(option: str, path: str | Path, folder: bool = False) -> None:
             pass
     except OSError:
         refuse(f'; {parent} takes no files')
+
+
+@contextlib.contextmanager
+def lock_folder(option: str, folder: str | Path) -> Iterator[None]:
+    """Holds a folder for one process at a time; the system releases it however the process ends.
+
+    Creates the folder if it is missing. The file `.lock` is there while the folder is held.
+
+    Args:
+      option: name of the folder in the error message.
+      folder: where the process writes.
+
+    Raises:
+      UsageError: another process holds the folder.
+    """
+    path = Path(folder).expanduser() / '.lock'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = path.open('a+', encoding='utf-8')
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            with file:
+                file.seek(0)
+                holder = file.read(20).strip() or 'of another machine'
+            raise UsageError(
+                f'{option}: got {str(folder)!r}, expected a folder that no other process writes '
+                f'to now; process {holder} does'
+            ) from error
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                break
+        file.close()  # the process before has removed this file; lock the next one
+    with file:
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True)

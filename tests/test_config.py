@@ -1,6 +1,8 @@
 """Recipes, typed overrides, and the one-line message of a user's error."""
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 import types
@@ -251,13 +253,16 @@ def test_help_lists_options_recipes_and_fields(capsys):
             "error: [Errno 13] Permission denied: 'x.mp4'\n",
         ),
         (KeyboardInterrupt(), 130, 'interrupted\n'),
+        (signal.SIGTERM, 143, 'terminated\n'),
         (None, 0, ''),
     ],
 )
 def test_main_guard(capsys, raised, code, line):
     def main(argv):
         assert argv == ['a']
-        if raised:
+        if raised == signal.SIGTERM:
+            os.kill(os.getpid(), raised)
+        elif raised:
             raise raised
 
     with pytest.raises(SystemExit) as stop:
@@ -283,3 +288,23 @@ def test_importing_config_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == '[]'
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    folder = tmp_path / 'runs' / 'one'
+    with config.lock_folder('--out', folder):
+        with pytest.raises(UsageError) as refused, config.lock_folder('--out', folder):
+            pass
+        assert str(refused.value) == (
+            f'--out: got {str(folder)!r}, expected a folder that no other process writes to now; '
+            f'process {os.getpid()} does'
+        )
+    assert not list(folder.iterdir())
+    code = (
+        'import os, sys; from matrix_jax import config\n'
+        'with config.lock_folder("--out", sys.argv[1]): os.kill(os.getpid(), 9)'
+    )
+    assert subprocess.run([sys.executable, '-c', code, folder]).returncode == -9
+    assert (folder / '.lock').exists()
+    with config.lock_folder('--out', folder):  # the lock of a killed process is free
+        assert (folder / '.lock').read_text() == str(os.getpid())

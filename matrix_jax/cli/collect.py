@@ -93,7 +93,9 @@ def main(argv: Sequence[str]) -> None:
             if getattr(args, name) is None:
                 setattr(args, name, defaults.get(name))
         config.check_writable('--out', args.out, folder=True)
-        print(collect(args))
+        with config.lock_folder('--out', args.out):
+            report = collect(args)
+        print(report)
 
 
 def record_game(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ MESSAGES = (
     ('^the following arguments are required: (.*)', r'\1: got nothing, expected a value'),
     ('^argument ', ''),
 )
+
+
+class Terminated(KeyboardInterrupt):
+    """The process received SIGTERM."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -150,16 +155,21 @@ def path(text: str) -> Path:
 def main_guard(
     main: Callable[[list[str]], int | None], argv: Sequence[str] | None = None
 ) -> NoReturn:
-    """Runs `main(argv)` and exits with its code, 2 after a user's error, or 130 after Ctrl-C.
+    """Runs `main(argv)` and exits with its code, 2 after a user's error, 130 after Ctrl-C, or 143
+    after SIGTERM, which ends a command as Ctrl-C does: unfinished files are removed.
 
     A user's error prints one line. It is an `OSError` or a `ValueError` of one of this package's
     own classes; any other exception is a bug and keeps its traceback.
     """
+    previous = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = main(list(sys.argv[1:] if argv is None else argv))
+    except Terminated:
+        print('terminated', file=sys.stderr)
+        code = 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
-        code = 130
+        code = 128 + signal.SIGINT
     except (ValueError, OSError) as error:
         ours = type(error).__module__.partition('.')[0] == __name__.partition('.')[0]
         if isinstance(error, ValueError) and not ours:
@@ -167,4 +177,10 @@ def main_guard(
         lines = filter(None, map(str.strip, str(error).splitlines()))
         print('error: ' + '; '.join(lines), file=sys.stderr)
         code = 2
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     raise SystemExit(code or 0)
+
+
+def _raise_terminated(*_: object) -> NoReturn:
+    raise Terminated

@@ -11,6 +11,7 @@ environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -68,12 +69,14 @@ def main(argv: Sequence[str]) -> int:
         for folder in records.folders(run.data):
             records.shards(Path(folder), 'train')
         multihost.join(others)
-        world, params = worlds.start(run)
-        try:
-            result = fit(run, world, params)
-        except (Diverged, SaveError) as error:
-            print(f'error: {error}', file=sys.stderr)
-            return 1 if isinstance(error, Diverged) else 74
+        alone = config.lock_folder('--out', out) if multihost.first() else contextlib.nullcontext()
+        with alone:
+            world, params = worlds.start(run)
+            try:
+                result = fit(run, world, params)
+            except (Diverged, SaveError) as error:
+                print(f'error: {error}', file=sys.stderr)
+                return 1 if isinstance(error, Diverged) else 74
     if multihost.first():
         print(f'step {result["step"]} loss {result["loss"]:.6f}')
     return 0
