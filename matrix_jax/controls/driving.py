@@ -11,7 +11,14 @@ from typing import Any
 
 import numpy as np
 
-from matrix_jax.controls.vocabulary import ControlError, button, fill
+from matrix_jax.controls.vocabulary import (
+    ControlError,
+    button,
+    content,
+    fill,
+    json_entries,
+    repeated,
+)
 from matrix_jax.video import KeyOverlay, arrows
 
 PROMPTS = {
@@ -51,6 +58,36 @@ def parse(signal: str) -> list[str]:
         more = f' and {len(unknown) - 3} more' if len(unknown) > 3 else ''
         raise ControlError(f'control: unknown symbol {shown}{more}; expected {", ".join(SYMBOLS)}')
     return symbols
+
+
+def read_sequence(text: str) -> list[str]:
+    """Returns the symbols of a user's sequence.
+
+    Args:
+      text: such as 'D,D,DL' or 'D*12,DL*3', a JSON list of these, or the name of a file with
+        either.
+
+    Raises:
+      ControlError: the sequence cannot be read.
+    """
+    text = content(text)
+    if text.lstrip()[:1] in ('[', '{'):
+        entries = json_entries(text)
+        wrong = [
+            place
+            for place, entry in enumerate(entries, 1)
+            if not isinstance(entry, str) or ',' in entry
+        ]
+        if wrong:
+            raise ControlError(f'control: entry {wrong[0]}: expected text such as D or D*12')
+    else:
+        entries = text.replace('\n', ',').strip(' ,').split(',')
+    parts = [entry.partition('*') for entry in entries]
+    found: list[str] = []
+    symbols = parse(','.join(symbol for symbol, _, _ in parts))
+    for place, (symbol, (_, star, count)) in enumerate(zip(symbols, parts, strict=True), 1):
+        found += repeated(symbol, count.strip() if star else '1', place, len(found))
+    return found
 
 
 def fit(
@@ -183,14 +220,14 @@ class DrivingVocabulary:
         return text
 
     def count(self, text: str) -> int | None:
-        return len(parse(text))
+        return len(read_sequence(text))
 
     def read(
         self, text: str | None, needed: int, pad: str | None = None, seed: int = 42
     ) -> tuple[list[str], list[str]]:
         if text is None:
             return self.random(needed, seed), []
-        symbols, note = fit(parse(text), needed, pad, seed)
+        symbols, note = fit(read_sequence(text), needed, pad, seed)
         return symbols, [note] if note else []
 
     def random(self, needed: int, seed: int) -> list[str]:

@@ -9,24 +9,26 @@ positive).
 from __future__ import annotations
 
 import functools
-import json
 import math
 import random
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from matrix_jax.controls.modes import IDLE, LIMIT, MODES, MOUSE, SPEED, Mode
-from matrix_jax.controls.vocabulary import ControlError, button, fill
+from matrix_jax.controls.vocabulary import (
+    ControlError,
+    button,
+    content,
+    fill,
+    json_entries,
+    repeated,
+)
 from matrix_jax.video import KeyOverlay
 
 BENCHMARK = 'benchmark'
 BENCHMARK_FRAMES = 12  # how long a benchmark sequence holds an action
-MAX_FRAMES = 10**7
-FILE_BYTES = 2**24
 
 
 class KeyboardMouseVocabulary:
@@ -68,7 +70,7 @@ class KeyboardMouseVocabulary:
         Raises:
           ControlError: an entry cannot be read; says which one.
         """
-        text = _content(text)
+        text = content(text)
         if text.lstrip()[:1] in ('[', '{'):
             return self._from_json(text)
         if not text.strip():
@@ -80,15 +82,8 @@ class KeyboardMouseVocabulary:
         return actions
 
     def _from_json(self, text: str) -> list[str]:
-        try:
-            entries = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ControlError(f'actions: not readable JSON ({error})') from None
-        entries = entries.get('actions') if isinstance(entries, dict) else entries
-        if not isinstance(entries, list) or not entries:
-            raise ControlError('actions: expected a JSON list, or an object with a list "actions"')
-        actions = []
-        for place, entry in enumerate(entries, 1):
+        actions: list[str] = []
+        for place, entry in enumerate(json_entries(text, 'actions'), 1):
             if isinstance(entry, str):
                 entry = {'keys': entry}
             if not isinstance(entry, dict) or set(entry) - {'keys', 'mouse', 'frames'}:
@@ -123,12 +118,7 @@ class KeyboardMouseVocabulary:
             action = self.canonical(text)
         except ControlError as error:
             raise ControlError(f'{error} (entry {place})') from None
-        if not re.fullmatch(r'[1-9]\d{0,7}', count) or len(actions) + int(count) > MAX_FRAMES:
-            raise ControlError(
-                f'actions: got {text.strip()}*{count} (entry {place}), expected a '
-                f'number of frames, at most {MAX_FRAMES} in all'
-            )
-        actions += [action] * int(count)
+        actions += repeated(action, count, place, len(actions), 'actions')
 
     def count(self, text: str) -> int | None:
         return None if _benchmark(text) else len(self.parse(text))
@@ -353,21 +343,3 @@ def _choices(mode: Mode) -> list[str]:
 def _listed(vocabulary: KeyboardMouseVocabulary) -> str:
     letters = [letter for letter, word in vocabulary.mode.letters if word != IDLE]
     return ', '.join([*vocabulary.mode.words, *letters])
-
-
-def _content(text: str) -> str:
-    """Returns the content of the file that `text` names, or `text` if it names none."""
-    looks = text.strip().endswith(('.json', '.txt'))
-    try:
-        path = Path(text.strip()).expanduser()
-        if not (looks or path.is_file()):
-            return text
-        if path.stat().st_size > FILE_BYTES:
-            raise ControlError(f'{path}: larger than {FILE_BYTES >> 20} MiB')
-        return path.read_text(encoding='utf-8')
-    except ControlError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
-        if looks:
-            raise ControlError(f'{text.strip()}: not readable ({error})') from None
-        return text

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,6 +13,8 @@ import numpy as np
 from matrix_jax.video import KeyOverlay
 
 PADS = ('random', 'hold')
+MAX_FRAMES = 10**7  # controls of a sequence
+FILE_BYTES = 2**24  # of a file with a sequence
 
 
 class ControlError(ValueError):
@@ -124,6 +129,65 @@ def fill(
         raise ControlError(f"{what}: got no {noun}, 'hold' needs at least one")
     more = given[-1:] * missing if pad == 'hold' else random(missing)
     return given + more, f'{what}: {got} {noun}, {needed} needed; {missing} added by pad={pad}'
+
+
+def content(text: str) -> str:
+    """Returns the content of the file that `text` names, or `text` if it names none.
+
+    Raises:
+      ControlError: the file is not readable, or too large.
+    """
+    looks = text.strip().endswith(('.json', '.txt'))
+    try:
+        path = Path(text.strip()).expanduser()
+        if not (looks or path.is_file()):
+            return text
+        if path.stat().st_size > FILE_BYTES:
+            raise ControlError(f'{path}: larger than {FILE_BYTES >> 20} MiB')
+        return path.read_text(encoding='utf-8-sig')
+    except ControlError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        if looks:
+            raise ControlError(f'{text.strip()}: not readable ({error})') from None
+        return text
+
+
+def json_entries(text: str, what: str = 'control') -> list[Any]:
+    """Returns the entries of a sequence in JSON: a list, or an object with a list "actions".
+
+    Raises:
+      ControlError: it is neither, or has no entries.
+    """
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ControlError(f'{what}: not readable JSON ({error})') from None
+    entries = entries.get('actions') if isinstance(entries, dict) else entries
+    if not isinstance(entries, list) or not entries:
+        raise ControlError(f'{what}: expected a JSON list, or an object with a list "actions"')
+    return entries
+
+
+def repeated(control: str, count: str, place: int, before: int, what: str = 'control') -> list[str]:
+    """Returns a control `count` times.
+
+    Args:
+      control: the control.
+      count: digits, as the user wrote them.
+      place: number of the entry, for messages.
+      before: controls of the sequence so far.
+      what: name of the sequence, for messages.
+
+    Raises:
+      ControlError: `count` is no number, or the sequence gets too long.
+    """
+    if not re.fullmatch(r'[1-9]\d{0,7}', count) or before + int(count) > MAX_FRAMES:
+        raise ControlError(
+            f'{what}: got {control}*{count[:20]} (entry {place}), expected a '
+            f'number of frames, at most {MAX_FRAMES} in all'
+        )
+    return [control] * int(count)
 
 
 def button(

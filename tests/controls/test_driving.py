@@ -82,3 +82,36 @@ def test_one_symbol_per_latent_frame():
 def test_invalid_values_raise(call):
     with pytest.raises(ControlError, match='(?s)got .*(expected|needs)'):
         call()
+
+
+def test_a_sequence_has_repeats_and_may_be_a_file(tmp_path):
+    wanted = ['D', 'D', 'D', 'BL', 'N', 'N']
+    file = tmp_path / 'keys.txt'
+    file.write_text('\ufeffD*3, BL\nN * 2\n')
+    listed = tmp_path / 'keys.json'
+    listed.write_text('{"actions": ["D*3", "BL", "N*2"]}')
+    vocabulary = driving.DrivingVocabulary()
+    for given in ('D*3,BL,N*2', '["D*3", "BL", "N*2"]', str(file), str(listed)):
+        assert driving.read_sequence(given) == wanted
+        assert vocabulary.count(given) == 6
+        assert vocabulary.read(given, 7, 'hold')[0] == [*wanted, 'N']
+
+
+@pytest.mark.parametrize(
+    'text, words',
+    [
+        ('D*3,X*2', "'X' at position 2 of 2"),
+        ('D*0', r'got D\*0 \(entry 1\), expected a number of frames'),
+        ('D*', r'got D\* \(entry 1\)'),
+        ('D*99999999', 'at most 10000000 in all'),
+        ('', 'got no symbols'),
+        ('[1]', 'entry 1: expected text such as D or'),
+        ('["D,D"]', 'entry 1: expected text such as D or'),
+        ('[]', 'expected a JSON list'),
+        ('{"D": 1}', 'expected a JSON list'),
+        ('nowhere.txt', 'nowhere.txt: not readable'),
+    ],
+)
+def test_a_sequence_that_cannot_be_read(text, words):
+    with pytest.raises(ControlError, match=words):
+        driving.read_sequence(text)
