@@ -13,8 +13,9 @@ from matrix_jax import config
 from matrix_jax.cli.parser import SEED, Parser, whole
 
 
-def main(argv: Sequence[str]) -> None:
-    """Exit codes: 0 done, 2 bad input (nothing is written)."""
+def main(argv: Sequence[str]) -> int:
+    """Exit codes: 0 done, 2 bad input (nothing is written), 130 or 143 stopped by Ctrl-C or
+    SIGTERM (the video has the frames made so far)."""
     parser = Parser('generate', __doc__)
     add = parser.add_argument
     add('--prompt', help="what the world looks like (default: the world's own)")
@@ -23,8 +24,9 @@ def main(argv: Sequence[str]) -> None:
         '--actions',
         metavar='CONTROLS',
         help='driver (sees only frames; the default where it can drive), random, or controls. The '
-        'Matrix: one symbol per quarter second, D B N, each alone or with L or R. Matrix-Game: '
-        'actions such as W*24,W+right*12, JSON, a file of either, or benchmark',
+        'Matrix: one symbol per quarter second, D B N, each alone or with L or R, such as '
+        'D*12,DL*3. Matrix-Game: actions such as W*24,W+right*12, or benchmark. JSON and the name '
+        'of a file serve as well',
     )
     add(
         '--control-seed',
@@ -56,10 +58,12 @@ def main(argv: Sequence[str]) -> None:
     with config.usage_errors():
         if args.summary:
             print(generate.summary(run))
-            return
+            return 0
         path, clip, count = generate.to_file(run, args)
     fps = count / clip.run_seconds
-    print(f'{path}: {count} frames, {fps:.1f} fps, compile {clip.compile_seconds:.1f} s')
+    stopped = ', stopped early' if clip.stopped_by else ''
+    print(f'{path}: {count} frames{stopped}, {fps:.1f} fps, compile {clip.compile_seconds:.1f} s')
+    return 128 + clip.stopped_by if clip.stopped_by else 0
 
 
 def recipe_of_log(args: argparse.Namespace) -> str | None:

@@ -6,9 +6,15 @@ frames of a step while the device makes the next one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -33,12 +39,14 @@ class GeneratedVideo:
       notes: lines for the user (cut prompt, unused controls).
       compile_seconds: time to compile all programs and to encode the start.
       run_seconds: time of all steps so far, copies to the host included.
+      stopped_by: number of the signal that ended the video early, or 0.
     """
 
     controls: list[str]
     notes: list[str]
     compile_seconds: float = 0.0
     run_seconds: float = 0.0
+    stopped_by: int = 0
 
 
 def plan(
@@ -309,14 +317,48 @@ def summary(run) -> str:
     return worlds.build(run.world).summary(sharding.abstract_mesh(run.mesh))
 
 
+def free_path(name: str) -> Path:
+    """Returns outputs/NAME.mp4, or outputs/NAME-2.mp4 and so on if there is such a file already."""
+    endings = itertools.chain([''], (f'-{number}' for number in itertools.count(2)))
+    paths = (Path('outputs', f'{name}{ending}.mp4') for ending in endings)
+    return next(path for path in paths if not os.path.lexists(path))
+
+
+@contextlib.contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """Notes Ctrl-C and SIGTERM in the list that it yields; a second signal interrupts.
+
+    Outside of the main thread, which alone gets signals, the list stays empty.
+    """
+    noted: list[int] = []
+
+    def note(number, _):
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def to_file(run, args):
-    """Checks all arguments, then writes one video -> (path, `GeneratedVideo`, number of frames)."""
+    """Checks all arguments, then writes one video -> (path, `GeneratedVideo`, number of frames).
+
+    Ctrl-C and SIGTERM end the video early; the file then has the frames made so far.
+    """
     from tqdm import tqdm
 
     from matrix_jax import worlds
 
     name = run.name.replace(':', '-').lower()
-    path = video.check_path(run.out or f'outputs/{name}-{args.seed}.mp4')
+    path = video.check_path(run.out or free_path(f'{name}-{args.seed}'))
     check_writable('--out', path)
     if args.replay:
         frames, clip = replayed(run, args)
@@ -357,7 +399,13 @@ def to_file(run, args):
     shown = range(per - 1 if world.cfg.clip else 0, per * len(clip.controls))
     # The driver writes a control just before its frames, so overlays are made on the way.
     overlays = (vocabulary.overlay(clip.controls[index // per]) for index in shown)
-    with tqdm(frames, total=len(shown), unit='frame', dynamic_ncols=True) as bar:
+    with (
+        tqdm(frames, total=len(shown), unit='frame', dynamic_ncols=True) as bar,
+        noted_signals() as signals,
+    ):
         keys = None if args.no_overlay else overlays
-        count = video.write_video(path, bar, world.cfg.fps, keys)
+        # A video has a frame at least, so the first one is written in any case.
+        made = itertools.takewhile(lambda one: one[0] == 0 or not signals, enumerate(bar))
+        count = video.write_video(path, (frame for _, frame in made), world.cfg.fps, keys)
+    clip.stopped_by = signals[0] if count < len(shown) and signals else 0
     return path, clip, count

@@ -1,8 +1,14 @@
 """Lengths of videos, and invalid input of `generate` for keyboard and mouse."""
 
-import pytest
+import os
+import signal
+from pathlib import Path
 
-from matrix_jax import recipes, worlds
+import numpy as np
+import pytest
+from PIL import Image
+
+from matrix_jax import recipes, video, worlds
 from matrix_jax.pipelines import generate
 from tests.test_tools import run
 
@@ -97,3 +103,42 @@ def test_without_a_length_a_video_lasts_as_its_controls(recipe, given, pad, coun
 def test_too_many_controls_for_a_clip_raise(recipe, given, said):
     with pytest.raises(ValueError, match=said):
         generate.plan(worlds.build(recipes.load(recipe).world), None, given, 42, None)
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('ending', ['mp4', 'gif'])
+def test_a_video_that_is_stopped_has_the_frames_made_so_far(
+    number, ending, tiny_walk, start_image, tmp_path, monkeypatch, capsys
+):
+    def frames():
+        for index in range(33):
+            if index == 20:
+                os.kill(os.getpid(), number)
+            yield np.full((16, 24, 3), 7 * index, np.uint8)
+
+    before = signal.getsignal(number)
+    clip = generate.GeneratedVideo(['W'] * 33, [], run_seconds=1.0)
+    monkeypatch.setattr(generate, 'generate', lambda *_, **__: (frames(), clip))
+    out = tmp_path / 'new' / f'walk.{ending}'
+    code = run(
+        *('generate', 'matrix_game_2:TINY', '--weights', tiny_walk, '--image', start_image),
+        *('--length', '1', '--out', out),
+    )
+    assert code == 128 + number
+    assert f'{out}: 20 frames, stopped early' in capsys.readouterr().out
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    if ending == 'gif':
+        assert Image.open(out).n_frames == 20
+    else:
+        assert len(video.read_video(out, recipes.load('matrix_game_2:TINY').world.fps)) == 20
+    assert signal.getsignal(number) is before
+
+
+def test_videos_get_names_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = []
+    for _ in range(3):
+        names.append(str(generate.free_path('carracing-stream-42')))
+        Path(names[-1]).parent.mkdir(exist_ok=True)
+        Path(names[-1]).touch()
+    assert names == [f'outputs/carracing-stream-42{end}.mp4' for end in ('', '-2', '-3')]
