@@ -37,7 +37,13 @@ from matrix_jax.worlds import matrix_game_3_networks as networks
 from matrix_jax.worlds.base import BaseWorld, round_up_clip
 from matrix_jax.worlds.matrix_game_3_config import ClipConfig, Config
 from matrix_jax.worlds.matrix_game_3_networks import EXPERTS, network
-from matrix_jax.worlds.networks import Component, Params, fewer_layers, summary_line
+from matrix_jax.worlds.networks import (
+    Component,
+    Params,
+    fewer_layers,
+    fewer_text_layers,
+    summary_line,
+)
 
 __all__ = ['ClipConfig', 'Config', 'World', 'clean_prompt', 'network']
 
@@ -330,11 +336,9 @@ class World(BaseWorld):
         tokenizers.write_byte_tokenizer(folder, self.cfg.dit.text_length)
 
     def shortened(self, layers: int | None, text_layers: int | None = None) -> World:
-        fields = {}
+        fields = {'text': fewer_text_layers(self.cfg.text, layers, text_layers)}
         if layers is not None:
             fields['dit'] = fewer_layers(self.cfg.dit, layers, 'actions')
-        if (text_layers := layers if text_layers is None else text_layers) is not None:
-            fields['text'] = dataclasses.replace(self.cfg.text, layers=text_layers)
         return self.replace(**fields)
 
 

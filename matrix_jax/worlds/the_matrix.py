@@ -32,7 +32,14 @@ from matrix_jax.stream.base import Stream
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.weights import conversion, diffusers_layout, schema
 from matrix_jax.worlds.base import BaseWorld, check_frames
-from matrix_jax.worlds.networks import WRONG_VALUES, Component, Params, fewer_layers, read_config
+from matrix_jax.worlds.networks import (
+    WRONG_VALUES,
+    Component,
+    Params,
+    fewer_layers,
+    fewer_text_layers,
+    read_config,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -388,8 +395,7 @@ class World(BaseWorld):
             fields['dit'] = fewer_layers(cfg.dit, layers, 'control')
             count = min(layers, cfg.control.layers)
             fields['control'] = dataclasses.replace(cfg.control, layers=count)
-        if (text_layers := layers if text_layers is None else text_layers) is not None:
-            fields['text'] = dataclasses.replace(cfg.text, layers=text_layers)
+        fields['text'] = fewer_text_layers(cfg.text, layers, text_layers)
         return self.replace(**fields)
 
     def with_new_layers(self, cfg: Config) -> World:

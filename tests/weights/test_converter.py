@@ -85,3 +85,18 @@ def test_what_does_not_fit_is_refused_and_nothing_written(
         converter.convert(world.cfg, source, tmp_path / target, unpickle)
     assert said in str(caught.value)
     assert list(tmp_path.iterdir()) == [source]
+
+
+@pytest.mark.parametrize(
+    'recipe, layers, text_layers, said',
+    [
+        ('the_matrix:STAGE4', 31, None, '--layers: got 31, expected 1 to 30'),
+        ('the_matrix:STAGE4', 2, 25, '--text-layers: got 25, expected 1 to 24'),
+        ('doom:CAUSAL', 10**6, None, '--layers: got 1000000, expected 1 to '),
+        ('matrix_game_3:TINY', 99, None, '--layers: got 99, expected 1 to '),
+        ('the_matrix:STAGE4', 0, None, '--layers: got 0, expected at least 1'),
+    ],
+)
+def test_no_network_has_more_layers_than_its_recipe(recipe, layers, text_layers, said):
+    with pytest.raises(config.UsageError, match=said):
+        converter.shorten(recipes.load(recipe).world, layers, text_layers)
