@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from matrix_jax import config
 from matrix_jax.cli.parser import Parser
@@ -24,11 +25,18 @@ def main(argv: Sequence[str]) -> None:
         from matrix_jax import worlds
         from matrix_jax.data import start_clips
         from matrix_jax.weights import diffusers_layout
+        from matrix_jax.worlds.protocols import TextWorld
 
         folder = diffusers_layout.resolve(run.weights)
         world, params = worlds.open_run(run)
         world.save(run.out, params, start=str(folder))
-        start_clips.write(run.data, run.out, picture=world.start_frames == 1)
+
+        text = world.reads_text
+
+        def unread(caption: str) -> str:
+            return cast(TextWorld, world).tokenize_and_cut([caption])[1][0] if text else ''
+
+        start_clips.write(run.data, run.out, picture=world.start_frames == 1, unread=unread)
     size = sum(path.stat().st_size for path in Path(run.out).rglob('*') if path.is_file())
     if size > LIMIT:
         raise config.UsageError(f'{run.out}: {size} bytes, expected at most {LIMIT}')

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,13 @@ from matrix_jax.data import records
 from matrix_jax.weights import diffusers_layout
 
 
-def write(data: str, folder: str, frames: int = 29, picture: bool = False):
+def write(
+    data: str,
+    folder: str,
+    frames: int = 29,
+    picture: bool = False,
+    unread: Callable[[str], str] = lambda caption: '',
+):
     """Picks one clip per theme and writes it to `folder`.
 
     For drives, the best crop of the held-out tracks: the car is on the road, at speed, and turns
@@ -28,6 +35,8 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
       folder: weights folder; gets `starts/`.
       frames: frames F = 1 + 4k of a clip.
       picture: whether to keep only the first frame of each.
+      unread: caption -> its end that the world does not read. A clip gets a caption of its theme
+        that is read whole, or else its own without the words at the end.
     """
     best, captions = {}, {}
     for split in ('heldout', 'train'):
@@ -51,8 +60,9 @@ def write(data: str, folder: str, frames: int = 29, picture: bool = False):
             strip = strip.reshape(-1, *clip.frames.shape[2:])
             video.write_image(part / f'{theme}.png', strip)
             words = sorted(_words(' '.join(captions[theme])) | _words(theme))
+            caption = _short_caption(clip.caption, captions[theme], unread)
             listing.append(
-                {'file': f'{theme}.png', 'theme': theme, 'caption': clip.caption, 'words': words}
+                {'file': f'{theme}.png', 'theme': theme, 'caption': caption, 'words': words}
             )
         (part / 'starts.json').write_text(json.dumps(listing, indent=1) + '\n')
 
@@ -114,6 +124,16 @@ def read(folder: str, theme: str, height: int, width: int) -> np.ndarray:
             f'{width}x{height} below each other'
         )
     return strip.reshape(-1, height, width, 3)
+
+
+def _short_caption(own: str, others: Iterable[str], unread: Callable[[str], str]) -> str:
+    """Returns a caption that is read whole."""
+    for caption in (own, *sorted(others)):
+        if not unread(caption):
+            return caption
+    while unread(own):
+        own = own[: -len(unread(own))].rpartition(' ')[0]
+    return own
 
 
 def _words(text: str) -> set[str]:

@@ -2,7 +2,10 @@
 
 import numpy as np
 
+from matrix_jax import recipes
 from matrix_jax.data import records, start_clips
+from matrix_jax.encoders import tokenizers
+from matrix_jax.weights.diffusers_layout import ASSETS
 
 
 def test_prompt_words_pick_the_theme(tmp_path):
@@ -57,3 +60,20 @@ def test_a_walk_starts_where_its_way_is_free(tmp_path):
     assert chosen.shape == (1, 8, 16, 3) and (chosen == 99).all()
     assert (start_clips.choose(tmp_path / 'out', 'an unseen maze', 8, 16) == 150).all()
     assert list(start_clips.listing(tmp_path / 'out')) == ['maze', 'maze-unseen']
+
+
+def test_captions_are_read_whole():
+    """Those of the bundled worlds, and those that `write` chooses."""
+
+    def unread(caption):
+        return caption[20:]
+
+    captions = {'A red car on a road, in the snow.', 'A car in the snow.'}
+    own = max(captions, key=len)
+    assert start_clips._short_caption(own, captions, unread) == 'A car in the snow.'
+    assert start_clips._short_caption(own, {own}, unread) == 'A red car on a'
+    tokenizer, _ = tokenizers.byte_pair()
+    length = recipes.load('carracing').world.dit.text_length
+    for name in ('carracing', 'carracing_base', 'carracing_swin'):
+        found = [one['caption'] for one in start_clips.listing(ASSETS / name).values()]
+        assert len(found) == 5 and not any(tokenizers.encode(tokenizer, found, length)[1])
