@@ -85,11 +85,10 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
     scalars = Scalars(out, active=multihost.first())
     began, losses = time.time(), []
 
-    def save(index):
+    def save(index, wait):
         guard.settle()
-        saver.save(
-            index, state, {'data': loader.state().decode(), 'loss': loss, 'refused': guard.refused}
-        )
+        extra = {'data': loader.state().decode(), 'loss': loss, 'refused': guard.refused}
+        (saver.save_now if wait else saver.save)(index, state, extra)
 
     try:
         with tqdm(
@@ -117,9 +116,8 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
                     scalars.write(done, {**values, 'loss': loss, 'refused': guard.refused})
                 stopping = multihost.anyone(bool(stop))
                 if done % train.save_every == 0 or done == train.steps or stopping:
-                    save(done)
+                    save(done, wait=stopping or done == train.steps)
                 if stopping:
-                    saver.wait()
                     raise SystemExit(STOPPED)
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import re
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,10 +22,8 @@ import numpy as np
 from jax.sharding import SingleDeviceSharding
 
 from matrix_jax.weights import conversion
+from matrix_jax.weights.checksums import SUMS, checksum_faults, write_checksums
 from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError, some
-
-SUMS = 'sums.json'  # file with the checksums of its folder
-BLOCK = 2**20  # bytes read at a time
 
 
 class Checkpoints:
@@ -79,7 +74,12 @@ class Checkpoints:
         Raises:
           SaveError: this save or the one before failed.
         """
-        self.wait()
+        try:
+            self.wait()
+        except SaveError as error:
+            if not self._timed_out(error):
+                raise
+            self._start_again()  # this save replaces the one that failed
         if step in self._manager.all_steps():
             return False
         items = self._ocp.args.Composite(
@@ -88,6 +88,36 @@ class Checkpoints:
         self._started = step
         with self._saving():
             return self._manager.save(step, force=force, args=items)
+
+    def save_now(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> None:
+        """Saves a step and returns when it is on disk.
+
+        A save that fails because a thread of orbax waited too long, as on a machine that was
+        suspended, is tried once more.
+
+        Raises:
+          SaveError: the save failed.
+        """
+        self.save(step, state, extra, force=True)
+        try:
+            self.wait()
+        except SaveError as error:
+            if not self._timed_out(error):
+                raise
+            self._start_again()
+            self.save(step, state, extra, force=True)
+            self.wait()
+
+    def _start_again(self) -> None:
+        """Forgets a save that failed."""
+        self._failed = False
+        self._manager.reload()
+
+    @staticmethod
+    def _timed_out(error: SaveError) -> bool:
+        """Whether a save failed without a fault of the storage."""
+        cause = error.__cause__
+        return isinstance(cause, TimeoutError) and cause.errno is None
 
     def restore(
         self, abstract_state: Any = None, step: int | None = None
@@ -343,54 +373,3 @@ def _like(leaf: Any, value: Any) -> Any:
         jax.eval_shape(lambda key: impl.append(jax.random.key_impl(key)), leaf)
         return jax.random.wrap_key_data(value, impl=impl[0])
     return type(leaf)(value[()]) if _is_scalar(leaf) else value
-
-
-# --- checksums -------------------------------------------------------------------------------
-
-
-def write_checksums(folder: Path) -> None:
-    """Writes size and CRC-32 of every file below `folder` to `folder/sums.json`."""
-    paths = sorted(path for path in folder.rglob('*') if path.is_file() and path.name != SUMS)
-    with ThreadPoolExecutor() as pool:
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        sums = dict(zip(names, pool.map(_checksum, paths)))
-    (folder / SUMS).write_text(json.dumps(sums, indent=0), encoding='utf-8')
-
-
-def checksum_faults(folder: Path) -> list[str] | None:
-    """Returns 'path: fault' for each file that differs from `folder/sums.json`, or None without
-    that file."""
-    try:
-        sums = {
-            name: (int(size), int(crc))
-            for name, (size, crc) in json.loads((folder / SUMS).read_text(encoding='utf-8')).items()
-        }
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError, AttributeError, OSError):
-        return [f'{folder / SUMS}: damaged']
-
-    def fault(name: str) -> str | None:
-        path, (size, crc) = folder / name, sums[name]
-        try:
-            found = path.stat().st_size
-            if found != size:
-                short = 'truncated' if found < size else 'too long'
-                return f'{path}: {short}, {found} bytes of {size}'
-            return None if _checksum(path)[1] == crc else f'{path}: damaged, its checksum differs'
-        except FileNotFoundError:
-            return f'{path}: missing'
-        except OSError as error:
-            return f'{path}: not readable ({error.strerror})'
-
-    with ThreadPoolExecutor() as pool:
-        return [line for line in pool.map(fault, sums) if line]
-
-
-def _checksum(path: Path) -> tuple[int, int]:
-    """(bytes, CRC-32) of a file."""
-    size = crc = 0
-    with path.open('rb') as file:
-        while block := file.read(BLOCK):
-            size, crc = size + len(block), zlib.crc32(block, crc)
-    return size, crc

@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from matrix_jax.config import Mesh
 from matrix_jax.parallel import sharding
+from matrix_jax.weights import training_state
 from matrix_jax.weights.diffusers_layout import CheckpointError, SaveError
 from matrix_jax.weights.training_state import Checkpoints
 
@@ -313,3 +314,28 @@ def test_saved_on_eight_devices_and_loaded_on_fewer(tmp_path, shape):
     assert_same(found, state)
     for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(target)):
         assert leaf.sharding == wanted.sharding
+
+
+def test_a_save_that_waited_too_long_is_tried_again(tmp_path, monkeypatch):
+    """As on a machine that was suspended while threads of orbax waited for each other."""
+    saver, failures = Checkpoints(tmp_path / 'state'), [TimeoutError('timed out after 0.00 s')]
+    handler = training_state._orbax()[1].handler
+    finalize = handler.finalize
+
+    def fail_once(self, directory):
+        if failures:
+            raise failures.pop()
+        finalize(self, directory)
+
+    monkeypatch.setattr(handler, 'finalize', fail_once)
+    saver.save_now(1, make_state(5), {'data': 1})
+    assert not failures and saver.restore(make_state(5))[0] == 1
+    failures.append(TimeoutError('timed out'))
+    saver.save(2, make_state(5))
+    assert saver.save(3, make_state(5), {'data': 3})  # replaces the one that failed
+    assert saver.latest() == 3
+    failures.append(OSError(28, 'No space left on device'))
+    with pytest.raises(SaveError, match='step 4 could not be saved .No space left'):
+        saver.save_now(4, make_state(5))
+    saver.close()
+    assert Checkpoints(tmp_path / 'state').restore(make_state(5))[2] == {'data': 3}
