@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / 'matrix_jax'
 SCRIPTS = PACKAGE / 'benchmark' / 'scripts'
 FILES = sorted(PACKAGE.rglob('*.py'))
-LAZY = PACKAGE / 'envs' / 'world_env.py'  # imported by envs/__init__.py on first use
+# Imported by envs/__init__.py on first use.
+LAZY = {PACKAGE / 'envs' / name for name in ('world_env.py', 'vector_env.py')}
 # What each room of the package may import besides itself. A stream is given its network and never
 # imports one; what drives a world sees `worlds`, never a network. A longer name wins.
 BASE = {'config', 'recipes', 'video', 'parallel', 'weights', 'controls'}
@@ -123,7 +124,7 @@ def test_imports_go_one_way(path):
     assert faults(module, names) == []
     if path.parent != SCRIPTS:  # benchmark scripts compare with PyTorch
         assert not {name for name in names if name.split('.')[0] in ('torch', 'diffusers')}
-    heavy = HEAVY - {'gymnasium'} if path == LAZY else HEAVY
+    heavy = HEAVY - {'gymnasium'} if path in LAZY else HEAVY
     assert not {name for name in imports(path, top_level_only=True) if name.split('.')[0] in heavy}
     if module.startswith('matrix_jax.serve.runtime'):
         assert not {name for name in names if name.split('.')[0] in HTTP}

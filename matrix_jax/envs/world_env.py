@@ -1,4 +1,4 @@
-"""A world as a gymnasium environment for one agent, or for many side by side.
+"""A world as a gymnasium environment for one agent; `vector_env` has the one for many.
 
 An action is one of `vocabulary.choices` and lasts one step of the stream. The observation is the
 last frame of the step, or all of them. An action shows `lag` steps later, as for a live player.
@@ -8,21 +8,39 @@ Equal seeds and actions give equal observations.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
 from matrix_jax import config, recipes
-from matrix_jax.envs.players import Players
+from matrix_jax.envs.players import Players, PlayerState
 
 Reward = Callable[[np.ndarray, int, np.ndarray], float]
+
+
+class EnvState(NamedTuple):
+    """An environment at one moment; a pickle of it can be restored in another process.
+
+    Attributes:
+      players: state of each agent.
+      steps: steps of the episode so far, of each agent.
+      random: state of each agent's random numbers, or None before the first reset.
+      ended: whether each agent's episode is over.
+    """
+
+    players: tuple[PlayerState, ...]
+    steps: np.ndarray
+    random: tuple[Any, ...]
+    ended: np.ndarray
 
 
 class WorldEnv(gymnasium.Env):
     """One agent.
 
     An episode ends only if the world is no longer finite, or by a wrapper such as
-    `gymnasium.wrappers.TimeLimit`. `info` has `shift`, the steps so far, and `lag`.
+    `gymnasium.wrappers.TimeLimit`. `info` has `shift`, the steps so far, and `lag`. Copies by
+    `copy.deepcopy` share the compiled programs; a pickle holds the recipe and the state.
 
     Args:
       recipe, prompt, start, control_binding, whole, opened: as of `Players`.
@@ -30,7 +48,7 @@ class WorldEnv(gymnasium.Env):
       render_mode: None or 'rgb_array', which gives the last frame.
 
     Raises:
-      UsageError: an argument is out of range.
+      UsageError: an argument is out of range, or this process was forked from one that uses JAX.
     """
 
     def __init__(
@@ -45,12 +63,13 @@ class WorldEnv(gymnasium.Env):
         render_mode: str | None = None,
         opened: tuple | None = None,
     ):
-        _check_render_mode(render_mode)
+        check_render_mode(render_mode)
         self.players = Players(recipe, 1, control_binding, 1, prompt, start, whole, opened)
         self.metadata, self.render_mode = self.players.metadata, render_mode
-        self.reward = reward or _no_reward
-        self.action_space, self.observation_space = _spaces(self.players)
+        self.reward = reward or no_reward
+        self.action_space, self.observation_space = spaces(self.players)
         self._observation = None
+        self._steps = 0
 
     def reset(self, *, seed=None, options=None):
         """`options` may choose 'prompt' and 'start' -> (observation, info)."""
@@ -60,14 +79,34 @@ class WorldEnv(gymnasium.Env):
         return self._observation.copy(), self._info()
 
     def step(self, action):
-        """-> (observation, reward, terminated, truncated, info)."""
+        """-> (observation, reward, terminated, truncated, info).
+
+        Raises:
+          InvalidAction: the action is not in the action space.
+        """
         if self._observation is None:
             raise gymnasium.error.ResetNeeded('reset the environment before the first step')
+        action = int(checked_actions([action], 1, len(self.players.choices))[0])
         broken = self.players.step([action], np.ones(1, bool))
         before, self._observation = self._observation, self.players.observe()[0]
         self._steps += 1
         reward = float(self.reward(before, action, self._observation))
         return self._observation.copy(), reward, bool(broken[0]), False, self._info()
+
+    def clone_state(self) -> EnvState:
+        """The state of the environment, random numbers included."""
+        return EnvState(
+            (self.players.clone(0),),
+            np.array([self._steps]),
+            (self.np_random.bit_generator.state,),
+            np.zeros(1, bool),
+        )
+
+    def restore_state(self, state: EnvState):
+        """Continues from the state of an environment of the same world."""
+        self.players.restore(0, state.players[0])
+        self._observation, self._steps = self.players.observe()[0], int(state.steps[0])
+        self.np_random.bit_generator.state = state.random[0]
 
     def render(self):
         """The last frame, uint8 [H W 3]."""
@@ -77,122 +116,39 @@ class WorldEnv(gymnasium.Env):
         return {'shift': self._steps, 'lag': self.players.lag}
 
 
-class WorldVectorEnv(gymnasium.vector.VectorEnv):
-    """Many agents in one program; a world that is no longer finite is reset by the next step.
-
-    Args:
-      num_envs: agents.
-      together: agents computed side by side; all by default. With 1, each agent's numbers are
-        equal bit by bit whatever the others do.
-      recipe, prompt, start, control_binding, whole, render_mode, opened: as of `WorldEnv`.
-      reward: as of `WorldEnv`; called for each agent.
-
-    Raises:
-      UsageError: an argument is out of range.
-    """
-
-    def __init__(
-        self,
-        num_envs: int,
-        recipe=recipes.DEFAULT_WORLD,
-        *,
-        together: int | None = None,
-        prompt: str | None = None,
-        start: str | None = None,
-        control_binding: str = 'early',
-        whole: bool = False,
-        reward: Reward | None = None,
-        render_mode: str | None = None,
-        opened: tuple | None = None,
-    ):
-        _check_render_mode(render_mode)
-        self.players = Players(
-            recipe, num_envs, control_binding, together or num_envs, prompt, start, whole, opened
-        )
-        self.num_envs, self.render_mode = num_envs, render_mode
-        self.metadata = self.players.metadata | {
-            'autoreset_mode': gymnasium.vector.AutoresetMode.NEXT_STEP
-        }
-        self.reward = reward or _no_reward
-        self.single_action_space, self.single_observation_space = _spaces(self.players)
-        batched = gymnasium.vector.utils.batch_space
-        self.action_space = batched(self.single_action_space, num_envs)
-        self.observation_space = batched(self.single_observation_space, num_envs)
-        self._randoms, self._observations = [None] * num_envs, None
-
-    def reset(self, *, seed=None, options=None):
-        """Resets all agents -> (observations [B ...], info).
-
-        Args:
-          seed: of the first agent, and one more for each agent after it; or a list.
-          options: may choose 'prompt' and 'start'.
-
-        Raises:
-          UsageError: the list of seeds has another length.
-        """
-        if seed is None:
-            seeds = [None] * self.num_envs
-        elif isinstance(seed, int):
-            seeds = list(range(seed, seed + self.num_envs))
-        else:
-            seeds = list(seed)
-        if len(seeds) != self.num_envs:
-            raise config.UsageError(f'seed: got {len(seeds)}, expected {self.num_envs}')
-        for index, one in enumerate(seeds):
-            if one is not None or self._randoms[index] is None:
-                self._randoms[index] = gymnasium.utils.seeding.np_random(one)[0]
-            self.players.begin(index, self._randoms[index], options)
-        self._options, self._broken = options, np.zeros(self.num_envs, bool)
-        self._steps = np.zeros(self.num_envs, int)
-        self._observations = self.players.observe()
-        return self._observations.copy(), self._info()
-
-    def step(self, actions):
-        """-> (observations [B ...], rewards [B], terminated [B], truncated [B], info)."""
-        if self._observations is None:
-            raise gymnasium.error.ResetNeeded('reset the environments before the first step')
-        for index in np.flatnonzero(self._broken):
-            self.players.begin(index, self._randoms[index], self._options)
-        active = ~self._broken
-        self._broken = self.players.step(actions, active)
-        before, self._observations = self._observations, self.players.observe()
-        self._steps = np.where(active, self._steps + 1, 0)
-        rewards = [
-            self.reward(*transition) if on else 0.0
-            for on, *transition in zip(active, before, actions, self._observations)
-        ]
-        return (
-            self._observations.copy(),
-            np.array(rewards, np.float64),
-            self._broken.copy(),
-            np.zeros(self.num_envs, bool),
-            self._info(),
-        )
-
-    def render(self):
-        """The last frame of each agent."""
-        return tuple(self.players.frames[:, -1].copy()) if self.render_mode else None
-
-    def _info(self):
-        known = np.ones(self.num_envs, bool)
-        return {
-            'shift': self._steps.copy(),
-            '_shift': known,
-            'lag': np.full(self.num_envs, self.players.lag),
-            '_lag': known,
-        }
-
-
-def _spaces(players: Players):
+def spaces(players: Players):
     """(actions, observations) of one agent."""
     actions = gymnasium.spaces.Discrete(len(players.choices))
     return actions, gymnasium.spaces.Box(0, 255, players.observe().shape[1:], np.uint8)
 
 
-def _no_reward(before, action, after) -> float:
+def checked_actions(actions, count: int, choices: int) -> np.ndarray:
+    """Returns the actions of `count` agents as integers [B].
+
+    Raises:
+      InvalidAction: there are more or fewer, or one is not a whole number from 0 to `choices` - 1.
+    """
+    try:
+        given = np.asarray(actions)
+    except ValueError:  # lists of different lengths
+        given = np.asarray(None)
+    if given.shape != (count,) or given.dtype.kind not in 'iu':
+        raise gymnasium.error.InvalidAction(
+            f'action: got {str(actions)[:60]}, expected {count} of whole numbers'
+        )
+    if ((given < 0) | (given >= choices)).any():
+        raise gymnasium.error.InvalidAction(
+            f'action: got {str(actions)[:60]}, expected 0 to {choices - 1}'
+        )
+    return given
+
+
+def no_reward(before, action, after) -> float:
+    """The reward without a reward function."""
     return 0.0
 
 
-def _check_render_mode(render_mode: str | None):
+def check_render_mode(render_mode: str | None):
+    """Raises UsageError unless the environments have the render mode."""
     if render_mode not in (None, 'rgb_array'):
         raise config.UsageError(f'render_mode: got {render_mode!r}, expected rgb_array or None')

@@ -1,9 +1,12 @@
 """The world as gymnasium environments: its checker, seeds, rewards, and worlds that break."""
 
+import copy
 import pickle
 import subprocess
 import sys
+import tomllib
 import warnings
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +15,10 @@ import pytest
 
 from matrix_jax import envs
 from matrix_jax.config import UsageError
+from matrix_jax.envs.players import Players
+from matrix_jax.serve.runtime import batched_stream
 
+PROJECT = Path(__file__).parents[2] / 'pyproject.toml'
 gymnasium = pytest.importorskip('gymnasium')
 
 
@@ -114,6 +120,101 @@ def test_players_side_by_side_are_each_as_alone(opened_stream):
         many.reset(seed=[1, 2])
     with pytest.raises(UsageError, match='got 3 slots, expected at least 4'):
         envs.WorldVectorEnv(4, opened=opened_stream)
+
+
+def test_what_is_no_action_is_refused(opened_stream):
+    many, one = (envs.WorldVectorEnv(3, opened=opened_stream), envs.WorldEnv(opened=opened_stream))
+    many.reset(seed=0), one.reset(seed=0)
+    invalid = gymnasium.error.InvalidAction
+    for actions in ([1, 2], [0, 9, 0], [-1, 0, 0], [0.9, 1.0, 2.0], 1, [True] * 3, ['D'] * 3, None):
+        with pytest.raises(invalid, match='action: got'):
+            many.step(actions)
+    for action in (-1, 9, 1.7, '1', None, [1]):
+        with pytest.raises(invalid, match='action: got'):
+            one.step(action)
+    assert one.step(np.int64(8)) and len(many.step((0, 8, 1))) == 5
+    for prompt in (3, ['a'], '\ud800', 'x' * 501):
+        with pytest.raises(UsageError, match='prompt: got .*, expected text of at most 500'):
+            one.reset(options={'prompt': prompt})
+
+
+def test_time_limits_and_resets_of_some(opened_stream):
+    many = envs.WorldVectorEnv(3, opened=opened_stream, max_episode_steps=2)
+    first, _ = many.reset(seed=3)
+    rest = np.zeros(3, int)
+    assert not many.step(rest)[3].any()
+    assert many.step(rest)[2:4][1].all()
+    observations, _, ended, late, info = many.step(rest)  # starts the next episodes
+    np.testing.assert_array_equal(observations, first)
+    assert not (ended | late).any() and info['shift'].tolist() == [0, 0, 0]
+
+    many = envs.WorldVectorEnv(
+        3, opened=opened_stream, autoreset_mode=gymnasium.vector.AutoresetMode.DISABLED
+    )
+    first, _ = many.reset(seed=3)
+    moved = many.step(rest)[0]
+    poison(many.players, 1)
+    assert many.step(rest)[2].tolist() == [False, True, False]
+    mask = np.array([False, True, False])
+    observations, info = many.reset(options={'reset_mask': mask})
+    np.testing.assert_array_equal(observations[1], first[1])
+    assert info['shift'].tolist() == [2, 0, 2] and (observations[0] != first[0]).any()
+    assert moved.shape == observations.shape and not many.step(rest)[2].any()
+    with pytest.raises(UsageError, match=r'reset_mask: got bool\[2\], expected bool\[3\]'):
+        many.reset(options={'reset_mask': mask[:2]})
+    with pytest.raises(UsageError, match='autoreset_mode: got'):
+        envs.WorldVectorEnv(
+            3, opened=opened_stream, autoreset_mode=gymnasium.vector.AutoresetMode.SAME_STEP
+        )
+
+
+def test_states_copies_and_pickles_go_on_alike(opened_stream, monkeypatch):
+    env = envs.WorldEnv(opened=opened_stream)
+    drive(env, 3, [0, 1])
+    state, copied = env.clone_state(), copy.deepcopy(env)
+    wanted = [env.step(action)[0] for action in (2, 2, 0)]
+    after = env.reset()[0], env.step(0)[0]
+    assert copied.players.stream._step is env.players.stream._step  # nothing compiles
+    pickled = pickle.dumps(state)
+    for other in (copied, env):
+        for one in (state, pickle.loads(pickled)):
+            other.restore_state(one)
+            for action, frame in zip((2, 2, 0), wanted, strict=True):
+                np.testing.assert_array_equal(other.step(action)[0], frame)
+            again = other.reset()[0], other.step(0)[0]  # the random numbers go on as well
+            np.testing.assert_array_equal(again, after)
+    many = envs.WorldVectorEnv(2, opened=opened_stream)
+    many.reset(seed=1)
+    state, wanted = many.clone_state(), many.step([3, 4])[0]
+    many.reset(seed=9)
+    many.restore_state(state)
+    np.testing.assert_array_equal(many.step([3, 4])[0], wanted)
+
+    with pytest.raises(TypeError, match='no recipe to pickle'):
+        pickle.dumps(env)
+    monkeypatch.setattr(env.players.stream, '_origin', ('a run', 3, 'early', 1))
+    monkeypatch.setattr(
+        batched_stream, 'open_stream', lambda *origin: (opened_stream[0].empty_copy(), origin)
+    )
+    data, wanted = pickle.dumps(env), env.step(5)[0]
+    np.testing.assert_array_equal(pickle.loads(data).step(5)[0], wanted)
+
+
+def test_environments_have_ids(opened_stream):
+    env = gymnasium.make('matrix_jax/World-v0', opened=opened_stream, max_episode_steps=1)
+    env.reset(seed=0)
+    assert env.step(0)[3]
+    many = gymnasium.make_vec('matrix_jax/CarRacing-v0', num_envs=2, opened=opened_stream)
+    assert isinstance(many, envs.WorldVectorEnv) and many.reset(seed=0)[0].shape[0] == 2
+    assert {'matrix_jax/Doom-v0', 'matrix_jax/Gallery-v0'} <= set(gymnasium.registry)
+    point = tomllib.loads(PROJECT.read_text())['project']['entry-points']['gymnasium.envs']
+    assert point == {'matrix_jax': 'matrix_jax.envs:register'}
+
+
+def test_a_forked_process_is_told_to_spawn(opened_stream, monkeypatch):
+    monkeypatch.setattr(Players, '_process', 1)  # that of another process
+    with pytest.raises(UsageError, match="forked .*context='spawn'"):
+        envs.WorldEnv(opened=opened_stream)
 
 
 def test_gymnasium_is_asked_for_in_one_line():

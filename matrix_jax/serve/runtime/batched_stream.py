@@ -11,7 +11,6 @@ of its own, the network and the decoder form a pipeline.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from pathlib import Path
 from typing import cast
@@ -85,6 +84,7 @@ class BatchedStream:
         self.start_frames = world.start_frames
         self.idle = self.encode(world.vocabulary.idle)
         self._frame_shape = (self.frames_per_step, cfg.height, cfg.width, 3)
+        self._origin: tuple | None = None  # arguments of `open_stream`, if it made this
         self._pipeline, self.steps_ahead = None, 0
         idle = [world.vocabulary.idle] * world.first_step_controls
         self._first_control = world.vocabulary.encode(idle)[None]
@@ -146,9 +146,20 @@ class BatchedStream:
         self._slots = _zeros(slots)
         return self
 
+    def __deepcopy__(self, _) -> BatchedStream:
+        """As `empty_copy`: programs and parameters are shared."""
+        return self.empty_copy()
+
+    def __reduce__(self):
+        """A pickle holds the recipe; loading it opens the weights and compiles."""
+        if self._origin is None:
+            raise TypeError('a stream that `open_stream` did not make has no recipe to pickle')
+        return _reopen, self._origin
+
     def empty_copy(self) -> BatchedStream:
         """The same programs with empty slots of their own."""
-        other = copy.copy(self)
+        other = object.__new__(type(self))
+        vars(other).update(vars(self))
         other._slots = _zeros(self._slots)
         return other
 
@@ -300,7 +311,13 @@ def open_stream(
 
     world, params = worlds.open_run(run, split_decoder=True)
     stream = BatchedStream(world, params, num_slots, control_binding, together).compile()
+    stream._origin = run, num_slots, control_binding, together
     return stream, diffusers_layout.resolve(run.weights)
+
+
+def _reopen(*origin) -> BatchedStream:
+    """The stream of `open_stream`."""
+    return open_stream(*origin)[0]
 
 
 def _compile(function, *args, donate=(), out_like=None):

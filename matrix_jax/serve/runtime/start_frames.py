@@ -10,6 +10,7 @@ import numpy as np
 
 from matrix_jax import video
 from matrix_jax.data import start_clips
+from matrix_jax.serve.runtime import session_log
 from matrix_jax.serve.runtime.batched_stream import BatchedStream
 from matrix_jax.serve.runtime.key_runs import ReplayError
 from matrix_jax.weights import diffusers_layout
@@ -27,7 +28,7 @@ def clips_folder(world: World, folder) -> Path:
 def captions(world: World, folder) -> dict[str, str]:
     """Start clip -> its caption."""
     found = start_clips.listing(clips_folder(world, folder))
-    return {name: clip['caption'] for name, clip in found.items()}
+    return {name: clip['caption'][: session_log.MAX_PROMPT] for name, clip in found.items()}
 
 
 def choose(world: World, folder, prompt: str | None, start: str | None) -> tuple[str, str]:
@@ -39,6 +40,7 @@ def choose(world: World, folder, prompt: str | None, start: str | None) -> tuple
     _check(world, folder, start)
     if prompt is None:
         prompt = captions(world, folder)[start] if start else world.cfg.prompt
+        prompt = prompt[: session_log.MAX_PROMPT]
     if start is None:
         start = start_clips.match(clips_folder(world, folder), prompt) or ''
     return prompt, start
@@ -51,20 +53,26 @@ def load(stream: BatchedStream, folder, start: str | None, picture: str | None) 
       ReplayError: there is no such start clip, or the picture is not base64.
       VideoError: the picture is not readable.
     """
-    cfg, count = stream.world.cfg, stream.start_frames
     if picture is not None:
         try:
             data = base64.b64decode(picture, validate=True)
         except ValueError as error:
             raise ReplayError('replay.picture: not base64') from error
-        frame = decode_picture(data, stream.world)
-    elif start == '':
-        frame = np.full((cfg.height, cfg.width, 3), 128, np.uint8)
-    else:
-        _check(stream.world, folder, start)
-        clips = clips_folder(stream.world, folder)
-        return start_clips.read(clips, start, cfg.height, cfg.width)[:count]
-    return np.repeat(frame[None], count, 0)
+        return np.repeat(decode_picture(data, stream.world)[None], stream.start_frames, 0)
+    return load_clip(stream.world, folder, start)
+
+
+def load_clip(world: World, folder, start: str) -> np.ndarray:
+    """Start frames uint8 [F H W 3] of a start clip.
+
+    Raises:
+      ReplayError: there is no such start clip.
+    """
+    cfg, count = world.cfg, world.start_frames
+    if start == '':
+        return np.full((count, cfg.height, cfg.width, 3), 128, np.uint8)
+    _check(world, folder, start)
+    return start_clips.read(clips_folder(world, folder), start, cfg.height, cfg.width)[:count]
 
 
 def decode_picture(data: bytes, world: World) -> np.ndarray:
