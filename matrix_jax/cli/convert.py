@@ -3,10 +3,12 @@
 matrix-jax convert SRC DST                                   either way, by what SRC holds
 matrix-jax convert VAE.pth DIR/vae --recipe RECIPE           one pickle, to a part of the recipe
 matrix-jax convert --random the_matrix:STAGE4 DST --layers 2  random weights, diffusers layout
+matrix-jax convert --export carracing DST                    the stream's programs, by jax.export
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import subprocess
 import sys
@@ -57,13 +59,25 @@ def main(argv: Sequence[str]) -> None:
     add('target', metavar='DST', help='must not exist')
     add('--recipe', default='the_matrix:STAGE4', help='a recipe of the same world')
     add('--random', metavar='RECIPE', help='write random weights to DST; no SRC')
+    add('--export', metavar='RECIPE', help='write the programs of a stream to DST; no SRC')
+    add('--weights', help='of --export, if the recipe brings none')
     add('--layers', type=whole(1), help='layers of random weights, if fewer than the recipe')
     add('--text-layers', type=whole(1), help='layers of their text encoder (default: --layers)')
     add('--allow-non-finite', action='store_true', help='take weights that are not finite')
     add('--seed', type=whole(0, SEED), default=0, help='seed of random weights (default 0)')
     args = parser.parse_args(argv)
-    if bool(args.random) == bool(args.source):
-        raise config.UsageError('expected SRC and DST, or --random RECIPE and DST')
+    if sum(map(bool, (args.random, args.export, args.source))) != 1:
+        raise config.UsageError(
+            'expected SRC and DST, or DST with --random RECIPE or with --export RECIPE'
+        )
+    if args.export:
+        from matrix_jax.pipelines import export
+
+        run = recipes.load(args.export)
+        run = dataclasses.replace(run, weights=args.weights or run.weights)
+        with config.usage_errors():
+            print(export.save(run, args.target))
+        return
     cfg = recipes.load(args.random or args.recipe).world
     with config.usage_errors():
         from matrix_jax.weights import converter
