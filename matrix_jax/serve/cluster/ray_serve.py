@@ -179,7 +179,7 @@ def build(recipe, cfg: server.Config, cluster: Config, registry, gpus: float):
 
     from matrix_jax.serve.cluster.gateway import Gateway
 
-    secret, token = secrets.token_hex(16), cfg.token
+    secret, token, root_path = secrets.token_hex(16), cfg.token, cfg.root_path
 
     def make_gateway():
         server.log_to_stderr()
@@ -193,7 +193,7 @@ def build(recipe, cfg: server.Config, cluster: Config, registry, gpus: float):
             finally:
                 answer.cancel()
 
-        return Gateway(ActorProxy(registry), lease, secret, token).asgi()
+        return Gateway(ActorProxy(registry), lease, secret, token, root_path).asgi()
 
     class GatewayIngress:
         """The deployment of the gateway; its argument makes Serve start the replicas first."""
@@ -243,6 +243,9 @@ def running(recipe, cfg: server.Config, cluster: Config):
     recipe = check(recipe, cfg)
     ray = connect()
     try:
+        if threading.current_thread() is threading.main_thread():
+            # Ray's own handler, set by `connect`, would end this process and leave the cluster.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
         from ray import serve
 
         logging.getLogger('ray.serve').setLevel(logging.WARNING)
@@ -305,9 +308,8 @@ def drain(ray, registry, seconds: float):
 
 
 def serve(recipe, cfg: server.Config, cluster: Config):
-    """Serves until interrupted."""
+    """Serves until Ctrl-C or SIGTERM; both let the players finish."""
     began = time.perf_counter()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server.log_to_stderr()
     with running(recipe, cfg, cluster):
         print(
