@@ -31,6 +31,12 @@ def main(argv: Sequence[str]) -> None:
     add(
         '--port', type=int, default=default.port, help=f'default {default.port}; 0 takes a free one'
     )
+    add(
+        '--root-path',
+        default=default.root_path,
+        metavar='PATH',
+        help='path of the page behind a reverse proxy that keeps it, such as /matrix',
+    )
     add('--token', help='secret that players must know; required for other addresses')
     add(
         '--entry',
@@ -88,6 +94,7 @@ def main(argv: Sequence[str]) -> None:
             host=args.host,
             port=args.port,
             token=args.token,
+            root_path=args.root_path,
         )
         if args.ray:
             if 'worlds' in given:

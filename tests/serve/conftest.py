@@ -91,8 +91,11 @@ class Player:
             self.read()
 
     def send(self, **message):
+        self.send_raw(json.dumps(message))
+
+    def send_raw(self, text):
         with contextlib.suppress(ConnectionClosed):  # `read` finds out why
-            self.socket.send(json.dumps(message))
+            self.socket.send(text)
 
     def ask(self, path, data=None):
         """(status, body) of an upload or download of this session."""
@@ -109,12 +112,13 @@ class Running:
         self.cfg = server.Config(players=stream.num_slots, port=0, **more)
         if app is None:
             self.world = HostedWorld(stream.empty_copy(), folder, recipe, self.cfg.grace)
-            app = WorldApp({recipe: self.world}, self.cfg.token)
+            app = WorldApp({recipe: self.world}, self.cfg.token, self.cfg.root_path)
         self.app = app
         self.opened = contextlib.ExitStack()
         self.listening = server.listen(self.cfg)
         self.port = self.listening.getsockname()[1]
-        self.web = server.uvicorn_server(self.app.asgi(), stream.num_slots)
+        self.access = self.app.asgi()
+        self.web = server.uvicorn_server(self.access, stream.num_slots)
         self.thread = threading.Thread(target=self.web.run, args=([self.listening],))
 
     def connect(self, query=''):

@@ -51,13 +51,18 @@ class Gateway(BaseApp):
         is (address of a worker that has the session, ''), or (None, why there is none); it ends
         when the session does.
       secret: token of the workers.
-      token: as of `BaseApp`.
+      token, root_path: as of `BaseApp`.
     """
 
     def __init__(
-        self, registry: AsyncRegistry, lease: Lease, secret: str, token: str | None = None
+        self,
+        registry: AsyncRegistry,
+        lease: Lease,
+        secret: str,
+        token: str | None = None,
+        root_path: str = '',
     ):
-        super().__init__(token)
+        super().__init__(token, root_path)
         self.registry, self.lease, self.secret = registry, lease, secret
         self._leases: set[asyncio.Task] = set()
         self._sockets: set = set()

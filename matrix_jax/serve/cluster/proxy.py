@@ -8,16 +8,15 @@ import secrets
 from collections.abc import Awaitable, Callable
 
 from matrix_jax.serve.cluster.registry import AsyncRegistry
+from matrix_jax.serve.runtime.session import MESSAGE_BURST, MESSAGE_RATE
+from matrix_jax.serve.runtime.token_bucket import TokenBucket
 from matrix_jax.serve.web.base_app import (
-    BURST,
     MESSAGE_BYTES,
-    RATE,
     close_socket,
     receive_join,
     receive_text,
     run_until_first_ends,
 )
-from matrix_jax.serve.web.protocol import TokenBucket
 
 LOST_CODES = (1001, 1006, 1011, 1012)  # close codes of a worker that is gone
 
@@ -62,14 +61,14 @@ class ProxyConnection:
         """Player to worker; while there is no worker, messages are dropped."""
         from websockets.exceptions import ConnectionClosed
 
-        bucket = TokenBucket(RATE, BURST)
+        bucket = TokenBucket(MESSAGE_RATE, MESSAGE_BURST)
         while True:
             text = await receive_text(self.socket)
             if len(text) > MESSAGE_BYTES:
                 await close_socket(self.socket, 1009, f'expected at most {MESSAGE_BYTES} bytes')
                 return
             if not bucket.take():
-                reason = f'too many messages: expected at most {RATE} a second'
+                reason = f'too many messages: expected at most {MESSAGE_RATE} a second'
                 await close_socket(self.socket, 1008, reason)
                 return
             if self.worker:

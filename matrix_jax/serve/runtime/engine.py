@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 HISTORY_BYTES = 128 * 2**20  # per player
 HISTORY_SECONDS = 12
 MARGIN_SECONDS = 0.02  # between the end of a step and its first frame
+MAX_BREAKS = 2  # of a world, before it rests
 POLL_SECONDS = 0.001  # between two checks of a running step
 
 
@@ -249,10 +250,15 @@ class Engine:
                 slot.history.popleft()
 
     def _restart_broken(self, slot: SlotState):
-        """Restarts a world that is no longer finite; the other slots are not affected."""
+        """Restarts a world that is no longer finite; the other slots are not affected.
+
+        A world that breaks again and again rests, because each restart takes time from all.
+        """
         step, (origin, carry) = len(slot.log.controls) - 1, slot.origin
+        breaks = slot.breaks + 1
         self.restart(slot, origin.copy(), carry)
-        slot.on_broken(step)
+        slot.breaks, slot.paused = breaks, breaks >= MAX_BREAKS
+        slot.on_broken(step, breaks)
 
     # --- commands: run them with `call` --------------------------------------------------------
 
@@ -282,6 +288,7 @@ class Engine:
         self._check(slot)
         self.stream.write(slot.index, carry)
         slot.begin(timeline, self.stream.read(slot.index))
+        slot.breaks = 0
 
     def set_prompt(self, slot: SlotState, prompt: str, text):
         """Changes the prompt from the next step on."""

@@ -15,12 +15,18 @@ import struct
 import time
 from typing import Any, Protocol
 
+from matrix_jax.serve.runtime.engine import MAX_BREAKS
 from matrix_jax.serve.runtime.slot_state import EncodedFrame, SlotState
+from matrix_jax.serve.runtime.token_bucket import TokenBucket
 
 QUEUE_SECONDS = 1.0  # of frames that wait for the socket
 UNSEEN_SECONDS = 2.0  # of frames sent that the player has not acknowledged
 STALL_SECONDS = 30.0  # without an acknowledgement
 RECORD_SECONDS, RECORD_BYTES = 120, 64 * 2**20  # whichever comes first
+MESSAGE_RATE, MESSAGE_BURST = 60, 120  # messages of a player per second, and at once
+REQUEST_RATE, REQUEST_BURST = 1, 20  # units of `COSTS` per second, and at once
+# What a request of a player costs; one that is not listed costs 1. The others wait for a start.
+COSTS = {'restart': 4, 'picture': 4, 'world': 4, 'pause': 0.25, 'record': 0.25}
 HEADER = struct.Struct('<II')  # frame number, id of the key that the frame shows first
 
 
@@ -61,6 +67,10 @@ class Session:
       recorded: frames of the last recording.
       lock: held while the world changes.
       ended, end_reason: set when the session is over, and why.
+      messages: limits the messages of the player.
+      requests: limits what takes time from others: new starts, prompts, files; see `COSTS`.
+      loaded: digest of the world file that the session continues, or ''.
+      broke_twice: whether the world rests because it broke again and again.
     """
 
     def __init__(
@@ -81,6 +91,9 @@ class Session:
         self.last: EncodedFrame | None = None
         self.recording: list[bytes] | None = None
         self.recorded: list[bytes] = []
+        self.messages = TokenBucket(MESSAGE_RATE, MESSAGE_BURST)
+        self.requests = TokenBucket(REQUEST_RATE, REQUEST_BURST)
+        self.loaded, self.broke_twice = '', False
         self.sent = self.dropped = 0
         self._record_bytes = 0
         self._frames: collections.deque[EncodedFrame] = collections.deque()
@@ -96,11 +109,20 @@ class Session:
         """Takes the frames of a step; any thread may call it."""
         self.loop.call_soon_threadsafe(self._enqueue, frames)
 
-    def report_broken(self, step: int):
+    def report_broken(self, step: int, breaks: int):
         """Tells the player that the world was restarted; any thread may call it."""
-        text = f'the world broke at step {step} (a number is not finite); it starts again'
         self.metrics.broken.inc()
-        self.loop.call_soon_threadsafe(self.notify, 'error', {'message': text})
+        self.loop.call_soon_threadsafe(self._tell_broken, step, breaks)
+
+    def _tell_broken(self, step: int, breaks: int):
+        text = f'the world broke at step {step} (a number is not finite); '
+        if breaks < MAX_BREAKS:
+            text += 'it starts again'
+        else:
+            text += f'it broke {breaks} times and rests: start a new session, or load another world'
+            self.paused, self.broke_twice = True, True
+            self.notify_state()
+        self.notify('error', {'message': text})
 
     def _enqueue(self, frames: list[EncodedFrame]):
         self.last = frames[-1]
@@ -178,6 +200,7 @@ class Session:
         self.slot.reset_keys()
         for queue in (self._frames, self._messages, self._pressed, self._unseen):
             queue.clear()
+        self._wake.set()  # for the task of the earlier socket, which ends
         if self.last:  # a returning player sees at once where it was
             self._frames.append(self.last._replace(due=0.0, key=0))
 

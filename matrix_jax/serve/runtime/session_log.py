@@ -114,6 +114,18 @@ class Log:
             )
 
 
+def is_text(value, longest: int = MAX_PROMPT) -> bool:
+    """Whether a value is text that a tokenizer accepts, of at most `longest` characters.
+
+    Half a surrogate pair is valid JSON, but a tokenizer does not accept it.
+    """
+    return (
+        isinstance(value, str)
+        and len(value) <= longest
+        and not any('\ud800' <= letter <= '\udfff' for letter in value)
+    )
+
+
 def from_json(found) -> Log:
     """Reads the output of `Log.to_json`.
 
@@ -140,6 +152,9 @@ def from_json(found) -> Log:
     for name in ('start', 'picture'):
         if not isinstance(given[name], str | None):
             raise ReplayError(f'replay.{name}: expected a string or null')
+    for name in ('recipe', 'fingerprint', 'entry', 'mesh', 'prompt', 'start'):
+        if given[name] is not None and not is_text(given[name]):
+            raise ReplayError(f'replay.{name}: expected text of at most {MAX_PROMPT} characters')
     if (given['start'] is None) == (given['picture'] is None):
         raise ReplayError('replay: expected one of start and picture')
     controls = KeyRuns.parse(given['symbols'])
@@ -151,8 +166,7 @@ def from_json(found) -> Log:
             isinstance(change, list)
             and len(change) == 2
             and type(change[0]) is int
-            and isinstance(change[1], str)
-            and len(change[1]) <= MAX_PROMPT
+            and is_text(change[1])
             and 0 <= change[0] <= len(controls)
             for change in prompts
         )

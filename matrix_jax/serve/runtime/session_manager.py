@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import hashlib
 import logging
 import secrets
 import time
@@ -11,16 +12,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 from matrix_jax.serve.runtime import replay, session_log, snapshot, start_frames
 from matrix_jax.serve.runtime.engine import Engine
-from matrix_jax.serve.runtime.session import Session, SessionMetrics, Socket
+from matrix_jax.serve.runtime.session import COSTS, Session, SessionMetrics, Socket
 from matrix_jax.serve.runtime.slot_state import SlotState
+from matrix_jax.serve.runtime.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)
 GRACE_SECONDS = 30.0  # how long a session waits for its player to return
+START_RATE = 1  # new players per second; many at once wait in the page
+MAX_BROKEN_FILES = 1024  # world files that are not loaded again
 MAX_CONDITIONS = 16  # encoded starts kept for the next players
 
 
 class Refused(Exception):
     """The request cannot be granted; the message may be shown to the player."""
+
+
+class TooSoon(Refused):
+    """The player asks for too much at once; may ask again after `wait` seconds."""
+
+    def __init__(self, what: str, wait: float):
+        super().__init__(f'{what}: too much at once; try again in {max(1, round(wait))} s')
+        self.wait = wait
 
 
 class SessionManager:
@@ -52,6 +64,8 @@ class SessionManager:
         self.captions = start_frames.captions(self.world, folder)
         self.fingerprint = self.stream.fingerprint()
         self.sessions: dict[str, Session] = {}
+        self._starts = TokenBucket(START_RATE, 2 * self.stream.num_slots + 8)
+        self._broken_files: collections.OrderedDict[str, None] = collections.OrderedDict()
         self._free = list(range(self.stream.num_slots))
         self._conditions: collections.OrderedDict = collections.OrderedDict()
         # One thread encodes starts and prompts. Another one saves, because a save must not wait for
@@ -71,6 +85,7 @@ class SessionManager:
         """
         session = self.sessions.get(request['session'] or '')
         if session:
+            self.charge(session, 'join')
             return session, session.was_attached
         if not self.open_admission:
             raise Refused('this session is over')
@@ -101,6 +116,8 @@ class SessionManager:
         if not self._free:
             self.metrics.refused.inc()
             raise Refused(f'all {self.stream.num_slots} places are taken; try again in a minute')
+        if prepare == self._start_new and not self._starts.take():
+            raise TooSoon('new players', self._starts.wait())
         index = self._free.pop(0)
         session = Session(self.loop, self.world.cfg.fps, self.metrics, token)
         try:
@@ -116,6 +133,16 @@ class SessionManager:
         self.sessions[session.token] = session
         self.metrics.sessions.set(len(self.sessions))
         return session
+
+    def charge(self, session: Session, kind: str):
+        """Counts a request of a player.
+
+        Raises:
+          TooSoon: there were too many.
+        """
+        cost = COSTS.get(kind, 1)
+        if not session.requests.take(cost):
+            raise TooSoon(kind, session.requests.wait(cost))
 
     def detach(self, session: Session, socket: Socket):
         """Pauses a session whose socket is gone, and keeps it for `grace` seconds."""
@@ -193,9 +220,10 @@ class SessionManager:
         """Does what a message asks for; 'join', 'keys', 'seen' and 'leave' are handled elsewhere.
 
         Raises:
-          Refused: it cannot be done.
+          Refused: it cannot be done, or the player asks for too much at once.
           UsageError: the start clip is unknown.
         """
+        self.charge(session, message['type'])
         slot = session.slot
         async with session.lock:
             match message['type']:
@@ -221,7 +249,12 @@ class SessionManager:
                     await self._restart(session, self._new_log(message))
 
     async def start_from_picture(self, session: Session, data: bytes):
-        """Restarts a session from a picture that the player sent."""
+        """Restarts a session from a picture that the player sent.
+
+        Raises:
+          TooSoon: the player asks for too much at once.
+        """
+        self.charge(session, 'picture')
         pixels = await self._encode(start_frames.decode_picture, data, self.world)
         request = {'start': None, 'prompt': session.slot.log.last_prompt, 'seed': None}
         timeline = self._new_log(request, start_frames.encode_picture(pixels))
@@ -234,10 +267,21 @@ class SessionManager:
         return await self.loop.run_in_executor(self._saver, snapshot.dump, carry, timeline)
 
     async def load(self, session: Session, data: bytes):
-        """Continues a session from the bytes of a `.world` file."""
+        """Continues a session from the bytes of a `.world` file.
+
+        Raises:
+          Refused: the file broke twice, or the player asks for too much at once.
+        """
+        self.charge(session, 'world')
+        self._note_broken(session)
+        digest = hashlib.sha256(data).hexdigest()
+        if digest in self._broken_files:
+            raise Refused('world file: this world broke again and again; it is not loaded again')
         timeline, carry, note = await self._parse(data)
         async with session.lock:
             await self._command(self.engine.restart, session.slot, timeline, carry)
+            session.loaded = digest
+            await self._leave_rest(session)
         session.notify_state(loaded=True)
         if note:
             session.notify('note', {'message': note})
@@ -258,9 +302,25 @@ class SessionManager:
         await self._command(self.engine.set_prompt, session.slot, prompt, text)
         session.notify_state(**({'cut': cut} if cut else {}))
 
+    def _note_broken(self, session: Session):
+        """Remembers the file of a world that broke twice."""
+        if session.broke_twice and session.loaded:
+            self._broken_files[session.loaded] = None
+            if len(self._broken_files) > MAX_BROKEN_FILES:
+                self._broken_files.popitem(last=False)
+
+    async def _leave_rest(self, session: Session):
+        """Lets a session go on that rested because its world broke."""
+        if session.broke_twice:
+            session.broke_twice = session.paused = False
+            await self._command(self.engine.pause, session.slot, False)
+
     async def _restart(self, session: Session, timeline: session_log.Log):
+        self._note_broken(session)
         timeline, carry, note = await self._prepare(timeline)
         await self._command(self.engine.restart, session.slot, timeline, carry)
+        session.loaded = ''
+        await self._leave_rest(session)
         session.notify_state(restarted=True, **({'message': note} if note else {}))
 
     def _new_log(self, request: dict, picture: str | None = None) -> session_log.Log:

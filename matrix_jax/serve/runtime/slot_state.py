@@ -47,14 +47,15 @@ class SlotState:
       echoed: id of the newest key that a step has taken.
       echoes: step number -> id of the key that its frames show first.
       on_frames: called with a list of `EncodedFrame`.
-      on_broken: called with the step number when the world is no longer finite.
+      on_broken: called with the step number and `breaks` when the world is no longer finite.
+      breaks: how often the world broke since the player last chose what to play.
     """
 
     def __init__(self, index: int, log: session_log.Log, on_frames: Callable, on_broken: Callable):
         self.index, self.log = index, log
         self.on_frames, self.on_broken = on_frames, on_broken
         self.control, self.key, self.paused = None, 0, False
-        self.frames = self.echoed = 0
+        self.frames = self.echoed = self.breaks = 0
         self.echoes: dict[int, int] = {}
         self.saved: tuple[session_log.Log, object] | None = None
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import contextlib
 
+from matrix_jax.config import UsageError
+from matrix_jax.serve.web import mp4_stream
 from matrix_jax.serve.web.base_app import BaseApp, close_socket
 from matrix_jax.serve.web.connection import serve_player
 from matrix_jax.serve.web.hosted_world import HostedWorld
@@ -26,11 +28,13 @@ class WorldApp(BaseApp):
 
     Args:
       worlds: by recipe; a player who names no world joins the first.
-      token: as of `BaseApp`.
+      token, root_path: as of `BaseApp`.
     """
 
-    def __init__(self, worlds: dict[str, HostedWorld], token: str | None = None):
-        super().__init__(token)
+    def __init__(
+        self, worlds: dict[str, HostedWorld], token: str | None = None, root_path: str = ''
+    ):
+        super().__init__(token, root_path)
         self.worlds = worlds
 
     @contextlib.asynccontextmanager
@@ -83,13 +87,31 @@ class WorldApp(BaseApp):
         if len(names) == 1:
             await serve_player(self.worlds[names[0]], socket)
             return
-        requested = socket.query_params.getlist('world') or names[:1]
-        world = self.worlds.get(requested[0]) if len(requested) == 1 else None
-        if world is None:
-            got = ', '.join(requested)[:80]
-            message = f'world: got {got!r}, expected one of {", ".join(names)}'
-            await close_socket(socket, NO_SUCH_WORLD, message)
+        try:
+            name = self._requested(socket)
+        except UsageError as error:
+            await close_socket(socket, NO_SUCH_WORLD, str(error))
             return
         await serve_player(
-            world, socket, {'type': 'worlds', 'worlds': names, 'world': requested[0]}
+            self.worlds[name], socket, {'type': 'worlds', 'worlds': names, 'world': name}
         )
+
+    async def stream_mp4(self, request):
+        """A new session as a video, in the world that `?world=` names."""
+        try:
+            return await mp4_stream.respond(self.worlds[self._requested(request)], request)
+        except UsageError as error:
+            return error_response(str(error), 404)
+
+    def _requested(self, connection) -> str:
+        """The world that a query names, or the first.
+
+        Raises:
+          UsageError: there is no such world.
+        """
+        names = list(self.worlds)
+        requested = connection.query_params.getlist('world') or names[:1]
+        if len(requested) != 1 or requested[0] not in self.worlds:
+            got = ', '.join(requested)[:80]
+            raise UsageError(f'world: got {got!a}, expected one of {", ".join(names)}')
+        return requested[0]

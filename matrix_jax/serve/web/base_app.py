@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import ipaddress
 import json
+import re
 from pathlib import Path
 
 from matrix_jax.serve.web import protocol
 from matrix_jax.serve.web.transfers import error_response
 
 PAGE = Path(__file__).with_name('player.html')
-LOCAL_HOSTS = ('localhost', '127.0.0.1', '[::1]')
+HOST = re.compile(r'(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]{1,5})?')
 MESSAGE_BYTES = 64 * 2**10  # of one WebSocket message
-RATE, BURST = 60, 120  # messages of a player per second, and at once
 JOIN_SECONDS = 10
 HEADERS = {
     'Cache-Control': 'no-store',
@@ -31,10 +32,11 @@ class BaseApp:
 
     Args:
       token: that every request must carry; None admits everybody, but only on this machine.
+      root_path: path before all others, such as '/matrix', if a reverse proxy keeps it.
     """
 
-    def __init__(self, token: str | None):
-        self.token = token
+    def __init__(self, token: str | None, root_path: str = ''):
+        self.token, self.root_path = token, root_path
 
     def asgi(self):
         """The ASGI application."""
@@ -45,10 +47,12 @@ class BaseApp:
             Route('/', self.page),
             Route('/healthz', self.health),
             Route('/metrics', self.metrics),
+            Route('/stream.mp4', self.stream_mp4),
             WebSocketRoute('/play', self.play),
             Route('/session/{session}/{name}', self.file, methods=['GET', 'POST']),
         ]
-        return AccessControl(Starlette(routes=routes, lifespan=self.lifespan), self.token)
+        app = Starlette(routes=routes, lifespan=self.lifespan)
+        return AccessControl(app, self.token, self.root_path)
 
     def lifespan(self, _):
         """An async context manager that is open while the application runs."""
@@ -65,6 +69,10 @@ class BaseApp:
     async def play(self, socket):
         """Serves one player's WebSocket."""
         raise NotImplementedError
+
+    async def stream_mp4(self, request):
+        """Serves a new session as a video without an end."""
+        return error_response('stream.mp4 is not served here', 404)
 
     async def file(self, request):
         """Serves a download or an upload of a session."""
@@ -93,43 +101,76 @@ class BaseApp:
 
 
 class AccessControl:
-    """ASGI middleware that checks the token, the host name and the origin of every request.
+    """ASGI middleware that checks the token, or else the host name and the origin.
 
-    Without a token, the host name must be a name of this machine. This stops DNS rebinding: a
-    page elsewhere could otherwise reach a local server through a host name of its own.
+    Without a token, the host name must be a name of this machine, and the page must come from this
+    server. This stops DNS rebinding: a page elsewhere could otherwise reach a local server through
+    a host name of its own. With a token, neither is checked, because reverse proxies change both,
+    and a page elsewhere does not know the token.
+
+    Args:
+      app: the application.
+      token, root_path: as of `BaseApp`.
     """
 
-    def __init__(self, app, token: str | None):
-        self.app, self.token = app, token
+    def __init__(self, app, token: str | None, root_path: str = ''):
+        self.app, self.token, self.root_path = app, token, root_path
 
     async def __call__(self, scope, receive, send):
-        reason = self._denied(scope) if scope['type'] in ('http', 'websocket') else None
+        if scope['type'] not in ('http', 'websocket'):
+            await self.app(scope, receive, send)
+            return
+        reason = self._denied(scope)
+        path = scope['path']
+        if self.root_path and path.startswith(f'{self.root_path}/'):
+            path = path.removeprefix(self.root_path)
+            scope = scope | {'path': path, 'raw_path': path.encode()}
         if reason is None:
             await self.app(scope, receive, send)
         elif scope['type'] == 'websocket':
+            # A refused handshake would reach the page without the reason.
             await receive()
+            await send({'type': 'websocket.accept'})
+            text = json.dumps({'type': 'closed', 'code': 1008, 'message': reason})
+            await send({'type': 'websocket.send', 'text': text})
             await send({'type': 'websocket.close', 'code': 1008, 'reason': reason})
         else:
             await error_response(reason, 403)(scope, receive, send)
 
     def _denied(self, scope) -> str | None:
         """Why a request is denied, or None."""
-        from starlette.datastructures import URL, Headers, QueryParams
+        from starlette.datastructures import Headers, QueryParams
 
         headers = Headers(scope=scope)
-        host = headers.get('host', '')
-        if self.token is None and not {host, host.rpartition(':')[0]} & set(LOCAL_HOSTS):
-            return f'this server is for this machine only; open it as http://{LOCAL_HOSTS[1]}'
-        origin = headers.get('origin')
-        if origin is not None and URL(origin).netloc != host:
-            return 'requests from pages of another origin are refused'
-        if self.token is not None and scope['path'] != '/healthz':
+        if self.token is not None:
+            if scope['path'].removeprefix(self.root_path) == '/healthz':
+                return None
             given = QueryParams(scope['query_string']).get('token') or (
                 headers.get('authorization', '').removeprefix('Bearer ')
             )
-            if not hmac.compare_digest(given.encode(), self.token.encode()):
-                return 'open the address that the server printed; it ends in ?token=...'
+            if hmac.compare_digest(given.encode(), self.token.encode()):
+                return None
+            return 'open the address that the server printed; it ends in ?token=...'
+        host, origin = headers.get('host', ''), headers.get('origin')
+        if not is_local(host):
+            return 'this server is for this machine only; open it as http://127.0.0.1'
+        if origin is not None and origin.lower() not in (
+            f'http://{host.lower()}',
+            f'https://{host.lower()}',
+        ):
+            return 'requests from pages of another origin are refused'
         return None
+
+
+def is_local(host: str) -> bool:
+    """Whether the value of a Host header is a name or a loopback address of this machine."""
+    match = HOST.fullmatch(host)
+    if not match:
+        return False
+    name = match['name'].strip('[]').lower()
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(name).is_loopback
+    return name == 'localhost'
 
 
 async def receive_text(socket) -> str:

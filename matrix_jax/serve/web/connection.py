@@ -9,22 +9,21 @@ import logging
 
 from matrix_jax.config import UsageError
 from matrix_jax.controls.driving import ControlError
-from matrix_jax.serve.runtime.session import Session, Stalled
+from matrix_jax.serve.runtime.session import MESSAGE_RATE, Session, Stalled
 from matrix_jax.serve.runtime.session_manager import Refused
-from matrix_jax.serve.web import protocol
+from matrix_jax.serve.web import connections, protocol
 from matrix_jax.serve.web.base_app import (
-    BURST,
-    RATE,
     close_socket,
     receive_join,
     receive_text,
     run_until_first_ends,
 )
 from matrix_jax.serve.web.hosted_world import HostedWorld
-from matrix_jax.serve.web.protocol import MessageError, TokenBucket
+from matrix_jax.serve.web.protocol import MessageError
 
 log = logging.getLogger(__name__)
 MAX_FAULTS = 20  # bad messages per socket
+REPLACED = 4001, 'this session goes on in another window'  # close code and reason
 MAX_REQUESTS = 8  # that wait for earlier ones
 
 
@@ -54,7 +53,8 @@ class PlayerConnection:
             await close_socket(self.socket, code, str(error))
             return
         try:
-            await self._play(session, resumed)
+            with connections.in_use(self.socket.scope):
+                await self._play(session, resumed)
         finally:
             self.manager.detach(session, self.socket)
 
@@ -62,8 +62,8 @@ class PlayerConnection:
         from starlette.websockets import WebSocketDisconnect
 
         before = await self.manager.attach(session, self.socket)
-        if before:
-            await close_socket(before, 4001, 'this session goes on in another window')
+        if before:  # its task may wait for a player who does not read
+            await close_socket(before, *REPLACED)
         session.notify('welcome', self.manager.describe(session, resumed))
         requests: asyncio.Queue = asyncio.Queue(MAX_REQUESTS)
         errors = await run_until_first_ends(
@@ -80,6 +80,8 @@ class PlayerConnection:
             elif not isinstance(error, WebSocketDisconnect | RuntimeError | OSError):
                 log.error('a session failed', exc_info=error)
                 await close_socket(self.socket, 1011, 'the server failed')
+        if session.socket is not self.socket and not session.ended.is_set():
+            await close_socket(self.socket, *REPLACED)
 
     async def _receive(self, session: Session, requests: asyncio.Queue):
         """Receives messages until the player leaves.
@@ -87,11 +89,11 @@ class PlayerConnection:
         Raises:
           MessageError: too many messages, or too many bad ones.
         """
-        bucket, faults = TokenBucket(RATE, BURST), 0
+        faults = 0
         while True:
             text = await receive_text(self.socket)
-            if not bucket.take():
-                raise MessageError(f'too many messages: expected at most {RATE} a second')
+            if not session.messages.take():
+                raise MessageError(f'too many messages: expected at most {MESSAGE_RATE} a second')
             try:
                 message = protocol.parse(text)
                 kind = message['type']

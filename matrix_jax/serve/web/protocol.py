@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import time
 
 from matrix_jax.serve.runtime import session_log
 
@@ -21,13 +19,8 @@ def _integer(low, high):
 
 
 def _text(longest):
-    # Half a surrogate pair is valid JSON, but a tokenizer does not accept it.
     return (
-        lambda value: (
-            isinstance(value, str)
-            and len(value) <= longest
-            and not any('\ud800' <= letter <= '\udfff' for letter in value)
-        ),
+        lambda value: session_log.is_text(value, longest),
         f'a string of at most {longest} characters',
     )
 
@@ -70,6 +63,15 @@ def parse(text: str) -> dict:
         message = json.loads(text)
     except (ValueError, RecursionError):
         raise MessageError('not JSON') from None
+    return check(message)
+
+
+def check(message) -> dict:
+    """Returns a message if it is part of the protocol.
+
+    Raises:
+      MessageError: what is wrong with it, in one line that may be shown.
+    """
     kind = message.get('type') if isinstance(message, dict) else None
     if not isinstance(kind, str) or kind not in FIELDS:
         raise MessageError(f'expected an object with a type of {", ".join(FIELDS)}')
@@ -92,33 +94,3 @@ def parse_join(text: str) -> dict:
     if message['type'] != 'join':
         raise MessageError('expected join first')
     return message
-
-
-@dataclasses.dataclass
-class TokenBucket:
-    """A rate limit: lets `rate` requests a second pass, and `burst` at once."""
-
-    rate: float
-    burst: float
-
-    def __post_init__(self):
-        self.level, self.updated = self.burst, time.monotonic()
-
-    def take(self) -> bool:
-        """Whether one more request may pass now."""
-        now = time.monotonic()
-        self.level = min(self.burst, self.level + (now - self.updated) * self.rate)
-        self.updated = now
-        if self.level < 1:
-            return False
-        self.level -= 1
-        return True
-
-    def charge(self, cost: float):
-        """Charges `cost` more requests afterwards; later requests wait until they are paid."""
-        self.level -= cost
-
-    @property
-    def wait(self) -> float:
-        """Seconds until one request may pass, as of the last `take`."""
-        return max(0.0, (1 - self.level) / self.rate)

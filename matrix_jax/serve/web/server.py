@@ -8,6 +8,7 @@ import datetime
 import ipaddress
 import json
 import logging
+import re
 import socket
 import sys
 import time
@@ -28,6 +29,7 @@ class Config:
       host, port: address; port 0 takes a free one.
       token: that a browser must send; required for any address but loopback.
       grace: seconds that the slot of a lost player is kept.
+      root_path: path of the page, such as '/matrix', behind a reverse proxy that keeps it.
 
     Raises:
       UsageError: a field is out of range, or the address needs a token.
@@ -40,6 +42,7 @@ class Config:
     port: int = 8000
     token: str | None = None
     grace: float = 30.0
+    root_path: str = ''
 
     def __post_init__(self):
         at_least('--players', self.players, 1)
@@ -49,6 +52,8 @@ class Config:
             8 <= len(self.token) <= 128 and self.token.isascii() and self.token.isalnum()
         ):
             raise UsageError('--token: expected 8 to 128 letters and digits')
+        if not re.fullmatch(r'(/[A-Za-z0-9._~-]+)*', self.root_path):
+            raise UsageError(f'--root-path: got {self.root_path!r}, expected such as /matrix')
         if self.token is None and not is_loopback(self.host):
             raise UsageError(
                 f'--host {self.host}: other machines can reach this address; '
@@ -58,7 +63,8 @@ class Config:
     def url(self, port: int) -> str:
         """The address to open in a browser."""
         host = f'[{self.host}]' if ':' in self.host else self.host
-        return f'http://{host}:{port}/' + (f'?token={self.token}' if self.token else '')
+        query = f'?token={self.token}' if self.token else ''
+        return f'http://{host}:{port}{self.root_path}/{query}'
 
 
 def is_loopback(host: str) -> bool:
@@ -69,14 +75,17 @@ def is_loopback(host: str) -> bool:
 
 
 def listen(cfg: Config) -> socket.socket:
-    """Opens the listening socket.
+    """Opens the listening socket; '::' takes IPv4 as well, where the system can.
 
     Raises:
       UsageError: the address is not available.
     """
     family = socket.AF_INET6 if ':' in cfg.host else socket.AF_INET
+    both = cfg.host == '::' and socket.has_dualstack_ipv6()
     try:
-        return socket.create_server((cfg.host, cfg.port), family=family, backlog=128)
+        return socket.create_server(
+            (cfg.host, cfg.port), family=family, backlog=128, dualstack_ipv6=both
+        )
     except OSError as error:
         raise UsageError(
             f'cannot listen on {cfg.host}:{cfg.port}: {error.strerror}; --port chooses another one'
@@ -87,18 +96,20 @@ def uvicorn_server(app, players: int):
     """A uvicorn server with limits on what one client can use."""
     import uvicorn
 
+    from matrix_jax.serve.web.connections import Connections
+
     return uvicorn.Server(
         uvicorn.Config(
             app,
             log_config=None,
             log_level='warning',
             access_log=False,
-            ws='websockets-sansio',
+            **Connections(8 * players + 64).protocols(),
+            proxy_headers=False,
             ws_max_size=MESSAGE_BYTES,
             ws_per_message_deflate=False,
             ws_ping_interval=10,
             ws_ping_timeout=20,
-            limit_concurrency=8 * players + 64,
             timeout_graceful_shutdown=3,
         )
     )
@@ -159,5 +170,5 @@ def serve(runs: list, cfg: Config):
             f'{" each" * several}: open {cfg.url(sock.getsockname()[1])}',
             flush=True,
         )
-        app = WorldApp(worlds, cfg.token).asgi()
+        app = WorldApp(worlds, cfg.token, cfg.root_path).asgi()
         uvicorn_server(app, cfg.players * len(worlds)).run(sockets=[sock])

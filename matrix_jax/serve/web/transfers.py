@@ -12,8 +12,9 @@ import time
 import weakref
 
 from matrix_jax.config import UsageError
-from matrix_jax.serve.runtime.session_manager import Refused
-from matrix_jax.serve.web.protocol import TokenBucket
+from matrix_jax.serve.runtime.session_manager import Refused, TooSoon
+from matrix_jax.serve.runtime.token_bucket import TokenBucket
+from matrix_jax.serve.web import connections
 
 RATE, BURST = 2, 20  # files per second of a session, and at once
 TIMEOUT_SECONDS = 20.0  # for any transfer, plus one second
@@ -82,7 +83,7 @@ class Transfers:
 
         async def respond(scope, receive, send):
             try:
-                with self._slot(session):
+                with self._slot(session), connections.in_use(scope):
                     body = await make(session)
                     await _send(send, body, media_type, name)
             except (Refused, UsageError) as error:
@@ -107,9 +108,11 @@ class Transfers:
 
             data, answer = bytearray(), JSONResponse({'ok': True})
             try:
-                with self._slot(session):
+                with self._slot(session), connections.in_use(scope):
                     await self._receive(Request(scope, receive), data, limit)
                     await use(session, bytes(data))
+            except TooSoon as error:
+                answer = TransferError(str(error), 429, error.wait).response()
             except (Refused, UsageError) as error:
                 answer = error_response(str(error), 422)
             except TransferError as error:
@@ -150,7 +153,7 @@ class Transfers:
         if limit.active:
             raise TransferError('another file of this session is being transferred', 429, 1)
         if not limit.bucket.take():
-            raise TransferError('too many files; try again in a moment', 429, limit.bucket.wait)
+            raise TransferError('too many files; try again in a moment', 429, limit.bucket.wait())
         limit.active = True
         try:
             yield

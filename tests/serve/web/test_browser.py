@@ -31,7 +31,7 @@ HELD_SECONDS = 3
 class Page:
     """The page as a person has it."""
 
-    def __init__(self, browser, server, downloads):
+    def __init__(self, browser, server, downloads, query=''):
         from selenium.webdriver.common.action_chains import ActionChains
 
         self.browser, self.server, self.downloads = browser, server, downloads
@@ -39,7 +39,7 @@ class Page:
         browser.execute_cdp_cmd(
             'Browser.setDownloadBehavior', {'behavior': 'allow', 'downloadPath': str(downloads)}
         )
-        browser.get(f'http://127.0.0.1:{server.port}/')
+        browser.get(f'http://127.0.0.1:{server.port}/{query}')
         self.says('status', 'the_matrix:TINY')
 
     def part(self, name):
@@ -291,3 +291,87 @@ def test_a_person_plays(page, browser, stream, tiny, start_image):
     page.says('cover', 'Stopped')
     assert page.server.players() == 0
     assert page.troubles() == []
+
+
+def strike(page, code, key, symbol=None):
+    """Presses a key of any keyboard; it steers as `symbol`, if given, while it is down."""
+    event = {'code': code, 'key': key}
+    page.browser.execute_cdp_cmd('Input.dispatchKeyEvent', {'type': 'keyDown', **event})
+    if symbol:
+        page.says('symbol', symbol)
+    page.browser.execute_cdp_cmd('Input.dispatchKeyEvent', {'type': 'keyUp', **event})
+    page.says('symbol', 'N')
+
+
+def test_keys_of_other_keyboards(page):
+    page.moves()
+    assert page.text('hint').startswith('Hold W A S D or the arrows.')
+    strike(page, 'KeyW', 'w', 'D')
+    strike(page, 'KeyZ', 'w', 'D')  # AZERTY, whose W the page asked for
+    assert page.text('hint').startswith('Hold W A S D')
+    for code, key, symbol in (('KeyW', 'z', 'D'), ('KeyA', 'q', 'NL'), ('KeyQ', 'a', 'NL')):
+        strike(page, code, key, symbol)
+    assert page.text('hint').startswith('Hold Z Q S D')
+    assert 'Backspace rewind' in page.text('shortcuts')
+    strike(page, 'Backspace', 'Backspace')
+    page.says('status', 'Went back')
+    for code, key, symbol in (  # Dvorak
+        *(('KeyW', ',', 'D'), ('KeyS', 'o', 'B'), ('KeyD', 'e', 'NR'), ('KeyA', 'a', 'NL')),
+        ('Comma', 'w', 'D'),
+    ):
+        strike(page, code, key, symbol)
+    assert page.text('hint').startswith('Hold , A O E')
+    strike(page, 'KeyT', 'k')
+    page.says('status', 'Saved.')
+    strike(page, 'KeyP', 'l')
+    page.says('status', 'saved state')
+    for code, key in (('KeyW', 'w'), ('KeyS', 's'), ('KeyA', 'a'), ('KeyD', 'd')):
+        strike(page, code, key)
+    page.browser.execute_script("document.getElementById('status').textContent = ''")
+    strike(page, 'KeyY', 'z')  # QWERTZ
+    page.says('status', 'Went back')
+    # A key that is down when another window or a shortcut of the browser takes over is let go.
+    for event in (
+        "new KeyboardEvent('keydown', {key: 'Meta', metaKey: true})",
+        "new Event('blur')",
+    ):
+        page.keys.key_down('a').perform()
+        page.says('symbol', 'NL')
+        page.browser.execute_script(f'dispatchEvent({event})')
+        page.says('symbol', 'N')
+        page.keys.key_up('a').perform()
+    page.keys.key_down('a').perform()
+    page.says('symbol', 'NL')
+    page.part('prompt').click()
+    page.says('symbol', 'N')
+    page.keys.key_up('a').perform()
+
+
+def test_a_second_tab_takes_over_for_good(page):
+    browser, first = page.browser, page.browser.current_window_handle
+    for _ in range(3):
+        page.moves()
+        browser.execute_script('window.open(location.href)')
+        page.says('cover', 'this session goes on in another window')
+        (other,) = set(browser.window_handles) - {first}
+        browser.switch_to.window(other)
+        page.moves()
+        assert page.text('cover') == '' and page.server.players() == 1
+        browser.close()
+        browser.switch_to.window(first)
+        browser.find_element('css selector', '#cover button').click()
+
+
+def test_the_page_says_why(serving, browser, tmp_path):
+    """A session that is over, and an address that is no longer right."""
+    server = serving(token='secret1234', grace=0.2)
+    page = Page(browser, server, tmp_path, '?token=secret1234')
+    page.moves()
+    browser.execute_script('socket.close(); clearTimeout(retry); ended = true')
+    server.until(lambda: server.players() == 0)
+    browser.execute_script('restartPage()')
+    page.says('status', 'Your earlier session is over')
+    page.moves()
+    server.access.token = 'another1234'
+    browser.execute_script('socket.close()')
+    page.says('cover', 'open the address that the server printed')

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from matrix_jax.serve.runtime import token_bucket
 from matrix_jax.serve.web import protocol
-from matrix_jax.serve.web.protocol import MessageError, TokenBucket
+from matrix_jax.serve.web.protocol import MessageError
 
 
 @pytest.mark.parametrize(
@@ -46,12 +47,12 @@ def test_anything_else_does_not(text, message):
 
 def test_a_bucket_runs_dry_and_fills(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(protocol.time, 'monotonic', lambda: now[0])
-    bucket = TokenBucket(rate=2, burst=3)
+    monkeypatch.setattr(token_bucket.time, 'monotonic', lambda: now[0])
+    bucket = token_bucket.TokenBucket(rate=2, burst=3)
     assert [bucket.take() for _ in range(4)] == [True, True, True, False]
     now[0] = 0.6
     assert [bucket.take() for _ in range(2)] == [True, False]
     bucket.charge(3)
-    assert bucket.wait == pytest.approx(1.9)
+    assert bucket.wait() == pytest.approx(1.9)
     now[0] += 2
     assert bucket.take()
