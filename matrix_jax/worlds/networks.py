@@ -175,7 +175,7 @@ class Networks:
         self, folder: str | Path, whole: bool, without: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         """Config of each component as a weights folder has it, by field, but those `without`."""
-        found = {}
+        found: dict[str, Any] = {}
         for component in self.components:
             if component.folder in without:
                 continue
@@ -374,7 +374,8 @@ class Networks:
 
     def sizes(self, mesh: Any) -> dict[str, tuple[int, int]]:
         """Returns (parameters, parameters per device) of each component by folder name."""
-        found, shapes = {}, self.shapes()
+        found: dict[str, tuple[int, int]] = {}
+        shapes = self.shapes()
         axes = {name: conversion.axes(self.tables[name]) for name in shapes}
         places = sharding.param_shardings(axes, shapes, mesh)
         for name in shapes:
