@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from matrix_jax import config, recipes
-from matrix_jax.benchmark import measure, pages, report, target, torch_baseline
+from matrix_jax.benchmark import int8, measure, pages, report, target, torch_baseline
 from matrix_jax.benchmark import run as modes
 from matrix_jax.cli.parser import main_guard
 from matrix_jax.dit import cogvideox as dit
@@ -121,6 +121,27 @@ def test_the_errors_of_8_bits_are_a_page(tmp_path, capsys):
     )
     page = (tmp_path / 'benchmark.md').read_text()
     assert 'int8 (attention) and float32' in page and page.strip() in capsys.readouterr().out
+
+
+def test_truncated_8_bits_are_measured_where_a_network_has_them():
+    found = {
+        name: list(int8.arithmetics(recipes.load(name).world.dit))
+        for name in ('the_matrix:TINY_SWIN', 'matrix_game_3:TINY')
+    }
+    assert found == {
+        'the_matrix:TINY_SWIN': [
+            'float32',
+            'bfloat16',
+            'int8 (attention) and float32',
+            'int8 (blocks) and float32',
+        ],
+        'matrix_game_3:TINY': [
+            'float32',
+            'bfloat16',
+            'int8 (attention, rounded) and float32',
+            'int8 (attention, truncated) and float32',
+        ],
+    }
 
 
 def test_a_count_of_keyboard_and_mouse(capsys, monkeypatch):

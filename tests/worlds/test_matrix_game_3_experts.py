@@ -84,6 +84,14 @@ def test_each_step_is_that_of_one_expert_alone():
         latents = np.concatenate([before[0][:, :count], latents[:, count:]], axis=1)
     np.testing.assert_allclose(latents[:, count:], x, atol=1e-5)
 
+    # What 8-bit layers are compared by: the first call of the first network, from other noise.
+    carry, actions, noise = given()
+    noise = jax.random.normal(jax.random.key(0), noise.shape)
+    start = np.concatenate([carry.history, noise[:, count:]], axis=1)
+    want = denoise(params, start, np.where(noisy, table.level[0], 0)[None], inputs)
+    v = jax.jit(build().first_prediction)(params, carry, actions)
+    np.testing.assert_allclose(v, want[:, count:], atol=1e-4)
+
 
 def test_experts_in_host_memory_make_the_same_latents():
     world, params = build(**{'stream.experts.offload': True}), drawn()
