@@ -23,13 +23,16 @@ picture.
 
 import dataclasses
 
-from matrix_jax.config import Run
+from matrix_jax.config import Run, Train
 from matrix_jax.diffusion import unipc
 from matrix_jax.dit import wan_memory as dit
 from matrix_jax.encoders import t5
 from matrix_jax.recipes import change
 from matrix_jax.stream.memory import Config as Memory
 from matrix_jax.stream.memory import Experts
+from matrix_jax.train.light_decoder import LightDecoder
+from matrix_jax.train.memory_dmd import MemorySelfForcing
+from matrix_jax.train.memory_flow import MemoryFlow
 from matrix_jax.vae import wan as vae
 from matrix_jax.worlds.matrix_game_3 import ClipConfig, Config
 
@@ -129,4 +132,12 @@ TINY_WAN = change(
         'world.light': None,
         'world.clip': ClipConfig(solver=unipc.Config(2), longest=5),
     },
+)
+_FEW = Train(steps=2, batch=2, log_every=1)
+TINY_LIGHT = dataclasses.replace(TINY_BASE, stage=LightDecoder(frames=9), train=_FEW)
+TINY_MEMORY = dataclasses.replace(
+    TINY_BASE, stage=MemoryFlow(clip_frames=33, null_share=0.2, error_frames=8), train=_FEW
+)
+TINY_MEMORY_DMD = dataclasses.replace(
+    TINY, stage=MemorySelfForcing(clip_frames=33, rollout=2, ratio=2), train=_FEW
 )

@@ -201,6 +201,7 @@ class LatentWindows(ResumableBatches):
       labelled: share of windows with a label; None = as in the data.
       label_share: share of the labelled recordings that keep their label; a smaller share is a
         subset of a larger one.
+      from_start: whether windows only begin where episodes begin.
       process: (index, count) of this process.
 
     Raises:
@@ -208,7 +209,7 @@ class LatentWindows(ResumableBatches):
         windows.
     """
 
-    missing = {'labelled': None, 'label_share': 1.0}
+    missing = {'labelled': None, 'label_share': 1.0, 'from_start': False}
 
     def __init__(
         self,
@@ -219,6 +220,7 @@ class LatentWindows(ResumableBatches):
         ids,
         labelled: float | None = None,
         label_share: float = 1.0,
+        from_start: bool = False,
         process: tuple[int, int] = (0, 1),
     ):
         self.store, self.frames, self.names = store, frames, store.names
@@ -228,7 +230,7 @@ class LatentWindows(ResumableBatches):
             [
                 (start + offset, episode)
                 for episode, (start, end) in enumerate(zip(store.starts, store.starts[1:]))
-                for offset in range(end - start - frames + 1)
+                for offset in range(end - start - frames + 1)[: 1 if from_start else None]
             ]
         )
         if not len(places):
@@ -238,6 +240,7 @@ class LatentWindows(ResumableBatches):
             'seed': seed,
             'labelled': labelled,
             'label_share': label_share,
+            'from_start': from_start,
         }
         super().__init__(batch, process, source)
         self.start(shuffled(self._pools(places, labelled), seed, batch, self._windows), prefetch=4)

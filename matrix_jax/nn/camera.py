@@ -1,7 +1,7 @@
 """Cameras of Matrix-Game 3.0: actions -> poses -> rays, and the overlap of views.
 
 A pose is (x, y, z, pitch, yaw), angles in degrees. A camera is a matrix [4 4] from camera to world
-coordinates. It looks along its third axis; its field of view is 90 degrees in both directions.
+coordinates. It looks along its third axis. `Config` has its field of view and how actions move it.
 
     poses        actions -> poses
     extrinsics   poses -> cameras
@@ -14,6 +14,7 @@ All functions are pure and in float32; leading axes are batches.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -21,38 +22,72 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
-STEP, DIAGONAL = 12.35, 8.73  # movement per frame along one axis, and along each axis of a diagonal
-DEGREES = 15.0  # of rotation per unit of the mouse
 DEAD_ZONE = np.float32(0.02)  # smaller mouse movements do not rotate
 SCALE = 0.01  # world units per unit of a pose
 AXES = np.float32([[0, 0, 1], [1, 0, 0], [0, -1, 0]])  # camera axes in the frame of a pose
-POINTS, NEAR, FAR = 10, 0.1, 30.0  # grid of a view frustum: points per axis, depths
+POINTS, NEAR = 10, 0.1  # grid of a view frustum: points per axis, least depth
 VIEW = (720, 1280)  # pixels of a view when overlaps are measured
 
 _einsum = functools.partial(jnp.einsum, precision='highest')
 
 
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How actions move the camera, and what it sees; the defaults are those of Matrix-Game 3.0.
+
+    Attributes:
+      step: movement per frame under one key, in units of a pose.
+      diagonal: movement per frame along each of two axes under two keys.
+      degrees: rotation per frame and unit of the mouse.
+      focal: focal lengths as multiples of the width and of the height of a frame.
+      far: largest depth of the points by which views are compared, in world units.
+
+    Raises:
+      ValueError: a value is not above 0.
+    """
+
+    step: float = 12.35
+    diagonal: float = 8.73
+    degrees: float = 15.0
+    focal: tuple[float, float] = (0.5, 0.5)
+    far: float = 30.0
+
+    def __post_init__(self):
+        object.__setattr__(self, 'focal', tuple(self.focal))
+        if len(self.focal) != 2 or not min(self.focal) > 0:
+            raise ValueError(f'camera.focal: got {self.focal}, expected two numbers above 0')
+        for name, low in (('step', 0), ('diagonal', 0), ('degrees', 0), ('far', NEAR)):
+            if not getattr(self, name) > low:
+                raise ValueError(
+                    f'camera.{name}: got {getattr(self, name)}, expected more than {low}'
+                )
+
+
+RELEASED = Config()
+
+
 # --- poses ---------------------------------------------------------------------------------------
 
 
-def next_pose(pose, keyboard, mouse):
+def next_pose(pose, keyboard, mouse, cfg: Config = RELEASED):
     """Returns the pose after one frame.
 
     Args:
       pose: [... 5].
       keyboard: [... A]; the first four entries are forward, back, left, right.
       mouse: [... 2], pitch and yaw.
+      cfg: how actions move the camera.
     """
     pose, mouse = jnp.asarray(pose, jnp.float32), jnp.asarray(mouse, jnp.float32)
     x, y, z, pitch, yaw = jnp.moveaxis(pose, -1, 0)
-    turn = jnp.where(jnp.abs(mouse) >= DEAD_ZONE, DEGREES * mouse, 0)
+    turn = jnp.where(jnp.abs(mouse) >= DEAD_ZONE, cfg.degrees * mouse, 0)
     pitch, turned = pitch + turn[..., 0], yaw + turn[..., 1]
     turned = turned + jnp.where(turned > 180, -360, jnp.where(turned < -180, 360, 0))
     forward, back, left, right = jnp.moveaxis(jnp.asarray(keyboard)[..., :4] > 0.5, -1, 0)
     along, across = (
         one.astype(jnp.float32) - other for one, other in ((forward, back), (right, left))
     )
-    size = jnp.where((along != 0) & (across != 0), DIAGONAL, STEP)
+    size = jnp.where((along != 0) & (across != 0), cfg.diagonal, cfg.step)
     # PARITY: the mean of two angles on both sides of 180 degrees is near 0.
     angle = jnp.deg2rad((yaw + turned) / 2)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -68,13 +103,14 @@ def next_pose(pose, keyboard, mouse):
     )
 
 
-def poses(start, keyboard, mouse):
+def poses(start, keyboard, mouse, cfg: Config = RELEASED):
     """Returns the poses of the frames of a trajectory.
 
     Args:
       start: pose of the first frame [... 5].
       keyboard: [... F A].
       mouse: [... F 2].
+      cfg: how actions move the camera.
 
     Returns:
       (poses before each action [... F 5], pose after the last action [... 5]).
@@ -84,7 +120,7 @@ def poses(start, keyboard, mouse):
     )
     start = jnp.broadcast_to(jnp.asarray(start, jnp.float32), (*keyboard.shape[1:-1], 5))
     last, made = jax.lax.scan(
-        lambda pose, action: (next_pose(pose, *action), pose), start, (keyboard, mouse)
+        lambda pose, action: (next_pose(pose, *action, cfg), pose), start, (keyboard, mouse)
     )
     return jnp.moveaxis(made, 0, -2), last
 
@@ -106,9 +142,10 @@ def extrinsics(poses):
     return rigid(_einsum('...ij,jk->...ik', rotation, AXES), SCALE * poses[..., :3])
 
 
-def intrinsics(height: int, width: int) -> np.ndarray:
+def intrinsics(height: int, width: int, cfg: Config = RELEASED) -> np.ndarray:
     """(fx, fy, cx, cy) of a camera, float32 [4], in pixels."""
-    return np.float32([width / 2, height / 2, width / 2, height / 2])
+    across, down = cfg.focal
+    return np.float32([across * width, down * height, width / 2, height / 2])
 
 
 def rigid(rotation, translation):
@@ -226,7 +263,7 @@ def memory_poses(references, cameras):
     return relative_poses(pairs, framewise=False)[..., 1, :, :]
 
 
-def plucker(cameras, height: int, width: int, patch: int = 16):
+def plucker(cameras, height: int, width: int, patch: int = 16, cfg: Config = RELEASED):
     """Ray maps of cameras [... 4 4], stacked per latent pixel: [... h w 6*patch*patch].
 
     A ray is its origin and its direction; published networks do not take their cross product.
@@ -235,8 +272,9 @@ def plucker(cameras, height: int, width: int, patch: int = 16):
       cameras: relative poses.
       height, width: pixels of a frame.
       patch: pixels of a latent pixel, in height and in width.
+      cfg: field of view.
     """
-    fx, fy, cx, cy = intrinsics(height, width)
+    fx, fy, cx, cy = intrinsics(height, width, cfg)
     rows = (np.arange(height, dtype=np.float32) + np.float32(0.5) - cy) / fy
     columns = (np.arange(width, dtype=np.float32) + np.float32(0.5) - cx) / fx
     rays = np.stack([*np.meshgrid(columns, rows), np.ones((height, width), np.float32)], axis=-1)
@@ -254,7 +292,7 @@ def plucker(cameras, height: int, width: int, patch: int = 16):
 # --- retrieval -----------------------------------------------------------------------------------
 
 
-def view_overlap(references, candidates):
+def view_overlap(references, candidates, cfg: Config = RELEASED):
     """Share of the points in a reference camera's view that a candidate sees: [... R S].
 
     The points are a grid of 10 x 10 x 10 between two depths.
@@ -262,11 +300,12 @@ def view_overlap(references, candidates):
     Args:
       references: cameras [... R 4 4].
       candidates: cameras [... S 4 4].
+      cfg: field of view.
     """
     height, width = VIEW
-    fx, fy, cx, cy = intrinsics(height, width)
+    fx, fy, cx, cy = intrinsics(height, width, cfg)
     depth, across, down = np.meshgrid(
-        np.linspace(NEAR, FAR, POINTS, dtype=np.float32),
+        np.linspace(NEAR, cfg.far, POINTS, dtype=np.float32),
         *[np.linspace(-1, 1, POINTS, dtype=np.float32)] * 2,
         indexing='ij',
     )
@@ -282,7 +321,7 @@ def view_overlap(references, candidates):
         )
         safe = jnp.maximum(z, 1e-6)
         u, v = fx * x / safe + cx, fy * y / safe + cy
-        seen = (z > NEAR) & (z < FAR) & (u >= 0) & (u <= width) & (v >= 0) & (v <= height)
+        seen = (z > NEAR) & (z < cfg.far) & (u >= 0) & (u <= width) & (v >= 0) & (v <= height)
         return seen.astype(jnp.float32).mean(axis=-1)
 
     candidates = jnp.asarray(candidates, jnp.float32)

@@ -80,7 +80,12 @@ def slot_frames(capacity: int, made: Any) -> tuple[jax.Array, jax.Array]:
 
 
 def retrieve(
-    bank: Bank, made: Any, before: Any, references: jax.Array, fixed: int | None = None
+    bank: Bank,
+    made: Any,
+    before: Any,
+    references: jax.Array,
+    fixed: int | None = None,
+    cfg: camera.Config = camera.RELEASED,
 ) -> Found:
     """Retrieves the frames whose views overlap most with those of reference cameras.
 
@@ -90,13 +95,14 @@ def retrieve(
       before: latent frames 1 .. before-1 may be retrieved.
       references: cameras [B M 4 4].
       fixed: pixel frame that replaces the last retrieved one, or None.
+      cfg: field of view of the cameras.
     """
     batch, capacity, ratio = bank.poses.shape[:3]
     frames, filled = slot_frames(capacity, made)
     known = filled & (frames >= 1) & (frames < before)
     pixels = (ratio * (frames[:, None] - 1) + 1 + jnp.arange(ratio)).reshape(-1)
     cameras = camera.extrinsics(bank.poses)  # [B S R 4 4]
-    overlap = camera.view_overlap(references, cameras.reshape(batch, -1, 4, 4))
+    overlap = camera.view_overlap(references, cameras.reshape(batch, -1, 4, 4), cfg)
     chosen, _ = camera.best_views(overlap, pixels[None], jnp.repeat(known, ratio)[None])
     slots = chosen // ratio
     if fixed is not None:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from matrix_jax.diffusion import unipc
+from matrix_jax.nn import camera
 from matrix_jax.stream.memory_bank import KEPT
 
 LEVELS = 1000  # noise levels are 0 .. 1000
@@ -57,8 +58,11 @@ class Config:
       ratio: pixel frames R of a latent frame.
       capacity: latent frames S that the bank holds.
       reference_offsets: reference cameras, as pixel frames before the last one of a segment; a
-        memory frame is retrieved for each.
+        memory frame is retrieved for each. Empty = no memory.
       fixed_memory: pixel frame that the last memory frame always shows; None = a retrieved one.
+      furthest: latent frames before a segment at which the network sees older memory frames, so
+        that no distance in time is larger than those of its training; None = their true times.
+      camera: how actions move the camera, and what it sees.
       solver: denoising steps of a segment.
       guidance: scale of classifier-free guidance; 1 switches it off.
       experts: two networks that share the steps; None = one network makes all of them.
@@ -74,6 +78,8 @@ class Config:
     capacity: int = 1024
     reference_offsets: tuple[int, ...] = (0, 8, 16, 24, 32)
     fixed_memory: int | None = 4
+    furthest: int | None = None
+    camera: camera.Config = camera.RELEASED
     solver: unipc.Config = unipc.Config()
     guidance: float = 1.0
     experts: Experts | None = None
@@ -94,9 +100,7 @@ class Config:
                 f'least {max(self.first, self.new) + KEPT}'
             )
         longest = self.ratio * (self.overlap + self.new)
-        if not self.reference_offsets or not all(
-            0 <= offset < longest for offset in self.reference_offsets
-        ):
+        if not all(0 <= offset < longest for offset in self.reference_offsets):
             raise ValueError(
                 f'stream.reference_offsets: got {self.reference_offsets}, expected '
                 f'pixel frames from 0 to {longest - 1}'
@@ -106,6 +110,8 @@ class Config:
                 f'stream.fixed_memory: got {self.fixed_memory}, expected 1 to '
                 f'{self.ratio * (KEPT - 1)}, a frame that is never replaced'
             )
+        if self.furthest is not None and self.furthest < 1:
+            raise ValueError(f'stream.furthest: got {self.furthest}, expected at least 1')
         if not self.guidance >= 1:
             raise ValueError(f'stream.guidance: got {self.guidance:g}, expected at least 1')
         levels = unipc.timesteps(self.solver)

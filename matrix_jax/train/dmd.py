@@ -1,12 +1,7 @@
 """Self-forcing with distribution matching: a stream learns from clips that it makes itself.
 
 The student makes a clip x on its own caches (Self-Forcing, arXiv 2506.08009) with the same `step`
-that a player runs. Two networks score it: the teacher models the distribution of recorded clips,
-the critic, trained alongside, that of the student's clips. Both predict the clean clip x0 from x
-with noise added, and x moves by their difference (DMD2, arXiv 2405.14867):
-
-    student    1/2 |x - stop(x - d)|^2,   d = (x0_critic - x0_teacher) / mean |x - x0_teacher|
-    critic     flow matching on x
+that a player runs. Teacher and critic score it (`distribution_matching`).
 
 Recorded clips provide only pictures and actions. A block ends at a random one of its calls, and
 only that call has a gradient.
@@ -24,48 +19,33 @@ from einops import rearrange
 from matrix_jax.diffusion import flow
 from matrix_jax.stream import base as streams
 from matrix_jax.stream import causal
-from matrix_jax.train import optim
+from matrix_jax.train.distribution_matching import DistributionMatching, matching_loss
 from matrix_jax.train.flow_matching import FlowMatching, flow_loss
-from matrix_jax.train.optim import Optimizer
 from matrix_jax.weights import conversion
 
 TOWER = 'judges_image'  # image encoder of teacher and critic, if it is not the student's
 
 
 @dataclasses.dataclass(frozen=True)
-class SelfForcing(FlowMatching):
+class SelfForcing(DistributionMatching, FlowMatching):
     """Distribution matching on the student's own clips.
 
     Attributes:
-      critic: optimizer of the critic.
-      ratio: one update in `ratio` trains the student; the others train the critic.
-      teacher: weights folder of the teacher, of the student's sizes, with its image encoder; None =
-        the start weights of the run.
       action_guidance: classifier-free guidance of the teacher against idle actions; 1 (published)
         is none.
       causal: whether teacher and critic are block-causal, as the student is.
       random_exit: whether a block ends at a random call; otherwise at the last one.
-      lowest, highest: range of sigma at which teacher and critic see the clip.
+
+    The folder of `teacher` may hold an image encoder of its own.
     """
 
-    optimizer: Optimizer = Optimizer(learning_rate=2e-6, b1=0.0, b2=0.999, weight_decay=0.01)
-    critic: Optimizer = Optimizer(learning_rate=4e-7, b1=0.0, b2=0.999, weight_decay=0.01)
-    ema: float = 0.99
-    ratio: int = 5
-    teacher: str | None = None
     action_guidance: float = 1.0
     causal: bool = False
     random_exit: bool = True
-    lowest: float = 0.02
-    highest: float = 0.98
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_fields(ratio=(1, None), action_guidance=(1, None))
-        if not 0 < self.lowest < self.highest <= 1:
-            raise ValueError(
-                f'stage.lowest: got {self.lowest} to {self.highest}, expected a range within 0 to 1'
-            )
+        self.check_fields(action_guidance=(1, None))
         if self.train_encoders:
             raise ValueError(
                 'stage.train_encoders: got True, expected False: the student reads '
@@ -89,20 +69,6 @@ class SelfForcing(FlowMatching):
         )
         return super().axes(world) | conversion.flatten(
             {'teacher': network, 'critic': network, TOWER: tower}
-        )
-
-    def trainable(self, path):
-        return _role(path) in ('student', 'critic')
-
-    def transform(self, axes, steps):
-        # Each role's schedule ends with the run.
-        turns = {'student': -(-steps // self.ratio), 'critic': steps}
-        return optim.by_turns(
-            {
-                name: optim.make(settings, turns[name], axes)
-                for name, settings in (('student', self.optimizer), ('critic', self.critic))
-            },
-            _role,
         )
 
     def loss(self, world, params, batch, key):
@@ -175,10 +141,7 @@ class SelfForcing(FlowMatching):
             idle = jnp.broadcast_to(vocabulary.encode([vocabulary.idle])[0], actions.shape)
             unguided = clean('teacher', idle)
             real = unguided + self.action_guidance * (real - unguided)
-        real, fake = jax.lax.stop_gradient((real, fake))
-        scale = jnp.abs(clip - real).mean(axis=(1, 2, 3, 4), keepdims=True)
-        target = jax.lax.stop_gradient(clip - (fake - real) / jnp.maximum(scale, 1e-6))
-        return 0.5 * jnp.square(clip - target).mean()
+        return matching_loss(clip, real, fake)
 
     def critic_loss(self, world, params, clip, cond, actions, key):
         """Flow-matching loss of the critic on the student's clip [B T H W C]."""
@@ -205,9 +168,7 @@ class SelfForcing(FlowMatching):
 
     def _drawn(self, world, key, clip):
         """Random sigmas [B T], one per clip."""
-        u = jax.random.uniform(key, (len(clip), 1))
-        shift = world.cfg.flow.shift
-        sigma = jnp.clip(shift * u / (1 + (shift - 1) * u), self.lowest, self.highest)
+        sigma = self.draw_sigmas(key, len(clip), world.cfg.flow.shift)
         return jnp.broadcast_to(sigma, clip.shape[:2])
 
     def _judges_condition(self, world, cond, clip):
@@ -263,9 +224,3 @@ def _equal(some, others) -> bool:
         not isinstance(b, jax.ShapeDtypeStruct) and np.array_equal(a, b)
         for a, b in zip(jax.tree.leaves(some), jax.tree.leaves(others), strict=True)
     )
-
-
-def _role(path: str) -> str:
-    """Role of the leaf 'component/path': 'student', 'critic' or 'frozen'."""
-    component = path.split('/')[0]
-    return {'transformer': 'student', 'critic': 'critic'}.get(component, 'frozen')

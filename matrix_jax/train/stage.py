@@ -111,7 +111,10 @@ class Stage:
         raise ValueError(f'stage: {type(self).__name__} has no dry run')
 
     def loss(self, world, params, batch, key):
-        """Scalar loss and a dict of scalar metrics; pure."""
+        """Scalar loss and a dict of scalar metrics; pure.
+
+        The metrics may also hold `state.BUFFERS`, new values of leaves that do not train.
+        """
         raise NotImplementedError
 
     def finish(self, world, params, loader):

@@ -19,6 +19,8 @@ from flax import struct
 from matrix_jax.parallel import sharding
 from matrix_jax.weights.conversion import flatten, unflatten
 
+BUFFERS = 'buffers'  # entry of a loss's metrics
+
 
 @struct.dataclass
 class TrainState:
@@ -29,7 +31,7 @@ class TrainState:
       skipped: int32 [], number of consecutive updates refused because they were not finite.
       student: flat dict of trained leaves, float32.
       ema: moving average of `student`; the exported weights.
-      frozen: flat dict of leaves that the loss reads and nothing updates.
+      frozen: flat dict of leaves that the loss reads and the optimizer does not update.
       opt: optimizer state of `student`.
       key: uint32 [2], raw PRNG key of the run; each step folds in its index.
     """
@@ -98,14 +100,15 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
     """Returns `step(state, batch) -> (state, metrics)`, pure and jittable with a donated state.
 
     Args:
-      loss: `loss(params, batch, key) -> (scalar, metrics dict)`.
+      loss: `loss(params, batch, key) -> (scalar, metrics dict)`. The metrics may hold `BUFFERS`:
+        a flat dict of new values of frozen leaves, such as an error buffer.
       tx: optax transformation.
       ema_decay: decay of the average; at most (1 + step) / (10 + step).
       accumulate: number of parts that a batch is processed in. Loss and gradients are means over
-        the parts; each part has its own key.
+        the parts; each part has its own key. Buffers are those of the last part.
 
-    A step whose loss or gradient is not finite changes no parameters, average or optimizer state,
-    and increments `skipped`.
+    A step whose loss or gradient is not finite changes no parameters, average, buffers or optimizer
+    state, and increments `skipped`.
     """
 
     def step(state: TrainState, batch):
@@ -117,17 +120,18 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
 
             return jax.value_and_grad(compute, has_aux=True)(state.student)
 
-        (value, metrics), grads = _accumulated(gradient, batch, key, accumulate)
+        (value, metrics), grads, buffers = _accumulated(gradient, batch, key, accumulate)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
         updates, opt = tx.update(grads, state.opt, state.student)
         student = optax.apply_updates(state.student, updates)
         decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step)).astype(jnp.float32)
         ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, student)
-        student, ema, opt = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (student, ema, opt),
-            (state.student, state.ema, state.opt),
+        frozen = {**state.frozen, **buffers}
+        student, ema, opt, frozen = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old) if new is not old else old,
+            (student, ema, opt, frozen),
+            (state.student, state.ema, state.opt, state.frozen),
         )
         state = dataclasses.replace(
             state,
@@ -135,6 +139,7 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
             skipped=jnp.where(finite, 0, state.skipped + 1),
             student=student,
             ema=ema,
+            frozen=frozen,
             opt=opt,
         )
         return state, {'loss': value, 'grad_norm': norm, 'skipped': state.skipped, **metrics}
@@ -143,17 +148,30 @@ def make_step(loss: Callable, tx, ema_decay: float, accumulate: int = 1) -> Call
 
 
 def _accumulated(gradient, batch, key, parts: int):
-    """Mean of `gradient(part of the batch, key of the part)` over the parts."""
+    """(mean of `gradient(part of the batch, key of the part)` over the parts, buffers of the last).
+
+    Returns:
+      ((value, metrics), gradient, flat dict of buffers).
+    """
+
+    def split_buffers(batch, key):
+        (value, metrics), grads = gradient(batch, key)
+        metrics = dict(metrics)
+        buffers = metrics.pop(BUFFERS, {})
+        return ((value, metrics), grads), buffers
+
     if parts == 1:
-        return gradient(batch, key)
+        means, buffers = split_buffers(batch, key)
+        return *means, buffers
     # Part a takes the examples a, a + parts, ..., so no example moves between devices.
     split = jax.tree.map(lambda leaf: rearrange(leaf, '(b a) ... -> a b ...', a=parts), batch)
     keys = jax.random.split(key, parts)
 
-    def add(total, part):
-        return jax.tree.map(jnp.add, total, gradient(*part)), None
+    def add(carry, part):
+        means, buffers = split_buffers(*part)
+        return (jax.tree.map(jnp.add, carry[0], means), buffers), None
 
-    shapes = jax.eval_shape(gradient, *jax.tree.map(lambda leaf: leaf[0], (split, keys)))
+    shapes = jax.eval_shape(split_buffers, *jax.tree.map(lambda leaf: leaf[0], (split, keys)))
     start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    total, _ = jax.lax.scan(add, start, (split, keys))
-    return jax.tree.map(lambda leaf: leaf / parts, total)
+    (total, buffers), _ = jax.lax.scan(add, start, (split, keys))
+    return *jax.tree.map(lambda leaf: leaf / parts, total), buffers

@@ -136,6 +136,41 @@ def step(cfg: Config, params, cache, latents):
     return cache, unpatched(frames, cfg.patch_size).astype(jnp.float32)
 
 
+def decode_with_features(cfg: Config, params, latents):
+    """`decode`, also with the features of the decoder, for distillation.
+
+    Args:
+      cfg: sizes.
+      params: parameters.
+      latents: [B T h w C], unscaled, T > 1.
+
+    Returns:
+      (frames [B F H W out], name -> features [B F' H' W' C'] of all frames but the first one).
+      `feature_widths` has the names.
+    """
+    check_latents(latents, cfg.latent_channels)
+    net, z = Decoder(cfg), latents.astype(cfg.dtype)
+    variables = {'params': params['decoder']}
+    cache, first = net.apply(variables, z[:, :1], None)
+    (_, rest), kept = net.apply(
+        variables,
+        z[:, 1:],
+        cache,
+        capture_intermediates=lambda module, _: module.name in feature_widths(cfg),
+        mutable=['intermediates'],
+    )
+    frames = unpatched(jnp.concatenate([first, rest], axis=1), cfg.patch_size)
+    features = {name: kept['intermediates'][name]['__call__'][0][0] for name in feature_widths(cfg)}
+    return frames.astype(jnp.float32), features
+
+
+def feature_widths(cfg: Config) -> dict[str, int]:
+    """Name -> channels of the features behind the decoder's middle and behind each level."""
+    widths = cfg.decoder_widths
+    last = [width if cfg.residual else width // 2 for width in widths[:-1]] + [widths[-1]]
+    return {'mid': widths[0]} | {f'up_{level}': width for level, width in enumerate(last)}
+
+
 def patched(frames, p: int):
     """Frames [B F h*p w*p C] -> [B F h w C*p*p], p x p pixels as channels, columns outermost."""
     return rearrange(frames, 'b f (h q) (w r) c -> b f h w (c r q)', q=p, r=p)

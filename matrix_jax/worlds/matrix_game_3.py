@@ -58,6 +58,7 @@ class World(BaseWorld):
     autoencoder = vae
     reads_text = True
     extras = ('tokenizer',)
+    prediction = 'flow_prediction'
     roofline = 'wan_memory'
     has_int8_layers = True
     tokenizer: Any = None
@@ -190,8 +191,12 @@ class World(BaseWorld):
         text = self.embed_ids(params, ids)
         null_text = text[:1, :1]  # not read without guidance
         if self.cfg.stream.guided:
-            null_text = self.embed_ids(params, self._negative_ids)
+            null_text = self.null_text(params)
         return memory.Cond(self.encode_frames(params, frames), text, null_text)
+
+    def null_text(self, params: Params) -> jax.Array:
+        """Returns the encoded negative prompt [1 L D]."""
+        return self.embed_ids(params, self._negative_ids)
 
     @functools.cached_property
     def _negative_ids(self) -> Any:
@@ -203,9 +208,13 @@ class World(BaseWorld):
         Args:
           control_binding: has no effect; actions bind to the segment that takes them.
         """
+        return memory.make(self.cfg.stream, self.network)
+
+    @property
+    def network(self) -> memory.MemoryNetwork:
+        """The transformers as a stream calls them."""
         cfg = self.cfg
-        net = network(cfg.dit, cfg.vae.spatial_compression, cfg.stream.experts)
-        return memory.make(cfg.stream, net)
+        return network(cfg.dit, cfg.vae.spatial_compression, cfg.stream.experts)
 
     def first_prediction(
         self, params: Params, carry: memory.Carry, control: jax.Array
