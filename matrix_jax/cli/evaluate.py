@@ -3,11 +3,13 @@
 matrix-jax evaluate carracing:SWIN --weights runs/swin/weights --data data/carracing --out eval
 matrix-jax evaluate doom --weights runs/stream/weights --data data/doom --out eval
 matrix-jax evaluate carracing --data data/carracing --blind 20 --out eval
+matrix-jax evaluate gallery:MEMORY_DMD --weights runs/memory/weights --data data/gallery --out eval
 matrix-jax evaluate --compare eval/teacher eval/student
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +30,12 @@ def main(argv: Sequence[str]) -> None:
     add('--long-seconds', type=whole(0), help='length of one more of these (default 0, none)')
     add('--streams', type=whole(1), help='streams per row of the tables (default 6, walking 4)')
     add('--eval-seed', type=whole(0, SEED), help='seed of starts, scripts and noise (default 0)')
+    add(
+        '--minutes',
+        type=_minutes,
+        metavar='M,M',
+        help='when worlds with memory turn away and back (default 1,5,20)',
+    )
     add('--quick', action='store_true', help='rough figures in a few minutes')
     add(
         '--blind',
@@ -57,6 +65,7 @@ def main(argv: Sequence[str]) -> None:
             'streams': args.streams,
             'seed': args.eval_seed,
             'long_seconds': args.long_seconds,
+            'minutes': args.minutes,
         }
         given = {name: value for name, value in given.items() if value is not None}
         cfg = report.settings(worlds.build(run.world), args.quick, **given)
@@ -66,3 +75,13 @@ def main(argv: Sequence[str]) -> None:
             return
         report.evaluate(world, params, run.data, out, cfg)
     print(Path(out, 'report.md').read_text(encoding='utf-8'))
+
+
+def _minutes(text: str) -> tuple[float, ...]:
+    """Parses numbers with commas."""
+    try:
+        return tuple(float(part) for part in text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f'got {text!r}, expected numbers with commas, such as 1,5,20'
+        ) from None

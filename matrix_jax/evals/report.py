@@ -20,10 +20,10 @@ from pathlib import Path
 
 from matrix_jax.config import UsageError
 from matrix_jax.evals import blind as blind_test
-from matrix_jax.evals import carracing, first_person, tables
+from matrix_jax.evals import carracing, first_person, revisit, tables
 from matrix_jax.evals.video import psnr, rebuild
 
-EVALUATORS = {'carracing': carracing, 'first_person': first_person}
+EVALUATORS = {'carracing': carracing, 'first_person': first_person, 'revisit': revisit}
 
 
 def evaluator(world):
@@ -37,8 +37,17 @@ def settings(world, quick: bool = False, **given):
     Args:
       quick: evaluate in a few minutes; the figures are rough.
       given: fields of the `Config` to override.
+
+    Raises:
+      UsageError: the evaluator has no such setting.
     """
     cfg = evaluator(world).Config()
+    for name in given:
+        if not hasattr(cfg, name):
+            raise UsageError(
+                f'--{name.replace("_", "-")}: is not a setting of the evaluation of '
+                f'{world.cfg.name}'
+            )
     return dataclasses.replace(cfg.quick() if quick else cfg, **given)
 
 

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from matrix_jax.config import UsageError
-from matrix_jax.evals import carracing_report, first_person_report
+from matrix_jax.evals import carracing_report, first_person_report, revisit_report
 from matrix_jax.evals.markdown import table
 
 # The names are those in `results.json`.
-REPORTS = {'driving': carracing_report, 'walking': first_person_report}
+REPORTS = {'driving': carracing_report, 'walking': first_person_report, 'revisit': revisit_report}
 
 
 def report(results: dict) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -72,7 +72,17 @@ class Streams:
         progress: Callable = lambda steps: steps,
         prompts: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Frames uint8 [B F H W 3] of whole videos under known controls of any vocabulary.
+        """Frames uint8 [B F H W 3] of whole videos; arguments as for `play`."""
+        return np.concatenate(list(self.play(frames, texts, seed, progress)), axis=1)
+
+    def play(
+        self,
+        frames,
+        texts: Sequence[Sequence[str]],
+        seed: int,
+        progress: Callable = lambda steps: steps,
+    ) -> Iterator[np.ndarray]:
+        """Yields frames uint8 [B f H W 3] of each step, under known controls of any vocabulary.
 
         Args:
           frames: start clips [B F' H W 3] of the world's size and length.
@@ -88,12 +98,11 @@ class Streams:
             for prompt, clip, one in zip(prompts, frames, known, strict=True)
         ]
         carry = self.enter(tuple(map(np.concatenate, zip(*given, strict=True))), seed)
-        encode, shown = self.world.vocabulary.encode, []
+        encode = self.world.vocabulary.encode
         for index in progress(range(len(steps[0]))):
             step = self._step if index else self._first
             carry, made = step(self.params, carry, np.stack([encode(one[index]) for one in steps]))
-            shown.append(np.asarray(made))
-        return np.concatenate(shown, axis=1)
+            yield np.asarray(made)
 
     def run(self, carry, keys: Callable, shifts: int, progress: Callable = lambda steps: steps):
         """Frames uint8 [B F H W 3] of `shifts` shifts with controls chosen on the way.

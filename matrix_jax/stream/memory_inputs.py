@@ -17,6 +17,7 @@ from flax import struct
 
 from matrix_jax.nn import camera
 from matrix_jax.stream import memory_bank
+from matrix_jax.stream.base import PyTree
 from matrix_jax.stream.memory_bank import Bank
 from matrix_jax.stream.memory_segments import Config, first_latent
 

@@ -59,6 +59,7 @@ class World(BaseWorld):
     reads_text = True
     extras = ('tokenizer',)
     prediction = 'flow_prediction'
+    evaluator = 'revisit'
     roofline = 'wan_memory'
     has_int8_layers = True
     tokenizer: Any = None
