@@ -1,4 +1,4 @@
-"""Gallery, coloured rooms to walk in, with the networks of `doom`: 96x160 at 16 fps.
+"""Gallery, coloured rooms to walk in: 96x160 at 16 fps, with the networks of `doom`, or with memory.
 
     matrix-jax collect vizdoom --out data/gallery --hours 10 --themes gallery
     matrix-jax train gallery:VAE        --out runs/vae
@@ -10,7 +10,16 @@
         --stage.teacher runs/teacher/weights
     matrix-jax generate gallery:DMD     --weights runs/dmd/weights --prompt gallery-unseen
 
-No world has been trained with these recipes yet, so the package brings no weights for them.
+A Matrix-Game 3.0 of this size, on the same recordings and autoencoder:
+
+    matrix-jax train gallery:MEMORY     --out runs/memory --weights runs/long/weights
+    matrix-jax train gallery:MEMORY_DMD --out runs/memory_dmd --weights runs/memory/weights
+    matrix-jax evaluate gallery:MEMORY_DMD --weights runs/memory_dmd/weights --data data/gallery
+    matrix-jax train gallery:LIGHT_50   --out runs/light_50 --weights runs/memory_dmd/weights
+    matrix-jax generate gallery:MEMORY_LIGHT --weights runs/light_50/weights --image a.png
+
+NO_MEMORY is the same network without memory, NO_ERRORS that without error buffer. No world has been
+trained with these recipes yet, so the package brings no weights for them.
 """
 
 import dataclasses

@@ -3,13 +3,16 @@
     matrix-jax collect CarRacing-v3 --out data/carracing --hours 1
     matrix-jax collect vizdoom --out data/doom --hours 1
     matrix-jax collect --videos FOLDER --out data/footage
+    matrix-jax collect --videos FOLDER --out data/walks --world gallery:MEMORY
     matrix-jax collect --index FILE.json --out data/labelled --world the_matrix
 
 A game is recorded with its pressed keys; ViZDoom also with mouse and camera pose. Tracks and maps
 of held-out shards appear in no other shard. Videos are cut into shots and resized, and poor clips
-are left out; their controls are marked as unknown. A .txt file beside a video holds its caption. An
-index lists videos with captions and one control per frame, as published. `--data A,B` of
-matrix-jax train mixes folders.
+are left out; their controls are marked as unknown. A .txt file beside a video holds its caption. A
+.npz file beside it holds its cameras: extrinsics_c2w [N 4 4] and intrinsics [N 4] of its N frames.
+Clips of such videos have poses, and frames are cut to the field of view of the world. An index
+lists videos with captions and one control per frame, as published. `--data A,B` of matrix-jax train
+mixes folders.
 
 A restart with the same settings continues after the last finished shard. The same settings write
 the same records, whatever the number of workers.
@@ -28,7 +31,12 @@ from matrix_jax.cli.parser import Parser, path, whole
 ENVIRONMENTS = ('CarRacing-v3', 'vizdoom')
 # Defaults of the options of each source; an option of another source is refused.
 GAME: dict[str, Any] = {'hours': 1.0, 'themes': 'all', 'seed': 0}
-VIDEOS: dict[str, Any] = {'world': 'carracing', 'caption': '', 'shortest': 2.0}
+VIDEOS: dict[str, Any] = {
+    'world': 'carracing',
+    'caption': '',
+    'shortest': 2.0,
+    'camera_units': None,
+}
 INDEX: dict[str, Any] = {'world': 'carracing', 'data_root': None, 'frames': 65}
 
 
@@ -61,6 +69,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     files('--world', metavar='RECIPE', help='clips get its size and rate (default carracing)')
     files('--caption', help='caption of videos without a .txt file (default none)')
     files('--shortest', type=float, metavar='SECONDS', help='least length of a clip (default 2)')
+    files(
+        '--camera-units',
+        type=float,
+        metavar='U',
+        help='units of a pose per unit of a camera file (default 100, for metres)',
+    )
     files(
         '--data-root',
         type=path,
@@ -125,7 +139,14 @@ def ingest_videos(args: argparse.Namespace) -> str:
     size = _size(args.world)
     step = records.FRAMES_PER_LATENT
     shortest = 1 + step * round(args.shortest * size['fps'] / step)
-    settings = footage.FootageReader(**size, shortest=shortest, held_out=args.held_out)
+    camera = getattr(recipes.load(args.world).world.stream, 'camera', None)
+    settings = footage.FootageReader(
+        **size,
+        shortest=shortest,
+        held_out=args.held_out,
+        focal=camera and camera.focal[0],
+        camera_units=args.camera_units,
+    )
     return _ingest(args, settings, args.videos, sources)
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import video
-from matrix_jax.data import records
+from matrix_jax.data import cameras, records
 from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
@@ -42,6 +42,9 @@ class FootageReader:
       height, width, fps: size and rate of the clips.
       shortest: frames of the shortest clip.
       held_out: share of the videos in heldout-* shards.
+      focal: focal length of the world's camera as a multiple of the width, for videos with camera
+        files; None = the world has no camera, and frames keep their field of view.
+      camera_units: units of a pose per unit of a camera file; None = `cameras.UNITS`, for metres.
     """
 
     height: int
@@ -50,11 +53,17 @@ class FootageReader:
     shortest: int = 33
     held_out: float = 0.1
     kind: str = 'footage'
+    focal: float | None = None
+    camera_units: float | None = None
 
     def __post_init__(self):
         check(self)
         if not 5 <= self.shortest <= LONGEST:
             raise IngestError(f'--shortest: got {self.shortest} frames, expected 5 to {LONGEST}')
+        if self.camera_units is not None and not 0 < self.camera_units < np.inf:
+            raise IngestError(
+                f'--camera-units: got {self.camera_units:g}, expected a number above 0'
+            )
 
     def clips(
         self, root: Path, source: VideoSource, report: IngestReport
@@ -63,6 +72,7 @@ class FootageReader:
 
         Raises:
           VideoError: the video is damaged or too slow.
+          IngestError: its camera file is damaged or of another length.
         """
         path = root / source.path
         rate = video.frame_rate(path)
@@ -73,6 +83,7 @@ class FootageReader:
         video.frame_times(path)  # raises if a part is damaged
         small = thumbnails(path, self.fps, self.height / self.width)
         report.seconds += len(small) / self.fps
+        found = self._cameras(path, rate, len(small)) if source.cameras else None
         frames = enumerate(video.read_frames(path, self.fps))
         for start, end in pieces(shots(small)):
             why = 'short' if end - start < self.shortest else fault(small[start:end])
@@ -81,11 +92,49 @@ class FootageReader:
                 continue
             kept = []
             for index, frame in frames:
-                if index >= start:
-                    kept.append(video.fit(frame[None], self.height, self.width)[0])
+                if index >= start and not why:
+                    part = self._seen(frame, found, index)
+                    if part is None:
+                        why = 'narrow'
+                    else:
+                        kept.append(video.fit(part[None], self.height, self.width)[0])
                 if index == end - 1:
                     break
-            yield clip(kept, self, source, **records.unknown(len(kept)))
+            if why:
+                report.dropped[why] += 1
+                continue
+            known = records.unknown(len(kept))
+            if found:
+                known['pose'] = found.poses[start:end]
+            yield clip(kept, self, source, **known)
+
+    def _cameras(self, path: Path, rate: float, count: int) -> cameras.Cameras:
+        """Cameras of the `count` frames that are read from a video.
+
+        Raises:
+          IngestError: the file is damaged, or has another number of cameras than the video frames.
+        """
+        path = path.with_suffix(cameras.SUFFIX)
+        found = cameras.read(path, self.camera_units or cameras.UNITS)
+        # The frames that `video.read_frames` takes.
+        chosen = np.array([round(index * rate / self.fps) for index in range(count)])
+        if not 0 <= len(found.poses) - 1 - chosen[-1] < max(2, rate / self.fps + 1):
+            raise IngestError(
+                f'{path}: got {len(found.poses)} cameras, expected one for each frame of the video'
+            )
+        return cameras.Cameras(found.poses[chosen], found.intrinsics[chosen])
+
+    def _seen(self, frame: np.ndarray, found: cameras.Cameras | None, index: int):
+        """The part of a frame that the world's camera sees; None if it reaches past the frame."""
+        if found is None or self.focal is None:
+            return frame
+        box = cameras.crop_box(
+            frame.shape[:2], found.intrinsics[index], self.focal, self.height / self.width
+        )
+        if box is None:
+            return None
+        top, left, height, width = box
+        return frame[top : top + height, left : left + width]
 
 
 def find(root: Path, caption: str = '') -> list[VideoSource]:
@@ -110,7 +159,8 @@ def find(root: Path, caption: str = '') -> list[VideoSource]:
             text = said.read_text(encoding='utf-8') if said.is_file() else caption
         except UnicodeDecodeError as error:
             raise IngestError(f'{said}: not UTF-8 text ({error})') from error
-        sources.append(VideoSource(path.relative_to(root).as_posix(), ' '.join(text.split())))
+        name = path.relative_to(root).as_posix()
+        sources.append(VideoSource(name, ' '.join(text.split()), cameras=cameras.digest(path)))
     return sources
 
 

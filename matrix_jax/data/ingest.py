@@ -38,12 +38,14 @@ class VideoSource:
       caption: caption, may be empty.
       signal: one control symbol per frame of the file; empty if unknown.
       start: first frame of the clip.
+      cameras: digest of its camera file (`data.cameras`); empty if it has none.
     """
 
     path: str
     caption: str = ''
     signal: tuple[str, ...] = ()
     start: int = 0
+    cameras: str = ''
 
 
 @dataclass
@@ -115,7 +117,7 @@ def run(
 
     collect.check_workers(workers)
     sizes = [_size(root / source.path) for source in sources]
-    listing = json.dumps([(asdict(source), size) for source, size in zip(sources, sizes)])
+    listing = json.dumps([(_listed(source), size) for source, size in zip(sources, sizes)])
     digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
     made = [path for path in (out / collect.MANIFEST, out, *out.parents) if not path.exists()]
     collect.claim(settings, out, {'sources': len(sources), 'digest': digest})
@@ -213,6 +215,14 @@ def _read_report(shard: Path) -> IngestReport:
             f'{report.clips}; delete {path.name} to make it anew'
         )
     return report
+
+
+def _listed(source: VideoSource) -> dict:
+    """Fields of a source; without cameras, those that older folders were made from."""
+    fields = asdict(source)
+    if not source.cameras:
+        del fields['cameras']
+    return fields
 
 
 def _size(path: Path) -> int:
