@@ -1,4 +1,4 @@
-"""Gallery, coloured rooms to walk in: 96x160 at 16 fps, with the networks of `doom`, or with memory.
+"""Gallery, coloured rooms to walk in: 96x160 at 16 fps, with networks of `doom` or with memory.
 
     matrix-jax collect vizdoom --out data/gallery --hours 10 --themes gallery
     matrix-jax train gallery:VAE        --out runs/vae

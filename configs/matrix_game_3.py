@@ -138,6 +138,7 @@ TINY_LIGHT = dataclasses.replace(TINY_BASE, stage=LightDecoder(frames=9), train=
 TINY_MEMORY = dataclasses.replace(
     TINY_BASE, stage=MemoryFlow(clip_frames=33, null_share=0.2, error_frames=8), train=_FEW
 )
-TINY_MEMORY_DMD = dataclasses.replace(
-    TINY, stage=MemorySelfForcing(clip_frames=33, rollout=2, ratio=2), train=_FEW
+TINY_MEMORY_DMD = change(
+    TINY_MEMORY,
+    {'world.stream.guidance': 1.0, 'stage': MemorySelfForcing(clip_frames=33, rollout=2, ratio=2)},
 )

@@ -87,9 +87,13 @@ class World(BaseWorld):
     # --- text ------------------------------------------------------------------------------------
 
     def with_tokenizers(self, folder: str | Path | None) -> World:
-        """Returns the world with the tokenizer of a weights folder; None = a byte tokenizer."""
+        """Returns the world with the tokenizer of a weights folder.
+
+        Without a folder, or in one without text encoder and tokenizer, it is a byte tokenizer.
+        """
         world = self.replace()
-        if folder is None:
+        names = 'text_encoder', 'tokenizer'
+        if folder is None or not any(self.has_part(folder, name) for name in names):
             world.tokenizer = tokenizers.byte_pair()[0]
         else:
             world.tokenizer = tokenizers.load(Path(*self.locate(folder, 'tokenizer')))
