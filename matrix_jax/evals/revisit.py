@@ -24,6 +24,7 @@ from matrix_jax.data import doom_maps, gallery
 from matrix_jax.data.loader import Clips
 from matrix_jax.data.records import Clip, wrap
 from matrix_jax.evals import drift as drifts
+from matrix_jax.evals import first_person
 from matrix_jax.evals.settings import EvaluationSettings
 from matrix_jax.evals.video import Streams, bar, sheet, spread
 
@@ -96,6 +97,11 @@ def recorded(world, data: str, cfg: Config) -> Clips:
 def shape(world) -> tuple[int, int]:
     """(latent frames of segment 0, latent frames of a step)."""
     return world.cfg.stream.first, world.cfg.stream.step_frames
+
+
+def recorded_controls(world, clip: Clip, count: int) -> list[str]:
+    """The first `count` recorded actions of a clip, as of `first_person`."""
+    return first_person.recorded_controls(world, clip, count)
 
 
 def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, out: Path):

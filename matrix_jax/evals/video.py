@@ -73,7 +73,7 @@ class Streams:
         prompts: Sequence[str] | None = None,
     ) -> np.ndarray:
         """Frames uint8 [B F H W 3] of whole videos; arguments as for `play`."""
-        return np.concatenate(list(self.play(frames, texts, seed, progress)), axis=1)
+        return np.concatenate(list(self.play(frames, texts, seed, progress, prompts)), axis=1)
 
     def play(
         self,
@@ -81,6 +81,7 @@ class Streams:
         texts: Sequence[Sequence[str]],
         seed: int,
         progress: Callable = lambda steps: steps,
+        prompts: Sequence[str] | None = None,
     ) -> Iterator[np.ndarray]:
         """Yields frames uint8 [B f H W 3] of each step, under known controls of any vocabulary.
 
