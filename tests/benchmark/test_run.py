@@ -144,12 +144,17 @@ def test_truncated_8_bits_are_measured_where_a_network_has_them():
     }
 
 
-def test_a_count_of_keyboard_and_mouse(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    'recipe, frames, decoder',
+    [('matrix_game_2:TINY', 12, 'vae'), ('matrix_game_3:TINY', 8, 'vae_decoder')],
+)
+def test_a_count_of_keyboard_and_mouse(capsys, monkeypatch, recipe, frames, decoder):
     monkeypatch.setattr(modes, 'apart', lambda function, *given: function(*given))
-    assert run('matrix_game_2:TINY', '--random', '--count') == 0
+    assert run(recipe, '--random', '--layers', 1, '--count') == 0
     printed = capsys.readouterr().out
-    assert '| both |' in printed and '| seq=8 |' in printed and '12 frames per step' in printed
-    assert 'dit_' not in printed  # both halves of a step lie on one mesh
+    assert '| both |' in printed and '| seq=8 |' in printed
+    assert f'{frames} frames per step' in printed and f', {decoder} ' in printed
+    assert ('dit_' in printed) == (decoder == 'vae_decoder')  # a pipeline
 
 
 def test_a_count_prints_the_floor(capsys, monkeypatch):
