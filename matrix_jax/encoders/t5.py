@@ -111,7 +111,7 @@ _ENCODER = {'is_decoder': False}
 # Keys of the decoder, of training and of former versions.
 _IGNORED = (
     *('classifier_dropout', 'd_type', 'dropout_rate', 'initializer_factor', 'n_positions'),
-    *('num_decoder_layers', 'output_past', 'scale_decoder_outputs', 'feed_forward_proj'),
+    *('num_decoder_layers', 'output_past', 'scalable_attention', 'scale_decoder_outputs'),
 )
 
 PRESETS = {
