@@ -72,7 +72,8 @@ def check_writable(option: str, path: str | Path, folder: bool = False) -> None:
 def lock_folder(option: str, folder: str | Path) -> Iterator[None]:
     """Holds a folder for one process at a time; the system releases it however the process ends.
 
-    Creates the folder if it is missing. The file `.lock` is there while the folder is held.
+    Creates the folder if it is missing; what it created is removed again if it stays empty. The
+    file `.lock` is there while the folder is held.
 
     Args:
       option: name of the folder in the error message.
@@ -82,6 +83,7 @@ def lock_folder(option: str, folder: str | Path) -> Iterator[None]:
       UsageError: another process holds the folder.
     """
     path = Path(folder).expanduser() / '.lock'
+    missing = [one for one in path.parents if not one.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     while True:
         file = path.open('a+', encoding='utf-8')
@@ -107,6 +109,9 @@ def lock_folder(option: str, folder: str | Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                for one in missing:
+                    one.rmdir()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,11 +140,12 @@ def ingest_videos(args: argparse.Namespace) -> str:
     step = records.FRAMES_PER_LATENT
     shortest = 1 + step * round(args.shortest * size['fps'] / step)
     camera = getattr(recipes.load(args.world).world.stream, 'camera', None)
+    focal: Any = camera.focal[0] if camera else None
     settings = footage.FootageReader(
         **size,
         shortest=shortest,
         held_out=args.held_out,
-        focal=camera and camera.focal[0],
+        focal=focal,
         camera_units=args.camera_units,
     )
     return _ingest(args, settings, args.videos, sources)
