@@ -112,7 +112,7 @@ MEMORY = Run(
     world=MEMORY_WORLD,
     data='data/gallery',
     stage=MemoryFlow(clip_frames=961, ema=0.995, train_encoders=True, optimizer=MUON),
-    train=Train(steps=20000, batch=4, save_every=200),
+    train=Train(steps=30000, batch=2, save_every=200),
 )
 # The same network without memory, and with memory but without error buffer.
 NO_MEMORY = change(MEMORY, {'world.stream.reference_offsets': ()})

@@ -22,9 +22,8 @@ from matrix_jax import video
 from matrix_jax.config import UsageError
 from matrix_jax.data import doom_maps, gallery
 from matrix_jax.data.loader import Clips
-from matrix_jax.data.records import Clip, wrap
+from matrix_jax.data.records import KEYS, Clip, wrap
 from matrix_jax.evals import drift as drifts
-from matrix_jax.evals import first_person
 from matrix_jax.evals.settings import EvaluationSettings
 from matrix_jax.evals.video import Streams, bar, sheet, spread
 
@@ -95,13 +94,29 @@ def recorded(world, data: str, cfg: Config) -> Clips:
 
 
 def shape(world) -> tuple[int, int]:
-    """(latent frames of segment 0, latent frames of a step)."""
-    return world.cfg.stream.first, world.cfg.stream.step_frames
+    """(latent frames of the start picture, latent frames of a step)."""
+    return world.cfg.stream.context, world.cfg.stream.step_frames
 
 
 def recorded_controls(world, clip: Clip, count: int) -> list[str]:
-    """The first `count` recorded actions of a clip, as of `first_person`."""
-    return first_person.recorded_controls(world, clip, count)
+    """The first `count` recorded actions of a clip.
+
+    A stream takes the action with which the next frame is made, see `data.records`.
+
+    Raises:
+      UsageError: the clip has too few, or unknown ones.
+    """
+    if len(clip.frames) <= count or not (clip.knows('keyboard') and clip.knows('mouse')):
+        raise UsageError(
+            f'--data: got a clip of {len(clip.frames)} frames, expected {count + 1} with known '
+            'keys and mouse'
+        )
+    keys = [
+        clip.keyboard[:, KEYS.index(key)] if key in KEYS else np.zeros(len(clip.frames))
+        for key in world.vocabulary.mode.keys
+    ]
+    vectors = np.column_stack([*keys, clip.mouse])[1 : count + 1]
+    return world.vocabulary.decode(vectors)
 
 
 def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, out: Path):

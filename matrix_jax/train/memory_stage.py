@@ -68,9 +68,13 @@ class MemoryStage(Stage):
     def check_world(self, world):
         super().check_world(world)
         stream = world.cfg.stream
-        if not isinstance(stream, memory.Config):
+        if not isinstance(stream, memory.Config) or world.cfg.clip is not None:
             raise UsageError(
                 f'stage: {type(self).__name__} trains worlds with memory, got {world.cfg.name}'
+            )
+        if stream.experts is not None:
+            raise UsageError(
+                f'stream.experts: got {stream.experts}, expected None: one network trains'
             )
         if self.last_segment(stream) < 1:
             raise UsageError(

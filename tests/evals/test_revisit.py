@@ -140,6 +140,16 @@ def test_a_start_picture_in_a_gallery_shows_a_landmark(tmp_path):
     assert revisit.starts(Clips(tmp_path, 'heldout'), 2) == [(0, 12)]
 
 
+def test_recorded_actions_are_those_of_the_next_frames(world):
+    keyboard, mouse = np.zeros((25, 4), np.int8), np.zeros((25, 2), np.float32)
+    keyboard[2, 3], mouse[3, 1] = 1, -0.1
+    known = dataclasses.replace(clip(1), keyboard=keyboard, mouse=mouse)
+    assert revisit.recorded_controls(world, known, 4) == ['idle', 'D', 'left', 'idle']
+    for count, one in ((25, known), (4, clip(1))):
+        with pytest.raises(config.UsageError, match=f'expected {count + 1} with known'):
+            revisit.recorded_controls(world, one, count)
+
+
 def test_worlds_without_memory_and_other_settings_are_refused(world, recorded, tmp_path):
     stream = dataclasses.replace(world.cfg.stream, reference_offsets=())
     with pytest.raises(config.UsageError, match='reference_offsets'):

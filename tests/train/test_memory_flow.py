@@ -45,6 +45,7 @@ class Toy:
         self.cfg = types.SimpleNamespace(
             name='Toy',
             stream=stream,
+            clip=None,
             height=H,
             width=W,
             vae=types.SimpleNamespace(spatial_compression=1),
@@ -317,6 +318,8 @@ def test_bad_fields_are_refused(fields, words):
     [
         ('matrix_game_3:TINY', MemoryFlow(clip_frames=17), 'stage.clip_frames: got 17'),
         ('matrix_game_3:TINY_BASE', MemorySelfForcing(clip_frames=33), 'stream.guidance: got 5'),
+        ('matrix_game_3:TINY_MOE', MemoryFlow(), 'stream.experts: got Experts'),
+        ('matrix_game_3:TINY_WAN', MemoryFlow(), 'trains worlds with memory'),
         ('matrix_game_2:TINY', MemoryFlow(), 'trains worlds with memory'),
     ],
 )

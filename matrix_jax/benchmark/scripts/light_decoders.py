@@ -72,7 +72,7 @@ def rows(opened: dict, held_out, clips: int = CLIPS) -> list[list[str]]:
     """Rows of the table under `HEAD`; the first of `opened` is the full autoencoder."""
     made, whole = [], None
     for name, (world, params) in opened.items():
-        shape = world.cfg.stream.first, world.cfg.stream.step_frames
+        shape = world.cfg.stream.context, world.cfg.stream.step_frames
         frames, true = rebuild(world, params, held_out, clips, FRAMES, *shape)
         whole = frames if whole is None else whole
         decoder = params['vae_decoder' if world.cfg.light else 'vae']['decoder']
