@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from matrix_jax.benchmark import compiled
+from matrix_jax.benchmark import hlo
 from matrix_jax.evals.markdown import table
 
 TERA, GIB, MIB = 1e12, 2**30, 2**20
@@ -48,7 +48,7 @@ HEADERS = {
         'DiT MiB',
         'VAE MiB',
         'sending ms (DiT + VAE)',
-        'fps at most',
+        'fps by arithmetic and sending',
     ),
 }
 
@@ -174,7 +174,7 @@ def _mesh_line(name: str, found: dict) -> str:
         f'{one["count"]:g} {kind} ({one["bytes"] / MIB:.2f} MiB)'
         for kind, one in sorted(found.items())
     )
-    sent = compiled.sent(found) / MIB
+    sent = hlo.sent_bytes(found) / MIB
     return (
         f'- over the mesh per step ({LABELS[name]}): {sent:.2f} MiB sent by each device'
         f'{": " + kinds if kinds else ""}'

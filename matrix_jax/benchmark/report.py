@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from matrix_jax.benchmark import compiled, measure, pages, roofline
+from matrix_jax.benchmark import compiled, hlo, measure, pages, roofline
 from matrix_jax.nn.attention import route
 
 BUSY_SECONDS = 0.5  # how long the load of the machine is observed
@@ -52,14 +52,14 @@ def run(
     seconds, program = compiled.compile_seconds(lambda: measure.whole(target, None, settings.seed))
     names = ('dit', 'vae') if len(program.programs) > 1 else ('end_to_end',)
     found = {
-        name: compiled.collectives(one.as_text(), devices[name])
+        name: hlo.collectives(one.as_text(), devices[name])
         for name, one in zip(names, program.programs, strict=True)
     }
     results |= {
         'compile_seconds': seconds,
         'collectives': found,
         # The programs of a pipeline run on different devices: the larger one counts.
-        'mesh_bytes': max(map(compiled.sent, found.values())),
+        'mesh_bytes': max(map(hlo.sent_bytes, found.values())),
         'program_bytes': max(map(compiled.memory, program.programs)),
     }
     results |= {'parts': {}, 'latency': {}}

@@ -5,6 +5,7 @@
     matrix-jax benchmark the_matrix:STAGE4 --random --layers 2      at full width, random weights
     matrix-jax benchmark the_matrix:STAGE4 --random --count         FLOPs only; runs nothing
     matrix-jax benchmark matrix_game_2 --random --count             of keyboard and mouse
+    matrix-jax benchmark the_matrix:STAGE4 --random --compile-for h200x8     compiles only
     matrix-jax benchmark carracing --int8                           errors of 8-bit layers
     matrix-jax benchmark carracing --sweep mesh                     on 1 to 8 devices
 
@@ -44,10 +45,29 @@ def main(argv: Sequence[str]) -> None:
     add('--sweep', choices=('mesh',), help='1, 2, 4 and 8 devices of mesh.seq, and pipelines')
     add('--int8', action='store_true', help='the errors of 8-bit layers; no timings')
     add('--count', action='store_true', help='print the FLOPs of a step and stop')
+    add(
+        '--compile-for',
+        metavar='GPUS',
+        help='h200, or h200x8 for eight: compile a step without any GPU, and print its memory, '
+        'kernels, layouts and bytes',
+    )
     args, run = parser.parse_run(argv)
-    modes = [name for name in ('vs', 'sweep', 'int8', 'count') if getattr(args, name)]
+    modes = [
+        name for name in ('vs', 'sweep', 'int8', 'count', 'compile_for') if getattr(args, name)
+    ]
     if len(modes) > 1:
-        raise config.UsageError(f'got --{" and --".join(modes)}, expected one of them')
+        names = ' and --'.join(modes).replace('_', '-')
+        raise config.UsageError(f'got --{names}, expected one of them')
+    if args.compile_for:
+        with config.usage_errors():
+            from matrix_jax.benchmark import compile_for
+
+            print(
+                compile_for.streaming(
+                    run, args.compile_for, args.random, args.layers, args.peak_tflops
+                )
+            )
+        return
     with config.usage_errors():
         from matrix_jax.benchmark.measure import Settings
         from matrix_jax.benchmark.run import benchmark

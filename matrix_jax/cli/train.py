@@ -2,6 +2,7 @@
 
     matrix-jax train carracing:SWIN --out runs/swin --weights runs/vae/weights --steps 6000
     matrix-jax train the_matrix:STAGE3 --mesh.fsdp 8 --dry-run     cost of an update per device
+    matrix-jax train the_matrix:STAGE3 --dry-run --compile-for h200x8      the same on 8 H200s
 
 Several processes or hosts on one file system run the same command, each with its own number (or the
 environment variables JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID):
@@ -32,6 +33,11 @@ def main(argv: Sequence[str]) -> int:
         help='compile one update in full size, print its memory and FLOPs',
     )
     add(
+        '--compile-for',
+        metavar='GPUS',
+        help='with --dry-run: compile for h200 or h200x8 instead, without any GPU',
+    )
+    add(
         '--coordinator',
         metavar='HOST:PORT',
         help='address of process 0; auto asks the cluster (Slurm, MPI, ...)',
@@ -44,8 +50,15 @@ def main(argv: Sequence[str]) -> int:
         raise config.UsageError(
             f'{run.name}: has no training stage; recipes with one: ' + ', '.join(able)
         )
+    if args.compile_for and not args.dry_run:
+        raise config.UsageError(f'--compile-for: got {args.compile_for} without --dry-run')
     if args.dry_run:
         with config.usage_errors():
+            if args.compile_for:
+                from matrix_jax.benchmark import compile_for
+
+                print(compile_for.training(run, args.compile_for))
+                return 0
             from matrix_jax.train import dry_run
 
             dry_run.emulate_devices(run.mesh.devices)

@@ -12,7 +12,7 @@ from einops import rearrange
 
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
-from matrix_jax.parallel import sharding
+from matrix_jax.parallel import compilation, sharding
 
 LOGITS = 2**28  # most logits that a device computes at a time
 QUERIES = ('batch', 'tokens', 'heads', None)
@@ -96,6 +96,13 @@ def route(heads: int, parts: int, exchange: str = 'auto', tensor: int = 1) -> st
     return 'keys' if exchange == 'keys' or mine % parts else 'heads'
 
 
+def _gathers_keys(heads, exchange):
+    """Whether GPUs that share the tokens exchange keys in `self_attention`."""
+    parts = sharding.num_shards('tokens')
+    on_gpus = compilation.backend() == 'gpu' and parts > 1
+    return on_gpus and route(heads, parts, exchange, sharding.num_shards('heads')) == 'keys'
+
+
 def _scale(scale, q):
     return q.shape[-1] ** -0.5 if scale is None else scale
 
@@ -141,7 +148,7 @@ def _plain(q, k, v, scale):
         q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
-        and jax.default_backend() == 'gpu'
+        and compilation.backend() == 'gpu'
     )
     if fused:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation='cudnn')
@@ -160,10 +167,16 @@ def _dense(q, k, v, bias, scale):
     logits = jnp.einsum('bnke,bske->bkns', q * scale, k, preferred_element_type=jnp.float32)
     if bias is not None:
         logits = logits + bias
-    weights = jax.nn.softmax(logits, axis=-1)
+    weights = softmax(logits)
     # Heads in front of both factors: otherwise the compiler transposes the larger weights, not v.
     y = jnp.einsum('bkns,bkse->bkne', weights.astype(v.dtype), rearrange(v, 'b s k e -> b k s e'))
     return rearrange(y, 'b k n e -> b n k e')
+
+
+def softmax(logits):
+    """Softmax over the last axis, by a name that is counted in compiled programs."""
+    with jax.named_scope('attention_softmax'):
+        return jax.nn.softmax(logits, axis=-1)
 
 
 class MultiHead(nn.Module):
@@ -204,6 +217,10 @@ class MultiHead(nn.Module):
         if context is None:
             context, look = x, partial(self_attention, real=real, exchange=self.exchange)
 
+        if look is not attention and _gathers_keys(self.heads, self.exchange):
+            # XLA joins products of equal inputs. Apart from the others, that of the queries runs
+            # while keys and values are gathered.
+            x = jax.lax.optimization_barrier(x)
         q = LayerNorm(self.eps, name='query_norm')(heads(x, 'query')).astype(self.dtype)
         k = LayerNorm(self.eps, name='key_norm')(heads(context, 'key')).astype(self.dtype)
         v = heads(context, 'value')

@@ -9,12 +9,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
-from einops import repeat
+from einops import rearrange, repeat
 from jax import lax
 
 from matrix_jax.nn import conv_cpu
 from matrix_jax.nn.conv2d import conv2d
-from matrix_jax.parallel import spatial
+from matrix_jax.parallel import compilation, spatial
 
 # Uniform numbers: normal ones take the compiler longer than the rest of the initialisation.
 fan_in = nn.initializers.variance_scaling(1.0, 'fan_in', 'uniform')
@@ -111,9 +111,48 @@ def conv3d(x, kernel):
 
 def upsample_conv2d(x, kernel):
     """Nearest neighbours, then a 3x3 convolution: [B T H W in], [3 3 in out] -> [B T 2H 2W out]."""
-    if conv_cpu.enabled() and x.dtype == jnp.float32:
+    on_gpu = compilation.backend() == 'gpu'
+    if on_gpu or conv_cpu.enabled() and x.dtype == jnp.float32:
         x, rows = spatial.with_halo(x, 1, 1)
-        return conv_cpu.upsample_conv2d(x, kernel, (rows, (1, 1)))
+        return upsample_by_quarters(x, kernel, (rows, (1, 1)))
     x = repeat(x, 'b t h w c -> b t (h p) (w q) c', p=2, q=2)
     x, rows = spatial.with_halo(x, 1, 1)
     return conv2d(x, kernel, (rows, (1, 1)))
+
+
+def upsample_by_quarters(x, kernel, pad):
+    """`upsample_conv2d` with explicit zero rows and columns, in 4/9 of the multiplies.
+
+    Two of three neighbouring taps always read the same source pixel. Their weights are summed
+    first, which leaves one 2x2 convolution of the small frames for each quarter of the pixels.
+
+    Args:
+      x: [B T H W in].
+      kernel: [3 3 in out]; its sums are rounded once, to the type of x.
+      pad: zero rows (above, below) and columns (left, right).
+
+    Returns:
+      [B T 2H 2W out].
+    """
+    x = jnp.pad(x, ((0, 0), (0, 0), *pad, (0, 0)))
+    rows, columns = x.shape[2] - 1, x.shape[3] - 1
+
+    def even_odd(kernel):
+        """Taps of the even and of the odd pixels along the first axis."""
+        return (
+            jnp.stack([kernel[0], kernel[1] + kernel[2]]),
+            jnp.stack([kernel[0] + kernel[1], kernel[2]]),
+        )
+
+    quarters = [
+        lax.conv_general_dilated(
+            rearrange(x[:, :, p : p + rows, q : q + columns], 'b t h w c -> (b t) h w c'),
+            part.swapaxes(0, 1).astype(x.dtype),
+            (1, 1),
+            'VALID',
+            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+        )
+        for p, half in enumerate(even_odd(kernel.astype(jnp.float32)))
+        for q, part in enumerate(even_odd(half.swapaxes(0, 1)))
+    ]
+    return rearrange(quarters, '(p q) (b t) h w c -> b t (h p) (w q) c', p=2, b=x.shape[0])

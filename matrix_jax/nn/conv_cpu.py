@@ -22,13 +22,12 @@ import contextlib
 import contextvars
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax import lax
 
 from matrix_jax.nn.conv2d import conv2d
+from matrix_jax.parallel import compilation
 
 # Points of F(m, 3) besides infinity: small numbers keep the rounding errors small.
 POINTS = {2: (0, 1, -1), 4: (0, 1, -1, 0.5, -0.5)}
@@ -49,7 +48,7 @@ def disabled():
 
 def enabled() -> bool:
     """Whether programs are traced with the convolutions of this module."""
-    return jax.default_backend() == 'cpu' and _enabled.get()
+    return compilation.backend() == 'cpu' and _enabled.get()
 
 
 def conv3d(x, kernel, pad):
@@ -71,44 +70,6 @@ def conv3d(x, kernel, pad):
         return winograd(x, kernel, m, lambda x, tap: conv2d(x, tap, pad))
     x = jnp.concatenate([x[:, tap : tap + frames] for tap in range(taps)], axis=-1)
     return conv2d(x, rearrange(kernel, 't h w i o -> h w (t i) o'), pad)
-
-
-def upsample_conv2d(x, kernel, pad):
-    """`nn.conv3d.upsample_conv2d` with explicit zero rows and columns, in 4/9 of the multiplies.
-
-    Two of three neighbouring taps always read the same source pixel. Their weights are summed
-    first, which leaves one 2x2 convolution of the small frames for each quarter of the pixels.
-
-    Args:
-      x: [B T H W in].
-      kernel: [3 3 in out].
-      pad: zero rows (above, below) and columns (left, right).
-
-    Returns:
-      [B T 2H 2W out].
-    """
-    x = jnp.pad(x, ((0, 0), (0, 0), *pad, (0, 0)))
-    rows, columns = x.shape[2] - 1, x.shape[3] - 1
-
-    def even_odd(kernel):
-        """Taps of the even and of the odd pixels along the first axis."""
-        return (
-            jnp.stack([kernel[0], kernel[1] + kernel[2]]),
-            jnp.stack([kernel[0] + kernel[1], kernel[2]]),
-        )
-
-    quarters = [
-        lax.conv_general_dilated(
-            rearrange(x[:, :, p : p + rows, q : q + columns], 'b t h w c -> (b t) h w c'),
-            part.swapaxes(0, 1),
-            (1, 1),
-            'VALID',
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-        )
-        for p, half in enumerate(even_odd(kernel))
-        for q, part in enumerate(even_odd(half.swapaxes(0, 1)))
-    ]
-    return rearrange(quarters, '(p q) (b t) h w c -> b t (h p) (w q) c', p=2, b=x.shape[0])
 
 
 # --- Winograd convolution along time ----------------------------------------------------------

@@ -20,7 +20,7 @@ from einops import rearrange
 from flax import struct
 
 from matrix_jax.nn import token_layout
-from matrix_jax.nn.attention import attention, self_attention
+from matrix_jax.nn.attention import attention, self_attention, softmax
 
 
 @struct.dataclass
@@ -189,7 +189,7 @@ def attend_per_site(q, k, v, visible):
     logits = jnp.einsum(
         f'btnke,{keys}->bnkts', q * q.shape[-1] ** -0.5, k, preferred_element_type=jnp.float32
     )
-    weights = jax.nn.softmax(jnp.where(visible, logits, -jnp.inf), axis=-1)
+    weights = softmax(jnp.where(visible, logits, -jnp.inf))
     return jnp.einsum(f'bnkts,{keys}->btnke', weights.astype(v.dtype), v)
 
 

@@ -1,14 +1,16 @@
-"""Compiler options for this machine, and the cache of compiled programs in the user's home."""
+"""What programs are compiled for, compiler options, and the cache of compiled programs."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import hashlib
 import os
 import platform
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,37 @@ CACHE_BYTES = 4 * 2**30  # the least recently used programs are removed first
 ALL_CORES = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
 # Compiles in a third of the time; the program takes half as long again.
 FAST_COMPILE = {'xla_backend_optimization_level': 0}
+# XLA's GPU compiler lays out 3-D convolutions with channels first, which cuDNN then transposes.
+CHANNELS_LAST = {'xla_gpu_force_conv_nhwc': True}
+# Without a GPU nothing is autotuned, and the default tiling of Triton's products is one that no GPU
+# would use. cuBLAS, the other candidate of the autotuner, has no tiling to choose.
+NO_AUTOTUNING = {'xla_gpu_enable_triton_gemm': False}
+
+_compile_only: contextvars.ContextVar[str | None] = contextvars.ContextVar(
+    'compile_only', default=None
+)
+
+
+def backend() -> str:
+    """Returns the backend that programs are compiled for: 'cpu', 'gpu' or 'tpu'."""
+    import jax
+
+    return _compile_only.get() or jax.default_backend()
+
+
+def compile_only() -> bool:
+    """Whether programs are compiled for devices that this machine may lack."""
+    return _compile_only.get() is not None
+
+
+@contextlib.contextmanager
+def compile_for(backend: str) -> Iterator[None]:
+    """Compiles programs for a backend that this machine may lack; nothing can run on it."""
+    token = _compile_only.set(backend)
+    try:
+        yield
+    finally:
+        _compile_only.reset(token)
 
 
 def jit(function: Callable, fast_compile: bool = False, **settings: Any) -> Any:
@@ -34,22 +67,28 @@ def jit(function: Callable, fast_compile: bool = False, **settings: Any) -> Any:
     return jax.jit(function, compiler_options=compiler_options(fast_compile), **settings)
 
 
-@functools.cache
 def compiler_options(fast_compile: bool = False) -> dict | None:
-    """Returns the XLA options that pay on this machine, or None.
+    """Returns the XLA options that pay on the backend that programs are compiled for, or None.
 
-    There are some on a CPU with several cores and for `fast_compile`, if this version of the
-    compiler knows them. A setting of the same name in `XLA_FLAGS` wins.
+    `fast_compile` and several cores matter on a CPU only. Options that this version of the compiler
+    does not know are left out. A setting of the same name in `XLA_FLAGS` wins.
     """
+    return _compiler_options(backend(), compile_only(), fast_compile)
+
+
+@functools.cache
+def _compiler_options(backend: str, compile_only: bool, fast_compile: bool) -> dict | None:
     import jax
 
-    if jax.default_backend() != 'cpu':
-        return None
+    wanted: dict[str, Any] = {}
+    if backend == 'cpu':
+        wanted = (ALL_CORES if cores() > 1 else {}) | (FAST_COMPILE if fast_compile else {})
+    elif backend == 'gpu':
+        wanted = CHANNELS_LAST | (NO_AUTOTUNING if compile_only else {})
     flags = os.environ.get('XLA_FLAGS', '')
-    wanted = (ALL_CORES if cores() > 1 else {}) | (FAST_COMPILE if fast_compile else {})
     wanted = {name: value for name, value in wanted.items() if name not in flags}
-    if not wanted:
-        return None
+    if not wanted or compile_only:
+        return wanted or None
     try:
         jax.jit(lambda x: x, compiler_options=wanted)(0)
     except jax.errors.JaxRuntimeError:  # another version of the compiler

@@ -33,6 +33,7 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from matrix_jax.parallel import compilation
 from matrix_jax.parallel.mesh import AXES
 from matrix_jax.parallel.mesh import Mesh as MeshShape
 
@@ -129,7 +130,15 @@ def put_global(tree: Any, shardings: Any) -> Any:
 
 def use_mesh(mesh: Mesh | None) -> AbstractContextManager[Any]:
     """The context to trace a program for a mesh in; None or one device needs none."""
-    return jax.set_mesh(mesh) if mesh is not None and mesh.size > 1 else contextlib.nullcontext()
+    return set_mesh(mesh) if mesh is not None and mesh.size > 1 else contextlib.nullcontext()
+
+
+def set_mesh(mesh: Mesh) -> AbstractContextManager[Any]:
+    """The context of a mesh, of one device too."""
+    # What is computed while tracing cannot be computed on compile-only devices.
+    if compilation.compile_only():
+        return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+    return jax.set_mesh(mesh)
 
 
 def mesh_of(tree: Any) -> Mesh | None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
@@ -34,8 +36,27 @@ def emulate_devices(count: int):
     jax.config.update('jax_platforms', 'cpu')
 
 
-def report(run) -> str:
-    """Cost of one update of a run, as lines of text.
+class Update(NamedTuple):
+    """One update of a run, traced for a mesh and lowered.
+
+    Attributes:
+      made: the program.
+      params, state: ShapeDtypeStructs of the start and of the training state.
+      lowered: the lowered step.
+    """
+
+    made: program.TrainProgram
+    params: Any
+    state: Any
+    lowered: Any
+
+
+def lower(run, devices: Sequence[jax.Device] | None = None) -> Update:
+    """Lowers one update of a run.
+
+    Args:
+      run: the run.
+      devices: devices of the mesh; None = those of this machine.
 
     Raises:
       UsageError: the stage does not train this kind of world.
@@ -44,36 +65,56 @@ def report(run) -> str:
     world = worlds.build(run.world).with_tokenizers(None)
     run.stage.check_world(world)
     params = _start(run, world)
-    made = program.build(run, world, params)
+    made = program.build(run, world, params, devices)
     state = jax.eval_shape(made.start, params)
     batch = run.stage.example(world, made.examples)
-    began = time.time()
     lowered = made.lower(
         _placed(state, made.places), _placed(batch, sharding.batch_sharding(made.mesh))
     )
+    return Update(made, params, state, lowered)
+
+
+def report(run) -> str:
+    """Cost of one update of a run, as lines of text.
+
+    Raises:
+      UsageError, ValueError: see `lower`.
+    """
+    began = time.time()
+    update = lower(run)
     lowering, began = time.time() - began, time.time()
-    memory = lowered.compile().memory_analysis()
+    memory = update.lowered.compile().memory_analysis()
     compiling = time.time() - began
+    made, state = update.made, update.state
     # Counted for the examples of one device, as attention blocks depend on the batch size.
     ways = run.mesh.data * run.mesh.fsdp
+    world = worlds.build(run.world).with_tokenizers(None)
     work = ways * flops(made.update, state, run.stage.example(world, made.examples // ways))
     rows = [
         *sizes(state, made.places).items(),
         ('activations, gradients and work space', memory.temp_size_in_bytes),
         ('in all', program_bytes(memory)),
     ]
-    mesh = ' x '.join(f'{axis}={size}' for axis, size in made.mesh.shape.items() if size > 1)
     return '\n'.join(
         [
-            f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, '
-            f'{made.examples} examples per update, {_count(state.student):,} of '
-            f'{_count(params):,} parameters train',
+            title(run, update),
             'per device:',
             *(f'  {name:40}{size / MIB:>12,.1f} MiB' for name, size in rows),
             f'FLOPs per update: {work / GIGA:,.1f} G in all, '
             f'{work / made.mesh.size / GIGA:,.1f} G per device',
             f'(lowered in {lowering:.0f} s, compiled in {compiling:.0f} s; nothing was allocated)',
         ]
+    )
+
+
+def title(run, update: Update) -> str:
+    """One line: the stage, its mesh, its batch and how many parameters train."""
+    made = update.made
+    mesh = ' x '.join(f'{axis}={size}' for axis, size in made.mesh.shape.items() if size > 1)
+    return (
+        f'{run.name}: {type(run.stage).__name__} on {mesh or "one device"}, '
+        f'{made.examples} examples per update, {_count(update.state.student):,} of '
+        f'{_count(update.params):,} parameters train'
     )
 
 

@@ -7,7 +7,7 @@ seq.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -47,20 +47,21 @@ class TrainProgram(NamedTuple):
     lower: Callable
 
 
-def build(run, world, params: Mapping) -> TrainProgram:
+def build(run, world, params: Mapping, devices: Sequence[jax.Device] | None = None) -> TrainProgram:
     """Builds the program of a run.
 
     Args:
       run: the recipe (`config.Run`).
       world: the world whose components train.
       params: parameters by component, or their ShapeDtypeStructs.
+      devices: devices of the mesh; None = those of this machine.
 
     Raises:
       ValueError: the batch does not divide by the mesh, or the mesh does not fit the devices.
     """
     stage, train = run.stage, run.train
     check(run)
-    mesh = sharding.make_mesh(run.mesh)
+    mesh = sharding.make_mesh(run.mesh, devices)
     if jax.process_count() > 1 and mesh.size != jax.device_count():
         raise ValueError(
             f'mesh: got {mesh.size} devices, expected all {jax.device_count()} of the '
@@ -92,7 +93,7 @@ def build(run, world, params: Mapping) -> TrainProgram:
 
     def within(function):
         def call(state, batch):
-            with jax.set_mesh(mesh):
+            with sharding.set_mesh(mesh):
                 return function(state, batch)
 
         return call
@@ -126,6 +127,6 @@ def _share(split, examples: int) -> tuple[int, int]:
     spans = [
         index[0].indices(examples)[:2]
         for index in split.addressable_devices_indices_map((examples,)).values()
-    ]
+    ] or [(0, examples)]  # compile-only devices belong to no process
     start, stop = min(start for start, _ in spans), max(stop for _, stop in spans)
     return start // (stop - start), examples // (stop - start)

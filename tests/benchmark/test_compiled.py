@@ -1,4 +1,4 @@
-"""What is read from a program: collectives of its HLO, FLOPs, and compiling twice."""
+"""FLOPs of a program, the roofline beside them, and compiling twice."""
 
 import dataclasses
 import os
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from matrix_jax import config, recipes, worlds
 from matrix_jax.benchmark import compiled, int8, roofline, roofline_cogvideox, roofline_wan
@@ -21,96 +21,6 @@ from matrix_jax.vae import cogvideox, wan
 from matrix_jax.weights import converter
 
 WIDE = 24  # channels, enough for the detours of the CPU
-
-
-def split_program(turns):
-    """HLO of a loop that sums over 4 devices 'turns' times, on float32 [8 16]."""
-    mesh = Mesh(np.array(jax.devices()[:4]), 'a')
-
-    def one(x, _):
-        total = jax.shard_map(
-            lambda part: jax.lax.psum(part, 'a'),
-            mesh=mesh,
-            in_specs=PartitionSpec('a'),
-            out_specs=PartitionSpec(),
-        )(x)
-        return jax.lax.with_sharding_constraint(
-            x + jnp.tile(jnp.sin(total), (4, 1)), NamedSharding(mesh, PartitionSpec('a'))
-        ), None
-
-    x = jax.ShapeDtypeStruct((8, 16), 'float32', sharding=NamedSharding(mesh, PartitionSpec('a')))
-    loop = jax.jit(lambda x: jax.lax.scan(one, x, length=turns)[0])
-    return loop.lower(x).compile().as_text()
-
-
-@pytest.mark.parametrize('turns', [1, 5])
-def test_a_collective_in_a_loop_counts_as_often_as_it_turns(turns):
-    found = compiled.collectives(split_program(turns), 4)
-    assert set(found) == {'all-reduce'}
-    assert found['all-reduce']['count'] == turns
-    assert found['all-reduce']['bytes'] == turns * 2 * 16 * 4 * 2 * 3 / 4
-
-
-@pytest.mark.parametrize(
-    'line, kind, sent',
-    [
-        ('%a = f32[8,16]{1,0} all-gather(%x), replica_groups={{0,1},{2,3}}', 'all-gather', 512 / 2),
-        (
-            '%a = (bf16[4]{0}, bf16[16]{0}) all-gather-start(%x), replica_groups=[1,4]<=[4]',
-            'all-gather',
-            32 * 3 / 4,
-        ),
-        (
-            '%a = (f32[4]{0}, f32[4]{0}) all-to-all(%x, %y), replica_groups={{0,1}}',
-            'all-to-all',
-            16,
-        ),
-        (
-            'ROOT %a = (f32[4]{0}, f32[4]{0}, u32[], u32[]) collective-permute-start(%x), '
-            'source_target_pairs={{0,1}}',
-            'collective-permute',
-            16,
-        ),
-        (
-            "%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'b'}",
-            'all-gather',
-            512 * 3 / 4,
-        ),
-        (
-            "%a = f32[8,16]{1,0} all-gather(%x), replica_groups=mesh['a'=2,'b'=4] {'a','b':(1)2}",
-            'all-gather',
-            512 * 3 / 4,
-        ),
-        ('%a = bf16[4]{0} reduce-scatter(%x), replica_groups=[2,4]<=[8]', 'reduce-scatter', 24),
-        ('%a = f32[4]{0} all-gather-done(%x)', '', 0),
-        ('%all-reduce.1 = f32[4]{0} add(%x, %y)', '', 0),
-    ],
-)
-def test_bytes_that_a_device_sends(line, kind, sent):
-    text = f'ENTRY %main (x: f32[4]) -> f32[4] {{\n  {line}\n}}\n'
-    found = compiled.collectives(text, 8)
-    assert found == ({kind: {'count': 1, 'bytes': sent}} if kind else {})
-
-
-@pytest.mark.parametrize(
-    'branches',
-    ['true_computation=%few, false_computation=%many', 'branch_computations={%few, %many}'],
-)
-def test_of_two_branches_the_one_that_sends_more_counts(branches):
-    text = '\n'.join(
-        [
-            '%few (x: f32[4]) -> f32[4] {',
-            '  %a = f32[4]{0} all-gather(%x), replica_groups={{0,1}}',
-            '}',
-            '%many (x: f32[4]) -> f32[4] {',
-            '  %a = f32[8]{0} all-gather(%x), replica_groups={{0,1}}',
-            '}',
-            'ENTRY %main (x: f32[4]) -> f32[4] {',
-            f'  %c = f32[4]{{0}} conditional(%p, %x, %x), {branches}',
-            '}',
-        ]
-    )
-    assert compiled.collectives(text, 2) == {'all-gather': {'count': 1, 'bytes': 16}}
 
 
 def test_a_count_follows_the_sizes():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from matrix_jax.benchmark import roofline_cogvideox
-from matrix_jax.benchmark.compiled import collectives, sent
+from matrix_jax.benchmark.hlo import collectives, sent_bytes
 from matrix_jax.config import Mesh
 from matrix_jax.dit import cogvideox
 from matrix_jax.parallel import sharding
@@ -69,7 +69,7 @@ def forward(cfg, given):
     )
     compiled = function.lower(*given).compile()
     found = collectives(compiled.as_text(), 8)
-    return compiled(*given), {kind: one['count'] for kind, one in found.items()}, sent(found)
+    return compiled(*given), {kind: one['count'] for kind, one in found.items()}, sent_bytes(found)
 
 
 @pytest.fixture(scope='module')

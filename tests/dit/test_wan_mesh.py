@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from matrix_jax.benchmark import roofline_wan
-from matrix_jax.benchmark.compiled import collectives, sent
+from matrix_jax.benchmark.hlo import collectives, sent_bytes
 from matrix_jax.config import Mesh
 from matrix_jax.dit import wan
 from matrix_jax.parallel import sharding
@@ -120,7 +120,7 @@ def test_any_number_of_devices_shares_sites_and_caches(mesh, params, given, alon
     what, attention = roofline_wan.exchanged(CFG, BLOCK, 4, 6, mesh.seq)
     prediction = 4 * BLOCK * -(-6 // mesh.seq) * (mesh.seq - 1) * CFG.patch**2 * CFG.channels
     assert what == ('heads' if mesh.seq == 2 else 'keys')
-    assert sent(found) == pytest.approx(BATCH // mesh.data * (attention + prediction))
+    assert sent_bytes(found) == pytest.approx(BATCH // mesh.data * (attention + prediction))
 
 
 def test_a_whole_clip_whose_sites_do_not_divide(params, given):

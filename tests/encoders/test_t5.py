@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.benchmark.hlo import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.encoders import t5
 from matrix_jax.nn import initializers

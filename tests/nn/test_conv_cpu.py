@@ -57,15 +57,23 @@ def test_other_convolutions_do_not_use_winograd(x, taps, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    'function, taps', [(conv3d.conv3d, (3, 3, 3)), (conv3d.upsample_conv2d, (3, 3))]
+    'function, taps, backend, convolutions',
+    [
+        (conv3d.conv3d, (3, 3, 3), 'gpu', 1),
+        (conv3d.upsample_conv2d, (3, 3), 'gpu', 4),
+        (conv3d.upsample_conv2d, (3, 3), 'tpu', 1),
+    ],
 )
-def test_an_accelerator_runs_one_plain_convolution_of_the_same_result(function, taps, monkeypatch):
+def test_accelerators_run_convolutions_of_the_same_result(
+    function, taps, backend, convolutions, monkeypatch
+):
     x, kernel = normal(1, 6, 5, 6, WIDE), normal(*taps, WIDE, 4, seed=1)
     want = function(x, kernel)
     monkeypatch.setattr(conv_cpu, 'winograd', None)
-    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-    program = str(jax.make_jaxpr(function)(x, kernel))
-    assert program.count('conv_general_dilated[') == 1
+    monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+    # A new function, as jax keeps traces that were made for another backend.
+    program = str(jax.make_jaxpr(lambda *given: function(*given))(x, kernel))
+    assert program.count('conv_general_dilated[') == convolutions
     np.testing.assert_allclose(function(x, kernel), want, atol=5e-6 * np.abs(want).max())
 
 
@@ -98,3 +106,12 @@ def test_split_rows_equal_the_whole_picture():
         program = run.lower(params, x).compile()
         np.testing.assert_allclose(program(params, x), want, atol=1e-6 * np.abs(want).max())
     assert program.as_text().count(' collective-permute(') <= 4
+
+
+def test_weights_of_doubled_frames_are_rounded_once(monkeypatch):
+    x, kernel = normal(1, 2, 5, 6, WIDE), normal(3, 3, WIDE, 4, seed=1)
+    want = conv3d.upsample_conv2d(x, kernel)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    half = conv3d.upsample_conv2d(*(value.astype(jnp.bfloat16) for value in (x, kernel)))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(np.float32), want, atol=0.01 * np.abs(want).max())

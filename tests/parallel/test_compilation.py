@@ -86,8 +86,8 @@ def test_convolutions_use_all_cores_unless_there_is_one_or_the_user_chose(cores,
 def test_a_compiler_without_the_option_compiles_without_it(monkeypatch):
     monkeypatch.setattr(compilation, 'ALL_CORES', {'xla_no_such_option': '1'})
     monkeypatch.setattr(compilation, 'cores', lambda: 2)
-    compilation.compiler_options.cache_clear()
+    compilation._compiler_options.cache_clear()
     try:
         assert compilation.compiler_options() is None and compilation.jit(lambda x: x + 1)(1.0) == 2
     finally:
-        compilation.compiler_options.cache_clear()
+        compilation._compiler_options.cache_clear()

@@ -12,7 +12,7 @@ import pytest
 
 from matrix_jax import recipes
 from matrix_jax.benchmark import target
-from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.benchmark.hlo import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.dit.cogvideox import ControlConfig
 from matrix_jax.parallel import sharding

@@ -411,3 +411,20 @@ def test_released_sizes():
     assert (tiles.sample, tiles.latent) == ((240, 360), (30, 45))
     count = sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(vae.shapes(released)))
     assert 215e6 < count < 216e6
+
+
+@pytest.mark.parametrize('groups', [2, 8])
+def test_statistics_of_one_reading_are_those_of_two(groups):
+    x = 0.5 * normal(2, 3, 4, 5, 8) + 100 * normal(8)  # squares would lose half of the digits
+    for one, two in zip(layers.one_reading(x, groups), layers.two_readings(x, groups)):
+        np.testing.assert_allclose(one, two, rtol=1e-5)
+
+
+def test_accelerators_read_the_frames_of_a_norm_once(monkeypatch):
+    norm = layers.GroupNorm(SMALL)
+    x = normal(1, 3, 4, 5, 8)
+    params = norm.init(jax.random.key(0), x)
+    want = norm.apply(params, x)
+    monkeypatch.setattr(layers, 'two_readings', None)
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    np.testing.assert_allclose(norm.apply(params, x), want, rtol=1e-5, atol=1e-5)

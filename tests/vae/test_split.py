@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from matrix_jax.benchmark.compiled import collectives
+from matrix_jax.benchmark.hlo import collectives
 from matrix_jax.config import Mesh
 from matrix_jax.parallel import sharding
 from matrix_jax.vae import cogvideox as vae
