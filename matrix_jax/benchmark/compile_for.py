@@ -129,7 +129,9 @@ def _pipeline(world, params: dict, control, mesh) -> tuple[Any, Any]:
     network, decoder = params | {name: {}}, {name: params[name]}
     cond = _replicated(targets.condition_shapes(world), mesh)
     key = _replicated(jax.eval_shape(lambda: measure.player(0)), mesh)
-    pipeline = Pipeline(**world.stages(), params=(network, decoder))
+    pipeline = Pipeline(
+        **world.stages(), params=(network, decoder), first_control=targets.first_control(world)
+    )
     pipeline.compile(network, pipeline.compile_init(network, cond, key), control)
     return pipeline.programs
 
