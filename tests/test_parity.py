@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 GOLDENS = ROOT / 'tests' / 'goldens' / 'the_matrix'
 FILES = sorted(
     path
-    for system in ('the_matrix', 'matrix_game_2', 'matrix_game_3')
+    for system in ('the_matrix', 'matrix_game_2', 'matrix_game_3', 'wan_2_2')
     for path in (GOLDENS.parent / system).iterdir()
     if path.suffix in ('.safetensors', '.json')
 )

@@ -214,7 +214,7 @@ def test_released_sizes():
     [
         ({'use_rotary_positional_embeddings': True}, 'use_rotary_positional_embeddings = True'),
         ({'activation_fn': 'gelu'}, "expected 'gelu-approximate'"),
-        ({'patch_size_t': 2}, 'patch_size_t = 2 .unknown key'),
+        ({'patch_size_t': 2}, 'patch_size_t = 2 .expected None'),
         ({'out_channels': 32}, 'out_channels = 32'),
     ],
 )

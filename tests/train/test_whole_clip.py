@@ -11,6 +11,7 @@ import pytest
 
 from matrix_jax import config, recipes, worlds
 from matrix_jax.diffusion import schedules
+from matrix_jax.encoders import tokenizers
 from matrix_jax.nn import lora
 from matrix_jax.train import loop
 from matrix_jax.train.optim import Optimizer
@@ -27,9 +28,7 @@ def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp('base')
     converter.write_random(LORA.world, str(folder / 'base'), seed=0)
     shutil.move(folder / 'base/control_encoder', folder / 'clip')
-    for path in (folder / 'base/control_tokenizer').iterdir():
-        shutil.move(path, folder / 'clip')
-    (folder / 'base/control_tokenizer').rmdir()
+    tokenizers.write_clip_byte_tokenizer(str(folder / 'clip'))
     return folder / 'base', str(folder / 'clip')
 
 
