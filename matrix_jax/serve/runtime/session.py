@@ -24,7 +24,7 @@ UNSEEN_SECONDS = 2.0  # of frames sent that the player has not acknowledged
 STALL_SECONDS = 30.0  # without an acknowledgement
 RECORD_SECONDS, RECORD_BYTES = 120, 64 * 2**20  # whichever comes first
 MESSAGE_RATE, MESSAGE_BURST = 60, 120  # messages of a player per second, and at once
-REQUEST_RATE, REQUEST_BURST = 1, 20  # units of `COSTS` per second, and at once
+REQUEST_RATE, REQUEST_BURST = 2, 40  # units of `COSTS` per second, and at once
 # What a request of a player costs; one that is not listed costs 1. The others wait for a start.
 COSTS = {'restart': 4, 'picture': 4, 'world': 4, 'pause': 0.25, 'record': 0.25}
 HEADER = struct.Struct('<II')  # frame number, id of the key that the frame shows first

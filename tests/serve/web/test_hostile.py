@@ -65,14 +65,15 @@ def test_a_request_that_does_not_come_is_not_waited_for(serving, monkeypatch):
 def test_a_player_who_floods_is_told_to_wait(serving):
     running = serving()
     greedy, other = running.join(), running.join(seed=2)
+    session = running.world.manager.sessions[greedy.welcome['session']]
+    session.requests.level = 20
     for index in range(12):
         greedy.send(type='restart', start=None, prompt=None, seed=index)
     refused = greedy.wait('error')['message']
     while 'wait for your' in refused:
         refused = greedy.wait('error')['message']
     assert re.fullmatch('restart: too much at once; try again in [1-4] s', refused)
-    session = running.world.manager.sessions[greedy.welcome['session']]
-    session.requests.level = 0
+    session.requests.level = -4
     status, message = running.http(f'/session/{session.token}/picture', b'x', patient=False)
     assert status == 429 and b'picture: too much at once' in message
     greedy.close()
