@@ -238,7 +238,7 @@ class SessionManager:
                     session.notify_state(rewound=round(seconds, 2))
                 case 'keep':
                     await self._command(self.engine.save, slot)
-                    session.notify_state()
+                    session.notify_state(saved=True)
                 case 'recall':
                     if not await self._command(self.engine.load_saved, slot):
                         raise Refused('nothing was saved yet')
