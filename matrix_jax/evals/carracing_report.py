@@ -12,7 +12,9 @@ MEASURES = {
     'color': 'colour, Delta E',
     'motion': 'ground motion, pixels per frame',
 }
-OFF_ROAD = 5  # seconds after which a car that is driven straight ahead has left the road
+# Seconds in which a car that is driven straight ahead has left the road, but not yet the meadow,
+# behind which the game draws nothing that moves.
+OFF_ROAD = slice(3, 8)
 HEAD = (
     'world',
     'steering seen',
@@ -150,20 +152,20 @@ def _measured(results: dict) -> dict[str, str]:
 def _compared(results: dict) -> list[list[str]]:
     """Rows of the summary that compare a measure with the game's under the same keys."""
 
-    def mean(script: str, kind: str, measure: str, first: int) -> float:
-        values = results['drift'][script][kind][measure][first:]
-        return sum(values) / max(len(values), 1)
+    def motion(kind: str) -> float:
+        values = results['drift']['straight'][kind]['motion'][OFF_ROAD]
+        return sum(values) / len(values)
 
     driven = results['drive_drift']
     last = [driven[kind]['sharpness'][-10:] for kind in ('world', 'game')]
     made, real = (sum(values) / len(values) for values in last)
     rows = [['sharpness of the last ten seconds, driven', f'{made:.2f}', f'{real:.2f}', '']]
-    if 'motion' in _measured(results) and results['config']['seconds'] > OFF_ROAD:
-        made, real = (mean('straight', kind, 'motion', OFF_ROAD) for kind in ('generated', 'real'))
+    if 'motion' in _measured(results) and results['config']['seconds'] > OFF_ROAD.start:
+        made, real = (motion(kind) for kind in ('generated', 'real'))
         rows.append(
             [
-                f'motion of the ground from second {OFF_ROAD} on, straight ahead off the road, '
-                'pixels per frame',
+                f'motion of the ground, seconds {OFF_ROAD.start + 1} to {OFF_ROAD.stop}, straight '
+                'ahead off the road, pixels per frame',
                 f'{made:.2f}',
                 f'{real:.2f}',
                 '0 (a still picture)',
