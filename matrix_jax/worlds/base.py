@@ -2,7 +2,8 @@
 
 A world joins networks to a stream. In reading order:
 
-    networks.Networks     parameters: drawn, read, written, converted, placed on devices
+    Networks              parameters: drawn, counted, placed on devices
+    WeightsFolders        the same in folders: described, read, written
     BaseWorld             what a video needs: start frames, number of controls, inputs
                           pixels and latents: encoding, streaming decoder
                           the stream: latents, frames, its stages on two meshes
@@ -25,16 +26,16 @@ import numpy as np
 from matrix_jax.config import UsageError
 from matrix_jax.controls.vocabulary import Vocabulary
 from matrix_jax.stream.base import PyTree, Stream, StreamDecoder, chain
-from matrix_jax.worlds.networks import Component, Networks, Params
+from matrix_jax.worlds.networks import Component, Params
+from matrix_jax.worlds.weights_folders import WeightsFolders
 
 __all__ = ['BaseWorld', 'Component', 'check_frames', 'round_up_clip']
 
 
-class BaseWorld(Networks):
+class BaseWorld(WeightsFolders):
     """Pure functions of parameters around a config; a world holds no weights.
 
     Attributes:
-      reads_text: whether the world reads a prompt.
       start_is_optional: whether a video can start from the prompt alone as well.
       single_mesh: whether network and decoder must share their devices.
       autoencoder: module of the component 'vae'.
@@ -48,7 +49,6 @@ class BaseWorld(Networks):
       has_torch_baseline: whether diffusers has the same network.
     """
 
-    reads_text = False
     start_is_optional = False
     single_mesh = False
     autoencoder: Any = None

@@ -32,7 +32,8 @@ from matrix_jax.stream.base import PyTree, Stream
 from matrix_jax.vae import condition as start
 from matrix_jax.vae import wan as vae
 from matrix_jax.worlds.base import BaseWorld, check_frames, round_up_clip
-from matrix_jax.worlds.networks import Component, Params, fewer_layers
+from matrix_jax.worlds.layer_counts import fewer_layers
+from matrix_jax.worlds.networks import Component, Params
 
 Array = np.ndarray[Any, Any]
 

@@ -35,15 +35,10 @@ from matrix_jax.vae import wan as vae
 from matrix_jax.weights import diffusers_layout
 from matrix_jax.worlds import matrix_game_3_networks as networks
 from matrix_jax.worlds.base import BaseWorld, round_up_clip
+from matrix_jax.worlds.layer_counts import fewer_layers, fewer_text_layers
 from matrix_jax.worlds.matrix_game_3_config import ClipConfig, Config
 from matrix_jax.worlds.matrix_game_3_networks import EXPERTS, network
-from matrix_jax.worlds.networks import (
-    Component,
-    Params,
-    fewer_layers,
-    fewer_text_layers,
-    summary_line,
-)
+from matrix_jax.worlds.networks import Component, Params, summary_line
 
 __all__ = ['ClipConfig', 'Config', 'World', 'clean_prompt', 'network']
 

@@ -1,9 +1,8 @@
-"""The networks of a world: parameters drawn, read, written, converted and placed on devices.
+"""The networks of a world: parameters drawn, counted and placed on devices.
 
 A `Component` is one network: its config, its weight table and its parameter shapes. A world lists
-its components; all that follows from the list alone is the same for every world and is here. The
-config of each component comes from the config.json of its folder, so a weights folder decides the
-sizes, and the recipe decides how the networks run.
+its components; all that follows from the list alone is the same for every world and is here, and
+in `weights_folders`, which reads and writes them.
 """
 
 from __future__ import annotations
@@ -11,11 +10,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import functools
-import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import jax
@@ -25,7 +20,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.nn import initializers, linear
 from matrix_jax.parallel import sharding
 from matrix_jax.stream.base import PyTree
-from matrix_jax.weights import conversion, diffusers_layout, model_card, schema
+from matrix_jax.weights import conversion
 
 Draw = Callable[[int | None], np.ndarray[Any, Any]]
 Params = dict[str, Any]
@@ -56,21 +51,18 @@ class Component:
 
 
 class Networks:
-    """Base of `BaseWorld`: what follows from the config and the list of components.
+    """What follows from the config and the list of components.
 
     Attributes:
       cfg: the world's config.
       components: the networks.
-      extras: folders without weights in the diffusers layout, such as tokenizers.
       decoder_folder: folder of the component whose decoder streams.
       network_folders: folders of the transformers; several have the same sizes.
     """
 
     components: tuple[Component, ...] = ()
-    extras: tuple[str, ...] = ()
     decoder_folder: str = 'vae'
     network_folders: tuple[str, ...] = ('transformer',)
-    reads_text = False
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -86,7 +78,10 @@ class Networks:
 
     def shapes(self) -> Params:
         """Returns the parameter tree as ShapeDtypeStructs, by component; allocates nothing."""
-        return {one.folder: _shapes(one, getattr(self.cfg, one.field)) for one in self.components}
+        return {
+            one.folder: component_shapes(one, getattr(self.cfg, one.field))
+            for one in self.components
+        }
 
     # --- initial parameters ----------------------------------------------------------------------
 
@@ -126,7 +121,7 @@ class Networks:
         `draw(i)` returns layer i, or with None a leaf that has no layers.
         """
         cfg = getattr(self.cfg, component.field)
-        flat = conversion.flatten(_shapes(component, cfg))
+        flat = conversion.flatten(component_shapes(component, cfg))
         zeros = component.zero_init if zero_init else ()
         rules = (*zeros, *component.init_rules(cfg))
         seeds = (seed, self.components.index(component))
@@ -135,138 +130,6 @@ class Networks:
                 shape = flat[row.path].shape[1:] if row.layers else flat[row.path].shape
                 draw = functools.partial(initializers.draw, rules, row.path, shape, seeds)
                 yield row, shape, draw
-
-    # --- weights folders -------------------------------------------------------------------------
-
-    def locate(self, folder: str | Path, name: str) -> tuple[str, str]:
-        """Returns (folder, name) from which a component of a weights folder is read."""
-        return str(folder), name
-
-    def external_parts(self, folder: str | Path) -> tuple[str, ...]:
-        """Returns names of what a weights folder leaves to another folder, given by `locate`."""
-        return ()
-
-    def has_part(self, folder: str | Path, name: str) -> bool:
-        """Returns whether a weights folder itself holds a component."""
-        return (Path(folder) / name).is_dir()
-
-    def can_load(self, folder: str | Path, name: str) -> bool:
-        """Returns whether training starts from a component in, or next to, a weights folder."""
-        return self.has_part(folder, name)
-
-    def needs(self, name: str) -> bool:
-        """Returns whether the networks of this config use a component or an extra folder."""
-        return True
-
-    def described_by(self, folder: str | Path, whole: bool = False) -> Self:
-        """Returns this world with the sizes that a weights folder describes.
-
-        Args:
-          folder: weights folder in the diffusers layout.
-          whole: whether all components are read from it; else those that it lacks keep the
-            sizes of this world.
-
-        Raises:
-          CheckpointError: a config.json is missing or describes another network.
-        """
-        return self.replace(**self._read_configs(folder, whole))
-
-    def _read_configs(
-        self, folder: str | Path, whole: bool, without: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Config of each component as a weights folder has it, by field, but those `without`."""
-        found: dict[str, Any] = {}
-        for component in self.components:
-            if component.folder in without:
-                continue
-            if whole or self.has_part(folder, component.folder):
-                recipe = getattr(self.cfg, component.field)
-                read = read_config(type(recipe), *self.locate(folder, component.folder))
-                kept = {name: getattr(recipe, name) for name in component.run_fields}
-                cfg = dataclasses.replace(read, **kept)
-                if found.setdefault(component.field, cfg) != cfg:
-                    raise diffusers_layout.CheckpointError(
-                        f'{folder}: {component.folder} has another config than the network '
-                        'before it, expected the same'
-                    )
-        return found
-
-    def load(
-        self,
-        folder: str | Path,
-        only: tuple[str, ...] | None = None,
-        allow_non_finite: bool = False,
-    ) -> Params:
-        """Returns parameters of a folder that fits this world exactly; numpy, dtype as stored.
-
-        Args:
-          folder: weights folder in the diffusers layout.
-          only: folder names of the components to read; all by default.
-          allow_non_finite: whether values may be infinite or not a number.
-
-        Raises:
-          CheckpointError: a file is missing, damaged or not safetensors.
-          ConversionError: names, shapes or values do not fit; lists all faults.
-        """
-        params = {}
-        for component in self.components:
-            if self.needs(component.folder) if only is None else component.folder in only:
-                place = self.locate(folder, component.folder)
-                _, tensors = diffusers_layout.read_component(*place)
-                cfg = getattr(self.cfg, component.field)
-                try:
-                    params[component.folder] = conversion.to_jax(
-                        component.weights(cfg), tensors, _shapes(component, cfg), allow_non_finite
-                    )
-                except conversion.ConversionError as error:
-                    raise conversion.ConversionError(f'{"/".join(place)}: {error}') from error
-        return params
-
-    def save(
-        self,
-        folder: str | Path,
-        params: Mapping[str, Any],
-        start: str | None = None,
-        dtype: str | None = 'bfloat16',
-    ) -> None:
-        """Writes a folder in the diffusers layout.
-
-        Args:
-          folder: where to write.
-          params: parameters by component.
-          start: weights that training started from. Components that `params` lacks are copied from
-            there, and what it leaves to another folder is left there again.
-          dtype: stored type; None = as in `params`.
-        """
-        origin = Path(diffusers_layout.resolve(start)) if start else None
-        external = self.external_parts(origin) if origin else ()
-        for component in self.components:
-            name, cfg = component.folder, getattr(self.cfg, component.field)
-            if name in params and name not in external:
-                tensors = conversion.to_torch(component.weights(cfg), params[name])
-                diffusers_layout.write_component(
-                    folder, name, cfg.to_released(), tensors, dtype=dtype
-                )
-            elif origin and (origin / name).is_dir():
-                _copy(origin / name, Path(folder) / name)
-        extras = [name for name in self.extras if name not in external and self.needs(name)]
-        for name in extras:
-            if origin and (origin / name).is_dir():
-                _copy(origin / name, Path(folder) / name)
-            else:
-                self.write_extra(name, os.path.join(folder, name))
-        present = [one.folder for one in self.components if (Path(folder) / one.folder).is_dir()]
-        index = self.pipeline_index(Path(folder), (*present, *extras))
-        diffusers_layout.write_json(folder, 'model_index.json', index)
-        model_card.write(Path(folder), self.cfg.name, index, self.reads_text)
-
-    def pipeline_index(self, folder: Path, parts: tuple[str, ...]) -> dict[str, Any]:
-        """Returns the model_index.json of a folder with some parts."""
-        return {'_class_name': self.cfg.name, **{name: ['matrix_jax', name] for name in parts}}
-
-    def write_extra(self, name: str, folder: str) -> None:
-        """Writes one of `extras` anew."""
-        raise NotImplementedError(name)
 
     def fingerprint_text(self) -> str:
         """Returns a text of the config for fingerprints of saved sessions.
@@ -406,79 +269,7 @@ FIRST_NAMES = {
 }
 
 
-def check_layers(option: str, layers: int, whole: int) -> None:
-    """Raises UsageError unless a network of `whole` layers can be shortened to `layers`."""
-    if not 1 <= layers <= whole:
-        raise UsageError(f'{option}: got {layers}, expected 1 to {whole}, the layers of the recipe')
-
-
-def fewer_text_layers(cfg: Any, layers: int | None, text_layers: int | None) -> Any:
-    """Returns a text encoder's config with `text_layers`, by default at most `layers`.
-
-    Raises:
-      UsageError: the config has fewer layers than `text_layers`.
-    """
-    if text_layers is not None:
-        check_layers('--text-layers', text_layers, cfg.layers)
-        return dataclasses.replace(cfg, layers=text_layers)
-    return cfg if layers is None else dataclasses.replace(cfg, layers=min(layers, cfg.layers))
-
-
-def fewer_layers(cfg: Any, layers: int, span_field: str) -> Any:
-    """Returns a transformer's config with fewer layers.
-
-    The field `span_field` says which layers (`start` to `end`, or the numbers in `blocks`) have
-    additional blocks, if any do; they keep their share of the layers.
-
-    Raises:
-      UsageError: the config has fewer layers.
-    """
-    check_layers('--layers', layers, cfg.layers)
-    span, whole = getattr(cfg, span_field), cfg.layers
-    if blocks := getattr(span, 'blocks', None):
-        kept = tuple(sorted({block * layers // whole for block in blocks}))
-        span = dataclasses.replace(span, start=kept[0], end=kept[-1] + 1, blocks=kept)
-    elif span:
-        start, end = span.start * layers // whole, math.ceil(span.end * layers / whole)
-        span = dataclasses.replace(span, start=start, end=end)
-    return dataclasses.replace(cfg, layers=layers, **{span_field: span})
-
-
 @functools.cache
-def _shapes(component: Component, cfg: Any) -> PyTree:
+def component_shapes(component: Component, cfg: Any) -> PyTree:
+    """Returns the parameter tree of a component of this config as ShapeDtypeStructs."""
     return component.shapes(cfg)
-
-
-# What operations on values of wrong types and sizes raise.
-WRONG_VALUES = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError)
-
-
-def read_config(kind: Any, folder: str, name: str) -> Any:
-    """Returns the config of a component, `kind.from_released` of its config.json.
-
-    Raises:
-      CheckpointError: the file is missing, or describes no such network; names the file.
-    """
-    released = diffusers_layout.read_config(folder, name)
-    try:
-        schema.check_values(released)
-        cfg = kind.from_released(released)
-    except WRONG_VALUES as error:
-        found, expected = (one.get('_class_name') for one in (released, kind().to_released()))
-        found = found.removeprefix('Matrix') if isinstance(found, str) else None
-        message = str(error)
-        if found not in (None, expected):
-            message = f'got a {found}, expected a {expected} by the recipe' + (
-                f': {message}' if isinstance(error, ValueError) else ''
-            )
-        elif not isinstance(error, ValueError):  # an operation on a value of another type
-            message = f'a value has another type than expected ({message})'
-        raise diffusers_layout.CheckpointError(f'{folder}/{name}/config.json: {message}') from error
-    return cfg
-
-
-def _copy(source: Path, target: Path) -> None:
-    if source.resolve() != target.resolve():
-        diffusers_layout.replace_folder(
-            target, lambda part: shutil.copytree(source, part, dirs_exist_ok=True)
-        )

@@ -32,14 +32,9 @@ from matrix_jax.stream.base import Stream
 from matrix_jax.vae import cogvideox as vae
 from matrix_jax.weights import conversion, diffusers_layout, schema
 from matrix_jax.worlds.base import BaseWorld, check_frames
-from matrix_jax.worlds.networks import (
-    WRONG_VALUES,
-    Component,
-    Params,
-    fewer_layers,
-    fewer_text_layers,
-    read_config,
-)
+from matrix_jax.worlds.layer_counts import fewer_layers, fewer_text_layers
+from matrix_jax.worlds.networks import Component, Params
+from matrix_jax.worlds.weights_folders import WRONG_VALUES, read_config
 
 Array = np.ndarray[Any, Any]
 

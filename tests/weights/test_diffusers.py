@@ -19,7 +19,7 @@ from matrix_jax.nn import lora
 from matrix_jax.vae import cogvideox as cogvideox_vae
 from matrix_jax.vae import wan as wan_vae
 from matrix_jax.weights import conversion, diffusers_layout
-from matrix_jax.worlds import networks
+from matrix_jax.worlds.weights_folders import read_config
 
 torch = pytest.importorskip('torch', reason='made by torch: pip install matrix_jax[parity]')
 diffusers = pytest.importorskip('diffusers', reason='made by diffusers: pip install diffusers')
@@ -55,7 +55,7 @@ def model(kind, **sizes):
 def opened(kind, module, made, folder, **options):
     """(config, parameters) of a saved model, through the door of every world."""
     made.save_pretrained(folder / 'part', **options)
-    cfg = networks.read_config(kind, str(folder), 'part')
+    cfg = read_config(kind, str(folder), 'part')
     tensors = diffusers_layout.Tensors(folder / 'part')
     return cfg, conversion.to_jax(module.weights(cfg), tensors, module.shapes(cfg))
 
@@ -210,7 +210,7 @@ def test_8_bit_floats(tmp_path, cogvideox_model, scale):
                 wide = factor.repeat_interleave(16, 0).repeat_interleave(16, 1)
             want[name] *= wide[:, None] if scale == (32,) else wide
     save_file(tensors, tmp_path / 'part' / 'diffusion_pytorch_model.safetensors')
-    cfg = networks.read_config(cogvideox.Config, str(tmp_path), 'part')
+    cfg = read_config(cogvideox.Config, str(tmp_path), 'part')
     stored = diffusers_layout.Tensors(tmp_path / 'part')
     found = conversion.to_jax(cogvideox.weights(cfg), stored, cogvideox.shapes(cfg))
     found = conversion.to_torch(cogvideox.weights(cfg), found)
@@ -304,4 +304,4 @@ def test_config_keys_of_the_next_release_are_refused(tmp_path, cogvideox_model):
     path = tmp_path / 'part' / 'config.json'
     path.write_text(json.dumps(json.loads(path.read_text()) | {'new_option': 1}))
     with pytest.raises(diffusers_layout.CheckpointError, match='new_option = 1 .unknown key'):
-        networks.read_config(cogvideox.Config, str(tmp_path), 'part')
+        read_config(cogvideox.Config, str(tmp_path), 'part')

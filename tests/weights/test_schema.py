@@ -11,7 +11,7 @@ from matrix_jax.config import UsageError
 from matrix_jax.data import start_clips
 from matrix_jax.encoders import tokenizers
 from matrix_jax.weights import diffusers_layout, schema
-from matrix_jax.worlds import networks
+from matrix_jax.worlds.weights_folders import read_config
 
 HOSTILE = (
     *(float('nan'), float('inf'), -1, 0, 10**12, 2**24, 1.5, -1e-6, 'x', [], [1], {}, None, True),
@@ -37,7 +37,7 @@ def test_a_hostile_value_in_any_key(monkeypatch, cfg, component):
         owner[place[-1]] = value
         monkeypatch.setattr(diffusers_layout, 'read_config', lambda *_, found=changed: found)
         try:
-            found = networks.read_config(type(cfg), 'folder', 'part')
+            found = read_config(type(cfg), 'folder', 'part')
         except diffusers_layout.CheckpointError as error:
             assert '\n' not in str(error) and len(str(error)) < 2000
             refused += 1
