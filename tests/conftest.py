@@ -33,7 +33,6 @@ import pytest
 # no process is left with one of them in the end.
 LONGEST = (
     'test_parity.py',
-    'test_tools.py',
     'test_cogvideox.py',
     'test_calls.py',
     'test_mesh.py',

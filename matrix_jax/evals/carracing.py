@@ -20,7 +20,7 @@ from matrix_jax.evals import drift as drifts
 from matrix_jax.evals import scripted as scripts
 from matrix_jax.evals.scripted import ScriptedDrives
 from matrix_jax.evals.settings import EvaluationSettings
-from matrix_jax.evals.video import Streams, bar, indices, sheet, spread
+from matrix_jax.evals.video import Streams, bar, check_clips, indices, sheet, spread
 
 NAME = 'driving'
 
@@ -43,7 +43,7 @@ def recorded(world, data: str, cfg: Config) -> Clips:
     """Held-out clips of the game.
 
     Raises:
-      UsageError: the world cannot be driven.
+      UsageError: the world cannot be driven, or the clips have another size or rate.
     """
     stream = world.cfg.stream
     if stream.group_frames != 1:
@@ -51,7 +51,9 @@ def recorded(world, data: str, cfg: Config) -> Clips:
             f'stream.group_frames: got {stream.group_frames}, expected 1: the driver '
             'presses a key per latent frame'
         )
-    return Clips(data, 'heldout', cfg.clip_frames, THEMES, cache=False)
+    clips = Clips(data, 'heldout', cfg.clip_frames, THEMES, cache=False)
+    check_clips(world, clips, data)
+    return clips
 
 
 def shape(world) -> tuple[int, int]:

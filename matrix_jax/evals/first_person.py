@@ -22,7 +22,7 @@ from matrix_jax.data.records import FRAMES_PER_LATENT, KEYS, Clip
 from matrix_jax.evals import action_probe, control, walks_in_game
 from matrix_jax.evals import drift as drifts
 from matrix_jax.evals.settings import EvaluationSettings
-from matrix_jax.evals.video import Streams, bar, sheet, spread
+from matrix_jax.evals.video import Streams, bar, check_clips, sheet, spread
 
 NAME = 'walking'
 HELD = {
@@ -103,13 +103,7 @@ def recorded(world, data: str, cfg: Config) -> LabelledClips:
     clips = LabelledClips(Clips(data, 'heldout', cfg.clip_frames, cache=False))
     if not len(clips):
         raise UsageError(f'--data: {data}: no held-out clip whose keys and mouse are known')
-    (_, height, width, _), fps = clips[0].frames.shape, clips[0].fps
-    ours = world.cfg
-    if (height, width, fps) != (ours.height, ours.width, ours.fps):
-        raise UsageError(
-            f'--data: {data}: got clips of {height}x{width} at {fps} fps, expected '
-            f'{ours.height}x{ours.width} at {ours.fps} as this world makes them'
-        )
+    check_clips(world, clips, data)
     return clips
 
 

@@ -25,7 +25,7 @@ from matrix_jax.data.loader import Clips
 from matrix_jax.data.records import KEYS, Clip, wrap
 from matrix_jax.evals import drift as drifts
 from matrix_jax.evals.settings import EvaluationSettings
-from matrix_jax.evals.video import Streams, bar, sheet, spread
+from matrix_jax.evals.video import Streams, bar, check_clips, sheet, spread
 
 NAME = 'revisit'
 TURN = 120.0  # degrees of the turn away from the landmark, in one second
@@ -84,12 +84,7 @@ def recorded(world, data: str, cfg: Config) -> Clips:
             'without memory is measured as well'
         )
     clips = Clips(data, 'heldout', cfg.clip_frames, cache=False)
-    ours, (_, height, width, _), fps = world.cfg, clips[0].frames.shape, clips[0].fps
-    if (height, width, fps) != (ours.height, ours.width, ours.fps):
-        raise UsageError(
-            f'--data: {data}: got clips of {height}x{width} at {fps} fps, expected '
-            f'{ours.height}x{ours.width} at {ours.fps} as this world makes them'
-        )
+    check_clips(world, clips, data)
     return clips
 
 

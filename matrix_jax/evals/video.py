@@ -5,17 +5,38 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from matrix_jax import video
+from matrix_jax.config import UsageError
 from matrix_jax.controls import driving as vocabulary
 from matrix_jax.parallel import compilation
 from matrix_jax.stream import swin
 
 CHUNK = 8  # frames per encoder chunk
+
+
+def check_clips(world: Any, clips: Sequence[Any], data: str) -> None:
+    """Checks that recorded clips have the frames that a world makes.
+
+    Args:
+      world: the world.
+      clips: the clips; the first one is checked.
+      data: their folder, for the message.
+
+    Raises:
+      UsageError: frames have another size or rate.
+    """
+    ours, (_, height, width, _), fps = world.cfg, clips[0].frames.shape, clips[0].fps
+    if (height, width, fps) != (ours.height, ours.width, ours.fps):
+        raise UsageError(
+            f'--data: {data}: got clips of {height}x{width} at {fps} fps, expected '
+            f'{ours.height}x{ours.width} at {ours.fps} as this world makes them'
+        )
 
 
 class Streams:

@@ -154,9 +154,7 @@ def first_segment(
       control: float32 [B first_actions A].
       noise: [B first H W C].
     """
-    prepared = prepare_first(cfg, net, carry, control)
-    x, given = _denoise(cfg, net, params, carry, prepared.segment, noise, prepared.clean)
-    return _remember(cfg, carry, x, prepared), x, Trace(prepared.segment, given)
+    return _make(cfg, net, params, carry, noise, prepare_first(cfg, net, carry, control))
 
 
 def next_segment(
@@ -174,8 +172,21 @@ def next_segment(
       noise: [B overlap+new H W C].
     """
     prepared = prepare_next(cfg, net, carry, control)
+    return _make(cfg, net, params, carry, noise, prepared, cfg.overlap)
+
+
+def _make(
+    cfg: Config,
+    net: MemoryNetwork,
+    params: PyTree,
+    carry: Carry,
+    noise: jax.Array,
+    prepared: Prepared,
+    overlap: int = 0,
+) -> tuple[Carry, jax.Array, Trace]:
+    """Makes a segment whose first `overlap` latent frames are those of the segment before."""
     x, given = _denoise(cfg, net, params, carry, prepared.segment, noise, prepared.clean)
-    x = x[:, cfg.overlap :]
+    x = x[:, overlap:]
     trace = Trace(prepared.segment, given, prepared.retrieved)
     return _remember(cfg, carry, x, prepared), x, trace
 

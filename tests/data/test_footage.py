@@ -8,7 +8,7 @@ import pytest
 from matrix_jax import video
 from matrix_jax.data import footage, ingest
 from matrix_jax.data.records import NULL, RecordError, Shard
-from tests.test_tools import run
+from tests.cli.command import run
 
 SIZE = {'height': 32, 'width': 48}
 

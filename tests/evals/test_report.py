@@ -98,6 +98,13 @@ def test_a_stream_of_larger_groups_is_refused(recorded, tmp_path):
         report.evaluate(World(groups=4, group_frames=2), None, str(recorded), tmp_path, CFG)
 
 
+def test_clips_of_another_size_are_refused(recorded, tmp_path):
+    world = Blank(groups=4, group_frames=1, context=3, head_group=2)
+    world.cfg.height = 32
+    with pytest.raises(UsageError, match='got clips of 64x96 at 16 fps, expected 32x96 at 16'):
+        report.evaluate(world, None, str(recorded), tmp_path, CFG)
+
+
 def test_the_tool_needs_data():
     done = subprocess.run(
         [sys.executable, TOOL, 'the_matrix:TINY'],

@@ -20,7 +20,9 @@ class World:
     evaluator = 'carracing'
 
     def __init__(self, **stream):
-        self.cfg = SimpleNamespace(fps=16, clip=None, stream=swin.Config(**stream))
+        self.cfg = SimpleNamespace(
+            height=64, width=96, fps=16, clip=None, stream=swin.Config(**stream)
+        )
 
     def tokenize(self, prompts):
         return np.zeros([len(prompts), 1], np.int32)

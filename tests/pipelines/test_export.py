@@ -10,7 +10,7 @@ import pytest
 from matrix_jax import recipes, worlds
 from matrix_jax.config import UsageError
 from matrix_jax.pipelines import export
-from tests.test_tools import run
+from tests.cli.command import run
 
 pytest.importorskip('flatbuffers')
 

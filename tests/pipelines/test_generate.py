@@ -10,7 +10,7 @@ from PIL import Image
 
 from matrix_jax import recipes, video, worlds
 from matrix_jax.pipelines import generate
-from tests.test_tools import run
+from tests.cli.command import run
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Single pickles become components; whole folders are in tests/test_tools.py."""
+"""Single pickles become components; whole folders are in tests/cli/test_convert.py."""
 
 import shutil
 from pathlib import Path

@@ -21,7 +21,7 @@ from matrix_jax.weights import conversion
 from matrix_jax.weights.diffusers_layout import CheckpointError
 from matrix_jax.worlds.base import BaseWorld
 from matrix_jax.worlds.networks import Component
-from tests.test_tools import run as run_command
+from tests.cli.command import run as run_command
 
 # --- worlds/toy.py -------------------------------------------------------------------------------
 
