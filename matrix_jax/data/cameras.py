@@ -9,13 +9,13 @@ axes is taken as up, and the first camera stands at the origin and looks along +
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from matrix_jax.data import files
 from matrix_jax.data.ingest import IngestError
 
 SUFFIX = '.npz'
@@ -37,8 +37,7 @@ class Cameras(NamedTuple):
 
 def digest(video: Path) -> str:
     """Digest of the camera file beside a video; empty if there is none."""
-    path = video.with_suffix(SUFFIX)
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.is_file() else ''
+    return files.digest(files.beside(video, SUFFIX))
 
 
 def read(path: Path, units: float = UNITS) -> Cameras:

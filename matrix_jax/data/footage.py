@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from matrix_jax import video
-from matrix_jax.data import cameras, records
+from matrix_jax.data import cameras, files, records
 from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
@@ -114,7 +114,7 @@ class FootageReader:
         Raises:
           IngestError: the file is damaged, or has another number of cameras than the video frames.
         """
-        path = path.with_suffix(cameras.SUFFIX)
+        path = files.beside(path, cameras.SUFFIX) or path.with_suffix(cameras.SUFFIX)
         found = cameras.read(path, self.camera_units or cameras.UNITS)
         # The frames that `video.read_frames` takes.
         chosen = np.array([round(index * rate / self.fps) for index in range(count)])
@@ -141,7 +141,7 @@ def find(root: Path, caption: str = '') -> list[VideoSource]:
     """All videos below a folder, sorted by name; other endings are judged by the content.
 
     Args:
-      root: the folder.
+      root: the folder; links in it are followed.
       caption: caption of videos without a .txt file of the same name.
 
     Raises:
@@ -149,23 +149,34 @@ def find(root: Path, caption: str = '') -> list[VideoSource]:
     """
     if not root.is_dir():
         raise IngestError(f'--videos {root}: no such folder')
-    paths = sorted(path for path in root.rglob('*') if _is_video(path))
+    paths = videos(root)
     if not paths:
         raise IngestError(f'--videos {root}: no video in it')
     sources = []
     for path in paths:
-        said = path.with_suffix('.txt')
-        try:
-            text = said.read_text(encoding='utf-8') if said.is_file() else caption
-        except UnicodeDecodeError as error:
-            raise IngestError(f'{said}: not UTF-8 text ({error})') from error
         name = path.relative_to(root).as_posix()
-        sources.append(VideoSource(name, ' '.join(text.split()), cameras=cameras.digest(path)))
+        text = caption_of(path, caption)
+        sources.append(VideoSource(name, text, cameras=cameras.digest(path)))
     return sources
 
 
+def videos(root: Path) -> list[Path]:
+    """Returns the videos below a folder, sorted by name."""
+    return [path for path in files.walk(root) if _is_video(path)]
+
+
+def caption_of(path: Path, default: str = '') -> str:
+    """Returns the text of the .txt file beside a video, or the default, in one line.
+
+    Raises:
+      IngestError: the file is not text.
+    """
+    said = files.beside(path, '.txt')
+    return ' '.join((files.read_text(said) if said else default).split())
+
+
 def _is_video(path: Path) -> bool:
-    if path.is_dir() or path.suffix.lower() in OTHERS or path.name.startswith('.'):
+    if path.suffix.lower() in OTHERS or path.name.startswith('.'):
         return False
     return path.suffix.lower() in SUFFIXES or (path.is_file() and video.is_video(path))
 

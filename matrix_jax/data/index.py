@@ -17,7 +17,7 @@ import numpy as np
 
 from matrix_jax import video
 from matrix_jax.controls import driving
-from matrix_jax.data import records
+from matrix_jax.data import files, records
 from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip
 
 
@@ -116,11 +116,9 @@ def read(path: Path) -> list[VideoSource]:
       IngestError: the file is not an index; the message names every malformed entry.
     """
     try:
-        listed = json.loads(path.read_text(encoding='utf-8'))
-    except OSError as error:
-        raise IngestError(f'--index {path}: {error.strerror or error}') from error
-    except ValueError as error:
-        raise IngestError(f'--index {path}: not JSON ({error})') from error
+        listed = files.read_json(path)
+    except IngestError as error:
+        raise IngestError(f'--index {error}') from error
     listed = listed.get('list') if isinstance(listed, dict) else None
     if not isinstance(listed, list) or not listed:
         raise IngestError(

@@ -39,6 +39,8 @@ class VideoSource:
       signal: one control symbol per frame of the file; empty if unknown.
       start: first frame of the clip.
       cameras: digest of its camera file (`data.cameras`); empty if it has none.
+      labels: digest of the file with the actions of its frames; empty if it has none.
+      episode: number of the episode, if a video can hold several; else None.
     """
 
     path: str
@@ -46,6 +48,13 @@ class VideoSource:
     signal: tuple[str, ...] = ()
     start: int = 0
     cameras: str = ''
+    labels: str = ''
+    episode: int | None = None
+
+    @property
+    def name(self) -> str:
+        """The path, and the episode if there is one; all clips of a name are in one split."""
+        return self.path if self.episode is None else f'{self.path} episode {self.episode}'
 
 
 @dataclass
@@ -117,13 +126,15 @@ def run(
 
     collect.check_workers(workers)
     sizes = [_size(root / source.path) for source in sources]
+    episodes = Counter(source.path for source in sources if source.episode is not None)
     listing = json.dumps([(_listed(source), size) for source, size in zip(sources, sizes)])
     digest = hashlib.sha256(listing.encode()).hexdigest()[:16]
     made = [path for path in (out / collect.MANIFEST, out, *out.parents) if not path.exists()]
     collect.claim(settings, out, {'sources': len(sources), 'digest': digest})
     total, todo = IngestReport(), []
     with tqdm(total=len(sources), unit='file') as bar:
-        for split, number, group in _groups(sources, sizes, settings.held_out):
+        weights = [size // max(1, episodes[one.path]) for one, size in zip(sources, sizes)]
+        for split, number, group in _groups(sources, weights, settings.held_out):
             job = settings, root, group, out / f'{split}-{number:05d}{records.SUFFIX}'
             if _report_path(job[-1]).exists():
                 total.add(_read_report(job[-1]))
@@ -146,20 +157,20 @@ def clip(frames: Sequence[np.ndarray], settings, source: VideoSource, **known) -
         np.stack(frames),
         caption=source.caption,
         theme=settings.kind,
-        seed=_number(source.path),
+        seed=_number(source.name),
         fps=settings.fps,
         **known,
     )
 
 
 def _groups(sources, sizes, held_out) -> Iterator[tuple[str, int, list[VideoSource]]]:
-    """Yields (split, number, sources) of every shard; the split of a video follows its path."""
-    paths = sorted({source.path for source in sources}, key=lambda path: (_number(path), path))
-    held = set(paths[: round(held_out * len(paths))])
+    """Yields (split, number, sources) of every shard; the split of a video follows its name."""
+    names = sorted({source.name for source in sources}, key=lambda name: (_number(name), name))
+    held = set(names[: round(held_out * len(names))])
     for split in ('train', 'heldout'):
         group, weight, number = [], 0, 0
         for source, size in zip(sources, sizes):
-            if (source.path in held) != (split == 'heldout'):
+            if (source.name in held) != (split == 'heldout'):
                 continue
             if group and (len(group) == SHARD_FILES or weight + size > SHARD_BYTES):
                 yield split, number, group
@@ -182,7 +193,7 @@ def _shard(job) -> IngestReport:
                     report.frames += len(made.frames)
                     yield made
             except (UsageError, records.RecordError, OSError) as error:
-                report.skipped[source.path] = str(error).removeprefix(f'{root}/')
+                report.skipped[source.name] = str(error).removeprefix(f'{root}/')
 
     found = clips()
     first = next(found, None)
@@ -218,16 +229,18 @@ def _read_report(shard: Path) -> IngestReport:
 
 
 def _listed(source: VideoSource) -> dict:
-    """Fields of a source; without cameras, those that older folders were made from."""
-    fields = asdict(source)
-    if not source.cameras:
-        del fields['cameras']
-    return fields
+    """Fields of a source; without later ones that are not set, so that older folders agree."""
+    unset = {'cameras': '', 'labels': '', 'episode': None}
+    return {
+        name: value
+        for name, value in asdict(source).items()
+        if name not in unset or value != unset[name]
+    }
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
 
 
-def _number(path: str) -> int:
-    return zlib.crc32(path.encode())
+def _number(name: str) -> int:
+    return zlib.crc32(name.encode('utf-8', 'surrogateescape'))

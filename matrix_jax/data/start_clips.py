@@ -96,7 +96,7 @@ def listing(folder: str) -> dict[str, dict]:
     if not file.is_file():
         return {}
     try:
-        found = diffusers_layout.parse_json(file.read_text(encoding='utf-8'))
+        found = diffusers_layout.parse_json(file.read_text(encoding='utf-8-sig'))
         if not isinstance(found, list) or not all(map(_is_start, found)):
             raise ValueError('expected a list of objects with file, theme, caption and words')
     except ValueError as error:

@@ -46,7 +46,7 @@ def load(folder: str | Path):
         if not (path.is_file() or path.is_dir()):
             raise ValueError(f'tokenizer: {path} is not a file, or a link to none')
     try:
-        found = diffusers_layout.parse_json(config.read_text(encoding='utf-8'))
+        found = diffusers_layout.parse_json(config.read_text(encoding='utf-8-sig'))
         name = found.get('tokenizer_class')
     except (ValueError, AttributeError) as error:
         raise ValueError(f'tokenizer: {config} is not a JSON object ({error})') from None

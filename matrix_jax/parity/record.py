@@ -119,7 +119,7 @@ def _check_file(path: Path) -> None:
 def _read_signals(path: Path) -> Record:
     _check_file(path)
     try:
-        content = json.loads(path.read_text(encoding='utf-8'))
+        content = json.loads(path.read_text(encoding='utf-8-sig'))
     except ValueError as error:
         raise BadInput(f'{path}: not readable JSON ({error})') from None
     known = ('generate_random_control_signal', 'generate_padding')

@@ -142,7 +142,7 @@ def read_json(folder: str | Path, name: str, file: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > JSON_SIZE:
             raise ValueError(f'it has more than {JSON_SIZE >> 20} MiB')
-        found = parse_json(path.read_text(encoding='utf-8'))
+        found = parse_json(path.read_text(encoding='utf-8-sig'))
     except (ValueError, OSError) as error:
         raise CheckpointError(f'{path}: not readable as JSON ({error})') from error
     if not isinstance(found, dict):

@@ -194,7 +194,7 @@ def read(path: str) -> Log:
       ReplayError: the file is not readable, or not a valid log.
     """
     try:
-        with Path(path).expanduser().open(encoding='utf-8') as file:
+        with Path(path).expanduser().open(encoding='utf-8-sig') as file:
             return loads(file.read(LOG_BYTES + 1))
     except (OSError, ValueError, RecursionError) as error:
         reason = str(error) if isinstance(error, ReplayError) else f'not readable ({error})'
