@@ -26,6 +26,7 @@ from matrix_jax.video_reader import (
     frame_times,
     is_video,
     read_frames,
+    read_frames_at,
     read_image,
     read_video,
     shown_at,
@@ -46,6 +47,7 @@ __all__ = [
     'frame_times',
     'is_video',
     'read_frames',
+    'read_frames_at',
     'read_image',
     'read_video',
     'resize',
@@ -112,6 +114,7 @@ def write_video(
     fps: float = FPS,
     keys: Iterable[KeyOverlay | str] | None = None,
     min_width: int = MIN_WIDTH,
+    key_frames: int | None = None,
 ) -> int:
     """Writes a video and returns its number of frames; creates missing folders.
 
@@ -122,6 +125,7 @@ def write_video(
       keys: for each frame a `KeyOverlay` or a driving control ('D', 'BL', 'N', ...); None draws
         nothing.
       min_width: narrower frames are enlarged by the smallest whole factor that reaches it.
+      key_frames: frames from one key frame of an .mp4 to the next; None = up to the encoder.
 
     Raises:
       VideoError: there are no frames, or a frame, `keys` or the path does not fit.
@@ -133,9 +137,12 @@ def write_video(
         raise VideoError(f'{path}: no frames to write')
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.stem}.{os.getpid()}{path.suffix.lower()}')
-    write = _write_gif if part.suffix == '.gif' else _write_mp4
+    pictures = itertools.chain([first], pictures)
     try:
-        count = write(part, itertools.chain([first], pictures), fps)
+        if part.suffix == '.gif':
+            count = _write_gif(part, pictures, fps)
+        else:
+            count = _write_mp4(part, pictures, fps, key_frames)
         part.replace(path)
     except OSError as error:  # the first line; imageio appends its whole command
         raise VideoError(f'{path}: could not be written ({first_line(error)})') from error
@@ -158,9 +165,12 @@ def write_image(path: str | Path, picture: np.ndarray):
         part.unlink(missing_ok=True)
 
 
-def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
+def _write_mp4(
+    path: Path, pictures: Iterable[np.ndarray], fps: float, key_frames: int | None
+) -> int:
     import imageio.v2 as imageio
 
+    seek = [] if key_frames is None else ['-g', str(key_frames)]
     writer = imageio.get_writer(
         path,
         format='FFMPEG',
@@ -170,7 +180,7 @@ def _write_mp4(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
         pixelformat='yuv420p',
         macro_block_size=1,
         ffmpeg_log_level='error',
-        output_params=['-crf', '16', '-movflags', '+faststart'],
+        output_params=['-crf', '16', '-movflags', '+faststart', *seek],
     )
     count = 0
     with contextlib.closing(writer):  # the writer's own context would stay open after an error

@@ -82,6 +82,36 @@ def read_frames(
         raise VideoError(f'{path}: has no frames')
 
 
+def read_frames_at(path: str | Path, times: np.ndarray) -> Generator[np.ndarray]:
+    """Yields the frame nearest to each of some times, uint8 [H W 3] each.
+
+    Reading starts at the key frame before the first time, so parts of long videos are read fast.
+
+    Args:
+      path: the file.
+      times: ascending times in seconds, as the file counts them.
+
+    Raises:
+      VideoError: the file cannot be read as a video, or has no frame at one of the times.
+    """
+    with _opened(path) as (container, stream):
+        half = 1 / (2 * float(stream.average_rate or stream.guessed_rate or FPS))
+        container.seek(max(0, int(times[0] / stream.time_base)), stream=stream)
+        waiting, convert = iter(times.tolist()), _Converter(path, stream)
+        time = next(waiting)
+        timed = (frame for frame in _decoded(container, stream) if frame.pts is not None)
+        for frame in timed:
+            at, picture = float(frame.pts * frame.time_base), None
+            while time is not None and time < at + half and time >= at - half - 1e-6:
+                picture = convert(frame) if picture is None else picture
+                yield picture
+                time = next(waiting, None)
+            if time is None or time < at - half - 1e-6:
+                break
+        if time is not None:
+            raise VideoError(f'{path}: has no frame at {time:.3f} s')
+
+
 def frame_rate(path: str | Path) -> float:
     """Returns the mean frames per second of a video."""
     return _timing(path).rate

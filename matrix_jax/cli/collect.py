@@ -5,14 +5,20 @@
     matrix-jax collect --videos FOLDER --out data/footage
     matrix-jax collect --videos FOLDER --out data/walks --world gallery:MEMORY
     matrix-jax collect --index FILE.json --out data/labelled --world the_matrix
+    matrix-jax collect --lerobot FOLDER --actions-map FILE.yaml --out data/robot
+    matrix-jax collect --vpt FOLDER --out data/vpt --world matrix_game_2
+    matrix-jax collect --gamefactory FOLDER --out data/gamefactory --world matrix_game_2
 
 A game is recorded with its pressed keys; ViZDoom also with mouse and camera pose. Tracks and maps
 of held-out shards appear in no other shard. Videos are cut into shots and resized, and poor clips
 are left out; their controls are marked as unknown. A .txt file beside a video holds its caption. A
 .npz file beside it holds its cameras: extrinsics_c2w [N 4 4] and intrinsics [N 4] of its N frames.
 Clips of such videos have poses, and frames are cut to the field of view of the world. An index
-lists videos with captions and one control per frame, as published. `--data A,B` of matrix-jax train
-mixes folders.
+lists videos with captions and one control per frame, as published.
+
+Recordings of others keep their actions: LeRobot data sets (2.0, 2.1, 3.0; a file says which columns
+press which keys, see docs/records.md), VPT (NAME.mp4 and NAME.jsonl) and GameFactory (video/,
+metadata/, annotation.csv). `--data A,B` of matrix-jax train mixes folders.
 
 A restart with the same settings continues after the last finished shard. The same settings write
 the same records, whatever the number of workers.
@@ -38,6 +44,8 @@ VIDEOS: dict[str, Any] = {
     'camera_units': None,
 }
 INDEX: dict[str, Any] = {'world': 'carracing', 'data_root': None, 'frames': 65}
+MINECRAFT: dict[str, Any] = {'world': 'matrix_game_2', 'caption': '', 'shortest': 2.0}
+LEROBOT: dict[str, Any] = {'world': 'carracing', 'actions_map': None, 'shortest': 2.0}
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,6 +55,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add('env', metavar='ENV', nargs='?', help=f'a game: {" ".join(ENVIRONMENTS)}')
     add('--videos', type=path, metavar='FOLDER', help='unlabelled videos, also in subfolders')
     add('--index', type=path, metavar='FILE', help='index of labelled videos, JSON')
+    add('--lerobot', type=path, metavar='FOLDER', help='a LeRobot data set')
+    add('--vpt', type=path, metavar='FOLDER', help='recordings as of VPT, also in subfolders')
+    add('--gamefactory', type=path, metavar='FOLDER', help='recordings as of GameFactory')
     add('--out', required=True, type=path, help='folder of the shards; created if missing')
     add(
         '--workers',
@@ -65,9 +76,18 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     game('--hours', type=float, help='hours of play at 16 frames/s, both splits (default 1)')
     game('--themes', help="'all', or names with commas: meadow,snow,... or maze,gallery,...")
     game('--seed', type=whole(0, 2**32 - 1), help='seed of tracks and keys (default 0)')
-    files = parser.add_argument_group('of videos and indexes').add_argument
-    files('--world', metavar='RECIPE', help='clips get its size and rate (default carracing)')
+    files = parser.add_argument_group('of videos, indexes and recordings').add_argument
+    files(
+        '--world',
+        metavar='RECIPE',
+        help='clips get its size and rate (default carracing, for Minecraft matrix_game_2)',
+    )
     files('--caption', help='caption of videos without a .txt file (default none)')
+    files(
+        '--actions-map',
+        metavar='FILE',
+        help='YAML: the columns of a LeRobot data set; none for frames and captions alone',
+    )
     files('--shortest', type=float, metavar='SECONDS', help='least length of a clip (default 2)')
     files(
         '--camera-units',
@@ -93,6 +113,9 @@ def main(argv: Sequence[str]) -> None:
             'ENV': (args.env, GAME, record_game),
             '--videos': (args.videos, VIDEOS, ingest_videos),
             '--index': (args.index, INDEX, ingest_index),
+            '--lerobot': (args.lerobot, LEROBOT, ingest_lerobot),
+            '--vpt': (args.vpt, MINECRAFT, ingest_minecraft),
+            '--gamefactory': (args.gamefactory, MINECRAFT, ingest_minecraft),
         }
         named = [name for name, (value, _, _) in sources.items() if value is not None]
         if len(named) != 1:
@@ -101,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
                 + ', '.join(sources)
             )
         _, defaults, collect = sources[named[0]]
-        for name in {**GAME, **VIDEOS, **INDEX}:
+        for name in {**GAME, **VIDEOS, **INDEX, **LEROBOT}:
             if name not in defaults and getattr(args, name) is not None:
                 raise ValueError(f'--{name.replace("_", "-")}: is not an option with {named[0]}')
             if getattr(args, name) is None:
@@ -129,16 +152,11 @@ def record_game(args: argparse.Namespace) -> str:
 
 def ingest_videos(args: argparse.Namespace) -> str:
     """Cuts unlabelled videos into clips; returns a report."""
-    from matrix_jax.data import footage, records
+    from matrix_jax.data import footage
 
-    if not 0 < args.shortest <= 3600:
-        raise ValueError(
-            f'--shortest: got {args.shortest:g}, expected seconds above 0, at most 3600'
-        )
-    sources = footage.find(args.videos, args.caption)
     size = _size(args.world)
-    step = records.FRAMES_PER_LATENT
-    shortest = 1 + step * round(args.shortest * size['fps'] / step)
+    shortest = _shortest(args, size['fps'])
+    sources = footage.find(args.videos, args.caption)
     camera = getattr(recipes.load(args.world).world.stream, 'camera', None)
     focal: Any = camera.focal[0] if camera else None
     settings = footage.FootageReader(
@@ -157,6 +175,46 @@ def ingest_index(args: argparse.Namespace) -> str:
 
     settings = IndexReader(**_size(args.world), frames=args.frames, held_out=args.held_out)
     return _ingest(args, settings, args.data_root or args.index.parent, read(args.index))
+
+
+def ingest_lerobot(args: argparse.Namespace) -> str:
+    """Reads the episodes of a LeRobot data set; returns a report."""
+    from matrix_jax.data import lerobot
+
+    lerobot.needs_pyarrow('--lerobot')
+    size = _size(args.world)
+    settings = lerobot.LeRobotReader(
+        **size,
+        actions=lerobot.load_map(args.lerobot, args.actions_map),
+        shortest=_shortest(args, size['fps']),
+        held_out=args.held_out,
+    )
+    sources = lerobot.find(args.lerobot, settings.actions, settings.fps)
+    return _ingest(args, settings, args.lerobot, sources)
+
+
+def ingest_minecraft(args: argparse.Namespace) -> str:
+    """Reads recordings of VPT or GameFactory; returns a report."""
+    from matrix_jax.data import minecraft
+
+    size = _size(args.world)
+    layout, root = ('vpt', args.vpt) if args.vpt else ('gamefactory', args.gamefactory)
+    settings = minecraft.MinecraftReader(
+        **size, shortest=_shortest(args, size['fps']), held_out=args.held_out, kind=layout
+    )
+    return _ingest(args, settings, root, minecraft.find(root, layout, args.caption))
+
+
+def _shortest(args: argparse.Namespace, fps: int) -> int:
+    """Frames of the shortest clip."""
+    from matrix_jax.data import records
+
+    if not 0 < args.shortest <= 3600:
+        raise ValueError(
+            f'--shortest: got {args.shortest:g}, expected seconds above 0, at most 3600'
+        )
+    step = records.FRAMES_PER_LATENT
+    return 1 + step * round(args.shortest * fps / step)
 
 
 def _size(recipe: str) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Convert a folder of weights between the diffusers layout (safetensors or pickles) and orbax.
+"""Convert weights between the diffusers layout and orbax, either way; write clips for LeRobot.
 
-matrix-jax convert SRC DST                                   either way, by what SRC holds
+matrix-jax convert SRC DST                                   safetensors, pickles or orbax in SRC
 matrix-jax convert VAE.pth DIR/vae --recipe RECIPE           one pickle, to a part of the recipe
 matrix-jax convert --random the_matrix:STAGE4 DST --layers 2  random weights, diffusers layout
 matrix-jax convert --export carracing DST                    the stream's programs, by jax.export
+matrix-jax convert --lerobot data/doom DST                   recorded clips, as a LeRobot data set
 """
 
 from __future__ import annotations
@@ -60,16 +61,24 @@ def main(argv: Sequence[str]) -> None:
     add('--recipe', default='the_matrix:STAGE4', help='a recipe of the same world')
     add('--random', metavar='RECIPE', help='write random weights to DST; no SRC')
     add('--export', metavar='RECIPE', help='write the programs of a stream to DST; no SRC')
+    add('--lerobot', metavar='DATA', help='write recorded clips to DST as LeRobot v3.0; no SRC')
     add('--weights', help='of --export, if the recipe brings none')
     add('--layers', type=whole(1), help='layers of random weights, if fewer than the recipe')
     add('--text-layers', type=whole(1), help='layers of their text encoder (default: --layers)')
     add('--allow-non-finite', action='store_true', help='take weights that are not finite')
     add('--seed', type=whole(0, SEED), default=0, help='seed of random weights (default 0)')
     args = parser.parse_args(argv)
-    if sum(map(bool, (args.random, args.export, args.source))) != 1:
+    if sum(map(bool, (args.random, args.export, args.lerobot, args.source))) != 1:
         raise config.UsageError(
-            'expected SRC and DST, or DST with --random RECIPE or with --export RECIPE'
+            'expected SRC and DST, or DST with --random RECIPE, --export RECIPE or --lerobot DATA'
         )
+    if args.lerobot:
+        from matrix_jax.data import lerobot_export
+
+        config.check_writable('DST', args.target)
+        with config.usage_errors():
+            print(lerobot_export.export(args.lerobot, args.target))
+        return
     if args.export:
         from matrix_jax.pipelines import export
 

@@ -106,6 +106,12 @@ def check(settings):
         raise IngestError(f'--held-out: got {settings.held_out:g}, expected 0 <= fraction < 1')
 
 
+def clip_length(shortest: int, longest: int):
+    """Raises IngestError unless `shortest` frames make a clip of at most `longest`."""
+    if not 5 <= shortest <= longest:
+        raise IngestError(f'--shortest: got {shortest} frames, expected 5 to {longest}')
+
+
 def run(
     settings, root: Path, sources: Sequence[VideoSource], out: Path, workers: int = 1
 ) -> IngestReport:
@@ -151,11 +157,13 @@ def run(
     return total
 
 
-def clip(frames: Sequence[np.ndarray], settings, source: VideoSource, **known) -> records.Clip:
-    """Clip of a video; `known` are its controls and telemetry."""
+def clip(
+    frames: Sequence[np.ndarray], settings, source: VideoSource, caption: str | None = None, **known
+) -> records.Clip:
+    """Clip of a video; `known` are its controls and telemetry, `caption` None is the source's."""
     return records.Clip(
         np.stack(frames),
-        caption=source.caption,
+        caption=source.caption if caption is None else caption,
         theme=settings.kind,
         seed=_number(source.name),
         fps=settings.fps,

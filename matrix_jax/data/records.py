@@ -38,6 +38,7 @@ MOUSE_RATE = 600.0
 VERSION = 2  # version of records with `ACTIONS`; others are of version 1
 ACTIONS = ('keyboard', 'mouse', 'pose')
 SUFFIX = '.array_record'
+SPLITS = ('train', 'heldout')
 ENDS = 2**18  # bytes at each end of a shard that its digest covers
 
 

@@ -109,7 +109,8 @@ def _settings(path: Path, metadata: Mapping[str, str], component: str) -> dict:
                 if '.' not in key or key.startswith(f'{component}.')
             }
         elif path.name == PEFT[0] and path.with_name(PEFT[1]).is_file():
-            found = diffusers_layout.parse_json(path.with_name(PEFT[1]).read_text(encoding='utf-8-sig'))
+            text = path.with_name(PEFT[1]).read_text(encoding='utf-8-sig')
+            found = diffusers_layout.parse_json(text)
         else:
             return {}
         patterns = found.get('alpha_pattern') or {}
