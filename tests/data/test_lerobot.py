@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -430,3 +431,13 @@ def test_without_pyarrow_a_line_says_what_to_install(tmp_path, capsys, monkeypat
     monkeypatch.setattr(importlib.util, 'find_spec', missing)
     (tmp_path / 'set').mkdir()
     check_refused(tmp_path, capsys, "--lerobot needs pyarrow: pip install 'matrix_jax[lerobot]'")
+
+
+def test_the_maps_of_the_guide_and_of_the_module_are_maps():
+    yaml = pytest.importorskip('yaml')
+    guide = (Path(__file__).parents[2] / 'docs' / 'records.md').read_text()
+    module = actions_map.__doc__
+    for text in (guide.split('```yaml\n')[1].split('```')[0],
+                 module[module.index('    camera') : module.index('A term is')]):  # fmt: skip
+        mapped = actions_map.parse(yaml.safe_load(text))
+        assert (mapped.offset, mapped.unit, mapped.pose) == (1, 'degrees', 'observation.pose')

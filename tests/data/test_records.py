@@ -1,6 +1,9 @@
 """A clip comes back as it was written, and what is not a clip is refused in one line."""
 
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -190,3 +193,18 @@ def test_a_digest_names_the_content(tmp_path):
     a, b, c = (Shard(tmp_path / name) for name in 'abc')
     assert a.path.stat().st_size == c.path.stat().st_size  # shards are padded
     assert a.digest() == b.digest() != c.digest()
+
+
+def test_the_reader_of_the_guide_needs_only_its_libraries(tmp_path):
+    guide = (Path(__file__).parents[2] / 'docs' / 'records.md').read_text()
+    reader = guide.split('```python\n')[1].split('```')[0]
+    assert len(reader.strip().splitlines()) <= 11 and 'matrix_jax' not in reader
+    path = tmp_path / 'train-00000.array_record'
+    write_shard(path, [make_clip(0), make_clip(1, frames=5)])
+    done = subprocess.run(
+        [sys.executable, '-c', reader, path], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith('caption 0 16 {') and "'frames': (17, 8, 12, 3)" in first
+    assert second.startswith('caption 1 16 {') and "'controls': (5,)" in second
