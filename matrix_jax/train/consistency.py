@@ -131,8 +131,8 @@ class StreamConsistency(Denoising):
                     'student reads what its teacher reads'
                 )
 
-    def start(self, world, params, seed):
-        params = super().start(world, params, seed)
+    def start(self, world, params, seed, allow_non_finite=False):
+        params = super().start(world, params, seed, allow_non_finite)
         return {**params, 'teacher': params['transformer']}
 
     def axes(self, world):

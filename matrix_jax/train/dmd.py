@@ -52,12 +52,12 @@ class SelfForcing(DistributionMatching, FlowMatching):
                 'what its teacher reads'
             )
 
-    def start(self, world, params, seed):
-        params = super().start(world, params, seed)
+    def start(self, world, params, seed, allow_non_finite=False):
+        params = super().start(world, params, seed, allow_non_finite)
         judges, tower = params['transformer'], 'image_encoder'
         if self.teacher:
             only = ('transformer', *[tower] * world.has_part(self.teacher, tower))
-            found = world.load(self.teacher, only=only)
+            found = world.load(self.teacher, only, allow_non_finite)
             judges = found['transformer']
             if tower in found and not _equal(found[tower], params[tower]):
                 params[TOWER] = found[tower]

@@ -84,7 +84,7 @@ class LightDecoder(Stage):
         width = round((full.decoder_dim or full.dim) * (1 - self.rate))
         return world.replace(light=dataclasses.replace(full, decoder_dim=width))
 
-    def start(self, world, params, seed):
+    def start(self, world, params, seed, allow_non_finite=False):
         light = self.light(world)
         drawn = light.init(seed, only=(LIGHT,))[LIGHT]
         heads = {

@@ -43,7 +43,7 @@ def fit(run, world, params) -> dict:
     """
     stage, train = run.stage, run.train
     stage.check_world(world)
-    params = stage.start(world, params, train.seed)
+    params = stage.start(world, params, train.seed, run.allow_non_finite)
     made = program.build(run, world, params)
     with multihost.first_alone():
         loader = stage.loader(

@@ -83,11 +83,12 @@ class MemorySelfForcing(DistributionMatching, MemoryStage):
                 f'{self.last_segment(stream)} segments of a clip after the first one'
             )
 
-    def start(self, world, params, seed):
-        params = super().start(world, params, seed)
+    def start(self, world, params, seed, allow_non_finite=False):
+        params = super().start(world, params, seed, allow_non_finite)
         judges = params['transformer']
         if self.teacher:
-            judges = world.load(self.teacher, only=('transformer',))['transformer']
+            found = world.load(self.teacher, ('transformer',), allow_non_finite)
+            judges = found['transformer']
         return {**params, 'teacher': judges, 'critic': judges}
 
     def axes(self, world):

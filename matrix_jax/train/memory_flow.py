@@ -77,8 +77,8 @@ class MemoryFlow(MemoryStage):
         if self.shift is not None and not self.shift > 0:
             raise ValueError(f'stage.shift: got {self.shift}, expected more than 0')
 
-    def start(self, world, params, seed):
-        params = super().start(world, params, seed)
+    def start(self, world, params, seed, allow_non_finite=False):
+        params = super().start(world, params, seed, allow_non_finite)
         if self.error_frames:
             params[ERRORS] = empty_errors(
                 self.error_frames, (*latent_size(world.cfg), world.cfg.dit.channels)

@@ -58,12 +58,14 @@ class Stage:
                 wanted = f'at least {low}' if high is None else f'{low} to {high}'
                 raise ValueError(f'stage.{name}: got {value}, expected {wanted}')
 
-    def start(self, world, params, seed: int) -> dict:
+    def start(self, world, params, seed: int, allow_non_finite: bool = False) -> dict:
         """Parameters by component that the loss reads.
 
         Args:
           params: parameters of the whole world; components that no stage needs may be missing.
           seed: seed of new parameters.
+          allow_non_finite: whether further weights that the stage reads may have values that are
+            infinite or not a number.
         """
         return {name: params[name] for name in self.components if name in params}
 

@@ -80,10 +80,10 @@ class LoRA(WholeClip):
         if not 0 < self.alpha < float('inf'):
             raise ValueError(f'stage.alpha: got {self.alpha}, expected a number above 0')
 
-    def start(self, world, params, seed):
+    def start(self, world, params, seed, allow_non_finite=False):
         name = 'transformer'
         adapter = lora.init(world.tables[name], params[name], self.rank, self.alpha, seed)
-        return super().start(world, params, seed) | {'lora': adapter}
+        return super().start(world, params, seed, allow_non_finite) | {'lora': adapter}
 
     def axes(self, world):
         kernels = conversion.axes(world.tables['transformer'])

@@ -350,6 +350,28 @@ def test_a_teacher_sees_pictures_with_its_own_tower(tmp_path):
     assert set(stage.finish(world, apart, None)[1]) == set(FlowMatching.components)
 
 
+@pytest.mark.parametrize('recipe', ['matrix_game_2:TINY_DMD', 'matrix_game_3:TINY_MEMORY_DMD'])
+def test_a_teacher_that_is_not_finite_needs_leave(recipe):
+    run = recipes.load(recipe)
+    world, asked = worlds.build(run.world), []
+    params = {'transformer': {}, 'image_encoder': {}}
+
+    class Asking:
+        cfg = world.cfg
+
+        def has_part(self, folder, name):
+            return False
+
+        def load(self, folder, only, allow_non_finite):
+            asked.append((folder, only, allow_non_finite))
+            return params
+
+    stage = dataclasses.replace(run.stage, teacher='folder')
+    for allowed in (False, True):
+        stage.start(Asking(), params, 0, allowed)
+    assert asked == [('folder', ('transformer',), False), ('folder', ('transformer',), True)]
+
+
 def test_who_judges_is_told_of_a_picture_by_its_tower(toy):
     _, params, batch = toy
 
