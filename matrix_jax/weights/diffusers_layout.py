@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from matrix_jax.weights import links
 from matrix_jax.weights.tensor_files import (
     CheckpointError,
     ScaledTensors,
@@ -74,6 +75,7 @@ def resolve(weights: str) -> Path:
     path = Path(text).expanduser()
     if path.is_dir():
         _check_no_run(path)
+        links.note(path)
         return path
     if path.exists():
         raise CheckpointError(
