@@ -151,7 +151,7 @@ class Config:
     def in_diffusers(self) -> bool:
         """Whether diffusers has this network."""
         default = type(self)()
-        names = ('patch_size', 'latent_means', *OPTIONS)
+        names = set(OPTIONS) - {'single_latent_frames'}
         return all(getattr(self, name) == getattr(default, name) for name in names)
 
     @property
@@ -222,7 +222,7 @@ def _plain(value):
 
 
 # Keys of config.json: those that set a field, those with one supported value, and those without
-# effect. Released files have no patch_size, latent_means, single_latent_frames and OPTIONS.
+# effect. Released files have none of OPTIONS.
 FIELDS = {
     'in_channels': 'in_channels',
     'out_channels': 'out_channels',
@@ -244,8 +244,9 @@ FIELDS = {
     'norm_frames': 'norm_frames',
     'modulated': 'modulated',
 }
-# Fields that are written only if they differ from the default.
-OPTIONS = ('spatial_levels', 'time_taps', 'resampling', 'norm_frames', 'modulated')
+# Fields that are written only if they differ from the default: diffusers does not know them.
+OPTIONS = ('patch_size', 'latent_means', 'single_latent_frames')
+OPTIONS += ('spatial_levels', 'time_taps', 'resampling', 'norm_frames', 'modulated')
 FIXED = {'act_fn': 'silu', 'use_quant_conv': False, 'use_post_quant_conv': False}
 IGNORED = ('force_upcast', 'shift_factor', 'latents_mean', 'latents_std', 'invert_scale_latents')
 

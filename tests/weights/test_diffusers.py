@@ -3,7 +3,9 @@
 Tiny models are saved by these libraries, so a key or a name that a new release writes shows here.
 """
 
+import dataclasses
 import functools
+import inspect
 import json
 import os
 
@@ -11,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from matrix_jax import recipes, worlds
 from matrix_jax.cli.convert import unpickle
 from matrix_jax.config import UsageError
 from matrix_jax.dit import cogvideox, wan_memory
@@ -244,6 +247,53 @@ def test_pickles_without_weights_are_refused(tmp_path):
     torch.save({'step': 1, 'list': [torch.ones(2)]}, tmp_path / 'a.pt')
     with pytest.raises(UsageError, match='not a pickle of tensors alone .it holds step, list'):
         unpickle(tmp_path / 'a.pt', tmp_path / 'a.safetensors')
+
+
+# --- pipelines -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('dynamic', [True, False])
+def test_an_export_without_control_is_a_pipeline_that_makes_the_same_video(
+    tmp_path, dynamic, caplog
+):
+    run = recipes.load('the_matrix:TINY_CLIP')
+    dit = dataclasses.replace(run.world.dit, control=None, layers=2)
+    sampler = dataclasses.replace(run.world.clip, dynamic_guidance=dynamic)
+    cfg = dataclasses.replace(run.world, dit=dit, clip=sampler)
+    made = worlds.build(cfg)
+    parts = ('transformer', 'vae', 'text_encoder')
+    made.save(str(tmp_path), made.init(0, zero_init=False, only=parts), dtype=None)
+    run = dataclasses.replace(run, world=cfg, weights=str(tmp_path))
+    world, params = worlds.open_run(run)
+    ids, symbols, key = world.tokenize(['a road']), np.zeros((1, 3), np.int32), jax.random.key(0)
+    ours = jax.jit(world.sample_clip).lower(params, ids, symbols, key)
+    quick = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
+    ours = np.asarray(ours.compile(compiler_options=quick)(params, ids, symbols, key))[0]
+
+    pipe = diffusers.CogVideoXPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    for name in ('vae', 'transformer', 'scheduler'):  # diffusers knows every key of the configs
+        file = 'scheduler_config.json' if name == 'scheduler' else 'config.json'
+        written = {key for key in json.loads((tmp_path / name / file).read_text()) if key[0] != '_'}
+        assert written <= set(inspect.signature(type(getattr(pipe, name))).parameters)
+    height, width = cfg.height // 8, cfg.width // 8
+    noise = jax.random.normal(jax.random.fold_in(key, 0), (1, 3, height, width, 4))
+    theirs = pipe(
+        prompt='a road',
+        height=cfg.height,
+        width=cfg.width,
+        num_frames=9,
+        num_inference_steps=sampler.steps,
+        guidance_scale=sampler.guidance,
+        use_dynamic_cfg=dynamic,
+        latents=torch.tensor(np.asarray(noise)).permute(0, 1, 4, 2, 3),
+        max_sequence_length=cfg.dit.text_length,
+        output_type='np',
+    ).frames[0]
+    assert ours.shape == theirs.shape and ours.std() > 20
+    # Levels that lie between two whole numbers may be rounded differently.
+    apart = np.abs(np.round(theirs * 255) - ours)
+    assert apart.max() <= 1 and (apart > 0).mean() < 1e-3
 
 
 # --- adapters ------------------------------------------------------------------------------------
