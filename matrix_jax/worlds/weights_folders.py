@@ -57,14 +57,33 @@ class WeightsFolders(Networks):
             sizes of this world.
 
         Raises:
-          CheckpointError: a config.json is missing or describes another network.
+          CheckpointError: a component is missing, or a config.json describes another network.
         """
         return self.replace(**self._read_configs(folder, whole))
+
+    def _check_whole(self, folder: Path, without: tuple[str, ...]) -> None:
+        """Raises CheckpointError if a folder is a component, or lacks some but those `without`."""
+        names = [one.folder for one in self.components if one.folder not in without]
+        there = [name for name in names if self.has_part(folder, name)]
+        missing = [
+            name for name in names if name not in there and name not in self.external_parts(folder)
+        ]
+        if there and missing:
+            raise diffusers_layout.CheckpointError(
+                f'{folder}: no component {", ".join(missing)}; it has only {", ".join(there)}, '
+                'from which matrix-jax train can start'
+            )
+        if missing and (folder / 'config.json').is_file():
+            raise diffusers_layout.CheckpointError(
+                f'{folder}: is a single component, expected a folder with {", ".join(names)}'
+            )
 
     def _read_configs(
         self, folder: str | Path, whole: bool, without: tuple[str, ...] = ()
     ) -> dict[str, Any]:
         """Config of each component as a weights folder has it, by field, but those `without`."""
+        if whole:
+            self._check_whole(Path(folder), without)
         found: dict[str, Any] = {}
         for component in self.components:
             if component.folder in without:

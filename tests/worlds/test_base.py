@@ -83,6 +83,15 @@ def test_a_folder_gives_back_what_was_written(world, tiny, tmp_path):
         world.load(tmp_path / 'more')
 
 
+def test_a_folder_of_one_component_says_what_a_video_needs(world, tmp_path):
+    (tmp_path / 'vae').mkdir()
+    (tmp_path / 'vae' / 'config.json').write_text('{}')
+    with pytest.raises(CheckpointError, match='no component transformer, text_encoder; it has onl'):
+        worlds.describe(world.cfg, tmp_path, whole=True)
+    with pytest.raises(CheckpointError, match='vae: is a single component, expected a folder with'):
+        worlds.describe(world.cfg, tmp_path / 'vae', whole=True)
+
+
 def test_parameters_are_sharded_by_their_letters(world):
     mesh = sharding.make_mesh(config.Mesh(fsdp=2, tensor=2))
     params = world.device_put(world.init(0, only=('transformer',)), mesh)
