@@ -53,6 +53,8 @@ ALLOWED = {
 HEAVY = {
     'transformers',
     'av',
+    'pyarrow',
+    'yaml',
     'imageio',
     'gymnasium',
     'vizdoom',

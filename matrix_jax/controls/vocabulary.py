@@ -137,7 +137,7 @@ def content(text: str) -> str:
     Raises:
       ControlError: the file is not readable, or too large.
     """
-    looks = text.strip().endswith(('.json', '.txt'))
+    looks = text.strip().lower().endswith(('.json', '.txt'))
     try:
         path = Path(text.strip()).expanduser()
         if not (looks or path.is_file()):
