@@ -119,7 +119,7 @@ class ActionsMap:
         """
         for column in self.columns:
             if column not in names:
-                there = ', '.join(f'{name}[{len(parts)}]' for name, parts in names.items())
+                there = ', '.join(f'{name}[{len(parts)}]' for name, parts in names.items())[:200]
                 raise IngestError(
                     f'column {column}: the data set has none of this name, only {there}'
                 )
@@ -193,7 +193,7 @@ def part_index(term: Term, parts: list) -> int:
             return int(term.part)
     raise IngestError(
         f'{term.column}: got {"no part" if term.part is None else f"part {term.part}"}, '
-        f'expected {term.column}[0] to [{len(parts) - 1}], or one of {", ".join(parts)}'
+        f'expected {term.column}[0] to [{len(parts) - 1}], or one of {", ".join(parts)[:200]}'
     )
 
 

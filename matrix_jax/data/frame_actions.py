@@ -130,7 +130,8 @@ def _sampled(
     if actions.turns is not None:
         again = np.diff(chosen, prepend=-1)[start:stop] == 0  # the same frame as before
         turned = np.where(again[:, None], 0, _sums(actions.turns, first, last))
-        known['mouse'] = (turned * fps / records.MOUSE_RATE).astype(np.float32)
+        with np.errstate(over='ignore'):  # `records.Clip` refuses what is not finite
+            known['mouse'] = (turned * fps / records.MOUSE_RATE).astype(np.float32)
     if actions.pose is not None:
         known['pose'] = actions.pose[last].astype(np.float32)
     if actions.controls is not None:

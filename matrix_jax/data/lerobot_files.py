@@ -81,7 +81,8 @@ class Dataset:
             )
         self.fps = info.get('fps')
         if type(self.fps) not in (int, float) or not 0 < self.fps <= 1000:
-            raise IngestError(f'{self.where}: fps: got {self.fps!r}, expected a positive number')
+            got = actions_map.shown(self.fps)
+            raise IngestError(f'{self.where}: fps: got {got}, expected a positive number')
         pictures = {
             n: f.get('dtype') for n, f in features.items() if f.get('dtype') in ('video', 'image')
         }
@@ -100,7 +101,7 @@ class Dataset:
             raise IngestError(f'{root}: has no episodes')
 
     def _camera(self, pictures: Mapping[str, str], camera: str | None) -> str:
-        there = ', '.join(pictures) or 'none'
+        there = ', '.join(pictures)[:200] or 'none'
         if camera is None and len(pictures) != 1:
             raise IngestError(
                 f'{self.where}: got cameras {there}, expected one, or its name as camera: NAME in '
@@ -131,14 +132,14 @@ class Dataset:
         """Episodes of version 2.x."""
         meta, chunk = self.root / 'meta', self.info.get('chunks_size', 1000)
         if type(chunk) is not int or chunk < 1:
-            raise IngestError(f'{self.where}: chunks_size: got {chunk!r}, expected a whole number')
+            got = actions_map.shown(chunk)
+            raise IngestError(f'{self.where}: chunks_size: got {got}, expected a whole number')
         self.tasks = {}
         for where, row in files.read_json_lines(meta / 'tasks.jsonl'):
             number, text = _fields(row, where, task_index=int, task=str)
             self.tasks[number] = text
         for where, row in files.read_json_lines(meta / 'episodes.jsonl'):
             number, length = _fields(row, where, episode_index=int, length=int)
-            tasks = row.get('tasks') if isinstance(row.get('tasks'), list) else []
             fields = {'episode_chunk': number // chunk, 'episode_index': number}
             picture = (
                 ''
@@ -151,7 +152,7 @@ class Dataset:
                 self._path('data_path', fields),
                 picture,
                 0.0,
-                tuple(map(str, tasks)),
+                _texts(row.get('tasks')),
             )
 
     def _third(self) -> Iterator[Episode]:
@@ -164,7 +165,11 @@ class Dataset:
             raise IngestError(
                 f'{self.root / "meta" / "tasks.parquet"}: expected task and task_index'
             )
-        self.tasks = dict(zip(rows['task_index'], rows[texts], strict=True))
+        self.tasks = {
+            number: text
+            for number, text in zip(rows['task_index'], rows[texts], strict=True)
+            if isinstance(text, str)
+        }
         key = f'videos/{self.camera}'
         wanted = ['episode_index', 'length', 'tasks', 'data/chunk_index', 'data/file_index']
         times = (
@@ -199,9 +204,7 @@ class Dataset:
                     }
                     picture, start = self._path('video_path', fields), part[2]
                 data = self._path('data_path', {'chunk_index': chunk, 'file_index': file})
-                yield Episode(
-                    number, length, data, picture, start, tuple(map(str, one['tasks'] or ()))
-                )
+                yield Episode(number, length, data, picture, start, _texts(one['tasks']))
 
     def rows(self, episode: Episode, columns: Sequence[str]) -> dict[str, np.ndarray]:
         """Columns [N D] of the rows of an episode, and its `task_index` [N 1], in order.
@@ -230,6 +233,7 @@ class Dataset:
 
     def captions(self, episode: Episode, tasks: np.ndarray) -> tuple[tuple[int, int, str], ...]:
         """(first frame, end, caption) of the runs of one task in an episode of task numbers [N]."""
+        tasks = np.nan_to_num(tasks, nan=-1, posinf=-1, neginf=-1)
         edges = [0, *(np.flatnonzero(np.diff(tasks)) + 1).tolist(), len(tasks)]
         whole = '. '.join(episode.tasks)
         return tuple(
@@ -282,6 +286,10 @@ def part_names(feature: Mapping[str, Any]) -> list[str]:
     if isinstance(names, list) and len(names) == count and len(set(map(str, names))) == count:
         return [str(name) for name in names]
     return [str(number) for number in range(count)]
+
+
+def _texts(tasks: Any) -> tuple[str, ...]:
+    return tuple(map(str, tasks)) if isinstance(tasks, list) else ()
 
 
 def _fields(row: Any, where: str, **kinds: type) -> list[Any]:

@@ -375,7 +375,7 @@ def check_refused(folder, capsys, said, *more):
     lerobot.open_dataset.cache_clear()
     assert collect(folder / 'set', folder / 'out', *more) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith('error: ') and said in line
+    assert line.startswith('error: ') and said in line and len(line) < 1000
     assert sorted(folder.rglob('*')) == before
 
 
@@ -383,6 +383,7 @@ def check_refused(folder, capsys, said, *more):
     ({'codebase_version': 'v1.6'}, "codebase_version: got 'v1.6', expected v2.0, v2.1 or v3.0"),
     ({'fps': 'fast'}, "fps: got 'fast', expected a positive number"),
     ({'fps': 5}, 'got 5 frames per second, expected at least 8'),
+    ({'fps': 'a' * 10**5}, 'aa, expected a positive number'),
     ({'features': []}, 'expected an object with features'),
     ({'features': {'a': {'dtype': 'video'}, 'b': {'dtype': 'video'}}}, 'got cameras a, b, '),
     ({'features': {}}, 'got cameras none, expected one'),
@@ -423,6 +424,29 @@ def test_damaged_files_are_skipped_by_name(parquet, tmp_path, capsys):
     check_refused(
         tmp_path, capsys, "episodes.jsonl line 1: episode_index: got '0'", '--actions-map', 'none'
     )
+
+
+@pytest.mark.parametrize('name, values', [
+    ('task_index', [np.inf] * 49),
+    ('task_index', [None] * 49),
+    ('action', [[1e300] * 4] * 49),
+    ('action', [None] * 49),
+    ('action', ['w'] * 49),
+    ('frame_index', [0] * 50),
+])  # fmt: skip
+def test_hostile_rows_skip_their_episode_alone(parquet, tmp_path, name, values):
+    import pyarrow
+
+    write_second(parquet, tmp_path / 'set')
+    (tmp_path / 'map.yaml').write_text(MAP)
+    path = tmp_path / 'set' / 'data' / 'chunk-001' / 'episode_000002.parquet'
+    columns = parquet.read_table(path).to_pydict()
+    columns = {key: (column * 2)[: len(values)] for key, column in columns.items()}
+    parquet.write_table(pyarrow.table(columns | {name: values}), path)
+    more = ('--actions-map', tmp_path / 'map.yaml', '--held-out', 0)
+    assert collect(tmp_path / 'set', tmp_path / 'out', *more) == 0
+    kept = [clip.caption for clip in clips(tmp_path / 'out')]
+    assert kept == ['walk to the door', *['look around'] * (name == 'task_index')]
 
 
 def test_without_pyarrow_a_line_says_what_to_install(tmp_path, capsys, monkeypatch):
