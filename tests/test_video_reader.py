@@ -235,3 +235,25 @@ def test_white_paper_and_peaks_of_tone_mapping():
     for transfer in (video_reader.PQ, video_reader.HLG):
         assert video_reader.tone_mapped(grey, transfer).tolist() == [[[255, 255, 255]]]
         assert video_reader.tone_mapped(0 * grey, transfer).tolist() == [[[0, 0, 0]]]
+
+
+def test_frames_are_read_at_their_times_from_the_key_frame_before(tmp_path):
+    import av
+
+    levels = np.arange(10, 250, 4, dtype=np.uint8)
+    frames = np.broadcast_to(levels[:, None, None, None], (60, 16, 16, 3))
+    path = tmp_path / 'a.mp4'
+    video.write_video(path, frames, fps=16, min_width=1, key_frames=5)
+    with av.open(str(path)) as container:
+        keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+    assert keys[0] and np.diff(np.flatnonzero(keys)).max() <= 5
+    wanted = np.array([0, 1, 1, 2, 5, 31, 59])
+    for first in (0, 3, 5):
+        shown = [frame.mean() for frame in video.read_frames_at(path, wanted[first:] / 16)]
+        np.testing.assert_allclose(shown, levels[wanted[first:]], atol=2)
+    near = [frame.mean() for frame in video.read_frames_at(path, np.array([20.4, 20.6]) / 16)]
+    np.testing.assert_allclose(near, levels[[20, 21]], atol=2)
+    with pytest.raises(video.VideoError, match='a.mp4: has no frame at 3.750 s'):
+        list(video.read_frames_at(path, np.array([59, 60]) / 16))
+    with pytest.raises(video.VideoError, match='gone.mp4: no such file'):
+        list(video.read_frames_at(tmp_path / 'gone.mp4', np.array([0.0])))

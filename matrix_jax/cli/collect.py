@@ -56,8 +56,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add('--videos', type=path, metavar='FOLDER', help='unlabelled videos, also in subfolders')
     add('--index', type=path, metavar='FILE', help='index of labelled videos, JSON')
     add('--lerobot', type=path, metavar='FOLDER', help='a LeRobot data set')
-    add('--vpt', type=path, metavar='FOLDER', help='recordings as of VPT, also in subfolders')
-    add('--gamefactory', type=path, metavar='FOLDER', help='recordings as of GameFactory')
+    add('--vpt', type=path, metavar='FOLDER', help="recordings of OpenAI's VPT")
+    add('--gamefactory', type=path, metavar='FOLDER', help='recordings of GameFactory')
     add('--out', required=True, type=path, help='folder of the shards; created if missing')
     add(
         '--workers',

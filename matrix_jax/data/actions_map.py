@@ -167,7 +167,7 @@ class ActionsMap:
             held = values(self.driving, DRIVING, bool)
             found['controls'] = frame_actions.driving_controls(*held.T)
         if found:
-            found = {name: frame_actions.moved(one, self.offset) for name, one in found.items()}
+            found = {name: frame_actions.delayed(one, self.offset) for name, one in found.items()}
             found['usable'] = np.arange(count) >= self.offset
         if self.pose is not None:
             found['pose'] = columns[self.pose].astype(np.float32)

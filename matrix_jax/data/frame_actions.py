@@ -156,7 +156,7 @@ def _sums(values: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray
     return np.where((first == last)[:, None], values[last].astype(float), several)
 
 
-def moved(values: np.ndarray, offset: int) -> np.ndarray:
+def delayed(values: np.ndarray, offset: int) -> np.ndarray:
     """Values [N ...] at the frames `offset` later; the first ones repeat."""
     return values[np.maximum(np.arange(len(values)) - offset, 0)]
 

@@ -177,7 +177,7 @@ def state(clip: records.Clip, kinds: Sequence[str]) -> np.ndarray:
     return np.concatenate([parts[kind] for kind in STATE if kind in kinds], 1).astype(np.float32)
 
 
-def actions_map(kinds: Sequence[str]) -> str:
+def map_text(kinds: Sequence[str]) -> str:
     """The file that `matrix-jax collect --lerobot` reads the data set with."""
     column, lines = 'observation.state', [MAP.rstrip()]
     if 'keyboard' in kinds:
@@ -317,7 +317,7 @@ class _Writer:
         }
         (meta / 'info.json').write_text(json.dumps(info, indent=4), encoding='utf-8')
         (meta / 'stats.json').write_text(json.dumps(self.stats.all(), indent=4), encoding='utf-8')
-        (self.root / OWN_MAP).write_text(actions_map(self.kinds), encoding='utf-8')
+        (self.root / OWN_MAP).write_text(map_text(self.kinds), encoding='utf-8')
 
     def _write(self, name: str, columns: Mapping[str, np.ndarray]):
         """Writes columns [N] or [N D] as parquet; vectors have a fixed length."""

@@ -145,12 +145,12 @@ def read_vpt(path: Path, times: np.ndarray) -> FrameActions:
         )
     count = min(len(rows), len(times))
     keys, turns, usable, poses = (list(column) for column in zip(*rows[:count], strict=True))
-    usable = frame_actions.moved(np.array(usable), 1)
+    usable = frame_actions.delayed(np.array(usable), 1)
     usable[0] = False  # its action comes before the recording
     return FrameActions(
         times=times[:count],
-        keyboard=frame_actions.moved(np.array(keys), 1),
-        turns=frame_actions.moved(np.array(turns), 1),
+        keyboard=frame_actions.delayed(np.array(keys), 1),
+        turns=frame_actions.delayed(np.array(turns), 1),
         pose=None if any(pose is None for pose in poses) else minecraft_poses(np.array(poses)),
         usable=usable,
     )
