@@ -93,15 +93,15 @@ def walk(root: Path) -> list[Path]:
     """Returns all files below a folder, sorted, also in linked folders.
 
     Links may form loops, and several may lead to the same place: each folder and each file is
-    listed once, under the first of its names.
+    listed once, under its own name if it is below the folder, else under the first link to it.
 
     Raises:
       IngestError: a folder cannot be read.
     """
     seen: set[tuple[int, int]] = set()
-    found, waiting = [], [root]
-    while waiting:
-        path = waiting.pop()
+    found, waiting, links = [], [root], []
+    while waiting or links:
+        path = waiting.pop() if waiting else links.pop(0)
         try:
             info = path.stat()
         except OSError:  # a broken link
@@ -115,9 +115,11 @@ def walk(root: Path) -> list[Path]:
             found.append(path)
             continue
         try:
-            waiting += sorted(path.iterdir(), reverse=True)
+            names = sorted(path.iterdir())
         except OSError as error:
             raise IngestError(f'{path}: {error.strerror or error}') from error
+        links += [name for name in names if name.is_symlink()]
+        waiting += [name for name in reversed(names) if not name.is_symlink()]
     return sorted(found)
 
 
