@@ -7,6 +7,7 @@
     matrix-jax train carracing:SWIN     --out runs/swin --weights runs/base/weights
     matrix-jax train carracing:STREAM   --out runs/stream --weights runs/swin/weights
     matrix-jax generate carracing:STREAM --weights runs/stream/weights
+    matrix-jax train carracing:REWARD   --out runs/reward      # for agents
 
 The weights of the last three stages are bundled: PLAY uses those of STREAM, TEACHER those of SWIN,
 and CLIPS those of BASE, which makes clips of two seconds from noise.
@@ -22,6 +23,7 @@ from matrix_jax.recipes import change
 from matrix_jax.stream.swin import Config as Swin
 from matrix_jax.train.consistency import StreamConsistency
 from matrix_jax.train.optim import Optimizer
+from matrix_jax.train.reward import Reward
 from matrix_jax.train.swin_dpm import SwinDPM
 from matrix_jax.train.vae import Autoencode
 from matrix_jax.train.whole_clip import WholeClip
@@ -112,6 +114,13 @@ STREAM = Run(
         optimizer=dataclasses.replace(MUON, learning_rate=5e-4, adam_rate=1e-4),
     ),
     train=Train(steps=1500, batch=8),
+)
+# What agents are paid for: the road and the speed, read from frames.
+REWARD = Run(
+    world=WORLD,
+    data='data/carracing',
+    stage=Reward(ema=0.99, optimizer=Optimizer(learning_rate=2e-3, schedule='cosine', warmup=20)),
+    train=Train(steps=1000, batch=32, save_every=200),
 )
 
 PLAY = Run(world=STREAM.world, weights='carracing')

@@ -18,6 +18,10 @@ A Matrix-Game 3.0 of this size, on the same recordings and autoencoder:
     matrix-jax train gallery:LIGHT_50   --out runs/light_50 --weights runs/memory_dmd/weights
     matrix-jax generate gallery:MEMORY_LIGHT --weights runs/light_50/weights --image a.png
 
+REWARD trains what agents are paid for, to reach a picture or a pillar:
+
+    matrix-jax train gallery:REWARD --out runs/reward
+
 NO_MEMORY is the same network without memory, NO_ERRORS that without error buffer. No world has been
 trained with these recipes yet, so the package brings no weights for them.
 """
@@ -147,4 +151,8 @@ LIGHT_75 = change(LIGHT_50, {'stage.rate': 0.75})
 # The world with a light decoder; its weights folder says how many channels that has.
 MEMORY_LIGHT = change(
     MEMORY_DMD, {'world.light': dataclasses.replace(VAE.world.vae, decoder_dim=8), 'stage': None}
+)
+# What agents are paid for: to reach a picture or a pillar, read from frames.
+REWARD = change(
+    load('carracing:REWARD'), {'world': DMD.world, 'data': DMD.data, 'stage.task': 'landmark'}
 )

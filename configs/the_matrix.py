@@ -17,6 +17,7 @@ from matrix_jax.encoders import clip, t5
 from matrix_jax.recipes import change
 from matrix_jax.stream.swin import Config as Swin
 from matrix_jax.train.consistency import StreamConsistency
+from matrix_jax.train.reward import Reward
 from matrix_jax.train.swin_dpm import SwinDPM
 from matrix_jax.train.vae import Autoencode
 from matrix_jax.train.whole_clip import ControlSFT, LoRA, WholeClip
@@ -132,6 +133,7 @@ TINY_SWIN = change(
         'world.stream.group_frames': 1,
     },
 )
+TINY_REWARD = change(TINY, {'stage': Reward(), 'train': _FEW})
 TINY_CONSISTENCY = change(
     TINY_SWIN,
     {'stage': StreamConsistency(points=2), 'world.stream.steps': 2, 'world.stream.solver': 'lcm'},

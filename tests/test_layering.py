@@ -20,7 +20,7 @@ BASE = {'config', 'recipes', 'video', 'parallel', 'weights', 'controls'}
 NETWORKS = {'vae', 'encoders', 'dit'}
 WORLDS = BASE | NETWORKS | {'nn', 'diffusion', 'stream', 'worlds'}
 UPPER = {'weights.converter'}  # lies above the rest of its folder
-DRIVERS = WORLDS | UPPER | {'data', 'train', 'serve', 'evals', 'pipelines'}
+DRIVERS = WORLDS | UPPER | {'data', 'rewards', 'train', 'serve', 'evals', 'pipelines'}
 ALLOWED = {
     'parallel': {'parallel.mesh'},
     'parallel.mesh': set(),
@@ -35,6 +35,7 @@ ALLOWED = {
     **dict.fromkeys(NETWORKS, BASE | {'nn'}),
     'stream': BASE | {'nn', 'diffusion'},
     'data': BASE,
+    'rewards': BASE | {'data'},
     'worlds': WORLDS,
     'weights.converter': WORLDS,
     'parity': DRIVERS,

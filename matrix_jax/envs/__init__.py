@@ -18,7 +18,7 @@ from matrix_jax.config import UsageError
 __all__ = ['FunctionalEnv', 'WorldEnv', 'WorldVectorEnv', 'register']
 IDS = {  # id -> arguments of the environment
     'matrix_jax/World-v0': {},
-    'matrix_jax/CarRacing-v0': {'recipe': 'carracing'},
+    'matrix_jax/CarRacing-v0': {'recipe': 'carracing', 'reward': 'carracing_reward'},
     'matrix_jax/Doom-v0': {'recipe': 'doom'},
     'matrix_jax/Gallery-v0': {'recipe': 'gallery'},
 }

@@ -7,21 +7,15 @@ import numpy as np
 from gymnasium.vector import AutoresetMode
 
 from matrix_jax import config, recipes
+from matrix_jax.envs.agent_rewards import AgentRewards, Reward
 from matrix_jax.envs.players import Players
-from matrix_jax.envs.world_env import (
-    EnvState,
-    Reward,
-    check_render_mode,
-    checked_actions,
-    no_reward,
-    spaces,
-)
+from matrix_jax.envs.world_env import EnvState, check_render_mode, checked_actions, spaces
 
 
 class WorldVectorEnv(gymnasium.vector.VectorEnv):
     """Many agents in one program.
 
-    An agent's episode is terminated if its world is no longer finite, and truncated after
+    An agent's episode is terminated as that of a `WorldEnv`, and truncated after
     `max_episode_steps`. With `AutoresetMode.NEXT_STEP` the next step resets it; its action does not
     count and its reward is 0. With `AutoresetMode.DISABLED` the agents stay where they are until
     `reset(options={'reset_mask': mask})`.
@@ -33,10 +27,11 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
       max_episode_steps: time limit of an episode; None for none.
       autoreset_mode: `AutoresetMode.NEXT_STEP` or `AutoresetMode.DISABLED`.
       recipe, prompt, start, control_binding, whole, reward, render_mode, opened: as of `WorldEnv`;
-        the reward is called for each agent.
+        a function is called for each agent.
 
     Raises:
       UsageError: an argument is out of range.
+      CheckpointError: there is no such trained reward.
     """
 
     def __init__(
@@ -70,7 +65,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
         self.num_envs, self.render_mode = num_envs, render_mode
         self.max_episode_steps, self._autoreset = max_episode_steps, autoreset_mode
         self.metadata = self.players.metadata | {'autoreset_mode': autoreset_mode}
-        self.reward = reward or no_reward
+        self.rewards = AgentRewards(reward, self.players)
         self.single_action_space, self.single_observation_space = spaces(self.players)
         batched = gymnasium.vector.utils.batch_space
         self.action_space = batched(self.single_action_space, num_envs)
@@ -105,7 +100,7 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
             one = seeds[index]
             if one is not None or self._randoms[index] is None:
                 self._randoms[index] = gymnasium.utils.seeding.np_random(one)[0]
-            self.players.begin(index, self._randoms[index], options)
+            self._begin(index, options)
         self._options = options
         self._ended[mask], self._steps[mask] = False, 0
         self._observations = self.players.observe()
@@ -123,27 +118,19 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
         active = ~self._ended
         if self._autoreset is AutoresetMode.NEXT_STEP:
             for index in np.flatnonzero(self._ended):
-                self.players.begin(index, self._randoms[index], self._options)
+                self._begin(index, self._options)
                 self._steps[index] = 0
             self._ended = np.zeros(self.num_envs, bool)
         broken = self.players.step(actions, active)
         before, self._observations = self._observations, self.players.observe()
+        rewards, over = self.rewards.step(before, actions, self._observations, active)
+        terminated = broken | over
         self._steps = self._steps + active
         late = np.zeros(self.num_envs, bool)
         if self.max_episode_steps is not None:
             late = active & (self._steps >= self.max_episode_steps)
-        self._ended = self._ended | broken | late
-        rewards = [
-            float(self.reward(*transition)) if on else 0.0
-            for on, *transition in zip(active, before, actions.tolist(), self._observations)
-        ]
-        return (
-            self._observations.copy(),
-            np.array(rewards, np.float64),
-            broken,
-            late & ~broken,
-            self._info(),
-        )
+        self._ended = self._ended | terminated | late
+        return (self._observations.copy(), rewards, terminated, late & ~terminated, self._info())
 
     def clone_state(self) -> EnvState:
         """The state of all agents, random numbers included."""
@@ -152,12 +139,14 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
             self._steps.copy(),
             tuple(random and random.bit_generator.state for random in self._randoms),
             self._ended.copy(),
+            tuple(self.rewards.clone(index) for index in range(self.num_envs)),
         )
 
     def restore_state(self, state: EnvState):
         """Continues from the state of environments of the same world."""
         for index, (player, random) in enumerate(zip(state.players, state.random, strict=True)):
             self.players.restore(index, player)
+            self.rewards.restore(index, state.rewards[index])
             if random is not None:
                 self._randoms[index] = gymnasium.utils.seeding.np_random(0)[0]
                 self._randoms[index].bit_generator.state = random
@@ -167,6 +156,11 @@ class WorldVectorEnv(gymnasium.vector.VectorEnv):
     def render(self):
         """The last frame of each agent."""
         return tuple(self.players.frames[:, -1].copy()) if self.render_mode else None
+
+    def _begin(self, index: int, options: dict | None):
+        """Starts an episode of an agent."""
+        self.players.begin(index, self._randoms[index], options)
+        self.rewards.begin(index)
 
     def _mask(self, given) -> np.ndarray:
         """Which agents to reset, bool [B]."""

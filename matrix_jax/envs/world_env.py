@@ -7,16 +7,14 @@ Equal seeds and actions give equal observations.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gymnasium
 import numpy as np
 
 from matrix_jax import config, recipes
+from matrix_jax.envs.agent_rewards import AgentRewards, Reward
 from matrix_jax.envs.players import Players, PlayerState
-
-Reward = Callable[[np.ndarray, int, np.ndarray], float]
 
 
 class EnvState(NamedTuple):
@@ -27,28 +25,33 @@ class EnvState(NamedTuple):
       steps: steps of the episode so far, of each agent.
       random: state of each agent's random numbers, or None before the first reset.
       ended: whether each agent's episode is over.
+      rewards: state of each agent's reward, or None without a trained one.
     """
 
     players: tuple[PlayerState, ...]
     steps: np.ndarray
     random: tuple[Any, ...]
     ended: np.ndarray
+    rewards: tuple[Any, ...]
 
 
 class WorldEnv(gymnasium.Env):
     """One agent.
 
-    An episode ends only if the world is no longer finite, or by a wrapper such as
-    `gymnasium.wrappers.TimeLimit`. `info` has `shift`, the steps so far, and `lag`. Copies by
-    `copy.deepcopy` share the compiled programs; a pickle holds the recipe and the state.
+    An episode is terminated if a trained reward says so (`rewards.tasks`), or if the world is no
+    longer finite; it is truncated by a wrapper such as `gymnasium.wrappers.TimeLimit`. `info` has
+    `shift`, the steps so far, and `lag`. Copies by `copy.deepcopy` share the compiled programs; a
+    pickle holds the recipe and the state.
 
     Args:
       recipe, prompt, start, control_binding, whole, opened: as of `Players`.
-      reward: `(observation before, action, observation after) -> float`; 0 by default.
+      reward: a function `(observation before, action, observation after) -> float`; a trained
+        reward (`rewards.model`), or its folder or bundled name; None for rewards of 0.
       render_mode: None or 'rgb_array', which gives the last frame.
 
     Raises:
       UsageError: an argument is out of range, or this process was forked from one that uses JAX.
+      CheckpointError: there is no such trained reward.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class WorldEnv(gymnasium.Env):
         check_render_mode(render_mode)
         self.players = Players(recipe, 1, control_binding, 1, prompt, start, whole, opened)
         self.metadata, self.render_mode = self.players.metadata, render_mode
-        self.reward = reward or no_reward
+        self.rewards = AgentRewards(reward, self.players)
         self.action_space, self.observation_space = spaces(self.players)
         self._observation = None
         self._steps = 0
@@ -75,6 +78,7 @@ class WorldEnv(gymnasium.Env):
         """`options` may choose 'prompt' and 'start' -> (observation, info)."""
         super().reset(seed=seed)
         self.players.begin(0, self.np_random, options)
+        self.rewards.begin(0)
         self._observation, self._steps = self.players.observe()[0], 0
         return self._observation.copy(), self._info()
 
@@ -86,12 +90,14 @@ class WorldEnv(gymnasium.Env):
         """
         if self._observation is None:
             raise gymnasium.error.ResetNeeded('reset the environment before the first step')
-        action = int(checked_actions([action], 1, len(self.players.choices))[0])
-        broken = self.players.step([action], np.ones(1, bool))
-        before, self._observation = self._observation, self.players.observe()[0]
+        actions, active = checked_actions([action], 1, len(self.players.choices)), np.ones(1, bool)
+        broken = self.players.step(actions, active)
+        before, after = self._observation, self.players.observe()
+        rewards, over = self.rewards.step(before[None], actions, after, active)
+        self._observation = after[0]
         self._steps += 1
-        reward = float(self.reward(before, action, self._observation))
-        return self._observation.copy(), reward, bool(broken[0]), False, self._info()
+        terminated = bool((broken | over)[0])
+        return self._observation.copy(), float(rewards[0]), terminated, False, self._info()
 
     def clone_state(self) -> EnvState:
         """The state of the environment, random numbers included."""
@@ -100,11 +106,13 @@ class WorldEnv(gymnasium.Env):
             np.array([self._steps]),
             (self.np_random.bit_generator.state,),
             np.zeros(1, bool),
+            (self.rewards.clone(0),),
         )
 
     def restore_state(self, state: EnvState):
         """Continues from the state of an environment of the same world."""
         self.players.restore(0, state.players[0])
+        self.rewards.restore(0, state.rewards[0])
         self._observation, self._steps = self.players.observe()[0], int(state.steps[0])
         self.np_random.bit_generator.state = state.random[0]
 
@@ -141,11 +149,6 @@ def checked_actions(actions, count: int, choices: int) -> np.ndarray:
             f'action: got {str(actions)[:60]}, expected 0 to {choices - 1}'
         )
     return given
-
-
-def no_reward(before, action, after) -> float:
-    """The reward without a reward function."""
-    return 0.0
 
 
 def check_render_mode(render_mode: str | None):

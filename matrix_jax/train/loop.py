@@ -69,9 +69,7 @@ def fit(run, world, params) -> dict:
     final = multihost.fetch(states.merged(state, 'ema'))
     if multihost.first():
         world, final = stage.finish(world, final, loader)
-        folder = os.path.join(run.out, 'weights')
-        world.save(folder, final, start=run.weights, dtype=stage.export)
-        stage.add_files(world, final, folder)
+        stage.save(world, final, os.path.join(run.out, 'weights'), run)
     multihost.meet('export')
     return result
 

@@ -123,8 +123,15 @@ class Stage:
         """The world and the parameters to export after training; unchanged by default."""
         return world, params
 
-    def add_files(self, world, params, folder: str):
-        """Writes files beside the exported weights; none by default."""
+    def save(self, world, params, folder: str, run):
+        """Writes the folder of weights that training leaves.
+
+        Args:
+          world, params: from `finish`.
+          folder: where to write.
+          run: the recipe (`config.Run`).
+        """
+        world.save(folder, params, start=run.weights, dtype=self.export)
 
 
 def check_clip_frames(frames: int):

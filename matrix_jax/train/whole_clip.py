@@ -98,7 +98,8 @@ class LoRA(WholeClip):
     def finish(self, world, params, loader):
         return world, _merged(params)
 
-    def add_files(self, world, params, folder):
+    def save(self, world, params, folder, run):
+        super().save(world, params, folder, run)
         lora.write(os.path.join(folder, lora.FILE), params['lora'], world.tables['transformer'])
 
 

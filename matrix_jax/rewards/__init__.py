@@ -1,0 +1,1 @@
+"""Rewards that a small network reads from frames; see `model` and `tasks`."""
