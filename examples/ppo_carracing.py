@@ -28,7 +28,6 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
 from matrix_jax.controls.driving import SYMBOLS
 from matrix_jax.data import carracing
 from matrix_jax.envs import WorldVectorEnv
-from matrix_jax.evals import driver
 from matrix_jax.rewards import model
 
 REWARD = 'carracing_reward'
@@ -145,7 +144,7 @@ class GameEnv(gymnasium.Env):
     observation_space, action_space = View.space, gymnasium.spaces.Discrete(len(KEYS))
 
     def __init__(self, parity: int = 0, lag: int = 0):
-        self.game, self.reward = driver.carracing.new_game(), model.load(REWARD)
+        self.game, self.reward = carracing.CarRacingGame(), model.load(REWARD)
         self.parity, self.lag = parity, lag
 
     def reset(self, *, seed=None, options=None):

@@ -1,6 +1,6 @@
 """A reward as two pure functions of frames: a small network and the rule of its task.
 
-    values = sigmoid(dense(gelu(dense(gelu(convolutions(frames))))))
+    values = sigmoid(dense(gelu(dense(gelu(convolutions(newest frame, movement))))))
 
 The network reads decoded frames, so it fits every world that makes frames of its size, whatever the
 autoencoder. A folder of it holds `reward/config.json` and its weights beside it.
@@ -73,8 +73,12 @@ class RewardNetwork(nn.Module):
     def __call__(self, frames):
         cfg = self.cfg
         x = frames[:, -cfg.frames :].astype(jnp.float32) / 255 - 0.5
-        x = reduce(x, 'b f (h p) (w q) c -> b f h w c', 'mean', p=cfg.shrink, q=cfg.shrink)
-        x = rearrange(x, 'b f h w c -> b h w (f c)')
+        x = reduce(x, 'b f (h p) (w q) c -> b h w f c', 'mean', p=cfg.shrink, q=cfg.shrink)
+        grey = x.mean(axis=-1)
+        # What moved, in units of the contrast: small beside the colours, but the speed is there.
+        moved = grey[..., :-1] - grey[..., -1:]
+        contrast = grey[..., -1:].std(axis=(1, 2), keepdims=True) + 0.02
+        x = jnp.concatenate([4 * x[..., -1, :], moved / contrast], axis=-1)
         for width in cfg.widths:
             x = nn.gelu(nn.Conv(width, (3, 3), (2, 2))(x))
         x = nn.gelu(nn.Dense(cfg.hidden)(rearrange(x, 'b h w c -> b (h w c)')))

@@ -62,7 +62,7 @@ class Reward(Stage):
     task: str = 'on_road'
     frames: int = 4
     shrink: int = 2
-    noise: float = 12.0
+    noise: float = 4.0
     brightness: float = 0.1
 
     # A mirrored landmark belongs to a gallery that does not exist.

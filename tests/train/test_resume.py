@@ -103,6 +103,19 @@ def test_a_killed_process_goes_on_from_a_committed_step(
     assert not list(tmp_path.glob('state/*tmp*'))
 
 
+def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bits(toy, whole, tmp_path):
+    for at in (2, 3, 7, 9):  # twice before or during the first save
+        done = subprocess.run(
+            [sys.executable, '-c', CHILD, TOY, tmp_path, str(signal.SIGKILL.value), str(at), '12'],
+            env=os.environ | {'PYTHONPATH': str(TOY.parents[2])},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    toy.fit(tmp_path, steps=STEPS)
+    assert_same_end(tmp_path, whole)
+
+
 def test_a_damaged_step_is_refused_until_it_is_removed(toy, whole, tmp_path):
     shutil.copytree(whole, tmp_path / 'run')
     newest = tmp_path / 'run/state' / str(STEPS)

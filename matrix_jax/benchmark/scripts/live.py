@@ -3,6 +3,7 @@
     python -m matrix_jax.benchmark.scripts.live load --players 8 --seconds 30
     python -m matrix_jax.benchmark.scripts.live load --players 1 --entry tail
     python -m matrix_jax.benchmark.scripts.live faults --seconds 90
+    python -m matrix_jax.benchmark.scripts.live floods --seconds 30 --rounds 4
     python -m matrix_jax.benchmark.scripts.live soak --shifts 20000
 
 Exits with 1 if a bound is broken; its line begins with BROKEN. Clients run in their own processes
@@ -11,7 +12,9 @@ Exits with 1 if a bound is broken; its line begins with BROKEN. Clients run in t
 `load` also replays every player's log alone on the same program and compares each frame that the
 player saw, byte by byte (of the JPEG). `faults` runs two good players beside a slow reader, a
 client that is killed repeatedly, one that connects and drops, one that sends invalid messages, and
-invalid HTTP; it compares them with the same players beside good ones. `soak` runs one player on a
+invalid HTTP; it compares them with the same players beside good ones. `floods` compares two good
+players beside a third one with the same beside one who sends keys, restarts and prompts without
+pause, in turns, because a machine is not always equally fast. `soak` runs one player on a
 socket with an engine that never waits.
 """
 
@@ -248,6 +251,28 @@ def faults(recipe, args, bounds: Bounds):
         still(one, counted, bounds)
 
 
+def floods(recipe, args, bounds: Bounds):
+    """Two good players, in turns beside a third one and beside one who floods the server."""
+    with server(recipe, players=3, control_binding=args.entry) as (port, one, _):
+        late: dict[str, list[float]] = {'calm': [], 'flood': []}
+        for turn in range(2 * args.rounds):
+            kind = 'flood' if turn % 2 else 'calm'
+            third = start('flood' if turn % 2 else 'play', port, args)
+            found = good(port, args)
+            show(found, f'two players, {kind}')
+            late[kind] += [value for player in found for value in player.get('latencies', ())]
+            told = end(third)[0]
+            if kind == 'flood':
+                print(f'{"":7}{told["sent"]} messages, {told["joined"]} times joined', flush=True)
+            rests(one)
+        calm, wild = (float(np.quantile(late[kind], 0.95)) for kind in ('calm', 'flood'))
+        bounds.hold(
+            wild / calm - 1 <= SLOWER,
+            'p95 of the two good players',
+            f'{1e3 * calm:.0f} ms, beside a flood {1e3 * wild:.0f} ms: {wild / calm - 1:+.0%}',
+        )
+
+
 def rests(one: HostedWorld):
     """Waits until no session is left."""
     end = time.monotonic() + 20
@@ -324,7 +349,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('what', choices=('load', 'faults', 'soak'))
+    parser.add_argument('what', choices=('load', 'faults', 'floods', 'soak'))
     parser.add_argument('--recipe', default=recipes.DEFAULT_WORLD)
     parser.add_argument('--weights')
     parser.add_argument('--entry', default='head')
@@ -336,6 +361,7 @@ def main():
         ('connects', 200),
         ('messages', 10_000),
         ('requests', 1000),
+        ('rounds', 4),
     ):
         parser.add_argument(f'--{name}', type=int, default=usual)
     args = parser.parse_args()
@@ -346,7 +372,7 @@ def main():
         )
     given = [f'--weights={args.weights}'] if args.weights else []
     bounds = Bounds()
-    {'load': load, 'faults': faults, 'soak': soak}[args.what](
+    {'load': load, 'faults': faults, 'floods': floods, 'soak': soak}[args.what](
         recipes.load(args.recipe, given), args, bounds
     )
     sys.exit(bounds.broken > 0)

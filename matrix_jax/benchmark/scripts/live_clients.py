@@ -198,6 +198,31 @@ async def come_and_go(port: int, seconds: float, count: int) -> dict:
     return {'connects': count, 'seated': seated, 'connects_took': time.monotonic() - began}
 
 
+async def flood(port: int, seconds: float) -> dict:
+    """Sends keys, restarts and prompts as fast as the server reads; joins again when closed."""
+    token, sent, joined, end = None, 0, 0, time.monotonic() + seconds
+    restart = json.dumps({'type': 'restart', 'start': None, 'prompt': None, 'seed': 1})
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while time.monotonic() < end:
+                with contextlib.suppress(websockets.ConnectionClosed, OSError):
+                    async with websockets.connect(address(port)) as socket:
+                        await socket.send(json.dumps(JOIN | {'seed': 1, 'session': token}))
+                        welcome = json.loads(await socket.recv())
+                        if welcome['type'] != 'welcome':
+                            continue
+                        token, joined = welcome['session'], joined + 1
+                        reader = asyncio.create_task(drain(socket))
+                        while time.monotonic() < end and not reader.done():
+                            key = {'type': 'keys', 'id': sent + 1, 'symbol': KEYS[sent % len(KEYS)]}
+                            prompt = {'type': 'prompt', 'text': f'snow {sent}'}
+                            for text in (json.dumps(key), restart, json.dumps(prompt)):
+                                await socket.send(text)
+                                sent += 1
+                            await asyncio.sleep(0)
+    return {'sent': sent, 'joined': joined}
+
+
 def request(chance: random.Random, port: int, session: str) -> bytes:
     """Random HTTP request with odd method, path, headers and body; some address a live session."""
     path = chance.choice(
@@ -296,6 +321,8 @@ async def run(args) -> list[dict]:
         return [await storm(port, args)]
     if args.what == 'last':
         return [await last(port, args.frames)]
+    if args.what == 'flood':
+        return [await flood(port, args.seconds)]
     return await asyncio.gather(
         *(
             play(port, args.seconds, args.seed + at, args.what == 'slow')
@@ -308,7 +335,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('what', choices=('play', 'slow', 'storm', 'last'))
+    parser.add_argument('what', choices=('play', 'slow', 'storm', 'last', 'flood'))
     for name, usual in (
         ('port', 8000),
         ('players', 1),

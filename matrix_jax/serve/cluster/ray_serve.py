@@ -41,6 +41,9 @@ SETTINGS = {
 }
 # Keeps a cluster that is started here on loopback; this is Ray's default except on Linux.
 LOCAL_SETTINGS = {'RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER': '0'}
+# Ray gives each of its programs a fixed time to start, 30 s, which a slow machine needs longer for.
+# They start faster the next time, when the machine has read them from the disk.
+START_ATTEMPTS = 3
 QUIET = {'log_level': 'WARNING', 'enable_access_log': False, 'encoding': 'JSON'}
 
 
@@ -136,7 +139,7 @@ def connect():
     secret, but frames and carries are not encrypted there. Use a private network.
 
     Raises:
-      UsageError: Ray is not installed, or the cluster does not answer.
+      UsageError: Ray is not installed, or the cluster does not answer or start.
     """
     local = not can_join()
     for name, value in (SETTINGS | LOCAL_SETTINGS if local else SETTINGS).items():
@@ -150,6 +153,17 @@ def connect():
         raise UsageError("--ray needs Ray: pip install 'matrix_jax[ray]'") from None
     with warnings.catch_warnings():  # JAX warns about forks, but Ray's start other programs
         warnings.filterwarnings('ignore', r'os\.fork', RuntimeWarning)
+        _init(ray, local)
+    address = ray.util.get_node_ip_address()
+    if local and not server.is_loopback(address):
+        fields = {'address': address, 'why': 'Ray was imported before'}
+        log.warning('cluster_reachable', extra={'fields': fields})
+    return ray
+
+
+def _init(ray, local: bool):
+    """Joins a cluster, or starts one; on a slow machine that takes several attempts."""
+    for attempt in range(START_ATTEMPTS):
         try:
             ray.init(
                 'local' if local else None,
@@ -157,13 +171,14 @@ def connect():
                 include_dashboard=False,
                 logging_level=logging.WARNING,
             )
+            return
         except ConnectionError as error:
             raise UsageError(f'--ray: the cluster to join does not answer: {error}') from error
-    address = ray.util.get_node_ip_address()
-    if local and not server.is_loopback(address):
-        fields = {'address': address, 'why': 'Ray was imported before'}
-        log.warning('cluster_reachable', extra={'fields': fields})
-    return ray
+        except Exception as error:  # Ray raises plain ones when a part of it is late
+            ray.shutdown()
+            if not local or attempt == START_ATTEMPTS - 1:
+                reason = str(error).partition('\n')[0]
+                raise UsageError(f'--ray: no cluster could be started: {reason}') from error
 
 
 def build(recipe, cfg: server.Config, cluster: Config, registry, gpus: float):

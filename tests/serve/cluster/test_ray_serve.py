@@ -4,8 +4,12 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
+import signal
 import socket
+import sys
 import time
+import types
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +17,7 @@ import pytest
 from websockets.sync.client import connect
 
 from matrix_jax import recipes
+from matrix_jax.config import UsageError
 from matrix_jax.serve.cluster import ray_serve, worker
 from matrix_jax.serve.web import server
 from tests.serve.conftest import Player
@@ -120,6 +125,62 @@ def test_a_player_outlives_its_world(tiny, tmp_path, monkeypatch):
         player.send(type='leave')
         assert player.wait('closed')['code'] == 1000
     assert not ray.is_initialized()
+
+
+class Stop(Exception):
+    """Raised by a stand-in for Ray."""
+
+
+def test_sigterm_drains_as_ctrl_c_does(monkeypatch):
+    """Ray's own handler, which it sets when it starts, would end the process at once."""
+    handlers = []
+
+    class Ray(types.ModuleType):
+        def init(self, *_, **__):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+        def shutdown(self):
+            pass
+
+    class Serve:
+        def start(self, **_):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+            raise Stop
+
+    ray = Ray('ray')
+    ray.serve = Serve()
+    ray.util = types.SimpleNamespace(get_node_ip_address=lambda: '127.0.0.1')
+    monkeypatch.setitem(sys.modules, 'ray', ray)
+    monkeypatch.setattr(os, 'environ', {**os.environ, 'RAY_ADDRESS': 'local'})
+    monkeypatch.setattr(ray_serve, 'check', lambda recipe, _: recipe)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(Stop), ray_serve.running(None, server.Config(), ray_serve.Config()):
+            pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert handlers == [signal.default_int_handler]
+
+
+def test_a_cluster_that_is_late_is_started_again(monkeypatch):
+    class Ray:
+        attempts = 0
+
+        def init(self, *_, **__):
+            self.attempts += 1
+            if self.attempts <= late:
+                raise Exception('The current node timed out during startup.\nMore.')
+
+        def shutdown(self):
+            pass
+
+    ray, late = Ray(), 2
+    ray_serve._init(ray, True)
+    assert ray.attempts == 3
+    ray, late = Ray(), 9
+    with pytest.raises(UsageError, match='--ray: no cluster could be started: .* startup.$'):
+        ray_serve._init(ray, True)
+    assert ray.attempts == ray_serve.START_ATTEMPTS
 
 
 def test_which_cluster_is_joined(tmp_path, monkeypatch):
