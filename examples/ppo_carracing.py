@@ -32,17 +32,17 @@ from matrix_jax.rewards import model
 
 REWARD = 'carracing_reward'
 THEME = 'meadow'
-KEYS = ('D', 'DL', 'DR', 'NL', 'NR')  # those that a policy chooses from
+KEYS = ('D', 'NL', 'NR')  # a policy chooses from these: gas, or steer without it
 MEMORY = 4  # keys that a policy remembers
 ROWS, SHRINK = 52, 4  # rows of the frame that show the road ahead, pixels per side of a cell
 EPISODE = 120  # steps, 30 s
 SETTINGS = {
-    'n_steps': 64,
-    'batch_size': 128,
-    'n_epochs': 8,
+    'n_steps': 32,
+    'batch_size': 64,
+    'n_epochs': 6,
     'gamma': 0.95,
     'gae_lambda': 0.9,
-    'learning_rate': 7e-4,
+    'learning_rate': 1e-3,
     'ent_coef': 0.01,
     'policy_kwargs': {'net_arch': [64, 64]},
 }
@@ -183,7 +183,7 @@ def train(where: str, steps: int, agents: int, seed: int, lag: int, out: Path):
         for info in local['infos']:
             if 'episode' in info:
                 log.append([ppo.num_timesteps, info['episode']['r'], info['episode']['l']])
-        if ppo.num_timesteps % 512 == 0:
+        if ppo.num_timesteps % 256 == 0:
             recent = np.mean([entry[1:] for entry in log[-20:]] or [[0, 0]], axis=0)
             print(
                 f'{ppo.num_timesteps} steps, {time.time() - began:.0f} s; last episodes: '

@@ -21,6 +21,8 @@ from matrix_jax.evals import scripted as scripts
 from matrix_jax.evals.scripted import ScriptedDrives
 from matrix_jax.evals.settings import EvaluationSettings
 from matrix_jax.evals.video import Streams, bar, check_clips, indices, sheet, spread
+from matrix_jax.rewards import model
+from matrix_jax.train import reward as training
 
 NAME = 'driving'
 
@@ -32,11 +34,13 @@ class Config(EvaluationSettings):
     Attributes:
       settle: latent frames at the start that are not judged, as the start clip shows them.
       cruise: speed of the driver in units/s.
+      reward: the reward of agents, a bundled name or a folder.
     """
 
     probe: control.Config = control.Config()
     settle: int = 4
     cruise: float = 18.0
+    reward: str = 'carracing_reward'
 
 
 def recorded(world, data: str, cfg: Config) -> Clips:
@@ -85,6 +89,7 @@ def sections(world, params, data: str, held_out: Clips, rebuilt, cfg: Config, ou
     context = world.cfg.stream.context
     probe, real = probes(cfg, data, held_out, list(rebuilt), context, out)
     yield 'probe', real
+    yield 'reward', rewards(cfg, list(_each(held_out)), rebuilt, context)
     game = driver.carracing.new_game()
     starts = driver.starts(game, cfg.streams, 8 + world.cfg.stream.frames, cfg.seed)
     yield 'speed', speed(world, params, game, starts[0], cfg)
@@ -133,6 +138,20 @@ def probes(cfg: Config, data: str, held_out: Clips, rebuilt, context: int, out: 
     return found, {'threshold': limit, **scores}
 
 
+def rewards(cfg: Config, clips, rebuilt, context: int) -> dict:
+    """Scores of the reward of agents on held-out clips, and on those after the autoencoder."""
+    reward = model.load(cfg.reward)
+    through = zip(spread(clips, len(rebuilt)), rebuilt, strict=True)
+    given = {
+        'real': [(clip, clip.frames) for clip in clips],
+        'reconstructed': [
+            (clips[index], _after_context(clips[index], frames, context))
+            for index, frames in through
+        ],
+    }
+    return {name: training.scores(reward, pairs) for name, pairs in given.items()}
+
+
 def _each(clips: Clips):
     return (clips[index] for index in range(len(clips)))
 
@@ -142,14 +161,19 @@ def _example(clip):
 
 
 def _rebuilt_examples(clips, rebuilt, context: int, cfg: Config):
-    first = FRAMES_PER_CONTROL * (context - 1) + 1
     for index, frames in zip(spread(clips, len(rebuilt)), rebuilt, strict=True):
         clip = clips[index]
         yield (
-            np.concatenate([clip.frames[:first], frames]),
+            _after_context(clip, frames, context),
             clip.controls[: cfg.clip_frames],
             clip.telemetry[: cfg.clip_frames],
         )
+
+
+def _after_context(clip, frames, context: int) -> np.ndarray:
+    """The true frames of the context of a clip, and those that an autoencoder made after it."""
+    first = FRAMES_PER_CONTROL * (context - 1) + 1
+    return np.concatenate([clip.frames[:first], frames])
 
 
 # --- scripted keys ---------------------------------------------------------------------------

@@ -123,10 +123,29 @@ def _summary(results: dict) -> list[str]:
             *(f'{fidelity[name]:.2f}' for name in ('seams', 'seams_real')),
             '',
         ],
+        *_reward(results),
         *_compared(results),
         ['VAE on held-out frames', f'{results["reconstruction"]["psnr"]:.1f} dB', '', ''],
     ]
     return table(['measure', 'generated', 'real game (ceiling)', 'floor'], rows)
+
+
+def _reward(results: dict) -> list[list[str]]:
+    """Row of the reward of agents; older results lack it."""
+    if 'reward' not in results:
+        return []
+    through, real = (
+        f'{found["off_road_accuracy"]:.3f}, {found["speed_error"]:.1f} units/s'
+        for found in (results['reward'][kind] for kind in ('reconstructed', 'real'))
+    )
+    return [
+        [
+            'reward of agents: off the road as in the telemetry, error of the speed',
+            f'{through} (held-out clips through the VAE)',
+            f'{real} (held-out clips)',
+            '',
+        ]
+    ]
 
 
 def _obedience(obeyed: dict, heading: str = 'script') -> list[str]:

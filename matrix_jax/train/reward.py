@@ -108,15 +108,21 @@ class Reward(Stage):
         """Writes the network alone, and its scores on the held-out clips."""
         trained = model.RewardModel(self.network(world), params[model.FOLDER])
         trained.save(folder)
-        found = held_out_scores(trained, Clips(run.data, 'heldout', cache=False))
+        clips = Clips(run.data, 'heldout', cache=False)
+        found = scores(trained, ((clip, clip.frames) for clip in clips))
         print(f'held out: {json.dumps(found)}', file=sys.stderr)
         diffusers_layout.write_json(folder, SCORES, found)
 
 
-def held_out_scores(reward: model.RewardModel, clips) -> dict[str, float]:
-    """Scores of a reward on the steps of recorded clips, see `tasks.Task.scores`."""
+def scores(reward: model.RewardModel, clips) -> dict[str, float]:
+    """Scores of a reward on the steps of clips, see `tasks.Task.scores`.
+
+    Args:
+      reward: the reward.
+      clips: (recording, frames) as of `steps`.
+    """
     values = jax.jit(reward.values)
-    pairs = [pair for clip in clips for pair in steps(reward.task, clip, clip.frames)]
+    pairs = [pair for clip, frames in clips for pair in steps(reward.task, clip, frames)]
     seen, truth = [], []
     for first in range(0, len(pairs), 64):
         some = pairs[first : first + 64]

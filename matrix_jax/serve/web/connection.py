@@ -10,7 +10,7 @@ import logging
 from matrix_jax.config import UsageError
 from matrix_jax.controls.driving import ControlError
 from matrix_jax.serve.runtime.session import MESSAGE_RATE, Session, Stalled
-from matrix_jax.serve.runtime.session_manager import Refused
+from matrix_jax.serve.runtime.session_manager import Refused, TooSoon
 from matrix_jax.serve.web import connections, protocol
 from matrix_jax.serve.web.base_app import (
     close_socket,
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 MAX_FAULTS = 20  # bad messages per socket
 REPLACED = 4001, 'this session goes on in another window'  # close code and reason
 MAX_REQUESTS = 8  # that wait for earlier ones
+# A socket that sends or joins too often closes after this time; nothing of it is read meanwhile.
+# Closed at once, it would only be back sooner, and each handshake takes time from the others.
+FLOOD_SECONDS = 1.0
 
 
 class EngineStopped(Exception):
@@ -49,6 +52,8 @@ class PlayerConnection:
         try:
             session, resumed = await self.manager.join(request)
         except (Refused, UsageError) as error:
+            if isinstance(error, TooSoon):
+                await asyncio.sleep(FLOOD_SECONDS)
             code = 1013 if isinstance(error, Refused) else 1008
             await close_socket(self.socket, code, str(error))
             return
@@ -93,6 +98,7 @@ class PlayerConnection:
         while True:
             text = await receive_text(self.socket)
             if not session.messages.take():
+                await asyncio.sleep(FLOOD_SECONDS)
                 raise MessageError(f'too many messages: expected at most {MESSAGE_RATE} a second')
             try:
                 message = protocol.parse(text)

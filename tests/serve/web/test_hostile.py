@@ -12,7 +12,7 @@ import safetensors.numpy as safetensors
 
 from matrix_jax.config import UsageError
 from matrix_jax.serve.runtime import session_log, snapshot
-from matrix_jax.serve.web import connections, server
+from matrix_jax.serve.web import connection, connections, server
 
 
 def idle(port, count, said=b''):
@@ -88,6 +88,23 @@ def test_a_player_who_floods_is_told_to_wait(serving):
     late = running.join(seed=4).welcome
     assert late['code'] == 1013 and 'new players: too much at once' in late['message']
     other.watch(8)
+
+
+def test_a_player_who_floods_is_not_back_at_once(serving, monkeypatch):
+    monkeypatch.setattr(connection, 'FLOOD_SECONDS', 0.5)
+    running = serving()
+    greedy = running.join()
+    session = running.world.manager.sessions[greedy.welcome['session']]
+    session.messages.rate, session.messages.level = 1e-9, 3
+    began = time.monotonic()
+    for index in range(5):
+        greedy.send(type='keys', id=index + 1, symbol='D')
+    closed = greedy.wait('closed')
+    assert 'too many messages' in closed['message'] and time.monotonic() - began >= 0.5
+    session.requests.rate, session.requests.level = 1e-9, 0
+    began = time.monotonic()
+    assert 'join: too much' in running.join(session=session.token).welcome['message']
+    assert time.monotonic() - began >= 0.5
 
 
 def test_a_world_that_breaks_twice_rests_and_its_file_is_refused(serving):
