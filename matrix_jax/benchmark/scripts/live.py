@@ -1,13 +1,16 @@
-"""Tests the live player under load, with faulty clients and over time; prints one line per figure.
+r"""Tests the live player under load, with faulty clients and over time; prints one line per figure.
 
     python -m matrix_jax.benchmark.scripts.live load --players 8 --seconds 30
     python -m matrix_jax.benchmark.scripts.live load --players 1 --entry tail
+    python -m matrix_jax.benchmark.scripts.live load --players 1 --world.stream.head_group 0 \
+        --without hurry,lead
     python -m matrix_jax.benchmark.scripts.live faults --seconds 90
     python -m matrix_jax.benchmark.scripts.live floods --seconds 30 --rounds 4
     python -m matrix_jax.benchmark.scripts.live soak --shifts 20000
 
-Exits with 1 if a bound is broken; its line begins with BROKEN. Clients run in their own processes
-(`live_clients`), so they do not share the server's interpreter.
+Fields of the recipe follow the options. Exits with 1 if a bound is broken; its line begins with
+BROKEN. Clients run in their own processes (`live_clients`), so they do not share the server's
+interpreter.
 
 `load` also replays every player's log alone on the same program and compares each frame that the
 player saw, byte by byte (of the JPEG). `faults` runs two good players beside a slow reader, a
@@ -55,6 +58,13 @@ REFUSED_SECONDS = 0.1
 SLOWER = 0.10  # allowed relative increase of the 95th percentile beside faults
 GROWTH = 128 * 2**20  # bytes that faults may leave in caches and in the allocator
 SLOPE = 1e6  # bytes per 1,000 shifts
+
+# What shortens the time from key to picture -> how an engine does without it.
+LEVERS = {
+    'hurry': lambda engine: setattr(engine.pace, 'most_hurry', 1.0),
+    'lead': lambda engine: setattr(engine.pace, 'spreads', float('inf')),
+    'single': lambda engine: setattr(engine, 'frames_at_once', engine.stream.frames_per_step),
+}
 
 
 @contextlib.contextmanager
@@ -154,6 +164,8 @@ def load(recipe, args, bounds: Bounds):
     with server(
         recipe, players=args.players, control_binding=args.entry, together=args.together
     ) as (port, one, counted):
+        for name in args.without:
+            LEVERS[name](one.engine)
         show(end(start('play', port, args)), 'one player')
         if args.players > 1:
             found = end(start('play', port, args, players=args.players + 1))
@@ -299,7 +311,7 @@ def soak(recipe, args, bounds: Bounds):
         first = statistics(clip[-1])
         print(f'{"":7}start clip: {spelt(first)}', flush=True)
         engines.HISTORY_SECONDS *= FAST / engine.period  # as many moments as at its own pace
-        engine.period = FAST
+        engine.pace.period = FAST
         every, began = max(1, args.shifts // 20), time.monotonic()
         # A few shifts more, so that the player is still there at the last measurement.
         frames = (args.shifts + every) * engine.stream.frames_per_step
@@ -364,7 +376,15 @@ def main():
         ('rounds', 4),
     ):
         parser.add_argument(f'--{name}', type=int, default=usual)
-    args = parser.parse_args()
+    parser.add_argument(
+        '--without',
+        default='',
+        help=f'levers to leave out, separated by commas: {", ".join(LEVERS)}',
+    )
+    args, fields = parser.parse_known_args()
+    args.without = list(filter(None, args.without.split(',')))
+    if unknown := set(args.without) - set(LEVERS):
+        parser.error(f'--without: got {", ".join(sorted(unknown))}, expected {", ".join(LEVERS)}')
     if args.what == 'faults' and args.players < FAULTY + 4:
         parser.error(
             f'--players: got {args.players}, expected at least {FAULTY + 4}: two good '
@@ -373,7 +393,7 @@ def main():
     given = [f'--weights={args.weights}'] if args.weights else []
     bounds = Bounds()
     {'load': load, 'faults': faults, 'floods': floods, 'soak': soak}[args.what](
-        recipes.load(args.recipe, given), args, bounds
+        recipes.load(args.recipe, given + fields), args, bounds
     )
     sys.exit(bounds.broken > 0)
 

@@ -2,14 +2,15 @@
 
 No other thread touches the slots. A player's control is an attribute of its `SlotState`, and the
 newest one counts. Everything else that changes a slot is a command that the thread runs between two
-steps. A step starts as late as its frames can still be on time, so that it uses the newest keys. If
-the stream is a pipeline (`stream.steps_ahead`), a step may start before the previous one has its
-frames.
+steps. A step starts as late as its frames can still be on time, so that it uses the newest keys; a
+key of a player who is alone brings it forward (`pace`). If the stream is a pipeline
+(`stream.steps_ahead`), a step may start before the previous one has its frames.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import logging
 import queue
 import threading
@@ -23,12 +24,12 @@ import numpy as np
 
 from matrix_jax.serve.runtime import session_log
 from matrix_jax.serve.runtime.batched_stream import BatchedStream
+from matrix_jax.serve.runtime.pace import Pace
 from matrix_jax.serve.runtime.slot_state import EncodedFrame, HistoryEntry, SlotState
 
 log = logging.getLogger(__name__)
 HISTORY_BYTES = 128 * 2**20  # per player
 HISTORY_SECONDS = 12
-MARGIN_SECONDS = 0.02  # between the end of a step and its first frame
 MAX_BREAKS = 2  # of a world, before it rests
 POLL_SECONDS = 0.001  # between two checks of a running step
 
@@ -58,9 +59,8 @@ class Engine:
 
     Attributes:
       slots: the player in each slot, or None.
-      period: seconds that the frames of a step last.
-      seconds: time of a step until its frames are ready, smoothed.
-      steps: steps done.
+      pace: says when a step starts and when its frames are due.
+      frames_at_once: frames of a step that are encoded before they are sent.
       heartbeat: when the thread was last seen alive, in `time.monotonic` seconds.
     """
 
@@ -68,14 +68,11 @@ class Engine:
         self, stream: BatchedStream, encode_frame: Callable, on_step: Callable = lambda *_: None
     ):
         self.stream, self.encode_frame, self.on_step = stream, encode_frame, on_step
-        self.period = stream.frames_per_step / stream.world.cfg.fps
+        self.pace = Pace(stream.frames_per_step / stream.world.cfg.fps, stream.steps_ahead)
+        self.frames_at_once = 1
         self.slots: list[SlotState | None] = [None] * stream.num_slots
-        self.seconds = 0.0
-        self.steps = 0
         self.heartbeat = time.monotonic()
-        self._interval = 0.0  # from one step's frames to the next ones, smoothed
         self._in_flight: collections.deque[InFlightStep] = collections.deque()
-        self._collected_at = 0.0  # when the last frames were ready
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._encoder = ThreadPoolExecutor(1, 'encode')
         self._thread = threading.Thread(target=self._run, name='engine', daemon=True)
@@ -101,9 +98,19 @@ class Engine:
         return self._thread.is_alive()
 
     @property
+    def seconds(self) -> float:
+        """Seconds of a step until its frames are ready, smoothed."""
+        return self.pace.seconds
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return self.pace.steps
+
+    @property
     def spacing(self) -> float:
         """Seconds from one step's frames to the next: the world's period, or more if it is slow."""
-        return max(self.period, self._interval)
+        return self.pace.spacing
 
     def call(self, function: Callable, *args) -> Future:
         """Calls `function(*args)` between two steps."""
@@ -116,25 +123,21 @@ class Engine:
     # --- in the thread -------------------------------------------------------------------------
 
     def _run(self):
-        due = time.monotonic()
+        self.pace.due = time.monotonic()
         try:
             while not self._stopping:
                 self.heartbeat = time.monotonic()
                 active = [slot for slot in self.slots if slot and not slot.paused]
-                lead = min(
-                    self.seconds * 1.15 + MARGIN_SECONDS,
-                    (1 + self.stream.steps_ahead) * self.spacing,
-                )
-                lead -= len(self._in_flight) * self.spacing
-                wait = due - lead - self.heartbeat if active else 1
+                self._hurry(active)
+                wait = self.pace.wait(self.heartbeat, len(self._in_flight)) if active else 1
                 if wait <= 0 and self._commands.empty():
                     self._submit(active)
                     if len(self._in_flight) > self.stream.steps_ahead:
-                        due = self._collect(due)
+                        self._collect()
                 elif not self._in_flight:
                     self._run_command(max(wait, 0))
                 elif not self._commands.empty() or self._in_flight[0].frames.is_ready():
-                    due = self._collect(due)  # commands run only while no step is in flight
+                    self._collect()  # commands run only while no step is in flight
                 else:
                     time.sleep(min(wait, POLL_SECONDS))
         except Exception:
@@ -142,6 +145,20 @@ class Engine:
         self._stopping = True
         while not self._commands.empty():
             self._commands.get()[0].cancel()
+
+    def _hurry(self, active: list[SlotState]):
+        """Brings the next step forward if the only player has a new key.
+
+        With several players the others would see their worlds run faster.
+        """
+        if len(active) != 1 or self.stream.steps_ahead:
+            return
+        slot = active[0]
+        if slot.key > max(slot.echoed, slot.hurried):
+            slot.hurried = slot.key
+            left = self.pace.hurry(self.heartbeat)
+            if left < 1:
+                slot.on_hurry(self.heartbeat, left)
 
     def _run_command(self, wait: float):
         """Runs one command, if one arrives within `wait` seconds."""
@@ -178,19 +195,12 @@ class Engine:
         ]
         self._in_flight.append(InFlightStep(began, players, frames, finite))
 
-    def _collect(self, due: float) -> float:
-        """Waits for the oldest step and sends its frames -> when the next frames are due."""
+    def _collect(self):
+        """Waits for the oldest step and sends its frames."""
         step = self._in_flight.popleft()
         frames, finite = np.asarray(step.frames), np.asarray(step.finite)
         now = time.monotonic()
-        seconds = now - step.began
-        # Overlapping steps follow each other faster than one step takes.
-        interval, self._collected_at = now - max(step.began, self._collected_at), now
-        old = 0.8 if self.steps else 0.0
-        self.seconds = old * self.seconds + (1 - old) * seconds
-        self._interval = old * self._interval + (1 - old) * interval
-        self.steps += 1
-        due = max(due, now)
+        due = self.pace.collect(step.began, now)
         frame_seconds = self.spacing / self.stream.frames_per_step
         outputs, entries = [], []
         for slot, timeline, key, entry in step.players:
@@ -208,29 +218,29 @@ class Engine:
         self._encoding = self._encoder.submit(self._send, outputs, due, frame_seconds)
         for slot, entry in entries:
             self._store_history(slot, entry)
-        self.on_step(seconds, len(step.players))
-        return due + frame_seconds * self.stream.frames_per_step
+        self.on_step(now - step.began, len(step.players))
 
     def _send(self, outputs, due: float, frame_seconds: float):
         for slot, first, key, frames in outputs:
             try:
-                slot.on_frames(
-                    [
-                        EncodedFrame(
-                            due + i * frame_seconds,
-                            first + i,
-                            0 if i else key,
-                            self.encode_frame(frame),
-                        )
-                        for i, frame in enumerate(frames)
-                    ]
-                )
+                for begin in range(0, len(frames), self.frames_at_once):
+                    slot.on_frames(
+                        [
+                            EncodedFrame(
+                                due + i * frame_seconds,
+                                first + i,
+                                0 if i else key,
+                                self.encode_frame(frames[i]),
+                            )
+                            for i in range(len(frames))[begin : begin + self.frames_at_once]
+                        ]
+                    )
             except Exception:  # concerns one player; the others go on
                 log.exception('frames could not be sent')
 
     def _history_limits(self, slot: SlotState) -> tuple[int, int]:
         """(entries that a slot's history holds, steps between two entries)."""
-        count = max(2, round(HISTORY_SECONDS / self.period))
+        count = max(2, round(HISTORY_SECONDS / self.pace.period))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(slot.history[0].carry))
         stride = max(1, -(-count * size // HISTORY_BYTES))
         return max(2, count // stride), stride
@@ -271,6 +281,8 @@ class Engine:
         if self.slots[slot.index] is not None:
             raise RuntimeError(f'slot {slot.index} is taken')
         self.slots[slot.index] = slot
+        if not self.stream.steps_ahead:
+            slot.on_key = functools.partial(self.call, _nothing)
         self.restart(slot, slot.log, carry)
 
     def remove(self, slot: SlotState):
@@ -307,14 +319,14 @@ class Engine:
         """Goes back, at most to the oldest history entry -> seconds gone back."""
         self._check(slot)
         steps = len(slot.log.controls)
-        goal = steps - round(seconds / self.period)
+        goal = steps - round(seconds / self.pace.period)
         while len(slot.history) > 1 and slot.history[-1].steps > goal:
             slot.history.pop()
         entry = slot.history[-1]
         self.stream.write(slot.index, entry.carry)
         del slot.log.controls[entry.steps :]
         slot.log.prompts, slot.echoes = list(entry.prompts), {}
-        return (steps - entry.steps) * self.period
+        return (steps - entry.steps) * self.pace.period
 
     def save(self, slot: SlotState):
         """Saves the slot on the server, for `load_saved`."""
@@ -331,3 +343,7 @@ class Engine:
     def _check(self, slot: SlotState):
         if self.slots[slot.index] is not slot:
             raise RuntimeError('this player has left')
+
+
+def _nothing():
+    """A command that only wakes the thread."""

@@ -56,6 +56,13 @@ class SessionMetrics(Protocol):
 class Session:
     """Belongs to the event loop, except `deliver` and `report_broken`, which any thread may call.
 
+    Args:
+      loop: the event loop.
+      fps: frames per second of the world.
+      metrics: the counters.
+      token: of an earlier session that this one continues.
+      step_frames: frames that a step of the world makes.
+
     Attributes:
       token: secret that a returning player proves itself with.
       slot: the player's slot in the engine; None until it has one.
@@ -79,6 +86,7 @@ class Session:
         fps: float,
         metrics: SessionMetrics,
         token: str | None = None,
+        step_frames: int = 1,
     ):
         self.loop, self.fps, self.metrics = loop, fps, metrics
         self.token, self.began = token or secrets.token_urlsafe(16), time.monotonic()
@@ -98,7 +106,7 @@ class Session:
         self._record_bytes = 0
         self._frames: collections.deque[EncodedFrame] = collections.deque()
         self._messages: collections.deque[str] = collections.deque(maxlen=64)
-        self._max_frames = max(2, round(QUEUE_SECONDS * fps))
+        self._max_frames = max(2, round(QUEUE_SECONDS * fps), 2 * step_frames)
         self._pressed: collections.OrderedDict[int, float] = collections.OrderedDict()
         self._unseen: collections.deque[int] = collections.deque()
         self._wake = asyncio.Event()
@@ -106,8 +114,18 @@ class Session:
     # --- from the engine -----------------------------------------------------------------------
 
     def deliver(self, frames: list[EncodedFrame]):
-        """Takes the frames of a step; any thread may call it."""
+        """Takes frames; any thread may call it."""
         self.loop.call_soon_threadsafe(self._enqueue, frames)
+
+    def hurry(self, now: float, left: float):
+        """Shows the frames that wait in the part `left` of their time; any thread may call it."""
+        self.loop.call_soon_threadsafe(self._hurry, now, left)
+
+    def _hurry(self, now: float, left: float):
+        for index, frame in enumerate(self._frames):
+            if frame.due > now:
+                self._frames[index] = frame._replace(due=now + left * (frame.due - now))
+        self._wake.set()
 
     def report_broken(self, step: int, breaks: int):
         """Tells the player that the world was restarted; any thread may call it."""
@@ -131,7 +149,7 @@ class Session:
         if self.socket is None:
             return
         self._frames.extend(frames)
-        excess = max(0, len(self._frames) - max(self._max_frames, 2 * len(frames)))
+        excess = max(0, len(self._frames) - self._max_frames)
         for _ in range(excess):
             late = self._frames.popleft()
             if late.key:  # a dropped frame must not lose the answer to a key
@@ -153,7 +171,7 @@ class Session:
 
     def press(self, key: int, control: str):
         """Sets the control that the player holds now; the newest counts."""
-        self.slot.control, self.slot.key = control, key
+        self.slot.press(key, control)
         self._pressed[key] = time.monotonic()
         while len(self._pressed) > 64:
             self._pressed.popitem(last=False)

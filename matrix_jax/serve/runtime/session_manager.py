@@ -119,10 +119,13 @@ class SessionManager:
         if prepare == self._start_new and not self._starts.take():
             raise TooSoon('new players', self._starts.wait())
         index = self._free.pop(0)
-        session = Session(self.loop, self.world.cfg.fps, self.metrics, token)
+        session = Session(
+            self.loop, self.world.cfg.fps, self.metrics, token, self.stream.frames_per_step
+        )
         try:
             timeline, carry, session.greeting = await prepare(source)
             session.slot = SlotState(index, timeline, session.deliver, session.report_broken)
+            session.slot.on_hurry = session.hurry
             session.slot.paused = paused
             await self._command(self.engine.add, session.slot, carry)
         except BaseException:  # includes the cancellation when the player leaves meanwhile

@@ -47,6 +47,10 @@ class SlotState:
       echoed: id of the newest key that a step has taken.
       echoes: step number -> id of the key that its frames show first.
       on_frames: called with a list of `EncodedFrame`.
+      on_hurry: called with a time and the part of the time after it in which the frames that wait
+        are now to be shown.
+      on_key: called after each new key, from any thread.
+      hurried: id of the newest key for which frames were brought forward.
       on_broken: called with the step number and `breaks` when the world is no longer finite.
       breaks: how often the world broke since the player last chose what to play.
     """
@@ -54,8 +58,10 @@ class SlotState:
     def __init__(self, index: int, log: session_log.Log, on_frames: Callable, on_broken: Callable):
         self.index, self.log = index, log
         self.on_frames, self.on_broken = on_frames, on_broken
+        self.on_hurry: Callable = lambda *_: None
+        self.on_key: Callable = lambda: None
         self.control, self.key, self.paused = None, 0, False
-        self.frames = self.echoed = self.breaks = 0
+        self.frames = self.echoed = self.hurried = self.breaks = 0
         self.echoes: dict[int, int] = {}
         self.saved: tuple[session_log.Log, object] | None = None
 
@@ -66,9 +72,14 @@ class SlotState:
         entry = HistoryEntry(len(log.controls), list(log.prompts), carry)
         self.history = collections.deque([entry])
 
+    def press(self, key: int, control: str):
+        """Sets the newest key and the control that it means; any thread may call it."""
+        self.control, self.key = control, key
+        self.on_key()
+
     def reset_keys(self):
         """Forgets the key ids of an earlier connection."""
-        self.key, self.echoed, self.echoes = 0, 0, {}
+        self.key, self.echoed, self.hurried, self.echoes = 0, 0, 0, {}
 
     def release(self):
         """Frees the carries."""

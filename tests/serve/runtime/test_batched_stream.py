@@ -223,7 +223,7 @@ def test_frames_a_second_are_counted_by_what_lies_between_shifts(monkeypatch):
     for step in range(12):
         engine._in_flight.append(InFlightStep(0.5 * step, [], np.zeros(1), np.ones(1, bool)))
         now[0] = 0.5 * step + 1
-        engine._collect(now[0])
+        engine._collect()
     engine._encoder.shutdown()
     text = generate_latest(metrics.registry).decode()
     assert '\nmatrix_jax_step_seconds_sum 12.0' in text
