@@ -191,13 +191,14 @@ def intervals(program: CompiledProgram, settings: Settings, warmup_steps: int = 
 
 
 def spread(seconds: np.ndarray) -> dict[str, float]:
-    """Median, 95th percentile, mean and jitter (mean change between steps) in milliseconds."""
+    """Median, 95th and 99th percentile, mean and jitter (mean change between steps), in ms."""
     jitter = np.abs(np.diff(seconds)).mean() if len(seconds) > 1 else 0.0
     return {
         name: float(1e3 * value)
         for name, value in (
             ('p50_ms', np.median(seconds)),
             ('p95_ms', np.quantile(seconds, 0.95)),
+            ('p99_ms', np.quantile(seconds, 0.99)),
             ('mean_ms', seconds.mean()),
             ('jitter_ms', jitter),
         )
