@@ -5,10 +5,12 @@ matrix-jax convert VAE.pth DIR/vae --recipe RECIPE           one pickle, to a pa
 matrix-jax convert --random the_matrix:STAGE4 DST --layers 2  random weights, diffusers layout
 matrix-jax convert --export carracing DST                    the stream's programs, by jax.export
 matrix-jax convert --lerobot data/doom DST                   recorded clips, as a LeRobot data set
+matrix-jax convert --compile-for cpu carracing DST           weights and compiled programs
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import subprocess
@@ -52,6 +54,21 @@ def unpickle(source: Path, target: Path) -> None:
         raise config.UsageError(f'{source}: not a pickle of tensors alone ({reason})')
 
 
+def _compile(args: argparse.Namespace) -> None:
+    """Writes weights and compiled programs."""
+    run = recipes.load(args.source)
+    run = dataclasses.replace(run, weights=args.weights or run.weights)
+    if args.compile_for != 'cpu':
+        from matrix_jax.parallel import compile_only
+
+        with config.usage_errors():
+            compile_only.parse(args.compile_for)
+    from matrix_jax.pipelines import compile_ahead
+
+    with config.usage_errors():
+        print(compile_ahead.save(run, args.compile_for, args.target, args.players or 4))
+
+
 def main(argv: Sequence[str]) -> None:
     """Exit codes: 0 done, 2 bad input (nothing is written)."""
     parser = Parser('convert', __doc__)
@@ -62,12 +79,25 @@ def main(argv: Sequence[str]) -> None:
     add('--random', metavar='RECIPE', help='write random weights to DST; no SRC')
     add('--export', metavar='RECIPE', help='write the programs of a stream to DST; no SRC')
     add('--lerobot', metavar='DATA', help='write recorded clips to DST as LeRobot v3.0; no SRC')
-    add('--weights', help='of --export, if the recipe brings none')
+    add(
+        '--compile-for',
+        metavar='DEVICE',
+        help='cpu, h200, or h200x2 to h200x8: write the weights of a RECIPE to DST, and the '
+        'programs of generate and play; SRC is the RECIPE',
+    )
+    add('--players', type=whole(1, 1024), help='with --compile-for: as of play (default 4)')
+    add('--weights', help='of --export and --compile-for, if the recipe brings none')
     add('--layers', type=whole(1), help='layers of random weights, if fewer than the recipe')
     add('--text-layers', type=whole(1), help='layers of their text encoder (default: --layers)')
     add('--allow-non-finite', action='store_true', help='take weights that are not finite')
     add('--seed', type=whole(0, SEED), default=0, help='seed of random weights (default 0)')
     args = parser.parse_args(argv)
+    if args.players is not None and not args.compile_for:
+        raise config.UsageError(f'--players: got {args.players}, expected --compile-for with it')
+    if args.compile_for:
+        if args.random or args.export or args.lerobot or not args.source:
+            raise config.UsageError('--compile-for: expected RECIPE and DST')
+        return _compile(args)
     if sum(map(bool, (args.random, args.export, args.lerobot, args.source))) != 1:
         raise config.UsageError(
             'expected SRC and DST, or DST with --random RECIPE, --export RECIPE or --lerobot DATA'

@@ -5,6 +5,7 @@ transformers is imported when first used, because that takes seconds, and never 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
@@ -28,11 +29,23 @@ FILES = {
     'ByT5Tokenizer': ((),),
     'CLIPTokenizer': (('tokenizer.json',), ('vocab.json', 'merges.txt')),
 }
+# A ByT5 tokenizer: its configuration without the longest prompt.
+SPECIAL_BYTES = {'pad_token': '<pad>', 'eos_token': '</s>', 'unk_token': '<unk>'}
+BYTES = {
+    'tokenizer_class': 'ByT5Tokenizer',
+    'extra_ids': 0,
+    'additional_special_tokens': [],
+    **SPECIAL_BYTES,
+}
 START, END = '<|startoftext|>', '<|endoftext|>'
 
 
-def load(folder: str | Path):
+def load(folder: str | Path, late: bool = False):
     """Loads the tokenizer of a folder with a `tokenizer_config.json`.
+
+    Args:
+      folder: the folder.
+      late: whether to read the vocabulary only when the tokenizer is used, which may never be.
 
     Raises:
       FileNotFoundError: the folder or one of its files is missing.
@@ -58,6 +71,81 @@ def load(folder: str | Path):
     if not any(all((folder / file).is_file() for file in files) for files in sets):
         wanted = ', or '.join(' and '.join(files) for files in sets)
         raise FileNotFoundError(f'tokenizer: {folder} lacks the vocabulary of {name}: {wanted}')
+    if found == BYTES | {'model_max_length': found.get('model_max_length')}:
+        return ByteTokenizer(found['model_max_length'])
+    return LateTokenizer(folder, name) if late else _from_transformers(folder, name)
+
+
+class LateTokenizer:
+    """A tokenizer that is read when it is first called.
+
+    Args:
+      folder, name: as of `_from_transformers`.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        self._given = folder, name
+
+    @functools.cached_property
+    def _read(self):
+        return _from_transformers(*self._given)
+
+    def __call__(self, prompts: list[str], **options):
+        """Prompts -> what the tokenizer returns."""
+        return self._read(prompts, **options)
+
+
+class ByteTokenizer:
+    """What transformers' ByT5 tokenizer does, without its seconds of imports.
+
+    An id is a byte + 3, and the last one is the end of text. Prompts that spell a special token are
+    left to transformers.
+
+    Args:
+      length: tokens of the longest prompt, which only transformers notes.
+    """
+
+    def __init__(self, length: int):
+        self._length = length
+
+    def __len__(self) -> int:
+        return 256 + len(SPECIAL_BYTES)
+
+    @functools.cached_property
+    def _slow(self):
+        with tempfile.TemporaryDirectory() as folder:
+            write_byte_tokenizer(folder, self._length)
+            return _from_transformers(Path(folder), 'ByT5Tokenizer')
+
+    def __call__(
+        self,
+        prompts: list[str],
+        padding: str | bool = False,
+        truncation: bool = False,
+        max_length: int | None = None,
+        verbose: bool = True,
+    ) -> dict[str, list[list[int]]]:
+        """Prompts -> their ids, by the name 'input_ids'."""
+        if any('<' in prompt for prompt in prompts):
+            given = {'padding': padding, 'truncation': truncation, 'max_length': max_length}
+            return self._slow(prompts, verbose=verbose, **given)
+        made = [[byte + 3 for byte in prompt.encode()] for prompt in prompts]
+        end = 1
+        if truncation and max_length is not None:
+            made = [ids[: max_length - 1] for ids in made]
+        made = [[*ids, end] for ids in made]
+        if padding:
+            longest = max_length if padding == 'max_length' else max(map(len, made))
+            made = [ids + [0] * (longest - len(ids)) for ids in made]
+        return {'input_ids': made}
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, without bytes of letters that are cut apart."""
+        return bytes(one - 3 for one in ids if 3 <= one < 259).decode(errors='ignore')
+
+
+def _from_transformers(folder: Path, name: str):
+    """The tokenizer of a class name, read by transformers."""
     cls = getattr(_transformers(), CLASSES[name])
     try:
         return cls.from_pretrained(str(folder), local_files_only=True)
@@ -105,18 +193,8 @@ def encode(
 
 def write_byte_tokenizer(folder: str | Path, length: int = 226) -> int:
     """Writes a ByT5 tokenizer, which has no vocabulary file; returns its number of ids, 259."""
-    special = {'pad_token': '<pad>', 'eos_token': '</s>', 'unk_token': '<unk>'}
-    _write(
-        folder,
-        tokenizer_config={
-            'tokenizer_class': 'ByT5Tokenizer',
-            'extra_ids': 0,
-            'additional_special_tokens': [],
-            'model_max_length': length,
-            **special,
-        },
-    )
-    return 256 + len(special)
+    _write(folder, tokenizer_config=BYTES | {'model_max_length': length})
+    return 256 + len(SPECIAL_BYTES)
 
 
 def write_clip_byte_tokenizer(folder: str | Path, length: int = 77) -> int:

@@ -106,8 +106,13 @@ def cores() -> int:
 
 def cache_folder() -> Path:
     """Returns the cache of this user and this kind of processor."""
+    return user_cache() / 'programs' / processor()
+
+
+def user_cache() -> Path:
+    """Returns the folder of what this package keeps for this user."""
     base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
-    return Path(base) / 'matrix_jax' / 'programs' / _processor()
+    return Path(base) / 'matrix_jax'
 
 
 def enable_cache(wanted: bool = True) -> None:
@@ -139,8 +144,8 @@ def enable_cache(wanted: bool = True) -> None:
     warnings.filterwarnings('ignore', 'Error (reading|writing) persistent compilation cache entry')
 
 
-def _processor() -> str:
-    """A short name of the processor's features, which compiled CPU programs depend on.
+def processor() -> str:
+    """Returns a short name of the processor's features, which compiled CPU programs depend on.
 
     jax does not compare them when it loads a program.
     """

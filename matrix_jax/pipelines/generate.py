@@ -204,16 +204,19 @@ def generate(
     frames = None
     if world.start_frames and (image or video_path or not world.start_is_optional):
         frames = start_clip(world, folder, prompt, image or video_path, bool(image))
-    say(f'compiling {world.cfg.name}')
     if world.cfg.clip:
+        say(f'compiling {world.cfg.name}')
         return whole_clip(world, params, prompt, frames, controls, notes, seed)
     known, steps = world.split_controls(controls)
     driver = control == driven.NAME
     if driver:
         known = ['D'] * world.cfg.stream.known_controls
     runner = StreamRunner(world, params, control_binding='early' if driver else 'late')
+    if runner.note:
+        say(f'note: {runner.note}')
+    say(f'{"loaded" if runner.stored else "compiling"} {world.cfg.name}')
     began = time.perf_counter()
-    carry, cut = runner.start(prompt, frames, known, seed)
+    carry, cut = runner.start(prompt, frames, known, seed, steps)
     carry, first = runner.compile(carry, steps)
     seconds = time.perf_counter() - began
     clip = GeneratedVideo(controls, notes + cut_note(world, cut), compile_seconds=seconds)

@@ -70,7 +70,6 @@ def open_run(run: Any, split_decoder: bool = False) -> tuple[World, Params]:
       UsageError, CheckpointError, ConversionError: what cannot be used, in one line.
     """
     import jax
-    import jax.numpy as jnp
 
     from matrix_jax import config
     from matrix_jax.parallel import compilation, sharding
@@ -84,10 +83,16 @@ def open_run(run: Any, split_decoder: bool = False) -> tuple[World, Params]:
     meshes = sharding.make_meshes(run.mesh) if split_decoder else (sharding.make_mesh(run.mesh),)
     folder = diffusers_layout.resolve(run.weights)
     world = describe(run.world, folder, whole=True).with_tokenizers(folder)
+    world.programs_folder = folder
     params = _with_adapter(run, world, lambda: world.load(folder, None, run.allow_non_finite))
     if world.cfg.dit.dtype == 'float32':
-        params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), params)
+        params = jax.tree.map(_as_float32, params)
     return world, world.quantize(world.device_put(params, *meshes))
+
+
+def _as_float32(leaf: Any) -> Any:
+    """Returns a leaf in float32; numpy converts those that are not on a device yet."""
+    return leaf if leaf.dtype == 'float32' else leaf.astype('float32')
 
 
 def start(run: Any) -> tuple[World, Params]:

@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import functools
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -58,11 +59,14 @@ class Networks:
       components: the networks.
       decoder_folder: folder of the component whose decoder streams.
       network_folders: folders of the transformers; several have the same sizes.
+      programs_folder: weights folder that may hold compiled programs of this world
+        (`weights.stored_programs`), or None.
     """
 
     components: tuple[Component, ...] = ()
     decoder_folder: str = 'vae'
     network_folders: tuple[str, ...] = ('transformer',)
+    programs_folder: Path | None = None
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg

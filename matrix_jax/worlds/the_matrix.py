@@ -30,7 +30,7 @@ from matrix_jax.encoders import clip, t5, tokenizers
 from matrix_jax.stream import swin
 from matrix_jax.stream.base import Stream
 from matrix_jax.vae import cogvideox as vae
-from matrix_jax.weights import conversion, diffusers_layout, schema
+from matrix_jax.weights import conversion, diffusers_layout, schema, stored_programs
 from matrix_jax.worlds.base import BaseWorld, check_frames
 from matrix_jax.worlds.layer_counts import fewer_layers, fewer_text_layers
 from matrix_jax.worlds.networks import Component, Params
@@ -195,7 +195,9 @@ class World(BaseWorld):
             self.control_tokenizer = None
             if self.cfg.dit.control:
                 place = Path(*self.locate(folder, 'control_tokenizer'))
-                self.control_tokenizer = tokenizers.load(place)
+                # Stored programs hold the ids of the control prompts.
+                late = stored_programs.present(folder)
+                self.control_tokenizer = tokenizers.load(place, late)
         return self
 
     def tokenize(self, prompts: Iterable[str]) -> Array:

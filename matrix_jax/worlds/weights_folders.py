@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from matrix_jax.weights import conversion, diffusers_layout, model_card, schema
+from matrix_jax.weights import conversion, diffusers_layout, model_card, schema, stored_programs
 from matrix_jax.worlds.networks import Networks, Params, component_shapes
 
 
@@ -118,12 +118,14 @@ class WeightsFolders(Networks):
           ConversionError: names, shapes or values do not fit; lists all faults.
         """
         params = {}
+        known = stored_programs.parameter_shapes(self.programs_folder, repr(self.cfg)) or {}
         for component in self.components:
             if self.needs(component.folder) if only is None else component.folder in only:
                 place = self.locate(folder, component.folder)
                 _, tensors = diffusers_layout.read_component(*place)
                 cfg = getattr(self.cfg, component.field)
-                table, shapes = component.weights(cfg), component_shapes(component, cfg)
+                table = component.weights(cfg)
+                shapes = known.get(component.folder) or component_shapes(component, cfg)
                 try:
                     params[component.folder] = conversion.to_jax(
                         table, tensors, shapes, allow_non_finite

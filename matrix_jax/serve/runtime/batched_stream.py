@@ -12,8 +12,9 @@ of its own, the network and the decoder form a pipeline.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +22,11 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from matrix_jax.config import UsageError
-from matrix_jax.parallel import compilation, sharding
+from matrix_jax.parallel import sharding
+from matrix_jax.parallel.programs import ProgramSet
 from matrix_jax.stream.base import Stream, StreamDecoder, prefilled
 from matrix_jax.stream.pipeline import Pipeline
+from matrix_jax.weights import stored_programs
 from matrix_jax.worlds.protocols import TextWorld, World
 
 
@@ -45,6 +48,8 @@ class BatchedStream:
       controls_per_step, frames_per_step: controls and pixel frames of a step.
       lag: steps from the one that takes a control to the one that shows it.
       carry_shapes: tree of `jax.ShapeDtypeStruct` of one slot's carry; set by `compile`.
+      stored: whether the programs are those stored beside the weights.
+      note: line for the user about stored programs that do not fit, or ''.
 
     Raises:
       UsageError: the world does not stream, or an argument is out of range.
@@ -90,13 +95,34 @@ class BatchedStream:
         self._first_control = world.vocabulary.encode(idle)[None]
         if decoder_params is None:
             self._stream = prefilled(world.stream(self.control_binding), self._first_control)
+            self._programs, self.note = stored_programs.find(
+                world.programs_folder, self.key(), params
+            )
         else:
             self._pipeline = self._make_pipeline((params, decoder_params))
-            self.steps_ahead = 1
+            self.steps_ahead, self._programs, self.note = 1, {}, ''
+
+    @property
+    def stored(self) -> bool:
+        return bool(self._programs)
 
     def compile(self) -> BatchedStream:
-        """Compiles every program that a session can need; nothing compiles after this."""
+        """Compiles or loads every program that a session can need; nothing compiles after this."""
+        self._use(self.compile_all(self._programs))
+        self._slots = _zeros(jax.tree.map(self._add_slot_axis, self.carry_shapes))
+        return self
+
+    def key(self) -> stored_programs.Key:
+        """Returns what the programs are compiled for."""
+        stream = (
+            f'{self.num_slots} players, {self.together} at a time, {self.control_binding} controls'
+        )
+        return stored_programs.make_key(repr(self.world.cfg), stream, self._weights)
+
+    def compile_all(self, stored: dict[str, Any]) -> dict[str, Any]:
+        """Returns every program by name, and sets `carry_shapes`; those in `stored` are kept."""
         world = self.world
+        programs = ProgramSet(sharding.mesh_of(self.params), stored)
         frames = np.zeros((self.start_frames, world.cfg.height, world.cfg.width, 3), np.uint8)
         inputs, _ = world.inputs('', frames)
         key = _key(0)  # compiles the key program as well
@@ -104,19 +130,18 @@ class BatchedStream:
         controls = jax.ShapeDtypeStruct((self.num_slots, *self.idle.shape), self.idle.dtype)
         active = jax.ShapeDtypeStruct((self.num_slots,), jnp.bool_)
 
-        self._condition = _compile(world.condition, self.params, *inputs)
-        cond = sharding.output_shapes(self._condition)
+        cond = programs.add('condition', world.condition, self.params, *inputs)
         if self._pipeline:
+            cond = sharding.output_shapes(programs.finish()['condition'])
             self.carry_shapes = self._pipeline.compile_init(self.params, cond, key)
-            self._init, self._step = self._pipeline.init, self._pipeline.step
         else:
-            self._init = _compile(self._stream.init, self.params, cond, key)
-            self.carry_shapes = sharding.output_shapes(self._init)
+            self.carry_shapes = programs.add('init', self._stream.init, self.params, cond, key)
         slots = jax.tree.map(self._add_slot_axis, self.carry_shapes)
         if self._pipeline:
             self._pipeline.compile(self.params, slots, (controls, active))
         else:
-            self._step = _compile(
+            programs.add(
+                'step',
                 self._map_slots(self._stream.step, self._frame_shape, jnp.uint8),
                 self.params,
                 slots,
@@ -125,26 +150,35 @@ class BatchedStream:
                 out_like=(slots, None),
             )
         # The carries of the network and of the decoder may lie on different devices.
-        parts = list(zip(slots, self.carry_shapes, strict=True))
-        self._read = [_compile(_read, part, index, out_like=one) for part, one in parts]
-        self._write = [
-            _compile(_write, part, index, one, donate=0, out_like=part) for part, one in parts
-        ]
+        for number, (part, one) in enumerate(zip(slots, self.carry_shapes, strict=True)):
+            mesh = sharding.mesh_of(part)
+            programs.add(f'read{number}', _read, part, index, out_like=one, mesh=mesh)
+            programs.add(
+                f'write{number}', _write, part, index, one, donate=0, out_like=part, mesh=mesh
+            )
         if world.reads_text:
             ids = jax.ShapeDtypeStruct((1, world.cfg.dit.text_length), jnp.int32)
-            self._embed = _compile(cast(TextWorld, world).embed_ids, self.params, ids)
-            text = sharding.output_shapes(self._embed)
+            text = programs.add('embed', cast(TextWorld, world).embed_ids, self.params, ids)
             with_prompt = world.latents(self.control_binding).with_prompt
 
             def set_prompt(carries, index, text):
                 return _write(carries, index, with_prompt(_read(carries, index), text))
 
             carries = slots[0]
-            self._set_prompt = _compile(
-                set_prompt, carries, index, text, donate=0, out_like=carries
-            )
-        self._slots = _zeros(slots)
-        return self
+            programs.add('set_prompt', set_prompt, carries, index, text, donate=0, out_like=carries)
+        return programs.finish()
+
+    def _use(self, made: dict[str, Any]) -> None:
+        """Calls these programs from now on."""
+        self._condition = made['condition']
+        if self._pipeline:
+            self._init, self._step = self._pipeline.init, self._pipeline.step
+        else:
+            self._init, self._step = made['init'], made['step']
+        parts = range(len(self.carry_shapes))
+        self._read = [made[f'read{number}'] for number in parts]
+        self._write = [made[f'write{number}'] for number in parts]
+        self._embed, self._set_prompt = made.get('embed'), made.get('set_prompt')
 
     def __deepcopy__(self, _) -> BatchedStream:
         """As `empty_copy`: programs and parameters are shared."""
@@ -303,14 +337,29 @@ class BatchedStream:
 
 
 def open_stream(
-    run, num_slots: int, control_binding: str | None = None, together: int = 1
+    run,
+    num_slots: int,
+    control_binding: str | None = None,
+    together: int = 1,
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[BatchedStream, Path]:
-    """Opens and compiles the world of a recipe -> (stream, weights folder)."""
+    """Opens and compiles the world of a recipe -> (stream, weights folder).
+
+    Args:
+      run: the recipe.
+      num_slots, control_binding, together: as of `BatchedStream`.
+      say: called with lines of progress.
+    """
     from matrix_jax import worlds
     from matrix_jax.weights import diffusers_layout
 
     world, params = worlds.open_run(run, split_decoder=True)
-    stream = BatchedStream(world, params, num_slots, control_binding, together).compile()
+    stream = BatchedStream(world, params, num_slots, control_binding, together)
+    if stream.note:
+        say(f'note: {stream.note}')
+    if not stream.stored:
+        say(f'compiling {run.name} for {num_slots} players')
+    stream.compile()
     stream._origin = run, num_slots, control_binding, together
     return stream, diffusers_layout.resolve(run.weights)
 
@@ -318,14 +367,6 @@ def open_stream(
 def _reopen(*origin) -> BatchedStream:
     """The stream of `open_stream`."""
     return open_stream(*origin)[0]
-
-
-def _compile(function, *args, donate=(), out_like=None):
-    """Compiles `function` for `args`; its outputs lie on the devices of `out_like`, if given."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, out_like) if out_like is not None else None
-    with sharding.use_mesh(sharding.mesh_of(args[0])):
-        jitted = compilation.jit(function, donate_argnums=donate, out_shardings=places)
-        return jitted.lower(*args).compile()
 
 
 def _zeros(slots):

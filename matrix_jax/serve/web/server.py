@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import functools
 import ipaddress
 import json
 import logging
@@ -159,9 +160,9 @@ def serve(runs: list, cfg: Config):
         began, worlds = time.perf_counter(), {}
         for run in runs[1:]:
             diffusers_layout.resolve(run.weights)  # fail now, not after minutes of compiling
+        say = functools.partial(print, flush=True)
         for run in runs:
-            print(f'compiling {run.name} for {cfg.players} players', flush=True)
-            stream, folder = open_stream(run, cfg.players, cfg.control_binding, cfg.together)
+            stream, folder = open_stream(run, cfg.players, cfg.control_binding, cfg.together, say)
             worlds[run.name] = HostedWorld(stream, folder, run.name, cfg.grace)
         several = len(worlds) > 1
         print(

@@ -118,7 +118,12 @@ def test_a_world_that_is_alone_offers_no_others(serving):
 def test_worlds_are_compiled_one_after_the_other(stream, tiny, monkeypatch, capsys):
     served = []
     monkeypatch.setattr(server, 'log_to_stderr', lambda: None)
-    monkeypatch.setattr(batched_stream, 'open_stream', lambda *_: (stream, tiny))
+
+    def opened(run, players, _binding, _together, say):
+        say(f'compiling {run.name} for {players} players')
+        return stream, tiny
+
+    monkeypatch.setattr(batched_stream, 'open_stream', opened)
     monkeypatch.setattr(
         server,
         'uvicorn_server',
