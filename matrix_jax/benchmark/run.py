@@ -8,7 +8,16 @@ import multiprocessing
 import os
 
 from matrix_jax import worlds
-from matrix_jax.benchmark import compiled, int8, measure, pages, report, roofline, torch_baseline
+from matrix_jax.benchmark import (
+    compiled,
+    int8,
+    measure,
+    pages,
+    report,
+    roofline,
+    torch_baseline,
+    torch_training,
+)
 from matrix_jax.benchmark import target as targets
 from matrix_jax.benchmark.measure import Settings
 from matrix_jax.config import Mesh, UsageError
@@ -33,18 +42,24 @@ def benchmark(
       settings: how much to measure.
       random: whether to draw the weights at random.
       layers: layers of a random network; None = as in the recipe.
-      mode: '', 'vs' (compare with PyTorch), 'sweep', 'int8' (errors, no timing) or 'count' (FLOPs
-        only, writes nothing).
+      mode: '', 'vs' (compare with PyTorch), 'train' (compare an update of the stage, with random
+        weights), 'sweep', 'int8' (errors, no timing) or 'count' (FLOPs only, writes nothing).
 
     Raises:
       UsageError: the run cannot be measured; raised before anything is computed.
     """
-    cfg = targets.shape(run, random, layers)
+    cfg = targets.shape(run, random or mode == 'train', layers)
     out = run.out or f'outputs/benchmark-{run.name.replace(":", "-").lower()}'
     if os.path.lexists(out) and not os.path.isdir(out):
         raise UsageError(f'--out: {out} is a file, expected a folder')
     if mode == 'count':
         return count(run.name, cfg, settings.peak_tflops or TFLOPS)
+    if mode == 'train':
+        torch_training.check(run)
+        results = torch_training.run(run, settings)
+        text = torch_training.page(results)
+        report.write(out, results, text)
+        return f'{text}\n{out}/benchmark.json, {out}/benchmark.md'
     measure.control_bindings(cfg.stream, settings.entries)
     if mode == 'vs':
         torch_baseline.check(run.name, cfg)

@@ -2,6 +2,7 @@
 
     matrix-jax benchmark carracing
     matrix-jax benchmark the_matrix:MEDIUM --random --vs torch      the same network in PyTorch
+    matrix-jax benchmark carracing:SWIN --train --vs torch          an update of a training stage
     matrix-jax benchmark the_matrix:STAGE4 --random --layers 2      at full width, random weights
     matrix-jax benchmark the_matrix:STAGE4 --random --count         FLOPs only; runs nothing
     matrix-jax benchmark matrix_game_2 --random --count             of keyboard and mouse
@@ -42,6 +43,7 @@ def main(argv: Sequence[str]) -> None:
         '--count what every device reaches (default: 80%% of an H200)',
     )
     add('--vs', choices=('torch',), help='the same network in diffusers, in the same run')
+    add('--train', action='store_true', help="with --vs torch: an update of the recipe's stage")
     add('--sweep', choices=('mesh',), help='1, 2, 4 and 8 devices of mesh.seq, and pipelines')
     add('--int8', action='store_true', help='the errors of 8-bit layers; no timings')
     add('--count', action='store_true', help='print the FLOPs of a step and stop')
@@ -58,6 +60,8 @@ def main(argv: Sequence[str]) -> None:
     if len(modes) > 1:
         names = ' and --'.join(modes).replace('_', '-')
         raise config.UsageError(f'got --{names}, expected one of them')
+    if args.train and modes != ['vs']:
+        raise config.UsageError('--train: expected --vs torch with it, and no other mode')
     if args.compile_for:
         with config.usage_errors():
             from matrix_jax.benchmark import compile_for
@@ -75,5 +79,6 @@ def main(argv: Sequence[str]) -> None:
         entries: Any = None if args.entries is None else tuple(args.entries.split(','))
         entries = () if entries == ('none',) else entries
         settings = Settings(args.steps, args.warmup, entries, args.seed, args.peak_tflops)
-        text = benchmark(run, settings, args.random, args.layers, modes[0] if modes else '')
+        mode = 'train' if args.train else modes[0] if modes else ''
+        text = benchmark(run, settings, args.random, args.layers, mode)
     print(text)
