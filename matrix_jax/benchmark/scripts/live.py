@@ -4,6 +4,7 @@ r"""Tests the live player under load, with faulty clients and over time; prints 
     python -m matrix_jax.benchmark.scripts.live load --players 1 --entry tail
     python -m matrix_jax.benchmark.scripts.live load --players 1 --world.stream.head_group 0 \
         --without hurry,lead
+    python -m matrix_jax.benchmark.scripts.live clock --step-ms 70
     python -m matrix_jax.benchmark.scripts.live faults --seconds 90
     python -m matrix_jax.benchmark.scripts.live floods --seconds 30 --rounds 4
     python -m matrix_jax.benchmark.scripts.live soak --shifts 20000
@@ -12,7 +13,9 @@ Fields of the recipe follow the options. Exits with 1 if a bound is broken; its 
 BROKEN. Clients run in their own processes (`live_clients`), so they do not share the server's
 interpreter.
 
-`load` also replays every player's log alone on the same program and compares each frame that the
+`clock` runs nothing: it follows the engine's clock with steps of a given length, with and without
+what shortens the time from key to picture, so that a busy machine does not matter. `load` also
+replays every player's log alone on the same program and compares each frame that the
 player saw, byte by byte (of the JPEG). `faults` runs two good players beside a slow reader, a
 client that is killed repeatedly, one that connects and drops, one that sends invalid messages, and
 invalid HTTP; it compares them with the same players beside good ones. `floods` compares two good
@@ -45,7 +48,7 @@ from matrix_jax.benchmark.scripts.live_checks import (
     spelt,
     statistics,
 )
-from matrix_jax.serve.runtime import batched_stream, replay, session_log, start_frames
+from matrix_jax.serve.runtime import batched_stream, pace, replay, session_log, start_frames
 from matrix_jax.serve.runtime import engine as engines
 from matrix_jax.serve.web import server as run
 from matrix_jax.serve.web.app import WorldApp
@@ -57,6 +60,7 @@ FAULTY = 4  # players that the faulty clients occupy: slow, killed, dropping, in
 REFUSED_SECONDS = 0.1
 SLOWER = 0.10  # allowed relative increase of the 95th percentile beside faults
 GROWTH = 128 * 2**20  # bytes that faults may leave in caches and in the allocator
+ENCODE_SECONDS = 1e-3  # of a small frame
 SLOPE = 1e6  # bytes per 1,000 shifts
 
 # What shortens the time from key to picture -> how an engine does without it.
@@ -154,6 +158,57 @@ def still(one: HostedWorld, counted: Counted, bounds: Bounds):
         f'engine alive {one.engine.alive}, errors {counted.errors[:3]}',
     )
     bounds.hold(compiled == 0, 'recompilations', f'{compiled:.0f}')
+
+
+# --- the clock alone ---------------------------------------------------------------------------
+
+
+def clock(recipe, args, bounds: Bounds):
+    """Times from key to picture by the engine's clock, with each lever left out in turn."""
+    cfg, per = recipe.world.stream, recipe.world.frames_per_control
+    stream = cfg.with_control_binding('early' if args.entry == 'head' else args.entry)
+    period = stream.controls_per_step * per / recipe.world.fps
+    for without in ([], *([name] for name in LEVERS), list(LEVERS)):
+        late = np.sort(follow_clock(period, stream.lag, args.step_ms / 1e3, per, without))
+        half, most = 1e3 * np.quantile(late, (0.5, 0.95))
+        print(
+            f'{"":7}{"without " + ", ".join(without) if without else "with all":28}'
+            f'key to picture p50 {half:.0f}, p95 {most:.0f} ms of {len(late)}'
+        )
+
+
+def follow_clock(
+    period: float, lag: int, seconds: float, frames: int, without: list[str], keys: int = 4000
+) -> list[float]:
+    """Seconds from key to picture of keys that come at random, one or two a second.
+
+    Args:
+      period: seconds that the frames of a step last.
+      lag: steps between the one that takes a key and the one that shows it.
+      seconds: time of a step, which varies by a tenth of it.
+      frames: frames of a step, each of which takes `ENCODE_SECONDS` to encode.
+      without: levers to leave out.
+      keys: how many keys.
+    """
+    chance, clock = np.random.default_rng(0), pace.Pace(period)
+    clock.most_hurry = 1.0 if 'hurry' in without else clock.most_hurry
+    clock.spreads = float('inf') if 'lead' in without else clock.spreads
+    encode = ENCODE_SECONDS * (frames if 'single' in without else 1)
+    pressed, waiting, late, now, step = 5.0, [], [], 0.0, 0
+    while len(late) < keys:
+        begin = now + max(0.0, clock.wait(now))
+        while pressed < begin:
+            now = max(now, pressed)
+            clock.hurry(now)
+            waiting.append((step + lag, pressed))
+            pressed += chance.uniform(0.6, 1.4)
+            begin = now + max(0.0, clock.wait(now))
+        now = begin + seconds * chance.normal(1, 0.1)
+        shown = clock.collect(begin, now)
+        late += [shown + encode - key for wanted, key in waiting if wanted == step]
+        waiting = [(wanted, key) for wanted, key in waiting if wanted > step]
+        step += 1
+    return late
 
 
 # --- what is run -------------------------------------------------------------------------------
@@ -361,11 +416,12 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument('what', choices=('load', 'faults', 'floods', 'soak'))
+    parser.add_argument('what', choices=('load', 'clock', 'faults', 'floods', 'soak'))
     parser.add_argument('--recipe', default=recipes.DEFAULT_WORLD)
     parser.add_argument('--weights')
     parser.add_argument('--entry', default='head')
     parser.add_argument('--seconds', type=float, default=30)
+    parser.add_argument('--step-ms', type=float, default=70, help='of clock (default 70)')
     for name, usual in (
         ('players', 8),
         ('together', 1),
@@ -392,9 +448,8 @@ def main():
         )
     given = [f'--weights={args.weights}'] if args.weights else []
     bounds = Bounds()
-    {'load': load, 'faults': faults, 'floods': floods, 'soak': soak}[args.what](
-        recipes.load(args.recipe, given + fields), args, bounds
-    )
+    runs = {'load': load, 'clock': clock, 'faults': faults, 'floods': floods, 'soak': soak}
+    runs[args.what](recipes.load(args.recipe, given + fields), args, bounds)
     sys.exit(bounds.broken > 0)
 
 
