@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[3]
 GOLDENS = ROOT / 'tests' / 'goldens'
 BENCHMARK = 'benchmark', '--random'
 SAVED = 75  # exit code of a training run that was stopped with its state saved
+CPU_TIMES = 6  # how many times longer a phase of test size may take on a CPU
 GRACE = 15  # seconds between SIGTERM and SIGKILL
 
 
@@ -76,7 +77,7 @@ def phases(tiny: bool = False) -> list[Phase]:
         return Phase(f'parity_{system}', budget, argv, precise=True)
 
     shift, brief = 'the_matrix:STAGE4', ('--entries', 'none')
-    return [
+    found = [
         bench('stage4', 90, shift, '--entries', 'late'),
         parity('the_matrix', 50),
         bench('universal', 80, 'matrix_game_2:UNIVERSAL', *brief),
@@ -91,6 +92,8 @@ def phases(tiny: bool = False) -> list[Phase]:
         bench('int8', 35, shift, *brief, '--world.dit.int8', 'blocks'),
         parity('matrix_game_3', 30),
     ]
+    times = CPU_TIMES if tiny else 1
+    return [dataclasses.replace(one, budget=times * one.budget) for one in found]
 
 
 def environment(phase: Phase, out: Path, cpu: bool) -> dict[str, str]:
