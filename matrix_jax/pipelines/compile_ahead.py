@@ -82,6 +82,7 @@ def _opened(run: config.Run, target: str) -> Iterator[tuple[World, Params]]:
         gpus = compile_only.devices(number)
         folder = diffusers_layout.resolve(run.weights or '')
         world = worlds.describe(run.world, folder, whole=True).with_tokenizers(folder)
+        world.programs_folder = folder
         with compile_only.tracing():
             yield world, _shapes(world, sharding.make_mesh(mesh, gpus))
     finally:
@@ -112,7 +113,7 @@ def _programs(
             world.cfg.stream.with_control_binding(binding)
         except ValueError:
             continue  # this stream has no choice
-        runner = StreamRunner(world, params, binding)
+        runner = StreamRunner(world, params, binding, load_stored=False)
         known, steps = world.split_controls(controls)
         frames = np.zeros((world.start_frames, world.cfg.height, world.cfg.width, 3), np.uint8)
         inputs, _ = world.inputs(world.cfg.prompt, frames, known)

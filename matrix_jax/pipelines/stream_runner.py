@@ -24,6 +24,7 @@ class StreamRunner:
       world, params: from `worlds.load` or `worlds.open_run`.
       control_binding: where controls take effect, 'late' or 'early'; the recipe's choice by
         default.
+      load_stored: whether programs that are stored beside the weights are used.
 
     Attributes:
       stored: whether the programs are those stored beside the weights; else `start` and `compile`
@@ -31,7 +32,13 @@ class StreamRunner:
       note: line for the user about stored programs that do not fit, or ''.
     """
 
-    def __init__(self, world: World, params: Params, control_binding: str | None = None) -> None:
+    def __init__(
+        self,
+        world: World,
+        params: Params,
+        control_binding: str | None = None,
+        load_stored: bool = True,
+    ) -> None:
         params, decoder_params = world.split_decoder(params)
         self.world, self.params = world, params
         self._mesh = sharding.mesh_of(params)
@@ -40,7 +47,8 @@ class StreamRunner:
         if decoder_params is None:
             self._stream = world.stream(control_binding)
             self._prefills = self._stream.prefill is not self._stream.step
-            found, self.note = stored_programs.find(world.programs_folder, self.key(), params)
+            if load_stored:
+                found, self.note = stored_programs.find(world.programs_folder, self.key(), params)
         else:
             stages = world.stages(control_binding)
             self._pipeline = Pipeline(**stages, params=(params, decoder_params))
@@ -51,7 +59,8 @@ class StreamRunner:
     def key(self) -> stored_programs.Key:
         """Returns what the programs are compiled for."""
         stream = f'video, {self._binding} controls'
-        return stored_programs.make_key(repr(self.world.cfg), stream, self.params)
+        folder = self.world.programs_folder
+        return stored_programs.make_key(repr(self.world.cfg), stream, self.params, folder)
 
     def start(
         self,

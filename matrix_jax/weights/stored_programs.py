@@ -49,19 +49,22 @@ SETTINGS = (
 Key = dict[str, str]
 
 
-def make_key(world: str, stream: str, params: Any) -> Key:
+def make_key(world: str, stream: str, params: Any, weights: Path | None) -> Key:
     """Returns what programs are compiled for, as text by name.
 
     Args:
       world: text of the world's config.
       stream: which programs of the world.
       params: parameters of the stream, on their devices.
+      weights: folder of the weights. Programs hold the ids that its tokenizers give to fixed
+        prompts.
     """
     settings = {name: getattr(jax.config, name, None) for name in SETTINGS}
     options = [_lasting(compilation.compiler_options(fast)) for fast in (False, True)]
     return {
         'stream': stream,
         'world': world,
+        'tokenizer': _tokenizer_digest(weights),
         'source': source_digest(),
         'python': '.'.join(map(str, sys.version_info[:2])),
         **{name: _version(name) for name in ('jax', 'jaxlib', 'flax', 'numpy')},
@@ -186,6 +189,14 @@ def source_digest() -> str:
     return found.hexdigest()[:16]
 
 
+def _tokenizer_digest(weights: Path | None) -> str:
+    found = hashlib.sha256()
+    for path in sorted(weights.glob('*tokenizer*/*')) if weights else ():
+        if path.is_file():
+            found.update(f'{path.relative_to(weights)}\n'.encode() + path.read_bytes())
+    return found.hexdigest()[:16]
+
+
 def _read(place: Path, name: str, key: Key, secret: bytes, params: Any) -> Any:
     signed = (place / f'{name}{SUFFIX}').read_bytes()
     signature, data = signed[:SIGNATURE_BYTES], signed[SIGNATURE_BYTES:]
@@ -227,7 +238,7 @@ def _difference(key: Key, others: list[Key]) -> str:
     for name, wanted in key.items():
         stored = nearest.get(name)
         if stored != wanted:
-            if name in ('world', 'source', 'processor', 'settings', 'options'):
+            if name in ('world', 'tokenizer', 'source', 'processor', 'settings', 'options'):
                 return f'made for another {name.removesuffix("s")}'
             return f'made for {name} {stored!r}, this is {wanted!r}'
     return 'damaged'

@@ -62,8 +62,8 @@ class World(Protocol):
 
     @property
     def cfg(self) -> Any: ...  # a WorldConfig; each world adds fields of its own
-    @property
-    def programs_folder(self) -> Path | None: ...
+
+    programs_folder: Path | None
 
     # --- what a video needs ----------------------------------------------------------------------
 

@@ -117,7 +117,8 @@ class BatchedStream:
         stream = (
             f'{self.num_slots} players, {self.together} at a time, {self.control_binding} controls'
         )
-        return stored_programs.make_key(repr(self.world.cfg), stream, self._weights)
+        folder = self.world.programs_folder
+        return stored_programs.make_key(repr(self.world.cfg), stream, self._weights, folder)
 
     def compile_all(self, stored: dict[str, Any]) -> dict[str, Any]:
         """Returns every program by name, and sets `carry_shapes`; those in `stored` are kept."""
