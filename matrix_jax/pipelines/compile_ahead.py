@@ -68,7 +68,8 @@ def save(run: config.Run, target: str, folder: str | Path, players: int) -> str:
 def _opened(run: config.Run, target: str) -> Iterator[tuple[World, Params]]:
     """The world and its parameters; those for GPUs that are not there are shapes."""
     # A program that jax has loaded from its cache cannot be stored: it lacks its functions.
-    cached, settings = jax.config.jax_enable_compilation_cache, jax.config
+    settings: Any = jax.config
+    cached = settings.jax_enable_compilation_cache
     settings.update('jax_enable_compilation_cache', False)
     try:
         if target == 'cpu':
@@ -89,7 +90,7 @@ def _opened(run: config.Run, target: str) -> Iterator[tuple[World, Params]]:
         settings.update('jax_enable_compilation_cache', cached)
 
 
-def _shapes(world: World, mesh: Any) -> Params:
+def _shapes(world: Any, mesh: Any) -> Params:
     """Parameters of a world as ShapeDtypeStructs on a mesh."""
     shapes = {name: tree for name, tree in world.shapes().items() if world.needs(name)}
     shapes = jax.eval_shape(world.quantize, shapes)

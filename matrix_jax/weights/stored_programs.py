@@ -204,11 +204,13 @@ def _read(place: Path, name: str, key: Key, secret: bytes, params: Any) -> Any:
         raise ValueError(f'{name} is not signed by this user')
     leaf = next(one for one in jax.tree.leaves(params) if isinstance(one, jax.Array))
     place_on: Any = leaf.sharding
+    if isinstance(place_on, jax.sharding.NamedSharding):
+        devices = list(place_on.mesh.devices.flat)
+    else:
+        devices = list(leaf.devices())
+    executable, in_tree, out_tree = pickle.loads(data)  # it is signed
     return serialize_executable.deserialize_and_load(
-        *pickle.loads(data),  # ours: it is signed
-        execution_devices=list(place_on.mesh.devices.flat)
-        if isinstance(place_on, jax.sharding.NamedSharding)
-        else list(leaf.devices()),
+        executable, in_tree, out_tree, execution_devices=devices
     )
 
 
