@@ -190,8 +190,10 @@ def source_digest() -> str:
 
 
 def _tokenizer_digest(weights: Path | None) -> str:
+    if weights is None:
+        return ''
     found = hashlib.sha256()
-    for path in sorted(weights.glob('*tokenizer*/*')) if weights else ():
+    for path in sorted(weights.glob('*tokenizer*/*')):
         if path.is_file():
             found.update(f'{path.relative_to(weights)}\n'.encode() + path.read_bytes())
     return found.hexdigest()[:16]
