@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +124,8 @@ class FunctionalEnv:
         action = jnp.clip(action, 0, self.num_actions - 1)
         control = jnp.asarray(self._controls)[action][None]
         carry, frames = self._stream.step(self._params, state.carry, control)
-        state = state.replace(carry=carry, frames=frames[0], shift=state.shift + 1)
+        state = dataclasses.replace(state, carry=carry, frames=frames[0], shift=state.shift + 1)
         if self._reward is None:
             return state
         after, reward, terminated = self._reward.step(state.reward_state, state.frames)
-        return state.replace(reward_state=after, reward=reward, terminated=terminated)
+        return dataclasses.replace(state, reward_state=after, reward=reward, terminated=terminated)
