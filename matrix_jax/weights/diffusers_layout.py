@@ -7,6 +7,7 @@ whatever their file name, because they can contain code.
 from __future__ import annotations
 
 import errno
+import filecmp
 import json
 import os
 import re
@@ -29,9 +30,11 @@ from matrix_jax.weights.tensor_files import (
 
 __all__ = [
     'ASSETS',
+    'REFERENCE',
     'CheckpointError',
     'SaveError',
     'Tensors',
+    'bundled_names',
     'parse_json',
     'read_component',
     'read_config',
@@ -39,6 +42,7 @@ __all__ = [
     'read_json',
     'replace_folder',
     'resolve',
+    'share',
     'some',
     'write_component',
     'write_json',
@@ -48,6 +52,8 @@ STEMS = ('diffusion_pytorch_model', 'model')  # file names of diffusers and tran
 SHARD_SIZE = 5 * 10**9
 JSON_SIZE, JSON_DEPTH = 64 * 2**20, 20  # bytes of a config file, and levels within
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk or quota is full
+# In place of a component's files: {"bundled": name of the bundled world whose component it is}.
+REFERENCE = 'shared.json'
 HUB_FILES = ('*.json', '*.safetensors', '*.model', '*.txt')
 
 
@@ -56,6 +62,11 @@ class SaveError(CheckpointError):
 
 
 # --- finding a folder ------------------------------------------------------------------------
+
+
+def bundled_names() -> list[str]:
+    """Returns the names of the bundled worlds."""
+    return sorted(one.name for one in ASSETS.glob('[!_.]*') if one.is_dir())
 
 
 def resolve(weights: str) -> Path:
@@ -84,7 +95,7 @@ def resolve(weights: str) -> Path:
         )
     match = re.fullmatch(r'([\w-][\w.-]*/[\w-][\w.-]*)(/[\w./-]+)?(@[\w./-]+)?', text)
     if not match or '..' in text:
-        bundled = ', '.join(sorted(one.name for one in ASSETS.glob('[!_.]*') if one.is_dir()))
+        bundled = ', '.join(bundled_names())
         raise CheckpointError(
             f'weights: no folder {text}; expected a folder, a hub repository '
             f'owner/name, or a bundled name ({bundled or "none here"})'
@@ -139,7 +150,10 @@ def read_config(folder: str | Path, name: str) -> dict[str, Any]:
 
 def read_json(folder: str | Path, name: str, file: str) -> dict[str, Any]:
     """Returns the JSON object in `folder/name/file`."""
-    path = _component(folder, name) / file
+    return _read_object(_component(folder, name) / file)
+
+
+def _read_object(path: Path) -> dict[str, Any]:
     check_file(path)
     try:
         if path.stat().st_size > JSON_SIZE:
@@ -182,7 +196,39 @@ def _component(folder: str | Path, name: str) -> Path:
     if not (folder / name).is_dir():
         there = ', '.join(sorted(path.name for path in folder.glob('*/'))) or 'no folder'
         raise CheckpointError(f'{folder}: no component {name}; it has {there}')
-    return folder / name
+    reference = folder / name / REFERENCE
+    if not reference.is_file():
+        return folder / name
+    bundled = _read_object(reference).get('bundled')
+    if bundled not in bundled_names() or not (ASSETS / bundled / name).is_dir():
+        raise CheckpointError(
+            f'{reference}: bundled: got {bundled!r}, expected a bundled world with {name}, one of '
+            f'{", ".join(bundled_names())}'
+        )
+    return ASSETS / bundled / name
+
+
+def share(folder: str | Path, bundled: str) -> list[str]:
+    """Replaces components that a bundled world has as well by references to it.
+
+    Args:
+      folder: weights folder to be bundled.
+      bundled: name of a bundled world.
+
+    Returns:
+      names of the components that were replaced.
+    """
+    shared = []
+    for theirs in sorted((ASSETS / bundled).glob('*/*.safetensors')):
+        ours = Path(folder) / theirs.parent.name
+        files = {one.name for one in theirs.parent.iterdir()}
+        if not ours.is_dir() or files != {one.name for one in ours.iterdir()}:
+            continue
+        if all(filecmp.cmp(theirs.parent / one, ours / one, shallow=False) for one in files):
+            shutil.rmtree(ours)
+            write_json(ours, REFERENCE, {'bundled': bundled})
+            shared.append(ours.name)
+    return shared
 
 
 class Tensors(ScaledTensors):

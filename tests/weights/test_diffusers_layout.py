@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import zipfile
 
 import jax.numpy as jnp
@@ -299,3 +300,26 @@ def test_scales_of_a_wrong_shape_are_refused(folder):
     _, found = diffusers_layout.read_component(folder, 'transformer')
     with pytest.raises(CheckpointError, match='a.weight_scale: got shape .1, 1, 5., expected one'):
         found['a.weight']
+
+
+def test_a_component_can_lie_in_a_bundled_world(tmp_path):
+    names = ('vae', 'transformer')
+    for name in names:
+        shutil.copytree(diffusers_layout.ASSETS / 'carracing' / name, tmp_path / name)
+    config = tmp_path / 'transformer' / 'config.json'
+    config.write_text(config.read_text() + ' ')
+    before = diffusers_layout.read_component(tmp_path, 'vae')
+    tensors = {name: np.array(tensor) for name, tensor in before[1].items()}
+    assert diffusers_layout.share(tmp_path, 'carracing') == ['vae']  # the other one differs
+    assert [path.name for path in (tmp_path / 'vae').iterdir()] == [diffusers_layout.REFERENCE]
+    after = diffusers_layout.read_component(tmp_path, 'vae')
+    assert after[0] == before[0] and set(after[1]) == set(tensors)
+    for name, tensor in after[1].items():
+        np.testing.assert_array_equal(tensor, tensors[name])
+
+
+@pytest.mark.parametrize('name', ['../carracing', 'nowhere', 3, ['carracing'], 'carracing_swin/..'])
+def test_a_reference_names_a_bundled_world(tmp_path, name):
+    diffusers_layout.write_json(tmp_path / 'vae', diffusers_layout.REFERENCE, {'bundled': name})
+    with pytest.raises(CheckpointError, match='shared.json: bundled: got .*, expected a bundled'):
+        diffusers_layout.read_config(tmp_path, 'vae')
