@@ -49,7 +49,7 @@ WORLD = Config(
         steps=20,
         solver='ddim',
         control_binding='early',
-        head_group=2,
+        head_group=0,
     ),
 )
 
@@ -57,21 +57,27 @@ MUON = Optimizer(
     kind='muon', learning_rate=3e-3, adam_rate=1e-3, schedule='cosine', warmup=50, weight_decay=0.0
 )
 
-# Short clips first, because they are cheap; then clips of three encoder chunks, because every chunk
-# but the first is encoded with the frames before it.
+# Quarters of many short clips first, because they are cheap and differ more; then whole frames of
+# longer clips.
 VAE = Run(
     world=WORLD,
     data='data/carracing',
-    stage=Autoencode(ema=0.99, optimizer=MUON),
-    train=Train(steps=5200, batch=2, save_every=200),
+    stage=Autoencode(frames=9, crop=(32, 48), absolute=0.5, square=4.0, ema=0.99, optimizer=MUON),
+    train=Train(steps=1000, batch=16, save_every=100),
 )
 VAE_LONG = Run(
     world=WORLD,
     data='data/carracing',
     stage=Autoencode(
-        frames=25, ema=0.99, optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=5e-4)
+        frames=17,
+        absolute=0.25,
+        square=6.0,
+        edges=0.25,
+        rare=0.2,
+        ema=0.99,
+        optimizer=dataclasses.replace(MUON, learning_rate=2e-3, adam_rate=3e-4),
     ),
-    train=Train(steps=1400, batch=1, save_every=200),
+    train=Train(steps=5000, batch=2, save_every=100),
 )
 # Stage 2: whole clips of two seconds from text and keys alone.
 BASE = Run(
@@ -95,7 +101,9 @@ SWIN = Run(
         ema=0.995,
         text_dropout=0.05,
         condition_noise=100,
-        late_binding=0.5,
+        late_binding=0.7,
+        binding_groups=(0, 1, 2),
+        stale=0.5,
         uniform=0.35,
         recycle=1.0,
         train_encoders=True,
@@ -111,6 +119,7 @@ STREAM = Run(
         ema=0.99,
         rollout=8,
         control_guidance=3.0,
+        binding_groups=(0, 1, 2),
         optimizer=dataclasses.replace(MUON, learning_rate=5e-4, adam_rate=1e-4),
     ),
     train=Train(steps=1500, batch=8),

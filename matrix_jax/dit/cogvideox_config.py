@@ -212,7 +212,7 @@ PRESETS = {
     'carracing': Config(
         heads=4,
         head_dim=44,
-        channels=8,
+        channels=16,
         layers=6,
         time_dim=48,
         text_dim=64,

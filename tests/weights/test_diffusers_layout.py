@@ -305,12 +305,12 @@ def test_scales_of_a_wrong_shape_are_refused(folder):
 def test_a_component_can_lie_in_a_bundled_world(tmp_path):
     names = ('vae', 'transformer')
     for name in names:
-        shutil.copytree(diffusers_layout.ASSETS / 'carracing' / name, tmp_path / name)
+        shutil.copytree(diffusers_layout.ASSETS / 'carracing_base' / name, tmp_path / name)
     config = tmp_path / 'transformer' / 'config.json'
     config.write_text(config.read_text() + ' ')
     before = diffusers_layout.read_component(tmp_path, 'vae')
     tensors = {name: np.array(tensor) for name, tensor in before[1].items()}
-    assert diffusers_layout.share(tmp_path, 'carracing') == ['vae']  # the other one differs
+    assert diffusers_layout.share(tmp_path, 'carracing_base') == ['vae']  # the other one differs
     assert [path.name for path in (tmp_path / 'vae').iterdir()] == [diffusers_layout.REFERENCE]
     after = diffusers_layout.read_component(tmp_path, 'vae')
     assert after[0] == before[0] and set(after[1]) == set(tensors)
