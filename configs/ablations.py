@@ -13,7 +13,9 @@ DEFAULT = 'SWIN'
 # The baseline, shorter than the trained world. Error recycling would double the cost of a step.
 SWIN = change(load('carracing:SWIN'), {'train.steps': 300, 'stage.recycle': 0.0})
 # Number of noise groups: one latent frame each, 20 (or 24) solver steps from noise to image.
-G2 = change(SWIN, {'world.stream.groups': 2, 'world.stream.head_group': 1})
+G2 = change(
+    SWIN, {'world.stream.groups': 2, 'world.stream.head_group': 1, 'stage.binding_groups': (0, 1)}
+)
 G8 = change(
     SWIN, {'world.stream.groups': 8, 'world.stream.head_group': 4, 'world.stream.steps': 24}
 )

@@ -78,7 +78,7 @@ class Reward(Stage):
         cfg = world.cfg
         return model.Config(self.task, cfg.height, cfg.width, self.frames, self.shrink)
 
-    def start(self, world, params, seed):
+    def start(self, world, params, seed, allow_non_finite=False):
         return {model.FOLDER: model.init(self.network(world), seed)}
 
     def loader(self, world, params, data, batch, seed, cache):

@@ -204,7 +204,9 @@ def test_environments_have_ids(opened_stream):
     env = gymnasium.make('matrix_jax/World-v0', opened=opened_stream, max_episode_steps=1)
     env.reset(seed=0)
     assert env.step(0)[3]
-    many = gymnasium.make_vec('matrix_jax/CarRacing-v0', num_envs=2, opened=opened_stream)
+    many = gymnasium.make_vec(
+        'matrix_jax/CarRacing-v0', num_envs=2, opened=opened_stream, reward=None
+    )
     assert isinstance(many, envs.WorldVectorEnv) and many.reset(seed=0)[0].shape[0] == 2
     assert {'matrix_jax/Doom-v0', 'matrix_jax/Gallery-v0'} <= set(gymnasium.registry)
     point = tomllib.loads(PROJECT.read_text())['project']['entry-points']['gymnasium.envs']
