@@ -39,7 +39,8 @@ EPISODE = 120  # steps, 30 s
 SETTINGS = {
     'n_steps': 32,
     'batch_size': 64,
-    'n_epochs': 6,
+    'n_epochs': 15,
+    'target_kl': 0.03,
     'gamma': 0.95,
     'gae_lambda': 0.9,
     'learning_rate': 1e-3,
@@ -177,7 +178,12 @@ def train(where: str, steps: int, agents: int, seed: int, lag: int, out: Path):
         from stable_baselines3.common.monitor import Monitor
 
         envs = DummyVecEnv([lambda: Monitor(GameEnv(lag=lag))] * agents)
-    ppo, began, log = PPO('MlpPolicy', envs, seed=seed, device='cpu', **SETTINGS), time.time(), []
+    saved, began = out / 'policy.zip', time.time()
+    if saved.exists():  # the same command continues
+        ppo = PPO.load(saved, envs, device='cpu', **SETTINGS)
+        log = json.loads((out / 'episodes.json').read_text())
+    else:
+        ppo, log = PPO('MlpPolicy', envs, seed=seed, device='cpu', **SETTINGS), []
 
     def note(local, _):
         for info in local['infos']:
@@ -195,7 +201,7 @@ def train(where: str, steps: int, agents: int, seed: int, lag: int, out: Path):
         return True
 
     out.mkdir(parents=True, exist_ok=True)
-    ppo.learn(steps, callback=note)
+    ppo.learn(steps - ppo.num_timesteps, callback=note, reset_num_timesteps=False)
     ppo.save(out / 'policy')
     (out / 'episodes.json').write_text(json.dumps(log))
 

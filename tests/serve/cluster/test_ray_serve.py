@@ -32,8 +32,8 @@ class Address:
     def __init__(self, port):
         self.port = port
 
-    def connect(self):
-        return connect(f'ws://127.0.0.1:{self.port}/play', max_size=2**24)
+    def connect(self, query=''):
+        return connect(f'ws://127.0.0.1:{self.port}/play{query}', max_size=2**24)
 
 
 def steps(data: bytes) -> int:
