@@ -204,9 +204,10 @@ def test_environments_have_ids(opened_stream):
     env = gymnasium.make('matrix_jax/World-v0', opened=opened_stream, max_episode_steps=1)
     env.reset(seed=0)
     assert env.step(0)[3]
-    many = gymnasium.make_vec(
-        'matrix_jax/CarRacing-v0', num_envs=2, opened=opened_stream, reward=None
-    )
+    named = {'num_envs': 2, 'opened': opened_stream}  # a smaller world than that of the reward
+    with pytest.raises(UsageError, match='reward: got one for 4 frames of 64x96'):
+        gymnasium.make_vec('matrix_jax/CarRacing-v0', **named)
+    many = gymnasium.make_vec('matrix_jax/CarRacing-v0', reward=None, **named)
     assert isinstance(many, envs.WorldVectorEnv) and many.reset(seed=0)[0].shape[0] == 2
     assert {'matrix_jax/Doom-v0', 'matrix_jax/Gallery-v0'} <= set(gymnasium.registry)
     point = tomllib.loads(PROJECT.read_text())['project']['entry-points']['gymnasium.envs']
