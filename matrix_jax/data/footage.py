@@ -20,7 +20,14 @@ import numpy as np
 
 from matrix_jax import video
 from matrix_jax.data import cameras, files, records
-from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip, clip_length
+from matrix_jax.data.ingest import (
+    IngestError,
+    IngestReport,
+    VideoSource,
+    check,
+    check_clip_length,
+    clip,
+)
 
 SUFFIXES = ('.avi', '.flv', '.m4v', '.mkv', '.mov', '.mp4', '.mpeg', '.mpg', '.webm', '.wmv')
 # Files beside videos that are not opened to see whether they are videos as well.
@@ -58,7 +65,7 @@ class FootageReader:
 
     def __post_init__(self):
         check(self)
-        clip_length(self.shortest, LONGEST)
+        check_clip_length(self.shortest, LONGEST)
         if self.camera_units is not None and not 0 < self.camera_units < np.inf:
             raise IngestError(
                 f'--camera-units: got {self.camera_units:g}, expected a number above 0'

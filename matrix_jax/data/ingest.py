@@ -106,7 +106,7 @@ def check(settings):
         raise IngestError(f'--held-out: got {settings.held_out:g}, expected 0 <= fraction < 1')
 
 
-def clip_length(shortest: int, longest: int):
+def check_clip_length(shortest: int, longest: int):
     """Raises IngestError unless `shortest` frames make a clip of at most `longest`."""
     if not 5 <= shortest <= longest:
         raise IngestError(f'--shortest: got {shortest} frames, expected 5 to {longest}')

@@ -16,7 +16,7 @@ import numpy as np
 from matrix_jax.data import actions_map, files, footage, frame_actions, records
 from matrix_jax.data.actions_map import ActionsMap
 from matrix_jax.data.frame_actions import FrameActions
-from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip_length
+from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, check_clip_length
 from matrix_jax.data.lerobot_files import open_dataset, part_names
 
 OWN_MAP = 'meta/actions_map.yaml'  # of data sets that `lerobot_export` writes
@@ -49,7 +49,7 @@ class LeRobotReader:
 
     def __post_init__(self):
         check(self)
-        clip_length(self.shortest, footage.LONGEST)
+        check_clip_length(self.shortest, footage.LONGEST)
 
     def clips(
         self, root: Path, source: VideoSource, report: IngestReport

@@ -27,7 +27,7 @@ import numpy as np
 from matrix_jax import video
 from matrix_jax.data import cameras, files, footage, frame_actions, records
 from matrix_jax.data.frame_actions import FrameActions
-from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, clip_length
+from matrix_jax.data.ingest import IngestError, IngestReport, VideoSource, check, check_clip_length
 
 DEGREES = 0.15  # that a mouse unit of VPT turns the view
 GAMEFACTORY_DEGREES = 15.0  # that a delta of 1 turns the view
@@ -56,7 +56,7 @@ class MinecraftReader:
 
     def __post_init__(self):
         check(self)
-        clip_length(self.shortest, footage.LONGEST)
+        check_clip_length(self.shortest, footage.LONGEST)
 
     def clips(
         self, root: Path, source: VideoSource, report: IngestReport
