@@ -61,8 +61,12 @@ def _compile(args: argparse.Namespace) -> None:
     if args.compile_for != 'cpu':
         from matrix_jax.parallel import compile_only
 
-        with config.usage_errors():
+        try:
             compile_only.parse(args.compile_for)
+        except ValueError as error:
+            raise config.UsageError(
+                f'--compile-for: got {args.compile_for}, expected cpu, {compile_only.NAMES}'
+            ) from error
     from matrix_jax.pipelines import compile_ahead
 
     with config.usage_errors():
