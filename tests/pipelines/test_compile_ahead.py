@@ -126,7 +126,7 @@ def test_programs_without_a_mesh_are_compiled_side_by_side():
 @pytest.mark.parametrize(
     'argv, said',
     [
-        (['--compile-for', 'h100', 'carracing', 'x'], 'got h100, expected h200'),
+        (['--compile-for', 'h100', 'carracing', 'x'], 'got h100, expected cpu, h200'),
         (['--compile-for', 'cpu', 'x'], '--compile-for: expected RECIPE and DST'),
         (['--compile-for', 'cpu', 'the_matrix:STAGE2', 'x', '--weights', 'y'], 'makes whole clips'),
         (['--compile-for', 'cpu', 'carracing', '.'], 'is there already'),
