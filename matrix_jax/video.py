@@ -11,10 +11,10 @@ import functools
 import itertools
 import math
 import os
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -36,6 +36,7 @@ from matrix_jax.video_reader import (
 __all__ = [
     'FPS',
     'KeyOverlay',
+    'Mp4Encoder',
     'VideoError',
     'arrows',
     'check_path',
@@ -130,6 +131,8 @@ def write_video(
     Raises:
       VideoError: there are no frames, or a frame, `keys` or the path does not fit.
     """
+    import av
+
     path = check_path(path)
     pictures = _pictures(frames, keys, min_width)
     first = next(pictures, None)
@@ -144,7 +147,7 @@ def write_video(
         else:
             count = _write_mp4(part, pictures, fps, key_frames)
         part.replace(path)
-    except OSError as error:  # the first line; imageio appends its whole command
+    except (OSError, av.FFmpegError) as error:
         raise VideoError(f'{path}: could not be written ({first_line(error)})') from error
     finally:
         part.unlink(missing_ok=True)
@@ -165,30 +168,61 @@ def write_image(path: str | Path, picture: np.ndarray):
         part.unlink(missing_ok=True)
 
 
+class Mp4Encoder:
+    """Encodes frames as H.264 in an MP4 file, in this process.
+
+    A program like ffmpeg would have to be started by a fork, after which a process with the threads
+    of JAX can hang.
+
+    Args:
+      file: path, or an object with a `write` method.
+      fps: frames per second.
+      options: options of the encoder x264 by name, like `crf`.
+      container: options of the MP4 file by name, like `movflags`.
+    """
+
+    def __init__(
+        self, file: Path | IO[bytes], fps: float, options: dict[str, str], container: dict[str, str]
+    ):
+        import av
+
+        target = str(file) if isinstance(file, Path) else file
+        self._file = av.open(target, 'w', format='mp4', options=container)
+        self._options, self._rate = options, Fraction(fps).limit_denominator(1_000_000)
+        self._stream: Any = None
+        self.count = 0
+
+    def add(self, picture: np.ndarray) -> None:
+        """Encodes one frame, uint8 [H W 3] of even size, all of one size."""
+        import av
+
+        if self._stream is None:
+            self._stream = self._file.add_stream('libx264', self._rate, options=self._options)
+            self._stream.height, self._stream.width = picture.shape[:2]
+            self._stream.pix_fmt = 'yuv420p'
+        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format='rgb24')
+        frame.pts, self.count = self.count, self.count + 1
+        frame.time_base = 1 / self._rate
+        self._file.mux(self._stream.encode(frame))
+
+    def close(self) -> None:
+        """Writes what the encoder holds back and the end of the file."""
+        try:
+            if self._stream is not None:
+                self._file.mux(self._stream.encode())
+        finally:
+            self._file.close()
+
+
 def _write_mp4(
     path: Path, pictures: Iterable[np.ndarray], fps: float, key_frames: int | None
 ) -> int:
-    import imageio.v2 as imageio
-
-    seek = [] if key_frames is None else ['-g', str(key_frames)]
-    writer = imageio.get_writer(
-        path,
-        format='FFMPEG',
-        fps=fps,
-        codec='libx264',
-        quality=None,
-        pixelformat='yuv420p',
-        macro_block_size=1,
-        ffmpeg_log_level='error',
-        output_params=['-crf', '16', '-movflags', '+faststart', *seek],
-    )
-    count = 0
-    with contextlib.closing(writer):  # the writer's own context would stay open after an error
+    seek = {} if key_frames is None else {'g': str(key_frames)}
+    encoder = Mp4Encoder(path, fps, {'crf': '16', **seek}, {'movflags': '+faststart'})
+    with contextlib.closing(encoder):
         for picture in pictures:
-            with _starting_ffmpeg():
-                writer.append_data(picture)
-            count += 1
-    return count
+            encoder.add(picture)
+    return encoder.count
 
 
 def _write_gif(path: Path, pictures: Iterable[np.ndarray], fps: float) -> int:
@@ -285,14 +319,6 @@ def _drawn(overlay: KeyOverlay, cell: int) -> np.ndarray:
         fill = LIT if up or right else FAINT
         draw.ellipse([x - size, y - size, x + size, y + size], fill=fill)
     return np.asarray(image.resize((columns * cell, 2 * cell), Image.Resampling.LANCZOS))
-
-
-@contextlib.contextmanager
-def _starting_ffmpeg():
-    """Silences JAX's warning about forks; this one only starts ffmpeg, which is safe."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings('ignore', r'os\.fork\(\) was called', RuntimeWarning)
-        yield
 
 
 # --- sizes -----------------------------------------------------------------------------------

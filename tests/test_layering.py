@@ -56,7 +56,6 @@ HEAVY = {
     'av',
     'pyarrow',
     'yaml',
-    'imageio',
     'gymnasium',
     'vizdoom',
     'orbax',

@@ -1,5 +1,8 @@
 """Files appear whole or not at all; frames keep their order, rate and size."""
 
+import os
+import subprocess
+
 import numpy as np
 import pytest
 
@@ -25,6 +28,19 @@ def test_write_enlarges_and_keeps_order(tmp_path, suffix):
         frames = video.read_video(path)
         assert frames.shape == (12, 256, 384, 3) and frames.dtype == np.uint8
         assert levels(frames) == list(range(12))
+
+
+def test_writing_starts_no_process(tmp_path, monkeypatch):
+    """A fork of a process with threads can hang."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError('a process was started')
+
+    for name in ('fork', 'posix_spawn'):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(subprocess, 'Popen', refuse)
+    assert video.write_video(tmp_path / 'a.mp4', ramp(4), fps=12.5) == 4
+    assert video.frame_rate(tmp_path / 'a.mp4') == 12.5
 
 
 def test_odd_sides_become_even(tmp_path):

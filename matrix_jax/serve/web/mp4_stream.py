@@ -4,35 +4,93 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import threading
 from collections.abc import AsyncIterator
 
+import numpy as np
+
+from matrix_jax import video
 from matrix_jax.config import UsageError
 from matrix_jax.controls.vocabulary import ControlError
-from matrix_jax.serve.runtime.session import HEADER, Session
+from matrix_jax.serve.runtime.session import HEADER, Session, Stalled
 from matrix_jax.serve.runtime.session_manager import Refused
 from matrix_jax.serve.web import connections, protocol
 from matrix_jax.serve.web.hosted_world import HostedWorld
 from matrix_jax.serve.web.protocol import MessageError
 from matrix_jax.serve.web.transfers import error_response
 
-CHUNK_BYTES = 64 * 2**10  # read from the encoder at once
 FIELDS = {'world', 'start', 'prompt', 'seed', 'control', 'token'}
+MAX_CHUNKS = 4  # parts of the video that wait for a slow reader
+
+
+class FragmentEncoder:
+    """Turns the JPEGs of a session into fragmented MP4, a fragment per quarter of a second."""
+
+    def __init__(self, fps: float):
+        self._written, self._closed = _Buffer(), False
+        self._lock = threading.Lock()  # a cancelled `send_bytes` leaves its thread running
+        self._encoder = video.Mp4Encoder(
+            self._written,
+            fps,
+            {'preset': 'veryfast', 'tune': 'zerolatency', 'g': str(max(1, round(fps)))},
+            {
+                'movflags': 'frag_keyframe+empty_moov+default_base_moof',
+                'frag_duration': '250000',
+                'flush_packets': '1',
+            },
+        )
+
+    def encode(self, jpeg: bytes) -> bytes:
+        """Returns the part of the video that the frame completes, or nothing."""
+        from PIL import Image
+
+        picture = np.asarray(Image.open(io.BytesIO(jpeg)))
+        with self._lock:
+            if self._closed:
+                return b''
+            self._encoder.add(video.enlarge(picture, min_width=1))
+            return self._written.take()
+
+    def close(self) -> None:
+        """Frees the encoder; later frames give nothing."""
+        with self._lock:
+            self._closed = True
+            self._encoder.close()
+
+
+class _Buffer:
+    """A file that cannot seek."""
+
+    def __init__(self):
+        self._data = bytearray()
+
+    def write(self, data) -> int:
+        self._data += data
+        return len(data)
+
+    def take(self) -> bytes:
+        """Returns and removes what was written."""
+        data = bytes(self._data)
+        self._data.clear()
+        return data
 
 
 class FrameSink:
-    """Takes the frames of a session as a socket does, and writes them to an encoder."""
+    """Takes the frames of a session as a socket does, and puts their video into a queue."""
 
-    def __init__(self, session: Session, encoder: asyncio.subprocess.Process):
-        self.session, self.encoder = session, encoder
+    def __init__(self, session: Session, encoder: FragmentEncoder, chunks: asyncio.Queue):
+        self.session, self.encoder, self.chunks = session, encoder, chunks
 
     async def send_text(self, data: str) -> None:
         """Drops a message, which a video has no place for."""
 
     async def send_bytes(self, data: bytes) -> None:
-        """Writes one frame."""
+        """Encodes one frame in a thread."""
         frame, _ = HEADER.unpack_from(data)
-        self.encoder.stdin.write(data[HEADER.size :])
-        await self.encoder.stdin.drain()
+        chunk = await asyncio.to_thread(self.encoder.encode, data[HEADER.size :])
+        if chunk:
+            await self.chunks.put(chunk)
         self.session.acknowledge(frame)
 
 
@@ -81,39 +139,27 @@ def parse(items: list[tuple[str, str]], world: HostedWorld) -> tuple[dict, str]:
 
 async def frames(world: HostedWorld, session: Session, control: str, scope) -> AsyncIterator[bytes]:
     """Yields the video of a session, and ends the session at the end."""
-    manager, encoder, sending = world.manager, None, None
+    manager, chunks = world.manager, asyncio.Queue(MAX_CHUNKS)
+    encoder, sending = FragmentEncoder(session.fps), None
     try:
-        encoder = await start_encoder(session.fps)
-        sink = FrameSink(session, encoder)
         with connections.in_use(scope):
+            sink = FrameSink(session, encoder, chunks)
             await manager.attach(session, sink)
             session.press(1, control)
-            sending = asyncio.create_task(session.send(sink))
-            while chunk := await encoder.stdout.read(CHUNK_BYTES):
+            sending = asyncio.create_task(_send(session, sink))
+            while chunk := await chunks.get():
                 yield chunk
     finally:
         manager.end(session, 'left')
         if sending:
             sending.cancel()
-        if encoder:
-            with contextlib.suppress(ProcessLookupError):
-                encoder.kill()
+        encoder.close()
 
 
-async def start_encoder(fps: float) -> asyncio.subprocess.Process:
-    """Starts ffmpeg, which turns JPEGs into fragments of a quarter of a second."""
-    import imageio_ffmpeg
+async def _send(session: Session, sink: FrameSink) -> None:
+    """Sends frames until the session or the encoder ends, then an empty chunk."""
+    import av
 
-    # Without the first two options ffmpeg reads seconds of frames before it makes one.
-    source = '-v error -probesize 32 -analyzeduration 0 -threads 1 -f mjpeg '
-    source += f'-framerate {fps} -i -'
-    picture = '-vf pad=ceil(iw/2)*2:ceil(ih/2)*2 -pix_fmt yuv420p'
-    encode = f'-c:v libx264 -preset veryfast -tune zerolatency -g {max(1, round(fps))}'
-    fragments = '-movflags frag_keyframe+empty_moov+default_base_moof -frag_duration 250000'
-    return await asyncio.create_subprocess_exec(
-        imageio_ffmpeg.get_ffmpeg_exe(),
-        *f'{source} {picture} {encode} -f mp4 {fragments} pipe:1'.split(),
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
+    with contextlib.suppress(Stalled, av.FFmpegError):
+        await session.send(sink)
+    await sink.chunks.put(b'')
