@@ -183,7 +183,9 @@ def test_a_world_is_a_video_for_anybody(serving, tmp_path):
     link.settimeout(30)
     data = b''
     while data.count(b'moof') < 3:
-        data += link.recv(65536)
+        received = link.recv(65536)
+        assert received, f'the server closed the connection after {len(data)} bytes'
+        data += received
     assert data.startswith(b'HTTP/1.1 200') and b'content-type: video/mp4' in data
     assert running.players() == 1
     session = next(iter(running.world.manager.sessions.values()))
