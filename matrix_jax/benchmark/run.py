@@ -7,7 +7,6 @@ import dataclasses
 import multiprocessing
 import os
 
-from matrix_jax import worlds
 from matrix_jax.benchmark import (
     compiled,
     int8,
@@ -148,7 +147,7 @@ def sweep(
     on_cpu = apart(_backend, emulate=False) == 'cpu'
     settings = dataclasses.replace(settings, entries=())
     runs, refused = {}, {}
-    for name, mesh in meshes(targets.shape(run, random, layers)).items():
+    for name, mesh in SWEEP.items():
         try:
             if not mesh.parts:
                 mesh = dataclasses.replace(run.mesh, seq=mesh.seq, pipeline='1')
@@ -205,13 +204,7 @@ def count(name: str, cfg, tflops: float) -> str:
             'link': LINK,
             'bounds': {
                 label: roofline.bounds(cfg, mesh, tflops * pages.TERA, LINK)
-                for label, mesh in meshes(cfg).items()
+                for label, mesh in SWEEP.items()
             },
         },
     )
-
-
-def meshes(cfg) -> dict[str, Mesh]:
-    """Meshes of `SWEEP` that a world of this config can run on."""
-    single = worlds.build(cfg).single_mesh
-    return {name: mesh for name, mesh in SWEEP.items() if not (single and mesh.parts)}

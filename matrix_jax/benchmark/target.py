@@ -93,8 +93,6 @@ def shape(run, random: bool = False, layers: int | None = None):
         raise UsageError(f'{run.name}: needs --weights FOLDER, or --random')
     cfg = converter.shorten(run.world, layers)
     world = worlds.build(cfg)
-    if run.mesh.parts and world.single_mesh:
-        world.stages()  # raises the error that says so
     if not world.endless:
         raise UsageError(
             f'{run.name}: does not stream, expected a recipe that takes keys '

@@ -37,7 +37,6 @@ class BaseWorld(WeightsFolders):
 
     Attributes:
       start_is_optional: whether a video can start from the prompt alone as well.
-      single_mesh: whether network and decoder must share their devices.
       autoencoder: module of the component 'vae'.
       decode_chunk: latent frames that are decoded at once; None = those of a step.
       decoder_seed: `cond -> latents` that the decoder is filled with at the start, or None if it
@@ -50,7 +49,6 @@ class BaseWorld(WeightsFolders):
     """
 
     start_is_optional = False
-    single_mesh = False
     autoencoder: Any = None
     decode_chunk: int | None = None
     decoder_seed: Callable[[Any], jax.Array] | None = None
@@ -227,13 +225,7 @@ class BaseWorld(WeightsFolders):
         raise NotImplementedError
 
     def stages(self, control_binding: str | None = None) -> dict[str, Any]:
-        """Returns the parts of `stream` for `stream.pipeline.Pipeline`.
-
-        Raises:
-          UsageError: network and decoder must share their devices.
-        """
-        if self.single_mesh:
-            raise UsageError('--mesh.pipeline: this world streams on one mesh')
+        """Returns the parts of `stream` for `stream.pipeline.Pipeline`."""
         return {
             'stream': self.latents(control_binding),
             'decoder': self.decoder(),

@@ -158,7 +158,6 @@ class World(BaseWorld):
         ),
     )
     autoencoder = vae
-    single_mesh = True  # the first block is another program than the others
     prediction = 'flow_prediction'
     evaluator = 'first_person'
     roofline = 'wan'

@@ -181,19 +181,23 @@ def test_frames_of_a_pipeline_equal_those_of_one_device():
     assert (frames[0] != frames[1]).mean() < 0.01
 
 
-def test_segments_and_a_light_decoder_on_two_meshes():
-    """Matrix-Game 3.0 with an asynchronous decoder: only latents cross."""
-    cfg = recipes.load('matrix_game_3:TINY').world
+@pytest.mark.parametrize(
+    'recipe, part, actions',
+    [('matrix_game_2:TINY', 'vae', 33), ('matrix_game_3:TINY', 'vae_decoder', 29)],
+)
+def test_a_longer_first_output_on_two_meshes(recipe, part, actions):
+    """Blocks of Matrix-Game 2.0, and segments of Matrix-Game 3.0 with a light decoder."""
+    cfg = recipes.load(recipe).world
     world = worlds.build(cfg).shortened(1).with_tokenizers(None)
     drawn = world.init(0, zero_init=False)
     placed = world.device_put(drawn, *sharding.make_meshes(Mesh(pipeline='2dit_3vae')))
     network, decoder = world.split_decoder(placed)
-    assert set(decoder) == {'vae_decoder'} and network['vae_decoder'] == {}
+    assert list(decoder) == [part] and 'decoder' not in network[part]
     picture = np.random.default_rng(0).integers(0, 255, (1, 16, 24, 3), np.uint8)
     made = []
     for params in (placed, drawn):
         runner = StreamRunner(world, params)
-        known, steps = world.split_controls(['W+right'] * 29)
+        known, steps = world.split_controls(['W+right'] * actions)
         carry, _ = runner.start('A castle', picture, known, seed=0)
         carry, first = runner.compile(carry, steps)
         shown = [first]
@@ -201,7 +205,6 @@ def test_segments_and_a_light_decoder_on_two_meshes():
             carry, frames = runner.step(carry, step)
             shown.append(frames)
         made.append([np.asarray(frames)[0].astype(int) for frames in shown])
-    assert shown[0].shape == (1, 13, 16, 24, 3)
     pipelined, alone = (np.concatenate(frames) for frames in made)
-    assert pipelined.shape == (29, 16, 24, 3) and alone.std() > 5
+    assert pipelined.shape == (actions, 16, 24, 3) and alone.std() > 5
     assert np.abs(pipelined - alone).max() <= 1 and (pipelined != alone).mean() < 0.01
