@@ -137,15 +137,16 @@ def _pipeline(world, params: dict, control, mesh) -> tuple[Any, Any]:
 
 
 def _on_meshes(world, params: dict, mesh, decoder) -> dict:
-    """Parameters of a step in their shardings; those of 8-bit layers replicated."""
+    """Parameters of a step as streams read them, in their shardings; 8-bit layers replicated."""
     wanted = targets.step_params(world)
     places = world.param_places(wanted, mesh, decoder)
-    return {
+    placed = {
         name: _placed(tree, places[name])
         if jax.tree.structure(tree) == jax.tree.structure(wanted[name])
         else _replicated(tree, mesh)
         for name, tree in params.items()
     }
+    return world.stream_params(placed)
 
 
 def _replicated(tree, mesh):

@@ -25,7 +25,7 @@ def step_arguments(world):
     params, cond = targets.step_params(world), targets.condition_shapes(world)
     params = jax.eval_shape(world.quantize, params)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    carry = jax.eval_shape(targets.stream(world).init, params, cond, key)
+    carry = jax.eval_shape(targets.stream(world).init, world.stream_params(params), cond, key)
     words = world.vocabulary
     control = words.encode([words.idle] * world.cfg.stream.controls_per_step)[None]
     return params, carry, jax.ShapeDtypeStruct(control.shape, control.dtype)

@@ -26,7 +26,7 @@ from einops import rearrange
 
 from matrix_jax.dit.actions import ControlBlock, ControlEmbedding, visibility
 from matrix_jax.dit.cogvideox_config import PRESETS, Config, ControlConfig, check
-from matrix_jax.dit.segments import scan_layers
+from matrix_jax.dit.segments import is_separate, scan_layers
 from matrix_jax.dit.weight_rows import adaln_rows, attention_rows, linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.attention import MultiHead
@@ -94,11 +94,18 @@ class CogVideoXTransformer(nn.Module):
             bias = visibility(frames * rows * columns, control.shape[1], cfg.control.recency)
             bias = token_layout.flatten_rows(bias, frames)
 
+        given = self.variables.get('params', {})
         for name, (start, stop) in cfg.segments.items():
             block, inputs = Block, (time,)
             if name == 'steered':
                 block, inputs = ControlledBlock, (time, control, bias)
-            layers = scan_layers(block, cfg, stop - start, __call__=(nn.broadcast,) * len(inputs))
+            layers = scan_layers(
+                block,
+                cfg,
+                stop - start,
+                is_separate(given.get(name, ())),
+                __call__=(nn.broadcast,) * len(inputs),
+            )
             tokens, _ = layers(cfg, rows * columns, name=name)(tokens, *inputs)
 
         video = LayerNorm(cfg.eps, name='norm_final')(tokens[0])

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from flax import struct
 
-from matrix_jax.dit.segments import scan_layers
+from matrix_jax.dit.segments import is_separate, scan_layers
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sharded, sites
 from matrix_jax.dit.wan_config import ACTING, PRESETS, Config, check
@@ -94,9 +94,15 @@ class WanTransformer(nn.Module):
         self.image_embedding = ImageEmbedding(cfg)
         if cfg.actions and cfg.actions.modulate:
             self.action_embedding = ActionEmbedding(cfg.actions, cfg.width, dtype)
+        given = self.variables.get('params', {})
         for name, (start, stop) in cfg.segments.items():
             layers = scan_layers(
-                Block, cfg, stop - start, __call__=(0, nn.broadcast), read_image=nn.broadcast
+                Block,
+                cfg,
+                stop - start,
+                is_separate(given.get(name, ())),
+                __call__=(0, nn.broadcast),
+                read_image=nn.broadcast,
             )
             setattr(self, name, layers(cfg, name.startswith(ACTING)))
         normal = nn.initializers.normal(cfg.width**-0.5)
@@ -161,22 +167,26 @@ class WanTransformer(nn.Module):
         def write(past, new):
             return sharded(
                 past.replace(
-                    video=past.video.put(new[0], ring.slots),
-                    mouse=past.mouse and past.mouse.put(new[1][0], action_ring.slots),
-                    keyboard=past.keyboard and past.keyboard.put(new[1][1], action_ring.slots),
+                    video=ring.put(past.video, new[0]),
+                    mouse=past.mouse and action_ring.put(past.mouse, new[1][0]),
+                    keyboard=past.keyboard and action_ring.put(past.keyboard, new[1][1]),
                 )
             )
 
         return v, caches.replace(
-            runs={name: write(past, new[name]) for name, past in caches.runs.items()}
+            runs={name: _each(write, past, new[name]) for name, past in caches.runs.items()}
         )
 
     def read_image(self, image, caches):
         """Caches with the keys and values of an image [B L Di], for `cached`."""
         tokens = self.image_embedding(image)
+
+        def write(past, image):
+            return sharded(past.replace(image=image))
+
         return caches.replace(
             runs={
-                name: sharded(past.replace(image=getattr(self, name).read_image(None, tokens)[1]))
+                name: _each(write, past, getattr(self, name).read_image(None, tokens)[1])
                 for name, past in caches.runs.items()
             }
         )
@@ -220,6 +230,13 @@ class WanTransformer(nn.Module):
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
         v = token_layout.from_tokens(x, cfg.patch, rows, columns)
         return v.astype(jnp.float32), new_caches
+
+
+def _each(write, past, new):
+    """`write` of a run of layers: of their stacked caches, or of those of each layer."""
+    if isinstance(past, tuple):
+        return tuple(map(write, past, new))
+    return write(past, new)
 
 
 class Block(nn.Module):

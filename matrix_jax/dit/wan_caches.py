@@ -39,7 +39,8 @@ class Caches:
     """All caches of a stream.
 
     Attributes:
-      runs: `LayerCaches` of each run of equal layers.
+      runs: `LayerCaches` of each run of equal layers; a tuple of them, one per layer, if the
+        parameters of the layers are separate (`dit.segments`).
       start: first latent frame of the current block, int32 [].
     """
 
@@ -47,8 +48,13 @@ class Caches:
     start: Any
 
 
-def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
+def init_caches(
+    cfg: Config, batch: int, height: int, width: int, separate: bool = False
+) -> Caches:
     """Empty caches for `batch` streams of latents of this height and width.
+
+    Args:
+      separate: whether each layer has caches of its own.
 
     Raises:
       ValueError: the network has no window (`local`).
@@ -61,28 +67,31 @@ def init_caches(cfg: Config, batch: int, height: int, width: int) -> Caches:
     frame_sites = sites(cfg, height, width)
     frame_sites += -frame_sites % num_shards('tokens')  # padding for the mesh
 
-    def empty(layers, slots, sites, heads, elements):
-        shape = (layers, batch, slots, sites, heads, elements)
-        return KVCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
+    def past(name, *layers):
+        def empty(*sizes):
+            shape = (*layers, batch, *sizes)
+            return KVCache(jnp.zeros(shape, cfg.dtype), jnp.zeros(shape, cfg.dtype))
 
-    def past(name, layers):
         heads, mouse, keyboard = (cfg.heads, cfg.head_dim), None, None
         if name.startswith(ACTING):
             size = cfg.actions
             action_heads = (size.heads, sum(size.axes))
-            mouse = empty(layers, cfg.local, frame_sites, *action_heads) if size.mouse else None
-            keyboard = empty(layers, cfg.local, 1, *action_heads)
+            mouse = empty(cfg.local, frame_sites, *action_heads) if size.mouse else None
+            keyboard = empty(cfg.local, 1, *action_heads)
         return sharded(
             LayerCaches(
-                empty(layers, cfg.local, frame_sites, *heads),
+                empty(cfg.local, frame_sites, *heads),
                 mouse,
                 keyboard,
-                empty(layers, 1, cfg.image_length, *heads),
+                empty(1, cfg.image_length, *heads),
             )
         )
 
+    def run(name, count):
+        return tuple(past(name) for _ in range(count)) if separate else past(name, count)
+
     return Caches(
-        {name: past(name, stop - start) for name, (start, stop) in cfg.segments.items()},
+        {name: run(name, stop - start) for name, (start, stop) in cfg.segments.items()},
         jnp.zeros((), jnp.int32),
     )
 
@@ -102,7 +111,7 @@ def sharded(past: LayerCaches) -> LayerCaches:
 
     def one(cache, sites):
         names = (None, 'batch', None, sites, 'heads', None)
-        return jax.tree.map(lambda leaf: constrain(leaf, *names), cache)
+        return jax.tree.map(lambda leaf: constrain(leaf, *names[-leaf.ndim :]), cache)
 
     return LayerCaches(
         one(past.video, 'rows'),

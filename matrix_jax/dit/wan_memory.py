@@ -25,7 +25,7 @@ import numpy as np
 from einops import rearrange
 from flax import struct
 
-from matrix_jax.dit.segments import scan_layers
+from matrix_jax.dit.segments import is_separate, scan_layers
 from matrix_jax.dit.wan_actions import ActionBlock, frame_windows
 from matrix_jax.dit.wan_config import ACTING
 from matrix_jax.dit.wan_layers import LevelEmbedding, Projections, standardize
@@ -112,8 +112,10 @@ class WanMemoryTransformer(nn.Module):
         self.text_1, self.text_2 = linear(), linear()
         if cfg.memory:
             self.camera_patch, self.camera_1, self.camera_2 = linear(), linear(), linear()
+        given = self.variables.get('params', {})
         for name, (start, stop) in cfg.segments.items():
-            layers = scan_layers(Block, cfg, stop - start, __call__=nn.broadcast)
+            separate = is_separate(given.get(name, ()))
+            layers = scan_layers(Block, cfg, stop - start, separate, __call__=nn.broadcast)
             setattr(self, name, layers(cfg, name.startswith(ACTING)))
         normal = nn.initializers.normal(cfg.width**-0.5)
         self.modulation_out = self.param('modulation_out', normal, (2, cfg.width))

@@ -18,7 +18,7 @@ LOGITS = 2**28  # most logits that a device computes at a time
 QUERIES = ('batch', 'tokens', 'heads', None)
 
 
-def attention(q, k, v, bias=None, scale=None):
+def attention(q, k, v, bias=None, scale=None, filled=None):
     """softmax(scale * q k^T + bias) v, with a float32 softmax.
 
     A mesh splits batch, heads and queries; each device has all keys.
@@ -29,11 +29,17 @@ def attention(q, k, v, bias=None, scale=None):
       v: [B S K E].
       bias: added to the logits; broadcastable to [B K N S], or None.
       scale: 1/sqrt(E) by default.
+      filled: number of the first keys that are seen, int32 [B]; None = all. Only where
+        `takes_lengths`, and without a bias.
 
     Returns:
       [B N K E], in the type of v.
     """
     keys = ('batch', None, 'heads', None)
+    if filled is not None:
+        function = partial(_fused, scale=_scale(scale, q))
+        names = (QUERIES, keys, keys, ('batch',))
+        return sharding.per_device(function, names, 0)(q, k, v, filled)
     return _spread(
         partial(_local, scale=_scale(scale, q)),
         (QUERIES, keys, keys),
@@ -142,16 +148,31 @@ def _local(q, k, v, bias=None, *, scale):
     return _plain(q, k, v, scale) if bias is None else _dense(q, k, v, bias, scale)
 
 
-def _plain(q, k, v, scale):
-    """Attention without a bias on one device, by its fastest kernel."""
-    fused = (
+def takes_lengths(q) -> bool:
+    """Whether `attention` of queries [... K E] takes the number of filled keys."""
+    return _is_fused(q) and sharding.num_shards('tokens') == 1
+
+
+def _is_fused(q) -> bool:
+    """Whether cuDNN has a kernel for queries [... K E]."""
+    return (
         q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
         and q.shape[-1] <= 128
         and compilation.backend() == 'gpu'
     )
-    if fused:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation='cudnn')
+
+
+def _fused(q, k, v, filled=None, *, scale):
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, implementation='cudnn', key_value_seq_lengths=filled
+    )
+
+
+def _plain(q, k, v, scale):
+    """Attention without a bias on one device, by its fastest kernel."""
+    if _is_fused(q):
+        return _fused(q, k, v, scale=scale)
     batch, tokens, heads, _ = q.shape
     size = max(LOGITS // (batch * heads * k.shape[1]), 1)
     if size >= tokens:
@@ -173,10 +194,10 @@ def _dense(q, k, v, bias, scale):
     return rearrange(y, 'b k n e -> b n k e')
 
 
-def softmax(logits):
-    """Softmax over the last axis, by a name that is counted in compiled programs."""
+def softmax(logits, axis=-1):
+    """Softmax over an axis, by a name that is counted in compiled programs."""
     with jax.named_scope('attention_softmax'):
-        return jax.nn.softmax(logits, axis=-1)
+        return jax.nn.softmax(logits, axis=axis)
 
 
 class MultiHead(nn.Module):

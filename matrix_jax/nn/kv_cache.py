@@ -20,7 +20,10 @@ from einops import rearrange
 from flax import struct
 
 from matrix_jax.nn import token_layout
-from matrix_jax.nn.attention import attention, self_attention, softmax
+from matrix_jax.nn.attention import attention, self_attention, softmax, takes_lengths
+from matrix_jax.parallel import compilation
+
+FEW_PAIRS = 32  # pairs of frames, up to which a GPU attends to the frames of a site at once
 
 
 @struct.dataclass
@@ -29,12 +32,6 @@ class KVCache:
 
     k: Any
     v: Any
-
-    def put(self, new: KVCache, slots) -> KVCache:
-        """The cache with frames [... B T N K E] written to the slots [T]."""
-        return jax.tree.map(
-            lambda old, now: old.at[..., slots, :, :, :].set(now.astype(old.dtype)), self, new
-        )
 
 
 @struct.dataclass
@@ -107,7 +104,7 @@ class Ring:
     """Attention of a block of T frames to itself and to cached frames in S slots.
 
     Attributes:
-      start: first frame of the block, int32 [].
+      start: first frame of the block, int32 []; a multiple of T.
       frames: latent frames T of the block.
       size: slots S.
       sink: number of first frames of the stream that are never replaced.
@@ -140,6 +137,22 @@ class Ring:
         again = self.sink + (frames - self.sink) % (self.size - self.sink)
         return jnp.where(frames < self.size, frames, again)
 
+    def put(self, past: KVCache, new: KVCache) -> KVCache:
+        """The cache [... B S N K E] with the frames of the block [... B T N K E] in their slots."""
+        # Slices are updated in place, each by one copy. Blocks that fit the ring are never divided.
+        parts = 1 if self.sink % self.frames == self.size % self.frames == 0 else self.frames
+        count, slots = self.frames // parts, self.slots
+
+        def write(old, now):
+            now = now.astype(old.dtype)
+            for part in range(parts):
+                first = part * count
+                piece = jax.lax.slice_in_dim(now, first, first + count, axis=-4)
+                old = jax.lax.dynamic_update_slice_in_dim(old, piece, slots[first], axis=-4)
+            return old
+
+        return jax.tree.map(write, past, new)
+
     def slot_frames(self):
         """Frame number in each slot, int32 [S]; not valid for slots that are not `visible`."""
         slots, last = jnp.arange(self.size), self.end - 1
@@ -159,7 +172,7 @@ class Ring:
 
     def keys_and_values(self, past: KVCache, new: KVCache) -> KVCache:
         """Keys and values for the queries: the cache with the frames of the block."""
-        return past.put(new, self.slots)
+        return self.put(past, new)
 
     def attend(self, q, k, v):
         """Attention over all sites: queries [B T N K E], keys [B S N K E] -> [B T N K E]."""
@@ -168,6 +181,10 @@ class Ring:
         def see_filled(q, k, v):
             return see(q, k, v, self.visible())
 
+        if takes_lengths(q):
+            # The first slots are filled first.
+            filled = jnp.minimum(self.end, self.size) * k.shape[2]
+            return see(q, k, v, filled=jnp.broadcast_to(filled, q.shape[:1]))
         # A full cache needs no bias, so the faster kernels can be used.
         return jax.lax.cond(self.end >= self.size, see, see_filled, q, k, v)
 
@@ -184,6 +201,8 @@ def attend_per_site(q, k, v, visible):
     Returns:
       [B T N K E].
     """
+    if compilation.backend() == 'gpu' and q.shape[1] * k.shape[1] <= FEW_PAIRS:
+        return _attend_in_registers(q, k, v, visible)
     keys = 'bske' if k.shape[2] < q.shape[2] else 'bsnke'
     k, v = (x if keys == 'bsnke' else x[:, :, 0] for x in (k, v))
     logits = jnp.einsum(
@@ -191,6 +210,20 @@ def attend_per_site(q, k, v, visible):
     )
     weights = softmax(jnp.where(visible, logits, -jnp.inf))
     return jnp.einsum(f'bnkts,{keys}->btnke', weights.astype(v.dtype), v)
+
+
+def _attend_in_registers(q, k, v, visible):
+    """`attend_per_site` without matrix products.
+
+    Products of so few frames would be padded to eight, and one for each site and head would decide
+    the layout of all tokens.
+    """
+    q, k = (x.astype(jnp.float32) for x in (q * q.shape[-1] ** -0.5, k))
+    logits = jnp.where(
+        jnp.asarray(visible)[..., None, None], (q[:, :, None] * k[:, None]).sum(-1), -jnp.inf
+    )
+    weights = softmax(logits, axis=2).astype(v.dtype).astype(jnp.float32)
+    return (weights[..., None] * v[:, None]).sum(2).astype(v.dtype)
 
 
 def attend_all(q, k, v):
@@ -202,12 +235,13 @@ def attend_all(q, k, v):
     return rearrange(y, 'b (n t) k e -> b t n k e', n=sites)
 
 
-def attend_each_other(q, k, v, visible=None, sites=None, exchange='auto'):
+def attend_each_other(q, k, v, visible=None, filled=None, sites=None, exchange='auto'):
     """Attention of queries [B T N K E] to keys and values [B S N K E], over all sites.
 
     Args:
       q, k, v: split over the devices by sites.
       visible: mask bool [1 S] of the slots; None = all.
+      filled: keys that are seen, the first ones, int32 [B]; only where `takes_lengths`.
       sites, exchange: as for `Blocks`.
 
     Returns:
@@ -218,7 +252,9 @@ def attend_each_other(q, k, v, visible=None, sites=None, exchange='auto'):
         shown = jnp.repeat(visible, sites, axis=1)
         bias = jnp.where(token_layout.flatten_rows(shown.T, frames).T, 0.0, -jnp.inf)
     real = token_layout.real_positions(frames, sites)
-    y = self_attention(
-        *map(token_layout.flatten_frames, (q, k, v)), bias, real=real, exchange=exchange
-    )
+    q_tokens, k, v = map(token_layout.flatten_frames, (q, k, v))
+    if filled is not None:
+        y = attention(q_tokens, k, v, filled=filled)
+    else:
+        y = self_attention(q_tokens, k, v, bias, real=real, exchange=exchange)
     return token_layout.unflatten_frames(y, q.shape[1])

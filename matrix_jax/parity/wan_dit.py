@@ -51,7 +51,7 @@ def action_cached(record: Record) -> dict:
         ring = Ring(start, count, size)
         y, new = net.apply({'params': params}, x, mouse, keyboard, ring, caches)
         return y, [
-            past and past.put(now, ring.slots) for past, now in zip(caches, new, strict=True)
+            past and ring.put(past, now) for past, now in zip(caches, new, strict=True)
         ]
 
     outputs = {}

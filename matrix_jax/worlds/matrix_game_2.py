@@ -25,6 +25,7 @@ import numpy as np
 from matrix_jax.config import UsageError
 from matrix_jax.controls.keyboard_mouse import KeyboardMouseVocabulary
 from matrix_jax.diffusion import flow
+from matrix_jax.dit import segments
 from matrix_jax.dit import wan as dit
 from matrix_jax.encoders import clip_image
 from matrix_jax.stream import causal
@@ -358,7 +359,8 @@ def network(cfg: dit.Config) -> causal.CachedNetwork:
 
     def read(params: Params, cond: causal.Cond) -> PyTree:
         batch, _, height, width, _ = cond.latents.shape
-        caches = dit.init_caches(cfg, batch, height, width)
+        run = params['transformer'][next(iter(cfg.segments))]
+        caches = dit.init_caches(cfg, batch, height, width, segments.is_separate(run))
         variables = {'params': params['transformer']}
         return net.apply(variables, cond.image, caches, method='read_image')
 

@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from matrix_jax.config import UsageError
+from matrix_jax.dit import segments
 from matrix_jax.nn import initializers, linear
-from matrix_jax.parallel import sharding
+from matrix_jax.parallel import compilation, sharding
 from matrix_jax.stream.base import PyTree
 from matrix_jax.weights import conversion
 
@@ -226,6 +227,22 @@ class Networks:
                 quantized[one.folder] = linear.quantize(params[one.folder], layers, truncate)
         return quantized
 
+    def stream_params(self, params: Params) -> Params:
+        """Returns parameters as streams read them.
+
+        On GPUs, the layers of the transformers are separate (`dit.segments`), unless they stay in
+        host memory. Parameters that are so already are returned as they are.
+        """
+        if compilation.backend() != 'gpu':
+            return params
+        made = dict(params)
+        for name in self.network_folders:
+            if name in params and not _in_host_memory(params[name]):
+                table = self.tables[name]
+                runs = {row.path.split('/')[0] for row in table if getattr(row, 'layers', None)}
+                made[name] = segments.separate(params[name], runs)
+        return made
+
     def summary(self, mesh: Any) -> str:
         """Returns a line per component: parameters, and memory per device at bfloat16.
 
@@ -251,6 +268,12 @@ class Networks:
             local = sum(int(np.prod(place.shard_shape(leaf.shape))) for leaf, place in leaves)
             found[name] = count, local
         return found
+
+
+def _in_host_memory(params: Params) -> bool:
+    """Whether parameters stay in host memory between steps."""
+    places = [getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(params)]
+    return any(place is not None and place.memory_kind == 'pinned_host' for place in places)
 
 
 def summary_line(name: str, count: int, local: int) -> str:
