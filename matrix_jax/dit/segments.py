@@ -8,7 +8,7 @@ in the program.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import flax.linen as nn
@@ -118,6 +118,14 @@ class SeparateLayers(nn.Module):
         """The same with the method `read_image` of the layers."""
         return self._run('read_image', carry, inputs)
 
+    def read_segment(self, carry, *inputs):
+        """The same with the method `read_segment` of the layers."""
+        return self._run('read_segment', carry, inputs)
+
+    def read_keyboard(self, carry, *inputs):
+        """The same with the method `read_keyboard` of the layers."""
+        return self._run('read_keyboard', carry, inputs)
+
     def _run(self, method, carry, inputs):
         axes, outputs = self.in_axes[method], []
         axes = axes if isinstance(axes, tuple) else (axes,) * len(inputs)
@@ -131,25 +139,26 @@ class SeparateLayers(nn.Module):
         return carry, tuple(outputs)
 
 
-def separate(params: dict, runs: Collection[str]) -> dict:
+def separate(params: dict, runs: Collection[str], change: Callable = lambda layer: layer) -> dict:
     """Parameters of a network with each layer of some runs in arrays of its own.
 
     Args:
-      params: parameter tree of arrays, of a traced function or as ShapeDtypeStructs.
+      params: parameter tree of arrays, or of ShapeDtypeStructs.
       runs: names of the runs; those that are separate already stay as they are.
+      change: applied to the parameters of each layer.
     """
     return {
-        name: _unstack(tree) if name in runs and not is_separate(tree) else tree
+        name: _unstack(tree, change) if name in runs and not is_separate(tree) else tree
         for name, tree in params.items()
     }
 
 
-def _unstack(run) -> dict:
+def _unstack(run, change) -> dict:
     """Stacked parameters of a run -> {'layers_0': those of its first layer, ...}."""
     leaves, structure = jax.tree.flatten(run)
     split = [_split(leaf) for leaf in leaves]
     return {
-        f'layers_{index}': jax.tree.unflatten(structure, layer)
+        f'layers_{index}': change(jax.tree.unflatten(structure, layer))
         for index, layer in enumerate(zip(*split, strict=True))
     }
 

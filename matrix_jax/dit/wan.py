@@ -33,7 +33,13 @@ from matrix_jax.dit.segments import is_separate, scan_layers
 from matrix_jax.dit.wan_actions import ActionBlock, ActionEmbedding, windows
 from matrix_jax.dit.wan_caches import Caches, advance, init_caches, sharded, sites
 from matrix_jax.dit.wan_config import ACTING, PRESETS, Config, check
-from matrix_jax.dit.wan_layers import ImageEmbedding, LevelEmbedding, Projections, standardize
+from matrix_jax.dit.wan_layers import (
+    ImageEmbedding,
+    LevelEmbedding,
+    Projections,
+    merge_projections,
+    standardize,
+)
 from matrix_jax.dit.wan_rows import diffusers_names, trunk_rows
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
@@ -55,6 +61,7 @@ __all__ = [
     'init_caches',
     'init_rules',
     'shapes',
+    'stream_layer',
     'weights',
     'windows',
 ]
@@ -103,6 +110,7 @@ class WanTransformer(nn.Module):
                 is_separate(given.get(name, ())),
                 __call__=(0, nn.broadcast),
                 read_image=nn.broadcast,
+                read_keyboard=(0, nn.broadcast),
             )
             setattr(self, name, layers(cfg, name.startswith(ACTING)))
         normal = nn.initializers.normal(cfg.width**-0.5)
@@ -150,7 +158,8 @@ class WanTransformer(nn.Module):
         Args:
           caches: of `init_caches` and `read_image`, advanced to this block.
           latents, level, cond: as in `__call__`, for the frames of the block.
-          mouse, keyboard: windows of actions [B R(W+T) A] (`windows`).
+          mouse, keyboard: windows of actions [B R(W+T) A] (`windows`). The second may be the
+            second result of `read_keyboard`, with the caches that are its first.
 
         Returns:
           (v [B T H W C] float32, caches with the keys and values of the block).
@@ -165,11 +174,12 @@ class WanTransformer(nn.Module):
         v, new = self._run(latents, level, cond, (mouse, keyboard), rings, caches=caches)
 
         def write(past, new):
+            video, (mouse, keyboard) = new[0], new[1] or (None, None)
             return sharded(
                 past.replace(
-                    video=ring.put(past.video, new[0]),
-                    mouse=past.mouse and action_ring.put(past.mouse, new[1][0]),
-                    keyboard=past.keyboard and action_ring.put(past.keyboard, new[1][1]),
+                    video=ring.put(past.video, video),
+                    mouse=mouse and action_ring.put(past.mouse, mouse),
+                    keyboard=action_ring.put(past.keyboard, keyboard) if keyboard else past.keyboard,
                 )
             )
 
@@ -191,9 +201,39 @@ class WanTransformer(nn.Module):
             }
         )
 
+    def read_keyboard(self, caches, keyboard):
+        """Reads the keyboard once for all calls on a block, if the layers are separate.
+
+        Args:
+          caches: as in `cached`.
+          keyboard: window of actions [B R(W+T) A].
+
+        Returns:
+          (caches with the keys and values of the block's actions, run -> `KeyboardRead` of each of
+          its layers).
+        """
+        cfg, reads, runs = self.cfg, {}, dict(caches.runs)
+        frames = keyboard.shape[1] // cfg.actions.ratio - cfg.actions.span
+        ring = Ring(caches.start, frames, cfg.local)
+        for name, past in caches.runs.items():
+            if name.startswith(ACTING):
+                _, made = getattr(self, name).read_keyboard(None, past, (keyboard, ring))
+                new, reads[name] = zip(*made, strict=True)
+                runs[name] = tuple(
+                    one.replace(keyboard=ring.put(one.keyboard, now))
+                    for one, now in zip(past, new, strict=True)
+                )
+        return caches.replace(runs=runs), reads
+
     def _run(self, latents, level, cond, actions, patterns, image=None, caches=None):
         """Returns (v, {run of layers: its new keys and values})."""
         cfg, (mouse, keyboard), (pattern, action_pattern) = self.cfg, actions, patterns
+        past = caches.runs if caches else dict.fromkeys(cfg.segments)
+        if isinstance(keyboard, dict):
+            for name, reads in keyboard.items():
+                layers = zip(past[name], reads, strict=True)
+                past = past | {name: tuple(one.replace(keyboard=read) for one, read in layers)}
+            keyboard = None
 
         def split_sites(table):  # each device computes all of it and keeps its part
             table = token_layout.pad(constrain(table, None, None, None), 1)
@@ -224,7 +264,7 @@ class WanTransformer(nn.Module):
         x, new_caches = self.patch(token_layout.to_tokens(x, cfg.patch)), {}
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
-            x, new_caches[name] = getattr(self, name)(x, caches and caches.runs[name], inputs)
+            x, new_caches[name] = getattr(self, name)(x, past[name], inputs)
 
         shift, scale = rearrange(self.modulation_out + time[:, :, None], 'b t c d -> c b t 1 d')
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale))
@@ -254,7 +294,7 @@ class Block(nn.Module):
         self.image_norm = LayerNorm(cfg.eps)
         self.image_attention = Projections(cfg)
         if self.has_actions:
-            self.actions = ActionBlock(cfg.actions, dtype)
+            self.actions = ActionBlock(cfg.actions, cfg.width, dtype)
         self.up, self.down = Linear(cfg.mlp, dtype=dtype), Linear(cfg.width, dtype=dtype)
 
     def __call__(self, x, past, inputs):
@@ -263,7 +303,7 @@ class Block(nn.Module):
         m = rearrange(self.modulation + inputs.time, 'b t c d -> c b t 1 d')
 
         y = modulate(standardize(x, eps), m[0], m[1]).astype(dtype)
-        q, new = self.attention.queries(y), self.attention.keys(y)
+        q, new = self.attention.queries_and_keys(y)
         cached = inputs.pattern.keys_and_values(past and past.video, new)
         q, k = (
             rotate(heads, rotation)
@@ -292,6 +332,15 @@ class Block(nn.Module):
     def read_image(self, carry, image):
         """Keys and values of image tokens [B L D], as the output of a scan."""
         return carry, self.image_attention.keys(image[:, None])
+
+    def read_keyboard(self, carry, past, given):
+        """`KeyboardAttention.read` of (window, pattern), as the output of a scan."""
+        return carry, self.actions.read_keyboard(*given, past.keyboard)
+
+
+def stream_layer(params: dict) -> dict:
+    """Parameters of a `Block` with one product for queries, keys and values of self-attention."""
+    return params | {'attention': merge_projections(params['attention'])}
 
 
 # --- parameters ------------------------------------------------------------------------------

@@ -18,14 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import struct
 
 from matrix_jax.dit.weight_rows import linear_rows, norm_rows
-from matrix_jax.nn.kv_cache import KVCache, attend_per_site
+from matrix_jax.nn.attention import softmax
+from matrix_jax.nn.kv_cache import KVCache, attend_few, attend_per_site, few_frames, few_logits
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.nn.rope import frequencies, rotate, rotations
 from matrix_jax.weights.conversion import Row
 from matrix_jax.weights.schema import check_fields
+
+EPS = 1e-6  # of the norms of heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,18 +199,40 @@ class ActionEmbedding(nn.Module):
         return Linear(self.width, dtype=self.dtype, name='linear_2')(x).astype(jnp.float32)
 
 
+@struct.dataclass
+class KeyboardRead:
+    """What tokens of a block read from the keyboard, the same in all calls on the block.
+
+    Attributes:
+      k: float32 [B T S 1 K E], rotated relative to each frame, and scaled.
+      out: values behind the output layer [B K*S D].
+      visible: bool, broadcastable to [T S].
+    """
+
+    k: Any
+    out: Any
+    visible: Any
+
+
 class ActionBlock(nn.Module):
     """Adds mouse attention, then keyboard attention to the tokens.
 
     Attributes:
       cfg: sizes.
+      width: width D of the tokens.
       dtype: type of the products and of the residual stream.
     """
 
     cfg: ActionConfig
+    width: int
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        if self.cfg.mouse:
+            self.mouse = MouseAttention(self.cfg, self.dtype)
+        if self.cfg.keyboard:
+            self.keyboard = KeyboardAttention(self.cfg, self.width, self.dtype)
+
     def __call__(self, x, mouse, keyboard, pattern, past=(None, None)):
         """Computes the tokens and the new keys and values.
 
@@ -214,23 +240,27 @@ class ActionBlock(nn.Module):
           x: tokens [B T N/T D].
           mouse: window of mouse actions [B R(W+T) 2], or one of each latent frame [B T R*W 2]; None
             without a mouse.
-          keyboard: the same for keyboard actions [... A].
+          keyboard: the same for keyboard actions [... A]; not read with a `KeyboardRead`.
           pattern: `Blocks` or `Ring` of T frames.
-          past: caches of mouse and keyboard, if `pattern` is a `Ring`.
+          past: caches of mouse and keyboard, if `pattern` is a `Ring`; the second may be a
+            `KeyboardRead`.
 
         Returns:
-          (tokens [B T N/T D], (mouse, keyboard) `KVCache`s of T frames).
+          (tokens [B T N/T D], (mouse, keyboard) `KVCache`s of T frames). The second is None with a
+          `KeyboardRead`.
         """
         moved = pressed = None
         if self.cfg.mouse:
-            x, moved = MouseAttention(self.cfg, self.dtype, name='mouse')(
-                x, mouse, pattern, past[0]
-            )
-        if self.cfg.keyboard:
-            x, pressed = KeyboardAttention(self.cfg, self.dtype, name='keyboard')(
-                x, keyboard, pattern, past[1]
-            )
+            x, moved = self.mouse(x, mouse, pattern, past[0])
+        if isinstance(past[1], KeyboardRead):
+            x = self.keyboard.attend(x, past[1])
+        elif self.cfg.keyboard:
+            x, pressed = self.keyboard(x, keyboard, pattern, past[1])
         return x, (moved, pressed)
+
+    def read_keyboard(self, keyboard, pattern, past):
+        """See `KeyboardAttention.read`."""
+        return self.keyboard.read(keyboard, pattern, past)
 
 
 class MouseAttention(nn.Module):
@@ -253,9 +283,9 @@ class MouseAttention(nn.Module):
             c=3,
             k=cfg.heads,
         )
-        q = HeadNorm(cfg.norm_scale, name='query_norm')(q)
-        k = HeadNorm(cfg.norm_scale, name='key_norm')(k)
-        y, new = attend(cfg, q, KVCache(k.astype(dtype), v), pattern, past)
+        norm = HeadNorm(sum(cfg.axes), cfg.norm_scale, name='query_norm')
+        k = HeadNorm(sum(cfg.axes), cfg.norm_scale, name='key_norm')(k)
+        y, new = attend(cfg, q, norm, KVCache(k.astype(dtype), v), pattern, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
 
 
@@ -263,59 +293,113 @@ class KeyboardAttention(nn.Module):
     """Cross-attention from tokens to the keyboard windows of their own and earlier frames."""
 
     cfg: ActionConfig
+    width: int
     dtype: Any = jnp.float32
 
-    @nn.compact
+    def setup(self):
+        cfg, dtype = self.cfg, self.dtype
+        self.linear_1, self.linear_2 = (Linear(cfg.embed, dtype=dtype) for _ in range(2))
+        self.query = Linear(cfg.keyboard_width, use_bias=False, dtype=dtype)
+        self.key_value = Linear(2 * cfg.keyboard_width, use_bias=False, dtype=dtype)
+        self.query_norm, self.key_norm = (HeadNorm(sum(cfg.axes), cfg.norm_scale) for _ in range(2))
+        self.out = Linear(self.width, use_bias=False, dtype=dtype)
+
     def __call__(self, x, window, pattern, past):
         """Tokens [B T n D], window [B R(W+T) A] -> (tokens, `KVCache` of T frames, one site)."""
-        cfg, dtype = self.cfg, self.dtype
-        keys = jax.nn.silu(Linear(cfg.embed, dtype=dtype, name='linear_1')(window))
-        keys = grouped(cfg, Linear(cfg.embed, dtype=dtype, name='linear_2')(keys))
-        q = Linear(cfg.keyboard_width, use_bias=False, dtype=dtype, name='query')(x)
-        q = rearrange(q, 'b t n (k e) -> b t n k e', k=cfg.heads)
+        new = self.keys(window)
+        y, new = attend(self.cfg, self._queries(x), self.query_norm, new, pattern, past)
+        return x + self.out(y), new
+
+    def keys(self, window):
+        """Window [B R(W+T) A] -> `KVCache` of T frames [B T 1 K E]."""
+        keys = grouped(self.cfg, self.linear_2(jax.nn.silu(self.linear_1(window))))
         k, v = rearrange(
-            Linear(2 * cfg.keyboard_width, use_bias=False, dtype=dtype, name='key_value')(keys),
-            'b t (c k e) -> c b t 1 k e',
-            c=2,
-            k=cfg.heads,
+            self.key_value(keys), 'b t (c k e) -> c b t 1 k e', c=2, k=self.cfg.heads
         )
-        q = HeadNorm(cfg.norm_scale, name='query_norm')(q)
-        k = HeadNorm(cfg.norm_scale, name='key_norm')(k)
-        y, new = attend(cfg, q, KVCache(k.astype(dtype), v), pattern, past)
-        return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
+        return KVCache(self.key_norm(k).astype(self.dtype), v)
+
+    def read(self, window, pattern, past):
+        """Window [B R(W+T) A], cache -> (`KVCache` of T frames, `KeyboardRead` of the block)."""
+        new = self.keys(window)
+        cached = pattern.keys_and_values(past, new)
+        own, theirs = frame_rotations(self.cfg, pattern)
+        k = jnp.repeat(rotate(cached.k, theirs)[:, None].astype(jnp.float32), len(own[0]), axis=1)
+        cos, sin = (part[:, None] for part in own)
+        # Keys are turned back in place of the queries, of which there are more.
+        k = rotate(k, (cos, -sin)) * k.shape[-1] ** -0.5 * self.query_norm.factors()
+        # Values go through the output layer here, once per key in place of once per token.
+        kernel = self.variables['params']['out']['kernel'].astype(self.dtype)
+        kernel = rearrange(kernel, '(k e) d -> k e d', k=self.cfg.heads)
+        out = jnp.einsum('bske,ked->bksd', cached.v[:, :, 0], kernel)
+        return new, KeyboardRead(k, rearrange(out, 'b k s d -> b (k s) d'), pattern.visible())
+
+    def attend(self, x, read: KeyboardRead):
+        """Tokens [B T n D] and what they read -> tokens."""
+        q = self._queries(x)
+        weights = softmax(few_logits(q, read.k, read.visible, inverse_rms(q)))
+        weights = rearrange(weights.astype(self.dtype), 'b t n k s -> b t n (k s)')
+        return x + jnp.einsum('btns,bsd->btnd', weights, read.out.astype(self.dtype))
+
+    def _queries(self, x):
+        return rearrange(self.query(x), 'b t n (k e) -> b t n k e', k=self.cfg.heads)
 
 
 class HeadNorm(nn.Module):
     """RMS norm over a head.
 
     Attributes:
+      width: width E.
       use_scale: whether the norm multiplies by its weight (`ActionConfig.norm_scale`).
     """
 
+    width: int
     use_scale: bool = False
 
-    @nn.compact
+    def setup(self):
+        # PARITY: Matrix-Game 2.0 has a scale that is not used; it is kept for export.
+        self.scale = self.param('scale', nn.initializers.ones_init(), (self.width,))
+
     def __call__(self, x):
         """[... E] -> [... E] float32."""
-        # PARITY: Matrix-Game 2.0 has a scale that is not used; it is kept for export.
-        scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
         x = x.astype(jnp.float32)
-        x = x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
-        return x * scale.astype(jnp.float32) if self.use_scale else x
+        x = x * inverse_rms(x)[..., None]
+        return x * self.scale.astype(jnp.float32) if self.use_scale else x
+
+    def factors(self):
+        """What the norm multiplies by, [E] or 1."""
+        return self.scale.astype(jnp.float32) if self.use_scale else 1
 
 
-def attend(cfg: ActionConfig, q, new: KVCache, pattern, past):
-    """Attention of queries [B T n K E] to keys of their own site -> ([B T n K*E], `new`)."""
+def inverse_rms(x):
+    """[... E] -> [...] float32."""
+    return jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(-1) + EPS)
+
+
+def attend(cfg: ActionConfig, q, norm: HeadNorm, new: KVCache, pattern, past):
+    """Attention of queries [B T n K E] to keys of their own site -> ([B T n K*E], `new`).
+
+    Args:
+      q: before their `norm`.
+    """
     cached = pattern.keys_and_values(past, new)
+    own, theirs = frame_rotations(cfg, pattern)
+    k, v, visible = rotate(cached.k, theirs), cached.v, pattern.visible()
+    if few_frames(q.shape[1], k.shape[1]):
+        factors = inverse_rms(q) * q.shape[-1] ** -0.5
+        q = rotate(q.astype(jnp.float32) * norm.factors(), own)
+        y = attend_few(q, k, v, visible, factors)
+    else:
+        y = attend_per_site(rotate(norm(q), own).astype(new.k.dtype), k, v, visible)
+    return rearrange(y, 'b t n k e -> b t n (k e)'), new
+
+
+def frame_rotations(cfg: ActionConfig, pattern):
+    """RoPE of the frames of queries [T 1 P] and of keys [S 1 P], as (cos, sin) each."""
     speeds = frequencies(cfg.axes[0] // 2, cfg.period)
-    own, theirs = (
+    return [
         tuple(part[:, None] for part in rotations(positions, speeds))
         for positions in pattern.positions()
-    )
-    y = attend_per_site(
-        rotate(q, own).astype(new.k.dtype), rotate(cached.k, theirs), cached.v, pattern.visible()
-    )
-    return rearrange(y, 'b t n k e -> b t n (k e)'), new
+    ]
 
 
 def action_rows(cfg: ActionConfig, torch, path, layers):

@@ -293,7 +293,7 @@ def check(cfg: Config, latents, level, cond, image, mouse, keyboard, window: boo
                 f'{name}: got {None if actions is None else actions.shape}, but the '
                 f'network has {"no" if actions is not None else "its"} {name}'
             )
-        if actions is None:
+        if actions is None or isinstance(actions, dict):  # the keyboard has been read
             continue
         steps = size.steps(frames) if window else size.ratio * (frames - 1) + 1
         if (

@@ -33,7 +33,7 @@ from matrix_jax.dit.wan_memory_config import PRESETS, Config, check
 from matrix_jax.dit.wan_rows import diffusers_names, trunk_rows
 from matrix_jax.dit.weight_rows import linear_rows
 from matrix_jax.nn import initializers, token_layout
-from matrix_jax.nn.kv_cache import Blocks, attend_all
+from matrix_jax.nn.kv_cache import Blocks, KVCache, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate
 from matrix_jax.nn.rope import PERIOD, frequencies, rotate_heads, rotations
@@ -96,6 +96,20 @@ class MemoryLayerInputs:
     norm_text: bool = struct.field(pytree_node=False)
 
 
+@struct.dataclass
+class SegmentRead:
+    """What a layer reads of text and camera, the same in all calls on a segment.
+
+    Attributes:
+      text: keys and values of the text.
+      scale, shift: of the camera [B T n D], or None.
+    """
+
+    text: KVCache
+    scale: Any
+    shift: Any
+
+
 class WanMemoryTransformer(nn.Module):
     """The whole network: latents, levels, text, camera and actions -> velocity."""
 
@@ -115,7 +129,14 @@ class WanMemoryTransformer(nn.Module):
         given = self.variables.get('params', {})
         for name, (start, stop) in cfg.segments.items():
             separate = is_separate(given.get(name, ()))
-            layers = scan_layers(Block, cfg, stop - start, separate, __call__=nn.broadcast)
+            layers = scan_layers(
+                Block,
+                cfg,
+                stop - start,
+                separate,
+                __call__=(0, nn.broadcast),
+                read_segment=nn.broadcast,
+            )
             setattr(self, name, layers(cfg, name.startswith(ACTING)))
         normal = nn.initializers.normal(cfg.width**-0.5)
         self.modulation_out = self.param('modulation_out', normal, (2, cfg.width))
@@ -139,7 +160,8 @@ class WanMemoryTransformer(nn.Module):
           level: noise levels 0 .. 1000: [B], [B M+T], or of each token [B M+T n].
           text: encoded text [B L Dt], zeros after the prompt.
           positions: number of each frame in the video, in latent frames, int [M+T] or [B M+T].
-          camera: ray maps [B M+T H W Cc] (`nn.camera.plucker`); None = no camera terms.
+          camera: ray maps [B M+T H W Cc] (`nn.camera.plucker`), or the result of `read_segment`;
+            None = no camera terms.
           mouse, keyboard: windows of actions [B M+T R*W A] (`frame_windows`), or None.
           memory: memory frames M.
 
@@ -156,15 +178,11 @@ class WanMemoryTransformer(nn.Module):
         level = level.reshape(level.shape + (1,) * (3 - level.ndim))
         time = self.time_embedding(level if level.shape[2] == 1 else token_layout.pad(level, 2))
         modulation = self.time_projection(jax.nn.silu(time)).astype(jnp.float32)
-        missing = cfg.text_length - text.shape[1]
-        text = jnp.pad(text, ((0, 0), (0, missing), (0, 0)))
+        read = isinstance(camera, dict)
         inputs = MemoryLayerInputs(
             time=rearrange(modulation, 'b t n (c d) -> b t n c d', c=6),
-            text=jnp.broadcast_to(
-                self.text_2(jax.nn.gelu(self.text_1(text), approximate=True)),
-                (len(latents), cfg.text_length, cfg.width),
-            ),
-            camera=None if camera is None else self._camera(camera),
+            text=None if read else self._text(text, len(latents)),
+            camera=None if read or camera is None else self._camera(camera),
             mouse=mouse if mouse is None or cfg.actions.gain == 1 else mouse * cfg.actions.gain,
             keyboard=keyboard,
             pattern=Blocks(frames, frames, None, rows * columns, cfg.exchange),
@@ -178,12 +196,31 @@ class WanMemoryTransformer(nn.Module):
         x = self.patch(token_layout.to_tokens(latents, cfg.patch))
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
-            x, _ = getattr(self, name)(x, inputs)
+            x, _ = getattr(self, name)(x, camera[name] if read else None, inputs)
 
         shift, scale = rearrange(self.modulation_out + time[..., None, :], 'b t n c d -> c b t n d')
         x = self.out(modulate(standardize(x, cfg.eps), shift, scale)[:, memory:])
         v = token_layout.from_tokens(x, cfg.patch, rows, columns)
         return v.astype(jnp.float32)
+
+    def read_segment(self, text, camera):
+        """Reads text and camera once for all calls on a segment, if the layers are separate.
+
+        Args:
+          text, camera: as in `__call__`; with a camera.
+
+        Returns:
+          run -> `SegmentRead` of each of its layers.
+        """
+        given = self._text(text, len(camera)), self._camera(camera)
+        return {name: getattr(self, name).read_segment(None, given)[1] for name in self.cfg.segments}
+
+    def _text(self, text, batch):
+        """Encoded text [1|B L' Dt] -> tokens [B L D]."""
+        cfg = self.cfg
+        text = jnp.pad(text, ((0, 0), (0, cfg.text_length - text.shape[1]), (0, 0)))
+        tokens = self.text_2(jax.nn.gelu(self.text_1(text), approximate=True))
+        return jnp.broadcast_to(tokens, (batch, cfg.text_length, cfg.width))
 
     def _camera(self, camera):
         """Ray maps [B T H W Cc] -> tokens [B T n D]."""
@@ -205,51 +242,59 @@ class Block(nn.Module):
     cfg: Config
     has_actions: bool
 
-    @nn.compact
-    def __call__(self, x, inputs: MemoryLayerInputs):
-        """Tokens [B T n D] -> (tokens, None)."""
-        cfg, dtype, eps = self.cfg, jnp.dtype(self.cfg.dtype), self.cfg.eps
-        modulation = self.param(
+    def setup(self):
+        cfg, dtype = self.cfg, jnp.dtype(self.cfg.dtype)
+        self.modulation = self.param(
             'modulation', nn.initializers.normal(cfg.width**-0.5), (6, cfg.width)
         )
-        m = rearrange(modulation + inputs.time, 'b t n c d -> c b t n d')
+        self.attention, self.text_attention = Projections(cfg), Projections(cfg)
+        self.text_norm = LayerNorm(cfg.eps)
+        if cfg.memory:
+            self.camera_1, self.camera_2, self.camera_scale, self.camera_shift = (
+                Linear(cfg.width, dtype=dtype) for _ in range(4)
+            )
+        if self.has_actions:
+            self.actions = ActionBlock(cfg.actions, cfg.width, dtype)
+        self.up, self.down = Linear(cfg.mlp, dtype=dtype), Linear(cfg.width, dtype=dtype)
 
-        attention = Projections(cfg, name='attention')
+    def __call__(self, x, read: SegmentRead | None, inputs: MemoryLayerInputs):
+        """Tokens [B T n D] -> (tokens, None)."""
+        dtype, eps = jnp.dtype(self.cfg.dtype), self.cfg.eps
+        m = rearrange(self.modulation + inputs.time, 'b t n c d -> c b t n d')
+        if read is None:
+            read = self.read_segment(None, (inputs.text, inputs.camera))[1]
+
         y = modulate(standardize(x, eps), m[0], m[1]).astype(dtype)
-        new = attention.keys(y)
-        q, k = (rotate_heads(heads, inputs.rotations) for heads in (attention.queries(y), new.k))
-        x = (x + m[2] * attention.output(inputs.pattern.attend(q, k, new.v))).astype(dtype)
+        new = self.attention.keys(y)
+        q, k = (
+            rotate_heads(heads, inputs.rotations) for heads in (self.attention.queries(y), new.k)
+        )
+        x = (x + m[2] * self.attention.output(inputs.pattern.attend(q, k, new.v))).astype(dtype)
 
-        if inputs.camera is not None:
-            scale, shift = self._camera(inputs.camera)
-            x = (1 + scale) * x + shift
+        if read.scale is not None:
+            x = (1 + read.scale) * x + read.shift
 
-        attention = Projections(cfg, name='text_attention')
-        y = LayerNorm(eps, name='text_norm')(x).astype(dtype)
-        text = attention.keys(inputs.text[:, None])
-        attended = attention.output(attend_all(attention.queries(y), text.k, text.v))
+        y = self.text_norm(x).astype(dtype)
+        queries = self.text_attention.queries(y)
+        attended = self.text_attention.output(attend_all(queries, read.text.k, read.text.v))
         # PARITY: with memory or a mouse, the residual stream is the normalised one.
         x = (y if inputs.norm_text else x) + attended
 
         if self.has_actions and not (inputs.mouse is None and inputs.keyboard is None):
-            x, _ = ActionBlock(cfg.actions, dtype, name='actions')(
-                x, inputs.mouse, inputs.keyboard, inputs.action_pattern
-            )
+            x, _ = self.actions(x, inputs.mouse, inputs.keyboard, inputs.action_pattern)
 
-        y = Linear(cfg.mlp, dtype=dtype, name='up')(
-            modulate(standardize(x, eps), m[3], m[4]).astype(dtype)
-        )
-        y = Linear(cfg.width, dtype=dtype, name='down')(jax.nn.gelu(y, approximate=True))
+        y = self.up(modulate(standardize(x, eps), m[3], m[4]).astype(dtype))
+        y = self.down(jax.nn.gelu(y, approximate=True))
         return (x + m[5] * y).astype(dtype), None
 
-    def _camera(self, camera):
-        """Tokens of ray maps [B T n D] -> (scale, shift) of the same shape."""
-
-        def linear(name, x):
-            return Linear(self.cfg.width, dtype=jnp.dtype(self.cfg.dtype), name=name)(x)
-
-        c = linear('camera_2', jax.nn.silu(linear('camera_1', camera))) + camera
-        return linear('camera_scale', c), linear('camera_shift', c)
+    def read_segment(self, carry, given):
+        """(text [B L D], tokens of ray maps [B T n D] or None) -> (carry, `SegmentRead`)."""
+        text, camera = given
+        scale = shift = None
+        if camera is not None:
+            c = self.camera_2(jax.nn.silu(self.camera_1(camera))) + camera
+            scale, shift = self.camera_scale(c), self.camera_shift(c)
+        return carry, SegmentRead(self.text_attention.keys(text[:, None]), scale, shift)
 
 
 def head_rotations(cfg: Config, positions, rows: int, columns: int):

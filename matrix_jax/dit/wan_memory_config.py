@@ -247,7 +247,8 @@ def check(cfg: Config, latents, level, text, positions, camera, mouse, keyboard,
             f'positions: got {positions.shape}, expected ({frames},) or ({batch}, {frames})'
         )
     want = (batch, frames, height, width, cfg.camera_channels)
-    if camera is not None and (not cfg.memory or camera.shape != want):
+    read = isinstance(camera, dict)  # of each layer
+    if camera is not None and not read and (not cfg.memory or camera.shape != want):
         raise ValueError(f'camera: got {camera.shape}, expected {want if cfg.memory else None}')
     size = cfg.actions
     widths = {'mouse': size and size.mouse, 'keyboard': size and size.keyboard}

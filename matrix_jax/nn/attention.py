@@ -194,10 +194,10 @@ def _dense(q, k, v, bias, scale):
     return rearrange(y, 'b k n e -> b n k e')
 
 
-def softmax(logits, axis=-1):
-    """Softmax over an axis, by a name that is counted in compiled programs."""
+def softmax(logits):
+    """Softmax over the last axis, by a name that is counted in compiled programs."""
     with jax.named_scope('attention_softmax'):
-        return jax.nn.softmax(logits, axis=axis)
+        return jax.nn.softmax(logits, axis=-1)
 
 
 class MultiHead(nn.Module):

@@ -22,6 +22,7 @@ from flax import struct
 from matrix_jax.nn import token_layout
 from matrix_jax.nn.attention import attention, self_attention, softmax, takes_lengths
 from matrix_jax.parallel import compilation
+from matrix_jax.parallel.sharding import num_shards
 
 FEW_PAIRS = 32  # pairs of frames, up to which a GPU attends to the frames of a site at once
 
@@ -201,8 +202,8 @@ def attend_per_site(q, k, v, visible):
     Returns:
       [B T N K E].
     """
-    if compilation.backend() == 'gpu' and q.shape[1] * k.shape[1] <= FEW_PAIRS:
-        return _attend_in_registers(q, k, v, visible)
+    if takes_lengths(q) and isinstance(visible, np.ndarray) and visible.all():
+        return _attend_fused(q, k, v)
     keys = 'bske' if k.shape[2] < q.shape[2] else 'bsnke'
     k, v = (x if keys == 'bsnke' else x[:, :, 0] for x in (k, v))
     logits = jnp.einsum(
@@ -212,27 +213,53 @@ def attend_per_site(q, k, v, visible):
     return jnp.einsum(f'bnkts,{keys}->btnke', weights.astype(v.dtype), v)
 
 
-def _attend_in_registers(q, k, v, visible):
-    """`attend_per_site` without matrix products.
+def _attend_fused(q, k, v):
+    """`attend_per_site` where all frames are visible, by the kernel for GPUs."""
+    if k.shape[2] < q.shape[2]:
+        return attend_all(q, k, v)
+    heads = (rearrange(x, 'b t n k e -> (b n) t k e') for x in (q, k, v))
+    return rearrange(attention(*heads), '(b n) t k e -> b t n k e', n=q.shape[2])
 
-    Products of so few frames would be padded to eight, and one for each site and head would decide
-    the layout of all tokens.
+
+def few_frames(queries: int, keys: int) -> bool:
+    """Whether `attend_few` is used for that many frames of queries and of keys."""
+    return compilation.backend() == 'gpu' and queries * keys <= FEW_PAIRS
+
+
+def few_logits(q, k, visible, factors):
+    """Masked logits [B T N K S] of queries [B T N K E] and keys [B 1|T S N|1 K E].
+
+    Args:
+      factors: what the logits are multiplied by [B T N K].
     """
-    q, k = (x.astype(jnp.float32) for x in (q * q.shape[-1] ** -0.5, k))
-    logits = jnp.where(
-        jnp.asarray(visible)[..., None, None], (q[:, :, None] * k[:, None]).sum(-1), -jnp.inf
-    )
-    weights = softmax(logits, axis=2).astype(v.dtype).astype(jnp.float32)
-    return (weights[..., None] * v[:, None]).sum(2).astype(v.dtype)
+    k = rearrange(k, 'b t s n k e -> b t n k s e').astype(jnp.float32)
+    logits = (q[..., None, :].astype(jnp.float32) * k).sum(-1) * factors[..., None]
+    return jnp.where(jnp.asarray(visible)[:, None, None], logits, -jnp.inf)
+
+
+def attend_few(q, k, v, visible, factors):
+    """`attend_per_site` of few frames without matrix products.
+
+    A GPU would pad products of so few frames to eight, and one per site and head would decide the
+    layout of all tokens.
+
+    Args:
+      q, k, v, visible: as for `attend_per_site`.
+      factors: see `few_logits`.
+    """
+    weights = softmax(few_logits(q, k[:, None], visible, factors)).astype(v.dtype)
+    v = rearrange(v, 'b s n k e -> b 1 n k s e').astype(jnp.float32)
+    return (weights[..., None].astype(jnp.float32) * v).sum(-2).astype(weights.dtype)
 
 
 def attend_all(q, k, v):
     """Attention of queries [B T N K E] to keys and values [B 1 L K E] that are on all devices."""
-    sites = q.shape[2]
-    # Sites first, so that the queries are split over the devices like the sites.
-    q = rearrange(q, 'b t n k e -> b (n t) k e')
+    frames, sites = q.shape[1:3]
+    # On a mesh, sites first, so that the queries are split over the devices like the sites.
+    order = 't n' if num_shards('tokens') == 1 else 'n t'
+    q = rearrange(q, f'b t n k e -> b ({order}) k e')
     y = attention(q, *(rearrange(x, 'b s l k e -> b (s l) k e') for x in (k, v)))
-    return rearrange(y, 'b (n t) k e -> b t n k e', n=sites)
+    return rearrange(y, f'b ({order}) k e -> b t n k e', t=frames, n=sites)
 
 
 def attend_each_other(q, k, v, visible=None, filled=None, sites=None, exchange='auto'):

@@ -11,6 +11,7 @@ from einops import rearrange
 
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.rope import timestep_code
+from matrix_jax.parallel import compilation
 
 
 class LayerNorm(nn.Module):
@@ -29,6 +30,21 @@ class LayerNorm(nn.Module):
         return centred * jax.lax.rsqrt(variance + self.eps) * scale.astype(
             jnp.float32
         ) + bias.astype(jnp.float32)
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last axis; statistics and output in float32."""
+
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        """[... D] -> [... D] float32."""
+        scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
+        x, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+        factor = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
+        # A GPU computes this order in one kernel.
+        return x * factor * scale if compilation.backend() == 'gpu' else x * (factor * scale)
 
 
 def modulate(x, shift, scale):

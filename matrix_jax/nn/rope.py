@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 
+from matrix_jax.parallel import compilation
+
 PERIOD = 10000.0
 
 
@@ -134,9 +136,28 @@ def rotate_heads(x, rotation):
     """`rotate` with cosines and sines of each head [... K P]."""
     cos, sin = rotation
     size = 2 * cos.shape[-1]
+    if compilation.backend() == 'gpu':
+        return _rotate_in_place(x, cos, sin)
     a, b = rearrange(x[..., :size].astype(jnp.float32), '... (p c) -> c ... p', c=2)
     turned = rearrange([a * cos - b * sin, b * cos + a * sin], 'c ... p -> ... (p c)')
     return jnp.concatenate([turned.astype(x.dtype), x[..., size:]], axis=-1)
+
+
+def _rotate_in_place(x, cos, sin):
+    """`rotate_heads` without joining parts, so that it fuses with what reads the result."""
+    rest = x.shape[-1] - 2 * cos.shape[-1]
+
+    def of_elements(table, unrotated):
+        widths = [(0, 0)] * (table.ndim - 1) + [(0, rest)]
+        table = jnp.repeat(jnp.asarray(table, jnp.float32), 2, axis=-1)
+        return jnp.pad(table, widths, constant_values=unrotated)
+
+    wide = x.astype(jnp.float32)
+    pairs = rearrange(wide, '... (p c) -> ... p c', c=2)
+    others = rearrange(jnp.flip(pairs, -1), '... p c -> ... (p c)')
+    signs = np.resize(np.float32([-1, 1]), x.shape[-1])
+    turned = wide * of_elements(cos, 1) + others * (of_elements(sin, 0) * signs)
+    return turned.astype(x.dtype)
 
 
 def level_code(level, width: int):

@@ -240,15 +240,16 @@ def _actions(record: Record):
 
 def action_module(config: dict) -> wan_actions.ActionBlock:
     """The module of a recorded `action_config`."""
+    width = config['img_hidden_size']
     cfg = wan.Config.from_released(
         {
-            'dim': config['img_hidden_size'],
+            'dim': width,
             'num_heads': 1,
             'num_layers': 1 + max(config['blocks']),
             'action_config': config,
         }
     ).actions
-    return wan_actions.ActionBlock(cfg)
+    return wan_actions.ActionBlock(cfg, width)
 
 
 def action_params(net: wan_actions.ActionBlock, weights, x, mouse, keyboard) -> dict:

@@ -71,6 +71,8 @@ class CachedNetwork(NamedTuple):
       advance: `(caches, frames) -> caches` for the next block.
       channels: width C of latents.
       actions: width A of an action.
+      begin: `(params, caches, actions) -> (caches, actions)` before the first call on a block: what
+        all calls on it have in common. Later calls take the second result as their actions.
     """
 
     denoise: Callable[..., tuple[jax.Array, PyTree]]
@@ -78,6 +80,7 @@ class CachedNetwork(NamedTuple):
     advance: Callable[[PyTree, int], PyTree]
     channels: int
     actions: int
+    begin: Callable[..., tuple[PyTree, PyTree]] = lambda params, caches, actions: (caches, actions)
 
 
 def make(
@@ -133,18 +136,24 @@ def with_action_guidance(cfg: Config, net: CachedNetwork, idle: jax.Array) -> Ca
     if cfg.action_guidance == 1:
         return net
 
+    def begin(params: PyTree, caches: PyTree, actions: jax.Array) -> tuple[PyTree, PyTree]:
+        idle_actions = actions.at[:, -cfg.block_actions :].set(idle)
+        _, idle_actions = net.begin(params, caches, idle_actions)
+        caches, actions = net.begin(params, caches, actions)
+        return caches, (actions, idle_actions)
+
     def denoise(
         params: PyTree,
         caches: PyTree,
         x: jax.Array,
         level: jax.Array,
         cond: jax.Array,
-        actions: jax.Array,
+        both: PyTree,
     ) -> tuple[jax.Array, PyTree]:
+        actions, idle_actions = both
         v, new_caches = net.denoise(params, caches, x, level, cond, actions)
 
         def guide(v: jax.Array) -> jax.Array:
-            idle_actions = actions.at[:, -cfg.block_actions :].set(idle)
             idle_v, _ = net.denoise(params, caches, x, level, cond, idle_actions)
             return idle_v + cfg.action_guidance * (v - idle_v)
 
@@ -152,7 +161,7 @@ def with_action_guidance(cfg: Config, net: CachedNetwork, idle: jax.Array) -> Ca
         noisy = level.reshape(-1)[0] > cfg.context_level
         return jax.lax.cond(noisy, guide, lambda v: v, v), new_caches
 
-    return net._replace(denoise=denoise)
+    return net._replace(denoise=denoise, begin=begin)
 
 
 def initial_carry(
@@ -284,6 +293,7 @@ def run_calls(
         x0 = flow.x0_from_v(sigma, x, v.astype(jnp.float32))
         return (caches, flow.add_noise(following, x0, noise)), None
 
+    caches, actions = net.begin(params, caches, actions)
     columns = table.level, table.sigma, table.following, noises
     (caches, x), _ = jax.lax.scan(call, (caches, jnp.asarray(x, jnp.float32)), columns)
     return caches, x

@@ -223,12 +223,14 @@ def _denoise(
 
     def begin(index: int, scale: float, x: jax.Array) -> Callable[..., jax.Array]:
         expert = net.expert(params, index, x)
+        begun = net.begin(expert, segment)
+        null_begun = net.begin(expert, null_segment) if scale != 1 else None
 
         def denoise(x: jax.Array, levels: jax.Array) -> jax.Array:
-            v = net.denoise(expert, x, levels, segment).astype(jnp.float32)
-            if scale == 1:
+            v = net.denoise(expert, x, levels, begun).astype(jnp.float32)
+            if null_begun is None:
                 return v
-            null = net.denoise(expert, x, levels, null_segment).astype(jnp.float32)
+            null = net.denoise(expert, x, levels, null_begun).astype(jnp.float32)
             return null + scale * (v - null)
 
         return denoise

@@ -57,14 +57,15 @@ class Segment:
     Attributes:
       text: [B L D].
       actions: [B F A], F = 1 + R(T-1) in segment 0 and R*T in any other.
-      rays: ray maps of M memory frames and of the segment [B M+T H W 6*p*p].
+      rays: ray maps of M memory frames and of the segment [B M+T H W 6*p*p], or what the network
+        has read of text and rays.
       memory: latents of memory frames [B M H W C]; M = 0 for none.
       positions: number of each frame in the video, in latent frames, int32 [B M+T].
     """
 
     text: jax.Array
     actions: jax.Array
-    rays: jax.Array
+    rays: PyTree
     memory: jax.Array
     positions: jax.Array
 
@@ -78,6 +79,8 @@ class MemoryNetwork(NamedTuple):
       pixels: pixels of a latent pixel, in height and in width.
       expert: `(params, index, x) -> params` that `denoise` takes in the run of network `index`;
         x are the latents before its first step.
+      begin: `(params, Segment) -> Segment` before the first step of a run: what all steps have in
+        common.
     """
 
     denoise: Callable[..., jax.Array]
@@ -85,6 +88,7 @@ class MemoryNetwork(NamedTuple):
     mouse: int
     pixels: int
     expert: Callable[[PyTree, int, jax.Array], PyTree] = lambda params, index, x: params
+    begin: Callable[[PyTree, Segment], Segment] = lambda params, segment: segment
 
 
 class Prepared(NamedTuple):

@@ -139,6 +139,7 @@ class World(BaseWorld):
             dit.shapes,
             dit.init_rules,
             zero_init=dit.ZERO_INIT,
+            stream_layer=dit.stream_layer,
             run_fields=('dtype', 'remat', 'scan_unroll', 'exchange'),
         ),
         Component(
@@ -349,24 +350,35 @@ class World(BaseWorld):
 def network(cfg: dit.Config) -> causal.CachedNetwork:
     """Returns the transformer as a stream calls it, with the parameters of a world."""
     net = dit.WanTransformer(cfg)
+    sizes: Any = cfg.actions
+
+    def separate(params: Params) -> bool:
+        return segments.is_separate(params['transformer'][next(iter(cfg.segments))])
+
+    def begin(params: Params, caches: PyTree, actions: Any) -> tuple[PyTree, Any]:
+        if not separate(params) or sizes.modulate or not sizes.keyboard:
+            return caches, actions
+        keyboard, mouse = split_actions(cfg, actions)
+        variables = {'params': params['transformer']}
+        caches, reads = net.apply(variables, caches, keyboard, method='read_keyboard')
+        return caches, (reads, mouse)
 
     def denoise(
         params: Params, caches: PyTree, x: Any, level: Any, cond: Any, actions: Any
     ) -> tuple[jax.Array, PyTree]:
-        keyboard, mouse = split_actions(cfg, actions)
+        begun = isinstance(actions, tuple)
+        keyboard, mouse = actions if begun else split_actions(cfg, actions)
         variables = {'params': params['transformer']}
         return net.apply(variables, caches, x, level, cond, mouse, keyboard, method='cached')
 
     def read(params: Params, cond: causal.Cond) -> PyTree:
         batch, _, height, width, _ = cond.latents.shape
-        run = params['transformer'][next(iter(cfg.segments))]
-        caches = dit.init_caches(cfg, batch, height, width, segments.is_separate(run))
+        caches = dit.init_caches(cfg, batch, height, width, separate(params))
         variables = {'params': params['transformer']}
         return net.apply(variables, cond.image, caches, method='read_image')
 
-    sizes: Any = cfg.actions
     width = sizes.keyboard + (sizes.mouse or 0)
-    return causal.CachedNetwork(denoise, read, dit.advance, cfg.channels, width)
+    return causal.CachedNetwork(denoise, read, dit.advance, cfg.channels, width, begin)
 
 
 def split_actions(cfg: dit.Config, actions: Any) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from matrix_jax.dit import segments
 from matrix_jax.dit import wan_memory as dit
 from matrix_jax.encoders import t5
 from matrix_jax.stream import memory
@@ -118,11 +119,19 @@ def network(
         )
         return v
 
+    def begin(params: Params, segment: memory.Segment) -> memory.Segment:
+        run = params[EXPERTS[0]][next(iter(cfg.segments))]
+        if segment.rays is None or not segments.is_separate(run):
+            return segment
+        variables = {'params': params[EXPERTS[0]]}
+        rays = net.apply(variables, segment.text, segment.rays, method='read_segment')
+        return dataclasses.replace(segment, rays=rays)
+
     def expert(params: Params, index: int, x: jax.Array) -> Params:
         chosen = params[EXPERTS[index]]
         return {EXPERTS[0]: from_host(chosen, x) if experts and experts.offload else chosen}
 
-    return memory.MemoryNetwork(denoise, keys, mouse_width, pixels, expert)
+    return memory.MemoryNetwork(denoise, keys, mouse_width, pixels, expert, begin)
 
 
 def from_host(params: PyTree, x: jax.Array) -> PyTree:

@@ -39,6 +39,7 @@ class Component:
       shapes: config -> tree of ShapeDtypeStructs.
       init_rules: config -> rules for initial parameters (`nn.initializers`), before the defaults.
       zero_init: rules before those, with which training starts.
+      stream_layer: what streams on one GPU change about the parameters of a layer.
       run_fields: config fields that say how the network runs, such as 'dtype'. They come from the
         recipe, all others from the weights folder.
     """
@@ -49,6 +50,7 @@ class Component:
     shapes: Callable[[Any], Params]
     init_rules: Callable[[Any], initializers.InitRules] = lambda cfg: ()
     zero_init: initializers.InitRules = ()
+    stream_layer: Callable[[Params], Params] = lambda params: params
     run_fields: tuple[str, ...] = ()
 
 
@@ -236,11 +238,14 @@ class Networks:
         if compilation.backend() != 'gpu':
             return params
         made = dict(params)
+        changes = {one.folder: one.stream_layer for one in self.components}
         for name in self.network_folders:
             if name in params and not _in_host_memory(params[name]):
-                table = self.tables[name]
+                table, places = self.tables[name], _places(params[name])
                 runs = {row.path.split('/')[0] for row in table if getattr(row, 'layers', None)}
-                made[name] = segments.separate(params[name], runs)
+                alone = all(place.num_devices == 1 for place in places)
+                change = changes[name] if alone else lambda layer: layer
+                made[name] = segments.separate(params[name], runs, change)
         return made
 
     def summary(self, mesh: Any) -> str:
@@ -270,10 +275,15 @@ class Networks:
         return found
 
 
+def _places(params: Params) -> list[jax.sharding.Sharding]:
+    """Shardings of the leaves that have one."""
+    places = (getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(params))
+    return [place for place in places if place is not None]
+
+
 def _in_host_memory(params: Params) -> bool:
     """Whether parameters stay in host memory between steps."""
-    places = [getattr(leaf, 'sharding', None) for leaf in jax.tree.leaves(params)]
-    return any(place is not None and place.memory_kind == 'pinned_host' for place in places)
+    return any(place.memory_kind == 'pinned_host' for place in _places(params))
 
 
 def summary_line(name: str, count: int, local: int) -> str:

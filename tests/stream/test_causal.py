@@ -151,7 +151,8 @@ def test_guidance_by_actions():
 
     def answer(net, level, actions):
         level = jnp.full((BATCH, 2), level)
-        return jax.jit(net.denoise)(params, caches, x, level, cond, actions)
+        ready, given = net.begin(params, caches, actions)
+        return jax.jit(net.denoise)(params, ready, x, level, cond, given)
 
     for level in (1000.0, 500.0):
         (v, kept), (v0, _) = answer(NET, level, actions), answer(NET, level, still)
