@@ -17,7 +17,7 @@ import numpy as np
 from matrix_jax.nn import token_layout
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.modulation import PairedAdaLN
+from matrix_jax.nn.modulation import PairedAdaLN, stored
 
 
 def log_counts(tokens: int, controls: int) -> np.ndarray:
@@ -93,4 +93,5 @@ class ControlBlock(nn.Module):
         queries = token_layout.flatten_frames(normed)
         keys = jnp.broadcast_to(keys, queries.shape[:1] + keys.shape[1:])
         y = MultiHead(self.heads, dtype=self.dtype, name='attention')(queries, keys, bias)
-        return (video + gate * token_layout.unflatten_frames(y, video.shape[1])).astype(self.dtype)
+        video = video + gate * token_layout.unflatten_frames(y, video.shape[1])
+        return stored(video.astype(self.dtype))

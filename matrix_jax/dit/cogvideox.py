@@ -31,7 +31,7 @@ from matrix_jax.dit.weight_rows import adaln_rows, attention_rows, linear_rows, 
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.attention import MultiHead
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate
+from matrix_jax.nn.modulation import LayerNorm, PairedAdaLN, TimeEmbedding, modulate, stored
 from matrix_jax.nn.rope import scaled_positions, sincos_3d
 from matrix_jax.parallel.sharding import constrain
 from matrix_jax.weights.conversion import Row
@@ -141,7 +141,8 @@ class Block(nn.Module):
             *normed, gate, text_gate = PairedAdaLN(cfg.eps, name=norm)(video, text, time)
             y = branch(token_layout.join_text(*(x.astype(dtype) for x in normed)))
             video_y, text_y = token_layout.split_text(y, video.shape)
-            return (video + gate * video_y).astype(dtype), (text + text_gate * text_y).astype(dtype)
+            video, text = video + gate * video_y, text + text_gate * text_y
+            return stored(video.astype(dtype)), stored(text.astype(dtype))
 
         tokens = add(tokens, 'norm1', lambda x: attention(x, real=real))
         tokens = add(tokens, 'norm2', mlp)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from matrix_jax.nn.linear import Linear
+from matrix_jax.nn.linear import Int8, Linear
 from matrix_jax.nn.modulation import LayerNorm
 from matrix_jax.parallel import compilation, sharding
 
+FEW_KEYS = 16  # keys, up to which a GPU computes logits without a matrix product
 LOGITS = 2**28  # most logits that a device computes at a time
 QUERIES = ('batch', 'tokens', 'heads', None)
 
@@ -245,5 +246,30 @@ class MultiHead(nn.Module):
         q = LayerNorm(self.eps, name='query_norm')(heads(x, 'query')).astype(self.dtype)
         k = LayerNorm(self.eps, name='key_norm')(heads(context, 'key')).astype(self.dtype)
         v = heads(context, 'value')
+        if look is attention and self._few(k):
+            return self._attend_few(q, k, v, bias)
         y = look(q, k, v, bias)
         return Linear(width, dtype=self.dtype, name='out')(rearrange(y, 'b n k e -> b n (k e)'))
+
+    def _few(self, k) -> bool:
+        """Whether a GPU reads keys [B S K E] without products of queries and keys."""
+        on_gpu = compilation.backend() == 'gpu' and not self.is_initializing()
+        return on_gpu and k.shape[1] <= FEW_KEYS
+
+    def _attend_few(self, q, k, v, bias):
+        """Attention and output layer for few keys: no float32 logits for a softmax in memory.
+
+        Values go through the output layer once per key, in place of once per token.
+        """
+        params = self.variables['params']['out']
+        kernel = params['kernel']
+        kernel = kernel.kernel() if isinstance(kernel, Int8) else kernel
+        kernel = rearrange(kernel.astype(self.dtype), '(k e) d -> k e d', k=self.heads)
+        rows = rearrange(jnp.einsum('bske,ked->bksd', v, kernel), 'b k s d -> b (k s) d')
+        keys = rearrange(k, 'b s k e -> b 1 k s e').astype(jnp.float32) * k.shape[-1] ** -0.5
+        q = jax.lax.optimization_barrier(q)  # Triton of jax 0.10.2 fails on norm and logits in one
+        logits = (q[..., None, :].astype(jnp.float32) * keys).sum(-1)
+        if bias is not None:
+            logits = logits + jnp.asarray(bias)[:, None]
+        weights = rearrange(softmax(logits).astype(self.dtype), 'b n k s -> b n (k s)')
+        return jnp.einsum('bns,bsd->bnd', weights, rows) + params['bias'].astype(self.dtype)

@@ -51,6 +51,10 @@ class CausalConv3d(nn.Module):
             if context is None:
                 context = jnp.repeat(x[:, :1], past, axis=1)
             x = jnp.concatenate([context.astype(self.dtype), x], axis=1)
+            if compilation.backend() == 'gpu':
+                # The next context is then cut out of these frames. XLA would compute it anew, and
+                # copy the old one first.
+                x = lax.optimization_barrier(x)
         y = conv3d(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
         return y, x[:, x.shape[1] - past :]
 
@@ -82,9 +86,10 @@ class Upsample2d(nn.Module):
         """[B T H W in] -> [B T 2H 2W out]."""
         kernel = self.param('kernel', fan_in, (3, 3, x.shape[-1], self.features))
         bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
-        return upsample_conv2d(x.astype(self.dtype), kernel.astype(self.dtype)) + bias.astype(
-            self.dtype
-        )
+        y = upsample_conv2d(x.astype(self.dtype), kernel.astype(self.dtype))
+        y = y + bias.astype(self.dtype)
+        # Otherwise XLA computes parts of the frames more than once.
+        return lax.optimization_barrier(y) if compilation.backend() == 'gpu' else y
 
 
 def conv3d(x, kernel):
@@ -134,8 +139,12 @@ def upsample_by_quarters(x, kernel, pad):
     Returns:
       [B T 2H 2W out].
     """
-    x = jnp.pad(x, ((0, 0), (0, 0), *pad, (0, 0)))
-    rows, columns = x.shape[2] - 1, x.shape[3] - 1
+    by_kernel = compilation.backend() == 'gpu'
+    if not by_kernel:
+        x = jnp.pad(x, ((0, 0), (0, 0), *pad, (0, 0)))
+        pad = ((0, 0), (0, 0))
+    rows, columns = (size + sum(zeros) - 1 for size, zeros in zip(x.shape[2:4], pad, strict=True))
+    frames = rearrange(x, 'b t h w c -> (b t) h w c')
 
     def even_odd(kernel):
         """Taps of the even and of the odd pixels along the first axis."""
@@ -144,14 +153,20 @@ def upsample_by_quarters(x, kernel, pad):
             jnp.stack([kernel[0] + kernel[1], kernel[2]]),
         )
 
-    quarters = [
-        lax.conv_general_dilated(
-            rearrange(x[:, :, p : p + rows, q : q + columns], 'b t h w c -> (b t) h w c'),
-            part.swapaxes(0, 1).astype(x.dtype),
-            (1, 1),
-            'VALID',
-            dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+    def convolve(frames, kernel):
+        return lax.conv_general_dilated(
+            frames, kernel, (1, 1), pad, dimension_numbers=('NHWC', 'HWIO', 'NHWC')
         )
+
+    def quarter(p, q, kernel):
+        kernel = kernel.swapaxes(0, 1).astype(x.dtype)
+        if by_kernel:  # pads, so that nothing is copied; a row and a column too many
+            made = convolve(frames, kernel)
+            return made[:, p : p + rows - 1, q : q + columns - 1]
+        return convolve(frames[:, p : p + rows, q : q + columns], kernel)
+
+    quarters = [
+        quarter(p, q, part)
         for p, half in enumerate(even_odd(kernel.astype(jnp.float32)))
         for q, part in enumerate(even_odd(half.swapaxes(0, 1)))
     ]

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from matrix_jax.parallel import compilation
 from matrix_jax.weights import conversion
 
 MAX = 127
@@ -65,12 +66,35 @@ class Linear(nn.Module):
         )
         if isinstance(kernel, Int8):
             y = multiply(x, kernel).astype(self.dtype)
+        elif _keeps_bfloat16(kernel, self.dtype):
+            y = multiply_halves(x, kernel)
         else:
             y = x.astype(self.dtype) @ kernel.astype(self.dtype)
         if self.use_bias:
             bias = self.param('bias', nn.initializers.zeros_init(), (self.features,))
             y = y + bias.astype(self.dtype)
         return y
+
+
+def _keeps_bfloat16(kernel, dtype) -> bool:
+    """Whether a float32 product takes its kernel in bfloat16, as it is stored."""
+    wide = dtype == jnp.float32 and kernel.dtype == jnp.bfloat16
+    return wide and compilation.backend() == 'gpu'
+
+
+def multiply_halves(x, kernel):
+    """Activations [... in] times a bfloat16 kernel -> float32 [... out], without a float32 kernel.
+
+    Activations are the sum of two bfloat16 numbers, which is exact to 2^-16.
+    """
+    x = x.astype(jnp.float32)
+    # The barriers keep the compiler from taking the rounding away, and from copying the kernels of
+    # all layers into one.
+    high = jax.lax.optimization_barrier(x.astype(jnp.bfloat16))
+    low = (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+    halves = jax.lax.optimization_barrier(jnp.stack([high, low]))
+    made = jnp.matmul(halves, kernel, preferred_element_type=jnp.float32)
+    return made[0] + made[1]
 
 
 # --- 8 bits ----------------------------------------------------------------------------------

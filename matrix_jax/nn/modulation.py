@@ -15,9 +15,16 @@ from matrix_jax.parallel import compilation
 
 
 class LayerNorm(nn.Module):
-    """Affine LayerNorm over the last axis; statistics, parameters and output in float32."""
+    """Affine LayerNorm over the last axis; statistics, parameters and output in float32.
+
+    Attributes:
+      eps: epsilon.
+      apart: whether a GPU computes the statistics in a kernel of their own. What follows, such as a
+        modulation and a join, then reads x itself, and no float32 result is stored.
+    """
 
     eps: float = 1e-5
+    apart: bool = False
 
     @nn.compact
     def __call__(self, x):
@@ -25,11 +32,24 @@ class LayerNorm(nn.Module):
         scale = self.param('scale', nn.initializers.ones_init(), x.shape[-1:])
         bias = self.param('bias', nn.initializers.zeros_init(), x.shape[-1:])
         x = x.astype(jnp.float32)
-        centred = x - x.mean(-1, keepdims=True)
-        variance = jnp.square(centred).mean(-1, keepdims=True)
+        if self.apart and compilation.backend() == 'gpu':
+            centred, variance = _statistics(x)
+        else:
+            centred = x - x.mean(-1, keepdims=True)
+            variance = jnp.square(centred).mean(-1, keepdims=True)
         return centred * jax.lax.rsqrt(variance + self.eps) * scale.astype(
             jnp.float32
         ) + bias.astype(jnp.float32)
+
+
+def _statistics(x):
+    """(x minus its mean, variance [... 1]) over the last axis, from one reading of x."""
+    # Differences from a sample keep the digits that squares of values would lose.
+    sample = jax.lax.stop_gradient(x[..., :1])
+    shift, square = (y.mean(-1, keepdims=True) for y in (x - sample, jnp.square(x - sample)))
+    variance = jnp.maximum(square - jnp.square(shift), 0)
+    mean, variance = jax.lax.optimization_barrier((sample + shift, variance))
+    return x - mean, variance
 
 
 class RMSNorm(nn.Module):
@@ -45,6 +65,11 @@ class RMSNorm(nn.Module):
         factor = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + self.eps)
         # A GPU computes this order in one kernel.
         return x * factor * scale if compilation.backend() == 'gpu' else x * (factor * scale)
+
+
+def stored(x):
+    """x, which a GPU keeps in its own type; XLA would keep the float32 sum that it was cast from."""
+    return jax.lax.optimization_barrier(x) if compilation.backend() == 'gpu' else x
 
 
 def modulate(x, shift, scale):
@@ -109,7 +134,7 @@ class PairedAdaLN(nn.Module):
         side_shift, side_scale, side_gate = rearrange(
             parts[:, -1, 3 * width :], 'b (c d) -> c b 1 d', c=3
         )
-        norm = LayerNorm(self.eps, name='norm')
+        norm = LayerNorm(self.eps, apart=True, name='norm')
         return (
             modulate(norm(video), shift, scale),
             modulate(norm(side), side_shift, side_scale),
