@@ -28,7 +28,8 @@ DEFAULT = 'STAGE4'
 # Norms still compute in float32.
 VAE = dataclasses.replace(vae.PRESETS['released'], single_latent_frames=4, dtype='bfloat16')
 
-PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200)  # 8 clips on each of 8 devices
+# 8 clips on each of 8 devices. Sharding the frozen text encoder would gather it in every update.
+PUBLISHED = Train(steps=100_000, batch=64, seed=42, save_every=200, shard_frozen=False)
 
 # Stages 1 and 2 make whole clips of 65 frames; STAGE3 and STAGE4 stream.
 STAGE2 = Run(

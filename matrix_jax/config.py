@@ -126,6 +126,8 @@ class Train:
       log_every: updates between logged values.
       save_every: updates between saved states.
       keep: how many saved states stay on disk.
+      shard_frozen: whether mesh.fsdp and mesh.tensor also shard parameters that do not train. False
+        takes more memory, but no update has to gather them.
     """
 
     steps: int = 1000
@@ -135,10 +137,12 @@ class Train:
     log_every: int = 20
     save_every: int = 500
     keep: int = 3
+    shard_frozen: bool = True
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            at_least(f'train.{name}', value, 0 if name in ('steps', 'seed') else 1)
+            if name != 'shard_frozen':
+                at_least(f'train.{name}', value, 0 if name in ('steps', 'seed') else 1)
 
 
 @dataclasses.dataclass(frozen=True)

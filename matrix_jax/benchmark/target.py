@@ -119,7 +119,7 @@ def open_target(run, random: bool = False, layers: int | None = None, seed: int 
     mesh, decoder = sharding.make_meshes(run.mesh)
     if random:
         world = build(cfg)
-        params = world.quantize(draw(world, mesh, seed, decoder))
+        params = world.stream_params(world.quantize(draw(world, mesh, seed, decoder)))
         cond = random_condition(world, seed)
     else:
         world, params = worlds.open_run(run, split_decoder=True)

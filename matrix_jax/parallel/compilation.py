@@ -23,6 +23,8 @@ ALL_CORES = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE
 FAST_COMPILE = {'xla_backend_optimization_level': 0}
 # XLA's GPU compiler lays out 3-D convolutions with channels first, which cuDNN then transposes.
 CHANNELS_LAST = {'xla_gpu_force_conv_nhwc': True}
+# It also joins products of equal inputs, and copies their weights into one array in every step.
+NO_JOINED_PRODUCTS = {'xla_gpu_dot_merger_threshold_mb': 0}
 # Without a GPU nothing is autotuned, and the default tiling of Triton's products is one that no GPU
 # would use. cuBLAS, the other candidate of the autotuner, has no tiling to choose.
 NO_AUTOTUNING = {'xla_gpu_enable_triton_gemm': False}
@@ -84,7 +86,7 @@ def _compiler_options(backend: str, compile_only: bool, fast_compile: bool) -> d
     if backend == 'cpu':
         wanted = (ALL_CORES if cores() > 1 else {}) | (FAST_COMPILE if fast_compile else {})
     elif backend == 'gpu':
-        wanted = CHANNELS_LAST | (NO_AUTOTUNING if compile_only else {})
+        wanted = CHANNELS_LAST | NO_JOINED_PRODUCTS | (NO_AUTOTUNING if compile_only else {})
     flags = os.environ.get('XLA_FLAGS', '')
     wanted = {name: value for name, value in wanted.items() if name not in flags}
     if not wanted or compile_only:

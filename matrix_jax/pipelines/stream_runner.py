@@ -39,7 +39,7 @@ class StreamRunner:
         control_binding: str | None = None,
         load_stored: bool = True,
     ) -> None:
-        params, decoder_params = world.split_decoder(params)
+        params, decoder_params = world.split_decoder(world.stream_params(params))
         self.world, self.params = world, params
         self._mesh = sharding.mesh_of(params)
         self._pipeline, self.note, found = None, '', {}

@@ -69,6 +69,8 @@ def build(run, world, params: Mapping, devices: Sequence[jax.Device] | None = No
         )
     axes = stage.axes(world)
     tx = stage.transform(axes, train.steps)
+    if not train.shard_frozen:  # leaves without letters are replicated
+        axes = {path: letters for path, letters in axes.items() if stage.trainable(path)}
     start = partial(states.init, trainable=stage.trainable, tx=tx, seed=train.seed)
     places = states.shardings(jax.eval_shape(start, params), axes, mesh)
     update = states.make_step(partial(stage.loss, world), tx, stage.ema, train.accumulate)

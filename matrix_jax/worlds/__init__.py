@@ -63,8 +63,8 @@ def open_run(run: Any, split_decoder: bool = False) -> tuple[World, Params]:
 
     Args:
       run: a `config.Run` with weights.
-      split_decoder: whether the decoder's parameters may lie on a mesh of their own, for callers
-        that stream.
+      split_decoder: whether the decoder's parameters may lie on a mesh of their own, and those of
+        layers be separate (`Networks.stream_params`), for callers that stream.
 
     Raises:
       UsageError, CheckpointError, ConversionError: what cannot be used, in one line.
@@ -87,7 +87,8 @@ def open_run(run: Any, split_decoder: bool = False) -> tuple[World, Params]:
     params = _with_adapter(run, world, lambda: world.load(folder, None, run.allow_non_finite))
     if world.cfg.dit.dtype == 'float32':
         params = jax.tree.map(_as_float32, params)
-    return world, world.quantize(world.device_put(params, *meshes))
+    params = world.quantize(world.device_put(params, *meshes))
+    return world, world.stream_params(params) if split_decoder else params
 
 
 def _as_float32(leaf: Any) -> Any:

@@ -74,7 +74,7 @@ class BatchedStream:
             raise UsageError(f'--together: got {together}, expected 1 to the players, {num_slots}')
         cfg = world.cfg
         self.control_binding = control_binding or 'early'
-        self._weights = params
+        self._weights = params = world.stream_params(params)
         params, decoder_params = world.split_decoder(params)
         self.world: World | TextWorld = world
         self.params = params
