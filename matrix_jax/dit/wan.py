@@ -179,7 +179,9 @@ class WanTransformer(nn.Module):
                 past.replace(
                     video=ring.put(past.video, video),
                     mouse=mouse and action_ring.put(past.mouse, mouse),
-                    keyboard=action_ring.put(past.keyboard, keyboard) if keyboard else past.keyboard,
+                    keyboard=action_ring.put(past.keyboard, keyboard)
+                    if keyboard
+                    else past.keyboard,
                 )
             )
 

@@ -313,9 +313,7 @@ class KeyboardAttention(nn.Module):
     def keys(self, window):
         """Window [B R(W+T) A] -> `KVCache` of T frames [B T 1 K E]."""
         keys = grouped(self.cfg, self.linear_2(jax.nn.silu(self.linear_1(window))))
-        k, v = rearrange(
-            self.key_value(keys), 'b t (c k e) -> c b t 1 k e', c=2, k=self.cfg.heads
-        )
+        k, v = rearrange(self.key_value(keys), 'b t (c k e) -> c b t 1 k e', c=2, k=self.cfg.heads)
         return KVCache(self.key_norm(k).astype(self.dtype), v)
 
     def read(self, window, pattern, past):

@@ -48,9 +48,7 @@ class Caches:
     start: Any
 
 
-def init_caches(
-    cfg: Config, batch: int, height: int, width: int, separate: bool = False
-) -> Caches:
+def init_caches(cfg: Config, batch: int, height: int, width: int, separate: bool = False) -> Caches:
     """Empty caches for `batch` streams of latents of this height and width.
 
     Args:

@@ -213,7 +213,8 @@ class WanMemoryTransformer(nn.Module):
           run -> `SegmentRead` of each of its layers.
         """
         given = self._text(text, len(camera)), self._camera(camera)
-        return {name: getattr(self, name).read_segment(None, given)[1] for name in self.cfg.segments}
+        runs = {name: getattr(self, name) for name in self.cfg.segments}
+        return {name: layers.read_segment(None, given)[1] for name, layers in runs.items()}
 
     def _text(self, text, batch):
         """Encoded text [1|B L' Dt] -> tokens [B L D]."""

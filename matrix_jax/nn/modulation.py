@@ -68,7 +68,7 @@ class RMSNorm(nn.Module):
 
 
 def stored(x):
-    """x, which a GPU keeps in its own type; XLA would keep the float32 sum that it was cast from."""
+    """x, stored in its own type on a GPU; XLA would store the float32 sum that it was cast from."""
     return jax.lax.optimization_barrier(x) if compilation.backend() == 'gpu' else x
 
 

@@ -50,9 +50,7 @@ def action_cached(record: Record) -> dict:
     def call(start, x, mouse, keyboard, caches):
         ring = Ring(start, count, size)
         y, new = net.apply({'params': params}, x, mouse, keyboard, ring, caches)
-        return y, [
-            past and ring.put(past, now) for past, now in zip(caches, new, strict=True)
-        ]
+        return y, [past and ring.put(past, now) for past, now in zip(caches, new, strict=True)]
 
     outputs = {}
     for block in range(frames // count):

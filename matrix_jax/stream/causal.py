@@ -137,7 +137,7 @@ def with_action_guidance(cfg: Config, net: CachedNetwork, idle: jax.Array) -> Ca
         return net
 
     def begin(params: PyTree, caches: PyTree, actions: jax.Array) -> tuple[PyTree, PyTree]:
-        idle_actions = actions.at[:, -cfg.block_actions :].set(idle)
+        idle_actions = jnp.asarray(actions).at[:, -cfg.block_actions :].set(idle)
         _, idle_actions = net.begin(params, caches, idle_actions)
         caches, actions = net.begin(params, caches, actions)
         return caches, (actions, idle_actions)

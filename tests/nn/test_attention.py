@@ -69,9 +69,9 @@ def test_a_gpu_uses_the_cudnn_kernel_where_it_can(width, dtype, fused, monkeypat
     want, taken = attention(q, k, v), []
     plain = jax.nn.dot_product_attention
 
-    def kernel(*given, scale, implementation):
+    def kernel(*given, implementation, **options):
         taken.append(implementation)
-        return plain(*given, scale=scale)
+        return plain(*given, **options)
 
     monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
     monkeypatch.setattr(jax.nn, 'dot_product_attention', kernel)
@@ -81,6 +81,11 @@ def test_a_gpu_uses_the_cudnn_kernel_where_it_can(width, dtype, fused, monkeypat
     # A bias, or logits that are needed, have no kernel.
     attention(q, k, v, jnp.zeros((1, 1, 5, 5)))
     assert len(taken) == fused
+    if fused:  # the first keys alone
+        got = attention(q, k, v, filled=jnp.array([3]))
+        np.testing.assert_allclose(
+            np.float32(got), np.float32(attention(q, k[:, :3], v[:, :3])), atol=0.02
+        )
 
 
 def test_multi_head_normalises_queries_and_keys_per_head():

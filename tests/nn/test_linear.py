@@ -5,6 +5,7 @@ import pytest
 
 from matrix_jax.nn import linear
 from matrix_jax.nn.linear import Int8, Linear
+from matrix_jax.parallel import compilation
 
 
 @pytest.mark.parametrize('stored', ['float32', 'bfloat16'])
@@ -109,3 +110,16 @@ def test_quantize_changes_the_named_layers_only():
     assert again['a']['attention']['query']['kernel'] is made['a']['attention']['query']['kernel']
     with pytest.raises(ValueError, match=r"int8: got '\*/ff/\*', which fits no linear layer"):
         linear.quantize(params, ['*/ff/*'])
+
+
+def test_a_float32_product_keeps_a_bfloat16_kernel_on_gpus():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(5, 64)).astype(np.float32)
+    kernel = jnp.asarray(rng.normal(size=(64, 32)), jnp.bfloat16)
+    net, params = Linear(32, use_bias=False), {'params': {'kernel': kernel}}
+    want = x.astype(np.float64) @ np.asarray(kernel, np.float64)
+    with compilation.compile_for('gpu'):
+        traced = jax.jit(net.apply).trace(params, x)
+        got = jax.jit(net.apply)(params, x)
+    assert 'f32[64,32]' not in str(traced.jaxpr)  # no copy of the kernel in float32
+    np.testing.assert_allclose(got, want, atol=2e-4)

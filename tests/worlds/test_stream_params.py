@@ -27,10 +27,7 @@ def rollout(world, params):
     return np.stack(made)
 
 
-@pytest.mark.parametrize(
-    'recipe',
-    ['the_matrix:TINY', 'matrix_game_2:TINY', 'matrix_game_3:TINY'],
-)
+@pytest.mark.parametrize('recipe', ['the_matrix:TINY', 'matrix_game_2:TINY', 'matrix_game_3:TINY'])
 def test_separate_layers_make_the_same_latents(recipe):
     world = targets.build(recipes.load(recipe).world)
     params = jax.device_put(world.init(0, zero_init=False), jax.devices()[0])
