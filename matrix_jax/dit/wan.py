@@ -45,7 +45,7 @@ from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, Ring, attend_all
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.modulation import LayerNorm, modulate
+from matrix_jax.nn.modulation import LayerNorm, modulate, stored
 from matrix_jax.nn.rope import rotate, rotations_3d
 from matrix_jax.parallel.sharding import constrain
 from matrix_jax.weights.conversion import Prefix, Rename, Row
@@ -311,11 +311,12 @@ class Block(nn.Module):
             rotate(heads, rotation)
             for heads, rotation in zip((q, cached.k), inputs.rotations, strict=True)
         )
-        x = (x + m[2] * self.attention.output(inputs.pattern.attend(q, k, cached.v))).astype(dtype)
+        y = self.attention.output(inputs.pattern.attend(q, k, cached.v))
+        x = stored((x + m[2] * y).astype(dtype))
 
         q = self.image_attention.queries(self.image_norm(x).astype(dtype))
         image = past.image if past else self.image_attention.keys(inputs.image[:, None])
-        x = x + self.image_attention.output(attend_all(q, image.k, image.v))
+        x = stored(x + self.image_attention.output(attend_all(q, image.k, image.v)))
 
         acted = None
         if self.has_actions:
@@ -328,8 +329,8 @@ class Block(nn.Module):
             )
 
         y = self.up(modulate(standardize(x, eps), m[3], m[4]).astype(dtype))
-        x = (x + m[5] * self.down(jax.nn.gelu(y, approximate=True))).astype(dtype)
-        return x, (new, acted)
+        x = x + m[5] * self.down(jax.nn.gelu(y, approximate=True))
+        return stored(x.astype(dtype)), (new, acted)
 
     def read_image(self, carry, image):
         """Keys and values of image tokens [B L D], as the output of a scan."""

@@ -10,7 +10,7 @@ from einops import rearrange
 from matrix_jax.dit.wan_config import Config
 from matrix_jax.nn.kv_cache import KVCache
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.modulation import LayerNorm, RMSNorm
+from matrix_jax.nn.modulation import LayerNorm, RMSNorm, stored
 from matrix_jax.nn.rope import level_code
 
 
@@ -46,11 +46,12 @@ class Projections(nn.Module):
 
     def queries(self, x):
         """[B T n D] -> [B T n K E]."""
-        return self._heads(self.query_norm(self.query(x)))
+        return stored(self._heads(self.query_norm(self.query(x))))
 
     def keys(self, x):
         """[B T n D] -> `KVCache` [B T n K E]."""
-        return KVCache(self._heads(self.key_norm(self.key(x))), self._heads(self.value(x)))
+        key = stored(self._heads(self.key_norm(self.key(x))))
+        return KVCache(key, self._heads(self.value(x)))
 
     def output(self, y):
         """[B T n K E] -> [B T n D]."""

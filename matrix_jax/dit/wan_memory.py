@@ -35,7 +35,7 @@ from matrix_jax.dit.weight_rows import linear_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, KVCache, attend_all
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.modulation import LayerNorm, modulate
+from matrix_jax.nn.modulation import LayerNorm, modulate, stored
 from matrix_jax.nn.rope import PERIOD, frequencies, rotate_heads, rotations
 from matrix_jax.parallel.sharding import constrain
 from matrix_jax.weights.conversion import Prefix, Rename, Row
@@ -103,11 +103,18 @@ class SegmentRead:
     Attributes:
       text: keys and values of the text.
       scale, shift: of the camera [B T n D], or None.
+      unread: first frames whose tokens nothing reads after this layer.
     """
 
     text: KVCache
     scale: Any
     shift: Any
+    unread: int = struct.field(pytree_node=False, default=0)
+
+    def without(self, frames: int):
+        """The same for a layer after which the first frames are not read."""
+        scale, shift = (one if one is None else one[:, frames:] for one in (self.scale, self.shift))
+        return self.replace(scale=scale, shift=shift, unread=frames)
 
 
 class WanMemoryTransformer(nn.Module):
@@ -193,13 +200,20 @@ class WanMemoryTransformer(nn.Module):
             norm_text=cfg.memory or mouse is not None,
         )
 
+        name = list(cfg.segments)[-1]
+        if read and not name.startswith(ACTING):  # the last layer; actions read all frames
+            *others, last = camera[name]
+            camera = camera | {name: (*others, last.without(memory))}
         x = self.patch(token_layout.to_tokens(latents, cfg.patch))
         for name in cfg.segments:
             x = constrain(x, 'batch', None, 'tokens', None)
             x, _ = getattr(self, name)(x, camera[name] if read else None, inputs)
 
         shift, scale = rearrange(self.modulation_out + time[..., None, :], 'b t n c d -> c b t n d')
-        x = self.out(modulate(standardize(x, cfg.eps), shift, scale)[:, memory:])
+        if x.shape[1] < frames:
+            shift, scale = shift[:, memory:], scale[:, memory:]
+        x = modulate(standardize(x, cfg.eps), shift, scale)
+        x = self.out(x[:, x.shape[1] - frames + memory :])
         v = token_layout.from_tokens(x, cfg.patch, rows, columns)
         return v.astype(jnp.float32)
 
@@ -266,11 +280,13 @@ class Block(nn.Module):
             read = self.read_segment(None, (inputs.text, inputs.camera))[1]
 
         y = modulate(standardize(x, eps), m[0], m[1]).astype(dtype)
-        new = self.attention.keys(y)
-        q, k = (
-            rotate_heads(heads, inputs.rotations) for heads in (self.attention.queries(y), new.k)
-        )
-        x = (x + m[2] * self.attention.output(inputs.pattern.attend(q, k, new.v))).astype(dtype)
+        new, kept = self.attention.keys(y), slice(read.unread, None)
+        q, own = self.attention.queries(y[:, kept]), [part[:, kept] for part in inputs.rotations]
+        q, k = rotate_heads(q, own), rotate_heads(new.k, inputs.rotations)
+        if m.shape[2] > 1:  # else all frames have one level
+            m = m[:, :, kept]
+        y = self.attention.output(inputs.pattern.attend(q, k, new.v))
+        x = stored((x[:, kept] + m[2] * y).astype(dtype))
 
         if read.scale is not None:
             x = (1 + read.scale) * x + read.shift
@@ -279,14 +295,14 @@ class Block(nn.Module):
         queries = self.text_attention.queries(y)
         attended = self.text_attention.output(attend_all(queries, read.text.k, read.text.v))
         # PARITY: with memory or a mouse, the residual stream is the normalised one.
-        x = (y if inputs.norm_text else x) + attended
+        x = stored((y if inputs.norm_text else x) + attended)
 
         if self.has_actions and not (inputs.mouse is None and inputs.keyboard is None):
             x, _ = self.actions(x, inputs.mouse, inputs.keyboard, inputs.action_pattern)
 
         y = self.up(modulate(standardize(x, eps), m[3], m[4]).astype(dtype))
         y = self.down(jax.nn.gelu(y, approximate=True))
-        return (x + m[5] * y).astype(dtype), None
+        return stored((x + m[5] * y).astype(dtype)), None
 
     def read_segment(self, carry, given):
         """(text [B L D], tokens of ray maps [B T n D] or None) -> (carry, `SegmentRead`)."""
