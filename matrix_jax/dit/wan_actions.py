@@ -24,8 +24,9 @@ from matrix_jax.dit.weight_rows import linear_rows, norm_rows
 from matrix_jax.nn.attention import softmax
 from matrix_jax.nn.kv_cache import KVCache, attend_few, attend_per_site, few_frames, few_logits
 from matrix_jax.nn.linear import Linear
-from matrix_jax.nn.modulation import LayerNorm
+from matrix_jax.nn.modulation import LayerNorm, stored
 from matrix_jax.nn.rope import frequencies, rotate, rotations
+from matrix_jax.parallel import compilation
 from matrix_jax.weights.conversion import Row
 from matrix_jax.weights.schema import check_fields
 
@@ -285,7 +286,7 @@ class MouseAttention(nn.Module):
         )
         norm = HeadNorm(sum(cfg.axes), cfg.norm_scale, name='query_norm')
         k = HeadNorm(sum(cfg.axes), cfg.norm_scale, name='key_norm')(k)
-        y, new = attend(cfg, q, norm, KVCache(k.astype(dtype), v), pattern, past)
+        y, new = attend(cfg, q, norm, KVCache(stored(k.astype(dtype)), v), pattern, past)
         return x + Linear(x.shape[-1], use_bias=False, dtype=dtype, name='out')(y), new
 
 
@@ -387,7 +388,10 @@ def attend(cfg: ActionConfig, q, norm: HeadNorm, new: KVCache, pattern, past):
         q = rotate(q.astype(jnp.float32) * norm.factors(), own)
         y = attend_few(q, k, v, visible, factors)
     else:
-        y = attend_per_site(rotate(norm(q), own).astype(new.k.dtype), k, v, visible)
+        q = norm(q)
+        if compilation.backend() == 'gpu':
+            q = stored(q.astype(new.k.dtype))
+        y = attend_per_site(rotate(q, own).astype(new.k.dtype), k, v, visible)
     return rearrange(y, 'b t n k e -> b t n (k e)'), new
 
 

@@ -37,7 +37,8 @@ from matrix_jax.nn.kv_cache import Blocks, KVCache, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate, stored
 from matrix_jax.nn.rope import PERIOD, frequencies, rotate_heads, rotations
-from matrix_jax.parallel.sharding import constrain
+from matrix_jax.parallel import compilation
+from matrix_jax.parallel.sharding import constrain, num_shards
 from matrix_jax.weights.conversion import Prefix, Rename, Row
 
 __all__ = [
@@ -81,7 +82,7 @@ class MemoryLayerInputs:
       camera: tokens of ray maps [B T n D], or None.
       mouse, keyboard: windows of actions [B T R*W A], or None.
       pattern, action_pattern: which frames attend to which.
-      rotations: RoPE of queries and keys, (cos, sin) [B T n K P].
+      rotations: RoPE of queries and keys, see `rotate`.
       norm_text: whether text attention is added to the normalised tokens.
     """
 
@@ -194,9 +195,7 @@ class WanMemoryTransformer(nn.Module):
             keyboard=keyboard,
             pattern=Blocks(frames, frames, None, rows * columns, cfg.exchange),
             action_pattern=ActionFrames(frames, frames, memory=memory),
-            rotations=tuple(
-                _split_sites(part) for part in head_rotations(cfg, positions, rows, columns)
-            ),
+            rotations=self._rotations(positions, rows, columns),
             norm_text=cfg.memory or mouse is not None,
         )
 
@@ -216,6 +215,15 @@ class WanMemoryTransformer(nn.Module):
         x = self.out(x[:, x.shape[1] - frames + memory :])
         v = token_layout.from_tokens(x, cfg.patch, rows, columns)
         return v.astype(jnp.float32)
+
+    def _rotations(self, positions, rows, columns):
+        """RoPE of all tokens, see `rotate`."""
+        axes = axis_rotations(self.cfg, positions, rows, columns)
+        batch = positions.shape[0] if positions.ndim > 1 else 1
+        if compilation.backend() == 'gpu' and num_shards('tokens') == 1:
+            frames = [rearrange(part, '(b t) ... -> b t ...', b=batch) for part in axes[0]]
+            return (frames, *axes[1:])
+        return tuple(_split_sites(part) for part in join_axes(axes, (batch, rows, columns)))
 
     def read_segment(self, text, camera):
         """Reads text and camera once for all calls on a segment, if the layers are separate.
@@ -281,8 +289,8 @@ class Block(nn.Module):
 
         y = modulate(standardize(x, eps), m[0], m[1]).astype(dtype)
         new, kept = self.attention.keys(y), slice(read.unread, None)
-        q, own = self.attention.queries(y[:, kept]), [part[:, kept] for part in inputs.rotations]
-        q, k = rotate_heads(q, own), rotate_heads(new.k, inputs.rotations)
+        q = rotate(self.attention.queries(y[:, kept]), inputs.rotations)
+        k = rotate(new.k, inputs.rotations)
         if m.shape[2] > 1:  # else all frames have one level
             m = m[:, :, kept]
         y = self.attention.output(inputs.pattern.attend(q, k, new.v))
@@ -322,28 +330,57 @@ def head_rotations(cfg: Config, positions, rows: int, columns: int):
       positions: of the frames, [T] or [B T].
       rows, columns: sizes of the grid, positions from 0.
     """
+    batch = positions.shape[0] if positions.ndim > 1 else 1
+    axes = axis_rotations(cfg, positions, rows, columns)
+    return join_axes(axes, (batch, rows, columns))
+
+
+def axis_rotations(cfg: Config, positions, rows: int, columns: int):
+    """(cos, sin) of frames [B*T 1 1 K P], of rows [1 H 1 K P'] and of columns [1 1 W K P']."""
     spread = np.linspace(-1, 1, cfg.heads) if cfg.sigma_theta else np.zeros(1)
     periods = PERIOD * (1 + cfg.sigma_theta * spread)
     pairs, third = cfg.head_dim // 2, cfg.head_dim // 6
-    positions = positions[None] if positions.ndim == 1 else positions
-    count = positions.size
 
     def axis(positions, pairs, layout):
         speeds = np.concatenate([frequencies(pairs, period) for period in periods])
         return [rearrange(part, layout, k=len(periods)) for part in rotations(positions, speeds)]
 
-    def join(parts):
-        parts = [jnp.broadcast_to(part, (count, rows, columns, *part.shape[3:])) for part in parts]
-        return rearrange(
-            jnp.concatenate(parts, axis=-1), '(b t) h w k p -> b t (h w) k p', b=len(positions)
-        )
-
-    axes = (
+    return (
         axis(positions.ravel(), pairs - 2 * third, 't (k p) -> t 1 1 k p'),
         axis(np.arange(rows), third, 'h (k p) -> 1 h 1 k p'),
         axis(np.arange(columns), third, 'w (k p) -> 1 1 w k p'),
     )
+
+
+def join_axes(axes, sizes: tuple[int, int, int]):
+    """`axis_rotations` -> (cos, sin) [B T H*W K P] of a grid; sizes are B, H and W."""
+    batch, rows, columns = sizes
+    count = axes[0][0].shape[0]
+
+    def join(parts):
+        parts = [jnp.broadcast_to(part, (count, rows, columns, *part.shape[3:])) for part in parts]
+        return rearrange(jnp.concatenate(parts, axis=-1), '(b t) h w k p -> b t (h w) k p', b=batch)
+
     return tuple(join(parts) for parts in zip(*axes, strict=True))
+
+
+def rotate(x, tables):
+    """Rotates the last frames of a grid.
+
+    Args:
+      x: heads [B T' n K E].
+      tables: (cos, sin) [B T n K P] of T frames; or those of frames [B T 1 1 K P], of rows and of
+        columns (`axis_rotations`), of which a GPU reads much less.
+    """
+    if len(tables) == 2:
+        return rotate_heads(x, [part[:, part.shape[1] - x.shape[1] :] for part in tables])
+    x, made, start = rearrange(x, 'b t (h w) k e -> b t h w k e', h=tables[1][0].shape[1]), [], 0
+    frames = [part[:, part.shape[1] - x.shape[1] :] for part in tables[0]]
+    for cos, sin in (frames, *tables[1:]):
+        size = 2 * cos.shape[-1]
+        made.append(rotate_heads(x[..., start : start + size], (cos, sin)))
+        start += size
+    return rearrange(jnp.concatenate(made, axis=-1), 'b t h w k e -> b t (h w) k e')
 
 
 def _split_sites(table):
