@@ -15,6 +15,7 @@ period of RoPE (`sigma_theta`), so no distance in time looks the same to all hea
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
@@ -30,15 +31,14 @@ from matrix_jax.dit.wan_actions import ActionBlock, frame_windows
 from matrix_jax.dit.wan_config import ACTING
 from matrix_jax.dit.wan_layers import LevelEmbedding, Projections, standardize
 from matrix_jax.dit.wan_memory_config import PRESETS, Config, check
+from matrix_jax.dit.wan_memory_rope import rotate, rotation_tables
 from matrix_jax.dit.wan_rows import diffusers_names, trunk_rows
 from matrix_jax.dit.weight_rows import linear_rows
 from matrix_jax.nn import initializers, token_layout
 from matrix_jax.nn.kv_cache import Blocks, KVCache, attend_all
 from matrix_jax.nn.linear import Linear
 from matrix_jax.nn.modulation import LayerNorm, modulate, stored
-from matrix_jax.nn.rope import PERIOD, frequencies, rotate_heads, rotations
-from matrix_jax.parallel import compilation
-from matrix_jax.parallel.sharding import constrain, num_shards
+from matrix_jax.parallel.sharding import constrain
 from matrix_jax.weights.conversion import Prefix, Rename, Row
 
 __all__ = [
@@ -115,7 +115,7 @@ class SegmentRead:
     def without(self, frames: int):
         """The same for a layer after which the first frames are not read."""
         scale, shift = (one if one is None else one[:, frames:] for one in (self.scale, self.shift))
-        return self.replace(scale=scale, shift=shift, unread=frames)
+        return dataclasses.replace(self, scale=scale, shift=shift, unread=frames)
 
 
 class WanMemoryTransformer(nn.Module):
@@ -195,7 +195,7 @@ class WanMemoryTransformer(nn.Module):
             keyboard=keyboard,
             pattern=Blocks(frames, frames, None, rows * columns, cfg.exchange),
             action_pattern=ActionFrames(frames, frames, memory=memory),
-            rotations=self._rotations(positions, rows, columns),
+            rotations=rotation_tables(cfg, positions, rows, columns),
             norm_text=cfg.memory or mouse is not None,
         )
 
@@ -215,15 +215,6 @@ class WanMemoryTransformer(nn.Module):
         x = self.out(x[:, x.shape[1] - frames + memory :])
         v = token_layout.from_tokens(x, cfg.patch, rows, columns)
         return v.astype(jnp.float32)
-
-    def _rotations(self, positions, rows, columns):
-        """RoPE of all tokens, see `rotate`."""
-        axes = axis_rotations(self.cfg, positions, rows, columns)
-        batch = positions.shape[0] if positions.ndim > 1 else 1
-        if compilation.backend() == 'gpu' and num_shards('tokens') == 1:
-            frames = [rearrange(part, '(b t) ... -> b t ...', b=batch) for part in axes[0]]
-            return (frames, *axes[1:])
-        return tuple(_split_sites(part) for part in join_axes(axes, (batch, rows, columns)))
 
     def read_segment(self, text, camera):
         """Reads text and camera once for all calls on a segment, if the layers are separate.
@@ -320,73 +311,6 @@ class Block(nn.Module):
             c = self.camera_2(jax.nn.silu(self.camera_1(camera))) + camera
             scale, shift = self.camera_scale(c), self.camera_shift(c)
         return carry, SegmentRead(self.text_attention.keys(text[:, None]), scale, shift)
-
-
-def head_rotations(cfg: Config, positions, rows: int, columns: int):
-    """Cosines and sines [1|B T H*W K P] of a grid, for each head; K is 1 if all heads are alike.
-
-    Args:
-      cfg: sizes.
-      positions: of the frames, [T] or [B T].
-      rows, columns: sizes of the grid, positions from 0.
-    """
-    batch = positions.shape[0] if positions.ndim > 1 else 1
-    axes = axis_rotations(cfg, positions, rows, columns)
-    return join_axes(axes, (batch, rows, columns))
-
-
-def axis_rotations(cfg: Config, positions, rows: int, columns: int):
-    """(cos, sin) of frames [B*T 1 1 K P], of rows [1 H 1 K P'] and of columns [1 1 W K P']."""
-    spread = np.linspace(-1, 1, cfg.heads) if cfg.sigma_theta else np.zeros(1)
-    periods = PERIOD * (1 + cfg.sigma_theta * spread)
-    pairs, third = cfg.head_dim // 2, cfg.head_dim // 6
-
-    def axis(positions, pairs, layout):
-        speeds = np.concatenate([frequencies(pairs, period) for period in periods])
-        return [rearrange(part, layout, k=len(periods)) for part in rotations(positions, speeds)]
-
-    return (
-        axis(positions.ravel(), pairs - 2 * third, 't (k p) -> t 1 1 k p'),
-        axis(np.arange(rows), third, 'h (k p) -> 1 h 1 k p'),
-        axis(np.arange(columns), third, 'w (k p) -> 1 1 w k p'),
-    )
-
-
-def join_axes(axes, sizes: tuple[int, int, int]):
-    """`axis_rotations` -> (cos, sin) [B T H*W K P] of a grid; sizes are B, H and W."""
-    batch, rows, columns = sizes
-    count = axes[0][0].shape[0]
-
-    def join(parts):
-        parts = [jnp.broadcast_to(part, (count, rows, columns, *part.shape[3:])) for part in parts]
-        return rearrange(jnp.concatenate(parts, axis=-1), '(b t) h w k p -> b t (h w) k p', b=batch)
-
-    return tuple(join(parts) for parts in zip(*axes, strict=True))
-
-
-def rotate(x, tables):
-    """Rotates the last frames of a grid.
-
-    Args:
-      x: heads [B T' n K E].
-      tables: (cos, sin) [B T n K P] of T frames; or those of frames [B T 1 1 K P], of rows and of
-        columns (`axis_rotations`), of which a GPU reads much less.
-    """
-    if len(tables) == 2:
-        return rotate_heads(x, [part[:, part.shape[1] - x.shape[1] :] for part in tables])
-    x, made, start = rearrange(x, 'b t (h w) k e -> b t h w k e', h=tables[1][0].shape[1]), [], 0
-    frames = [part[:, part.shape[1] - x.shape[1] :] for part in tables[0]]
-    for cos, sin in (frames, *tables[1:]):
-        size = 2 * cos.shape[-1]
-        made.append(rotate_heads(x[..., start : start + size], (cos, sin)))
-        start += size
-    return rearrange(jnp.concatenate(made, axis=-1), 'b t h w k e -> b t (h w) k e')
-
-
-def _split_sites(table):
-    """Splits rotations [B T n K P] over the devices like the tokens."""
-    table = token_layout.pad(constrain(table, None, None, None, None, None), 2)
-    return constrain(table, None, None, 'tokens', None, None)
 
 
 def _to_int32(positions):

@@ -241,8 +241,12 @@ class Networks:
         changes = {one.folder: one.stream_layer for one in self.components}
         for name in self.network_folders:
             if name in params and not _in_host_memory(params[name]):
-                table, places = self.tables[name], _places(params[name])
-                runs = {row.path.split('/')[0] for row in table if getattr(row, 'layers', None)}
+                places = _places(params[name])
+                runs = {
+                    row.path.split('/')[0]
+                    for row in self.tables[name]
+                    if isinstance(row, conversion.Row) and row.layers
+                }
                 alone = all(place.num_devices == 1 for place in places)
                 change = changes[name] if alone else lambda layer: layer
                 made[name] = segments.separate(params[name], runs, change)
