@@ -201,3 +201,16 @@ def test_without_a_mesh_nothing_is_constrained():
     x = jnp.zeros((2, 3, 4))
     assert sharding.constrain(x, 'batch', 'tokens', None) is x
     assert sharding.per_device(jnp.sin, (('batch', None, None),), 0)(x).shape == x.shape
+
+
+@pytest.mark.parametrize('shard_frozen', [True, False])
+def test_frozen_parameters_may_be_whole_on_every_device(shard_frozen):
+    run = recipes.load(
+        'the_matrix:TINY_SWIN', ['--mesh.fsdp=2', f'--train.shard_frozen={shard_frozen}']
+    )
+    world = worlds.build(run.world).with_tokenizers(None)
+    params = run.stage.start(world, world.shapes(), 0)
+    places = program.build(run, world, params).places
+    whole = [place.is_fully_replicated for place in jax.tree.leaves(places.frozen)]
+    assert all(whole) != shard_frozen
+    assert not all(place.is_fully_replicated for place in jax.tree.leaves(places.student))
