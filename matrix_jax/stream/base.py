@@ -7,8 +7,10 @@ appends a video decoder to a stream of latents.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -172,8 +174,25 @@ def fold(keys: jax.Array, numbers: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(keys, numbers)
 
 
+_draw: contextvars.ContextVar[Callable[[tuple[int, ...]], jax.Array] | None] = (
+    contextvars.ContextVar('draw', default=None)
+)
+
+
+@contextlib.contextmanager
+def noise_from(draw: Callable[[tuple[int, ...]], jax.Array]) -> Iterator[None]:
+    """Traces programs whose noise of a shape [B ...] is `draw(shape)`, such as an input of them."""
+    token = _draw.set(draw)
+    try:
+        yield
+    finally:
+        _draw.reset(token)
+
+
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draws noise [B *shape], each player's from its own key."""
+    """Draws noise [B *shape], each player's from its own key, or as `noise_from` says."""
+    if draw := _draw.get():
+        return draw((*keys.shape, *shape))
     # Drawn flat, because XLA takes seconds to fold the generator's counters over many axes.
     flat = jax.vmap(lambda key: jax.random.normal(key, [math.prod(shape)], jnp.float32))(keys)
     return flat.reshape(-1, *shape)
