@@ -47,8 +47,9 @@ ALLOWED = {
     'serve.web': DRIVERS | {'serve.runtime'},
     'serve.cluster': DRIVERS | {'serve.runtime', 'serve.web'},
     'envs': DRIVERS,
+    'browser': DRIVERS | {'serve.runtime', 'serve.web'},
     'benchmark': DRIVERS | {'parity'},
-    'cli': DRIVERS | {'parity', 'benchmark', 'envs'},
+    'cli': DRIVERS | {'parity', 'benchmark', 'browser', 'envs'},
     '__main__': {'cli'},
 }
 HEAVY = {

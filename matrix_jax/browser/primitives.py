@@ -168,6 +168,11 @@ def _clamp(graph: Graph, eqn: Any, args: list[Value]) -> Value:
     return elementwise(graph, 'Min', [elementwise(graph, 'Max', [x, low]), high])
 
 
+def _erfc(graph: Graph, eqn: Any, args: list[Value]) -> Value:
+    one = graph.constant(np.ones((), args[0].dtype))
+    return elementwise(graph, 'Sub', [one, elementwise(graph, 'Erf', args)])
+
+
 def _is_finite(graph: Graph, eqn: Any, args: list[Value]) -> Value:
     wrong = [elementwise(graph, name, args, bool) for name in ('IsInf', 'IsNaN')]
     return elementwise(graph, 'Not', [elementwise(graph, 'Or', wrong)])
@@ -531,6 +536,7 @@ RULES: dict[str, Rule] = {
     'dynamic_slice': _dynamic_slice,
     'empty': _empty,
     'empty2': _empty,
+    'erfc': _erfc,
     'expand_dims': _reshape,
     'gather': _gather,
     'integer_pow': _integer_pow,

@@ -16,6 +16,7 @@ COMMANDS = {
     'play': 'play a world in the browser',
     'train': 'train a stage of a world',
     'collect': 'record training data from a game or from videos',
+    'export': 'write a world as a static page that plays in a browser tab',
     'convert': 'convert a folder of weights, or write random ones',
     'parity': 'compare with recorded PyTorch tensors',
     'evaluate': 'measure control obedience, drift and fidelity',
