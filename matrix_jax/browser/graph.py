@@ -174,7 +174,12 @@ class Graph:
         """
         from onnx import helper, numpy_helper
 
-        constants = [numpy_helper.from_array(one, name) for name, one in self.constants.items()]
+        read = set(_read(self.nodes))
+        constants = [
+            numpy_helper.from_array(one, name)
+            for name, one in self.constants.items()
+            if name in read
+        ]
         constants += parameters
         graph = helper.make_graph(
             self.nodes, 'program', self._inputs, self._outputs, initializer=constants
@@ -187,6 +192,15 @@ class Graph:
     def _name(self) -> str:
         self._count += 1
         return f'v{self._count}'
+
+
+def _read(nodes: Sequence[Any]) -> Iterator[str]:
+    """Yields the names that nodes read, in branches too."""
+    for node in nodes:
+        yield from node.input
+        for attribute in node.attribute:
+            if attribute.HasField('g'):
+                yield from _read(attribute.g.node)
 
 
 def element_type(dtype: Any) -> int:

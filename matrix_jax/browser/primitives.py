@@ -441,9 +441,7 @@ def _gather(graph: Graph, eqn: Any, args: list[Value]) -> Value:
         flat = reshape(graph, places, places.shape[:-1])
         y = graph.node('Gather', [x.name, flat.name], x, shape=shape, axis=0)
     else:
-        wide = graph.node(
-            'Cast', [places.name], places, dtype=np.int64, to=element_type(np.int64)
-        )
+        wide = graph.node('Cast', [places.name], places, dtype=np.int64, to=element_type(np.int64))
         inputs = [x.name, wide.name]
         y = graph.node('GatherND', inputs, x, shape=shape, batch_dims=len(batch))
     # Axes now: batch and other axes of the places, then those of a slice.
@@ -510,9 +508,7 @@ def _cond(graph: Graph, eqn: Any, args: list[Value]) -> list[Value]:
             outputs += write(graph, program, inputs)
         made.append(outputs[0])
     avals = [var.aval for var in eqn.outvars]
-    names = graph.nodes_of(
-        'If', [which.name], len(avals), then_branch=made[1], else_branch=made[0]
-    )
+    names = graph.nodes_of('If', [which.name], len(avals), then_branch=made[1], else_branch=made[0])
     return [
         Value(name, aval.shape, aval.shape, np.dtype(aval.dtype))
         for name, aval in zip(names, avals)

@@ -13,7 +13,6 @@ noise shows other frames than jax with the same seed, and the same frames with t
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -300,12 +299,15 @@ def text_leaf(web: WebWorld) -> str | None:
     found = names(web.carry)
     numbered = jax.tree.unflatten(
         jax.tree.structure(web.carry),
-        [np.full(one.shape, index) for index, one in enumerate(jax.tree.leaves(web.carry))],
+        [
+            np.full(one.shape, index, np.int32)
+            for index, one in enumerate(jax.tree.leaves(web.carry))
+        ],
     )
     for name, shape in zip(found, jax.tree.leaves(web.carry), strict=True):
         if not name.endswith('.text'):
             continue
-        changed = change(numbered, np.full(shape.shape, -1))
+        changed = change(numbered, np.full(shape.shape, -1, np.int32))
         [place] = [
             index
             for index, one in enumerate(jax.tree.leaves(changed))

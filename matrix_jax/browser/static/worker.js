@@ -85,6 +85,7 @@ function session(program) {
     executionProviders: processor === 'webgpu' ? ['webgpu', 'wasm'] : ['wasm'],
     externalData: [{path: about.weights, data: weights}],
     graphOptimizationLevel: 'all',
+    logSeverityLevel: 3,
   });
 }
 
