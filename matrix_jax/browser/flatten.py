@@ -1,4 +1,4 @@
-"""Programs as one flat list of primitives: calls are inlined, scans unrolled, known values computed.
+"""Programs as one flat list of primitives: no calls, no scans, and known values computed.
 
 ONNX has loops, but runtimes neither fold constants nor prepare weights inside them. A stream's step
 has few and short scans, over layers and solver steps, so they are unrolled.

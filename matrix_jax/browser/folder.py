@@ -1,4 +1,4 @@
-"""A world as a folder of static files: page, runtime, programs, weights, start clips and prompts."""
+"""A world as static files: page, runtime, programs, weights, start clips and prompts."""
 
 from __future__ import annotations
 

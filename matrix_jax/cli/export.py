@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     add(
         '--runtime',
         metavar='PATH',
-        help='tarball or folder of the npm package onnxruntime-web (default: npm downloads it once)',
+        help='tarball or folder of the npm package onnxruntime-web (default: from npm)',
     )
     args, run = parser.parse_run(argv)
     from matrix_jax.browser import folder
