@@ -59,7 +59,6 @@ def save(run: config.Run, folder: str | Path, bits: int = 16, source: str | None
     store = weights.Store()
     made = web.export(bits, store, WEIGHTS)
     about = describe(web, run.name, made)
-    starts = start_frames.clips_folder(world, resolved)
     captions = start_frames.captions(world, resolved)
 
     def fill(new: Path) -> None:
@@ -67,7 +66,7 @@ def save(run: config.Run, folder: str | Path, bits: int = 16, source: str | None
             (new / f'{name}.onnx').write_bytes(one.model.SerializeToString())
         (new / WEIGHTS).write_bytes(store.data())
         _write_prompts(new, web, about, captions)
-        _write_starts(new, about, starts, captions)
+        _write_starts(new, about, world, resolved)
         (new / 'runtime').mkdir()
         for name, data in files.items():
             (new / 'runtime' / name).write_bytes(data)
@@ -188,14 +187,15 @@ def _write_prompts(folder: Path, web: programs.WebWorld, about: dict, captions: 
     about['prompts'] = prompts
 
 
-def _write_starts(folder: Path, about: dict, source: Path, captions: dict) -> None:
-    """Copies the start clips: PNGs with the frames below each other."""
+def _write_starts(folder: Path, about: dict, world: World, weights_folder: Any) -> None:
+    """Writes the start clips: PNGs with the frames below each other."""
+    from PIL import Image
+
     about['starts'] = []
-    listing = start_frames.start_clips.listing(source)
-    for name, caption in captions.items():
+    for name, caption in start_frames.captions(world, weights_folder).items():
         (folder / 'starts').mkdir(exist_ok=True)
-        file = listing[name]['file']
-        (folder / 'starts' / file).write_bytes((source / 'starts' / file).read_bytes())
-        about['starts'].append({'name': name, 'caption': caption, 'file': f'starts/{file}'})
-    default = start_frames.start_clips.match(source, about['prompt'])
-    about['start'] = default or ''
+        frames = start_frames.load_clip(world, weights_folder, name)
+        Image.fromarray(frames.reshape(-1, *frames.shape[2:])).save(folder / f'starts/{name}.png')
+        about['starts'].append({'name': name, 'caption': caption, 'file': f'starts/{name}.png'})
+    source = start_frames.clips_folder(world, weights_folder)
+    about['start'] = start_frames.start_clips.match(source, about['prompt']) or ''

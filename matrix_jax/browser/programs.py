@@ -200,13 +200,13 @@ class _Export:
         kept = [
             _tensor(name, shape)
             for (name, shape), var, moved in zip(carry, variables, changed)
-            if moved or _reads(program, var)
+            if shape.size and (moved or _reads(program, var))
         ]
         inputs = self._parameters(program, used)
         inputs += [
             graph.input(name, shape.shape, shape.dtype)
             if any(name == one.name for one in kept)
-            else graph.constant(np.zeros((), shape.dtype))
+            else graph.constant(np.zeros(shape.shape if not shape.size else (), shape.dtype))
             for name, shape in carry
         ]
         inputs.append(graph.input(CONTROL, web.idle.shape, web.idle.dtype))
@@ -311,7 +311,7 @@ def text_leaf(web: WebWorld) -> str | None:
         [place] = [
             index
             for index, one in enumerate(jax.tree.leaves(changed))
-            if np.asarray(one).flat[0] == -1
+            if np.any(np.asarray(one) == -1)
         ]
         return found[place]
     return None
