@@ -43,12 +43,15 @@ class Graph:
       nodes: `onnx.NodeProto`s in order.
       constants: name -> array.
       parameters: the same of what lies in a file beside the graph.
+      shapes: name of a value -> its shape in the graph.
     """
 
     def __init__(self) -> None:
         self.nodes: list[Any] = []
         self.constants: dict[str, np.ndarray] = {}
         self.parameters: dict[str, np.ndarray] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._reshaped: dict[str, str] = {}
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._made: dict[Any, list[str]] = {}
@@ -59,12 +62,13 @@ class Graph:
     def input(self, name: str, shape: Sequence[int], dtype: Any) -> Value:
         """Adds an input."""
         self._inputs.append(_info(name, shape, dtype))
+        self.shapes[name] = tuple(shape)
         return Value(name, tuple(shape), tuple(shape), np.dtype(dtype))
 
     def output(self, name: str, value: Value) -> None:
         """Adds an output."""
         value = self.full(value)
-        self.nodes.append(_node('Identity', [value.name], [name]))
+        self.nodes.append(make_node('Identity', [value.name], [name]))
         self._outputs.append(_info(name, value.shape, value.dtype))
 
     def constant(self, array: Any) -> Value:
@@ -79,13 +83,14 @@ class Graph:
         held = np.ascontiguousarray(held).reshape(held.shape)
         key = ('constant', held.dtype.str, held.shape, held.tobytes())
         if key not in self._made:
-            self._made[key] = [self._name()]
+            self._made[key] = [self.named(held.shape)]
             self.constants[self._made[key][0]] = held
         return Value(self._made[key][0], shape, held.shape, held.dtype, held)
 
     def parameter(self, name: str, array: np.ndarray) -> Value:
         """Adds a tensor that lies in a file beside the graph."""
         self.parameters[name] = array
+        self.shapes[name] = array.shape
         return Value(name, array.shape, array.shape, array.dtype)
 
     def integers(self, numbers: Sequence[int]) -> str:
@@ -96,7 +101,7 @@ class Graph:
         """Adds a constant as it is; returns its name."""
         key = ('whole', array.dtype.str, array.shape, array.tobytes())
         if key not in self._made:
-            self._made[key] = [self._name()]
+            self._made[key] = [self.named(array.shape)]
             self.constants[self._made[key][0]] = array
         return self._made[key][0]
 
@@ -130,8 +135,15 @@ class Graph:
           attributes: of the node.
         """
         shape = like.shape if shape is None else tuple(shape)
-        name = self.nodes_of(operator, inputs, 1, **attributes)[0]
         held = shape if held is None else tuple(held)
+        if operator == 'Reshape':
+            inputs = [self._reshaped.get(inputs[0], inputs[0]), *inputs[1:]]
+            if self.shapes[inputs[0]] == held:
+                return Value(inputs[0], shape, held, np.dtype(dtype or like.dtype))
+        name = self.nodes_of(operator, inputs, 1, **attributes)[0]
+        self.shapes[name] = held
+        if operator == 'Reshape':
+            self._reshaped[name] = inputs[0]
         return Value(name, shape, held, np.dtype(dtype or like.dtype))
 
     def nodes_of(
@@ -141,7 +153,7 @@ class Graph:
         key = operator, tuple(inputs), outputs, repr(sorted(attributes.items()))
         if key not in self._made or operator == 'If':
             self._made[key] = [self._name() for _ in range(outputs)]
-            self.nodes.append(_node(operator, inputs, self._made[key], **attributes))
+            self.nodes.append(make_node(operator, inputs, self._made[key], **attributes))
         return self._made[key]
 
     @contextlib.contextmanager
@@ -159,7 +171,7 @@ class Graph:
         infos = []
         for index, value in enumerate(outputs):
             value, result = self.full(value), f'{name}_{self._name()}_{index}'
-            self.nodes.append(_node('Identity', [value.name], [result]))
+            self.nodes.append(make_node('Identity', [value.name], [result]))
             infos.append(_info(result, value.shape, value.dtype))
         outputs[:] = [helper.make_graph(self.nodes, name, [], infos)]
         # Constants stay: they belong to the whole graph. Nodes of a branch are not seen outside.
@@ -184,10 +196,21 @@ class Graph:
         graph = helper.make_graph(
             self.nodes, 'program', self._inputs, self._outputs, initializer=constants
         )
-        opset = [helper.make_opsetid('', OPSET)]
+        domains = sorted({'', *(node.domain for node in self.nodes)})
+        opset = [helper.make_opsetid(one, 1 if one else OPSET) for one in domains]
         return helper.make_model(
             graph, opset_imports=opset, ir_version=IR_VERSION, producer_name='matrix_jax'
         )
+
+    def named(self, shape: Sequence[int]) -> str:
+        """Returns a new name for a value of this shape."""
+        name = self._name()
+        self.shapes[name] = tuple(shape)
+        return name
+
+    def output_names(self) -> set[str]:
+        """Returns the names of the outputs."""
+        return {one.name for one in self._outputs}
 
     def _name(self) -> str:
         self._count += 1
@@ -222,7 +245,10 @@ def _info(name: str, shape: Sequence[int], dtype: Any) -> Any:
     return helper.make_tensor_value_info(name, element_type(dtype), list(map(int, shape)))
 
 
-def _node(operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any) -> Any:
+def make_node(
+    operator: str, inputs: Sequence[str], outputs: Sequence[str], **attributes: Any
+) -> Any:
+    """Returns an `onnx.NodeProto`."""
     from onnx import helper
 
     return helper.make_node(operator, list(inputs), list(outputs), **attributes)

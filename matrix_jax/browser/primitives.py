@@ -52,6 +52,7 @@ BINARY = {
     'sub': 'Sub',
     'xor': 'Xor',
 }
+NOTHING = {('Sub', 0), ('Mul', 1), ('Div', 1)}  # an operator and a number that change nothing
 SAME = ('copy', 'copy_p', 'optimization_barrier', 'reduce_precision', 'stop_gradient')
 REDUCTIONS = {'reduce_max': 'ReduceMax', 'reduce_min': 'ReduceMin', 'reduce_sum': 'ReduceSum'}
 
@@ -118,6 +119,12 @@ def _binary(operator: str) -> Rule:
         name = operator
         if operator in ('And', 'Or', 'Xor') and args[0].dtype != bool:
             name = f'Bitwise{operator}'
+        x, other = args
+        if other.constant is not None and other.held == (1,) * len(other.held):
+            if (operator, other.constant.item()) in NOTHING and x.shape == eqn.outvars[
+                0
+            ].aval.shape:
+                return x
         return elementwise(graph, name, args, eqn.outvars[0].aval.dtype)
 
     return rule
@@ -509,6 +516,7 @@ def _cond(graph: Graph, eqn: Any, args: list[Value]) -> list[Value]:
         made.append(outputs[0])
     avals = [var.aval for var in eqn.outvars]
     names = graph.nodes_of('If', [which.name], len(avals), then_branch=made[1], else_branch=made[0])
+    graph.shapes |= {name: aval.shape for name, aval in zip(names, avals)}
     return [
         Value(name, aval.shape, aval.shape, np.dtype(aval.dtype))
         for name, aval in zip(names, avals)

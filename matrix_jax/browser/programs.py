@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from matrix_jax.browser import flatten, primitives, weights
+from matrix_jax.browser import flatten, fuse, primitives, weights
 from matrix_jax.browser.graph import Graph
 from matrix_jax.stream import base
 from matrix_jax.stream.base import PyTree
@@ -257,6 +257,7 @@ class _Export:
         return values
 
     def _model(self) -> Any:
+        fuse.fuse(self.graph)
         tensors = [
             weights.tensor(name, one, self.file, self.store.add(name, one))
             for name, one in self.graph.parameters.items()
