@@ -13,6 +13,7 @@ noise shows other frames than jax with the same seed, and the same frames with t
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -155,23 +156,30 @@ class WebWorld:
 
     # --- ONNX ------------------------------------------------------------------------------------
 
-    def export(self, bits: int, store: weights.Store, file: str) -> dict[str, Exported]:
-        """Returns both programs.
+    def export(
+        self,
+        bits: int,
+        store: weights.Store,
+        file: str,
+        names: Sequence[str] = ('start', 'step'),
+    ) -> dict[str, Exported]:
+        """Returns programs by name.
 
         Args:
           bits: of the weights, 32, 16 or 8.
-          store: gets the weights of both.
+          store: gets the weights of all.
           file: name of the file with the weights, beside the programs.
+          names: which programs; 'step' is among them.
 
         Raises:
           UsageError: a program uses what has no ONNX form.
         """
-        carry = dict(zip(self.carry_names(), jax.tree.leaves(self.carry), strict=True))
-        step_inputs = [(name, one) for name, one in carry.items()]
-        step = _Export(self, bits, store, file)
-        made = step.step(step_inputs)
-        start = _Export(self, bits, store, file).start([one.name for one in made.carry])
-        return {'start': start, 'step': made}
+        carry = list(zip(self.carry_names(), jax.tree.leaves(self.carry), strict=True))
+        made = {'step': _Export(self, bits, store, file).step(carry)}
+        if 'start' in names:
+            wanted = [one.name for one in made['step'].carry]
+            made['start'] = _Export(self, bits, store, file).start(wanted)
+        return made
 
 
 class _Export:

@@ -13,14 +13,16 @@ from matrix_jax.config import UsageError
 onnxruntime = pytest.importorskip('onnxruntime', reason='needs matrix_jax[web]')
 pytest.importorskip('onnx', reason='needs matrix_jax[web]')
 TOLERANCE = 1e-4  # of the largest value of a leaf, or of 1
+# A whole compilation would take twice as long.
+QUICK = {'xla_backend_optimization_level': 0, 'xla_llvm_disable_expensive_passes': True}
 
 
 class Exported:
     """The programs of a world as onnxruntime runs them."""
 
-    def __init__(self, web, folder, bits):
+    def __init__(self, web, folder, bits, names=('start', 'step')):
         store = weights.Store()
-        self.made = web.export(bits, store, 'weights.bin')
+        self.made = web.export(bits, store, 'weights.bin', names)
         (folder / 'weights.bin').write_bytes(store.data())
         self.sessions = {}
         for name, one in self.made.items():
@@ -57,33 +59,64 @@ def agree(web, carry, got):
         )
 
 
-def check(name, folder, steps, run=None):
-    """Steps a world here and in onnxruntime, each on its own carry."""
-    world, params = worlds.open_run(run or recipes.load(name))
+def check(run, folder, steps):
+    """Starts and steps a world here and in onnxruntime, each on its own carry."""
+    world, params = worlds.open_run(run)
     web = programs.WebWorld(world, params)
     exported, random = Exported(web, folder, 32), np.random.default_rng(0)
     frames = random.integers(0, 256, web.frames.shape, np.uint8)
     noise = exported.noise('start', random)
-    carry, got = jax.jit(web.start)(params, frames, noise), exported.start(frames, noise)
+    start, step = (jax.jit(one, compiler_options=QUICK) for one in (web.start, web.step))
+    carry, got = start(params, frames, noise), exported.start(frames, noise)
     agree(web, carry, got)
-    step, choices = jax.jit(web.step), world.vocabulary.choices
     for index in range(steps):
-        controls = [choices[index % len(choices)]] * world.cfg.stream.controls_per_step
-        control, noise = world.vocabulary.encode(controls)[None], exported.noise('step', random)
-        carry, wanted = step(params, carry, control, noise)
-        got, shown = exported.step(got, control, noise)
-        agree(web, carry, got)
-        assert np.abs(np.asarray(wanted, int) - shown).max() <= 1  # a value may round either way
+        carry, got = both(web, exported, random, step, index, carry, got)
+    return exported
 
 
-def test_a_tiny_world_steps_alike(tiny, tmp_path):
-    run = dataclasses.replace(recipes.load('the_matrix:TINY'), weights=str(tiny))
-    check('the_matrix:TINY', tmp_path, 20, run)
+def both(web, exported, random, step, index, carry, got):
+    """Makes a step here and there; returns both carries."""
+    world = web.world
+    controls = [world.vocabulary.choices[index % len(world.vocabulary.choices)]]
+    control = world.vocabulary.encode(controls * world.cfg.stream.controls_per_step)[None]
+    noise = exported.noise('step', random)
+    carry, wanted = step(web.params, carry, control, noise)
+    got, shown = exported.step(got, control, noise)
+    agree(web, carry, got)
+    assert np.abs(np.asarray(wanted, int) - shown).max() <= 1  # a value may round either way
+    return carry, got
+
+
+@pytest.mark.parametrize(
+    'name, joined',
+    [
+        ('the_matrix', {'LayerNormalization', 'Softmax', 'Gelu'}),
+        ('matrix_game_2', {'SimplifiedLayerNormalization', 'Softmax', 'Gelu', 'RotaryEmbedding'}),
+    ],
+)
+def test_tiny_worlds_step_alike(name, joined, request, tmp_path):
+    tiny = request.getfixturevalue({'the_matrix': 'tiny', 'matrix_game_2': 'tiny_walk'}[name])
+    run = dataclasses.replace(recipes.load(f'{name}:TINY'), weights=str(tiny))
+    made = check(run, tmp_path, 20).made['step'].model.graph.node
+    assert joined <= {node.op_type for node in made}
 
 
 @pytest.mark.parametrize('name', ['carracing', 'doom'])
 def test_bundled_worlds_step_alike(name, tmp_path):
-    check(name, tmp_path, 3)
+    world, params = worlds.open_run(recipes.load(name))
+    web = programs.WebWorld(world, params)
+    exported, random = Exported(web, tmp_path, 32, ['step']), np.random.default_rng(0)
+
+    def filled(leaf):
+        drawn = random.standard_normal(leaf.shape, np.float32)
+        return drawn if leaf.dtype == np.float32 else np.zeros(leaf.shape, leaf.dtype)
+
+    carry = jax.tree.map(filled, web.carry)
+    named = dict(zip(web.carry_names(), jax.tree.leaves(carry), strict=True))
+    got = {one.name: named[one.name] for one in exported.made['step'].carry}
+    step = jax.jit(web.step, compiler_options=QUICK)
+    for index in range(2):
+        carry, got = both(web, exported, random, step, index, carry, got)
 
 
 @pytest.mark.parametrize('bits, error', [(32, 0), (16, 2**-11), (8, 0.5 / 127)])
