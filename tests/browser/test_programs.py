@@ -1,7 +1,5 @@
 """Exported programs make what jax makes of the same carry, keys and noise."""
 
-import dataclasses
-
 import jax
 import numpy as np
 import pytest
@@ -43,6 +41,9 @@ class Exported:
     def noise(self, name, random):
         return [random.standard_normal(one.shape, np.float32) for one in self.made[name].noise]
 
+    def operators(self):
+        return {node.op_type for node in self.made['step'].model.graph.node}
+
     def _run(self, name, inputs, noise):
         session = self.sessions[name]
         given = {one.name: value for one, value in zip(self.made[name].noise, noise, strict=True)}
@@ -59,21 +60,6 @@ def agree(web, carry, got):
         )
 
 
-def check(run, folder, steps):
-    """Starts and steps a world here and in onnxruntime, each on its own carry."""
-    world, params = worlds.open_run(run)
-    web = programs.WebWorld(world, params)
-    exported, random = Exported(web, folder, 32), np.random.default_rng(0)
-    frames = random.integers(0, 256, web.frames.shape, np.uint8)
-    noise = exported.noise('start', random)
-    start, step = (jax.jit(one, compiler_options=QUICK) for one in (web.start, web.step))
-    carry, got = start(params, frames, noise), exported.start(frames, noise)
-    agree(web, carry, got)
-    for index in range(steps):
-        carry, got = both(web, exported, random, step, index, carry, got)
-    return exported
-
-
 def both(web, exported, random, step, index, carry, got):
     """Makes a step here and there; returns both carries."""
     world = web.world
@@ -87,23 +73,23 @@ def both(web, exported, random, step, index, carry, got):
     return carry, got
 
 
-@pytest.mark.parametrize(
-    'name, joined',
-    [
-        ('the_matrix', {'LayerNormalization', 'Softmax', 'Gelu'}),
-        ('matrix_game_2', {'SimplifiedLayerNormalization', 'Softmax', 'Gelu', 'RotaryEmbedding'}),
-    ],
-)
-def test_tiny_worlds_step_alike(name, joined, request, tmp_path):
-    tiny = request.getfixturevalue({'the_matrix': 'tiny', 'matrix_game_2': 'tiny_walk'}[name])
-    run = dataclasses.replace(recipes.load(f'{name}:TINY'), weights=str(tiny))
-    made = check(run, tmp_path, 20).made['step'].model.graph.node
-    assert joined <= {node.op_type for node in made}
+def test_driving_starts_and_steps_alike(tmp_path):
+    world, params = worlds.open_run(recipes.load('carracing'))
+    web = programs.WebWorld(world, params)
+    exported, random = Exported(web, tmp_path, 32), np.random.default_rng(0)
+    frames = random.integers(0, 256, web.frames.shape, np.uint8)
+    noise = exported.noise('start', random)
+    start, step = (jax.jit(one, compiler_options=QUICK) for one in (web.start, web.step))
+    carry, got = start(params, frames, noise), exported.start(frames, noise)
+    agree(web, carry, got)
+    for index in range(20):
+        carry, got = both(web, exported, random, step, index, carry, got)
+    assert {'Gelu', 'LayerNormalization', 'Softmax'} <= exported.operators()
 
 
-@pytest.mark.parametrize('name', ['carracing', 'doom'])
-def test_bundled_worlds_step_alike(name, tmp_path):
-    world, params = worlds.open_run(recipes.load(name))
+def test_walking_steps_alike(tmp_path):
+    """Rounding grows from step to step in this world, so the steps are few."""
+    world, params = worlds.open_run(recipes.load('doom'))
     web = programs.WebWorld(world, params)
     exported, random = Exported(web, tmp_path, 32, ['step']), np.random.default_rng(0)
 
@@ -117,6 +103,7 @@ def test_bundled_worlds_step_alike(name, tmp_path):
     step = jax.jit(web.step, compiler_options=QUICK)
     for index in range(2):
         carry, got = both(web, exported, random, step, index, carry, got)
+    assert {'RotaryEmbedding', 'SimplifiedLayerNormalization'} <= exported.operators()
 
 
 @pytest.mark.parametrize('bits, error', [(32, 0), (16, 2**-11), (8, 0.5 / 127)])

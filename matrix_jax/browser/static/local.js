@@ -4,7 +4,7 @@
 
 class LocalWorld {
   readyState = 1;                // WebSocket.OPEN
-  #worker = null;
+  #worker = null;                // a promise of it
   #asked = new Map();            // number of a request -> what waits for its answer
   #count = 0;
   #shown = 0;                    // when the last frame handed on is due
@@ -13,10 +13,13 @@ class LocalWorld {
   constructor() {
     const lacks = LocalWorld.lacking();
     if (lacks) { setTimeout(() => this.end(1013, lacks)); return; }
-    this.#worker = new Worker('worker.js', {type: 'module'});
-    this.#worker.onmessage = event => this.#take(event.data);
-    this.#worker.onerror = event =>
-      this.end(1013, 'The world could not be started: ' + (event.message || 'worker.js failed'));
+    this.#worker = askForThreads().then(() => {
+      const worker = new Worker('worker.js', {type: 'module'});
+      worker.onmessage = event => this.#take(event.data);
+      worker.onerror = event =>
+        this.end(1013, 'The world could not be started: ' + (event.message || 'worker.js failed'));
+      return worker;
+    });
   }
 
   // What this browser lacks, in one line, or ''.
@@ -42,7 +45,11 @@ class LocalWorld {
   send(text) {
     const message = JSON.parse(text);
     if (message.type === 'leave') { this.end(1000, ''); return; }
-    if (this.#worker) this.#worker.postMessage(message);
+    this.#tell(message);
+  }
+
+  #tell(message) {
+    if (this.#worker) this.#worker.then(worker => worker.postMessage(message));
   }
 
   close() { this.end(1000, ''); }
@@ -50,7 +57,7 @@ class LocalWorld {
   end(code, why) {
     if (this.readyState === 3) return;
     this.readyState = 3;
-    if (this.#worker) this.#worker.terminate();
+    if (this.#worker) this.#worker.then(worker => worker.terminate());
     for (const timer of this.#timers) clearTimeout(timer);
     if (why && this.onmessage)
       this.onmessage({data: JSON.stringify({type: 'closed', message: why})});
@@ -62,7 +69,7 @@ class LocalWorld {
     if (name === 'video') return Promise.resolve(recorder.take());
     return new Promise((resolve, reject) => {
       this.#asked.set(++this.#count, {resolve, reject});
-      this.#worker.postMessage({type: 'file', name, content, number: this.#count});
+      this.#tell({type: 'file', name, content, number: this.#count});
     });
   }
 
@@ -102,6 +109,21 @@ class LocalWorld {
       this.#timers.add(timer);
     });
   }
+}
+
+// Loads the page again through `headers.js`, once, where the server's headers allow no threads. The
+// outer page of a frame decides for it.
+async function askForThreads() {
+  const tried = 'asked for threads';
+  if (crossOriginIsolated || window !== window.top || !navigator.serviceWorker
+      || sessionStorage.getItem(tried)) return;
+  sessionStorage.setItem(tried, 'yes');
+  try {
+    await navigator.serviceWorker.register('headers.js');
+    await navigator.serviceWorker.ready;
+  } catch (error) { return; }                // one thread, then
+  location.reload();
+  await new Promise(() => {});               // until the page is gone
 }
 
 // Records what the canvas shows; the server of the player's page makes an mp4 instead.
