@@ -95,12 +95,14 @@ class LocalWorld {
     if (this.readyState === 1) this.onmessage({data: JSON.stringify(message)});
   }
 
-  // Frames of a step, spread evenly over the time until the next ones.
+  // Frames of a step, spread evenly up to when the next ones are expected, so that those of a slow
+  // step delay no later ones.
   #show({frames, first, key, interval}) {
-    const now = performance.now();
-    if (this.#shown < now - 4 * interval) this.#shown = now - interval;
+    const now = performance.now(), end = now + (frames.length - 1) * interval;
+    this.#shown = Math.max(this.#shown, now - interval);
+    const gap = Math.max(interval / 4, (end - this.#shown) / frames.length);
     frames.forEach((picture, index) => {
-      this.#shown = Math.max(now, this.#shown + interval);
+      this.#shown += gap;
       const timer = setTimeout(() => {
         this.#timers.delete(timer);
         if (this.readyState === 1)
