@@ -195,15 +195,8 @@ async function make() {
   for (const name of about.programs.step.changed) next[name] = made['next.' + name];
   carry = next;
   log.controls.push(held);
-  const rgb = made.frames.data, area = width * height;
-  const pictures = await Promise.all(Array.from({length: about.step_frames}, (_, frame) => {
-    const picture = new ImageData(width, height);
-    for (let pixel = 0; pixel < area; pixel++) {
-      const from = 3 * (frame * area + pixel);
-      picture.data.set([rgb[from], rgb[from + 1], rgb[from + 2], 255], 4 * pixel);
-    }
-    return createImageBitmap(picture);
-  }));
+  const pictures = await Promise.all(Array.from({length: about.step_frames}, (_, frame) =>
+    createImageBitmap(picture(made.frames.data, 3 * frame * width * height))));
   const took = performance.now() - now;
   spent = spent ? 0.8 * spent + 0.2 * took : took;
   const interval = Math.max(1000 / about.fps, spent / about.step_frames);
@@ -211,6 +204,18 @@ async function make() {
   count += 1;
   frames += about.step_frames;
   return took;
+}
+
+// The frame of RGB values that begins there.
+function picture(rgb, from) {
+  const made = new ImageData(about.width, about.height), rgba = made.data;
+  for (let to = 0; to < rgba.length; to += 4) {
+    rgba[to] = rgb[from++];
+    rgba[to + 1] = rgb[from++];
+    rgba[to + 2] = rgb[from++];
+    rgba[to + 3] = 255;
+  }
+  return made;
 }
 
 // A state per second, as long as there is room.
@@ -246,7 +251,7 @@ const handlers = {
     await open();
     await start({name: about.start, prompt: about.prompt, seed: Math.floor(Math.random() * 2 ** 31)});
     const how = processor === 'webgpu' ? 'On the GPU of this machine.'
-      : threads > 1 ? `On ${threads} threads of this machine.`
+      : self.crossOriginIsolated ? `Threads of this machine: ${threads}.`
       : 'On one thread: more need the headers Cross-Origin-Opener-Policy: same-origin and '
         + 'Cross-Origin-Embedder-Policy: require-corp from the server.';
     tell('welcome', {
