@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from matrix_jax.browser import flatten
+from matrix_jax.browser import flatten, indexing
 from matrix_jax.browser.graph import Graph, Value, element_type, size
+from matrix_jax.browser.operators import concatenate, elementwise, reshape, take, transpose
 from matrix_jax.config import UsageError
 
 Rule = Callable[[Graph, Any, list[Value]], 'Value | list[Value]']
@@ -69,7 +70,8 @@ def write(graph: Graph, program: flatten.Program, inputs: Sequence[Value]) -> li
 
     def read(var: Any) -> Value:
         if isinstance(var, core.Literal):
-            return graph.constant(np.asarray(var.val, var.aval.dtype))
+            kind: Any = var.aval
+            return graph.constant(np.asarray(var.val, kind.dtype))
         return values[var]
 
     for eqn in program.equations:
@@ -98,16 +100,6 @@ def rule_of(eqn: Any) -> Rule | None:
 
 
 # --- elementwise ---------------------------------------------------------------------------------
-
-
-def elementwise(
-    graph: Graph, operator: str, args: Sequence[Value], dtype: Any = None, **attributes: Any
-) -> Value:
-    """Adds an elementwise operator, which repeats axes by itself."""
-    held = np.broadcast_shapes(*(one.held for one in args))
-    shape = np.broadcast_shapes(*(one.shape for one in args))
-    names = [one.name for one in args]
-    return graph.node(operator, names, args[0], held, shape, dtype or args[-1].dtype, **attributes)
 
 
 def _unary(operator: str) -> Rule:
@@ -281,56 +273,6 @@ def _conv(graph: Graph, eqn: Any, args: list[Value]) -> Value:
 # --- layout --------------------------------------------------------------------------------------
 
 
-def reshape(graph: Graph, x: Value, shape: Sequence[int]) -> Value:
-    """Adds a reshape, unless the shape is the same."""
-    x, shape = graph.full(x), tuple(map(int, shape))
-    if shape == x.shape:
-        return x
-    return graph.node('Reshape', [x.name, graph.integers(shape)], x, shape=shape)
-
-
-def transpose(graph: Graph, x: Value, order: Sequence[int]) -> Value:
-    """Adds a transposition, unless the order is the same; axes of size 1 only need a reshape."""
-    order = [int(axis) for axis in order]
-    if order == sorted(order):
-        return x
-    shape, held = ([sizes[axis] for axis in order] for sizes in (x.shape, x.held))
-    moved = [axis for axis in order if x.held[axis] > 1]
-    if moved == sorted(moved):
-        return graph.node('Reshape', [x.name, graph.integers(held)], x, held, shape)
-    return graph.node('Transpose', [x.name], x, held, shape, perm=order)
-
-
-def take(graph: Graph, x: Value, starts: Sequence[int], stops: Sequence[int], steps=None) -> Value:
-    """Adds a slice along the axes that it changes."""
-    x, steps = graph.full(x), steps or [1] * len(starts)
-    axes = [
-        axis
-        for axis, now in enumerate(zip(starts, stops, steps, strict=True))
-        if now != (0, x.shape[axis], 1)
-    ]
-    if not axes:
-        return x
-    shape = list(x.shape)
-    for axis in axes:
-        shape[axis] = len(range(starts[axis], stops[axis], steps[axis]))
-    chosen = ([sizes[axis] for axis in axes] for sizes in (starts, stops))
-    inputs = [x.name, *map(graph.integers, chosen), graph.integers(axes)]
-    return graph.node(
-        'Slice', [*inputs, graph.integers([steps[axis] for axis in axes])], x, shape=shape
-    )
-
-
-def concatenate(graph: Graph, parts: Sequence[Value], axis: int) -> Value:
-    """Adds a concatenation of the parts that hold anything."""
-    filled = [graph.full(one) for one in parts if size(one.shape)] or [parts[0]]
-    if len(filled) == 1:
-        return filled[0]
-    shape = list(filled[0].shape)
-    shape[axis] = sum(one.shape[axis] for one in filled)
-    return graph.node('Concat', [one.name for one in filled], filled[0], shape=shape, axis=axis)
-
-
 def _reshape(graph: Graph, eqn: Any, args: list[Value]) -> Value:
     return reshape(graph, args[0], eqn.outvars[0].aval.shape)
 
@@ -421,83 +363,6 @@ def _empty(graph: Graph, eqn: Any, args: list[Value]) -> Value:
     return graph.constant(np.zeros(out.shape, out.dtype))
 
 
-# --- indices -------------------------------------------------------------------------------------
-
-
-def _gather(graph: Graph, eqn: Any, args: list[Value]) -> Value:
-    """Whole slices at computed places. Indices are within bounds, or clipped, as in our streams."""
-    spec, sizes = eqn.params['dimension_numbers'], eqn.params['slice_sizes']
-    x, places = (graph.full(one) for one in args)
-    batch, mapped = list(spec.operand_batching_dims), list(spec.start_index_map)
-    rest = [axis for axis in range(len(x.shape)) if axis not in (*batch, *mapped)]
-    whole = all(sizes[axis] == x.shape[axis] for axis in rest)
-    if set(mapped) != set(spec.collapsed_slice_dims) or not whole:
-        raise UsageError('no ONNX form of gathering parts of slices')
-    if eqn.params['mode'] is not None and eqn.params['mode'].name == 'CLIP':
-        limits = np.array([x.shape[axis] - 1 for axis in mapped], places.dtype)
-        low = graph.constant(np.zeros_like(limits))
-        places = elementwise(graph, 'Max', [places, low])
-        places = elementwise(graph, 'Min', [places, graph.constant(limits)])
-    last = len(places.shape) - 1
-    first = list(spec.start_indices_batching_dims)
-    others = [axis for axis in range(last) if axis not in first]
-    x = transpose(graph, x, [*batch, *mapped, *rest])
-    places = transpose(graph, places, [*first, *others, last])
-    shape = [*places.shape[:-1], *x.shape[len(batch) + len(mapped) :]]
-    if not batch and len(mapped) == 1:
-        flat = reshape(graph, places, places.shape[:-1])
-        y = graph.node('Gather', [x.name, flat.name], x, shape=shape, axis=0)
-    else:
-        wide = graph.node('Cast', [places.name], places, dtype=np.int64, to=element_type(np.int64))
-        inputs = [x.name, wide.name]
-        y = graph.node('GatherND', inputs, x, shape=shape, batch_dims=len(batch))
-    # Axes now: batch and other axes of the places, then those of a slice.
-    made = [*first, *others]
-    out = eqn.outvars[0].aval
-    free = [axis for axis in range(len(out.shape)) if axis not in spec.offset_dims]
-    order = []
-    for axis in range(len(out.shape)):
-        if axis in free:
-            order.append(made.index(free.index(axis)))
-        else:
-            order.append(last + spec.offset_dims.index(axis))
-    return transpose(graph, y, order)
-
-
-def _scatter(graph: Graph, eqn: Any, args: list[Value]) -> Value:
-    """Whole slices written at computed places, which are within bounds, as in our streams."""
-    spec = eqn.params['dimension_numbers']
-    x, places, updates = (graph.full(one) for one in args)
-    mapped = list(spec.scatter_dims_to_operand_dims)
-    rest = [axis for axis in range(len(x.shape)) if axis not in mapped]
-    window = list(spec.update_window_dims)
-    whole = [updates.shape[axis] for axis in window] == [x.shape[axis] for axis in rest]
-    if set(mapped) != set(spec.inserted_window_dims) or spec.operand_batching_dims or not whole:
-        raise UsageError('no ONNX form of scattering parts of slices')
-    free = [axis for axis in range(len(updates.shape)) if axis not in window]
-    data = transpose(graph, x, [*mapped, *rest])
-    updates = transpose(graph, updates, [*free, *window])
-    wide = graph.node('Cast', [places.name], places, dtype=np.int64, to=element_type(np.int64))
-    kind = {'scatter-add': 'add', 'scatter_add': 'add'}.get(eqn.primitive.name, 'none')
-    inputs = [data.name, wide.name, updates.name]
-    y = graph.node('ScatterND', inputs, data, reduction=kind)
-    return transpose(graph, y, np.argsort([*mapped, *rest]))
-
-
-def _dynamic_slice(graph: Graph, eqn: Any, args: list[Value]) -> Value:
-    x, sizes, starts = graph.full(args[0]), eqn.params['slice_sizes'], args[1:]
-    wide = [
-        elementwise(graph, 'Cast', [reshape(graph, one, (1,))], np.int64, to=element_type(np.int64))
-        for one in starts
-    ]
-    begin = concatenate(graph, wide, 0)
-    limits = graph.constant(np.array(x.shape, np.int64) - np.array(sizes, np.int64))
-    begin = elementwise(graph, 'Max', [begin, graph.constant(np.zeros(len(sizes), np.int64))])
-    begin = graph.full(elementwise(graph, 'Min', [begin, limits]))
-    end = elementwise(graph, 'Add', [begin, graph.constant(np.array(sizes, np.int64))])
-    return graph.node('Slice', [x.name, begin.name, graph.full(end).name], x, shape=sizes)
-
-
 # --- branches ------------------------------------------------------------------------------------
 
 
@@ -537,12 +402,12 @@ RULES: dict[str, Rule] = {
     'convert_element_type': _convert,
     'cumsum': _cumsum,
     'dot_general': _dot_general,
-    'dynamic_slice': _dynamic_slice,
+    'dynamic_slice': indexing.dynamic_slice,
     'empty': _empty,
     'empty2': _empty,
     'erfc': _erfc,
     'expand_dims': _reshape,
-    'gather': _gather,
+    'gather': indexing.gather,
     'integer_pow': _integer_pow,
     'iota': _iota,
     'is_finite': _is_finite,
@@ -553,8 +418,8 @@ RULES: dict[str, Rule] = {
     'rev': _rev,
     'round': _round,
     'rsqrt': _rsqrt,
-    'scatter': _scatter,
-    'scatter-add': _scatter,
+    'scatter': indexing.scatter,
+    'scatter-add': indexing.scatter,
     'select_n': _select,
     'shift_right_arithmetic': _shift_right,
     'slice': _slice,

@@ -126,7 +126,8 @@ class WebWorld:
     def start(self, params: Params, frames: Any, noise: tuple[Any, ...]) -> PyTree:
         """Returns the carry of a stream that continues start frames uint8 [1 F H W 3]."""
         leaves, tree = jax.tree.flatten(self._condition(params, frames))
-        cond = tree.unflatten([self.static.get(index, one) for index, one in enumerate(leaves)])
+        given = [self.static.get(index, one) for index, one in enumerate(leaves)]
+        cond = jax.tree.unflatten(tree, given)
         with base.noise_from(_Given(noise)):
             return self.stream.init(params, cond, np.zeros((1, 2), np.uint32))
 
@@ -157,11 +158,7 @@ class WebWorld:
     # --- ONNX ------------------------------------------------------------------------------------
 
     def export(
-        self,
-        bits: int,
-        store: weights.Store,
-        file: str,
-        names: Sequence[str] = ('start', 'step'),
+        self, bits: int, store: weights.Store, file: str, names: Sequence[str] = ('start', 'step')
     ) -> dict[str, Exported]:
         """Returns programs by name.
 
@@ -194,7 +191,7 @@ class _Export:
         tree = jax.tree.structure(web.carry)
 
         def call(params: Params, leaves: Any, control: Any, noise: Any) -> Any:
-            new, frames = web.step(params, tree.unflatten(leaves), control, noise)
+            new, frames = web.step(params, jax.tree.unflatten(tree, leaves), control, noise)
             return jax.tree.leaves(new), frames
 
         noise = self._noise('step')
