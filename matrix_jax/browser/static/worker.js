@@ -61,7 +61,9 @@ async function open() {
     needed.map(name => name.endsWith('.gz') ? unzipped(name) : load(name)));
   ort = await import('./runtime/' + kind[0]);
   weights = data;
-  threads = self.crossOriginIsolated ? Math.min(THREADS, navigator.hardwareConcurrency || 1) : 1;
+  // A thread that shares its core with the browser holds up all others, so one core is left to it.
+  const cores = (navigator.hardwareConcurrency || 1) - 1;
+  threads = self.crossOriginIsolated ? Math.max(1, Math.min(THREADS, cores)) : 1;
   ort.env.logLevel = 'error';
   ort.env.wasm.numThreads = threads;
   ort.env.wasm.wasmBinary = wasm;
