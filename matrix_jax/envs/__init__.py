@@ -20,7 +20,7 @@ IDS = {  # id -> arguments of the environment
     'matrix_jax/World-v0': {},
     'matrix_jax/CarRacing-v0': {'recipe': 'carracing', 'reward': 'carracing_reward'},
     'matrix_jax/Doom-v0': {'recipe': 'doom'},
-    'matrix_jax/Gallery-v0': {'recipe': 'gallery'},
+    'matrix_jax/Gallery-v0': {'recipe': 'gallery', 'reward': 'gallery_reward'},
 }
 MODULES = {'FunctionalEnv': 'functional', 'WorldEnv': 'world_env', 'WorldVectorEnv': 'vector_env'}
 

@@ -1,7 +1,8 @@
 """The training loop: step, log, save, resume.
 
 A run is a pure function of (recipe, seed, data). State and position in the data are saved together,
-so an interrupted run ends with the same parameters as an uninterrupted one.
+so an interrupted run ends with the same parameters as an uninterrupted one. On the CPU, bits also
+depend on the number of cores, by which XLA divides its sums.
 """
 
 from __future__ import annotations
@@ -58,6 +59,13 @@ def fit(run, world, params) -> dict:
         _, state, extra = restored
         loader.restore(extra['data'].encode())
         print(f'{run.out}: resumes from step {restored[0]}', file=sys.stderr)
+        before, now = extra.get('cpu_cores', cpu_cores()), cpu_cores()
+        if before != now and jax.default_backend() == 'cpu':
+            print(
+                f'note: {run.out} was trained on {before} CPU cores and resumes on {now}, so sums '
+                'are rounded differently',
+                file=sys.stderr,
+            )
     guard = NaNGuard(getattr(loader, 'names', None), extra.get('refused', 0))
     try:
         result = _loop(
@@ -74,6 +82,13 @@ def fit(run, world, params) -> dict:
     return result
 
 
+def cpu_cores() -> int:
+    """Returns the number of CPU cores that this process may use."""
+    if hasattr(os, 'sched_getaffinity'):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
     from tqdm import tqdm
 
@@ -85,7 +100,12 @@ def _loop(train, state, loader, made, saver, out, guard, loss) -> dict:
 
     def save(index, wait):
         guard.settle()
-        extra = {'data': loader.state().decode(), 'loss': loss, 'refused': guard.refused}
+        extra = {
+            'data': loader.state().decode(),
+            'loss': loss,
+            'refused': guard.refused,
+            'cpu_cores': cpu_cores(),
+        }
         (saver.save_now if wait else saver.save)(index, state, extra)
 
     try:

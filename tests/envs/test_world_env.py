@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from matrix_jax import envs
+from matrix_jax import envs, recipes
 from matrix_jax.config import UsageError
 from matrix_jax.envs.players import Players
 from matrix_jax.serve.runtime import batched_stream
@@ -212,6 +212,15 @@ def test_environments_have_ids(opened_stream):
     assert {'matrix_jax/Doom-v0', 'matrix_jax/Gallery-v0'} <= set(gymnasium.registry)
     point = tomllib.loads(PROJECT.read_text())['project']['entry-points']['gymnasium.envs']
     assert point == {'matrix_jax': 'matrix_jax.envs:register'}
+
+
+def test_rewards_of_the_ids_fit_their_worlds():
+    from matrix_jax.rewards import model
+
+    for arguments in envs.IDS.values():
+        if 'reward' in arguments:
+            cfg = recipes.load(arguments['recipe']).world
+            model.load(arguments['reward']).check(cfg.height, cfg.width, 4)
 
 
 def test_a_forked_process_is_told_to_spawn(opened_stream, monkeypatch):

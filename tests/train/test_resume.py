@@ -103,6 +103,17 @@ def test_a_killed_process_goes_on_from_a_committed_step(
     assert not list(tmp_path.glob('state/*tmp*'))
 
 
+def test_a_run_that_resumes_on_other_cores_says_so(toy, tmp_path, capsys, monkeypatch):
+    from matrix_jax.train import loop
+
+    toy.fit(tmp_path, steps=4)
+    toy.fit(tmp_path, steps=8)
+    assert 'CPU cores' not in capsys.readouterr().err
+    monkeypatch.setattr(loop, 'cpu_cores', lambda: 99)
+    toy.fit(tmp_path, steps=STEPS)
+    assert 'CPU cores and resumes on 99, so sums' in capsys.readouterr().err
+
+
 def test_a_process_that_is_killed_again_and_again_ends_in_the_same_bits(toy, whole, tmp_path):
     for at in (2, 3, 7, 9):  # twice before or during the first save
         done = subprocess.run(
