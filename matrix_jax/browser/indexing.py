@@ -72,14 +72,36 @@ def scatter(graph: Graph, eqn: Any, args: list[Value]) -> Value:
 
 
 def dynamic_slice(graph: Graph, eqn: Any, args: list[Value]) -> Value:
-    x, sizes, starts = graph.full(args[0]), eqn.params['slice_sizes'], args[1:]
+    x, sizes = graph.full(args[0]), eqn.params['slice_sizes']
+    begin = _begin(graph, args[1:], np.array(x.shape) - np.array(sizes))
+    end = elementwise(graph, 'Add', [begin, graph.constant(np.array(sizes, np.int64))])
+    return graph.node('Slice', [x.name, begin.name, graph.full(end).name], x, shape=sizes)
+
+
+def dynamic_update_slice(graph: Graph, eqn: Any, args: list[Value]) -> Value:
+    """What lies before, the update and what lies behind, along the only axis that is not whole."""
+    x, update = graph.full(args[0]), graph.full(args[1])
+    axes = [axis for axis, size in enumerate(x.shape) if update.shape[axis] != size]
+    if not axes:
+        return update
+    if len(axes) > 1:
+        raise UsageError('no ONNX form of updating slices along several axes')
+    axis, size = axes[0], update.shape[axes[0]]
+    begin = _begin(graph, [args[2 + axis]], np.array([x.shape[axis] - size]))
+    end = graph.full(elementwise(graph, 'Add', [begin, graph.constant(np.array([size]))]))
+    zero, last, place = (graph.constant(np.array([one])).name for one in (0, x.shape[axis], axis))
+    before = graph.node('Slice', [x.name, zero, begin.name, place], x)
+    behind = graph.node('Slice', [x.name, end.name, last, place], x)
+    return graph.node('Concat', [before.name, update.name, behind.name], x, axis=axis)
+
+
+def _begin(graph: Graph, starts: list[Value], limits: np.ndarray) -> Value:
+    """Starts [] each, moved into 0 to `limits` [N] -> int64 [N]."""
     wide = [
         elementwise(graph, 'Cast', [reshape(graph, one, (1,))], np.int64, to=element_type(np.int64))
         for one in starts
     ]
-    begin = concatenate(graph, wide, 0)
-    limits = graph.constant(np.array(x.shape, np.int64) - np.array(sizes, np.int64))
-    begin = elementwise(graph, 'Max', [begin, graph.constant(np.zeros(len(sizes), np.int64))])
-    begin = graph.full(elementwise(graph, 'Min', [begin, limits]))
-    end = elementwise(graph, 'Add', [begin, graph.constant(np.array(sizes, np.int64))])
-    return graph.node('Slice', [x.name, begin.name, graph.full(end).name], x, shape=sizes)
+    begin = wide[0] if len(wide) == 1 else concatenate(graph, wide, 0)
+    begin = elementwise(graph, 'Max', [begin, graph.constant(np.zeros(len(wide), np.int64))])
+    limits = graph.constant(limits.astype(np.int64))
+    return graph.full(elementwise(graph, 'Min', [begin, limits]))

@@ -403,6 +403,7 @@ RULES: dict[str, Rule] = {
     'cumsum': _cumsum,
     'dot_general': _dot_general,
     'dynamic_slice': indexing.dynamic_slice,
+    'dynamic_update_slice': indexing.dynamic_update_slice,
     'empty': _empty,
     'empty2': _empty,
     'erfc': _erfc,
