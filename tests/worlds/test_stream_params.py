@@ -9,7 +9,7 @@ from matrix_jax.benchmark import target as targets
 from matrix_jax.dit import segments
 from matrix_jax.parallel import compilation
 
-STEPS = 3
+STEPS = 2
 
 
 def rollout(world, params):
