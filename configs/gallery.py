@@ -23,7 +23,7 @@ REWARD trains what agents are paid for, to reach a picture or a pillar:
     matrix-jax train gallery:REWARD --out runs/reward
 
 NO_MEMORY is the same network without memory, NO_ERRORS that without error buffer. No world has been
-trained with these recipes yet, so the package brings no weights for them.
+trained with these recipes yet; only the reward is bundled.
 """
 
 import dataclasses
