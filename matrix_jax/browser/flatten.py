@@ -26,7 +26,7 @@ CALLS = {
 }
 
 
-class Program(NamedTuple):
+class FlatProgram(NamedTuple):
     """A flat program.
 
     Attributes:
@@ -47,7 +47,7 @@ class Program(NamedTuple):
         return {one for one in read if not isinstance(one, core.Literal)}
 
 
-def flatten(function: Callable, *args: Any) -> Program:
+def flatten(function: Callable, *args: Any) -> FlatProgram:
     """Returns a function of arrays as a flat program.
 
     Args:
@@ -69,10 +69,10 @@ def flatten(function: Callable, *args: Any) -> Program:
     jaxpr = flat.jaxpr
     constants = {var: np.asarray(one) for var, one in zip(jaxpr.constvars, flat.consts)}
     equations = _needed(jaxpr.eqns, jaxpr.outvars)
-    return Program(list(jaxpr.invars), list(jaxpr.outvars), equations, constants)
+    return FlatProgram(list(jaxpr.invars), list(jaxpr.outvars), equations, constants)
 
 
-def inline(closed: Any) -> Program:
+def inline(closed: Any) -> FlatProgram:
     """Returns a closed jaxpr, such as a branch of `cond`, as a flat program."""
     shapes = [jax.ShapeDtypeStruct(one.shape, one.dtype) for one in closed.in_avals]
     return flatten(lambda *inputs: _run(closed.jaxpr, closed.consts, inputs), *shapes)

@@ -58,7 +58,7 @@ SAME = ('copy', 'copy_p', 'optimization_barrier', 'reduce_precision', 'stop_grad
 REDUCTIONS = {'reduce_max': 'ReduceMax', 'reduce_min': 'ReduceMin', 'reduce_sum': 'ReduceSum'}
 
 
-def write(graph: Graph, program: flatten.Program, inputs: Sequence[Value]) -> list[Value]:
+def write(graph: Graph, program: flatten.FlatProgram, inputs: Sequence[Value]) -> list[Value]:
     """Adds a flat program to a graph; returns its outputs.
 
     Raises:
@@ -81,7 +81,7 @@ def write(graph: Graph, program: flatten.Program, inputs: Sequence[Value]) -> li
     return [read(var) for var in program.outputs]
 
 
-def _check(program: flatten.Program) -> None:
+def _check(program: flatten.FlatProgram) -> None:
     names = sorted({eqn.primitive.name for eqn in program.equations if rule_of(eqn) is None})
     if names:
         raise UsageError(f'no ONNX form of {", ".join(names)}, which a step of this world uses')
@@ -90,7 +90,7 @@ def _check(program: flatten.Program) -> None:
             if var.aval.dtype.name in ('bfloat16', 'float16'):
                 raise UsageError(
                     f'got a network that computes in {var.aval.dtype.name}, expected float32 '
-                    '(--dit.dtype float32)'
+                    '(--world.dit.dtype float32)'
                 )
 
 
@@ -315,8 +315,7 @@ def _split(graph: Graph, eqn: Any, args: list[Value]) -> list[Value]:
         starts[axis], stops[axis] = start, stop
         if start == stop:
             stops[axis] = 0
-            shape = [end for end in stops]
-            parts.append(graph.constant(np.zeros(shape, args[0].dtype)))
+            parts.append(graph.constant(np.zeros(stops, args[0].dtype)))
         else:
             parts.append(take(graph, args[0], starts, stops))
     return parts

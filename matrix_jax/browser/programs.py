@@ -249,7 +249,7 @@ class _Export:
         shapes = self.web.noise_shapes(name)
         return [Tensor(f'noise.{index}', one, 'float32') for index, one in enumerate(shapes)]
 
-    def _parameters(self, program: flatten.Program, used: set[Any]) -> list[Any]:
+    def _parameters(self, program: flatten.FlatProgram, used: set[Any]) -> list[Any]:
         """Values of all parameters; those that the program does not read are empty."""
         values = []
         leaves = jax.tree.leaves(self.web.params)
@@ -323,7 +323,7 @@ def text_leaf(web: WebWorld) -> str | None:
     return None
 
 
-def _reads(program: flatten.Program, var: Any) -> bool:
+def _reads(program: flatten.FlatProgram, var: Any) -> bool:
     """Whether an equation reads a variable."""
     return any(var is one for eqn in program.equations for one in eqn.invars)
 
